@@ -1,0 +1,1 @@
+"""What runs beside private data: the ClientApp and what protects an update."""

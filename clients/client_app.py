@@ -1,0 +1,81 @@
+"""The Flower ClientApp: message to values, values to message, and no text of an exception in between."""
+
+import logging
+import traceback
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients import work
+from clients.holder import Holder, open_holder
+from clients.stock import evaluate_for_stock, train_for_stock
+from fedllm.errors import FedLLMError
+from fedllm.wire import records
+
+app = ClientApp()
+_logger = logging.getLogger("fedllm.clients")
+
+Handler: TypeAlias = Callable[[Holder, RecordDict, int], RecordDict]
+
+
+@app.query("join")
+def join(message: Message, context: Context) -> Message:
+    """Declare this node's clients."""
+    return _answer(message, context, _join)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the clients a request names; a stock Flower strategy's request trains the whole node."""
+    ours = records.is_fedllm_request(message.content)
+    return _answer(message, context, _train if ours else train_for_stock, is_stock=not ours)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure the held-out loss of the clients a request names, or of the whole node."""
+    ours = records.is_fedllm_request(message.content)
+    return _answer(message, context, _evaluate if ours else evaluate_for_stock, is_stock=not ours)
+
+
+def _join(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+    return records.write_joined(work.join(holder, node_id))
+
+
+def _train(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+    layout = holder.engine.layout
+    request = records.read_train_request(content, layout)
+    return records.write_updates(work.train(holder, request), layout=layout, payload=request.codec)
+
+
+def _evaluate(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+    request = records.read_evaluate_request(content, holder.engine.layout)
+    return records.write_evaluations(work.evaluate(holder, request))
+
+
+def _answer(message: Message, context: Context, handler: Handler, *, is_stock: bool = False) -> Message:
+    """Return the handler's reply, or a reply that holds an error code and nothing else.
+
+    Flower would send the text of an exception to the server, and that text may quote a row. So the one broad
+    `except` of this project stands here: the cause is logged on this machine, where the row already is, and
+    even there without the exception's own words.
+    """
+    try:
+        holder = open_holder(context.run_config, context.node_config)
+        return Message(handler(holder, message.content, context.node_id), reply_to=message)
+    except FedLLMError as error:
+        _logger.error("%s", error)
+        code = error.code
+    except (MemoryError, torch.OutOfMemoryError):
+        _logger.error("out of memory: lower train.batch-size or train.max-length")
+        code = "out-of-memory"
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        _logger.error("internal error: %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
+        code = "internal"
+    if is_stock:  # stock strategies drop error messages and abort on anything else
+        return Message(Error(code=0, reason=code), reply_to=message)
+    return Message(records.write_error(code), reply_to=message)

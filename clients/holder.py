@@ -1,0 +1,151 @@
+"""A data holder: the clients of this node, their rows as tokens, and the engine beside them.
+
+The only code that turns private text into tokens. Everything is kept resident for the life of the process,
+so a simulation's worker reads, tokenises and loads once.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from fedllm.config import RunConfig, Scalar
+from fedllm.data.example import BadRow, ClientRows, Example
+from fedllm.data.rows import is_local
+from fedllm.data.shards import Shards, load_one_client, load_shards
+from fedllm.errors import DataError, NoDataError
+from fedllm.models.base import layout_of, load_base, load_tokenizer
+from fedllm.models.chat import Encoded, encode
+from fedllm.models.files import ModelFiles, fingerprint, resolve_model
+from fedllm.models.policy import load_policy
+from fedllm.training.engine import Engine, resident_engine
+
+_logger = logging.getLogger("fedllm.clients")
+
+
+@dataclass(frozen=True)
+class ClientTokens:
+    """One client's rows as the model reads them."""
+
+    client_id: str
+    train: tuple[Encoded, ...]
+    held_out: tuple[Encoded, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Holder:
+    """The clients of one node. Nothing is loaded before it is needed: joining needs no weights."""
+
+    config: RunConfig
+    files: ModelFiles
+    clients: Mapping[str, ClientTokens]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of this machine's copy of the base model."""
+        return fingerprint(self.files.folder)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The training engine on this machine's resident base model."""
+        base = load_base(self.config.model)
+        return resident_engine(base, layout_of(base.model, self.config.lora, base.fingerprint))
+
+
+def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Holder:
+    """Return the resident holder for a node, opening it on first use in this process.
+
+    Raises:
+        FedLLMError: the configuration, the data or the base model cannot be used.
+    """
+    return _open(tuple(sorted(run_config.items())), tuple(sorted(node_config.items())))
+
+
+@lru_cache(maxsize=64)  # a simulation's worker may host any of its nodes in turn
+def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[str, Scalar], ...]) -> Holder:
+    config, node = RunConfig.from_flat(dict(run_config)), dict(node_config)
+    files = resolve_model(config.model.name, config.model.revision)
+    clients = {
+        rows.client_id: _encode_client(rows, files, config.train.max_length)
+        for rows in hosted_rows(config, node)
+    }
+    return Holder(config, files, clients)
+
+
+def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRows]:
+    """Return the rows of the clients this node hosts.
+
+    A node started with `data-path` is one data holder with its own file, whatever the server's `data.source`
+    says. Otherwise the source is dealt to all clients, and node p of n hosts every n-th of them.
+    """
+    partition, num_partitions = int(node.get("partition-id", 0)), int(node.get("num-partitions", 1))
+    if "data-path" in node:
+        client_id = str(node.get("client-id", f"client-{partition:04d}"))
+        try:
+            shard = load_one_client(
+                str(node["data-path"]), config.data, client_id=client_id, seed=config.seed
+            )
+        except NoDataError as error:
+            _logger.warning("%s", error)
+            return [ClientRows(client_id, (), ())]
+        _report(shard.bad)
+        return [shard.client]
+    _check_source(config.data.source, node)
+    shards = _shards(config)
+    return list(shards.clients[partition::num_partitions])
+
+
+def _check_source(source: str, node: Mapping[str, Scalar]) -> None:
+    """Refuse a local path that came from a server, unless this machine's owner allows such paths."""
+    if source == "docstrings" or not is_local(source):
+        return
+    if not (node.get("server-paths", False) or load_policy().server_paths):
+        raise DataError(
+            "data.source is a local path, and this node does not open paths a server names;"
+            " start it with data-path in its node config, or set server-paths = true in its policy"
+        )
+
+
+@lru_cache(maxsize=1)
+def _shards_of(config: RunConfig) -> Shards:
+    shards = load_shards(config.data, num_clients=config.federation.num_clients, seed=config.seed)
+    _report(shards.bad)
+    return shards
+
+
+def _shards(config: RunConfig) -> Shards:
+    """Read the source once per process, whatever else changes between runs."""
+    relevant = RunConfig(seed=config.seed, data=config.data)
+    federation = replace(relevant.federation, num_clients=config.federation.num_clients)
+    return _shards_of(replace(relevant, federation=federation))
+
+
+def _report(bad: tuple[BadRow, ...]) -> None:
+    if bad:
+        first = bad[0]
+        _logger.warning(
+            "%d bad rows skipped; the first: %s, line %d: %s", len(bad), first.file, first.line, first.reason
+        )
+
+
+def _encode_client(rows: ClientRows, files: ModelFiles, max_length: int) -> ClientTokens:
+    tokenizer = load_tokenizer(files)
+
+    def kept(examples: tuple[Example, ...]) -> tuple[Encoded, ...]:
+        encoded = (encode(example, tokenizer, max_length) for example in examples)
+        return tuple(row for row in encoded if row is not None)
+
+    client = ClientTokens(rows.client_id, kept(rows.train), kept(rows.held_out))
+    usable = (*client.train, *client.held_out)
+    num_lost = len(rows.train) + len(rows.held_out) - len(usable)
+    num_cut = sum(row.num_cut > 0 for row in usable)
+    if num_lost or num_cut:
+        _logger.warning(
+            "client %s: at train.max-length %d, %d rows lose their whole answer and are skipped,"
+            " %d are truncated",
+            rows.client_id,
+            max_length,
+            num_lost,
+            num_cut,
+        )
+    return client

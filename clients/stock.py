@@ -1,0 +1,95 @@
+"""Requests of stock Flower strategies: named PEFT tensors in, named PEFT tensors out.
+
+FedAvg and its kin know one array record and one `num-examples` a node, so a node that hosts several clients
+answers with their weighted mean, which is what FedAvg over the clients would have computed.
+"""
+
+from flwr.app import MetricRecord, RecordDict
+
+from clients import work
+from clients.holder import Holder
+from fedllm.adapters.layout import AdapterState
+from fedllm.errors import NoDataError, WireError
+from fedllm.types import (
+    ClientEvaluation,
+    ClientUpdate,
+    EvaluateRequest,
+    LocalTraining,
+    TrainRequest,
+)
+from fedllm.wire.records import read_plain, write_plain
+
+
+def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+    """Return the node's new adapter and `num-examples`.
+
+    Raises:
+        WireError: the request does not hold exactly one adapter of this run's layout.
+        NoDataError: no client of this node has an update.
+    """
+    config, start = holder.config, _read_adapter(holder, content)
+    train = config.train
+    round_num = _round_of(content)
+    drawn = (round_num - 1) * train.local_steps * train.batch_size
+    request = TrainRequest(
+        round_num=round_num,
+        client_ids=tuple(holder.clients),
+        num_drawn=(drawn,) * len(holder.clients),
+        adapter=start,
+        training=LocalTraining(
+            steps=train.local_steps,
+            batch_size=train.batch_size,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            clip_norm=train.clip_norm,
+            max_length=train.max_length,
+        ),
+        codec="fp32",
+        weighting="examples",
+        seed=config.seed,
+    )
+    updates = [answer for answer in work.train(holder, request) if isinstance(answer, ClientUpdate)]
+    if not updates:
+        raise NoDataError("no client of this node has an update")
+    total = sum(update.weight for update in updates)
+    mean = sum(update.weight / total * update.delta.double() for update in updates)
+    after = AdapterState(start.layout, (start.vector.double() + mean).float())
+    loss = sum(update.weight / total * update.train_loss for update in updates)
+    return RecordDict(
+        {
+            "arrays": write_plain(after),
+            "metrics": MetricRecord({"num-examples": int(total), "train-loss": loss}),
+        }
+    )
+
+
+def evaluate_for_stock(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+    """Return the node's mean held-out loss per token and `num-examples`; raises as `train_for_stock`."""
+    request = EvaluateRequest(
+        round_num=_round_of(content),
+        client_ids=tuple(holder.clients),
+        adapter=_read_adapter(holder, content),
+        max_length=holder.config.train.max_length,
+        seed=holder.config.seed,
+    )
+    done = [answer for answer in work.evaluate(holder, request) if isinstance(answer, ClientEvaluation)]
+    if not done:
+        raise NoDataError("no client of this node keeps held-out rows")
+    num_rows = sum(answer.num_rows for answer in done)
+    loss = sum(answer.loss * answer.num_rows for answer in done) / num_rows
+    return RecordDict({"metrics": MetricRecord({"num-examples": num_rows, "eval-loss": loss})})
+
+
+def _read_adapter(holder: Holder, content: RecordDict) -> AdapterState:
+    arrays = list(content.array_records.values())
+    if len(arrays) != 1:
+        raise WireError(f"a request carries exactly one adapter, not {len(arrays)}")
+    return read_plain(arrays[0], holder.engine.layout)
+
+
+def _round_of(content: RecordDict) -> int:
+    for config in content.config_records.values():
+        round_num = config.get("server-round")
+        if isinstance(round_num, int) and round_num >= 0:
+            return max(1, round_num)
+    return 1

@@ -1,0 +1,87 @@
+"""What a node does with a request: train or evaluate the clients it names."""
+
+import logging
+
+from clients.holder import ClientTokens, Holder
+from clients.protect import protect
+from fedllm.data.shards import draw_rows
+from fedllm.errors import NonFiniteError
+from fedllm.models.chat import Encoded
+from fedllm.training.jobs import Job
+from fedllm.types import (
+    ClientEvaluation,
+    ClientFailure,
+    ClientUpdate,
+    EvaluateRequest,
+    JoinedClient,
+    TrainRequest,
+)
+
+_logger = logging.getLogger("fedllm.clients")
+
+
+def join(holder: Holder, node_id: int) -> list[JoinedClient]:
+    """Return what this node's clients declare: sizes and base model, no text."""
+    return [
+        JoinedClient(
+            client_id=client.client_id,
+            node_id=node_id,
+            num_train=len(client.train),
+            num_held_out=len(client.held_out),
+            fingerprint=holder.fingerprint,
+        )
+        for client in holder.clients.values()
+    ]
+
+
+def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFailure]:
+    """Return one answer per client the request names, in its order."""
+    answers: dict[str, ClientUpdate | ClientFailure] = {
+        client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
+    }
+    jobs = [
+        make_job(holder.clients[client_id], request, num_drawn)
+        for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
+        if client_id in holder.clients and holder.clients[client_id].train
+    ]
+    for job, result in zip(jobs, holder.engine.train(jobs), strict=True):
+        try:
+            answers[job.client_id] = protect(
+                result,
+                [row for batch in job.batches for row in batch],
+                round_num=request.round_num,
+                weighting=request.weighting,
+                num_train=len(holder.clients[job.client_id].train),
+            )
+        except NonFiniteError as error:
+            _logger.warning("%s", error)
+            answers[job.client_id] = ClientFailure(client_id=job.client_id, code=error.code)
+    return list(answers.values())
+
+
+def make_job(client: ClientTokens, request: TrainRequest, num_drawn: int) -> Job:
+    """Return a client's work in a round: the rows that follow those it has drawn, cut into local steps."""
+    training = request.training
+    drawn = draw_rows(
+        len(client.train),
+        seed=request.seed,
+        client_id=client.client_id,
+        start=num_drawn,
+        count=training.steps * training.batch_size,
+    )
+    rows: list[Encoded] = [client.train[index] for index in drawn]
+    size = training.batch_size
+    batches = tuple(tuple(rows[step * size : (step + 1) * size]) for step in range(training.steps))
+    return Job(client.client_id, request.adapter.vector, batches, training)
+
+
+def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation | ClientFailure]:
+    """Return the held-out loss of every client the request names, in its order."""
+    answers: list[ClientEvaluation | ClientFailure] = []
+    for client_id in request.client_ids:
+        client = holder.clients.get(client_id)
+        if client is None or not client.held_out:
+            answers.append(ClientFailure(client_id=client_id, code="no-data"))
+        else:
+            answers.append(holder.engine.evaluate(client_id, request.adapter, client.held_out))
+    return answers

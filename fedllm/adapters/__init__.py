@@ -1,0 +1,1 @@
+"""What an adapter is: layout, state, factored algebra and the folder it is published in."""

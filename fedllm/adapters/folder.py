@@ -1,0 +1,123 @@
+"""The published form of an adapter: a standard PEFT folder, plus what makes loading it strict.
+
+`adapter_config.json` and `adapter_model.safetensors` are what PEFT, vLLM and lm-eval read. `fedllm.json`
+holds the layout with the base model's fingerprint, and `manifest.json` the SHA-256 of every file: PEFT alone
+accepts renamed keys, missing keys, NaN and flipped bits without a word.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
+from fedllm.errors import FedLLMError, IntegrityError
+from fedllm.runs.atomic import complete_folder, verify_manifest
+
+WEIGHTS = "adapter_model.safetensors"
+DESCRIPTION = "fedllm.json"
+
+
+@dataclass(frozen=True, eq=False)
+class PublishedAdapter:
+    """An adapter as loaded from its folder, with the base model it names."""
+
+    state: AdapterState
+    base_model: str
+    revision: str
+
+
+def save_adapter(
+    folder: Path,
+    state: AdapterState,
+    *,
+    base_model: str,
+    revision: str,
+    target_modules: Sequence[str],
+    card: str,
+) -> None:
+    """Write the PEFT folder of `state` in one step; `card` becomes its README.md.
+
+    Raises:
+        NonFiniteError: the adapter holds NaN or infinite values, which are never published.
+    """
+    from peft import LoraConfig, TaskType
+    from safetensors.torch import save_file
+
+    state.checked_finite()
+    layout = state.layout
+    lora = LoraConfig(
+        r=layout.rank,
+        lora_alpha=layout.alpha,  # type: ignore[arg-type]
+        target_modules=sorted(target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+        base_model_name_or_path=base_model,
+        revision=revision or None,
+    )
+    description = {"base_model": base_model, "revision": revision, "layout": layout.to_dict()}
+    with complete_folder(folder) as building:
+        lora.save_pretrained(str(building))
+        tensors = {name: tensor.contiguous().clone() for name, tensor in state.tensors().items()}
+        save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
+        (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        (building / "README.md").write_text(card)
+
+
+def load_adapter(folder: Path) -> PublishedAdapter:
+    """Return the adapter in a folder written by `save_adapter`, or refuse it.
+
+    Raises:
+        IntegrityError: a file is missing, extra, pickled or changed; a tensor is missing, renamed, of another
+            shape or dtype, or not finite.
+    """
+    pickled = [file.name for file in folder.glob("*") if file.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    if pickled:
+        raise IntegrityError(f"{folder / pickled[0]}: pickled weights are never loaded; use {WEIGHTS}")
+    if not (folder / WEIGHTS).is_file():
+        raise IntegrityError(f"{folder}: no {WEIGHTS}, so not an adapter folder")
+    verify_manifest(folder)
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        layout = layout_from_dict(description["layout"])
+        state = load_tensors(folder / WEIGHTS, layout)
+        return PublishedAdapter(
+            state.checked_finite(), str(description["base_model"]), str(description["revision"])
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = str(error) if isinstance(error, FedLLMError) else type(error).__name__
+        raise IntegrityError(f"{folder}: not an adapter published by fedllm ({what})") from None
+    except FedLLMError as error:
+        raise IntegrityError(f"{folder}: {error}") from None
+
+
+def load_tensors(file: Path, layout: AdapterLayout) -> AdapterState:
+    """Return the adapter in a safetensors file whose names, shapes and dtypes are exactly the layout's.
+
+    Raises:
+        IntegrityError: they are not, or the file is not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except SafetensorError:
+        raise IntegrityError(f"{file}: not a safetensors file") from None
+    expected = {spec.name: spec for spec in layout.tensors}
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        raise IntegrityError(f"{file}: tensor {name!r} is {'missing' if name in expected else 'unexpected'}")
+    vector = torch.empty(layout.size)
+    for spec, view in layout.views(vector):
+        tensor = tensors[spec.name]
+        if tensor.shape != spec.shape or tensor.dtype != torch.float32:
+            shape = tuple(tensor.shape)
+            raise IntegrityError(
+                f"{file}: {spec.name} is {tensor.dtype} {shape}, expected float32 {spec.shape}"
+            )
+        view.copy_(tensor)
+    return AdapterState(layout, vector)

@@ -1,0 +1,179 @@
+"""What an adapter is: a layout that names every tensor, and one flat vector.
+
+The layout is the contract of a run. Two machines that hold the same digest agree on every name, shape and
+offset and on the frozen base model, so a vector that travels needs no names of its own.
+Tensor suffixes: R rank, D feature.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+
+from fedllm.errors import LayoutError, NonFiniteError
+from fedllm.seeds import derive_seed
+
+PEFT_PREFIX = "base_model.model."  # how PEFT names the wrapped model inside an adapter file
+
+
+@dataclass(frozen=True)
+class LoraMatrix:
+    """One adapted linear layer: `module` computes y = W x + scale * B A x with A [R, D_in], B [D_out, R]."""
+
+    module: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where one PEFT tensor lies in the flat vector."""
+
+    name: str
+    shape: tuple[int, int]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Ordered LoRA matrices of one base model, all of one rank and alpha.
+
+    `fingerprint` identifies the base model (`fedllm.models.base.fingerprint`).
+    """
+
+    matrices: tuple[LoraMatrix, ...]
+    rank: int
+    alpha: float
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        if not self.matrices:
+            raise LayoutError("no linear layer is adapted; check lora.target-modules")
+        if len({matrix.module for matrix in self.matrices}) != len(self.matrices):
+            raise LayoutError("a layer is adapted twice")
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank in front of B A."""
+        return self.alpha / self.rank
+
+    @cached_property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """PEFT tensors in order: A then B of every matrix."""
+        specs, offset = [], 0
+        for matrix in self.matrices:
+            for letter, shape in (
+                ("A", (self.rank, matrix.in_features)),
+                ("B", (matrix.out_features, self.rank)),
+            ):
+                spec = TensorSpec(f"{PEFT_PREFIX}{matrix.module}.lora_{letter}.weight", shape, offset)
+                specs.append(spec)
+                offset += spec.size
+        return tuple(specs)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of values of the flat vector."""
+        return self.tensors[-1].offset + self.tensors[-1].size
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything above."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, object]:
+        """Return a JSON-ready form; `layout_from_dict` is its inverse."""
+        return asdict(self)
+
+    def views(self, vector: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """Yield every tensor of `vector` [P] as a view of its storage, in order."""
+        for spec in self.tensors:
+            yield spec, vector[spec.offset : spec.offset + spec.size].view(spec.shape)
+
+    def factors(self, vector: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return (A [R, D_in], B [D_out, R]) of every matrix as views of `vector` [P]."""
+        tensors = [view for _, view in self.views(vector)]
+        return list(zip(tensors[0::2], tensors[1::2], strict=True))
+
+    def flatten(self, factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Return the flat float32 vector [P] of (A, B) pairs; the inverse of `factors`."""
+        parts = [tensor.reshape(-1).to(torch.float32) for pair in factors for tensor in pair]
+        return torch.cat(parts)
+
+
+def layout_from_dict(values: dict[str, object]) -> AdapterLayout:
+    """Rebuild a layout from `AdapterLayout.to_dict`.
+
+    Raises:
+        LayoutError: an entry is missing or of the wrong kind.
+    """
+    try:
+        matrices = tuple(
+            LoraMatrix(str(item["module"]), int(item["in_features"]), int(item["out_features"]))
+            for item in values["matrices"]  # type: ignore[attr-defined]
+        )
+        return AdapterLayout(
+            matrices,
+            int(values["rank"]),  # type: ignore[call-overload]
+            float(values["alpha"]),  # type: ignore[arg-type]
+            str(values["fingerprint"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise LayoutError(f"not an adapter layout ({type(error).__name__})") from None
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterState:
+    """An adapter: its layout and one flat vector [P] of float32 on the CPU."""
+
+    layout: AdapterLayout
+    vector: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.vector.shape != (self.layout.size,):
+            got = "x".join(map(str, self.vector.shape))
+            raise LayoutError(f"adapter vector has shape {got}, the layout needs {self.layout.size}")
+        if self.vector.dtype != torch.float32 or self.vector.device.type != "cpu":
+            raise LayoutError(
+                f"adapter vector is {self.vector.dtype} on {self.vector.device}, expected float32 on the CPU"
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of layout and values: equal digests mean equal adapters, bit for bit."""
+        hasher = hashlib.sha256(self.layout.digest.encode())
+        hasher.update(self.vector.numpy().tobytes())
+        return hasher.hexdigest()
+
+    def checked_finite(self) -> "AdapterState":
+        """Return self.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite.
+        """
+        if not bool(torch.isfinite(self.vector).all()):
+            raise NonFiniteError("the adapter holds NaN or infinite values")
+        return self
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return named PEFT tensors that share this state's storage."""
+        return {spec.name: view for spec, view in self.layout.views(self.vector)}
+
+
+def initial_adapter(layout: AdapterLayout, seed: int) -> AdapterState:
+    """Return the adapter every client starts from: A uniform in ±1/sqrt(D_in) (PEFT's default), B zero."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "initial-adapter"))
+    vector = torch.zeros(layout.size)
+    for a_RD, _ in layout.factors(vector):
+        a_RD.uniform_(-1.0, 1.0, generator=generator).mul_(a_RD.shape[1] ** -0.5)
+    return AdapterState(layout, vector)

@@ -1,0 +1,292 @@
+"""The one home of every default: a frozen tree whose leaves are the flat keys of a run.
+
+`train.local-steps` names the same value in a TOML recipe, on the command line, in `flwr run --run-config`
+and in `[tool.flwr.app.config]`. Flower admits only scalars, so every leaf is a bool, int, float or str.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
+
+from fedllm.errors import ConfigError
+
+Scalar: TypeAlias = bool | int | float | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which frozen base model, and how this machine holds it."""
+
+    name: str = "smollm2-135m-instruct"  # alias, hub id, local folder or .gguf file
+    revision: str = ""  # hub revision; empty = the default branch
+    dtype: str = "auto"  # auto = float32 on CPU, bfloat16 on GPU
+    device: str = "auto"  # auto = cuda where present, else cpu
+    quantization: str = "none"  # none | 8bit | 4bit (bitsandbytes, GPU)
+    gradient_checkpointing: bool = False
+    num_threads: int = 0  # CPU threads of torch; 0 = torch's own choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapter's numbers (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: str = "all-linear"  # or a comma-separated list: "q_proj,v_proj"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where private text is and how it becomes one shard per client."""
+
+    source: str = "docstrings"  # docstrings | hub id | local path, glob or comma-separated paths
+    split: str = "train"  # split of a hub data set
+    partition: str = "column:client"  # column:NAME | iid | dirichlet:NAME:ALPHA | quantity:SKEW
+    prompt_column: str = ""  # empty = detected by its usual names
+    response_column: str = ""
+    text_column: str = ""
+    on_bad_row: str = "skip"  # skip | stop
+    held_out_fraction: float = 0.1  # share of a client's rows kept for evaluation
+    max_held_out: int = 64  # rows of that share at most
+    max_rows: int = 0  # rows of a client at most, before the split; 0 = all
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """Who takes part, and when a round closes."""
+
+    num_clients: int = 8
+    num_rounds: int = 3
+    cohort_size: int = 0  # clients of a round; 0 = cohort-fraction of all
+    cohort_fraction: float = 1.0
+    over_selection: float = 1.0  # ask this many times the cohort and keep the first to answer
+    min_clients: int = 1  # fewer accepted updates leave the model unchanged
+    round_deadline: float = 600.0  # seconds
+    join_deadline: float = 120.0  # seconds to wait for nodes to appear and answer
+    max_retries: int = 2  # attempts after a round's first
+    max_failure_rate: float = 0.5  # of the replies asked for so far; above it the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One client's local training in one round."""
+
+    local_steps: int = 4
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    schedule: str = "constant"  # constant | cosine (over rounds)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of a client's whole gradient; 0 = off
+    max_length: int = 256  # tokens of a row
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig:
+    """How client updates become one adapter."""
+
+    read_out: str = "svd"  # svd | factor-mean
+    weighting: str = "examples"  # examples | tokens | uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireConfig:
+    """How a delta travels."""
+
+    codec: str = "bf16"  # fp32 | bf16 | int8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured besides the training loss."""
+
+    every: int = 0  # held-out loss every so many rounds; 0 = before the first and after the last
+    prompts: str = ""  # public prompts answered before and after, separated by " || "
+    max_new_tokens: int = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """The run itself: its folder and whether it continues an earlier one."""
+
+    name: str = "quickstart"
+    output: str = ""  # folder that holds run folders; empty = ./runs
+    resume: bool = False
+
+
+def _section(factory: Callable[[], Any]) -> Any:
+    return field(default_factory=factory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. Build it with `from_flat`; read any leaf as an attribute."""
+
+    seed: int = 0
+    run: RunSection = _section(RunSection)
+    model: ModelConfig = _section(ModelConfig)
+    lora: LoraConfig = _section(LoraConfig)
+    data: DataConfig = _section(DataConfig)
+    federation: FederationConfig = _section(FederationConfig)
+    train: TrainConfig = _section(TrainConfig)
+    aggregation: AggregationConfig = _section(AggregationConfig)
+    wire: WireConfig = _section(WireConfig)
+    evaluation: EvaluationConfig = _section(EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """Return every leaf under its flat kebab key, in declaration order."""
+        return dict(_leaves(self))
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Scalar]) -> "RunConfig":
+        """Build a checked config from flat keys; keys left out keep their default.
+
+        Raises:
+            ConfigError: a key is unknown (the nearest known one is named) or a value is out of range.
+        """
+        defaults = dict(_leaves(cls()))
+        sections: dict[str, dict[str, Scalar]] = {}
+        top: dict[str, Any] = {}
+        for key, value in flat.items():
+            if key not in defaults:
+                raise ConfigError(f"unknown key {key!r}{nearest(key, defaults)}")
+            typed = coerce(key, value, defaults[key])
+            section, _, leaf = key.partition(".")
+            if leaf:
+                sections.setdefault(section, {})[leaf.replace("-", "_")] = typed
+            else:
+                top[section] = typed
+        for item in fields(cls):
+            if item.name in sections:
+                top[item.name] = dataclasses.replace(getattr(cls(), item.name), **sections[item.name])
+        return cls(**top)
+
+    def override(self, changes: Mapping[str, Scalar]) -> "RunConfig":
+        """Return this config with the flat keys of `changes` replaced."""
+        return type(self).from_flat({**self.to_flat(), **changes})
+
+
+def _leaves(config: RunConfig) -> Iterable[tuple[str, Scalar]]:
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            for leaf in fields(value):
+                yield f"{item.name}.{leaf.name.replace('_', '-')}", getattr(value, leaf.name)
+        else:
+            yield item.name, value
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the known key closest to `key`, or ""."""
+    names = list(known)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if not close:  # people often write only the last part: "rank" for "lora.rank"
+        close = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    return f"; did you mean {close[0]!r}?" if close else "; `fedllm check` lists every key"
+
+
+def coerce(key: str, value: Any, like: Scalar) -> Scalar:
+    """Return `value` as the type of `like`, accepting the text forms a command line or TOML gives.
+
+    Raises:
+        ConfigError: `value` does not denote a value of that type.
+    """
+    wanted = type(like)
+    if wanted is bool and isinstance(value, str) and value.lower() in {"true", "false"}:
+        return value.lower() == "true"
+    if wanted is str and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return ",".join(value)  # a TOML list, as people write target-modules
+    if wanted is type(value):
+        return value  # type: ignore[no-any-return]
+    try:
+        if wanted is float and not isinstance(value, bool):
+            return float(value)
+        if wanted is int and isinstance(value, str):
+            return int(value)
+    except ValueError:
+        pass
+    raise ConfigError(f"{key} = {value!r}: expected {_TYPE_NAMES[wanted]}")
+
+
+_TYPE_NAMES: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
+    "model.quantization": ("none", "8bit", "4bit"),
+    "data.on-bad-row": ("skip", "stop"),
+    "train.schedule": ("constant", "cosine"),
+    "aggregation.read-out": ("svd", "factor-mean"),
+    "aggregation.weighting": ("examples", "tokens", "uniform"),
+    "wire.codec": ("fp32", "bf16", "int8"),
+}
+
+# key -> (lowest, highest, whether the lowest itself is refused)
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "seed": (0, 2**63 - 1, False),
+    "model.num-threads": (0, 1024, False),
+    "lora.rank": (1, 4096, False),
+    "lora.alpha": (0, math.inf, True),
+    "data.held-out-fraction": (0, 0.9, False),
+    "data.max-held-out": (0, math.inf, False),
+    "data.max-rows": (0, math.inf, False),
+    "federation.num-clients": (1, 1_000_000, False),
+    "federation.num-rounds": (1, 1_000_000, False),
+    "federation.cohort-size": (0, 1_000_000, False),
+    "federation.cohort-fraction": (0, 1, True),
+    "federation.over-selection": (1, 10, False),
+    "federation.min-clients": (1, 1_000_000, False),
+    "federation.round-deadline": (0, math.inf, True),
+    "federation.join-deadline": (0, math.inf, True),
+    "federation.max-retries": (0, 1000, False),
+    "federation.max-failure-rate": (0, 1, False),
+    "train.local-steps": (1, 1_000_000, False),
+    "train.batch-size": (1, 1_000_000, False),
+    "train.learning-rate": (0, math.inf, True),
+    "train.weight-decay": (0, math.inf, False),
+    "train.clip-norm": (0, math.inf, False),
+    "train.max-length": (8, 10_000_000, False),
+    "evaluation.every": (0, 1_000_000, False),
+    "evaluation.max-new-tokens": (0, 100_000, False),
+}
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a config whose values are out of range or contradict each other.
+
+    Raises:
+        ConfigError: naming the key, its value and what is allowed.
+    """
+    flat = config.to_flat()
+    for key, allowed in _CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(f"{key} = {flat[key]!r}: expected one of {', '.join(allowed)}")
+    for key, (low, high, open_below) in _RANGES.items():
+        value = float(flat[key])
+        if math.isnan(value) or value < low or value > high or (open_below and value == low):
+            bounds = f"{'above' if open_below else 'at least'} {low:g}"
+            bounds += "" if math.isinf(high) else f" and at most {high:g}"
+            raise ConfigError(f"{key} = {flat[key]!r}: expected a value {bounds}")
+    num_clients, cohort_size = config.federation.num_clients, cohort_size_of(config)
+    if cohort_size > num_clients:
+        raise ConfigError(
+            f"federation.cohort-size = {cohort_size} is above federation.num-clients = {num_clients}"
+        )
+    if config.federation.min_clients > cohort_size:
+        raise ConfigError(
+            f"federation.min-clients = {config.federation.min_clients} is above the cohort of {cohort_size}"
+        )
+    if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
+        raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")
+
+
+def cohort_size_of(config: RunConfig) -> int:
+    """Return how many clients a round trains: the fixed size, else the fraction of all, at least one."""
+    federation = config.federation
+    if federation.cohort_size:
+        return federation.cohort_size
+    return max(1, round(federation.cohort_fraction * federation.num_clients))

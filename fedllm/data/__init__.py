@@ -1,0 +1,1 @@
+"""Private text: sources, fields, partitions and the default corpus."""

@@ -1,0 +1,143 @@
+"""Where the Python sources lie that fedllm's users have installed anyway; nothing is imported.
+
+A source is a distribution that fedllm depends on, directly or not, or a part of the standard library.
+"""
+
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+# What pyproject.toml requires. Flower runs fedllm from a bundle, where no metadata says so.
+_REQUIREMENTS = (
+    "flwr[simulation]",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "gguf",
+    "typer",
+    "rich",
+    "tomli-w",
+)
+_REQUIREMENT = re.compile(
+    r"\s*(?P<name>[\w.-]+)\s*(\[(?P<extras>[^]]*)\])?[^;]*(;(?P<marker>.*))?", re.DOTALL
+)
+_EXTRA = re.compile(r"""extra\s*==\s*["']([\w.-]+)["']""")
+
+# Folders that neither a distribution's name nor its list of top-level modules gives away
+_FOLDERS = {
+    "python-dateutil": "dateutil",
+    "protobuf": "google/protobuf",
+    "markdown-it-py": "markdown_it",
+    "pyyaml": "yaml",
+    "pycryptodome": "Crypto",
+}
+_TEST_FOLDERS = frozenset({"tests", "test", "testing", "_testing"})
+_FOREIGN_FOLDERS = frozenset(  # other people's code, and what is not Python
+    {
+        *("_vendor", "vendor", "vendored", "_vendored", "third_party", "thirdparty", "thirdparty_files"),
+        *("externals", "_external", "extern", "include", "lib", "bin", "share", "__pycache__"),
+    }
+)
+_SKIPPED_FILE = re.compile(r"test_.*|.*_test|.*_tests|conftest|.*_pb2|.*_pb2_grpc")
+_SKIPPED_STANDARD = frozenset(  # tests, copies of distributions, tables
+    {"idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "distutils"}
+    | {"site-packages", "dist-packages"}
+    | _TEST_FOLDERS
+)
+_MODULES = "python"  # the client that holds the standard library's single-file modules
+
+
+@dataclass(frozen=True)
+class Package:
+    """One top-level package; `nested` is false where only the folder's own files belong to it."""
+
+    name: str
+    folder: Path
+    nested: bool = True
+
+
+def installed_packages() -> tuple[Package, ...]:
+    """Return fedllm's dependencies and the parts of the standard library, sorted by name."""
+    found = {package.name: package for package in (*_standard_packages(), *_dependency_packages())}
+    return tuple(found[name] for name in sorted(found))
+
+
+def source_files(package: Package) -> list[Path]:
+    """Return the package's own Python files: no tests, no vendored or generated code.
+
+    They are ordered by a hash of their relative path, so that a prefix of the list is spread evenly over the
+    package and one more file in the next version displaces no other.
+    """
+    files = (file for file in _walk(package) if not _SKIPPED_FILE.fullmatch(file.stem))
+    return sorted(files, key=lambda file: _path_hash(file.relative_to(package.folder)))
+
+
+def _path_hash(path: Path) -> bytes:
+    return hashlib.sha256(path.as_posix().encode("utf-8", "surrogateescape")).digest()
+
+
+def _walk(package: Package) -> Iterator[Path]:
+    for folder, folders, names in os.walk(package.folder):
+        skipped = _TEST_FOLDERS | _FOREIGN_FOLDERS
+        nested = [name for name in folders if name not in skipped and not name.startswith(".")]
+        folders[:] = nested if package.nested else []
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+
+
+def _standard_packages() -> Iterator[Package]:
+    root = Path(sysconfig.get_path("stdlib"))
+    if root.is_dir():
+        yield Package(_MODULES, root, nested=False)
+        names = (file.parent.name for file in root.glob("*/__init__.py"))
+        yield from (Package(name, root / name) for name in names if name not in _SKIPPED_STANDARD)
+
+
+def _dependency_packages() -> Iterator[Package]:
+    for name, distribution in sorted(_dependencies().items()):
+        listed = (distribution.read_text("top_level.txt") or "").split()
+        for folder in dict.fromkeys([_FOLDERS.get(name, name.replace("-", "_")), *listed]):
+            path = Path(str(distribution.locate_file(folder)))
+            if not folder.startswith("_") and (path / "__init__.py").is_file():
+                yield Package(folder.replace("/", "."), path)
+
+
+def _dependencies() -> dict[str, metadata.Distribution]:
+    try:
+        waiting = list(metadata.requires("fedllm") or _REQUIREMENTS)
+    except metadata.PackageNotFoundError:
+        waiting = list(_REQUIREMENTS)
+    found: dict[str, metadata.Distribution] = {}
+    done: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        name, extras, marker = _parse_requirement(waiting.pop())
+        if (name, extras) in done or _EXTRA.search(marker):
+            continue
+        done.add((name, extras))
+        try:
+            found[name] = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # of another platform
+        waiting.extend(_open_requirement(line, extras) for line in found[name].requires or [])
+    return found
+
+
+def _parse_requirement(line: str) -> tuple[str, frozenset[str], str]:
+    """Return the normalised name, the extras asked for and the marker of a requirement line."""
+    match = _REQUIREMENT.match(line)
+    assert match is not None  # installed metadata is well-formed
+    extras = frozenset(extra.strip() for extra in (match["extras"] or "").split(",") if extra.strip())
+    return re.sub(r"[-_.]+", "-", match["name"]).lower(), extras, match["marker"] or ""
+
+
+def _open_requirement(line: str, extras: frozenset[str]) -> str:
+    """Return `line` without its marker where one of `extras` asks for it."""
+    wanted = _EXTRA.search(line)
+    return line.partition(";")[0] if wanted and wanted[1] in extras else line

@@ -1,0 +1,172 @@
+"""From a data configuration to one shard per client, and the order in which a client draws its rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedllm.config import DataConfig
+from fedllm.data.example import BadRow, ClientRows, Example
+from fedllm.data.fields import RowProblem, detect_fields, to_example
+from fedllm.data.partition import Partition, parse_partition, partition_rows, row_label
+from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
+from fedllm.errors import NoDataError
+from fedllm.seeds import derive_seed
+
+_DEFAULT_PACKAGES = 8  # of the docstrings corpus where packages are not the clients
+
+
+@dataclass(frozen=True)
+class Shards:
+    """All clients of a run on one machine; `partition` counts usable rows only, in reading order."""
+
+    clients: tuple[ClientRows, ...]
+    bad: tuple[BadRow, ...]
+    partition: Partition
+
+
+@dataclass(frozen=True)
+class ClientShard:
+    """The rows of the one client that this machine holds, and its rows that cannot be used."""
+
+    client: ClientRows
+    bad: tuple[BadRow, ...]
+
+
+@dataclass(frozen=True)
+class _Usable:
+    rows: tuple[dict[str, Any], ...]
+    examples: tuple[Example, ...]
+    bad: tuple[BadRow, ...]
+
+
+def load_shards(data: DataConfig, *, num_clients: int, seed: int) -> Shards:
+    """Read `data.source` and deal it to `num_clients` clients, each with its held-out rows set apart.
+
+    Raises:
+        ConfigError: the partition or the column mapping is malformed or does not fit the rows.
+        DataError: the source cannot be read, has no known columns, or holds a bad row under `stop`.
+        NoDataError: the source has no usable row.
+    """
+    by_column = parse_partition(data.partition).form == "column"
+    num_packages = num_clients if by_column else min(num_clients, _DEFAULT_PACKAGES)
+    rows = read_rows(data.source, split=data.split, on_bad_row=data.on_bad_row, num_packages=num_packages)
+    usable = _usable(rows, data, parse_partition(data.partition).column)
+    if not usable.examples:
+        raise _nothing_usable(data.source, usable.bad)
+    partition = partition_rows(usable.rows, data.partition, num_clients=num_clients, seed=seed)
+    clients = (
+        _client_rows([usable.examples[index] for index in indices], data, client_id, seed)
+        for client_id, indices in zip(partition.client_ids, partition.indices, strict=True)
+    )
+    return Shards(tuple(clients), usable.bad, partition)
+
+
+def load_one_client(path: str | Path, data: DataConfig, *, client_id: str, seed: int) -> ClientShard:
+    """Read local files that belong whole to `client_id`; `data.source` and `data.partition` are not used.
+
+    Raises:
+        ConfigError: the column mapping is malformed.
+        DataError: the files cannot be read, have no known columns, or hold a bad row under `stop`.
+        NoDataError: the files have no usable row.
+    """
+    rows = read_local_rows(str(path), on_bad_row=data.on_bad_row)
+    usable = _usable(rows, data, "")
+    if not usable.examples:
+        raise _nothing_usable(str(path), usable.bad)
+    return ClientShard(_client_rows(usable.examples, data, client_id, seed), usable.bad)
+
+
+def draw_rows(num_rows: int, *, seed: int, client_id: str, start: int, count: int) -> tuple[int, ...]:
+    """Return the rows a client draws next, after the `start` it has drawn so far in the run.
+
+    Each pass over the rows is a permutation of its own, so all are seen before any is seen twice, and the
+    answer depends on nothing but the arguments: a resumed run draws on as if never interrupted.
+
+    Args:
+        num_rows: the rows the client trains on.
+        seed: the run's seed.
+        client_id: the client, whose order is its own.
+        start: rows drawn before, from 0.
+        count: rows to draw.
+
+    Returns:
+        `count` indices below `num_rows`.
+
+    Raises:
+        NoDataError: `num_rows` is 0.
+    """
+    if num_rows == 0:
+        raise NoDataError(f"client {client_id!r} has no row to train on; leave it out of the cohort")
+    if min(num_rows, start, count) < 0:
+        raise ValueError(f"negative argument: num_rows={num_rows}, start={start}, count={count}")
+    first, last = start // num_rows, (start + count) // num_rows
+    stream = np.concatenate(
+        [_permutation(num_rows, seed, "epoch", client_id, epoch) for epoch in range(first, last + 1)]
+    )
+    offset = start - first * num_rows
+    return tuple(int(index) for index in stream[offset : offset + count])
+
+
+def _permutation(length: int, seed: int, *names: str | int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.Generator(np.random.PCG64(derive_seed(seed, *names))).permutation(length)
+
+
+def _usable(rows: Rows, data: DataConfig, partition_column: str) -> _Usable:
+    if not rows.rows:
+        return _Usable((), (), rows.bad)
+    fields = detect_fields(
+        dict.fromkeys(name for row in rows.rows for name in row),
+        prompt_column=data.prompt_column,
+        response_column=data.response_column,
+        text_column=data.text_column,
+    )
+    # A column that no row has is a wrong setting, which partition_rows reports, not a file of bad rows
+    labelled = partition_column and any(row_label(row, partition_column) for row in rows.rows)
+    kept: list[tuple[dict[str, Any], Example]] = []
+    bad: list[BadRow] = []
+    for row, (file, line) in zip(rows.rows, rows.origins, strict=True):
+        try:
+            example = to_example(row, fields)
+            if labelled and row_label(row, partition_column) is None:
+                raise RowProblem(f"column {partition_column!r}, which parts the rows, has no value")
+        except RowProblem as problem:
+            bad.append(BadRow(file, line, str(problem)))
+            if data.on_bad_row == "stop":
+                raise bad_row_error(bad[-1]) from None
+            continue
+        kept.append((row, example))
+    return _Usable(tuple(row for row, _ in kept), tuple(made for _, made in kept), (*rows.bad, *bad))
+
+
+def _nothing_usable(source: str, bad: Sequence[BadRow]) -> NoDataError:
+    if not bad:
+        return NoDataError(f"{source}: holds no rows; name a source that does")
+    first = bad[0]
+    return NoDataError(
+        f"{source}: none of its {len(bad)} rows can be used; the first, {first.file}, line {first.line}: "
+        f"{first.reason}; check the file and the data.*-column keys"
+    )
+
+
+def _client_rows(examples: Sequence[Example], data: DataConfig, client_id: str, seed: int) -> ClientRows:
+    if data.max_rows and len(examples) > data.max_rows:
+        drawn = _permutation(len(examples), seed, "max-rows", client_id)[: data.max_rows]
+        examples = [examples[index] for index in sorted(drawn)]
+    order = _permutation(len(examples), seed, "held-out", client_id)
+    chosen = {int(index) for index in order[: _held_out_count(len(examples), data)]}
+    held_out = [example for index, example in enumerate(examples) if index in chosen]
+    memorised = set(held_out)  # a copy left in train would make the held-out loss a test of memory
+    train = [example for example in examples if example not in memorised]
+    if not train:  # every row is a copy of another: rather train unmeasured than not at all
+        train, held_out = list(examples), []
+    return ClientRows(client_id, tuple(train), tuple(held_out))
+
+
+def _held_out_count(num_rows: int, data: DataConfig) -> int:
+    if num_rows < 2 or data.held_out_fraction == 0:
+        return 0
+    wanted = max(1, round(data.held_out_fraction * num_rows))
+    return min(wanted, data.max_held_out, num_rows - 1)

@@ -1,0 +1,95 @@
+"""Errors a person can act on: one line that says what, where and what to do.
+
+Every error of fedllm that a user or a peer can cause derives from `FedLLMError`. The command line prints
+only its message; programming mistakes stay ordinary exceptions with a traceback.
+"""
+
+
+class FedLLMError(Exception):
+    """Base of all expected failures. `code` is the only part of an error that may leave a client."""
+
+    code = "failed"
+
+
+class ConfigError(FedLLMError, ValueError):
+    """A configuration key or value is unknown, out of range or contradicts another."""
+
+    code = "bad-config"
+
+
+class DataError(FedLLMError, ValueError):
+    """A data source, row, column or partition cannot be used. Never quotes the text of a row."""
+
+    code = "bad-data"
+
+
+class NoDataError(DataError):
+    """A client holds no usable row; it is left out of the run."""
+
+    code = "no-data"
+
+
+class ModelError(FedLLMError, RuntimeError):
+    """A base model is absent, unsupported or not the one the run uses."""
+
+    code = "bad-model"
+
+
+class LayoutError(FedLLMError, ValueError):
+    """An adapter does not have the names, shapes or base model that the run expects."""
+
+    code = "wrong-layout"
+
+
+class IntegrityError(FedLLMError, ValueError):
+    """Bytes, a checkpoint or an adapter folder were damaged or tampered with."""
+
+    code = "damaged"
+
+
+class WireError(IntegrityError):
+    """A packet cannot be decoded: wrong magic, version, length, checksum or payload."""
+
+    code = "bad-packet"
+
+
+class NonFiniteError(FedLLMError, ArithmeticError):
+    """Training produced NaN or infinity; nothing is sent."""
+
+    code = "non-finite"
+
+
+class CheckpointError(FedLLMError, OSError):
+    """A checkpoint could not be written or none can be resumed from."""
+
+    code = "checkpoint"
+
+
+class RunFailedError(FedLLMError, RuntimeError):
+    """A run stopped because too many rounds or clients failed."""
+
+    code = "run-failed"
+
+
+class MissingExtraError(FedLLMError, ImportError):
+    """An optional package is needed; the message names the install command."""
+
+    code = "missing-package"
+
+
+# What a client may report in place of an update. Strings outside this set never travel.
+CLIENT_ERROR_CODES = frozenset(
+    {
+        FedLLMError.code,
+        ConfigError.code,
+        DataError.code,
+        NoDataError.code,
+        ModelError.code,
+        LayoutError.code,
+        WireError.code,
+        NonFiniteError.code,
+        MissingExtraError.code,
+        "out-of-memory",
+        "internal",
+    }
+)

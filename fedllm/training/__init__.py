@@ -1,0 +1,1 @@
+"""Local training: the engine, its plain twin, loss and evaluation."""

@@ -1,0 +1,49 @@
+"""The plain twin of the engine: PEFT, padding, torch's AdamW. Read this first; the engine must agree with it.
+
+It is what a textbook would do for one client, and it wastes what textbooks waste: padded tokens, logits of
+every prompt token, one kernel per tensor. Tests assert that both give the same delta.
+"""
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.models.base import BaseModel
+from fedllm.models.chat import IGNORED
+from fedllm.training.jobs import Job
+
+
+def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Tensor:
+    """Return the delta [P] of one job. The base model is left as it was."""
+    modules = [matrix.module for matrix in layout.matrices]
+    lora = LoraConfig(r=layout.rank, lora_alpha=layout.alpha, target_modules=modules, lora_dropout=0.0)
+    model = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+    parameters = [dict(model.named_parameters())[_peft_name(spec.name)] for spec in layout.tensors]
+    with torch.no_grad():
+        for parameter, (_, start) in zip(parameters, layout.views(job.start), strict=True):
+            parameter.copy_(start)
+    numbers = job.training
+    optimizer = torch.optim.AdamW(
+        parameters, lr=numbers.learning_rate, betas=(0.9, 0.999), weight_decay=numbers.weight_decay
+    )
+    for batch in job.batches:
+        length = max(len(row.tokens) for row in batch)
+        tokens = torch.tensor([row.tokens + (0,) * (length - len(row.tokens)) for row in batch])
+        labels = torch.tensor([row.labels + (IGNORED,) * (length - len(row.labels)) for row in batch])
+        mask = torch.tensor([[1] * len(row.tokens) + [0] * (length - len(row.tokens)) for row in batch])
+        logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        if numbers.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, numbers.clip_norm)
+        optimizer.step()
+    after = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+    model.unload()
+    return after - job.start.to(after)
+
+
+def _peft_name(saved_name: str) -> str:
+    """Return PEFT's in-memory name of a tensor; a saved adapter leaves out the adapter's own name."""
+    return saved_name.replace(".weight", ".default.weight")

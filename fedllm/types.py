@@ -1,0 +1,152 @@
+"""The values a round passes between its steps. Frozen; checked when built; no behaviour."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fedllm.adapters.layout import AdapterState
+from fedllm.errors import LayoutError
+
+# The only numbers besides its delta that a client's update may carry.
+UPDATE_METRICS = ("weight", "num_tokens", "train_loss", "num_truncated", "seconds")
+EVALUATION_METRICS = ("loss", "num_tokens", "num_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """Numbers of one client's training in one round; `learning_rate` is already the round's."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    clip_norm: float
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What a node receives: which of its clients train, from where, and how.
+
+    `num_drawn[i]` counts the rows that `client_ids[i]` drew in earlier rounds, so that a client whose
+    process is new every time still sees all its rows before any twice.
+    """
+
+    round_num: int
+    client_ids: tuple[str, ...]
+    num_drawn: tuple[int, ...]
+    adapter: AdapterState
+    training: LocalTraining
+    codec: str
+    weighting: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.client_ids) != len(self.num_drawn) or len(set(self.client_ids)) != len(self.client_ids):
+            raise LayoutError("a train request names each client once, with the rows it has drawn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest:
+    """Which of a node's clients measure the held-out loss of `adapter`."""
+
+    round_num: int
+    client_ids: tuple[str, ...]
+    adapter: AdapterState
+    max_length: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClientUpdate:
+    """What a client returns: `delta` [P] = after - before, its weight, and metrics from a fixed list."""
+
+    client_id: str
+    round_num: int
+    delta: torch.Tensor
+    weight: float
+    num_tokens: int
+    train_loss: float
+    num_truncated: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientEvaluation:
+    """Held-out loss of one client: mean over its supervised tokens, in nats."""
+
+    client_id: str
+    loss: float
+    num_tokens: int
+    num_rows: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientFailure:
+    """A client that has no result: `code` is one of `errors.CLIENT_ERROR_CODES` or a server-side verdict."""
+
+    client_id: str
+    code: str
+    reason: str = ""  # the server's own words, never a client's
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedClient:
+    """What a client declares when it joins; its later weights may not exceed these sizes.
+
+    A client without usable rows declares `num_train` 0 and is left out.
+    """
+
+    client_id: str
+    node_id: int
+    num_train: int
+    num_held_out: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundPlan:
+    """What a round will do. `asked` may exceed `cohort_size` (over-selection)."""
+
+    round_num: int
+    attempt: int
+    asked: tuple[str, ...]
+    cohort_size: int
+    training: LocalTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """What a round did; one line of `rounds.jsonl`. Losses are in nats per supervised token."""
+
+    round_num: int
+    attempt: int = 1
+    asked: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
+    lost: Mapping[str, str] = field(default_factory=dict)  # client -> reason
+    weights: Mapping[str, float] = field(default_factory=dict)
+    train_loss: float | None = None
+    train_losses: Mapping[str, float] = field(default_factory=dict)
+    held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
+    num_tokens: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    learning_rate: float = 0.0
+    applied: bool = True  # false where too few updates were accepted and the adapter stayed as it was
+    delta_norm: float = 0.0
+    rho: float | None = None  # aggregation error of factor averaging over the norm of the round's change
+    kept_energy: float | None = None  # share of the exact mean's squared norm that the read-out keeps
+    adapter: str = ""  # digest of the adapter after this round
+
+    @property
+    def mean_held_out(self) -> float | None:
+        """Mean over clients of the held-out loss, or None where it was not measured."""
+        return sum(self.held_out.values()) / len(self.held_out) if self.held_out else None

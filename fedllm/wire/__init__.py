@@ -1,0 +1,1 @@
+"""What travels: the packet codec and its Flower records."""

@@ -1,0 +1,1 @@
+"""What a person runs: the `fedllm` command, benchmarks and experiments."""

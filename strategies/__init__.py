@@ -1,0 +1,1 @@
+"""What runs at the server: the round loop, its rules and the ServerApp."""

@@ -1,0 +1,64 @@
+"""The held-out loss of every client, measured where its rows are."""
+
+from flwr.app import RecordDict
+
+from fedllm.errors import WireError
+from fedllm.runs.checkpoint import ServerState
+from fedllm.types import ClientFailure, EvaluateRequest
+from fedllm.wire import records
+from strategies.session import Session
+from strategies.transport import Reply
+from strategies.validation import check_evaluation
+
+
+def evaluate(session: Session, state: ServerState) -> dict[str, float]:
+    """Return the held-out loss of every client that keeps held-out rows and answers with a sound number."""
+    losses: dict[str, float] = {}
+    for reply in session.transport.exchange(
+        evaluate_requests(session, state),
+        message_type="evaluate",
+        group=str(state.round_num),
+        deadline=session.config.federation.round_deadline,
+    ):
+        losses.update(read_losses(session, reply))
+    return dict(sorted(losses.items()))
+
+
+def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordDict]:
+    """Return one message per free node, naming its clients that keep held-out rows."""
+    holders = [client.client_id for client in session.clients.values() if client.num_held_out]
+    free = set(session.transport.node_ids())
+    return {
+        node: records.write_evaluate_request(
+            EvaluateRequest(
+                round_num=state.round_num,
+                client_ids=tuple(clients),
+                adapter=state.adapter,
+                max_length=session.config.train.max_length,
+                seed=session.config.seed,
+            )
+        )
+        for node, clients in session.by_node(holders).items()
+        if node in free
+    }
+
+
+def read_losses(session: Session, reply: Reply) -> dict[str, float]:
+    """Return the sound held-out losses in a node's reply, of clients it hosts; the rest is only noticed."""
+    if reply.content is None:
+        session.watch.notice(f"node {reply.node_id} was not evaluated: {reply.reason}")
+        return {}
+    try:
+        answers = records.read_evaluations(reply.content)
+    except WireError as error:
+        session.watch.notice(f"node {reply.node_id} was not evaluated: {error}")
+        return {}
+    losses: dict[str, float] = {}
+    for answer in answers:
+        failure = answer if isinstance(answer, ClientFailure) else check_evaluation(answer)
+        joined = session.clients.get(answer.client_id)
+        if isinstance(answer, ClientFailure) or failure is not None:
+            session.watch.notice(f"client {answer.client_id} was not evaluated: {failure.reason}")
+        elif joined is not None and joined.node_id == reply.node_id:
+            losses[answer.client_id] = answer.loss
+    return losses

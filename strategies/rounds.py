@@ -1,0 +1,289 @@
+"""The round loop: plan, send, receive, aggregate, finish. One function per step, one screen for all."""
+
+import math
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from itertools import chain
+from typing import TypeAlias
+
+from flwr.app import RecordDict
+
+from fedllm.config import RunConfig, cohort_size_of
+from fedllm.errors import RunFailedError, WireError
+from fedllm.runs.checkpoint import ServerState
+from fedllm.types import (
+    ClientFailure,
+    ClientUpdate,
+    LocalTraining,
+    RoundPlan,
+    RoundRecord,
+    TrainRequest,
+)
+from fedllm.wire import records
+from strategies import aggregation
+from strategies.evaluation import evaluate
+from strategies.selection import choose_clients
+from strategies.session import Session
+from strategies.transport import Reply
+from strategies.validation import check_update, largest_weight
+
+Answer: TypeAlias = ClientUpdate | ClientFailure
+
+FAILING_ROUNDS = 3  # rounds in a row above federation.max-failure-rate before the run stops
+
+
+def next_round(session: Session, state: ServerState) -> tuple[ServerState, RoundRecord]:
+    """Return the state after one more round, trying again where too few clients answered.
+
+    Raises:
+        RunFailedError: the round failed more often than `federation.max-retries` allows, or the share of
+            failing clients stayed above `federation.max-failure-rate`.
+    """
+    federation = session.config.federation
+    for attempt in range(1, federation.max_retries + 2):
+        state, record = run_round(session, state, attempt)
+        session.watch.record(record)
+        if record.applied:
+            break
+        session.watch.notice(
+            f"round {record.round_num}: {len(record.accepted)} updates accepted, {federation.min_clients}"
+            " are needed; the adapter is unchanged"
+        )
+    else:
+        raise RunFailedError(
+            f"round {record.round_num} failed {attempt} times; the adapter of round {state.round_num} is kept"
+        )
+    _check_failure_rate(state, federation.max_failure_rate)
+    return state, record
+
+
+def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[ServerState, RoundRecord]:
+    """Do one attempt at the next round; the state comes back unchanged where too few updates are accepted."""
+    began, transport = time.perf_counter(), session.transport
+    down, up = transport.bytes_down, transport.bytes_up
+    plan = plan_round(session, state, attempt)  # 1 plan
+    contents = train_requests(session, state, plan)  # 2 send, 3 receive; 4-6 happen beside the data
+    answers = receive(session, plan, contents)
+    if len(plan.asked) > plan.cohort_size:
+        answers = _first_updates(answers, plan.cohort_size)
+    record, mixture = fold(session, state, plan, answers)  # 7 validate and combine
+    after, record = finish(session, state, plan, record, mixture)  # 8 finish
+    if record.applied and _is_evaluated(session.config, plan.round_num):
+        record = replace(record, held_out=evaluate(session, after))
+    record = replace(
+        record,
+        bytes_down=transport.bytes_down - down,
+        bytes_up=transport.bytes_up - up,
+        seconds=time.perf_counter() - began,
+    )
+    return (replace(after, records=(*state.records, record)) if record.applied else state), record
+
+
+def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
+    """Choose the clients of the next round and its numbers. Clients of busy nodes are not asked."""
+    config, round_num = session.config, state.round_num + 1
+    free = set(session.transport.node_ids())
+    asked = choose_clients(
+        [client.client_id for client in session.clients.values() if client.node_id in free],
+        cohort_size=cohort_size_of(config),
+        over_selection=config.federation.over_selection,
+        seed=config.seed,
+        round_num=round_num,
+        attempt=attempt,
+    )
+    train = config.train
+    training = LocalTraining(
+        steps=train.local_steps,
+        batch_size=train.batch_size,
+        learning_rate=learning_rate(config, round_num),
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        max_length=train.max_length,
+    )
+    return RoundPlan(
+        round_num=round_num,
+        attempt=attempt,
+        asked=asked,
+        cohort_size=cohort_size_of(config),
+        training=training,
+    )
+
+
+def learning_rate(config: RunConfig, round_num: int) -> float:
+    """Return the learning rate of a round: constant, or half a cosine over the run."""
+    if config.train.schedule == "constant":
+        return config.train.learning_rate
+    progress = (round_num - 1) / config.federation.num_rounds
+    return config.train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
+    """Return one message per node, naming all of its clients that take part."""
+    config = session.config
+    return {
+        node: records.write_train_request(
+            TrainRequest(
+                round_num=plan.round_num,
+                client_ids=tuple(clients),
+                num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+                adapter=state.adapter,
+                training=plan.training,
+                codec=config.wire.codec,
+                weighting=config.aggregation.weighting,
+                seed=config.seed,
+            )
+        )
+        for node, clients in session.by_node(plan.asked).items()
+    }
+
+
+def receive(
+    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
+) -> Generator[Answer, None, None]:
+    """Yield one answer for every client asked, as it arrives: a sound update or why there is none."""
+    asked = session.by_node(plan.asked)
+    replies = session.transport.exchange(
+        contents,
+        message_type="train",
+        group=str(plan.round_num),
+        deadline=session.config.federation.round_deadline,
+    )
+    for reply in replies:
+        for answer in read_reply(session, plan, reply, asked[reply.node_id]):
+            session.watch.client(plan.round_num, answer)
+            yield answer
+
+
+def read_reply(
+    session: Session, plan: RoundPlan, reply: Reply, asked: list[str]
+) -> Generator[Answer, None, None]:
+    """Yield one answer for each client of a node that was asked; what it says of others is ignored."""
+    unanswered = dict.fromkeys(asked, "its node did not answer for it")
+    if reply.content is None:
+        unanswered = dict.fromkeys(asked, reply.reason)
+    else:
+        try:
+            answers = records.read_updates(reply.content, layout=session.layout, round_num=plan.round_num)
+        except WireError as error:
+            answers, unanswered = [], dict.fromkeys(asked, str(error))
+        for answer in answers:
+            if unanswered.pop(answer.client_id, None) is None:
+                session.watch.notice(f"node {reply.node_id} answered for a client it was not asked for")
+            elif isinstance(answer, ClientFailure):
+                yield answer
+            else:
+                joined = session.clients[answer.client_id]
+                yield (
+                    check_update(
+                        answer,
+                        joined=joined,
+                        layout=session.layout,
+                        round_num=plan.round_num,
+                        largest_weight=largest_weight(joined, session.config),
+                    )
+                    or answer
+                )
+    for client, reason in unanswered.items():
+        yield ClientFailure(client_id=client, code="lost", reason=reason)
+
+
+def fold(
+    session: Session,
+    state: ServerState,
+    plan: RoundPlan,
+    answers: Iterable[Answer],
+) -> tuple[RoundRecord, aggregation.Mixture]:
+    """Combine the answers on arrival; return what happened and the mixture of the accepted updates."""
+    mixture = aggregation.init(state.adapter)
+    accepted: dict[str, ClientUpdate] = {}
+    lost: dict[str, str] = {}
+    for answer in _in_order(answers, plan.asked):
+        if isinstance(answer, ClientFailure):
+            lost[answer.client_id] = answer.reason or answer.code
+        else:
+            mixture = aggregation.add(mixture, answer)
+            accepted[answer.client_id] = replace(answer, delta=answer.delta[:0])  # numbers only
+    total = sum(update.weight for update in accepted.values())
+    record = RoundRecord(
+        round_num=plan.round_num,
+        attempt=plan.attempt,
+        asked=plan.asked,
+        accepted=tuple(accepted),
+        lost=lost,
+        weights={client: update.weight for client, update in accepted.items()},
+        train_losses={client: update.train_loss for client, update in accepted.items()},
+        train_loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
+        num_tokens=sum(update.num_tokens for update in accepted.values()),
+        learning_rate=plan.training.learning_rate,
+        applied=len(accepted) >= session.config.federation.min_clients,
+        adapter=state.adapter.digest,
+    )
+    return record, mixture
+
+
+def finish(
+    session: Session, state: ServerState, plan: RoundPlan, record: RoundRecord, mixture: aggregation.Mixture
+) -> tuple[ServerState, RoundRecord]:
+    """Read the mixture out into the next state; a round that is not applied changes nothing."""
+    if not record.applied:
+        return state, record
+    aggregate = aggregation.finish(mixture, session.config.aggregation.read_out)
+    drawn = plan.training.steps * plan.training.batch_size
+    counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}
+    after = ServerState(plan.round_num, aggregate.adapter, {**state.num_drawn, **counts}, state.records)
+    record = replace(
+        record,
+        rho=aggregate.rho,
+        kept_energy=aggregate.kept_energy,
+        delta_norm=aggregate.delta_norm,
+        adapter=aggregate.adapter.digest,
+    )
+    return after, record
+
+
+def _is_evaluated(config: RunConfig, round_num: int) -> bool:
+    every = config.evaluation.every
+    return round_num == config.federation.num_rounds or bool(every and round_num % every == 0)
+
+
+def _first_updates(answers: Generator[Answer, None, None], number: int) -> Generator[Answer, None, None]:
+    """Stop listening once `number` updates have come; the rest of an over-selected cohort is let go."""
+    with closing(answers):
+        for answer in answers:
+            yield answer
+            number -= isinstance(answer, ClientUpdate)
+            if number == 0:
+                return
+
+
+def _in_order(
+    answers: Iterable[Answer], order: Iterable[str]
+) -> Generator[Answer, None, None]:
+    """Yield answers in the plan's order, each as soon as all before it are there.
+
+    Floating-point sums depend on their order; this makes a round independent of who was faster.
+    """
+    held: dict[str, Answer] = {}
+    waiting = iter(order)
+    current = next(waiting, None)
+    for answer in answers:
+        held[answer.client_id] = answer
+        while current in held:
+            yield held.pop(current)
+            current = next(waiting, None)
+    for client in chain([current], waiting):
+        if client in held:
+            yield held.pop(client)
+
+
+def _check_failure_rate(state: ServerState, limit: float) -> None:
+    recent = [r for r in state.records if r.round_num > 0][-FAILING_ROUNDS:]
+    rates = [len(record.lost) / len(record.asked) for record in recent if record.asked]
+    if len(rates) == FAILING_ROUNDS and min(rates) > limit:
+        reasons = sorted(set(recent[-1].lost.values()))
+        raise RunFailedError(
+            f"more than {limit:.0%} of the clients failed in {FAILING_ROUNDS} rounds in a row"
+            f" (last: {reasons[0]}); the adapter of round {state.round_num} is kept"
+        )

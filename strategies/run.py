@@ -1,0 +1,121 @@
+"""A run from its folder to its published adapter."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from fedllm.adapters.layout import AdapterState, initial_adapter
+from fedllm.config import RunConfig
+from fedllm.errors import CheckpointError, FedLLMError
+from fedllm.models.base import describe_layout
+from fedllm.models.files import resolve_model
+from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
+from fedllm.runs.folder import open_run_folder, write_result, write_rounds
+from fedllm.types import RoundRecord
+from strategies.evaluation import evaluate
+from strategies.joining import join_clients
+from strategies.publish import publish_adapter
+from strategies.rounds import next_round
+from strategies.session import Session, Watch
+from strategies.transport import Transport
+
+
+def run_federation(
+    config: RunConfig, grid: Grid, watch: Watch = Watch(), start: AdapterState | None = None
+) -> ServerState:
+    """Do every round of `config` over `grid`, publish the adapter and return the final state.
+
+    `start` replaces the seeded initial adapter. Whatever happens, complete rounds stay on disk and
+    `result.json` says how the run ended.
+
+    Raises:
+        FedLLMError: the run cannot start or go on; the message says why.
+    """
+    folder = open_run_folder(config)
+    try:
+        session = open_session(config, grid, watch)
+        state = _first_state(session, folder, start)
+        state = _rounds(session, state, folder)
+        files = resolve_model(config.model.name, config.model.revision)
+        adapter = publish_adapter(folder, config, files, state)
+    except FedLLMError as error:
+        write_result(folder, {"status": "failed", "reason": str(error)})
+        raise
+    except OSError as error:
+        write_result(folder, {"status": "failed", "reason": "the run folder could not be written"})
+        raise CheckpointError(f"cannot write {folder}: {error.strerror}; free space and use --resume") from None
+    write_result(folder, summary(state, adapter))
+    return state
+
+
+def open_session(config: RunConfig, grid: Grid, watch: Watch = Watch()) -> Session:
+    """Return a session over the clients that join on `grid`.
+
+    Raises:
+        ModelError, RunFailedError: the base model is absent, or too few clients join.
+    """
+    layout = describe_layout(config.model, config.lora)
+    transport = Transport(grid)
+    clients = join_clients(transport, config, layout, watch.notice)
+    watch.joined(clients)
+    return Session(config, layout, transport, clients, watch)
+
+
+def first_state(session: Session, start: AdapterState | None = None) -> ServerState:
+    """Return the state before round 1, with the held-out loss of the base model as record 0."""
+    state = ServerState(0, start or initial_adapter(session.layout, session.config.seed))
+    held_out = evaluate(session, state)
+    record = RoundRecord(round_num=0, held_out=held_out, adapter=state.adapter.digest)
+    session.watch.record(record)
+    return replace(state, records=(record,))
+
+
+def summary(state: ServerState, adapter: Path) -> dict[str, object]:
+    """Return the content of `result.json`: held-out losses before and after, and the adapter."""
+    measured = [record for record in state.records if record.held_out]
+    ends = {"before": measured[0], "after": measured[-1]} if measured else {}
+    return {
+        "status": "completed",
+        "rounds": state.round_num,
+        "adapter": str(adapter),
+        "digest": state.adapter.digest,
+        "held_out": {
+            name: {"mean": record.mean_held_out, "clients": dict(record.held_out)}
+            for name, record in ends.items()
+        },
+    }
+
+
+def _first_state(session: Session, folder: Path, start: AdapterState | None) -> ServerState:
+    if not session.config.run.resume:
+        return first_state(session, start)
+    state, passed_over = load_checkpoint(folder / "checkpoints", session.config, session.layout)
+    for line in passed_over:
+        session.watch.notice(line)
+    session.watch.notice(f"resuming after round {state.round_num}")
+    return state
+
+
+def _rounds(session: Session, state: ServerState, folder: Path) -> ServerState:
+    """Do the rounds that are left; save after each, and once more at the end if the last save failed."""
+    is_saved = True
+    while state.round_num < session.config.federation.num_rounds:
+        state, _ = next_round(session, state)
+        try:
+            _save(session, state, folder)
+            is_saved = True
+        except CheckpointError as error:
+            is_saved = False
+            session.watch.notice(f"{error}; going on, the next round saves again")
+    if not is_saved:
+        _save(session, state, folder)
+    return state
+
+
+def _save(session: Session, state: ServerState, folder: Path) -> None:
+    save_checkpoint(folder / "checkpoints", state, session.config)
+    try:
+        write_rounds(folder, state.records)
+    except OSError as error:
+        raise CheckpointError(f"{folder / 'rounds.jsonl'}: {error.strerror}") from None

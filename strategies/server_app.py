@@ -1,0 +1,42 @@
+"""The Flower ServerApp: read the run's configuration, start the strategy."""
+
+import logging
+
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedllm.config import RunConfig, Scalar
+from fedllm.errors import FedLLMError
+from fedllm.types import RoundRecord
+from strategies.session import Watch
+from strategies.strategy import FederatedLora
+
+app = ServerApp()
+_logger = logging.getLogger("flwr")  # what `flwr log` and `flwr run --stream` show
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one federation; a failure is one line in the log and in the run folder's `result.json`."""
+    flat: dict[str, Scalar] = dict(context.run_config)
+    try:
+        config = RunConfig.from_flat(flat)
+        FederatedLora(config, Watch(notice=_logger.info, record=_log_record)).start(grid, ArrayRecord())
+    except FedLLMError as error:
+        _logger.error("%s", error)
+        raise SystemExit(1) from None
+
+
+def _log_record(record: RoundRecord) -> None:
+    loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
+    held_out = "" if record.mean_held_out is None else f" · held-out {record.mean_held_out:.4f}"
+    _logger.info(
+        "round %d · loss %s%s · %d/%d clients · %.2f MB up · %.1f s",
+        record.round_num,
+        loss,
+        held_out,
+        len(record.accepted),
+        len(record.asked),
+        record.bytes_up / 1e6,
+        record.seconds,
+    )

@@ -1,0 +1,150 @@
+"""The whole server as one Flower strategy: `FederatedLora(config).start(grid, ArrayRecord())`.
+
+`start` runs our own loop (`strategies.run`), because Flower's has no checkpoint, no resume, an hour's
+deadline and dies of one bad reply. The four steps of Flower's interface are here as well, made of the same
+functions, for code that drives a strategy step by step. The class is final: behaviour comes from
+`RunConfig`, never from a subclass.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import final
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedllm.config import RunConfig
+from fedllm.runs.checkpoint import ServerState
+from fedllm.types import RoundPlan, RoundRecord
+from fedllm.wire.records import read_plain, write_plain
+from strategies.evaluation import evaluate_requests, read_losses
+from strategies.rounds import finish, fold, plan_round, read_reply, train_requests
+from strategies.run import open_session, run_federation
+from strategies.session import Session, Watch
+from strategies.transport import reply_of
+
+
+@final
+class FederatedLora(Strategy):
+    """Federated LoRA fine-tuning as `config` describes it; `watch` hears of its progress."""
+
+    def __init__(self, config: RunConfig, watch: Watch = Watch()):
+        self.config = config
+        self.watch = watch
+        self._session: Session | None = None
+        self._state: ServerState | None = None
+        self._plan: RoundPlan | None = None
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 0,
+        timeout: float = 0,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the federation and return Flower's result: named PEFT tensors, and metrics by round.
+
+        `initial_arrays` (named PEFT tensors) replaces the seeded initial adapter; `num_rounds` and `timeout`
+        replace `federation.num-rounds` and `federation.round-deadline` where given. The two configs are
+        Flower's; every number a client needs comes from `RunConfig` instead.
+        """
+        changes = {"federation.num-rounds": num_rounds, "federation.round-deadline": float(timeout)}
+        config = self.config.override({key: value for key, value in changes.items() if value})
+        start = None
+        if initial_arrays:
+            start = read_plain(initial_arrays, self._open(grid).layout)
+        state = run_federation(config, grid, self.watch, start)
+        result = Result()
+        result.arrays = write_plain(state.adapter)
+        for record in state.records:
+            if record.round_num:
+                result.train_metrics_clientapp[record.round_num] = _train_metrics(record)
+            if record.held_out:
+                result.evaluate_metrics_clientapp[record.round_num] = MetricRecord(
+                    {"held-out-loss": record.mean_held_out or 0.0}
+                )
+        if evaluate_fn is not None:
+            metrics = evaluate_fn(state.round_num, result.arrays)
+            if metrics is not None:
+                result.evaluate_metrics_serverapp[state.round_num] = metrics
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the train messages of a round that starts from `arrays` (named PEFT tensors)."""
+        session = self._open(grid)
+        drawn = self._state.num_drawn if self._state else {}
+        self._state = ServerState(server_round - 1, read_plain(arrays, session.layout), drawn)
+        self._plan = plan_round(session, self._state, attempt=1)
+        return _messages(train_requests(session, self._state, self._plan), "train", server_round)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the new adapter as named PEFT tensors, or None where too few updates are sound."""
+        assert self._session and self._state and self._plan, "configure_train comes first"
+        session, plan = self._session, self._plan
+        asked = session.by_node(plan.asked)
+        answers = (
+            answer
+            for reply in map(reply_of, replies)
+            for answer in read_reply(session, plan, reply, asked.get(reply.node_id, []))
+        )
+        record, mixture = fold(session, self._state, plan, answers)
+        self._state, record = finish(session, self._state, plan, record, mixture)
+        if not record.applied:
+            return None, None
+        return write_plain(self._state.adapter), _train_metrics(record)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the evaluate messages of a round, for every client with held-out rows."""
+        session = self._open(grid)
+        state = ServerState(server_round, read_plain(arrays, session.layout))
+        return _messages(evaluate_requests(session, state), "evaluate", server_round)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the mean held-out loss over clients, or None where none was measured."""
+        assert self._session, "configure_evaluate comes first"
+        losses: dict[str, float] = {}
+        for reply in map(reply_of, replies):
+            losses.update(read_losses(self._session, reply))
+        return MetricRecord({"held-out-loss": sum(losses.values()) / len(losses)}) if losses else None
+
+    def summary(self) -> None:
+        """Tell the watcher what is about to run."""
+        config = self.config
+        self.watch.notice(
+            f"{config.federation.num_rounds} rounds of {config.model.name}, rank {config.lora.rank},"
+            f" read-out {config.aggregation.read_out}, {config.wire.codec} deltas"
+        )
+
+    def _open(self, grid: Grid) -> Session:
+        if self._session is None:
+            self._session = open_session(self.config, grid, self.watch)
+        return self._session
+
+
+def _messages(contents: Mapping[int, RecordDict], kind: str, server_round: int) -> list[Message]:
+    return [
+        Message(content, dst_node_id=node, message_type=kind, group_id=str(server_round))
+        for node, content in contents.items()
+    ]
+
+
+def _train_metrics(record: RoundRecord) -> MetricRecord:
+    """Return the numbers of a round under Flower's kebab names."""
+    return MetricRecord(
+        {
+            "train-loss": record.train_loss or 0.0,
+            "num-clients": len(record.accepted),
+            "num-tokens": record.num_tokens,
+            "rho": record.rho or 0.0,
+            "kept-energy": record.kept_energy or 0.0,
+        }
+    )

@@ -1,0 +1,56 @@
+"""What the server accepts from a client. A bad reply is dropped and named; it never touches the model."""
+
+import math
+
+import torch
+
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.config import RunConfig
+from fedllm.types import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
+
+
+def check_update(
+    update: ClientUpdate,
+    *,
+    joined: JoinedClient,
+    layout: AdapterLayout,
+    round_num: int,
+    largest_weight: float,
+) -> ClientFailure | None:
+    """Return why `update` is refused, or None where it is sound.
+
+    The codec has already checked magic, version, checksum, layout digest, size and round of its packet.
+    """
+    reason = None
+    if update.round_num != round_num:
+        reason = f"the update is of round {update.round_num}"
+    elif update.delta.shape != (layout.size,) or update.delta.dtype != torch.float32:
+        reason = f"the delta is {update.delta.dtype} of {update.delta.numel()} values"
+    elif not bool(torch.isfinite(update.delta).all()):
+        reason = "the delta holds NaN or infinite values"
+    elif not math.isfinite(update.weight) or update.weight <= 0:
+        reason = f"the weight {update.weight:g} is not a positive number"
+    elif update.weight > largest_weight:
+        reason = f"the weight {update.weight:g} is above the {largest_weight:g} declared at joining"
+    elif not math.isfinite(update.train_loss) or update.train_loss < 0:
+        reason = "the training loss is not a finite positive number"
+    return ClientFailure(client_id=joined.client_id, code="refused", reason=reason) if reason else None
+
+
+def largest_weight(joined: JoinedClient, config: RunConfig) -> float:
+    """Return the most a client may weigh: its declared rows, the tokens a round can hold, or 1."""
+    train = config.train
+    return {
+        "examples": float(joined.num_train),
+        "tokens": float(train.local_steps * train.batch_size * train.max_length),
+        "uniform": 1.0,
+    }[config.aggregation.weighting]
+
+
+def check_evaluation(evaluation: ClientEvaluation) -> ClientFailure | None:
+    """Return why an evaluation is refused, or None where it is sound."""
+    if math.isfinite(evaluation.loss) and evaluation.loss >= 0 and evaluation.num_tokens > 0:
+        return None
+    return ClientFailure(
+        client_id=evaluation.client_id, code="refused", reason="the held-out loss is not a finite number"
+    )
