@@ -12,7 +12,7 @@ Tensor suffixes: P flat adapter, O output feature, I input feature, R rank.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,25 +48,25 @@ class Aggregate:
 
 def init(start: AdapterState) -> Mixture:
     """Return the empty mixture of a round that starts from `start`."""
-    products = tuple(
-        algebra.zero_product(matrix.out_features, matrix.in_features) for matrix in start.layout.matrices
-    )
+    products = tuple(algebra.Product(m.out_features, m.in_features) for m in start.layout.matrices)
     return Mixture(start, 0.0, torch.zeros(start.layout.size, dtype=torch.float64), products)
 
 
 def add(mixture: Mixture, update: ClientUpdate) -> Mixture:
-    """Return the mixture with one more client in it; memory does not grow with the number of clients."""
-    adapter_P = mixture.start.vector.double() + update.delta.double()
+    """Return the mixture with one more client in it.
+
+    The factors of a bounded number of clients are kept; beyond it they are merged without loss.
+    """
+    adapter_P = mixture.start.vector + update.delta
     factors = mixture.start.layout.factors(adapter_P)
-    products = tuple(
-        algebra.add_product(product, b_OR, a_RI, update.weight)
-        for product, (a_RI, b_OR) in zip(mixture.products, factors, strict=True)
-    )
     return replace(
         mixture,
         total_weight=mixture.total_weight + update.weight,
-        sum_P=mixture.sum_P + update.weight * adapter_P,
-        products=products,
+        sum_P=torch.add(mixture.sum_P, adapter_P, alpha=update.weight),
+        products=tuple(
+            product.plus(update.weight, b_OR, a_RI)
+            for product, (a_RI, b_OR) in zip(mixture.products, factors, strict=True)
+        ),
         last_P=adapter_P,
         num_clients=mixture.num_clients + 1,
     )
@@ -76,12 +76,12 @@ def finish(mixture: Mixture, read_out: str) -> Aggregate:
     """Return the aggregate of at least one client by the named read-out: "svd" or "factor-mean"."""
     layout = mixture.start.layout
     mean_P = mixture.sum_P / mixture.total_weight
-    exact = [algebra.scale_product(product, 1 / mixture.total_weight) for product in mixture.products]
-    means, starts = layout.factors(mean_P), layout.factors(mixture.start.vector)
-    residual = _joint_norm(algebra.difference(m, b, a) for m, (a, b) in zip(exact, means, strict=True))
-    change = _joint_norm(algebra.difference(m, b, a) for m, (a, b) in zip(exact, starts, strict=True))
+    exact = [product.times(1 / mixture.total_weight) for product in mixture.products]
+    residual = _distance(exact, layout.factors(mean_P))
+    change = _distance(exact, layout.factors(mixture.start.vector))
     truncated = [
-        algebra.truncate(product, layout.rank, a_RI) for product, (a_RI, _) in zip(exact, starts, strict=True)
+        algebra.truncate(product, layout.rank, a_RI)
+        for product, (a_RI, _) in zip(exact, layout.factors(mixture.start.vector), strict=True)
     ]
     kept, total = sum(t.kept for t in truncated), sum(t.total for t in truncated)
     # One client's own factors are already its exact read-out; refactoring them would only change gauge.
@@ -99,6 +99,15 @@ def finish(mixture: Mixture, read_out: str) -> Aggregate:
     )
 
 
-def _joint_norm(products: Iterable[algebra.Product]) -> float:
-    """Return the Frobenius norm of all matrices taken together."""
-    return math.sqrt(sum(algebra.norm(product) ** 2 for product in products))
+def _distance(
+    products: Sequence[algebra.Product], factors: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> float:
+    """Return the Frobenius distance between M and B A over all matrices taken together."""
+    return math.sqrt(
+        sum(
+            algebra.squared_distance(
+                product, algebra.Product(product.out_features, product.in_features, ((1.0, b_OR, a_RI),))
+            )
+            for product, (a_RI, b_OR) in zip(products, factors, strict=True)
+        )
+    )

@@ -78,15 +78,27 @@ def cache_folder() -> Path:
     return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fedllm"
 
 
+def needs_conversion(name: str) -> bool:
+    """Return whether `resolve_model(name)` will convert a GGUF file first, which takes half a minute."""
+    gguf = embedded_gguf() if name == EMBEDDED_ALIAS else Path(name).expanduser()
+    if gguf is None or gguf.suffix != ".gguf" or not gguf.is_file():
+        return False
+    return not (_converted_folder(gguf) / "config.json").is_file()
+
+
+def _converted_folder(gguf: Path) -> Path:
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
+
+
 def converted_gguf(gguf: Path) -> Path:
     """Return the safetensors folder of a GGUF file, converting it on first use.
 
     The folder is built aside and renamed, so an interrupted conversion leaves nothing that looks finished,
     and two processes that convert at once end with the same folder.
     """
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
+    target = _converted_folder(gguf)
     if (target / "config.json").is_file():
         return target
     try:

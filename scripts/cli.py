@@ -1,0 +1,110 @@
+"""The `fedllm` command. Heavy imports wait until a command needs them: `fedllm --help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.errors import FedLLMError
+
+app = typer.Typer(
+    name="fedllm",
+    help="Federated fine-tuning of language models: private text stays, LoRA adapters travel.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE.toml] [key=value ...]", help="A recipe (none = quickstart) and overrides."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+OnBadRow = Annotated[str, typer.Option("--on-bad-row", help="skip | stop", show_default="skip")]
+
+
+@app.callback()
+def main_options(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every command; `main` reads -v itself, before any command runs."""
+
+
+@app.command()
+def run(
+    words: Words = None,
+    runtime: Annotated[str, typer.Option(help="local | simulation | deployment")] = "local",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue after the last complete round.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder that holds run folders.")] = None,
+    on_bad_row: OnBadRow = "",
+    json: Json = False,
+) -> None:
+    """Fine-tune: the quickstart, a recipe, or any recipe with other values."""
+    from scripts.commands import run_command
+
+    run_command.run(words or [], runtime=runtime, resume=resume, out=out, on_bad_row=on_bad_row, as_json=json)
+
+
+@app.command()
+def check(words: Words = None, on_bad_row: OnBadRow = "", json: Json = False) -> None:
+    """Print the resolved plan of a run - clients, sizes, tokens, bytes a round - without doing it."""
+    from scripts.commands import check_command
+
+    check_command.check(words or [], on_bad_row=on_bad_row, as_json=json)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    data: Annotated[str, typer.Option(help="Rows to evaluate on instead of the run's held-out ones.")] = "",
+    json: Json = False,
+) -> None:
+    """Held-out loss and perplexity of base and adapter for every client, and answers before and after."""
+    from scripts.commands import evaluate_command
+
+    evaluate_command.evaluate(target, data=data, as_json=json)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run folder.")],
+    second: Annotated[Path, typer.Argument(help="Another run folder.")],
+    assert_equal: Annotated[
+        bool, typer.Option("--assert-equal", help="Exit 1 unless the adapters are equal bit for bit.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show how two runs differ: configuration, losses, adapter."""
+    from scripts.commands import compare_command
+
+    compare_command.compare(first, second, assert_equal=assert_equal, as_json=json)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, device, disk, model, Flower. Every problem comes with its cure."""
+    from scripts.commands import doctor_command
+
+    doctor_command.doctor()
+
+
+def main() -> None:
+    """Run the command; an expected failure is one line on stderr and exit code 2."""
+    verbose = {"-v", "--verbose"} & set(sys.argv[1:])
+    arguments = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
+    try:
+        app(arguments)
+    except FedLLMError as error:
+        if verbose:
+            raise
+        print(f"fedllm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fedllm: stopped; complete rounds are saved, --resume continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

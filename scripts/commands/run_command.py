@@ -1,0 +1,92 @@
+"""`fedllm run`: one federation in the runtime the person chose, watched live, summed up at the end."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.adapters.folder import load_adapter
+from fedllm.adapters.layout import initial_adapter
+from fedllm.config import RunConfig
+from fedllm.errors import ConfigError
+from fedllm.models.base import load_base
+from fedllm.models.files import needs_conversion
+from fedllm.runs.folder import run_folder
+from fedllm.training.engine import resident_engine
+from scripts.commands.words import config_of, prompts_of
+from scripts.console import Console, RunView
+
+RUNTIMES = ("local", "simulation", "deployment")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the base model and the tuned one say to the same public prompts."""
+
+    prompts: list[str]
+    before: list[str]
+    after: list[str]
+
+
+def run(
+    words: Sequence[str], *, runtime: str, resume: bool, out: Path | None, on_bad_row: str, as_json: bool
+) -> None:
+    """Run the federation that `words` describe and print what it gave."""
+    extra = [f"run.resume={str(resume).lower()}"]
+    extra += [f"run.output={out}"] if out else []
+    extra += [f"data.on-bad-row={on_bad_row}"] if on_bad_row else []
+    config = config_of(words, extra)
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
+    console = Console(quiet=as_json)
+    if needs_conversion(config.model.name):
+        console.line("converting the model to safetensors, once, about half a minute ...")
+    with console.watching(config, runtime) as view, _logs_to(view):
+        _run_in(runtime, config, view)
+    folder = run_folder(config)
+    result = json.loads((folder / "result.json").read_text())
+    answers = compare_answers(config, folder / "adapter")
+    if as_json:
+        print(json.dumps({**result, "answers": vars(answers)}))
+    else:
+        console.summary(folder, result, answers)
+
+
+def _run_in(runtime: str, config: RunConfig, view: RunView) -> None:
+    if runtime == "local":
+        from clients.client_app import app
+        from scripts.local_grid import local_grid
+        from strategies.run import run_federation
+
+        run_federation(config, local_grid(config, app), view.watch())
+        return
+    from scripts.flower_runtime import run_with_flower
+
+    run_with_flower(config, view, is_simulation=runtime == "simulation")
+
+
+def compare_answers(config: RunConfig, adapter: Path) -> Answers:
+    """Return the greedy answers of base and adapter to the run's public prompts."""
+    prompts, length = prompts_of(config), config.evaluation.max_new_tokens
+    if not prompts or not length:
+        return Answers([], [], [])
+    state = load_adapter(adapter).state
+    engine = resident_engine(load_base(config.model), state.layout)
+    before = engine.generate(initial_adapter(state.layout, config.seed), prompts, length)
+    return Answers(prompts, before, engine.generate(state, prompts, length))
+
+
+class _logs_to:  # noqa: N801 - reads as a verb in its with statement
+    """Show what the clients of this process log (skipped rows, truncation) as notices of the run."""
+
+    def __init__(self, view: RunView):
+        self.handler = logging.Handler()
+        self.handler.emit = lambda record: view.notice(record.getMessage())  # type: ignore[method-assign]
+
+    def __enter__(self) -> None:
+        logging.getLogger("fedllm").addHandler(self.handler)
+
+    def __exit__(self, *unused: Any) -> None:
+        logging.getLogger("fedllm").removeHandler(self.handler)

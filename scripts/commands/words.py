@@ -1,0 +1,28 @@
+"""The words after a command: a recipe and `key=value` overrides."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedllm.config import RunConfig
+from fedllm.runs.recipe import build_config
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def config_of(words: Sequence[str], extra: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration that `words` describe; without a recipe it is the quickstart.
+
+    Raises:
+        ConfigError: the recipe is absent, or a key or value is wrong.
+    """
+    recipes = [word for word in words if word.endswith(".toml") and "=" not in word]
+    overrides = [word for word in words if word not in recipes[:1]]
+    recipe = Path(recipes[0]) if recipes else RECIPES / "quickstart.toml"
+    if not recipe.is_file() and (RECIPES / recipe.name).is_file():
+        recipe = RECIPES / recipe.name  # a shipped recipe by its bare name
+    return build_config(recipe, [*overrides, *extra])
+
+
+def prompts_of(config: RunConfig) -> list[str]:
+    """Return the public prompts of a run, answered before and after."""
+    return [prompt.strip() for prompt in config.evaluation.prompts.split("||") if prompt.strip()]

@@ -1,0 +1,151 @@
+"""What a person sees: one live table of rounds, plain lines where there is no terminal, and a summary."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rich.console
+from rich.live import Live
+from rich.table import Table
+
+from fedllm.config import RunConfig
+from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
+from strategies.session import Watch
+
+_COLUMNS = ("round", "train loss", "held-out", "clients", "lost", "up", "down", "rho", "kept", "time", "left")
+
+
+class Console:
+    """Prints to stdout, or only notices to stderr where stdout must hold JSON."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.quiet = quiet
+        self.rich = rich.console.Console(stderr=quiet, highlight=False)
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self.rich.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def watching(self, config: RunConfig, runtime: str) -> Iterator["RunView"]:
+        """Yield a view of a run: a live table on a terminal, plain lines elsewhere."""
+        federation, train = config.federation, config.train
+        self.line(
+            f"{config.run.name}: {config.model.name}, LoRA rank {config.lora.rank} on"
+            f" {config.lora.target_modules}, {federation.num_clients} clients x {federation.num_rounds} rounds x"
+            f" {train.local_steps} steps of {train.batch_size} rows, {runtime} runtime"
+        )
+        view = RunView(self, config.federation.num_rounds)
+        if not self.rich.is_terminal or self.quiet:
+            yield view
+            return
+        with Live(view.table, console=self.rich, refresh_per_second=4, transient=False) as live:
+            view.live = live
+            yield view
+
+    def summary(self, folder: Path, result: Mapping[str, Any], answers: Any) -> None:
+        """Print held-out losses, answers before and after, where the adapter is and what to do next."""
+        held_out = result["held_out"]
+        if held_out:
+            self.rich.print(loss_table(held_out["before"]["clients"], held_out["after"]["clients"]))
+        for prompt, before, after in zip(answers.prompts, answers.before, answers.after, strict=True):
+            self.line(f"\n  {prompt}\n    before: {one_line(before)}\n    after:  {one_line(after)}")
+        self.line(f"\nadapter: {result['adapter']}\nnext:    fedllm evaluate {shown_path(folder)}")
+
+
+class RunView:
+    """Progress of one run, in whichever form the console can show."""
+
+    def __init__(self, console: Console, num_rounds: int):
+        self.console = console
+        self.num_rounds = num_rounds
+        self.live: Live | None = None
+        self.began = time.monotonic()
+        self.table = Table(*_COLUMNS, box=None, header_style="bold", pad_edge=False)
+        self.answered = 0
+
+    def watch(self) -> Watch:
+        """Return the callables a run reports to."""
+        return Watch(notice=self.notice, joined=self.joined, client=self.client, record=self.record)
+
+    def notice(self, text: str) -> None:
+        """Show one line of news."""
+        self.console.line(f"  {text}")
+
+    def joined(self, clients: Mapping[str, JoinedClient]) -> None:
+        """Show who takes part."""
+        rows = sum(client.num_train for client in clients.values())
+        held = sum(client.num_held_out for client in clients.values())
+        names = ", ".join(list(clients)[:8]) + (" ..." if len(clients) > 8 else "")
+        self.notice(f"{len(clients)} clients joined with {rows} training and {held} held-out rows: {names}")
+
+    def client(self, round_num: int, answer: ClientUpdate | ClientFailure) -> None:
+        """Show that a client has answered, and why where it failed."""
+        self.answered += 1
+        if isinstance(answer, ClientFailure):
+            self.notice(f"round {round_num}: client {answer.client_id} lost: {answer.reason or answer.code}")
+        elif self.live is not None:
+            self.table.caption = f"round {round_num}: client {answer.client_id} answered ({self.answered})"
+
+    def record(self, record: RoundRecord) -> None:
+        """Show a finished round."""
+        self.answered = 0
+        self.table.caption = None
+        cells = self._cells(record)
+        self.table.add_row(*cells)
+        if self.live is None:
+            shown = (f"{name} {cell}" for name, cell in zip(_COLUMNS, cells, strict=True) if cell)
+            self.console.line("  " + " · ".join(shown))
+
+    def _cells(self, record: RoundRecord) -> tuple[str, ...]:
+        left = ""
+        if 0 < record.round_num < self.num_rounds:
+            elapsed = time.monotonic() - self.began
+            left = f"{elapsed / record.round_num * (self.num_rounds - record.round_num):.0f} s"
+        is_base = record.round_num == 0
+        return (
+            f"{record.round_num}/{self.num_rounds}",
+            _number(record.train_loss),
+            _number(record.mean_held_out),
+            "" if is_base else f"{len(record.accepted)}/{len(record.asked)}",
+            str(len(record.lost)) if record.lost else "",
+            "" if is_base else f"{record.bytes_up / 1e6:.2f} MB",
+            "" if is_base else f"{record.bytes_down / 1e6:.2f} MB",
+            _number(record.rho, 3),
+            "" if record.kept_energy is None else f"{record.kept_energy:.1%}",
+            f"{record.seconds:.1f} s" if record.seconds else "",
+            left,
+        )
+
+
+def loss_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """Return held-out loss per client, base and adapter, with mean and worst client."""
+    table = Table("client", "base", "adapter", "change", box=None, header_style="bold", pad_edge=False)
+    both = sorted(before.keys() & after.keys())
+    for client in both:
+        change = after[client] - before[client]
+        table.add_row(client, _number(before[client]), _number(after[client]), f"{change:+.3f}")
+    if both:
+        means = [sum(losses[client] for client in both) / len(both) for losses in (before, after)]
+        worst = [max(losses[client] for client in both) for losses in (before, after)]
+        table.add_row("mean", *map(_number, means), f"{means[1] - means[0]:+.3f}", style="bold")
+        table.add_row("worst", *map(_number, worst), f"{worst[1] - worst[0]:+.3f}")
+    return table
+
+
+def one_line(text: str, width: int = 100) -> str:
+    """Return text on one line, shortened."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def shown_path(path: Path) -> str:
+    """Return a path relative to here where that is shorter."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
