@@ -1,9 +1,20 @@
 """Tiny models and clients built in code: no network, no shared files, a second or two."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the network
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from fedllm.config import ModelConfig
+from fedllm.models.base import BaseModel, load_base
+
+torch.set_num_threads(1)
 
 SENTENCES = (
     "Return the sum of two numbers.",
@@ -20,13 +31,11 @@ CHAT_TEMPLATE = (
 
 
 def _train_tokenizer(folder: Path) -> int:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE(unk_token=None))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
     core.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>"]
     trainer = trainers.BpeTrainer(
@@ -40,44 +49,61 @@ def _train_tokenizer(folder: Path) -> int:
     return len(tokenizer)
 
 
-def _save_model(folder: Path, kind: str, vocab_size: int, seed: int) -> None:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _build_model(kind: str, tokens: dict[str, int]) -> Any:
+    import transformers
 
-    torch.manual_seed(seed)
-    tokens = {"vocab_size": vocab_size, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 4}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": True,
+    }
     if kind == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=256, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **tokens)
-        )
-    elif kind == "gemma3":
-        model = Gemma3ForCausalLM(
-            Gemma3TextConfig(
-                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                num_key_value_heads=1, head_dim=16, sliding_window=8,
-                layer_types=["sliding_attention", "full_attention"], **tokens,
-            )
-        )
-    else:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, tie_word_embeddings=True, **tokens,
-            )
-        )
-    model.save_pretrained(folder)
+        shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 256}
+        no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **no_dropout, **tokens))
+    if kind == "gemma3":
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+        window = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+        config = transformers.Gemma3TextConfig(**small, **heads, **window, **tokens)
+        return transformers.Gemma3ForCausalLM(config)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, **heads, **tokens))
 
 
 @pytest.fixture(scope="session")
-def make_model_folder(tmp_path_factory):
+def make_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function (kind, seed) -> folder of a tiny saved model with a tokenizer."""
     made: dict[tuple[str, int], Path] = {}
 
     def make(kind: str = "llama", seed: int = 0) -> Path:
         if (kind, seed) not in made:
             folder = tmp_path_factory.mktemp(f"tiny-{kind}-{seed}")
-            _save_model(folder, kind, _train_tokenizer(folder), seed)
+            size = _train_tokenizer(folder)
+            torch.manual_seed(seed)
+            tokens = {"vocab_size": size, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 4}
+            _build_model(kind, tokens).save_pretrained(folder)
             made[kind, seed] = folder
         return made[kind, seed]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load_tiny(make_model_folder: Callable[..., Path]) -> Callable[..., BaseModel]:
+    """Return a function (kind, dtype) -> a loaded tiny base model, kept for the session."""
+    loaded: dict[tuple[str, str], BaseModel] = {}
+
+    def load(kind: str = "llama", dtype: str = "float32") -> BaseModel:
+        if (kind, dtype) not in loaded:
+            config = ModelConfig(name=str(make_model_folder(kind)), dtype=dtype, device="cpu")
+            loaded[kind, dtype] = load_base(config)
+        return loaded[kind, dtype]
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _default_policy(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Test against the default site policy, whatever policy the machine's user has."""
+    monkeypatch.setenv("FEDLLM_POLICY", str(tmp_path_factory.getbasetemp() / "no-policy.toml"))

@@ -99,7 +99,7 @@ def max_packet_bytes(size: int) -> int:
 def _parse_header(text: bytes) -> dict[str, object]:
     try:
         header = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # thousands of brackets exceed the parser's depth
         raise WireError("packet header is not JSON") from None
     wanted: dict[str, type] = {"layout": str, "payload": str, "round": int, "size": int}
     if not isinstance(header, dict) or {key: type(value) for key, value in header.items()} != wanted:

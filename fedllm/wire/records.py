@@ -6,7 +6,7 @@ Reading is strict: a reply of any other form raises `WireError`, a single bad cl
 a `ClientFailure` of that client alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -28,6 +28,7 @@ from fedllm.wire import codec
 
 PACKET_TYPE = "fedllm.packet"
 _OK = "ok"
+_RESULT_RECORDS: dict[str, type] = {"clients": ConfigRecord, "metrics": MetricRecord}
 _TRAINING_FIELDS: dict[str, type] = {
     "steps": int,
     "batch_size": int,
@@ -49,7 +50,7 @@ def _to_array(packet: bytes) -> Array:
 
 def _packet_of(array: Array) -> bytes:
     if array.stype != PACKET_TYPE or array.dtype != "uint8":
-        raise WireError(f"an array of type {array.stype[:40]!r} is not a packet")
+        raise WireError("an array is not a packet")  # its type is the sender's own text
     return array.data
 
 
@@ -256,7 +257,7 @@ def read_updates(
     Raises:
         WireError: the reply as a whole is malformed. A client whose own packet is bad is a failure instead.
     """
-    codes, metrics = _read_results(content, {"clients", "metrics", "updates"}, UPDATE_METRICS)
+    codes, metrics = _read_results(content, {**_RESULT_RECORDS, "updates": ArrayRecord}, UPDATE_METRICS)
     packets = content.array_records.get("updates", ArrayRecord())
     if set(packets) != {client for client, code in codes.items() if code == _OK}:
         raise WireError("the packets do not match the clients that report an update")
@@ -293,7 +294,7 @@ def read_updates(
 
 def read_evaluations(content: RecordDict) -> list[ClientEvaluation | ClientFailure]:
     """Return what a reply to an evaluate request says of each client; raises as `read_updates`."""
-    codes, metrics = _read_results(content, {"clients", "metrics"}, EVALUATION_METRICS)
+    codes, metrics = _read_results(content, _RESULT_RECORDS, EVALUATION_METRICS)
     results: list[ClientEvaluation | ClientFailure] = []
     for client_id, code in codes.items():
         if code != _OK:
@@ -320,8 +321,11 @@ def read_joined(content: RecordDict, node_id: int) -> list[JoinedClient]:
     if read_error(content) == "no-data":
         return []
     _refuse_error(content)
+    _check_records(content, _RESULT_RECORDS)
     record = content.config_records.get("clients", ConfigRecord())
     sizes = content.metric_records.get("metrics", MetricRecord())
+    if set(record) != {"ids", "fingerprints"} or set(sizes) != {"num_train", "num_held_out"}:
+        raise WireError("a join reply has other fields than ids, fingerprints and sizes")
     ids, fingerprints = _list(record, "ids", str), _list(record, "fingerprints", str)
     num_train, num_held_out = _list(sizes, "num_train", int), _list(sizes, "num_held_out", int)
     if not len(ids) == len(fingerprints) == len(num_train) == len(num_held_out) == len(set(ids)):
@@ -357,13 +361,17 @@ def _count(value: float) -> int:
     return int(value) if 0 <= value < 2**53 else 0
 
 
+def _check_records(content: RecordDict, allowed: Mapping[str, type]) -> None:
+    if any(type(record) is not allowed.get(name) for name, record in content.items()):
+        raise WireError("the reply carries records that are not on the list")
+
+
 def _read_results(
-    content: RecordDict, allowed: set[str], metric_names: Sequence[str]
+    content: RecordDict, allowed: Mapping[str, type], metric_names: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     """Return (client -> code, client -> metrics) of a reply, checked against the allow-list."""
     _refuse_error(content)
-    if not set(content) <= allowed:
-        raise WireError("the reply carries records that are not on the list")
+    _check_records(content, allowed)
     record = content.config_records.get("clients", ConfigRecord())
     ids, codes = _list(record, "ids", str), _list(record, "codes", str)
     if set(record) != {"ids", "codes"} or len(ids) != len(codes) or len(set(ids)) != len(ids):

@@ -1,0 +1,98 @@
+"""Files and folders that are either complete under their final name or not there at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedllm.errors import IntegrityError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def complete_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block ends without an error.
+
+    A manifest with the SHA-256 of every file is added and all is flushed to disk before the rename, so a
+    crash at any moment leaves the previous `target`, the new one, or none, never a mixture.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield building
+        write_manifest(building)
+        for file in sorted(building.rglob("*")):
+            if file.is_file():
+                _flush(file)
+        _flush(building)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".old-{target.name}-", dir=target.parent))
+            target.rename(old / target.name)
+            building.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            building.rename(target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace a file in one step; readers see the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json`: the SHA-256 of every other file below `folder`."""
+    (folder / MANIFEST).write_text(json.dumps({"sha256": _digests(folder)}, indent=1, sort_keys=True) + "\n")
+
+
+def verify_manifest(folder: Path) -> None:
+    """Check every file below `folder` against its manifest.
+
+    Raises:
+        IntegrityError: the manifest is absent or unreadable, or a file is missing, extra or changed.
+    """
+    path = folder / MANIFEST
+    try:
+        expected = json.loads(path.read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise IntegrityError(f"{path}: absent or unreadable, so nothing vouches for this folder") from None
+    if not isinstance(expected, Mapping):
+        raise IntegrityError(f"{path}: not a manifest")
+    found = _digests(folder)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            state = "missing" if name not in found else "not listed" if name not in expected else "changed"
+            raise IntegrityError(f"{folder / name}: {state}; restore the folder from a copy")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != MANIFEST:
+            with file.open("rb") as stream:
+                digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,125 @@
+"""A checkpoint after every round, from which a run continues bit for bit.
+
+`checkpoints/round-00003/` holds the adapter, the state beside it and a manifest. It is built aside and
+renamed; the one before is kept, so that a damaged newest one costs a single round.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedllm.adapters.folder import load_tensors
+from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
+from fedllm.config import RunConfig, Scalar
+from fedllm.errors import CheckpointError, ConfigError, FedLLMError
+from fedllm.runs.atomic import complete_folder, verify_manifest
+from fedllm.runs.records import record_from_dict, record_to_dict
+from fedllm.types import RoundRecord
+
+NUM_KEPT = 2
+
+# Keys that may differ between a run and its continuation: they change where, how long or how loudly it
+# runs, never what a round computes.
+RESUMABLE_KEYS = frozenset(
+    {
+        "run.name", "run.output", "run.resume", "model.device", "model.num-threads",
+        "federation.num-rounds", "federation.round-deadline", "federation.join-deadline",
+        "federation.max-retries", "federation.max-failure-rate",
+        "evaluation.every", "evaluation.prompts", "evaluation.max-new-tokens",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ServerState:
+    """What a server carries from round to round, and all a resumed run needs.
+
+    `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none).
+    """
+
+    round_num: int
+    adapter: AdapterState
+    num_drawn: Mapping[str, int] = field(default_factory=dict)
+    records: tuple[RoundRecord, ...] = ()
+
+
+def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None:
+    """Write the checkpoint of `state` below `folder` and remove all but the newest two.
+
+    Raises:
+        CheckpointError: it could not be written; earlier checkpoints are untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    content = {
+        "round": state.round_num,
+        "num_drawn": dict(state.num_drawn),
+        "records": [record_to_dict(record) for record in state.records],
+        "config": config.to_flat(),
+        "layout": state.adapter.layout.to_dict(),
+    }
+    try:
+        with complete_folder(_path(folder, state.round_num)) as building:
+            (building / "state.json").write_text(json.dumps(content, allow_nan=False))
+            tensors = {name: tensor.clone() for name, tensor in state.adapter.tensors().items()}
+            save_file(tensors, building / "adapter.safetensors")
+    except (OSError, FedLLMError, SafetensorError) as error:
+        raise CheckpointError(f"round {state.round_num} could not be saved in {folder}: {error}") from None
+    for old in _rounds(folder)[NUM_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> tuple[ServerState, list[str]]:
+    """Return the newest intact state below `folder`, and a line about every damaged one passed over.
+
+    Raises:
+        CheckpointError: there is no intact checkpoint.
+        ConfigError: the checkpoint is of another configuration or base model; the difference is named.
+    """
+    passed_over = []
+    for path in _rounds(folder):
+        try:
+            verify_manifest(path)
+            content = json.loads((path / "state.json").read_text())
+            saved_layout = layout_from_dict(content["layout"])
+            adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
+        except (FedLLMError, OSError, ValueError, KeyError) as error:
+            passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
+            continue
+        _check_same(content["config"], config)
+        if saved_layout.digest != layout.digest:
+            raise ConfigError(f"{path} is of another base model or adapter layout; resume with the same model")
+        return (
+            ServerState(
+                round_num=content["round"],
+                adapter=adapter,
+                num_drawn=content["num_drawn"],
+                records=tuple(record_from_dict(values) for values in content["records"]),
+            ),
+            passed_over,
+        )
+    raise CheckpointError(f"no intact checkpoint in {folder}; start without --resume")
+
+
+def _check_same(saved: Mapping[str, Scalar], config: RunConfig) -> None:
+    free = RESUMABLE_KEYS
+    if config.train.schedule == "cosine":  # the schedule stretches over the number of rounds
+        free = free - {"federation.num-rounds"}
+    now: dict[str, Any] = config.to_flat()
+    changed = [key for key in now if key not in free and saved.get(key) != now[key]]
+    if changed:
+        shown = "; ".join(f"{key} was {saved.get(key)!r}, now {now[key]!r}" for key in changed[:3])
+        raise ConfigError(f"cannot resume with another configuration: {shown}")
+
+
+def _path(folder: Path, round_num: int) -> Path:
+    return folder / f"round-{round_num:05d}"
+
+
+def _rounds(folder: Path) -> list[Path]:
+    """Return the complete checkpoint folders, newest first."""
+    return sorted(folder.glob("round-[0-9]*"), reverse=True)

@@ -1,0 +1,87 @@
+"""The run folder: everything a run leaves behind, and nothing a client would not want there.
+
+    runs/NAME/config.toml       the resolved configuration; a recipe that repeats the run
+    runs/NAME/environment.json  versions of what it ran on
+    runs/NAME/rounds.jsonl      one record a round
+    runs/NAME/checkpoints/      the newest two
+    runs/NAME/adapter/          the published PEFT folder
+    runs/NAME/result.json       held-out loss before and after, and how the run ended
+"""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedllm.config import RunConfig
+from fedllm.errors import ConfigError
+from fedllm.runs.atomic import write_file
+from fedllm.runs.records import record_to_line
+from fedllm.types import RoundRecord
+
+_REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return the folder of a run: `run.output` (./runs where empty) / `run.name`, absolute."""
+    return (Path(config.run.output or "runs").expanduser() / config.run.name).resolve()
+
+
+def open_run_folder(config: RunConfig) -> Path:
+    """Create the folder of a run and write what is known before it starts.
+
+    Raises:
+        ConfigError: it cannot be written, or holds an earlier run that is not to be continued.
+    """
+    folder = run_folder(config)
+    if (folder / "checkpoints").exists() and not config.run.resume:
+        raise ConfigError(
+            f"{folder} holds an earlier run: add --resume to continue it, or choose another run.name"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        write_file(folder / "config.toml", to_toml(config))
+        write_file(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror}; set run.output") from None
+    return folder
+
+
+def write_rounds(folder: Path, records: Sequence[RoundRecord]) -> None:
+    """Write `rounds.jsonl` whole, so that a resumed run repeats no line."""
+    write_file(folder / "rounds.jsonl", "".join(record_to_line(record) + "\n" for record in records))
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write `result.json`, the last thing a run does."""
+    write_file(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def to_toml(config: RunConfig) -> str:
+    """Return the configuration as a TOML recipe."""
+    import tomli_w
+
+    nested: dict[str, Any] = {}
+    for key, value in config.to_flat().items():
+        section, _, leaf = key.partition(".")
+        if leaf:
+            nested.setdefault(section, {})[leaf] = value
+        else:
+            nested[section] = value
+    return tomli_w.dumps(nested)
+
+
+def environment() -> dict[str, str]:
+    """Return the versions a result depends on; no host, user or path."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in _REPORTED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found

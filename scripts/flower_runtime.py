@@ -1,0 +1,273 @@
+"""Real Flower processes for one run on this machine: a SuperLink, SuperNodes or a simulation, and `flwr run`.
+
+Each run gets a Flower home of its own, ports of its own and an empty working directory (a SuperLink started
+inside a checkout would import that checkout's code instead of the submitted app's). The run's true status
+comes from `flwr ls`: `flwr run --stream` exits 0 on failure.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedllm.config import RunConfig, Scalar
+from fedllm.errors import RunFailedError
+from fedllm.runs.folder import run_folder, to_toml
+from fedllm.runs.records import record_from_dict
+from scripts.console import RunView
+
+APP = Path(__file__).parents[1]
+_START_SECONDS = 60.0
+_STOP_SECONDS = 10.0
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """Return the environment of every Flower process: quiet, offline, and with a home of its own."""
+    programs = str(Path(sys.executable).parent)  # Flower starts its own helpers by name
+    return {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+    }
+
+
+@dataclass(frozen=True)
+class Link:
+    """A running SuperLink and what a client of it needs."""
+
+    folder: Path
+    port: int
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"127.0.0.1:{self.port}"
+
+    def environment(self, name: str = "cli") -> dict[str, str]:
+        """Return the environment of a process beside this SuperLink; each name has its own Flower home."""
+        home = self.folder / f"home-{name}"
+        home.mkdir(exist_ok=True)
+        return flower_environment(home)
+
+
+@contextmanager
+def superlink(*, is_simulation: bool, policy: str = "") -> Iterator[Link]:
+    """Run a SuperLink on a free loopback port for the length of the block.
+
+    `policy` is the site policy of the processes a simulation starts (fedllm.models.policy).
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fedllm-flower-"))
+    link = Link(folder, _free_port())
+    (folder / "policy.toml").write_text(policy)
+    environment = link.environment("superlink") | ({"FEDLLM_POLICY": str(folder / "policy.toml")} if policy else {})
+    command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link.port)]
+    command += ["--disable-runtime-dependency-installation"]
+    command += ["--simulation"] if is_simulation else []
+    try:
+        with process(command, folder, environment, "superlink") as running:
+            _wait_for_port(link, running)
+            home = folder / "home-cli"
+            home.mkdir(exist_ok=True)
+            (home / "config.toml").write_text(
+                f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{link.address}"\ninsecure = true\n'
+            )
+            yield link
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def supernode(link: Link, name: str, node_config: Mapping[str, Scalar]) -> Iterator[None]:
+    """Run a SuperNode with its own home for the length of the block."""
+    config = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
+    command = ["flower-supernode", "--insecure", "--superlink", link.address]
+    command += ["--port", str(_free_port()), "--node-config", config]
+    with process(command, link.folder, link.environment(name), name):
+        yield
+
+
+@contextmanager
+def process(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], name: str
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a console script of this environment in its own process group, and end the whole group after."""
+    program = str(Path(sys.executable).with_name(command[0]))
+    with (folder / f"{name}.log").open("wb") as log:
+        running = subprocess.Popen(
+            [program, *command[1:]],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield running
+    finally:
+        _end_group(running)
+
+
+def _end_group(running: "subprocess.Popen[bytes]") -> None:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(running.pid, sign)
+            running.wait(_STOP_SECONDS)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def submit(link: Link, config: RunConfig, federation: Mapping[str, Scalar]) -> str:
+    """Send the app to the SuperLink and return its run id.
+
+    Raises:
+        RunFailedError: Flower refuses it; its own words are quoted.
+    """
+    overrides = link.folder / "run-config.toml"
+    overrides.write_text(to_toml(config))
+    command = ["run", str(APP), "here", "--format", "json", "--run-config", str(overrides)]
+    if federation:
+        pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in federation.items())
+        command += ["--federation-config", pairs]
+    answer = flwr(link, command)
+    run_id = answer.get("run-id")
+    if not run_id:
+        raise RunFailedError(f"flwr run failed: {answer.get('error-message', 'no run id')}")
+    return str(run_id)
+
+
+def status(link: Link, run_id: str) -> str:
+    """Return Flower's status of a run, such as "running" or "finished:completed"."""
+    answer = flwr(link, ["ls", "here", "--run-id", run_id, "--format", "json"])
+    runs = answer.get("runs") or [{}]
+    return str(runs[0].get("status", "unknown"))
+
+
+def flwr(link: Link, arguments: Sequence[str]) -> dict[str, object]:
+    """Return the JSON that a `flwr` command prints; {} where it prints none."""
+    program = str(Path(sys.executable).with_name("flwr"))
+    done = subprocess.run(
+        [program, *arguments], cwd=link.folder, env=link.environment(), capture_output=True, text=True, check=False
+    )
+    start = done.stdout.find("{")
+    try:
+        parsed = json.loads(done.stdout[start:]) if start >= 0 else {}
+    except ValueError:
+        parsed = {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) -> None:
+    """Run `config` as a Flower simulation, or with one SuperNode per client on loopback.
+
+    Raises:
+        RunFailedError: the run does not end "finished:completed"; the reason is the run's own.
+    """
+    config = config.override({"run.output": str(run_folder(config).parent)})
+    with ExitStack() as stack:
+        # This machine's user named the data source, so its own nodes may open it.
+        link = stack.enter_context(superlink(is_simulation=is_simulation, policy="server-paths = true\n"))
+        federation: dict[str, Scalar] = {}
+        if is_simulation:
+            federation = simulation_size(config)
+        else:
+            number = config.federation.num_clients
+            for index in range(number):
+                node: dict[str, Scalar] = {"partition-id": index, "num-partitions": number, "server-paths": True}
+                stack.enter_context(supernode(link, f"node-{index}", node))
+        run_id = submit(link, config, federation)
+        view.notice(f"Flower run {run_id} on {link.address}")
+        ended = follow(link, run_id, run_folder(config), view)
+        if ended != "finished:completed":
+            kept = keep_logs(link, run_id, run_folder(config))
+            raise RunFailedError(f"Flower ended the run as {ended}: {_reason(run_folder(config), kept)}")
+
+
+def simulation_size(config: RunConfig) -> dict[str, Scalar]:
+    """Return Flower's simulation settings: one node per GPU, each hosting many clients; else one node.
+
+    A second worker on a CPU would only halve the threads of the first and hold a second base model.
+    """
+    num_gpus = torch.cuda.device_count() if config.model.device != "cpu" else 0
+    size: dict[str, Scalar] = {"num-supernodes": max(1, num_gpus), "client-resources-num-cpus": 1}
+    if num_gpus:
+        size["client-resources-num-gpus"] = 1.0
+        size["init-args-num-gpus"] = num_gpus
+    return size
+
+
+def follow(link: Link, run_id: str, folder: Path, view: RunView) -> str:
+    """Show the rounds a run writes to its folder until Flower says that it has ended; return the status."""
+    shown = 0
+    while True:
+        now = status(link, run_id)
+        lines = (folder / "rounds.jsonl").read_text().splitlines() if (folder / "rounds.jsonl").exists() else []
+        for line in lines[shown:]:
+            view.record(record_from_dict(json.loads(line)))
+        shown = max(shown, len(lines))
+        if now.startswith("finished"):
+            return now
+        time.sleep(0.5)
+
+
+def keep_logs(link: Link, run_id: str, folder: Path) -> Path:
+    """Save what Flower's processes printed to `flower.log` in the run folder, and return its path."""
+    program = str(Path(sys.executable).with_name("flwr"))
+    app_log = subprocess.run(
+        [program, "log", run_id, "here", "--show"],
+        cwd=link.folder,
+        env=link.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    parts = [f"== flwr log\n{app_log}"]
+    for file in sorted(link.folder.glob("*.log")):
+        parts.append(f"== {file.stem}\n{file.read_text(errors='replace')}")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "flower.log"
+    kept.write_text("\n".join(parts))
+    return kept
+
+
+def _reason(folder: Path, log: Path) -> str:
+    try:
+        return str(json.loads((folder / "result.json").read_text())["reason"])
+    except (OSError, ValueError, KeyError):
+        return f"see {log}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_for_port(link: Link, running: "subprocess.Popen[bytes]") -> None:
+    ends = time.monotonic() + _START_SECONDS
+    while time.monotonic() < ends and running.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", link.port)) == 0:
+                return
+        time.sleep(0.1)
+    last = (link.folder / "superlink.log").read_text(errors="replace").strip().splitlines()[-1:]
+    raise RunFailedError(f"the SuperLink did not open {link.address}: {' '.join(last)}")

@@ -1,0 +1,329 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
+from fedllm.errors import CLIENT_ERROR_CODES, FedLLMError, LayoutError, NonFiniteError, WireError
+from fedllm.types import (
+    ClientEvaluation,
+    ClientFailure,
+    ClientUpdate,
+    EvaluateRequest,
+    JoinedClient,
+    LocalTraining,
+    TrainRequest,
+)
+from fedllm.wire import codec, records
+
+LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
+TRAINING = LocalTraining(
+    steps=2, batch_size=3, learning_rate=0.5, weight_decay=0.0, clip_norm=1.0, max_length=9
+)
+SECRET = "xyzzy-private"
+
+
+def train_request(**changes: Any) -> TrainRequest:
+    values: dict[str, Any] = {
+        "round_num": 4,
+        "client_ids": ("a", "b"),
+        "num_drawn": (0, 12),
+        "adapter": initial_adapter(LAYOUT, 0),
+        "training": TRAINING,
+        "codec": "int8",
+        "weighting": "tokens",
+        "seed": 2**63 - 1,
+    }
+    return TrainRequest(**{**values, **changes})
+
+
+def update(client_id: str, **changes: Any) -> ClientUpdate:
+    values: dict[str, Any] = {
+        "round_num": 4,
+        "delta": torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(1)),
+        "weight": 7.0,
+        "num_tokens": 31,
+        "train_loss": 0.25,
+        "num_truncated": 1,
+        "seconds": 0.5,
+    }
+    return ClientUpdate(client_id=client_id, **{**values, **changes})
+
+
+def evaluation(client_id: str) -> ClientEvaluation:
+    return ClientEvaluation(client_id=client_id, loss=0.75, num_tokens=11, num_rows=2)
+
+
+def joined(client_id: str) -> JoinedClient:
+    return JoinedClient(client_id=client_id, node_id=9, num_train=3, num_held_out=0, fingerprint="f" * 64)
+
+
+def updates_reply() -> RecordDict:
+    failure = ClientFailure(client_id="c", code="no-data")
+    return records.write_updates([update("a"), failure, update("b")], layout=LAYOUT, payload="fp32")
+
+
+def evaluations_reply() -> RecordDict:
+    failure = ClientFailure(client_id="c", code="non-finite")
+    return records.write_evaluations([evaluation("a"), evaluation("b"), failure])
+
+
+def joined_reply() -> RecordDict:
+    return records.write_joined([joined("a"), joined("b"), joined("c")])
+
+
+def read_updates(content: RecordDict) -> list[ClientUpdate | ClientFailure]:
+    return records.read_updates(content, layout=LAYOUT, round_num=4)
+
+
+READERS: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]] = {
+    "updates": (updates_reply, read_updates),
+    "evaluations": (evaluations_reply, records.read_evaluations),
+    "joined": (joined_reply, lambda content: records.read_joined(content, 9)),
+}
+
+
+def test_a_train_request_comes_back_as_it_was() -> None:
+    sent = train_request()
+    content = records.write_train_request(sent)
+    assert records.is_fedllm_request(content)
+    got = records.read_train_request(content, LAYOUT)
+    assert got.adapter.digest == sent.adapter.digest
+    for name in ("round_num", "client_ids", "num_drawn", "training", "codec", "weighting", "seed"):
+        assert getattr(got, name) == getattr(sent, name)
+
+
+def test_an_evaluate_request_comes_back_as_it_was() -> None:
+    adapter = initial_adapter(LAYOUT, 0)
+    sent = EvaluateRequest(round_num=0, client_ids=("a",), adapter=adapter, max_length=9, seed=5)
+    content = records.write_evaluate_request(sent)
+    assert records.is_fedllm_request(content)
+    got = records.read_evaluate_request(content, LAYOUT)
+    assert (got.round_num, got.client_ids, got.max_length, got.seed) == (0, ("a",), 9, 5)
+    assert got.adapter.digest == adapter.digest
+
+
+@pytest.mark.parametrize("key", list(records.write_train_request(train_request())["request"]))
+@pytest.mark.parametrize("value", [None, "text", 1.5, True, [1.5], []])
+def test_a_train_request_with_a_missing_or_mistyped_field_is_refused(key: str, value: Any) -> None:
+    content = records.write_train_request(train_request())
+    before = content["request"].pop(key)
+    if type(value) is type(before) and not isinstance(value, list):
+        value = None
+    if value is not None:
+        content["request"][key] = value
+    with pytest.raises(WireError, match=key):
+        records.read_train_request(content, LAYOUT)
+
+
+def test_a_request_whose_adapter_is_not_this_runs_is_refused() -> None:
+    content = records.write_train_request(train_request())
+    other = AdapterLayout(LAYOUT.matrices, 2, 8.0, LAYOUT.fingerprint)
+    with pytest.raises(WireError):
+        records.read_train_request(content, other)
+    content["request"]["round"] = 5
+    with pytest.raises(WireError, match="round 4"):
+        records.read_train_request(content, LAYOUT)
+    content["request"]["round"] = 4
+    content["adapter"]["second"] = content["adapter"]["adapter"]
+    with pytest.raises(WireError, match="exactly one"):
+        records.read_train_request(content, LAYOUT)
+
+
+def test_a_request_whose_adapter_is_not_finite_is_refused() -> None:
+    state = AdapterState(LAYOUT, torch.full((LAYOUT.size,), math.nan))
+    with pytest.raises(NonFiniteError):
+        records.read_train_request(records.write_train_request(train_request(adapter=state)), LAYOUT)
+
+
+@pytest.mark.parametrize("changes", [{"num_drawn": (0,)}, {"client_ids": ("a", "a")}])
+def test_a_request_names_each_client_once_with_what_it_has_drawn(changes: dict[str, Any]) -> None:
+    with pytest.raises(LayoutError):
+        train_request(**changes)
+
+
+def test_an_updates_reply_comes_back_as_it_was() -> None:
+    a, c, b = read_updates(updates_reply())
+    assert isinstance(a, ClientUpdate)
+    assert isinstance(b, ClientUpdate)
+    sent = update("a")
+    assert torch.equal(a.delta, sent.delta)
+    for name in ("round_num", "weight", "num_tokens", "train_loss", "num_truncated", "seconds"):
+        assert getattr(a, name) == getattr(sent, name)
+    assert (b.client_id, c) == ("b", ClientFailure(client_id="c", code="no-data", reason=c.reason))
+
+
+def test_an_evaluations_reply_comes_back_as_it_was() -> None:
+    a, b, c = records.read_evaluations(evaluations_reply())
+    assert (a, b) == (evaluation("a"), evaluation("b"))
+    assert isinstance(c, ClientFailure)
+    assert c.code == "non-finite"
+
+
+def test_a_join_reply_comes_back_as_it_was() -> None:
+    assert records.read_joined(joined_reply(), 9) == [joined("a"), joined("b"), joined("c")]
+
+
+def test_a_node_without_clients_declares_none() -> None:
+    assert records.read_joined(records.write_joined([]), 9) == []
+
+
+def test_replies_with_nothing_done_can_be_written_and_read() -> None:
+    failures = [ClientFailure(client_id="a", code="no-data")]
+    content = records.write_updates(failures, layout=LAYOUT, payload="bf16")
+    assert set(content) == {"clients"}
+    assert [answer.code for answer in read_updates(content)] == ["no-data"]
+    assert [answer.code for answer in records.read_evaluations(content)] == ["no-data"]
+    for empty in (records.write_updates([], layout=LAYOUT, payload="bf16"), records.write_evaluations([])):
+        with pytest.raises(WireError):
+            read_updates(empty)
+
+
+def test_packet_bytes_are_those_of_the_packets() -> None:
+    length = len(codec.encode(update("a").delta, layout_digest=LAYOUT.digest, round_num=4, payload="fp32"))
+    assert records.packet_bytes(updates_reply()) == 2 * length
+    assert records.packet_bytes(evaluations_reply()) == 0
+
+
+def _extra_config(content: RecordDict) -> None:
+    content["note"] = ConfigRecord({"text": SECRET})
+
+
+def _extra_metrics(content: RecordDict) -> None:
+    content["more"] = MetricRecord({"x": 1.0})
+
+
+def _extra_arrays(content: RecordDict) -> None:
+    content["more"] = ArrayRecord({SECRET: Array(np.zeros(1, "float32"))})
+
+
+def _extra_metric(content: RecordDict) -> None:
+    content["metrics"][SECRET] = list(next(iter(content["metrics"].values())))
+
+
+def _missing_metric(content: RecordDict) -> None:
+    content["metrics"].pop(next(iter(content["metrics"])))
+
+
+def _longer_metric(content: RecordDict) -> None:
+    values = next(iter(content["metrics"].values()))
+    values.append(values[0])
+
+
+def _shorter_metric(content: RecordDict) -> None:
+    next(iter(content["metrics"].values())).pop()
+
+
+def _empty_metric(content: RecordDict) -> None:
+    content["metrics"][next(iter(content["metrics"]))] = []
+
+
+def _scalar_metric(content: RecordDict) -> None:
+    name, values = next(iter(content["metrics"].items()))
+    content["metrics"][name] = values[0]
+
+
+def _other_numbers(content: RecordDict) -> None:
+    name, values = next(iter(content["metrics"].items()))
+    other = int if isinstance(values[0], float) else float
+    content["metrics"][name] = [other(value) for value in values]
+
+
+def _no_metrics(content: RecordDict) -> None:
+    del content["metrics"]
+
+
+def _metrics_as_text(content: RecordDict) -> None:
+    content["metrics"] = ConfigRecord({"text": SECRET})
+
+
+def _no_clients(content: RecordDict) -> None:
+    del content["clients"]
+
+
+def _clients_as_metrics(content: RecordDict) -> None:
+    content["clients"] = MetricRecord({"ids": [1, 2, 3]})
+
+
+def _extra_list(content: RecordDict) -> None:
+    content["clients"]["note"] = [SECRET] * 3
+
+
+def _duplicate_id(content: RecordDict) -> None:
+    content["clients"]["ids"] = ["a", "a", "c"]
+
+
+def _fewer_ids(content: RecordDict) -> None:
+    content["clients"]["ids"] = ["a", "b"]
+
+
+def _empty_ids(content: RecordDict) -> None:
+    content["clients"]["ids"] = []
+
+
+def _numbered_ids(content: RecordDict) -> None:
+    content["clients"]["ids"] = [1, 2, 3]
+
+
+def _one_id(content: RecordDict) -> None:
+    content["clients"]["ids"] = "a"
+
+
+COMMON = [
+    _extra_config, _extra_metrics, _extra_arrays, _extra_metric, _missing_metric, _longer_metric,
+    _shorter_metric, _empty_metric, _scalar_metric, _other_numbers, _no_metrics, _metrics_as_text,
+    _no_clients, _clients_as_metrics, _extra_list, _duplicate_id, _fewer_ids, _empty_ids, _numbered_ids,
+    _one_id, RecordDict.clear,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("damage", COMMON, ids=lambda damage: damage.__name__.strip("_"))
+def test_a_reply_of_any_other_form_is_refused(kind: str, damage: Callable[[RecordDict], None]) -> None:
+    make, read = READERS[kind]
+    content = make()
+    assert len(read(content)) == 3
+    damage(content)
+    with pytest.raises(WireError) as caught:
+        read(content)
+    assert SECRET not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["updates", "evaluations"])
+@pytest.mark.parametrize("code", ["unknown", SECRET, "OK", ""])
+def test_a_code_outside_the_list_is_refused(kind: str, code: str) -> None:
+    make, read = READERS[kind]
+    content = make()
+    content["clients"]["codes"][2] = code
+    with pytest.raises(WireError) as caught:
+        read(content)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("code", [SECRET, 7, ["failed"], "out-of-memory"])
+def test_an_error_reply_is_refused_with_a_known_code_and_nothing_of_its_text(kind: str, code: Any) -> None:
+    content = RecordDict({"error": ConfigRecord({"code": code, "note": SECRET})})
+    with pytest.raises(WireError) as caught:
+        READERS[kind][1](content)
+    expected = "out-of-memory" if code == "out-of-memory" else "internal"
+    assert str(caught.value) == f"client reports {expected}"
+
+
+@pytest.mark.parametrize("code", [*sorted(CLIENT_ERROR_CODES), SECRET])
+def test_an_error_reply_holds_a_code_of_the_list_only(code: str) -> None:
+    written = records.read_error(records.write_error(code))
+    assert written == (code if code in CLIENT_ERROR_CODES else "internal")
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_train", -1), ("num_held_out", -5)])
+def test_a_join_reply_declares_no_negative_size(name: str, value: int) -> None:
+    content = joined_reply()
+    content["metrics"][name][1] = value
+    with pytest.raises(WireError):
+        records.read_joined(content, 9)
