@@ -66,7 +66,7 @@ def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[s
     config, node = RunConfig.from_flat(dict(run_config)), dict(node_config)
     files = resolve_model(config.model.name, config.model.revision)
     clients = {
-        rows.client_id: _encode_client(rows, files, config.train.max_length)
+        rows.client_id: encode_client(rows, files, config.train.max_length)
         for rows in hosted_rows(config, node)
     }
     return Holder(config, files, clients)
@@ -128,7 +128,8 @@ def _report(bad: tuple[BadRow, ...]) -> None:
         )
 
 
-def _encode_client(rows: ClientRows, files: ModelFiles, max_length: int) -> ClientTokens:
+def encode_client(rows: ClientRows, files: ModelFiles, max_length: int) -> ClientTokens:
+    """Return a client's rows as tokens; rows that lose their whole answer to `max_length` are left out."""
     tokenizer = load_tokenizer(files)
 
     def kept(examples: tuple[Example, ...]) -> tuple[Encoded, ...]:

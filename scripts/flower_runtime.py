@@ -30,6 +30,7 @@ from scripts.console import RunView
 APP = Path(__file__).parents[1]
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
+_ASK_SECONDS = 10.0
 
 
 def flower_environment(home: Path) -> dict[str, str]:
@@ -183,6 +184,7 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
         RunFailedError: the run does not end "finished:completed"; the reason is the run's own.
     """
     config = config.override({"run.output": str(run_folder(config).parent)})
+    (run_folder(config) / "result.json").unlink(missing_ok=True)  # an earlier attempt's
     with ExitStack() as stack:
         # This machine's user named the data source, so its own nodes may open it.
         link = stack.enter_context(superlink(is_simulation=is_simulation, policy="server-paths = true\n"))
@@ -216,17 +218,21 @@ def simulation_size(config: RunConfig) -> dict[str, Scalar]:
 
 
 def follow(link: Link, run_id: str, folder: Path, view: RunView) -> str:
-    """Show the rounds a run writes to its folder until Flower says that it has ended; return the status."""
-    shown = 0
+    """Show the rounds a run writes to its folder until Flower says that it has ended; return the status.
+
+    Asking Flower costs a second of CPU, so it is asked when the run has left its result, and now and then.
+    """
+    shown, asked = 0, time.monotonic()
     while True:
-        now = status(link, run_id)
         lines = (folder / "rounds.jsonl").read_text().splitlines() if (folder / "rounds.jsonl").exists() else []
         for line in lines[shown:]:
             view.record(record_from_dict(json.loads(line)))
         shown = max(shown, len(lines))
-        if now.startswith("finished"):
-            return now
-        time.sleep(0.5)
+        if (folder / "result.json").exists() or time.monotonic() > asked + _ASK_SECONDS:
+            asked, now = time.monotonic(), status(link, run_id)
+            if now.startswith("finished"):
+                return now
+        time.sleep(0.2)
 
 
 def keep_logs(link: Link, run_id: str, folder: Path) -> Path:

@@ -30,6 +30,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Flower and PEFT be used: they touch deprecated names of click and transformers."""
+    config.addinivalue_line("filterwarnings", "ignore:'click:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
 def _train_tokenizer(folder: Path) -> int:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

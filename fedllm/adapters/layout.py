@@ -128,7 +128,7 @@ def layout_from_dict(values: dict[str, object]) -> AdapterLayout:
             float(values["alpha"]),  # type: ignore[arg-type]
             str(values["fingerprint"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise LayoutError(f"not an adapter layout ({type(error).__name__})") from None
 
 

@@ -45,6 +45,7 @@ def open_run_folder(config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
+        (folder / "result.json").unlink(missing_ok=True)  # it says how the latest attempt ended
         write_file(folder / "config.toml", to_toml(config))
         write_file(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:

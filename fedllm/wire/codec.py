@@ -129,7 +129,8 @@ def _encode_int8(vector: torch.Tensor) -> bytes:
     blocks = torch.nn.functional.pad(vector, (0, padding)).view(-1, INT8_BLOCK)
     exact = blocks.abs().amax(dim=1) / 127
     scale = exact.bfloat16()
-    scale = torch.where(scale.float() < exact, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
+    above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    scale = torch.where(scale.float() < exact, above, scale)
     step = torch.where(scale == 0, torch.ones_like(scale), scale).float()
     values = (blocks / step[:, None]).round().clamp(-127, 127).to(torch.int8)
     scales = scale.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.errors import CLIENT_ERROR_CODES, FedLLMError, LayoutError, NonFiniteError, WireError
+from fedllm.errors import CLIENT_ERROR_CODES, LayoutError, NonFiniteError, WireError
 from fedllm.types import (
     ClientEvaluation,
     ClientFailure,

@@ -1,0 +1,123 @@
+"""`fedllm evaluate`: base against adapter on every client's held-out rows, or on a file of your own."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from clients.holder import ClientTokens, encode_client, open_holder
+from fedllm.adapters.folder import PublishedAdapter, load_adapter
+from fedllm.adapters.layout import initial_adapter
+from fedllm.config import RunConfig
+from fedllm.data.shards import load_one_client
+from fedllm.errors import ConfigError, NoDataError
+from fedllm.models.base import load_base
+from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID, resolve_model
+from fedllm.runs.recipe import flatten
+from fedllm.training.engine import Engine, resident_engine
+from fedllm.types import ClientEvaluation
+from scripts.commands.run_command import Answers, compare_answers
+from scripts.console import Console, one_line
+
+
+def evaluate(target: Path, *, data: str, as_json: bool) -> None:
+    """Print losses and perplexities of base and adapter for every client, the worst client, and answers."""
+    folder, config = find_adapter(target)
+    published = load_adapter(folder)
+    config = config or _bare_config(published)
+    engine = resident_engine(load_base(config.model), published.state.layout)
+    clients = _clients(config, data)
+    if not clients:
+        raise NoDataError(f"{target}: the run keeps no held-out rows; give some with --data")
+    before = _losses(engine, clients, published, is_base=True)
+    after = _losses(engine, clients, published, is_base=False)
+    answers = compare_answers(config, folder)
+    report = report_of(before, after, answers)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print(Console(), report, answers)
+
+
+def find_adapter(target: Path) -> tuple[Path, RunConfig | None]:
+    """Return the adapter folder that `target` is or holds, and the configuration of its run where known.
+
+    Raises:
+        ConfigError: there is neither an adapter nor a finished run.
+    """
+    folder = target / "adapter" if (target / "adapter").is_dir() else target
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{target}: neither a finished run nor an adapter folder")
+    recipe = folder.parent / "config.toml"
+    if folder.name != "adapter" or not recipe.is_file():
+        return folder, None
+    return folder, RunConfig.from_flat(flatten(tomllib.loads(recipe.read_text())))
+
+
+def _bare_config(published: PublishedAdapter) -> RunConfig:
+    """Return a configuration that loads the base model an adapter names."""
+    name = EMBEDDED_ALIAS if published.base_model == EMBEDDED_HUB_ID else published.base_model
+    return RunConfig.from_flat({"model.name": name, "model.revision": published.revision})
+
+
+def _clients(config: RunConfig, data: str) -> dict[str, ClientTokens]:
+    """Return each client with the rows to evaluate on as its held-out rows."""
+    if not data:
+        holder = open_holder(config.to_flat(), {"server-paths": True})
+        return {name: client for name, client in holder.clients.items() if client.held_out}
+    whole = config.override({"data.held-out-fraction": 0.0, "data.max-rows": 0}).data
+    rows = load_one_client(data, whole, client_id=Path(data).stem, seed=config.seed).client
+    files = resolve_model(config.model.name, config.model.revision)
+    client = encode_client(rows, files, config.train.max_length)
+    return {client.client_id: ClientTokens(client.client_id, (), client.train)}
+
+
+def _losses(
+    engine: Engine, clients: Mapping[str, ClientTokens], published: PublishedAdapter, *, is_base: bool
+) -> dict[str, ClientEvaluation]:
+    state = initial_adapter(published.state.layout, 0) if is_base else published.state
+    return {name: engine.evaluate(name, state, client.held_out) for name, client in clients.items()}
+
+
+def report_of(
+    before: Mapping[str, ClientEvaluation], after: Mapping[str, ClientEvaluation], answers: Answers
+) -> dict[str, Any]:
+    """Return the JSON form of an evaluation: per client, mean over clients, and the worst client."""
+    worst = max(after, key=lambda name: after[name].loss)
+    return {
+        "clients": {
+            name: {
+                "rows": after[name].num_rows,
+                "tokens": after[name].num_tokens,
+                "base": {"loss": before[name].loss, "perplexity": before[name].perplexity},
+                "adapter": {"loss": after[name].loss, "perplexity": after[name].perplexity},
+            }
+            for name in after
+        },
+        "mean": {"base": _mean(before), "adapter": _mean(after)},
+        "worst": {"client": worst, "base": before[worst].loss, "adapter": after[worst].loss},
+        "answers": vars(answers),
+    }
+
+
+def _mean(evaluations: Mapping[str, ClientEvaluation]) -> float:
+    return sum(evaluation.loss for evaluation in evaluations.values()) / len(evaluations)
+
+
+def _print(console: Console, report: Mapping[str, Any], answers: Answers) -> None:
+    names = ("client", "rows", "tokens", "base loss", "adapter loss", "base ppl", "adapter ppl")
+    table = Table(*names, box=None, header_style="bold", pad_edge=False)
+    for name, row in report["clients"].items():
+        base, adapter = row["base"], row["adapter"]
+        numbers = (f"{base['loss']:.4f}", f"{adapter['loss']:.4f}")
+        perplexities = (f"{base['perplexity']:.2f}", f"{adapter['perplexity']:.2f}")
+        table.add_row(name, str(row["rows"]), str(row["tokens"]), *numbers, *perplexities)
+    mean, worst = report["mean"], report["worst"]
+    table.add_row("mean", "", "", f"{mean['base']:.4f}", f"{mean['adapter']:.4f}", style="bold")
+    table.add_row(f"worst: {worst['client']}", "", "", f"{worst['base']:.4f}", f"{worst['adapter']:.4f}")
+    console.rich.print(table)
+    for prompt, before, after in zip(answers.prompts, answers.before, answers.after, strict=True):
+        console.line(f"\n  {prompt}\n    before: {one_line(before)}\n    after:  {one_line(after)}")
