@@ -202,7 +202,8 @@ def coerce(key: str, value: Any, like: Scalar) -> Scalar:
     if wanted is str and isinstance(value, list) and all(isinstance(part, str) for part in value):
         return ",".join(value)  # a TOML list, as people write target-modules
     if wanted is type(value):
-        return value  # type: ignore[no-any-return]
+        typed: Scalar = value
+        return typed
     try:
         if wanted is float and not isinstance(value, bool):
             return float(value)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from fedllm.errors import FedLLMError
@@ -17,9 +18,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = 130
+
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[RECIPE.toml] [key=value ...]", help="A recipe (none = quickstart) and overrides."),
+    typer.Argument(
+        metavar="[RECIPE.toml] [key=value ...]", help="A recipe (none = quickstart) and overrides."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 OnBadRow = Annotated[str, typer.Option("--on-bad-row", help="skip | stop", show_default="skip")]
@@ -95,15 +100,18 @@ def main() -> None:
     verbose = {"-v", "--verbose"} & set(sys.argv[1:])
     arguments = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
     try:
-        app(arguments)
+        code = app(arguments, standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
     except FedLLMError as error:
         if verbose:
             raise
         print(f"fedllm: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        code = 2
+    if code == INTERRUPTED:  # how typer reports Ctrl-C
         print("fedllm: stopped; complete rounds are saved, --resume continues", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

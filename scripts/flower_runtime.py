@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,13 @@ APP = Path(__file__).parents[1]
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 _ASK_SECONDS = 10.0
+_CONNECTION = """[superlink]
+default = "here"
+
+[superlink.here]
+address = "{address}"
+insecure = true
+"""
 
 
 def flower_environment(home: Path) -> dict[str, str]:
@@ -78,7 +86,9 @@ def superlink(*, is_simulation: bool, policy: str = "") -> Iterator[Link]:
     folder = Path(tempfile.mkdtemp(prefix="fedllm-flower-"))
     link = Link(folder, _free_port())
     (folder / "policy.toml").write_text(policy)
-    environment = link.environment("superlink") | ({"FEDLLM_POLICY": str(folder / "policy.toml")} if policy else {})
+    environment = link.environment("superlink") | (
+        {"FEDLLM_POLICY": str(folder / "policy.toml")} if policy else {}
+    )
     command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link.port)]
     command += ["--disable-runtime-dependency-installation"]
     command += ["--simulation"] if is_simulation else []
@@ -87,9 +97,7 @@ def superlink(*, is_simulation: bool, policy: str = "") -> Iterator[Link]:
             _wait_for_port(link, running)
             home = folder / "home-cli"
             home.mkdir(exist_ok=True)
-            (home / "config.toml").write_text(
-                f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{link.address}"\ninsecure = true\n'
-            )
+            (home / "config.toml").write_text(_CONNECTION.format(address=link.address))
             yield link
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -159,15 +167,20 @@ def submit(link: Link, config: RunConfig, federation: Mapping[str, Scalar]) -> s
 def status(link: Link, run_id: str) -> str:
     """Return Flower's status of a run, such as "running" or "finished:completed"."""
     answer = flwr(link, ["ls", "here", "--run-id", run_id, "--format", "json"])
-    runs = answer.get("runs") or [{}]
-    return str(runs[0].get("status", "unknown"))
+    runs = answer.get("runs")
+    return str(runs[0].get("status", "unknown")) if runs else "unknown"
 
 
-def flwr(link: Link, arguments: Sequence[str]) -> dict[str, object]:
+def flwr(link: Link, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the JSON that a `flwr` command prints; {} where it prints none."""
     program = str(Path(sys.executable).with_name("flwr"))
     done = subprocess.run(
-        [program, *arguments], cwd=link.folder, env=link.environment(), capture_output=True, text=True, check=False
+        [program, *arguments],
+        cwd=link.folder,
+        env=link.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     start = done.stdout.find("{")
     try:
@@ -194,7 +207,11 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
         else:
             number = config.federation.num_clients
             for index in range(number):
-                node: dict[str, Scalar] = {"partition-id": index, "num-partitions": number, "server-paths": True}
+                node: dict[str, Scalar] = {
+                    "partition-id": index,
+                    "num-partitions": number,
+                    "server-paths": True,
+                }
                 stack.enter_context(supernode(link, f"node-{index}", node))
         run_id = submit(link, config, federation)
         view.notice(f"Flower run {run_id} on {link.address}")
@@ -224,7 +241,9 @@ def follow(link: Link, run_id: str, folder: Path, view: RunView) -> str:
     """
     shown, asked = 0, time.monotonic()
     while True:
-        lines = (folder / "rounds.jsonl").read_text().splitlines() if (folder / "rounds.jsonl").exists() else []
+        lines = (
+            (folder / "rounds.jsonl").read_text().splitlines() if (folder / "rounds.jsonl").exists() else []
+        )
         for line in lines[shown:]:
             view.record(record_from_dict(json.loads(line)))
         shown = max(shown, len(lines))

@@ -1,11 +1,11 @@
 """A federation you step yourself, in this process.
 
-    from fedllm.config import RunConfig
-    from scripts.local import init, step
+from fedllm.config import RunConfig
+from scripts.local import init, step
 
-    state = init(RunConfig.from_flat({"federation.num-rounds": 5}))
-    state, record = step(state)
-    print(record.train_loss, state.adapter.digest)
+state = init(RunConfig.from_flat({"federation.num-rounds": 5}))
+state, record = step(state)
+print(record.train_loss, state.adapter.digest)
 """
 
 from dataclasses import dataclass, replace

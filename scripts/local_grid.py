@@ -7,12 +7,11 @@ and nowhere else, under a contract test.
 
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.supercore.run import Run
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.config import RunConfig, Scalar
@@ -48,7 +47,9 @@ class LocalGrid(Grid):
         ttl: float | None = None,
     ) -> Message:
         """Return a message to a node."""
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+        return Message(
+            content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl
+        )
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes of this process."""
@@ -72,7 +73,9 @@ class LocalGrid(Grid):
                 return [self._client_app(message, self._contexts[message.metadata.dst_node_id])]
         return []
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Run all messages and return their replies."""
         ids = list(self.push_messages(messages))
         return [reply for message_id in ids for reply in self.pull_messages([message_id])]

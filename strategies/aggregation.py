@@ -44,8 +44,6 @@ class Aggregate:
     delta_norm: float  # ||M - M_0||_F over all matrices, the size of the round's change
 
 
-
-
 def init(start: AdapterState) -> Mixture:
     """Return the empty mixture of a round that starts from `start`."""
     products = tuple(algebra.Product(m.out_features, m.in_features) for m in start.layout.matrices)

@@ -4,7 +4,7 @@ from flwr.app import RecordDict
 
 from fedllm.errors import WireError
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import ClientFailure, EvaluateRequest
+from fedllm.types import ClientEvaluation, ClientFailure, EvaluateRequest
 from fedllm.wire import records
 from strategies.session import Session
 from strategies.transport import Reply
@@ -55,10 +55,12 @@ def read_losses(session: Session, reply: Reply) -> dict[str, float]:
         return {}
     losses: dict[str, float] = {}
     for answer in answers:
-        failure = answer if isinstance(answer, ClientFailure) else check_evaluation(answer)
+        sound = check_evaluation(answer) if isinstance(answer, ClientEvaluation) else answer
         joined = session.clients.get(answer.client_id)
-        if isinstance(answer, ClientFailure) or failure is not None:
-            session.watch.notice(f"client {answer.client_id} was not evaluated: {failure.reason}")
-        elif joined is not None and joined.node_id == reply.node_id:
-            losses[answer.client_id] = answer.loss
+        if joined is None or joined.node_id != reply.node_id:
+            session.watch.notice(f"node {reply.node_id} answered for a client it does not host")
+        elif isinstance(sound, ClientFailure):
+            session.watch.notice(f"client {answer.client_id} was not evaluated: {sound.reason}")
+        else:
+            losses[answer.client_id] = sound.loss
     return losses

@@ -1,4 +1,4 @@
-"""Who takes part: every node declares its clients, their sizes and their base model before the first round."""
+"""Who takes part: before the first round every node declares its clients, their sizes and base model."""
 
 import time
 from collections.abc import Callable
@@ -54,7 +54,9 @@ def join_clients(
             " check the data source and that the nodes run"
         )
     if len(declared) < federation.num_clients:
-        notice(f"{len(declared)} of {federation.num_clients} expected clients joined; going on without the rest")
+        notice(
+            f"{len(declared)} of {federation.num_clients} expected clients joined; going on without the rest"
+        )
     return usable
 
 

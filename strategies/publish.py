@@ -37,9 +37,9 @@ def _target_names(config: RunConfig, state: ServerState) -> list[str]:
 
 
 def model_card(config: RunConfig, files: ModelFiles, state: ServerState) -> str:
-    """Return the README.md of a published adapter: base, training, results, limits. No path, no private text."""
+    """Return the README.md of a published adapter: base, training, results, limits; no path, no text."""
     records = [record for record in state.records if record.round_num > 0]
-    layout = state.adapter.layout
+    layout, train = state.adapter.layout, config.train
     note = _EMBEDDED_NOTE if config.model.name == EMBEDDED_ALIAS else ""
     up = sum(record.bytes_up for record in records) / 1e6
     down = sum(record.bytes_down for record in records) / 1e6
@@ -63,9 +63,9 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ## How it was trained
 
 {len(records)} rounds of federated fine-tuning with fedllm; only adapter tensors left the data holders
-({up:.1f} MB up as {config.wire.codec} deltas, {down:.1f} MB down). LoRA rank {layout.rank}, alpha {layout.alpha:g}
-on {config.lora.target_modules}; {config.train.local_steps} local AdamW steps of {config.train.batch_size} rows
-at learning rate {config.train.learning_rate:g}; read-out `{config.aggregation.read_out}` weighted by
+({up:.1f} MB up as {config.wire.codec} deltas, {down:.1f} MB down).
+LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
+{train.local_steps} local AdamW steps of {train.batch_size} rows at learning rate {train.learning_rate:g}; read-out `{config.aggregation.read_out}` weighted by
 {config.aggregation.weighting}; seed {config.seed}.
 
 ## Held-out loss (nats per token, on rows each data holder kept back)
@@ -86,9 +86,11 @@ def _loss_table(state: ServerState) -> str:
         return "Not measured.\n"
     before, after = measured[0], measured[-1]
     rows = "".join(
-        f"| {client} | {before[client]:.4f} | {after[client]:.4f} |\n" for client in sorted(before.keys() & after.keys())
+        f"| {client} | {before[client]:.4f} | {after[client]:.4f} |\n"
+        for client in sorted(before.keys() & after.keys())
     )
-    return f"| client | base | adapter |\n|---|---|---|\n{rows}| **mean** | {_mean(before):.4f} | {_mean(after):.4f} |\n"
+    mean = f"| **mean** | {_mean(before):.4f} | {_mean(after):.4f} |\n"
+    return "| client | base | adapter |\n|---|---|---|\n" + rows + mean
 
 
 def _mean(losses: Mapping[str, float]) -> float:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -175,15 +175,12 @@ def read_reply(
                 yield answer
             else:
                 joined = session.clients[answer.client_id]
-                yield (
-                    check_update(
-                        answer,
-                        joined=joined,
-                        layout=session.layout,
-                        round_num=plan.round_num,
-                        largest_weight=largest_weight(joined, session.config),
-                    )
-                    or answer
+                yield check_update(
+                    answer,
+                    joined=joined,
+                    layout=session.layout,
+                    round_num=plan.round_num,
+                    largest_weight=largest_weight(joined, session.config),
                 )
     for client, reason in unanswered.items():
         yield ClientFailure(client_id=client, code="lost", reason=reason)
@@ -258,9 +255,7 @@ def _first_updates(answers: Generator[Answer, None, None], number: int) -> Gener
                 return
 
 
-def _in_order(
-    answers: Iterable[Answer], order: Iterable[str]
-) -> Generator[Answer, None, None]:
+def _in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answer, None, None]:
     """Yield answers in the plan's order, each as soon as all before it are there.
 
     Floating-point sums depend on their order; this makes a round independent of who was faster.

@@ -17,12 +17,12 @@ from strategies.evaluation import evaluate
 from strategies.joining import join_clients
 from strategies.publish import publish_adapter
 from strategies.rounds import next_round
-from strategies.session import Session, Watch
+from strategies.session import SILENT, Session, Watch
 from strategies.transport import Transport
 
 
 def run_federation(
-    config: RunConfig, grid: Grid, watch: Watch = Watch(), start: AdapterState | None = None
+    config: RunConfig, grid: Grid, watch: Watch = SILENT, start: AdapterState | None = None
 ) -> ServerState:
     """Do every round of `config` over `grid`, publish the adapter and return the final state.
 
@@ -44,12 +44,14 @@ def run_federation(
         raise
     except OSError as error:
         write_result(folder, {"status": "failed", "reason": "the run folder could not be written"})
-        raise CheckpointError(f"cannot write {folder}: {error.strerror}; free space and use --resume") from None
+        raise CheckpointError(
+            f"cannot write {folder}: {error.strerror}; free space and use --resume"
+        ) from None
     write_result(folder, summary(state, adapter))
     return state
 
 
-def open_session(config: RunConfig, grid: Grid, watch: Watch = Watch()) -> Session:
+def open_session(config: RunConfig, grid: Grid, watch: Watch = SILENT) -> Session:
     """Return a session over the clients that join on `grid`.
 
     Raises:

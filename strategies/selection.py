@@ -8,7 +8,13 @@ from fedllm.seeds import derive_seed
 
 
 def choose_clients(
-    available: Iterable[str], *, cohort_size: int, over_selection: float, seed: int, round_num: int, attempt: int
+    available: Iterable[str],
+    *,
+    cohort_size: int,
+    over_selection: float,
+    seed: int,
+    round_num: int,
+    attempt: int,
 ) -> tuple[str, ...]:
     """Return the clients to ask, sorted: the cohort and its over-selection (Bonawitz et al. 2019, 130 %).
 

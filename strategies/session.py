@@ -19,6 +19,9 @@ class Watch:
     record: Callable[[RoundRecord], None] = lambda record: None
 
 
+SILENT = Watch()
+
+
 @dataclass(frozen=True, eq=False)
 class Session:
     """What stays the same from round to round."""
@@ -27,7 +30,7 @@ class Session:
     layout: AdapterLayout
     transport: Transport
     clients: Mapping[str, JoinedClient]
-    watch: Watch = Watch()
+    watch: Watch = SILENT
 
     def by_node(self, clients: Iterable[str]) -> dict[int, list[str]]:
         """Group client ids by the node that hosts them, keeping their order."""

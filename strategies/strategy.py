@@ -20,7 +20,7 @@ from fedllm.wire.records import read_plain, write_plain
 from strategies.evaluation import evaluate_requests, read_losses
 from strategies.rounds import finish, fold, plan_round, read_reply, train_requests
 from strategies.run import open_session, run_federation
-from strategies.session import Session, Watch
+from strategies.session import SILENT, Session, Watch
 from strategies.transport import reply_of
 
 
@@ -28,7 +28,7 @@ from strategies.transport import reply_of
 class FederatedLora(Strategy):
     """Federated LoRA fine-tuning as `config` describes it; `watch` hears of its progress."""
 
-    def __init__(self, config: RunConfig, watch: Watch = Watch()):
+    def __init__(self, config: RunConfig, watch: Watch = SILENT):
         self.config = config
         self.watch = watch
         self._session: Session | None = None
@@ -86,16 +86,17 @@ class FederatedLora(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new adapter as named PEFT tensors, or None where too few updates are sound."""
-        assert self._session and self._state and self._plan, "configure_train comes first"
-        session, plan = self._session, self._plan
+        session, state, plan = self._session, self._state, self._plan
+        if session is None or state is None or plan is None:
+            raise RuntimeError("configure_train comes before aggregate_train")
         asked = session.by_node(plan.asked)
         answers = (
             answer
             for reply in map(reply_of, replies)
             for answer in read_reply(session, plan, reply, asked.get(reply.node_id, []))
         )
-        record, mixture = fold(session, self._state, plan, answers)
-        self._state, record = finish(session, self._state, plan, record, mixture)
+        record, mixture = fold(session, state, plan, answers)
+        self._state, record = finish(session, state, plan, record, mixture)
         if not record.applied:
             return None, None
         return write_plain(self._state.adapter), _train_metrics(record)
@@ -110,7 +111,8 @@ class FederatedLora(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean held-out loss over clients, or None where none was measured."""
-        assert self._session, "configure_evaluate comes first"
+        if self._session is None:
+            raise RuntimeError("configure_evaluate comes before aggregate_evaluate")
         losses: dict[str, float] = {}
         for reply in map(reply_of, replies):
             losses.update(read_losses(self._session, reply))

@@ -59,20 +59,25 @@ class Transport:
         ends = time.monotonic() + deadline
         try:
             while pending and time.monotonic() < ends:
-                arrived = False
-                for message in self.grid.pull_messages(list(pending)):
-                    arrived = True
-                    # A lost node's error comes from the SuperLink, so only the message it answers names it.
-                    node = pending.pop(message.metadata.reply_to_message_id, None)
-                    if node is not None:
-                        self.bytes_up += packet_bytes(message.content) if message.has_content() else 0
-                        yield reply_of(message, node)
+                arrived = self._take(pending)
+                yield from arrived
                 if not arrived:
                     time.sleep(self.poll_seconds)
             for node in list(pending.values()):
                 yield Reply(node, None, f"no reply within {deadline:g} s")
         finally:
             self.late.update(pending)
+
+    def _take(self, pending: dict[str, int]) -> list[Reply]:
+        """Return what has arrived, struck off `pending` at once: the caller may stop listening midway."""
+        replies = []
+        for message in self.grid.pull_messages(list(pending)):
+            # A lost node's error comes from the SuperLink, so only the message it answers names it.
+            node = pending.pop(message.metadata.reply_to_message_id, None)
+            if node is not None:
+                self.bytes_up += packet_bytes(message.content) if message.has_content() else 0
+                replies.append(reply_of(message, node))
+        return replies
 
     def _collect_late(self) -> None:
         for message in self.grid.pull_messages(list(self.late)) if self.late else ():

@@ -16,8 +16,8 @@ def check_update(
     layout: AdapterLayout,
     round_num: int,
     largest_weight: float,
-) -> ClientFailure | None:
-    """Return why `update` is refused, or None where it is sound.
+) -> ClientUpdate | ClientFailure:
+    """Return `update` where it is sound, else why it is refused.
 
     The codec has already checked magic, version, checksum, layout digest, size and round of its packet.
     """
@@ -34,7 +34,7 @@ def check_update(
         reason = f"the weight {update.weight:g} is above the {largest_weight:g} declared at joining"
     elif not math.isfinite(update.train_loss) or update.train_loss < 0:
         reason = "the training loss is not a finite positive number"
-    return ClientFailure(client_id=joined.client_id, code="refused", reason=reason) if reason else None
+    return ClientFailure(client_id=joined.client_id, code="refused", reason=reason) if reason else update
 
 
 def largest_weight(joined: JoinedClient, config: RunConfig) -> float:
@@ -47,10 +47,10 @@ def largest_weight(joined: JoinedClient, config: RunConfig) -> float:
     }[config.aggregation.weighting]
 
 
-def check_evaluation(evaluation: ClientEvaluation) -> ClientFailure | None:
-    """Return why an evaluation is refused, or None where it is sound."""
+def check_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation | ClientFailure:
+    """Return the evaluation where it is sound, else why it is refused."""
     if math.isfinite(evaluation.loss) and evaluation.loss >= 0 and evaluation.num_tokens > 0:
-        return None
+        return evaluation
     return ClientFailure(
         client_id=evaluation.client_id, code="refused", reason="the held-out loss is not a finite number"
     )

@@ -21,7 +21,7 @@ class Product:
     terms: tuple[tuple[float, torch.Tensor, torch.Tensor], ...] = ()
 
     def plus(self, weight: float, b_OR: torch.Tensor, a_RI: torch.Tensor) -> "Product":
-        """Return the sum with one more term. Past twice the smaller dimension it is re-factored, without loss."""
+        """Return the sum with one more term; past twice the smaller dimension it is merged, without loss."""
         longer = Product(self.out_features, self.in_features, (*self.terms, (weight, b_OR, a_RI)))
         num_columns = sum(term[1].shape[1] for term in longer.terms)
         if num_columns <= 2 * min(self.out_features, self.in_features):
@@ -31,7 +31,9 @@ class Product:
 
     def times(self, factor: float) -> "Product":
         """Return factor times the matrix."""
-        return Product(self.out_features, self.in_features, tuple((factor * w, b, a) for w, b, a in self.terms))
+        return Product(
+            self.out_features, self.in_features, tuple((factor * w, b, a) for w, b, a in self.terms)
+        )
 
     @cached_property
     def left_ON(self) -> torch.Tensor:

@@ -50,7 +50,7 @@ def save_adapter(
     layout = state.layout
     lora = LoraConfig(
         r=layout.rank,
-        lora_alpha=layout.alpha,  # type: ignore[arg-type]
+        lora_alpha=layout.alpha,
         target_modules=sorted(target_modules),
         lora_dropout=0.0,
         bias="none",

@@ -33,9 +33,8 @@ def ragged_attention(
     window = kwargs.get("sliding_window")
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for q, k, v in zip(
-        query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
-    ):
+    samples = (torch.split(tensor, lengths, dim=2) for tensor in (query, key, value))
+    for q, k, v in zip(*samples, strict=True):
         mask = _window_mask(q.shape[2], window, q.device)
         outputs.append(
             scaled_dot_product_attention(

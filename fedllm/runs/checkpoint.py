@@ -92,7 +92,9 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             continue
         _check_same(content["config"], config)
         if saved_layout.digest != layout.digest:
-            raise ConfigError(f"{path} is of another base model or adapter layout; resume with the same model")
+            raise ConfigError(
+                f"{path} is of another base model or adapter layout; resume with the same model"
+            )
         return (
             ServerState(
                 round_num=content["round"],

@@ -1,11 +1,11 @@
 """The run folder: everything a run leaves behind, and nothing a client would not want there.
 
-    runs/NAME/config.toml       the resolved configuration; a recipe that repeats the run
-    runs/NAME/environment.json  versions of what it ran on
-    runs/NAME/rounds.jsonl      one record a round
-    runs/NAME/checkpoints/      the newest two
-    runs/NAME/adapter/          the published PEFT folder
-    runs/NAME/result.json       held-out loss before and after, and how the run ended
+runs/NAME/config.toml       the resolved configuration; a recipe that repeats the run
+runs/NAME/environment.json  versions of what it ran on
+runs/NAME/rounds.jsonl      one record a round
+runs/NAME/checkpoints/      the newest two
+runs/NAME/adapter/          the published PEFT folder
+runs/NAME/result.json       held-out loss before and after, and how the run ended
 """
 
 import json
@@ -27,7 +27,7 @@ _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets
 
 def run_folder(config: RunConfig) -> Path:
     """Return the folder of a run: `run.output` (./runs where empty) / `run.name`, absolute."""
-    return (Path(config.run.output or "runs").expanduser() / config.run.name).resolve()
+    return (Path(os.path.expanduser(config.run.output or "runs")) / config.run.name).resolve()
 
 
 def open_run_folder(config: RunConfig) -> Path:

@@ -42,7 +42,7 @@ class Engine:
         self.is_ragged = supports_ragged(base.model)
 
     def train(self, jobs: Sequence[Job]) -> Iterator[Result]:
-        """Yield the result of every job, in order. A diverged job has a result too: one that is not finite."""
+        """Yield the result of every job, in order. A diverged job has one too, which is not finite."""
         for job in jobs:
             with attached(self.base.model, self.adapter), ragged(self.base.model):
                 result = self._train_one(job)
@@ -82,7 +82,7 @@ class Engine:
         return total
 
     def _passes(self, rows: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-        """Split rows into forward passes: as many as fit the token limit, or one each without ragged attention."""
+        """Split rows into forward passes: as many as fit the limit, or one each without ragged attention."""
         limit = TOKENS_PER_PASS if self.is_ragged else 0
         current: list[Encoded] = []
         for row in rows:

@@ -10,7 +10,7 @@ from fedllm.types import LocalTraining
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One client's work: `batches[i]` are the rows of local step i; `start` [P] is the adapter it begins from."""
+    """One client's work: `batches[i]` are the rows of local step i, `start` [P] the adapter before it."""
 
     client_id: str
     start: torch.Tensor

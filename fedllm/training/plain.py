@@ -35,7 +35,7 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
         logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if numbers.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, numbers.clip_norm)
         optimizer.step()

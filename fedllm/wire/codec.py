@@ -12,6 +12,7 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -96,7 +97,7 @@ def max_packet_bytes(size: int) -> int:
     return payload_bytes(size, "fp32") + _PREFIX.size + _MAX_HEADER + _CHECKSUM
 
 
-def _parse_header(text: bytes) -> dict[str, object]:
+def _parse_header(text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):  # thousands of brackets exceed the parser's depth

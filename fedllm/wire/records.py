@@ -129,7 +129,9 @@ def read_train_request(content: RecordDict, layout: AdapterLayout) -> TrainReque
     """
     config = content.config_records["request"]
     round_num = _scalar(config, "round", int)
-    training = {name: _scalar(config, f"train.{name}", kind) for name, kind in _TRAINING_FIELDS.items()}
+    training: dict[str, Any] = {
+        name: _scalar(config, f"train.{name}", kind) for name, kind in _TRAINING_FIELDS.items()
+    }
     return TrainRequest(
         round_num=round_num,
         client_ids=tuple(_list(config, "client-ids", str)),
@@ -176,7 +178,7 @@ def _list(record: ConfigRecord | MetricRecord, key: str, kind: type[T]) -> list[
     value = record.get(key)
     if not isinstance(value, list) or not value or any(type(item) is not kind for item in value):
         raise WireError(f"field {key!r} is missing or not a list of {kind.__name__}")
-    return value
+    return list(value)  # type: ignore[arg-type]
 
 
 # --- replies, written by a client ---------------------------------------------------------------------------
@@ -220,7 +222,9 @@ def _write_results(
         {"clients": ConfigRecord({"ids": list(codes), "codes": list(codes.values())})} if codes else {}
     )
     if done:
-        columns = {name: [float(getattr(result, name)) for result in done] for name in metrics}
+        columns: dict[str, int | float | list[int] | list[float]] = {
+            name: [float(getattr(result, name)) for result in done] for name in metrics
+        }
         content["metrics"] = MetricRecord(columns)
     if arrays:
         content["updates"] = arrays

@@ -31,7 +31,9 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
     """Return what differs between two run folders: configuration keys, held-out losses, adapter values."""
     configs = [_config(folder) for folder in (first, second)]
     keys = sorted((configs[0].keys() | configs[1].keys()) - _UNIMPORTANT)
-    changed = {key: [c.get(key) for c in configs] for key in keys if configs[0].get(key) != configs[1].get(key)}
+    changed = {
+        key: [c.get(key) for c in configs] for key in keys if configs[0].get(key) != configs[1].get(key)
+    }
     states = [load_adapter(folder / "adapter").state for folder in (first, second)]
     same_layout = states[0].layout == states[1].layout
     adapter: dict[str, Any] = {"equal": states[0].digest == states[1].digest, "same_layout": same_layout}

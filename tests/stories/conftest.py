@@ -1,0 +1,71 @@
+"""Whole runs in real processes, with a tiny model and text made here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FEDLLM = str(Path(sys.executable).with_name("fedllm"))
+VERBS = ("Return", "Open", "Sort", "Raise", "Convert", "Read", "Count", "Close")
+NOUNS = ("the list", "a file", "two numbers", "the string", "an error", "the value")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Forty-eight rows of four owners."""
+    file = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    rows = [
+        {"prompt": f"def f{verb.lower()}({noun[-4:]})", "response": f"{verb} {noun}.", "owner": f"owner{i % 4}"}
+        for i, (verb, noun) in enumerate((verb, noun) for verb in VERBS for noun in NOUNS)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_run(make_model_folder, text_file):
+    """Return the words of a run with a tiny model: four owners, two rounds, one thread."""
+    return [
+        "quickstart.toml",
+        f"model.name={make_model_folder()}",
+        f"data.source={text_file}",
+        "data.partition=column:owner",
+        "federation.num-clients=4",
+        "federation.num-rounds=2",
+        "federation.join-deadline=60",
+        "model.num-threads=1",
+        "model.device=cpu",
+        "lora.rank=4",
+        "train.local-steps=2",
+        "evaluation.prompts=",
+    ]
+
+
+@pytest.fixture
+def fedllm(tmp_path):
+    """Return a function that runs the command in a process of its own and returns what it printed."""
+
+    def run(*words: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [FEDLLM, *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def result_of(folder: Path) -> dict:
+    """Return what a run's result.json says."""
+    return json.loads((folder / "result.json").read_text())

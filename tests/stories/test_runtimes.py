@@ -1,0 +1,80 @@
+"""The same app in three runtimes gives the same adapter, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedllm.config import RunConfig
+from scripts.commands.words import config_of
+from scripts.flower_runtime import status, submit, superlink, supernode
+from scripts.local import init, step
+
+
+def _digest(folder: Path) -> str:
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "completed"
+    return result["digest"]
+
+
+def test_python_steps_equal_the_command(tiny_run, fedllm, tmp_path):
+    fedllm("run", *tiny_run, "run.name=whole", "--out", str(tmp_path))
+    config = config_of(tiny_run)
+    state = init(config, num_nodes=2)
+    before = state
+    for _ in range(config.federation.num_rounds):
+        state, record = step(state)
+    assert state.adapter.digest == _digest(tmp_path / "whole") == record.adapter
+    assert before.server.round_num == 0, "a step does not change the state it starts from"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["simulation", "deployment"])
+def test_flower_runtime_equals_the_local_one(runtime, tiny_run, fedllm, tmp_path):
+    words = [*tiny_run, "federation.num-clients=2", "--out", str(tmp_path)]
+    fedllm("run", *words, "run.name=local")
+    fedllm("run", *words, f"run.name={runtime}", "--runtime", runtime)
+    assert _digest(tmp_path / runtime) == _digest(tmp_path / "local")
+    fedllm("compare", str(tmp_path / "local"), str(tmp_path / runtime), "--assert-equal")
+
+
+@pytest.mark.slow
+def test_two_holders_with_files_of_their_own(tiny_run, text_file, tmp_path):
+    """A SuperLink and two SuperNodes, each with its own file: what a real federation looks like."""
+    rows = text_file.read_text().splitlines(keepends=True)
+    config: RunConfig = config_of(
+        tiny_run,
+        [
+            "federation.num-clients=2",
+            "data.source=docstrings",  # what the server says; the nodes' own files win
+            f"run.output={tmp_path}",
+            "run.name=two",
+        ],
+    )
+    with superlink(is_simulation=False) as link:
+        nodes = []
+        for index in range(2):
+            file = tmp_path / f"holder{index}.jsonl"
+            file.write_text("".join(rows[index::2]))
+            node = {"data-path": str(file), "client-id": f"hospital-{index}"}
+            nodes.append(supernode(link, f"node-{index}", node))
+        with nodes[0], nodes[1]:
+            run_id = submit(link, config, {})
+            ended = _wait(link, run_id, tmp_path / "two")
+    assert ended == "finished:completed"
+    lines = [json.loads(line) for line in (tmp_path / "two" / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert lines[-1]["accepted"] == ["hospital-0", "hospital-1"]
+    assert lines[-1]["mean_held_out"] < lines[0]["mean_held_out"]
+
+
+def _wait(link, run_id: str, folder: Path) -> str:
+    import time
+
+    ends = time.monotonic() + 240
+    while time.monotonic() < ends:
+        time.sleep(2 if not (folder / "result.json").exists() else 0.5)
+        now = status(link, run_id)
+        if now.startswith("finished"):
+            return now
+    return "still running"

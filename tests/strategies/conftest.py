@@ -1,0 +1,102 @@
+"""A federation of four tiny data holders in this process, one node each."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message
+
+from clients.client_app import app
+from fedllm.adapters.layout import initial_adapter
+from fedllm.config import RunConfig
+from fedllm.runs.checkpoint import ServerState
+from scripts.local_grid import LocalGrid, local_grid
+from strategies.run import open_session
+from strategies.session import Session, Watch
+
+NAMES = ("anna", "ben", "cleo", "dora")
+WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "index", "key", "name", "order")
+
+Tamper = Callable[[Message], list[Message]]
+
+
+class WatchedGrid(LocalGrid):
+    """A local grid whose replies pass through `tamper`, as a network or a hostile node would have it."""
+
+    tamper: Tamper = staticmethod(lambda reply: [reply])
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [message for reply in super().pull_messages(message_ids) for message in self.tamper(reply)]
+
+
+@dataclass
+class Run:
+    """A session over a watched grid, the state before round 1 and every line the watcher heard."""
+
+    session: Session
+    state: ServerState
+    grid: WatchedGrid
+    notices: list[str] = field(default_factory=list)
+
+    def node_of(self, client_id: str) -> int:
+        return self.session.clients[client_id].node_id
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write unequal numbers of rows for four clients."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = []
+    for number, name in enumerate(NAMES):
+        for row in range(5 + 2 * number):
+            first, second = WORDS[(row + number) % 12], WORDS[(3 * row + number) % 12]
+            answer = f"Return the {first} of a {second}."
+            lines.append({"instruction": f"{name} {row}?", "output": answer, "client": name})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_config(rows_file: Path, make_model_folder: Callable[..., Path]) -> Callable[..., RunConfig]:
+    """Return a function (**flat overrides) -> the configuration of the tiny federation."""
+
+    def make(overrides: dict[str, Any] | None = None) -> RunConfig:
+        values = {
+            "model.name": str(make_model_folder()),
+            "model.device": "cpu",
+            "data.source": str(rows_file),
+            "lora.rank": 2,
+            "lora.alpha": 4.0,
+            "lora.target-modules": "q_proj,v_proj",
+            "federation.num-clients": 4,
+            "federation.join-deadline": 0.3,
+            "federation.round-deadline": 60.0,
+            "train.local-steps": 2,
+            "train.batch-size": 2,
+            "train.learning-rate": 0.05,
+            "train.max-length": 48,
+        }
+        return RunConfig.from_flat({**values, **(overrides or {})})
+
+    return make
+
+
+@pytest.fixture
+def open_run() -> Callable[..., Run]:
+    """Return a function (config, absent nodes, tamper) -> a run whose clients have joined."""
+
+    def start(config: RunConfig, absent: Iterable[int] = (), tamper: Tamper | None = None) -> Run:
+        plain = local_grid(config, app, num_nodes=4)
+        contexts = {node: context for node, context in plain._contexts.items() if node not in set(absent)}
+        grid = WatchedGrid(app, contexts)
+        if tamper is not None:
+            grid.tamper = tamper
+        notices: list[str] = []
+        session = open_session(config, grid, Watch(notice=notices.append))
+        session.transport.poll_seconds = 0.01
+        return Run(session, ServerState(0, initial_adapter(session.layout, config.seed)), grid, notices)
+
+    return start

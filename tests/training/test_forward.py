@@ -1,0 +1,98 @@
+"""The loss of a flat row is the loss transformers computes on padded rows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from fedllm.adapters.layout import initial_adapter
+from fedllm.models.attention import ragged
+from fedllm.models.chat import IGNORED, Encoded
+from fedllm.training.forward import lay_out, summed_loss
+
+CPU = torch.device("cpu")
+
+
+def padded_loss(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
+    """Return the mean loss the textbook way; transformers' own must agree, but it is in float32."""
+    length = max(len(row.tokens) for row in rows)
+
+    def padded(values: Sequence[int], filler: int) -> list[int]:
+        return [*values, *[filler] * (length - len(values))]
+
+    labels = torch.tensor([padded(row.labels, IGNORED) for row in rows])
+    output = model(
+        input_ids=torch.tensor([padded(row.tokens, 0) for row in rows]),
+        labels=labels,
+        attention_mask=torch.tensor([padded([1] * len(row.tokens), 0) for row in rows]),
+    )
+    loss = cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    torch.testing.assert_close(output.loss.double(), loss, rtol=1e-6, atol=0)
+    return loss
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("lengths", [[13], [5, 21, 2, 9], [8, 9, 8], [30, 30]])
+def test_a_flat_rows_loss_is_the_padded_batchs(
+    kind: str, lengths: list[int], load_tiny: Callable, make_rows: Callable
+) -> None:
+    model, rows = load_tiny(kind, "float64").model, make_rows(lengths)
+    num_supervised = sum(row.num_supervised for row in rows)
+    with torch.no_grad():
+        expected = padded_loss(model, rows)
+        with ragged(model):
+            flat = summed_loss(model, lay_out(rows, CPU)) / num_supervised
+    torch.testing.assert_close(flat, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_held_out_loss_is_the_mean_over_supervised_tokens_of_all_rows(
+    make_engine: Callable, make_rows: Callable
+) -> None:
+    engine, rows = make_engine("llama", "float64"), make_rows([5, 21, 2, 9])
+    with torch.no_grad():
+        expected = float(padded_loss(engine.base.model, rows))
+    measured = engine.evaluate("a", initial_adapter(engine.layout, 0), rows)
+    assert measured.loss == pytest.approx(expected, rel=1e-12)
+    assert measured.num_tokens == sum(row.num_supervised for row in rows)
+    assert (measured.client_id, measured.num_rows) == ("a", 4)
+
+
+def test_rows_of_a_flat_row_do_not_see_each_other(load_tiny: Callable, make_rows: Callable) -> None:
+    model = load_tiny("llama", "float64").model
+    first, second, third = make_rows([7, 11, 5])
+    (other,) = make_rows([11], seed=9)
+    with torch.no_grad(), ragged(model):
+        losses = [
+            summed_loss(model, lay_out(rows, CPU))
+            for rows in ([first, second, third], [first, other, third], [second], [other])
+        ]
+    torch.testing.assert_close(losses[0] - losses[2], losses[1] - losses[3], rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1, max_size=6), min_size=1, max_size=5
+    )
+)
+def test_every_learnt_token_is_predicted_from_the_one_before_it(drawn: list) -> None:
+    rows = [
+        Encoded(
+            tuple(token for token, _ in row),
+            tuple(token if learnt else IGNORED for token, learnt in row),
+        )
+        for row in drawn
+    ]
+    flat = lay_out(rows, CPU)
+    assert flat.tokens_T.tolist() == [token for row in rows for token in row.tokens]
+    assert flat.positions_T.tolist() == [index for row in rows for index in range(len(row.tokens))]
+    assert flat.boundaries_N.diff().tolist() == [len(row.tokens) for row in rows]
+    assert len(flat.predicting_S) == sum(row.num_supervised for row in rows)
+    begins = set(flat.boundaries_N.tolist())
+    for where, target in zip(flat.predicting_S.tolist(), flat.targets_S.tolist(), strict=True):
+        assert where + 1 not in begins
+        assert int(flat.tokens_T[where + 1]) == target

@@ -1,0 +1,38 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedllm.training.optimizer import FlatAdamW
+from fedllm.types import LocalTraining
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 1000),
+    rate=st.floats(1e-5, 1.0),
+    decay=st.floats(0, 0.5),
+    clip=st.sampled_from([0.0, 0.01, 1.0, 100.0]),
+    steps=st.integers(1, 8),
+)
+def test_a_flat_step_is_torchs_adamw_with_clipping(
+    seed: int, rate: float, decay: float, clip: float, steps: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vector = torch.randn(12, generator=generator, dtype=torch.float64)
+    parts = [part.clone().requires_grad_() for part in vector.split([5, 7])]
+    theirs = torch.optim.AdamW(parts, lr=rate, weight_decay=decay)
+    ours = FlatAdamW(
+        vector,
+        LocalTraining(
+            steps=steps, batch_size=1, learning_rate=rate, weight_decay=decay, clip_norm=clip, max_length=8
+        ),
+    )
+    for _ in range(steps):
+        grad = torch.randn(12, generator=generator, dtype=torch.float64)
+        for part, gradient in zip(parts, grad.split([5, 7]), strict=True):
+            part.grad = gradient.clone()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(parts, clip)
+        theirs.step()
+        ours.step(grad.clone())
+    torch.testing.assert_close(vector, torch.cat(parts).detach(), rtol=1e-12, atol=1e-12)
