@@ -100,7 +100,7 @@ def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRow
 
 def _check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
     """Refuse local paths that came from a server, unless this machine's owner allows such paths."""
-    if node.get("server-paths", False) or load_policy().server_paths:
+    if node.get("server-paths") is True or load_policy().server_paths:
         return
     source = config.data.source
     if "data-path" not in node and source != "docstrings" and is_local(source):

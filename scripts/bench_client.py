@@ -2,16 +2,16 @@
 
 FlowerTune's ClientApp (adap/flower, examples/flowertune-llm) answers every message by loading the base model,
 wrapping it with PEFT, loading the tokenizer and building a trainer, and it trains with gradient checkpointing
-on padded batches. `train_afresh` does the same on current libraries; `Engine.train` keeps the base model and
+on padded batches. `train_afresh` does the same on current libraries; `Engine.train` finds the base model and
 the rows' tokens resident. Both get the same start, rows, order, label masks and AdamW, and must give the same
-adapter before anything is timed.
+adapter before anything is timed, and again every time.
 
     python -m scripts.bench_client --quick --json
 
-What is made easy for the baseline: it tokenises only the rows it trains on (FlowerTune: its whole partition),
-it loads from a warm page cache in float32 without quantising, its trainer logs and saves nothing, and wire
-encoding is left out on both sides. Dropout is 0 on both sides so that results can be compared; FlowerTune
-uses 0.075.
+What is left easy for the other side: it tokenises only the rows it trains on (FlowerTune: its whole
+partition), reads the base model from a warm page cache without quantising it, and its trainer logs and saves
+nothing. The wire is left out on both sides. Dropout is 0 on both, so that results can be compared; FlowerTune
+trains with 0.075.
 """
 
 import argparse
@@ -21,39 +21,27 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a look-up would be timed
 
+import peft
 import torch
-from peft import (
-    LoraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
-)
+import transformers
 from rich.console import Console
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
 
 from clients.holder import hosted_rows
 from fedllm.adapters.layout import AdapterLayout, initial_adapter
-from fedllm.config import RunConfig
+from fedllm.config import LoraConfig, ModelConfig, RunConfig
 from fedllm.data.example import Example, Turn
 from fedllm.data.packages import installed_packages, source_files
 from fedllm.data.shards import draw_rows
-from fedllm.models.base import layout_of, load_base, target_modules
-from fedllm.models.chat import encode
+from fedllm.errors import DataError
+from fedllm.models.base import layout_of, load_base
+from fedllm.models.chat import Encoded, encode
 from fedllm.models.files import quiet_transformers
 from fedllm.seeds import derive_seed
 from fedllm.training.engine import Engine
@@ -65,45 +53,57 @@ from scripts.bench_tools import (
     Phases,
     Spread,
     alternate,
+    costs,
     emit,
     environment,
     figures_table,
     gemm_rate,
-    ratios,
     report,
     spread,
+    spreads_table,
     timed,
+    trunk_weights,
+    useful_flop,
 )
 
-OURS, AFRESH, NO_CHECKPOINTING = "fedllm", "afresh", "afresh, no checkpointing"
+OURS, AFRESH, NO_CHECKPOINTS = "fedllm", "FlowerTune-like", "no checkpointing"
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "accelerate", "safetensors")
 TOLERANCE = 1e-3  # of |delta - delta'| / |delta| in float32; a learning rate off by 1 % would give 1e-2
-PEAK_TOKENS = 1024  # rows of the peak GEMM: more of them change little
+PEAK_TOKENS = 512  # rows of the peak GEMM: more of them change little
 GOAL_RATIO = 1.5
+
+LORA = LoraConfig(rank=8, alpha=16.0, target_modules="q_proj,v_proj")
+TRAINING = LocalTraining(
+    steps=4, batch_size=4, learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0, max_length=128
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
     """One client's work in a round, as text and as the engine's job."""
 
-    name: str
     examples: tuple[Example, ...]
     job: Job
     layout: AdapterLayout
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of every row."""
-        return [len(row.tokens) for batch in self.job.batches for row in batch]
+    def rows(self) -> list[Encoded]:
+        """The examples as tokens, in the order they are trained on."""
+        return [row for batch in self.job.batches for row in batch]
 
     @property
-    def num_supervised(self) -> int:
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def num_learnt(self) -> int:
         """Tokens whose prediction is learnt."""
-        return sum(row.num_supervised for batch in self.job.batches for row in batch)
+        return sum(row.num_supervised for row in self.rows)
 
     @property
-    def num_padded(self) -> int:
-        """Token slots of batches that are padded to their longest row."""
+    def num_slots(self) -> int:
+        """Tokens of all rows where every batch is padded to its longest."""
         return sum(len(batch) * max(len(row.tokens) for row in batch) for batch in self.job.batches)
 
 
@@ -117,49 +117,55 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What every variant shares: the resident engine, where the base model lies, and the rows' numbers."""
+    """What every client shares: the resident engine, where the base model lies, and the round's numbers."""
 
     engine: Engine
     folder: Path
-    training: LocalTraining
     client_id: str
     seed: int
 
+    @property
+    def model(self) -> Any:
+        """The resident base model."""
+        return self.engine.base.model
 
-def open_bench(options: argparse.Namespace) -> tuple[Bench, RunConfig]:
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What the clients cost on one workload: `clients[name][i]` is repetition i."""
+
+    workload: Workload
+    useful_flop: float
+    peak: float  # FLOP per CPU second of the fastest GEMM pass
+    difference: float  # the largest relative difference between two clients' deltas
+    clients: Mapping[str, Sequence[Measured[Outcome]]]
+
+
+def open_bench(client_id: str, seed: int) -> Bench:
     """Load the base model and build the engine, once, as a client process does."""
-    config = RunConfig.from_flat(
-        {
-            "seed": options.seed,
-            "lora.rank": 8,
-            "lora.alpha": 16.0,
-            "lora.target-modules": "q_proj,v_proj",
-            "train.local-steps": 4,
-            "train.batch-size": 4,
-            "train.max-length": 128,
-        }
-    )
-    train = config.train
-    training = LocalTraining(
-        steps=train.local_steps,
-        batch_size=train.batch_size,
-        learning_rate=train.learning_rate,
-        weight_decay=train.weight_decay,
-        clip_norm=train.clip_norm,
-        max_length=train.max_length,
-    )
-    base = load_base(config.model)
-    engine = Engine(base, layout_of(base.model, config.lora, base.fingerprint))
-    return Bench(engine, base.files.folder, training, options.client, options.seed), config
+    base = load_base(ModelConfig(name="smollm2-135m-instruct", device="cpu"))
+    engine = Engine(base, layout_of(base.model, LORA, base.fingerprint))
+    return Bench(engine, base.files.folder, client_id, seed)
 
 
-def first_sentences(bench: Bench, config: RunConfig) -> list[Example]:
-    """Return the rows of the client in fedllm's default source: a signature, a docstring's first sentence."""
-    return next(list(rows.train) for rows in hosted_rows(config, {}) if rows.client_id == bench.client_id)
+# Three kinds of rows, from the most to the least that can be left out of their training.
+
+
+def first_sentences(bench: Bench) -> list[Example]:
+    """Return the client's rows of fedllm's default source: a signature, a docstring's first sentence.
+
+    Raises:
+        DataError: the source has no such client.
+    """
+    config = RunConfig(seed=bench.seed)
+    clients = {rows.client_id: rows.train for rows in hosted_rows(config, {})}
+    if bench.client_id not in clients:
+        raise DataError(f"--client {bench.client_id}: expected one of {', '.join(sorted(clients))}")
+    return list(clients[bench.client_id])
 
 
 def whole_docstrings(bench: Bench, most: int = 400) -> list[Example]:
-    """Return rows of the same package with whole docstrings as answers: longer, and most of it learnt."""
+    """Return rows of the same package whose answers are whole docstrings: longer, and more of them learnt."""
     package = next(package for package in installed_packages() if package.name == bench.client_id)
     examples: list[Example] = []
     for file in source_files(package):
@@ -170,11 +176,11 @@ def whole_docstrings(bench: Bench, most: int = 400) -> list[Example]:
 
 
 def full_rows(bench: Bench) -> list[Example]:
-    """Return docstrings as plain text longer than a row: nothing is padded and every token is learnt.
+    """Return docstrings as plain text, longer than a row: nothing to pad, every token learnt.
 
-    What is left of the difference is the base model kept resident and the forward pass not repeated.
+    What is left of the difference is the base model kept and the forward pass not repeated.
     """
-    tokenizer, most = bench.engine.base.tokenizer, bench.training.max_length
+    tokenizer, most = bench.engine.base.tokenizer, TRAINING.max_length
     texts = (example.turns[-1].content for example in whole_docstrings(bench, 4000))
     return [Example(text=text) for text in texts if len(tokenizer(text)["input_ids"]) >= most]
 
@@ -182,27 +188,37 @@ def full_rows(bench: Bench) -> list[Example]:
 def _documented_functions(file: Path) -> Iterator[Example]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # other people's "\d"
-        tree = ast.parse(file.read_bytes())
+        try:
+            tree = ast.parse(file.read_bytes())
+        except SyntaxError:  # a template, or another version's Python
+            return
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)):
             prompt = f"def {node.name}({ast.unparse(node.args)})"
             yield Example(turns=(Turn("user", prompt), Turn("assistant", docstring)))
 
 
-def make_workload(name: str, bench: Bench, examples: Sequence[Example]) -> Workload:
+def make_workload(bench: Bench, examples: Sequence[Example]) -> Workload:
     """Return the rows a client draws in its first round, from an adapter as it is after some rounds."""
-    training, tokenizer = bench.training, bench.engine.base.tokenizer
-    encoded = [(example, encode(example, tokenizer, training.max_length)) for example in examples]
+    tokenizer, layout = bench.engine.base.tokenizer, bench.engine.layout
+    encoded = [(example, encode(example, tokenizer, TRAINING.max_length)) for example in examples]
     usable = [(example, row) for example, row in encoded if row is not None]
-    count = training.steps * training.batch_size
+    count, size = TRAINING.steps * TRAINING.batch_size, TRAINING.batch_size
     drawn = draw_rows(len(usable), seed=bench.seed, client_id=bench.client_id, start=0, count=count)
-    rows, size = [usable[index][1] for index in drawn], training.batch_size
+    rows = [usable[index][1] for index in drawn]
     batches = tuple(tuple(rows[begin : begin + size]) for begin in range(0, count, size))
-    layout = bench.engine.layout
     generator = torch.Generator().manual_seed(derive_seed(bench.seed, "bench-start"))
     start = initial_adapter(layout, bench.seed).vector + 0.01 * torch.randn(layout.size, generator=generator)
-    job = Job(bench.client_id, start, batches, training)
-    return Workload(name, tuple(usable[index][0] for index in drawn), job, layout)
+    job = Job(bench.client_id, start, batches, TRAINING)
+    return Workload(tuple(usable[index][0] for index in drawn), job, layout)
+
+
+def shortened(workload: Workload, steps: int) -> Workload:
+    """Return the first steps of a workload."""
+    job = workload.job
+    training = replace(job.training, steps=steps)
+    brief = replace(job, batches=job.batches[:steps], training=training)
+    return replace(workload, examples=workload.examples[: steps * training.batch_size], job=brief)
 
 
 def train_resident(bench: Bench, workload: Workload) -> Outcome:
@@ -216,42 +232,44 @@ def train_afresh(bench: Bench, workload: Workload, scratch: Path, *, checkpointi
     phase, job, layout = Phases(), workload.job, workload.layout
     received = {spec.name: view for spec, view in layout.views(job.start)}
     with phase("load"), quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(bench.folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(bench.folder, dtype=torch.float32)
     with phase("wrap"):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-        modules = sorted({matrix.module.rpartition(".")[2] for matrix in layout.matrices})
-        model = get_peft_model(model, _peft_config(layout, modules))
-        set_peft_model_state_dict(model, received)
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+        model = peft.get_peft_model(model, peft_config(layout))
+        peft.set_peft_model_state_dict(model, received)
     with phase("tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(bench.folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(bench.folder)
         rows = [encode(example, tokenizer, job.training.max_length) for example in workload.examples]
     with phase("trainer"):
-        arguments = _arguments(job.training, scratch, checkpointing=checkpointing)
+        arguments = trainer_arguments(job.training, scratch, checkpointing=checkpointing)
         data = [{"input_ids": list(row.tokens), "labels": list(row.labels)} for row in rows if row]
-        collator = DataCollatorForSeq2Seq(tokenizer, padding="longest")
-        trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
-        trainer.remove_callback(PrinterCallback)
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding="longest")
+        trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=data, data_collator=collator
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
     with phase("train"):
         trainer.train()
     with phase("extract"):
-        state = get_peft_model_state_dict(model)
+        state = peft.get_peft_model_state_dict(model)
         after = torch.cat([state[spec.name].reshape(-1) for spec in layout.tensors])
     return Outcome(after - job.start, phase.cpu)
 
 
-def _peft_config(layout: AdapterLayout, modules: list[str]) -> LoraConfig:
-    return LoraConfig(
-        r=layout.rank,
-        lora_alpha=layout.alpha,
-        target_modules=modules,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+def peft_config(layout: AdapterLayout) -> peft.LoraConfig:
+    """Return PEFT's form of a layout."""
+    modules = sorted({matrix.module.rpartition(".")[2] for matrix in layout.matrices})
+    alpha: Any = layout.alpha  # PEFT declares an int and computes with any number
+    return peft.LoraConfig(
+        r=layout.rank, lora_alpha=alpha, target_modules=modules, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
 
 
-def _arguments(training: LocalTraining, scratch: Path, *, checkpointing: bool) -> TrainingArguments:
+def trainer_arguments(
+    training: LocalTraining, scratch: Path, *, checkpointing: bool
+) -> transformers.TrainingArguments:
     """Return the trainer's arguments: the engine's numbers, and nothing that logs, evaluates or saves."""
-    return TrainingArguments(
+    return transformers.TrainingArguments(
         output_dir=str(scratch),
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
@@ -273,27 +291,9 @@ def _arguments(training: LocalTraining, scratch: Path, *, checkpointing: bool) -
     )
 
 
-def useful_flop(bench: Bench, workload: Workload) -> float:
-    """Return the arithmetic of training on these rows without a padded, repeated or unlearnt prediction.
-
-    Per token 2 FLOP per trunk weight forward, 2 per weight above the lowest adapter backward (a frozen weight
-    has no gradient) and 6 per adapter value; 4 per head weight and learnt token; causal attention.
-    """
-    config, lengths = bench.engine.base.model.config, workload.lengths
-    linears = target_modules(bench.engine.base.model, "all-linear")
-    sizes = {name: module.weight.numel() for name, module in linears.items()}
-    lowest = list(sizes).index(workload.layout.matrices[0].module)
-    above = sum(list(sizes.values())[lowest + 1 :])
-    per_token = 2 * sum(sizes.values()) + 2 * above + 6 * workload.layout.size
-    head = 4 * config.vocab_size * config.hidden_size * workload.num_supervised
-    width = config.num_attention_heads * config.head_dim
-    attention = 6 * config.num_hidden_layers * width * sum(length**2 for length in lengths)
-    return float(per_token * sum(lengths) + head + attention)
-
-
 @contextmanager
 def quiet_huggingface() -> Iterator[None]:
-    """Silence two names that transformers deprecates and its own trainer and PEFT still use."""
+    """Silence two names that transformers deprecates while PEFT and every trainer script still use them."""
     with warnings.catch_warnings():
         for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
             warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
@@ -306,7 +306,7 @@ def variants(bench: Bench, workload: Workload, scratch: Path) -> dict[str, Calla
     return {
         OURS: partial(train_resident, bench, workload),
         AFRESH: partial(afresh, checkpointing=True),
-        NO_CHECKPOINTING: partial(afresh, checkpointing=False),
+        NO_CHECKPOINTS: partial(afresh, checkpointing=False),
     }
 
 
@@ -317,115 +317,89 @@ def largest_difference(outcomes: Mapping[str, Measured[Outcome]]) -> float:
         RuntimeError: it is above the tolerance, so the clients did not do the same work.
     """
     ours = outcomes[OURS].value.delta
-    differences = {
-        name: float((outcome.value.delta - ours).norm() / ours.norm()) for name, outcome in outcomes.items()
-    }
-    worst = max(differences, key=lambda name: differences[name])
-    if not differences[worst] <= TOLERANCE:
-        raise RuntimeError(f"{worst!r} trained another adapter: {differences[worst]:.1e} from {OURS}'s")
-    return differences[worst]
+    found = {name: float((one.value.delta - ours).norm() / ours.norm()) for name, one in outcomes.items()}
+    for name, difference in found.items():
+        if not difference <= TOLERANCE:  # NaN is refused too
+            raise RuntimeError(f"{name} trained another adapter: {difference:.1e} away from {OURS}'s")
+    return max(found.values())
 
 
-def shortened(workload: Workload, steps: int) -> Workload:
-    """Return the first steps of a workload."""
-    job = replace(
-        workload.job,
-        batches=workload.job.batches[:steps],
-        training=replace(workload.job.training, steps=steps),
-    )
-    return replace(workload, examples=workload.examples[: steps * job.training.batch_size], job=job)
+def measure(bench: Bench, workload: Workload, repetitions: int, scratch: Path) -> Comparison:
+    """Compare the clients on one workload.
 
-
-def measure(bench: Bench, workload: Workload, repetitions: int, scratch: Path) -> dict[str, Any]:
-    """Compare the clients on one workload; the JSON-ready figures."""
-    brief = variants(bench, shortened(workload, 2), scratch)
+    Raises:
+        RuntimeError: they did not train the same adapter.
+    """
+    brief = variants(bench, shortened(workload, 1), scratch)
     largest_difference({name: timed(work) for name, work in brief.items()})  # the same work, and warm
-    weights = [module.weight for module in target_modules(bench.engine.base.model, "all-linear").values()]
+    weights = list(trunk_weights(bench.model).values())
     rounds, peaks, differences = [], [], []
     for outcomes in alternate(variants(bench, workload, scratch), repetitions):
         differences.append(largest_difference(outcomes))
         rounds.append(outcomes)
-        peaks.append(gemm_rate(weights, PEAK_TOKENS))
-    return {
-        "rows": describe_rows(workload),
-        "relative_difference": max(differences),
-        "useful_gflop": useful_flop(bench, workload) / 1e9,
-        "peak_gflop_per_cpu_s": asdict(spread([peak / 1e9 for peak in peaks])),
-        "clients": {name: client_figures(bench, workload, rounds, peaks, name) for name in rounds[0]},
-        "cpu_ratio": {name: asdict(_cpu_ratio(rounds, name)) for name in rounds[0] if name != OURS},
-    }
+        peaks += [gemm_rate(weights, PEAK_TOKENS) for _ in range(2)]
+    return Comparison(
+        workload,
+        useful_flop(bench.model, workload.layout, workload.rows),
+        max(peaks),
+        max(differences),
+        {name: [outcomes[name] for outcomes in rounds] for name in rounds[0]},
+    )
 
 
-def describe_rows(workload: Workload) -> dict[str, Any]:
-    """Return how long the rows are and how much of them is learnt or padded."""
-    tokens = sum(workload.lengths)
-    return {
-        "lengths": workload.lengths,
-        "tokens": tokens,
-        "learnt_share": workload.num_supervised / tokens,
-        "padded_slots_per_token": workload.num_padded / tokens,
-    }
-
-
-def client_figures(
-    bench: Bench,
-    workload: Workload,
-    rounds: Sequence[Mapping[str, Measured[Outcome]]],
-    peaks: Sequence[float],
-    name: str,
-) -> dict[str, Any]:
+def client_figures(comparison: Comparison, name: str) -> dict[str, Spread]:
     """Return what one client cost over the repetitions."""
-    timings = [outcomes[name].timing for outcomes in rounds]
-    tokens, useful = sum(workload.lengths), useful_flop(bench, workload)
-    limits = [useful / peak for peak in peaks]  # CPU seconds of the arithmetic alone
-    phases = [outcomes[name].value.phases for outcomes in rounds]
+    timings = [one.timing for one in comparison.clients[name]]
+    least_cpu = comparison.useful_flop / comparison.peak  # of the arithmetic alone
     return {
-        "cpu_s": asdict(spread([timing.cpu for timing in timings])),
-        "wall_s": asdict(spread([timing.wall for timing in timings])),
-        "tokens_per_cpu_s": asdict(spread([tokens / timing.cpu for timing in timings])),
-        "share_of_limit": asdict(ratios(limits, [timing.cpu for timing in timings])),
-        "phases_cpu_s": {key: asdict(spread([one[key] for one in phases])) for key in phases[0]},
+        **costs(timings, [one.timing for one in comparison.clients[OURS]]),
+        "tokens_per_cpu_s": spread([comparison.workload.num_tokens / timing.cpu for timing in timings]),
+        "share_of_limit": spread([least_cpu / timing.cpu for timing in timings]),
     }
 
 
-def _cpu_ratio(rounds: Sequence[Mapping[str, Measured[Outcome]]], name: str) -> Spread:
-    return ratios([r[name].timing.cpu for r in rounds], [r[OURS].timing.cpu for r in rounds])
+def phase_figures(comparison: Comparison, name: str) -> dict[str, Spread]:
+    """Return the CPU seconds of one client's phases over the repetitions."""
+    phases = [one.value.phases for one in comparison.clients[name]]
+    return {key: spread([one[key] for one in phases]) for key in phases[0]}
+
+
+def comparison_figures(comparison: Comparison) -> dict[str, Any]:
+    """Return everything one workload's comparison found, as the report keeps it."""
+    workload, names = comparison.workload, tuple(comparison.clients)
+    return {
+        "lengths": [len(row.tokens) for row in workload.rows],
+        "tokens": workload.num_tokens,
+        "learnt_share": workload.num_learnt / workload.num_tokens,
+        "padded_slots_per_token": workload.num_slots / workload.num_tokens,
+        "relative_difference": comparison.difference,
+        "useful_gflop": comparison.useful_flop / 1e9,
+        "peak_gflop_per_cpu_s": comparison.peak / 1e9,
+        "clients": {name: client_figures(comparison, name) for name in names},
+        "phases_cpu_s": {name: phase_figures(comparison, name) for name in names[1:]},
+    }
 
 
 def show(console: Console, name: str, figures: Mapping[str, Any]) -> None:
     """Print one workload's tables."""
-    rows = figures["rows"]
+    lengths, phases = figures["lengths"], figures["phases_cpu_s"]
     console.print(
-        f"\n{name}: 16 rows of {min(rows['lengths'])} to {max(rows['lengths'])} tokens, {rows['tokens']} in all,"
-        f" {rows['learnt_share']:.0%} learnt, {rows['padded_slots_per_token']:.2f} slots per token if padded;"
-        f" deltas differ by {figures['relative_difference']:.0e} (relative, float32)"
+        f"\n{name}: {len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, {figures['tokens']} in"
+        f" all, {figures['learnt_share']:.0%} learnt, {figures['padded_slots_per_token']:.2f} slots per token"
+        f" where padded; deltas agree to {figures['relative_difference']:.0e}",
+        soft_wrap=True,
     )
-    cells = {}
-    for client, cost in figures["clients"].items():
-        ratio = figures["cpu_ratio"].get(client)
-        cells[client] = [
-            *(Spread(**cost[key]).text() for key in ("cpu_s", "wall_s")),
-            Spread(**cost["tokens_per_cpu_s"]).text(0),
-            Spread(**cost["share_of_limit"]).text(),
-            Spread(**ratio).text() if ratio else "1",
-        ]
-    columns = ("CPU s", "wall s", "tokens / CPU s", "share of limit", "CPU s over fedllm's")
-    console.print(figures_table("min / median / max over repetitions", columns, cells))
-    names = [AFRESH, NO_CHECKPOINTING]
-    phases = {client: figures["clients"][client]["phases_cpu_s"] for client in names}
-    medians = {client: [f"{part['median']:.3f}" for part in phases[client].values()] for client in names}
-    console.print(figures_table("CPU s per phase, median", tuple(phases[AFRESH]), medians))
+    digits = {"cpu_s": 2, "wall_s": 2, "cpu_ratio": 2, "tokens_per_cpu_s": 0, "share_of_limit": 2}
+    console.print(spreads_table(figures["clients"], digits))
+    medians = {client: [f"{part.median:.3f}" for part in parts.values()] for client, parts in phases.items()}
+    console.print(figures_table("median CPU s of each phase", tuple(phases[AFRESH]), medians))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        description="One client round of fedllm beside FlowerTune's kind of client."
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="2 repetitions on the default rows; under 3 minutes"
-    )
-    parser.add_argument("--repetitions", type=int, default=3, help="per workload (default: 3)")
+    parser = argparse.ArgumentParser(description="A client round of fedllm beside one of FlowerTune's kind.")
+    parser.add_argument("--quick", action="store_true", help="the default rows, twice; under 3 minutes")
+    parser.add_argument("--repetitions", type=int, default=3, help="per kind of rows (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the rows and the start (default: 0)")
     parser.add_argument("--client", default="transformers", help="the package whose rows are trained on")
@@ -440,22 +414,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     console = Console(stderr=options.json, highlight=False)
     machine = environment(PACKAGES)
-    bench, config = open_bench(options)
-    sources = {"first sentences": first_sentences(bench, config)}
+    bench = open_bench(options.client, options.seed)
+    sources = {"first sentences": first_sentences(bench)}
     if not options.quick:
-        sources["whole docstrings"] = whole_docstrings(bench)
-        sources["full rows, all learnt"] = full_rows(bench)
+        sources |= {"whole docstrings": whole_docstrings(bench), "full rows": full_rows(bench)}
     repetitions = 2 if options.quick else options.repetitions
     workloads: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, quiet_huggingface():
         for name, examples in sources.items():
-            workload = make_workload(name, bench, examples)
-            workloads[name] = measure(bench, workload, repetitions, Path(scratch))
+            compared = measure(bench, make_workload(bench, examples), repetitions, Path(scratch))
+            workloads[name] = comparison_figures(compared)
             show(console, name, workloads[name])
-    ratio = workloads["first sentences"]["cpu_ratio"][AFRESH]["median"]
-    goals = {"cpu_ratio_vs_flowertune": Goal(ratio, GOAL_RATIO)}
+    ratio = workloads["first sentences"]["clients"][AFRESH]["cpu_ratio"].median
     settings = {"seed": options.seed, "client": options.client, "repetitions": repetitions}
-    figures = {"environment": machine, "settings": settings, "workloads": workloads}
+    figures = {"environment": machine, "settings": settings, "rows": workloads}
+    goals = {"cpu_ratio_vs_flowertune": Goal(ratio, GOAL_RATIO)}
     emit(report("bench_client", figures, goals), as_json=options.json, output=options.output)
 
 

@@ -23,6 +23,10 @@ import torch
 from rich.table import Table
 from torch.nn.functional import linear
 
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.models.base import target_modules
+from fedllm.models.chat import Encoded
+
 T = TypeVar("T")
 
 
@@ -51,8 +55,8 @@ class Spread:
     max: float
 
     def text(self, digits: int = 2) -> str:
-        """Return "min / median / max"."""
-        return " / ".join(f"{value:.{digits}f}" for value in (self.min, self.median, self.max))
+        """Return "min median max"."""
+        return " ".join(f"{value:.{digits}f}" for value in (self.min, self.median, self.max))
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,53 @@ def gemm_rate(weights: Sequence[torch.Tensor], num_tokens: int) -> float:
     return sum(2 * num_tokens * weight.numel() for weight in weights) / timed(one_pass).timing.cpu
 
 
+def trunk_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of every linear layer of a language model but its head, in its own order."""
+    return {name: model.get_submodule(name).weight for name in target_modules(model, "all-linear")}
+
+
+def useful_flop(model: Any, layout: AdapterLayout, rows: Sequence[Encoded]) -> float:
+    """Return the arithmetic of training on `rows`: no padding, no forward pass twice, no unlearnt logit.
+
+    Per token 2 FLOP per trunk weight forward, 2 per weight above the lowest adapter backward (a frozen weight
+    has no gradient) and 6 per adapter value; 4 per head weight and learnt token; causal attention. The model
+    is of the Llama kind: one width in every layer.
+    """
+    config, sizes = model.config, {name: weight.numel() for name, weight in trunk_weights(model).items()}
+    lowest = list(sizes).index(layout.matrices[0].module)
+    above = sum(list(sizes.values())[lowest + 1 :])
+    trunk = (2 * sum(sizes.values()) + 2 * above + 6 * layout.size) * sum(len(row.tokens) for row in rows)
+    head = 4 * config.vocab_size * config.hidden_size * sum(row.num_supervised for row in rows)
+    width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    attention = 6 * width * sum(len(row.tokens) ** 2 for row in rows)
+    return float(trunk + head + attention)
+
+
+def costs(timings: Sequence[Timing], reference: Sequence[Timing]) -> dict[str, Spread]:
+    """Return one variant's CPU and wall seconds, and its CPU seconds over those of `reference`."""
+    cpu = [timing.cpu for timing in timings]
+    return {
+        "cpu_s": spread(cpu),
+        "wall_s": spread([timing.wall for timing in timings]),
+        "cpu_ratio": ratios(cpu, [timing.cpu for timing in reference]),
+    }
+
+
+def spreads_table(variants: Mapping[str, Mapping[str, Spread]], digits: Mapping[str, int]) -> Table:
+    """Return a table of one column per variant and one row per figure that `digits` names."""
+    rows = {
+        key.replace("_", " "): [figures[key].text(number) for figures in variants.values()]
+        for key, number in digits.items()
+    }
+    return figures_table("min, median and max over the repetitions", tuple(variants), rows)
+
+
 def figures_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
     """Return a table of ready-made cells, one row per name."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
@@ -158,13 +203,24 @@ def _commit() -> str:
 
 
 def report(name: str, figures: Mapping[str, Any], goals: Mapping[str, Goal]) -> dict[str, Any]:
-    """Return the JSON-ready object a benchmark prints and keeps."""
+    """Return the JSON-ready object a benchmark prints and keeps, its numbers to five digits."""
     judged = {key: {**asdict(goal), "met": goal.met} for key, goal in goals.items()}
-    return {"name": name, "figures": dict(figures), "goals": judged}
+    return {"name": name, "figures": _plain(figures), "goals": _plain(judged)}
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON's own kinds of values, floats cut to the digits a measurement can carry."""
+    if isinstance(value, Spread):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def emit(result: Mapping[str, Any], *, as_json: bool, output: Path | None) -> None:
-    """Keep `result` in the file `output`, and print it as the last line of stdout where `as_json` asks for it."""
+    """Keep `result` in the file `output`, and print it as the last line of stdout with `as_json`."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from flwr.app import RecordDict
 
@@ -53,12 +52,12 @@ def join_clients(
     return usable
 
 
-def rejoin(session: Session) -> Session:
-    """Return the session with the clients of nodes that have appeared since: late, or restarted.
+def rejoin(session: Session) -> None:
+    """Add to the session the clients of nodes that have appeared since: late, or restarted.
 
     Without authentication a restarted node has a new id; its client moves to it if the old node is gone.
     """
-    transport, clients = session.transport, dict(session.clients)
+    transport, clients = session.transport, session.clients
     connected = set(transport.grid.get_node_ids())
     for client in ask_new_nodes(transport, session.config.federation.join_deadline, session.watch.notice):
         known = clients.get(client.client_id)
@@ -67,7 +66,6 @@ def rejoin(session: Session) -> Session:
         elif _is_usable(client, session.layout, session.watch.notice):
             session.watch.notice(f"client {client.client_id} {'is back' if known else 'joined'}")
             clients[client.client_id] = client
-    return replace(session, clients=dict(sorted(clients.items())))
 
 
 def ask_new_nodes(transport: Transport, deadline: float, notice: Callable[[str], None]) -> list[JoinedClient]:

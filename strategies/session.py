@@ -24,12 +24,12 @@ SILENT = Watch()
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What stays the same from round to round."""
+    """What stays the same from round to round, but for clients that join later."""
 
     config: RunConfig
     layout: AdapterLayout
     transport: Transport
-    clients: Mapping[str, JoinedClient]
+    clients: dict[str, JoinedClient]
     watch: Watch = SILENT
 
     def by_node(self, clients: Iterable[str]) -> dict[int, list[str]]:

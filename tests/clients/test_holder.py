@@ -10,7 +10,7 @@ from clients import work
 from clients.holder import Holder, hosted_rows, open_holder
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig
-from fedllm.errors import DataError
+from fedllm.errors import ConfigError, DataError, ModelError
 from fedllm.types import ClientFailure, ClientUpdate, EvaluateRequest, LocalTraining, TrainRequest
 
 
@@ -47,29 +47,42 @@ SERVER_NAMED = [
 ]
 
 
+NOT_PERMITTING = [{}, {"server-paths": False}, {"server-paths": "false"}, {"server-paths": 1}]
+
+
 @pytest.mark.parametrize("source", SERVER_NAMED)
-@pytest.mark.parametrize(
-    "node", [{}, {"server-paths": False}, {"server-paths": "false"}, {"server-paths": 1}]
-)
-def test_a_path_that_a_server_names_is_not_opened(
+@pytest.mark.parametrize("node", NOT_PERMITTING)
+def test_a_data_path_that_a_server_names_is_not_opened(
     source: str, node: dict[str, Any], write_rows: Callable, make_config: Callable
 ) -> None:
     file = write_rows("rows.jsonl", {"anna": 3})
     config = make_config(source.format(file=file, folder=file.parent))
     with pytest.raises(DataError, match="does not open paths a server names"):
-        hosted_rows(config, node)
+        holder_of(config, **node)
+
+
+@pytest.mark.parametrize("name", ["{model}", "./model", "~/model", "a/b/c", "some/model.gguf"])
+@pytest.mark.parametrize("node", NOT_PERMITTING)
+def test_a_model_path_that_a_server_names_is_not_opened(
+    name: str, node: dict[str, Any], write_rows: Callable, make_config: Callable
+) -> None:
+    config = make_config()
+    named = config.override({"model.name": name.format(model=config.model.name)})
+    own = {"data-path": str(write_rows("own.jsonl", {"x": 3}))}
+    for given in ({}, own):
+        with pytest.raises(ModelError, match="does not open paths a server names"):
+            holder_of(named, **node, **given)
 
 
 def test_a_path_that_a_server_names_is_opened_where_the_node_or_its_policy_permits(
     write_rows: Callable, make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 4}))
-    permitted = hosted_rows(config, {"server-paths": True})
-    assert [rows.client_id for rows in permitted] == ["anna", "ben"]
+    assert list(holder_of(config, **{"server-paths": True}).clients) == ["anna", "ben"]
     policy = tmp_path / "policy.toml"
     policy.write_text("server-paths = true")
     monkeypatch.setenv("FEDLLM_POLICY", str(policy))
-    assert hosted_rows(config, {}) == permitted
+    assert list(holder_of(config).clients) == ["anna", "ben"]
 
 
 @pytest.mark.parametrize("num_partitions", [1, 2, 3, 7])
@@ -105,13 +118,23 @@ def test_a_client_without_usable_rows_declares_none(
     content: str, tmp_path: Path, make_config: Callable
 ) -> None:
     (tmp_path / "empty.jsonl").write_text(content)
-    holder = holder_of(make_config(), **{"data-path": str(tmp_path / "empty.jsonl"), "client-id": "ward-7"})
+    node = {"data-path": str(tmp_path / "empty.jsonl"), "client-id": "ward-7", "server-paths": True}
+    holder = holder_of(make_config(), **node)
     (joined,) = work.join(holder, 5)
     assert (joined.client_id, joined.node_id, joined.num_train, joined.num_held_out) == ("ward-7", 5, 0, 0)
     assert joined.fingerprint == holder.fingerprint
     (answer,) = work.train(holder, request(holder, ("ward-7",)))
     assert isinstance(answer, ClientFailure)
     assert answer.code == "no-data"
+
+
+@pytest.mark.parametrize("client_id", ["", "a b", "x" * 65, "../x", "anna\n", "ünï"])
+def test_a_client_names_itself_by_a_plain_word(
+    client_id: str, write_rows: Callable, make_config: Callable
+) -> None:
+    own = str(write_rows("own.jsonl", {"x": 3}))
+    with pytest.raises(ConfigError, match="client-id"):
+        hosted_rows(make_config(), {"data-path": own, "client-id": client_id})
 
 
 def test_a_file_that_is_absent_is_an_error_and_not_an_empty_client(
@@ -137,10 +160,10 @@ def test_rows_whose_answer_is_cut_off_are_neither_declared_nor_trained_on(
     file = write_rows("rows.jsonl", {"anna": 8, "ben": 3}, secret="word " * 9)
     short = holder_of(make_config(file, **{"train.max-length": 8}), **{"server-paths": True})
     assert {client.num_train for client in work.join(short, 1)} == {0}
-    with_room = holder_of(make_config(file, **{"train.max-length": 40}), **{"server-paths": True})
+    with_room = holder_of(make_config(file, **{"train.max-length": 70}), **{"server-paths": True})
     rows = [row for client in with_room.clients.values() for row in client.train]
     assert rows
-    assert all(len(row.tokens) <= 40 and row.num_supervised for row in rows)
+    assert all(len(row.tokens) <= 70 and row.num_supervised for row in rows)
 
 
 def test_a_client_draws_on_from_the_rows_it_has_drawn(holder: Holder) -> None:
@@ -193,7 +216,7 @@ def test_an_evaluation_covers_the_rows_kept_back(holder: Holder) -> None:
 
 
 def test_a_holder_is_opened_once(write_rows: Callable, make_config: Callable) -> None:
-    config = make_config(write_rows("rows.jsonl", {"anna": 3}))
+    config = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 3}))
     first = holder_of(config, **{"server-paths": True})
     assert holder_of(config, **{"server-paths": True}) is first
     assert holder_of(config.override({"seed": 9}), **{"server-paths": True}) is not first

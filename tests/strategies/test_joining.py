@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from fedllm.errors import RunFailedError
 from strategies.evaluation import evaluate
@@ -96,6 +96,41 @@ def test_too_few_usable_clients_stop_the_run_with_one_line(make_config: Callable
     with pytest.raises(RunFailedError, match="3 usable clients joined within") as caught:
         open_run(config, absent=[NODE])
     assert "\n" not in str(caught.value)
+
+
+def test_a_node_that_comes_late_takes_part_from_then_on(make_config: Callable, open_run: Callable) -> None:
+    run, late = open_run(make_config(), absent=[NODE]), open_run(make_config())
+    state, record = next_round(run.session, run.state)
+    assert record.asked == ("anna", "cleo", "dora")
+    run.grid._contexts[NODE] = late.grid._contexts[NODE]
+    for _ in range(2):
+        state, record = next_round(run.session, state)
+        assert record.accepted == ("anna", "ben", "cleo", "dora")
+    assert run.notices[-1] == "client ben joined"
+
+
+def test_a_client_whose_node_restarted_under_another_id_is_back(
+    make_config: Callable, open_run: Callable
+) -> None:
+    run = open_run(make_config())
+    state, _ = next_round(run.session, run.state)
+    context = run.grid._contexts.pop(NODE)
+    run.grid._contexts[77] = replace_node(context, 77)
+    for _ in range(2):
+        state, record = next_round(run.session, state)
+        assert record.accepted == ("anna", "ben", "cleo", "dora")
+    assert state.num_drawn["ben"] == 12
+    assert run.notices == ["client ben is back"]
+
+
+def replace_node(context: Any, node_id: int) -> Any:
+    return Context(
+        run_id=1,
+        node_id=node_id,
+        node_config=context.node_config,
+        state=RecordDict(),
+        run_config=context.run_config,
+    )
 
 
 def losing(**fields: Any) -> Callable[[RecordDict], RecordDict]:

@@ -141,12 +141,30 @@ def test_a_straggler_loses_the_round_and_is_asked_again_once_its_late_reply_is_d
     assert record.accepted == EVERYBODY
 
 
+@pytest.mark.parametrize("read_out", ["svd", "factor-mean"])
+def test_a_round_does_not_depend_on_who_answers_first(
+    read_out: str, make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config({"aggregation.read-out": read_out})
+    forwards, backwards = open_run(config), open_run(config)
+    pull = backwards.grid.pull_messages
+    monkeypatch.setattr(backwards.grid, "pull_messages", lambda ids: pull(list(ids)[::-1]))
+    expected, record = next_round(forwards.session, forwards.state)
+    state, other = next_round(backwards.session, backwards.state)
+    assert state.adapter.digest == expected.adapter.digest
+    assert other.accepted == record.accepted
+    assert other.train_loss == record.train_loss
+
+
 def test_every_client_draws_on_where_it_stopped(make_config: Callable, open_run: Callable) -> None:
     run = open_run(make_config(), tamper=failing([3], number=1))
     state, _ = next_round(run.session, run.state)
     assert state.num_drawn == {"anna": 4, "cleo": 4, "dora": 4}
     state, _ = next_round(run.session, state)
     assert state.num_drawn == {"anna": 8, "ben": 4, "cleo": 8, "dora": 8}
+    run.grid.tamper = failing([2])
+    state, _ = next_round(run.session, state)
+    assert state.num_drawn == {"anna": 8, "ben": 8, "cleo": 12, "dora": 12}
 
 
 def test_a_record_counts_packets_and_weights(make_config: Callable, open_run: Callable) -> None:

@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,38 +6,18 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.errors import CLIENT_ERROR_CODES, LayoutError, NonFiniteError, WireError
+from fedllm.adapters.layout import AdapterLayout, LoraMatrix
+from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.types import (
     ClientEvaluation,
     ClientFailure,
     ClientUpdate,
-    EvaluateRequest,
     JoinedClient,
-    LocalTraining,
-    TrainRequest,
 )
 from fedllm.wire import codec, records
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
-TRAINING = LocalTraining(
-    steps=2, batch_size=3, learning_rate=0.5, weight_decay=0.0, clip_norm=1.0, max_length=9
-)
 SECRET = "xyzzy-private"
-
-
-def train_request(**changes: Any) -> TrainRequest:
-    values: dict[str, Any] = {
-        "round_num": 4,
-        "client_ids": ("a", "b"),
-        "num_drawn": (0, 12),
-        "adapter": initial_adapter(LAYOUT, 0),
-        "training": TRAINING,
-        "codec": "int8",
-        "weighting": "tokens",
-        "seed": 2**63 - 1,
-    }
-    return TrainRequest(**{**values, **changes})
 
 
 def update(client_id: str, **changes: Any) -> ClientUpdate:
@@ -87,65 +66,6 @@ READERS: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]]
 }
 
 
-def test_a_train_request_comes_back_as_it_was() -> None:
-    sent = train_request()
-    content = records.write_train_request(sent)
-    assert records.is_fedllm_request(content)
-    got = records.read_train_request(content, LAYOUT)
-    assert got.adapter.digest == sent.adapter.digest
-    for name in ("round_num", "client_ids", "num_drawn", "training", "codec", "weighting", "seed"):
-        assert getattr(got, name) == getattr(sent, name)
-
-
-def test_an_evaluate_request_comes_back_as_it_was() -> None:
-    adapter = initial_adapter(LAYOUT, 0)
-    sent = EvaluateRequest(round_num=0, client_ids=("a",), adapter=adapter, max_length=9, seed=5)
-    content = records.write_evaluate_request(sent)
-    assert records.is_fedllm_request(content)
-    got = records.read_evaluate_request(content, LAYOUT)
-    assert (got.round_num, got.client_ids, got.max_length, got.seed) == (0, ("a",), 9, 5)
-    assert got.adapter.digest == adapter.digest
-
-
-@pytest.mark.parametrize("key", list(records.write_train_request(train_request())["request"]))
-@pytest.mark.parametrize("value", [None, "text", 1.5, True, [1.5], []])
-def test_a_train_request_with_a_missing_or_mistyped_field_is_refused(key: str, value: Any) -> None:
-    content = records.write_train_request(train_request())
-    before = content["request"].pop(key)
-    if type(value) is type(before) and not isinstance(value, list):
-        value = None
-    if value is not None:
-        content["request"][key] = value
-    with pytest.raises(WireError, match=key):
-        records.read_train_request(content, LAYOUT)
-
-
-def test_a_request_whose_adapter_is_not_this_runs_is_refused() -> None:
-    content = records.write_train_request(train_request())
-    other = AdapterLayout(LAYOUT.matrices, 2, 8.0, LAYOUT.fingerprint)
-    with pytest.raises(WireError):
-        records.read_train_request(content, other)
-    content["request"]["round"] = 5
-    with pytest.raises(WireError, match="round 4"):
-        records.read_train_request(content, LAYOUT)
-    content["request"]["round"] = 4
-    content["adapter"]["second"] = content["adapter"]["adapter"]
-    with pytest.raises(WireError, match="exactly one"):
-        records.read_train_request(content, LAYOUT)
-
-
-def test_a_request_whose_adapter_is_not_finite_is_refused() -> None:
-    state = AdapterState(LAYOUT, torch.full((LAYOUT.size,), math.nan))
-    with pytest.raises(NonFiniteError):
-        records.read_train_request(records.write_train_request(train_request(adapter=state)), LAYOUT)
-
-
-@pytest.mark.parametrize("changes", [{"num_drawn": (0,)}, {"client_ids": ("a", "a")}])
-def test_a_request_names_each_client_once_with_what_it_has_drawn(changes: dict[str, Any]) -> None:
-    with pytest.raises(LayoutError):
-        train_request(**changes)
-
-
 def test_an_updates_reply_comes_back_as_it_was() -> None:
     a, c, b = read_updates(updates_reply())
     assert isinstance(a, ClientUpdate)
@@ -181,6 +101,15 @@ def test_replies_with_nothing_done_can_be_written_and_read() -> None:
     for empty in (records.write_updates([], layout=LAYOUT, payload="bf16"), records.write_evaluations([])):
         with pytest.raises(WireError):
             read_updates(empty)
+
+
+@pytest.mark.parametrize("name", ["metrics", "updates"])
+def test_a_reply_with_nothing_done_hides_no_text_under_a_known_name(name: str) -> None:
+    failures = [ClientFailure(client_id="a", code="no-data")]
+    content = records.write_updates(failures, layout=LAYOUT, payload="bf16")
+    content[name] = ConfigRecord({"text": SECRET})
+    with pytest.raises(WireError, match="not on the list"):
+        read_updates(content)
 
 
 def test_packet_bytes_are_those_of_the_packets() -> None:
