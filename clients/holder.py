@@ -11,12 +11,13 @@ from functools import cached_property, lru_cache
 
 from fedllm.config import RunConfig, Scalar
 from fedllm.data.example import BadRow, ClientRows, Example
+from fedllm.data.partition import CLIENT_ID
 from fedllm.data.rows import is_local
 from fedllm.data.shards import Shards, load_one_client, load_shards
-from fedllm.errors import DataError, NoDataError
+from fedllm.errors import ConfigError, DataError, ModelError, NoDataError
 from fedllm.models.base import layout_of, load_base, load_tokenizer
 from fedllm.models.chat import Encoded, encode
-from fedllm.models.files import ModelFiles, fingerprint, resolve_model
+from fedllm.models.files import ModelFiles, fingerprint, is_local_model, resolve_model
 from fedllm.models.policy import load_policy
 from fedllm.training.engine import Engine, resident_engine
 
@@ -64,6 +65,7 @@ def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scal
 @lru_cache(maxsize=64)  # a simulation's worker may host any of its nodes in turn
 def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[str, Scalar], ...]) -> Holder:
     config, node = RunConfig.from_flat(dict(run_config)), dict(node_config)
+    _check_paths(config, node)
     files = resolve_model(config.model.name, config.model.revision)
     clients = {
         rows.client_id: encode_client(rows, files, config.train.max_length)
@@ -81,6 +83,8 @@ def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRow
     partition, num_partitions = int(node.get("partition-id", 0)), int(node.get("num-partitions", 1))
     if "data-path" in node:
         client_id = str(node.get("client-id", f"client-{partition:04d}"))
+        if not CLIENT_ID.fullmatch(client_id):
+            raise ConfigError(f"client-id {client_id!r}: expected up to 64 letters, digits, '.', '_' or '-'")
         try:
             shard = load_one_client(
                 str(node["data-path"]), config.data, client_id=client_id, seed=config.seed
@@ -90,19 +94,24 @@ def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRow
             return [ClientRows(client_id, (), ())]
         _report(shard.bad)
         return [shard.client]
-    _check_source(config.data.source, node)
     shards = _shards(config)
     return list(shards.clients[partition::num_partitions])
 
 
-def _check_source(source: str, node: Mapping[str, Scalar]) -> None:
-    """Refuse a local path that came from a server, unless this machine's owner allows such paths."""
-    if source == "docstrings" or not is_local(source):
+def _check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
+    """Refuse local paths that came from a server, unless this machine's owner allows such paths."""
+    if node.get("server-paths", False) or load_policy().server_paths:
         return
-    if not (node.get("server-paths", False) or load_policy().server_paths):
+    source = config.data.source
+    if "data-path" not in node and source != "docstrings" and is_local(source):
         raise DataError(
             "data.source is a local path, and this node does not open paths a server names;"
             " start it with data-path in its node config, or set server-paths = true in its policy"
+        )
+    if is_local_model(config.model.name):
+        raise ModelError(
+            "model.name is a local path, and this node does not open paths a server names;"
+            " use a hub id or alias, or set server-paths = true in its policy"
         )
 
 

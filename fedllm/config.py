@@ -67,7 +67,7 @@ class FederationConfig:
     round_deadline: float = 600.0  # seconds
     join_deadline: float = 120.0  # seconds to wait for nodes to appear and answer
     max_retries: int = 2  # attempts after a round's first
-    max_failure_rate: float = 0.5  # of the replies asked for so far; above it the run stops
+    max_failure_rate: float = 0.5  # of a round's clients; above it three rounds in a row stop the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class EvaluationConfig:
 class RunSection:
     """The run itself: its folder and whether it continues an earlier one."""
 
-    name: str = "quickstart"
+    name: str = "run"
     output: str = ""  # folder that holds run folders; empty = ./runs
     resume: bool = False
 
@@ -209,7 +209,7 @@ def coerce(key: str, value: Any, like: Scalar) -> Scalar:
             return float(value)
         if wanted is int and isinstance(value, str):
             return int(value)
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ConfigError(f"{key} = {value!r}: expected {_TYPE_NAMES[wanted]}")
 
@@ -267,10 +267,12 @@ def check(config: RunConfig) -> None:
         if flat[key] not in allowed:
             raise ConfigError(f"{key} = {flat[key]!r}: expected one of {', '.join(allowed)}")
     for key, (low, high, open_below) in _RANGES.items():
-        value = float(flat[key])
-        if math.isnan(value) or value < low or value > high or (open_below and value == low):
+        value: Any = flat[key]
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if infinite or value < low or value > high or (open_below and value == low):
             bounds = f"{'above' if open_below else 'at least'} {low:g}"
             bounds += "" if math.isinf(high) else f" and at most {high:g}"
+            bounds = f"finite and {bounds}" if infinite else bounds
             raise ConfigError(f"{key} = {flat[key]!r}: expected a value {bounds}")
     num_clients, cohort_size = config.federation.num_clients, cohort_size_of(config)
     if cohort_size > num_clients:

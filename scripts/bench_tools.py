@@ -76,9 +76,7 @@ def timed(work: Callable[[], T]) -> Measured[T]:
     return Measured(value, Timing(time.process_time() - cpu, time.perf_counter() - wall))
 
 
-def alternate(
-    variants: Mapping[str, Callable[[], T]], repetitions: int
-) -> Iterator[dict[str, Measured[T]]]:
+def alternate(variants: Mapping[str, Callable[[], T]], repetitions: int) -> Iterator[dict[str, Measured[T]]]:
     """Yield, per repetition, every variant's measurement; each repetition starts with another variant."""
     names = list(variants)
     for repetition in range(repetitions):

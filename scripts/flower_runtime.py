@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from fedllm.config import RunConfig, Scalar
+from fedllm.data.rows import is_local
 from fedllm.errors import RunFailedError
+from fedllm.models.files import is_local_model
 from fedllm.runs.folder import run_folder, to_toml
 from fedllm.runs.records import record_from_dict
 from scripts.console import RunView
@@ -196,7 +198,7 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
     Raises:
         RunFailedError: the run does not end "finished:completed"; the reason is the run's own.
     """
-    config = config.override({"run.output": str(run_folder(config).parent)})
+    config = _with_absolute_paths(config)
     (run_folder(config) / "result.json").unlink(missing_ok=True)  # an earlier attempt's
     with ExitStack() as stack:
         # This machine's user named the data source, so its own nodes may open it.
@@ -221,13 +223,26 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
             raise RunFailedError(f"Flower ended the run as {ended}: {_reason(run_folder(config), kept)}")
 
 
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with every local path absolute: Flower's processes start in another folder."""
+    changes: dict[str, Scalar] = {"run.output": str(run_folder(config).parent)}
+    if is_local(config.data.source):
+        parts = [part.strip() for part in config.data.source.split(",")]
+        changes["data.source"] = ",".join(str(Path(part).expanduser().absolute()) for part in parts)
+    if is_local_model(config.model.name):
+        changes["model.name"] = str(Path(config.model.name).expanduser().absolute())
+    return config.override(changes)
+
+
 def simulation_size(config: RunConfig) -> dict[str, Scalar]:
     """Return Flower's simulation settings: one node per GPU, each hosting many clients; else one node.
 
     A second worker on a CPU would only halve the threads of the first and hold a second base model.
     """
     num_gpus = torch.cuda.device_count() if config.model.device != "cpu" else 0
-    size: dict[str, Scalar] = {"num-supernodes": max(1, num_gpus), "client-resources-num-cpus": 1}
+    num_nodes = max(1, num_gpus)
+    cores = max(1, (os.cpu_count() or 1) // num_nodes)  # a worker gets as many threads as it is given cores
+    size: dict[str, Scalar] = {"num-supernodes": num_nodes, "client-resources-num-cpus": cores}
     if num_gpus:
         size["client-resources-num-gpus"] = 1.0
         size["init-args-num-gpus"] = num_gpus

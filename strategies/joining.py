@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from flwr.app import RecordDict
 
@@ -10,6 +11,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import RunFailedError, WireError
 from fedllm.types import JoinedClient
 from fedllm.wire.records import read_joined
+from strategies.session import Session
 from strategies.transport import Reply, Transport
 
 
@@ -24,22 +26,13 @@ def join_clients(
     federation = config.federation
     ends = time.monotonic() + federation.join_deadline
     declared: dict[str, JoinedClient] = {}
-    asked: set[int] = set()
     while len(declared) < federation.num_clients and time.monotonic() < ends:
-        new = [node for node in transport.node_ids() if node not in asked]
-        asked.update(new)
-        replies = transport.exchange(
-            {node: RecordDict() for node in new},
-            message_type="query.join",
-            group="join",
-            deadline=max(0.0, ends - time.monotonic()),
-        )
-        for reply in replies:
-            for client in _declared(reply, notice):
-                if client.client_id in declared:
-                    notice(f"two nodes declare client {client.client_id}; the second is left out")
-                else:
-                    declared[client.client_id] = client
+        new = ask_new_nodes(transport, max(0.0, ends - time.monotonic()), notice)
+        for client in new:
+            if client.client_id in declared:
+                notice(f"two nodes declare client {client.client_id}; the second is left out")
+            else:
+                declared[client.client_id] = client
         if not new:
             time.sleep(transport.poll_seconds)
     usable = {
@@ -58,6 +51,33 @@ def join_clients(
             f"{len(declared)} of {federation.num_clients} expected clients joined; going on without the rest"
         )
     return usable
+
+
+def rejoin(session: Session) -> Session:
+    """Return the session with the clients of nodes that have appeared since: late, or restarted.
+
+    Without authentication a restarted node has a new id; its client moves to it if the old node is gone.
+    """
+    transport, clients = session.transport, dict(session.clients)
+    connected = set(transport.grid.get_node_ids())
+    for client in ask_new_nodes(transport, session.config.federation.join_deadline, session.watch.notice):
+        known = clients.get(client.client_id)
+        if known is not None and known.node_id in connected:
+            session.watch.notice(f"two nodes declare client {client.client_id}; the second is left out")
+        elif _is_usable(client, session.layout, session.watch.notice):
+            session.watch.notice(f"client {client.client_id} {'is back' if known else 'joined'}")
+            clients[client.client_id] = client
+    return replace(session, clients=dict(sorted(clients.items())))
+
+
+def ask_new_nodes(transport: Transport, deadline: float, notice: Callable[[str], None]) -> list[JoinedClient]:
+    """Return what nodes that were not asked before declare, within `deadline` seconds."""
+    new = [node for node in transport.node_ids() if node not in transport.asked]
+    transport.asked.update(new)
+    replies = transport.exchange(
+        {node: RecordDict() for node in new}, message_type="query.join", group="join", deadline=deadline
+    )
+    return [client for reply in replies for client in _declared(reply, notice)]
 
 
 def _declared(reply: Reply, notice: Callable[[str], None]) -> list[JoinedClient]:

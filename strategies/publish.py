@@ -65,8 +65,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 {len(records)} rounds of federated fine-tuning with fedllm; only adapter tensors left the data holders
 ({up:.1f} MB up as {config.wire.codec} deltas, {down:.1f} MB down).
 LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
-{train.local_steps} local AdamW steps of {train.batch_size} rows at learning rate {train.learning_rate:g}; read-out `{config.aggregation.read_out}` weighted by
-{config.aggregation.weighting}; seed {config.seed}.
+{train.local_steps} local AdamW steps of {train.batch_size} rows at learning rate {train.learning_rate:g};
+read-out `{config.aggregation.read_out}` weighted by {config.aggregation.weighting}; seed {config.seed}.
 
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
@@ -81,16 +81,14 @@ Made with {versions}.
 
 
 def _loss_table(state: ServerState) -> str:
+    """Return mean and worst loss; which client has which stays in the run folder."""
     measured = [record.held_out for record in state.records if record.held_out]
     if len(measured) < 2:
         return "Not measured.\n"
     before, after = measured[0], measured[-1]
-    rows = "".join(
-        f"| {client} | {before[client]:.4f} | {after[client]:.4f} |\n"
-        for client in sorted(before.keys() & after.keys())
-    )
-    mean = f"| **mean** | {_mean(before):.4f} | {_mean(after):.4f} |\n"
-    return "| client | base | adapter |\n|---|---|---|\n" + rows + mean
+    mean = f"| mean of {len(after)} data holders | {_mean(before):.4f} | {_mean(after):.4f} |\n"
+    worst = f"| worst | {max(before.values()):.4f} | {max(after.values()):.4f} |\n"
+    return "| | base | adapter |\n|---|---|---|\n" + mean + worst
 
 
 def _mean(losses: Mapping[str, float]) -> float:

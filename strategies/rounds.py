@@ -24,6 +24,7 @@ from fedllm.types import (
 from fedllm.wire import records
 from strategies import aggregation
 from strategies.evaluation import evaluate
+from strategies.joining import rejoin
 from strategies.selection import choose_clients
 from strategies.session import Session
 from strategies.transport import Reply
@@ -62,6 +63,7 @@ def next_round(session: Session, state: ServerState) -> tuple[ServerState, Round
 def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[ServerState, RoundRecord]:
     """Do one attempt at the next round; the state comes back unchanged where too few updates are accepted."""
     began, transport = time.perf_counter(), session.transport
+    session = rejoin(session)
     down, up = transport.bytes_down, transport.bytes_up
     plan = plan_round(session, state, attempt)  # 1 plan
     contents = train_requests(session, state, plan)  # 2 send, 3 receive; 4-6 happen beside the data

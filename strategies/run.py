@@ -1,5 +1,6 @@
 """A run from its folder to its published adapter."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,15 +40,15 @@ def run_federation(
         state = _rounds(session, state, folder)
         files = resolve_model(config.model.name, config.model.revision)
         adapter = publish_adapter(folder, config, files, state)
+        write_result(folder, summary(state, adapter))
     except FedLLMError as error:
-        write_result(folder, {"status": "failed", "reason": str(error)})
+        _write_failure(folder, str(error))
         raise
     except OSError as error:
-        write_result(folder, {"status": "failed", "reason": "the run folder could not be written"})
+        _write_failure(folder, "the run folder could not be written")
         raise CheckpointError(
             f"cannot write {folder}: {error.strerror}; free space and use --resume"
         ) from None
-    write_result(folder, summary(state, adapter))
     return state
 
 
@@ -87,6 +88,11 @@ def summary(state: ServerState, adapter: Path) -> dict[str, object]:
             for name, record in ends.items()
         },
     }
+
+
+def _write_failure(folder: Path, reason: str) -> None:
+    with suppress(OSError):  # a full disk may be the very reason
+        write_result(folder, {"status": "failed", "reason": reason})
 
 
 def _first_state(session: Session, folder: Path, start: AdapterState | None) -> ServerState:

@@ -33,6 +33,7 @@ class Transport:
     grid: Grid
     poll_seconds: float = 0.1
     late: dict[str, int] = field(default_factory=dict)  # message id -> node, past its phase
+    asked: set[int] = field(default_factory=set)  # nodes that were asked to join
     num_stale: int = 0  # replies that came after their phase
     bytes_down: int = 0  # packet bytes sent and received so far
     bytes_up: int = 0

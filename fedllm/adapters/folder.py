@@ -5,6 +5,7 @@ holds the layout with the base model's fingerprint, and `manifest.json` the SHA-
 accepts renamed keys, missing keys, NaN and flipped bits without a word.
 """
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,6 @@ def save_adapter(
         NonFiniteError: the adapter holds NaN or infinite values, which are never published.
     """
     from peft import LoraConfig, TaskType
-    from safetensors.torch import save_file
 
     state.checked_finite()
     layout = state.layout
@@ -62,8 +62,7 @@ def save_adapter(
     description = {"base_model": base_model, "revision": revision, "layout": layout.to_dict()}
     with complete_folder(folder) as building:
         lora.save_pretrained(str(building))
-        tensors = {name: tensor.contiguous().clone() for name, tensor in state.tensors().items()}
-        save_file(tensors, building / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(building / WEIGHTS, state)
         (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         (building / "README.md").write_text(card)
 
@@ -93,6 +92,22 @@ def load_adapter(folder: Path) -> PublishedAdapter:
         raise IntegrityError(f"{folder}: not an adapter published by fedllm ({what})") from None
     except FedLLMError as error:
         raise IntegrityError(f"{folder}: {error}") from None
+
+
+def save_tensors(file: Path, state: AdapterState) -> None:
+    """Write an adapter as a safetensors file.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous().clone() for name, tensor in state.tensors().items()}
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # so it reports a full disk too
+        raise OSError(errno.EIO, str(error)) from None
 
 
 def load_tensors(file: Path, layout: AdapterLayout) -> AdapterState:

@@ -20,7 +20,7 @@ from fedllm.data.fields import name_columns
 from fedllm.errors import ConfigError, DataError, IntegrityError
 from fedllm.seeds import derive_seed
 
-_CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FORMS = "column:NAME, iid, dirichlet:NAME:ALPHA (ALPHA > 0) or quantity:SKEW (SKEW > 0)"
 
 
@@ -183,7 +183,7 @@ def _by_column(groups: dict[str, list[int]], column: str, num_clients: int) -> P
 
 
 def _client_id(label: str, rank: int, labels: Mapping[str, Any]) -> str:
-    if _CLIENT_ID.fullmatch(label):
+    if CLIENT_ID.fullmatch(label):
         return label
     name = f"client-{rank:04d}"
     while name in labels:  # a value that itself looks like a number given here

@@ -121,7 +121,7 @@ def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install fedllm[quantization]`")
+        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install bitsandbytes`")
     if device.type != "cuda":
         raise ModelError(f"model.quantization = {kind!r} needs a GPU; set it to none")
     if kind == "8bit":

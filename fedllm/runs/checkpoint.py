@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedllm.adapters.folder import load_tensors
+from fedllm.adapters.folder import load_tensors, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config import RunConfig, Scalar
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
@@ -52,9 +52,6 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are untouched.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     content = {
         "round": state.round_num,
         "num_drawn": dict(state.num_drawn),
@@ -65,9 +62,8 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
     try:
         with complete_folder(_path(folder, state.round_num)) as building:
             (building / "state.json").write_text(json.dumps(content, allow_nan=False))
-            tensors = {name: tensor.clone() for name, tensor in state.adapter.tensors().items()}
-            save_file(tensors, building / "adapter.safetensors")
-    except (OSError, FedLLMError, SafetensorError) as error:
+            save_tensors(building / "adapter.safetensors", state.adapter)
+    except (OSError, FedLLMError) as error:
         raise CheckpointError(f"round {state.round_num} could not be saved in {folder}: {error}") from None
     for old in _rounds(folder)[NUM_KEPT:]:
         shutil.rmtree(old, ignore_errors=True)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -35,6 +36,7 @@ def doctor() -> None:
     """Print every finding; exit 1 where one is a failure."""
     findings = [
         *package_findings(),
+        flower_finding(),
         *device_findings(),
         *model_findings(),
         *disk_findings(),
@@ -67,6 +69,15 @@ def package_findings() -> Iterator[Finding]:
             yield Finding(requirement.name, "fail", f"{found}, outside its range", f"pip install '{text}'")
 
 
+def flower_finding() -> Finding:
+    """Say whether Flower's programs stand beside this Python, where the Flower runtimes look for them."""
+    programs = ("flwr", "flower-superlink", "flower-supernode", "flower-superexec")
+    missing = [name for name in programs if not Path(sys.executable).with_name(name).exists()]
+    if missing:
+        return Finding("Flower programs", "fail", f"no {missing[0]}", "pip install 'flwr[simulation]'")
+    return Finding("Flower programs", "ok", "present")
+
+
 def device_findings() -> Iterator[Finding]:
     """Say what trains here."""
     if torch.cuda.is_available():
@@ -75,7 +86,7 @@ def device_findings() -> Iterator[Finding]:
             yield Finding(f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
         has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
         detail = "for 4/8-bit base models" if has_bitsandbytes else "absent: no 4/8-bit base models"
-        cure = "" if has_bitsandbytes else "pip install 'fedllm[quantization]'"
+        cure = "" if has_bitsandbytes else "pip install bitsandbytes"
         yield Finding("bitsandbytes", "ok" if has_bitsandbytes else "warn", detail, cure)
     else:
         cores = torch.get_num_threads()

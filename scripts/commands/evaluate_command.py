@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,12 @@ def evaluate(target: Path, *, data: str, as_json: bool) -> None:
     """Print losses and perplexities of base and adapter for every client, the worst client, and answers."""
     folder, config = find_adapter(target)
     published = load_adapter(folder)
-    config = config or _bare_config(published)
+    if config is None:
+        if not data:
+            raise ConfigError(f"{target}: an adapter without its run needs rows: give some with --data")
+        config = _bare_config(published)
     engine = resident_engine(load_base(config.model), published.state.layout)
-    clients = _clients(config, data)
+    clients = _clients(config, data, _trained_clients(folder.parent))
     if not clients:
         raise NoDataError(f"{target}: the run keeps no held-out rows; give some with --data")
     before = _losses(engine, clients, published, is_base=True)
@@ -63,10 +66,20 @@ def _bare_config(published: PublishedAdapter) -> RunConfig:
     return RunConfig.from_flat({"model.name": name, "model.revision": published.revision})
 
 
-def _clients(config: RunConfig, data: str) -> dict[str, ClientTokens]:
+def _trained_clients(run: Path) -> list[str]:
+    """Return the clients whose held-out losses a run recorded."""
+    try:
+        return list(json.loads((run / "result.json").read_text())["held_out"]["after"]["clients"])
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def _clients(config: RunConfig, data: str, trained: Iterable[str]) -> dict[str, ClientTokens]:
     """Return each client with the rows to evaluate on as its held-out rows."""
     if not data:
         holder = open_holder(config.to_flat(), {"server-paths": True})
+        if not set(trained) <= holder.clients.keys():
+            raise NoDataError("the run's clients keep their rows elsewhere; give some with --data")
         return {name: client for name, client in holder.clients.items() if client.held_out}
     whole = config.override({"data.held-out-fraction": 0.0, "data.max-rows": 0}).data
     rows = load_one_client(data, whole, client_id=Path(data).stem, seed=config.seed).client

@@ -18,7 +18,11 @@ def text_file(tmp_path_factory) -> Path:
     """Forty-eight rows of four owners."""
     file = tmp_path_factory.mktemp("text") / "rows.jsonl"
     rows = [
-        {"prompt": f"def f{verb.lower()}({noun[-4:]})", "response": f"{verb} {noun}.", "owner": f"owner{i % 4}"}
+        {
+            "prompt": f"def f{verb.lower()}({noun[-4:]})",
+            "response": f"{verb} {noun}.",
+            "owner": f"owner{i % 4}",
+        }
         for i, (verb, noun) in enumerate((verb, noun) for verb in VERBS for noun in NOUNS)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -82,7 +82,13 @@ def test_non_utf8_bytes_name_the_line(fail, tmp_path, tiny_run):
 
 def test_missing_column_is_named(fail, tmp_path, tiny_run):
     source = _rows(tmp_path / "rows.jsonl", GOOD)
-    assert "'answer'" in fail("check", *tiny_run, f"data.source={source}", "data.prompt-column=prompt", "data.response-column=answer")
+    assert "'answer'" in fail(
+        "check",
+        *tiny_run,
+        f"data.source={source}",
+        "data.prompt-column=prompt",
+        "data.response-column=answer",
+    )
 
 
 def test_unknown_partition_column(fail, tmp_path, tiny_run):
@@ -112,7 +118,9 @@ def test_earlier_run_is_not_overwritten(fail, tmp_path, tiny_run):
 
 
 def test_resume_without_a_checkpoint(fail, tmp_path, tiny_run):
-    assert "no intact checkpoint" in fail("run", *tiny_run, "run.name=new", "--resume", "--out", str(tmp_path))
+    assert "no intact checkpoint" in fail(
+        "run", *tiny_run, "run.name=new", "--resume", "--out", str(tmp_path)
+    )
 
 
 def test_all_labels_cut_off_leaves_no_data(fail, tmp_path, tiny_run):

@@ -47,7 +47,9 @@ def test_sigkill_in_a_round_then_resume_gives_the_same_bytes(tiny_run, fedllm, t
     fedllm("run", *words, "run.name=killed", "--resume")
     assert _rounds(killed) == [0, 1, 2, 3]
     for name in ("adapter_model.safetensors", "fedllm.json"):
-        assert (killed / "adapter" / name).read_bytes() == (tmp_path / "whole" / "adapter" / name).read_bytes()
+        assert (killed / "adapter" / name).read_bytes() == (
+            tmp_path / "whole" / "adapter" / name
+        ).read_bytes()
     fedllm("compare", str(tmp_path / "whole"), str(killed), "--assert-equal")
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import pytest
 from flwr.app import Message
 
 from clients.client_app import app
+from clients.holder import open_holder
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig
 from fedllm.runs.checkpoint import ServerState
+from fedllm.types import RoundRecord
 from scripts.local_grid import LocalGrid, local_grid
 from strategies.run import open_session
 from strategies.session import Session, Watch
@@ -34,15 +36,13 @@ class WatchedGrid(LocalGrid):
 
 @dataclass
 class Run:
-    """A session over a watched grid, the state before round 1 and every line the watcher heard."""
+    """A session over a watched grid, the state before round 1 and what the watcher heard."""
 
     session: Session
     state: ServerState
     grid: WatchedGrid
-    notices: list[str] = field(default_factory=list)
-
-    def node_of(self, client_id: str) -> int:
-        return self.session.clients[client_id].node_id
+    notices: list[str]
+    records: list[RoundRecord]
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def make_config(rows_file: Path, make_model_folder: Callable[..., Path]) -> Call
             "lora.alpha": 4.0,
             "lora.target-modules": "q_proj,v_proj",
             "federation.num-clients": 4,
-            "federation.join-deadline": 0.3,
+            "federation.join-deadline": 0.4,
             "federation.round-deadline": 60.0,
             "train.local-steps": 2,
             "train.batch-size": 2,
@@ -94,9 +94,13 @@ def open_run() -> Callable[..., Run]:
         grid = WatchedGrid(app, contexts)
         if tamper is not None:
             grid.tamper = tamper
+        for context in contexts.values():  # a slow machine must not miss the short deadline for joining
+            assert open_holder(context.run_config, context.node_config).fingerprint
         notices: list[str] = []
-        session = open_session(config, grid, Watch(notice=notices.append))
+        records: list[RoundRecord] = []
+        session = open_session(config, grid, Watch(notice=notices.append, record=records.append))
         session.transport.poll_seconds = 0.01
-        return Run(session, ServerState(0, initial_adapter(session.layout, config.seed)), grid, notices)
+        state = ServerState(0, initial_adapter(session.layout, config.seed))
+        return Run(session, state, grid, notices, records)
 
     return start

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from clients.protect import protect
 from fedllm.adapters.layout import AdapterState, initial_adapter
-from fedllm.errors import LayoutError
+from fedllm.errors import LayoutError, NonFiniteError
 from fedllm.models.attention import supports_ragged
 from fedllm.models.chat import Encoded
 from fedllm.training import engine as engine_module
@@ -135,6 +136,8 @@ def test_a_diverged_job_has_a_result_that_is_not_finite_and_harms_no_neighbour(
     expected = only(engine.train([sound])).delta
     first, diverged, last = engine.train([sound, wild, sound])
     assert not bool(torch.isfinite(diverged.delta).all())
+    with pytest.raises(NonFiniteError):
+        protect(diverged, (), round_num=1, weighting="uniform", num_train=9)
     assert torch.equal(first.delta, expected)
     assert torch.equal(last.delta, expected)
 

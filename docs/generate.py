@@ -1,0 +1,228 @@
+"""Write the parts of the documentation that the code already says: `python docs/generate.py`.
+
+`docs/config.md` comes from `fedllm/config.py`, the file tree of the README from the first line of every
+module. tests/test_docs.py compares both with what is written.
+"""
+
+import ast
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # started as a script, only this folder is on the path
+    sys.path.insert(0, str(ROOT))
+
+from fedllm import config  # noqa: E402
+from fedllm.runs.checkpoint import RESUMABLE_KEYS  # noqa: E402
+
+ROOMS = ("fedllm", "clients", "strategies", "scripts")
+BEGIN, END = "<!-- tree: written by docs/generate.py -->\n", "<!-- end of tree -->\n"
+
+# Said before the comment in fedllm/config.py, or in its place where there is none.
+NOTES = {
+    "seed": "every random draw of a run is a stream derived from it",
+    "run.name": "name of the run and of its folder",
+    "run.resume": "continue the run of this name after its last complete round",
+    "model.quantization": "bits of the frozen weights",
+    "model.gradient-checkpointing": "compute activations again in the backward pass: less memory, more time",
+    "lora.rank": "rank R of the factors A [R, in] and B [out, R]",
+    "lora.alpha": "the product B A is scaled by alpha / rank",
+    "lora.target-modules": "all-linear = every linear layer but the output head",
+    "data.prompt-column": "column of the prompt",
+    "data.response-column": "column of the answer; empty = detected",
+    "data.text-column": "column of plain text, learnt whole; empty = detected",
+    "data.on-bad-row": "leave out a row that cannot be used, or end there",
+    "federation.num-clients": "clients the run waits for and deals its source to",
+    "federation.num-rounds": "rounds of the run",
+    "federation.cohort-fraction": "share of all clients that a round trains, where cohort-size is 0",
+    "federation.min-clients": "updates a round needs",
+    "federation.round-deadline": "longest time a round waits for replies",
+    "federation.max-failure-rate": "share of a round's clients that may fail; three rounds in a row above it"
+    " end the run",
+    "train.local-steps": "optimizer steps of a client in a round",
+    "train.batch-size": "rows of one step",
+    "train.learning-rate": "of AdamW",
+    "train.schedule": "the same learning rate in every round, or half a cosine over the rounds",
+    "train.weight-decay": "of AdamW",
+    "train.clip-norm": "largest norm",
+    "train.max-length": "most",
+    "aggregation.read-out": "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B",
+    "aggregation.weighting": "what a client counts: its training rows, its learnt tokens of a round, or 1",
+    "wire.codec": "4, 2 or 1 + 2/64 bytes a value",
+    "evaluation.max-new-tokens": "length of an answer at most",
+}
+_JOINED_BY_SPACE = frozenset({"train.clip-norm", "train.max-length"})
+_WHOLE = frozenset({"federation.max-failure-rate", "train.schedule"})  # notes that stand without the comment
+_TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str"}
+
+TOP_LEVEL = {
+    "pyproject.toml": "Package, tools, and every configuration key with its default for Flower.",
+    "constraints.txt": "The versions the tests ran with.",
+    ".ci/run": "What CI runs: scripts/test.sh.",
+    "docs/": "A page for each question; docs/index.md lists them.",
+    "tests/": "One folder for each room and part; tests/stories/ runs whole federations.",
+}
+
+
+def config_page() -> str:
+    """Return docs/config.md."""
+    comments = _comments()
+    parts = [_CONFIG_HEAD, _section("run-wide", "", [("seed", config.RunConfig().seed)], comments)]
+    for item in dataclasses.fields(config.RunConfig):
+        value = getattr(config.RunConfig(), item.name)
+        if dataclasses.is_dataclass(value):
+            keys = [(key, leaf) for key, leaf in _leaves() if key.startswith(f"{item.name}.")]
+            parts.append(_section(item.name, (type(value).__doc__ or "").strip(), keys, comments))
+    kept = "\n".join(f"- `{key}`" for key, _ in _leaves() if key in RESUMABLE_KEYS)
+    return "\n".join([*parts, _CONFIG_TAIL.format(kept=kept)])
+
+
+def _leaves() -> Iterator[tuple[str, config.Scalar]]:
+    yield from config.RunConfig().to_flat().items()
+
+
+def _section(name: str, intro: str, keys: list[tuple[str, config.Scalar]], comments: dict[str, str]) -> str:
+    rows = [f"## {name}\n"]
+    rows += [f"{intro}\n"] if intro else []
+    rows += ["| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+    for key, value in keys:
+        default = str(value).lower() if isinstance(value, bool) else str(value)
+        shown = f"`{default}`" if default else "empty"
+        row = (f"`{key}`", _TYPE_NAMES[type(value)], shown, _allowed(key), _meaning(key, comments))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _allowed(key: str) -> str:
+    """Return the values a key may take, where the configuration restricts them."""
+    if key in config._CHOICES:
+        return ", ".join(config._CHOICES[key])
+    if key not in config._RANGES:
+        return ""
+    low, high, is_open = config._RANGES[key]
+    lowest, highest = _number(low), _number(high)
+    if math.isinf(high) or high >= 2**62:
+        return f"above {lowest}" if is_open else f"{lowest} or more"
+    return f"above {lowest}, at most {highest}" if is_open else f"{lowest} to {highest}"
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if not math.isinf(value) and value == int(value) else f"{value:g}"
+
+
+def _meaning(key: str, comments: dict[str, str]) -> str:
+    """Return the note and the comment of a key; choices that the comment repeats are left out."""
+    comment = "" if key in _WHOLE else comments.get(key, "")
+    choices = " | ".join(config._CHOICES.get(key, ()))
+    if choices and comment.startswith(choices):
+        comment = comment.removeprefix(choices).strip(" ()")
+    joint = " " if key in _JOINED_BY_SPACE else "; "
+    return joint.join(part for part in (NOTES.get(key, ""), comment) if part)
+
+
+def _comments() -> dict[str, str]:
+    """Return the comment at the end of every field's line in fedllm/config.py, by flat key."""
+    text = Path(config.__file__).read_text()
+    lines = text.splitlines()
+    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+    found = {}
+    for item in dataclasses.fields(config.RunConfig):
+        value = getattr(config.RunConfig(), item.name)
+        if not dataclasses.is_dataclass(value):
+            continue
+        for node in classes[type(value).__name__].body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                _, hash_sign, comment = lines[node.lineno - 1][node.end_col_offset or 0 :].partition("#")
+                if hash_sign:
+                    found[f"{item.name}.{node.target.id.replace('_', '-')}"] = comment.strip()
+    return found
+
+
+def tree() -> str:
+    """Return the file tree of the README: every module of the four rooms with its first line."""
+    lines = []
+    for room in ROOMS:
+        lines += _folder_lines(ROOT / room, 0)
+    lines += [_tree_line(name, text, 0) for name, text in TOP_LEVEL.items()]
+    return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
+def _folder_lines(folder: Path, depth: int) -> list[str]:
+    lines = [_tree_line(f"{folder.name}/", first_line(folder / "__init__.py"), depth)]
+    entries = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name))
+    for path in entries:
+        if path.is_dir() and any(path.rglob("*.py")):
+            lines += _folder_lines(path, depth + 1)
+        elif path.is_dir() and path.name == "recipes":
+            lines.append(
+                _tree_line("recipes/", "Recipes that `fedllm run` finds by their bare name.", depth + 1)
+            )
+            lines += [_tree_line(file.name, first_line(file), depth + 2) for file in sorted(path.iterdir())]
+        elif path.suffix in {".py", ".sh"} and path.name != "__init__.py":
+            lines.append(_tree_line(path.name, first_line(path), depth + 1))
+    return lines
+
+
+def _tree_line(name: str, text: str, depth: int) -> str:
+    return f"{'  ' * depth + name:<26} {text}".rstrip()
+
+
+def first_line(file: Path) -> str:
+    """Return the first sentence or line of a module's docstring, or of the comment that opens a file."""
+    text = file.read_text()
+    if file.suffix == ".py":
+        lines = (ast.get_docstring(ast.parse(text)) or "").splitlines()
+    else:
+        lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and line[1:2] != "!"]
+    first = lines[0] if lines else ""
+    sentence, stop, _ = first.partition(". ")
+    return sentence + "." if stop else first
+
+
+def with_tree(readme: str) -> str:
+    """Return the text of the README with the tree as it should be."""
+    before, _, rest = readme.partition(BEGIN)
+    return before + BEGIN + tree() + END + rest.partition(END)[2]
+
+
+_CONFIG_HEAD = """# Configuration keys
+
+Written by `python docs/generate.py` from `fedllm/config.py`, the one home of every default.
+
+A key means the same everywhere it can stand:
+
+| where | how |
+|---|---|
+| command line | `fedllm run train.local-steps=8` |
+| TOML recipe | `[train]` then `local-steps = 8`, or `train.local-steps = 8` |
+| Flower | `flwr run . --run-config "train.local-steps=8"` (text needs quotes: `run.name=\\"night\\"`) |
+| Python | `RunConfig.from_flat({"train.local-steps": 8})`, read as `config.train.local_steps` |
+
+`fedllm run` and `fedllm check` without a recipe start from `scripts/recipes/quickstart.toml`; a recipe of
+your own and Flower start from the defaults below. An unknown key is refused and the nearest known one is
+named. A list in a recipe is read as comma-separated text.
+"""
+
+_CONFIG_TAIL = """## Keys that may change on resume
+
+They change where, how long or how loudly a run goes, never what a round computes. Every other key must stay
+as it was, and a difference is named.
+
+{kept}
+
+With `train.schedule = "cosine"` the number of rounds is fixed too, since the schedule stretches over it.
+"""
+
+
+def main() -> None:
+    """Write the generated page and the tree."""
+    (ROOT / "docs" / "config.md").write_text(config_page())
+    readme = ROOT / "README.md"
+    readme.write_text(with_tree(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()

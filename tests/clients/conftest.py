@@ -1,0 +1,50 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config import RunConfig
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function (file name, client -> number of rows) -> a file of rows that name their client."""
+
+    def write(name: str, counts: dict[str, int], secret: str = "") -> Path:
+        lines = [
+            {
+                "instruction": f"{client} {row}? {secret}",
+                "output": f"{secret} Return {row}.",
+                "client": client,
+            }
+            for client, count in counts.items()
+            for row in range(count)
+        ]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_config(make_model_folder: Callable[..., Path]) -> Callable[..., RunConfig]:
+    """Return a function (source, **flat overrides) -> the configuration of a run with a tiny model."""
+
+    def make(source: Any = "docstrings", **flat: Any) -> RunConfig:
+        values = {
+            "model.name": str(make_model_folder()),
+            "model.device": "cpu",
+            "data.source": str(source),
+            "federation.num-clients": 2,
+            "lora.rank": 2,
+            "lora.target-modules": "q_proj",
+            "train.local-steps": 2,
+            "train.batch-size": 2,
+            "train.max-length": 64,
+        }
+        return RunConfig.from_flat({**values, **flat})
+
+    return make

@@ -1,0 +1,205 @@
+"""What leaves a data holder, byte for byte: no text, no token sequence, no path, no word of an exception."""
+
+import base64
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_to_proto
+
+from clients import client_app, holder, work
+from fedllm.adapters.layout import initial_adapter
+from fedllm.errors import NoDataError
+from fedllm.models.base import describe_layout, load_tokenizer
+from fedllm.models.files import resolve_model
+from fedllm.types import EVALUATION_METRICS, UPDATE_METRICS, EvaluateRequest, LocalTraining, TrainRequest
+from fedllm.wire import codec, records
+from scripts.local_grid import local_grid
+
+CANARY = "kq7Zr0vXw3-ünïcode"
+
+
+@pytest.fixture
+def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
+    """Return a function (kind, stock) -> the ClientApp's reply to a request for two clients of canaries."""
+    file = write_rows(f"{CANARY[:11]}.jsonl", {"anna": 6, "ben": 5}, secret=CANARY)
+    config = make_config(file)
+    layout = describe_layout(config.model, config.lora)
+    adapter = initial_adapter(layout, 0)
+    training = LocalTraining(
+        steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0, max_length=64
+    )
+    clients = ("anna", "ben")
+    ours = {
+        "query.join": RecordDict(),
+        "train": records.write_train_request(
+            TrainRequest(
+                round_num=1,
+                client_ids=clients,
+                num_drawn=(0, 0),
+                adapter=adapter,
+                training=training,
+                codec="fp32",
+                weighting="examples",
+                seed=0,
+            )
+        ),
+        "evaluate": records.write_evaluate_request(
+            EvaluateRequest(round_num=1, client_ids=clients, adapter=adapter, max_length=64, seed=0)
+        ),
+    }
+
+    grid = local_grid(config, client_app.app)
+
+    def send(kind: str, stock: bool = False) -> Message:
+        content = RecordDict({"arrays": records.write_plain(adapter)}) if stock else ours[kind]
+        (reply,) = grid.send_and_receive([grid.create_message(content, kind, 2, group_id="1")])
+        return reply
+
+    return send
+
+
+@pytest.fixture
+def leaks(make_model_folder: Callable, tmp_path: Path) -> Callable[[bytes], list[bytes]]:
+    """Return a function that finds private text in bytes, in any form it could hide in."""
+    tokenizer = load_tokenizer(resolve_model(str(make_model_folder())))
+    tokens = tokenizer(CANARY, add_special_tokens=False)["input_ids"][1:-1]
+    private = [CANARY.encode(), CANARY.encode("utf-16-le"), json.dumps(CANARY).encode()[1:-1]]
+    private += [CANARY[:11].encode(), str(tmp_path).encode(), b"Return "]  # file name, path, other text
+    for shift in range(3):  # base64 depends on where the text begins
+        private.append(base64.b64encode(b"x" * shift + CANARY.encode())[4:-4])
+    private += [np.array(tokens, dtype).tobytes() for dtype in ("<i4", "<i8", "<u2", "<f4")]
+    return lambda data: [form for form in private if form in data]
+
+
+def bytes_of(message: Message) -> bytes:
+    return message_to_proto(message).SerializeToString()
+
+
+def test_the_search_finds_what_it_is_meant_to_find(
+    ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[holder.Holder] = []
+    join = work.join
+    monkeypatch.setattr(work, "join", lambda found, node: opened.append(found) or join(found, node))
+    ask("query.join")
+    row = opened[0].clients["anna"].train[0].tokens
+    for dtype in ("<i4", "<i8", "<u2", "<f4"):
+        assert leaks(np.array(row, dtype).tobytes())
+    for text in (CANARY, f"prefix {CANARY}", json.dumps({"x": CANARY})):
+        assert leaks(text.encode())
+        assert leaks(base64.b64encode(text.encode()))
+    assert not leaks(b"kq7Zr0v, anna, ben, 0.25")
+
+
+ASKED = [("query.join", False), ("train", False), ("evaluate", False), ("train", True), ("evaluate", True)]
+
+
+@pytest.mark.parametrize(("kind", "stock"), ASKED)
+def test_an_honest_reply_holds_no_text_of_a_row(
+    kind: str, stock: bool, ask: Callable, leaks: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    reply = ask(kind, stock)
+    assert reply.has_content()
+    assert leaks(bytes_of(reply)) == []
+    assert leaks(caplog.text.encode()) == []
+
+
+def fields_of(content: RecordDict) -> dict[str, tuple[type, set[str]]]:
+    return {name: (type(record), set(record)) for name, record in content.items()}
+
+
+def test_replies_hold_exactly_the_records_and_fields_on_the_list(ask: Callable) -> None:
+    assert fields_of(ask("train").content) == {
+        "clients": (ConfigRecord, {"ids", "codes"}),
+        "metrics": (MetricRecord, set(UPDATE_METRICS)),
+        "updates": (ArrayRecord, {"anna", "ben"}),
+    }
+    assert fields_of(ask("evaluate").content) == {
+        "clients": (ConfigRecord, {"ids", "codes"}),
+        "metrics": (MetricRecord, set(EVALUATION_METRICS)),
+    }
+    assert fields_of(ask("query.join").content) == {
+        "clients": (ConfigRecord, {"ids", "fingerprints"}),
+        "metrics": (MetricRecord, {"num_train", "num_held_out"}),
+    }
+
+
+def test_a_train_reply_is_as_long_as_its_packets_and_a_few_numbers(ask: Callable) -> None:
+    reply = ask("train")
+    packets = list(reply.content["updates"].values())
+    largest = codec.max_packet_bytes(2 * 2 * (32 + 32))  # two layers, rank 2, 32 features in and out
+    assert all(len(packet.data) < largest for packet in packets)
+    assert len(bytes_of(reply)) - sum(len(packet.data) for packet in packets) < 1500
+
+
+TEXT = f"cannot handle {CANARY}: Return 3."
+
+
+def crash(error: Exception) -> Callable[..., Any]:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
+
+
+PLACES = [(holder, "encode"), (work, "draw_rows"), (work, "protect"), (client_app.records, "write_updates")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError(TEXT), "internal"),
+        (KeyError(TEXT), "internal"),
+        (UnicodeDecodeError("utf-8", TEXT.encode(), 0, 1, TEXT), "internal"),
+        (MemoryError(TEXT), "out-of-memory"),
+        (torch.OutOfMemoryError(TEXT), "out-of-memory"),
+    ],
+)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
+def test_an_exception_with_the_text_of_a_row_leaves_as_a_code_and_is_logged_without_its_words(
+    place: tuple[Any, str],
+    error: Exception,
+    code: str,
+    ask: Callable,
+    leaks: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(*place, crash(error))
+    reply = ask("train")
+    assert records.read_error(reply.content) == code
+    assert set(reply.content) == {"error"}
+    assert leaks(bytes_of(reply)) == []
+    assert leaks(caplog.text.encode()) == []
+    assert caplog.text
+
+
+@pytest.mark.parametrize(("kind", "stock"), ASKED)
+def test_every_kind_of_request_fails_without_a_word(
+    kind: str, stock: bool, ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holder, "encode", crash(RuntimeError(TEXT)))
+    reply = ask(kind, stock)
+    assert leaks(bytes_of(reply)) == []
+    if stock:
+        assert reply.error.reason == "internal"
+    else:
+        assert records.read_error(reply.content) == "internal"
+
+
+def test_an_error_of_fedllm_leaves_as_its_code(
+    ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "draw_rows", crash(NoDataError(TEXT)))
+    reply = ask("train")
+    assert records.read_error(reply.content) == "no-data"
+    assert leaks(bytes_of(reply)) == []

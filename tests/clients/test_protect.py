@@ -1,0 +1,75 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from clients.protect import protect
+from fedllm.errors import ConfigError, NonFiniteError
+from fedllm.models.chat import Encoded
+from fedllm.training.jobs import Result
+from fedllm.types import ClientUpdate
+
+ROWS = (
+    Encoded((5, 6, 7, 8), (-100, -100, 7, 8), num_cut=0),
+    Encoded((5, 6, 7), (5, 6, 7), num_cut=4),  # the first token has no prediction
+    Encoded((9, 9, 9), (-100, 9, 9), num_cut=1),
+)
+
+
+def result(**changes: Any) -> Result:
+    values = {
+        "client_id": "anna",
+        "delta": torch.tensor([0.5, -1.0], dtype=torch.float64),
+        "loss": 0.75,
+        "num_rows": 3,
+        "num_tokens": 10,
+        "seconds": 1.23456,
+    }
+    return Result(**{**values, **changes})
+
+
+def protected(weighting: str = "examples", **changes: Any) -> ClientUpdate:
+    return protect(result(**changes), ROWS, round_num=4, weighting=weighting, num_train=21)
+
+
+@pytest.mark.parametrize(("weighting", "expected"), [("examples", 21.0), ("tokens", 6.0), ("uniform", 1.0)])
+def test_a_client_weighs_its_rows_its_learnt_tokens_or_one(weighting: str, expected: float) -> None:
+    assert protected(weighting).weight == expected
+
+
+def test_an_update_is_a_delta_a_weight_and_counts() -> None:
+    update = protected()
+    assert (update.client_id, update.round_num, update.train_loss) == ("anna", 4, 0.75)
+    assert (update.num_tokens, update.num_truncated, update.seconds) == (10, 2, 1.235)
+    assert update.delta.dtype == torch.float32
+    assert update.delta.tolist() == [0.5, -1.0]
+    assert vars(update).keys() == {
+        "client_id",
+        "round_num",
+        "delta",
+        "weight",
+        "num_tokens",
+        "train_loss",
+        "num_truncated",
+        "seconds",
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": math.nan},
+        {"loss": math.inf},
+        {"delta": torch.tensor([0.5, math.nan])},
+        {"delta": torch.tensor([-math.inf, 0.5])},
+    ],
+)
+def test_a_diverged_result_is_never_sent(changes: dict[str, Any]) -> None:
+    with pytest.raises(NonFiniteError, match=r"client anna: .*lower train\.learning-rate"):
+        protected(**changes)
+
+
+def test_an_unknown_weighting_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected one of examples, tokens, uniform"):
+        protected("loss")

@@ -1,0 +1,163 @@
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
+from fedllm.config import RunConfig
+from fedllm.errors import CheckpointError, ConfigError
+from fedllm.runs.checkpoint import RESUMABLE_KEYS, ServerState, load_checkpoint, save_checkpoint
+from fedllm.types import RoundRecord
+
+LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
+CONFIG = RunConfig()
+
+
+def state_of(round_num: int) -> ServerState:
+    records = tuple(
+        RoundRecord(round_num=number, accepted=("a",), lost={"b": "why"}, rho=0.5)
+        for number in range(round_num + 1)
+    )
+    return ServerState(round_num, initial_adapter(LAYOUT, round_num), {"a": 4 * round_num, "b": 1}, records)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for round_num in (1, 2, 3):
+        save_checkpoint(tmp_path, state_of(round_num), CONFIG)
+    return tmp_path
+
+
+def load(folder: Path, config: RunConfig = CONFIG, layout: AdapterLayout = LAYOUT) -> Any:
+    return load_checkpoint(folder, config, layout)
+
+
+def test_a_state_comes_back_bit_for_bit_and_two_checkpoints_are_kept(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["round-00002", "round-00003"]
+    state, passed_over = load(folder)
+    assert passed_over == []
+    assert state.adapter.digest == state_of(3).adapter.digest
+    assert (state.round_num, state.num_drawn, state.records) == (3, {"a": 12, "b": 1}, state_of(3).records)
+
+
+def _flip(name: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = bytearray((path / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (path / name).write_bytes(content)
+
+    return damage
+
+
+def _cut(name: str) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path / name, 10)
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+DAMAGES = [
+    damage(name)
+    for damage in (_flip, _cut, _remove)
+    for name in ("state.json", "adapter.safetensors", "manifest.json")
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_costs_one_round_and_one_line(
+    damage: Callable[[Path], None], folder: Path
+) -> None:
+    damage(folder / "round-00003")
+    state, (line,) = load(folder)
+    assert state.round_num == 2
+    assert state.adapter.digest == state_of(2).adapter.digest
+    assert line.startswith("round-00003 is damaged")
+    assert "\n" not in line
+
+
+def test_without_an_intact_checkpoint_there_is_nothing_to_resume(folder: Path, tmp_path: Path) -> None:
+    for name in ("round-00002", "round-00003"):
+        _flip("adapter.safetensors")(folder / name)
+    for path in (folder, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=r"no intact checkpoint in .*; start without --resume"):
+            load(path)
+
+
+def another(config: RunConfig, key: str) -> Any:
+    """Return another allowed value for a key."""
+    value = config.to_flat()[key]
+    choices = {
+        "train.schedule": "cosine",
+        "model.dtype": "float64",
+        "model.quantization": "8bit",
+        "data.on-bad-row": "stop",
+        "aggregation.read-out": "factor-mean",
+        "aggregation.weighting": "tokens",
+        "wire.codec": "int8",
+        "federation.cohort-fraction": 0.5,
+        "federation.min-clients": 2,
+        "federation.over-selection": 1.3,
+    }
+    if key in choices:
+        return choices[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return value + "x"
+    return value + 1 if isinstance(value, int) else value / 2 + 0.25
+
+
+@pytest.mark.parametrize("key", list(CONFIG.to_flat()))
+def test_a_run_continues_only_with_the_configuration_it_began_with(key: str, folder: Path) -> None:
+    config = CONFIG.override({key: another(CONFIG, key)})
+    if key in RESUMABLE_KEYS:
+        assert load(folder, config)[0].round_num == 3
+    else:
+        with pytest.raises(
+            ConfigError, match=f"cannot resume with another configuration: {key} was"
+        ) as caught:
+            load(folder, config)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_cosine_run_keeps_its_number_of_rounds(tmp_path: Path) -> None:
+    cosine = RunConfig.from_flat({"train.schedule": "cosine"})
+    save_checkpoint(tmp_path, state_of(1), cosine)
+    with pytest.raises(ConfigError, match=r"federation\.num-rounds was 3, now 5"):
+        load(tmp_path, cosine.override({"federation.num-rounds": 5}))
+
+
+@pytest.mark.parametrize("changes", [{"fingerprint": "0" * 64}, {"rank": 3}, {"alpha": 1.0}])
+def test_a_run_continues_only_on_its_own_base_model_and_layout(changes: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(ConfigError, match="another base model or adapter layout"):
+        load(folder, layout=replace(LAYOUT, **changes))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_as_they_were(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(CheckpointError, match=r"round 4 could not be saved in .*No space left") as caught:
+            save_checkpoint(folder, state_of(4), CONFIG)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["round-00002", "round-00003"]
+    assert load(folder)[0].round_num == 3
+    save_checkpoint(folder, state_of(4), CONFIG)
+    assert load(folder)[0].round_num == 4
+
+
+def test_an_adapter_that_is_not_finite_is_never_resumed_from(folder: Path) -> None:
+    bad = AdapterState(LAYOUT, torch.full((LAYOUT.size,), torch.inf))
+    save_checkpoint(folder, replace(state_of(4), adapter=bad), CONFIG)
+    state, (line,) = load(folder)
+    assert state.round_num == 3
+    assert "round-00004 is damaged" in line

@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config import RunConfig
+from fedllm.errors import ConfigError
+from fedllm.runs.folder import environment, open_run_folder, run_folder, to_toml, write_result, write_rounds
+from fedllm.runs.recipe import build_config, parse_overrides, read_recipe
+from fedllm.types import RoundRecord
+
+
+def config_in(tmp_path: Path, **changes: Any) -> RunConfig:
+    return RunConfig.from_flat({"run.output": str(tmp_path), "run.name": "mine", **changes})
+
+
+def test_a_run_folder_holds_the_recipe_that_repeats_the_run(tmp_path: Path) -> None:
+    config = config_in(
+        tmp_path, seed=7, **{"lora.target-modules": "q_proj,v_proj", "train.learning-rate": 3e-4}
+    )
+    folder = open_run_folder(config)
+    assert folder == run_folder(config) == (tmp_path / "mine").resolve()
+    assert build_config(folder / "config.toml", []) == config
+    assert json.loads((folder / "environment.json").read_text()) == environment()
+
+
+def test_an_environment_names_versions_and_neither_host_nor_user_nor_path(tmp_path: Path) -> None:
+    import getpass
+    import socket
+
+    text = json.dumps(environment())
+    assert {"python", "flwr", "torch", "fedllm"} <= environment().keys()
+    for private in (socket.gethostname(), getpass.getuser(), str(Path.home())):
+        assert private not in text
+
+
+def test_an_earlier_run_is_continued_only_on_purpose(tmp_path: Path) -> None:
+    folder = open_run_folder(config_in(tmp_path))
+    open_run_folder(config_in(tmp_path))  # it has no checkpoint yet
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match="holds an earlier run: add --resume") as caught:
+        open_run_folder(config_in(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert open_run_folder(config_in(tmp_path, **{"run.resume": True})) == folder
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("a file")
+    with pytest.raises(ConfigError, match=r"cannot write .*; set run\.output") as caught:
+        open_run_folder(config_in(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_rounds_are_one_line_each_however_often_they_are_written(tmp_path: Path) -> None:
+    records = [RoundRecord(round_num=number) for number in range(3)]
+    for _ in range(2):
+        write_rounds(tmp_path, records)
+    lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
+    write_result(tmp_path, {"status": "completed"})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"status": "completed"}
+
+
+def test_tables_and_dotted_keys_mean_the_same(tmp_path: Path) -> None:
+    tables, dotted = tmp_path / "tables.toml", tmp_path / "dotted.toml"
+    tables.write_text('seed = 3\n[lora]\nrank = 4\ntarget-modules = ["q_proj", "v_proj"]\n')
+    dotted.write_text('seed = 3\nlora.rank = 4\nlora.target-modules = "q_proj,v_proj"\n')
+    expected = RunConfig.from_flat({"seed": 3, "lora.rank": 4, "lora.target-modules": "q_proj,v_proj"})
+    assert build_config(tables, []) == build_config(dotted, []) == expected
+    assert RunConfig.from_flat(read_recipe(tables)).to_flat() == expected.to_flat()
+    assert to_toml(expected) == to_toml(build_config(tables, []))
+
+
+def test_overrides_win_over_the_recipe_and_keep_what_follows_the_first_equals_sign(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("lora.rank = 4\nseed = 1\n")
+    config = build_config(recipe, ["lora.rank=16", " run.resume = TRUE ", "evaluation.prompts=a=b || c"])
+    assert (config.lora.rank, config.seed, config.run.resume) == (16, 1, True)
+    assert config.evaluation.prompts == "a=b || c"
+    assert build_config(None, []) == RunConfig()
+    assert parse_overrides([]) == {}
+
+
+@pytest.mark.parametrize("word", ["train.local-steps", "", "--resume"])
+def test_a_word_that_sets_no_key_is_one_line(word: str) -> None:
+    with pytest.raises(ConfigError, match="expected key=value"):
+        parse_overrides([word])
+
+
+@pytest.mark.parametrize("content", [b"lora.rank = ", b"[lora", b"\xff\xfe", b"a = 1\na = 2\n"])
+def test_a_recipe_that_is_no_toml_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"recipe .*recipe\.toml: ") as caught:
+        read_recipe(tmp_path / "recipe.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_recipe_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        read_recipe(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    "line", ["lora = 3", "[[lora]]\nrank = 3", "seed.x = 1", "lora.rank.x = 1", "seed = 2020-01-01"]
+)
+def test_a_recipe_of_another_shape_is_a_config_error(line: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(line + "\n")
+    with pytest.raises(ConfigError) as caught:
+        build_config(tmp_path / "recipe.toml", [])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,151 @@
+"""What a data holder may declare, and what becomes of one that declares nonsense."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from fedllm.errors import RunFailedError
+from strategies.evaluation import evaluate
+from strategies.rounds import next_round
+
+OFFENDER, NODE = "ben", 3
+SECRET = "xyzzy-private row of text"
+
+
+def declaring(**fields: Any) -> Callable[[RecordDict], RecordDict]:
+    """Return a change of some fields of the offender's declaration."""
+
+    def change(content: RecordDict) -> RecordDict:
+        for name, value in fields.items():
+            content["metrics" if name.startswith("num") else "clients"][name] = value
+        return content
+
+    return change
+
+
+def tampering(kind: str, change: Callable[[RecordDict], Any]) -> Callable[[Message], list[Message]]:
+    def tamper(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id == NODE and reply.metadata.message_type == kind:
+            changed = change(reply.content)
+            if isinstance(changed, Error):
+                reply.__dict__["_content"], reply.__dict__["_error"] = None, changed
+            else:
+                reply.content = changed
+        return [reply]
+
+    return tamper
+
+
+def with_note(content: RecordDict) -> RecordDict:
+    content["note"] = ConfigRecord({"text": SECRET})
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (declaring(fingerprints=["0" * 64]), "client ben holds another base model (000000000000)"),
+        (declaring(num_train=[0]), "client ben has no data"),
+        (declaring(ids=["anna"]), "two nodes declare client anna"),
+        (declaring(ids=[]), "node 3 did not join"),
+        (declaring(ids=[OFFENDER, OFFENDER]), "node 3 did not join"),
+        (declaring(num_train=[-1]), "node 3 did not join"),
+        (declaring(num_train=[1.5]), "node 3 did not join"),
+        (declaring(fingerprints=[SECRET, SECRET]), "node 3 did not join"),
+        (declaring(note=[SECRET]), "node 3 did not join"),
+        (with_note, "node 3 did not join"),
+        (lambda content: RecordDict(), "node 3 did not join"),
+        (lambda content: RecordDict({"error": ConfigRecord({"code": SECRET})}), "client reports internal"),
+        (
+            lambda content: RecordDict({"error": ConfigRecord({"code": "bad-data"})}),
+            "client reports bad-data",
+        ),
+        (lambda content: Error(2, SECRET), "node 3 did not join: client error"),
+    ],
+)
+def test_who_does_not_join_properly_is_left_out_by_name(
+    change: Callable[[RecordDict], Any], expected: str, make_config: Callable, open_run: Callable
+) -> None:
+    run = open_run(make_config(), tamper=tampering("query.join", change))
+    assert list(run.session.clients) == ["anna", "cleo", "dora"]
+    assert any(expected in line for line in run.notices), run.notices
+    assert not any("xyzzy" in line or "\n" in line for line in run.notices)
+
+
+def test_a_client_that_holds_another_base_model_changes_nothing(
+    make_config: Callable, open_run: Callable
+) -> None:
+    absent = open_run(make_config(), absent=[NODE])
+    other = open_run(make_config(), tamper=tampering("query.join", declaring(fingerprints=["0" * 64])))
+    expected, _ = next_round(absent.session, absent.state)
+    state, record = next_round(other.session, other.state)
+    assert state.adapter.digest == expected.adapter.digest
+    assert record.asked == ("anna", "cleo", "dora")
+
+
+def test_a_weight_is_bound_by_what_was_declared(make_config: Callable, open_run: Callable) -> None:
+    run = open_run(make_config(), tamper=tampering("query.join", declaring(num_train=[3])))
+    _, record = next_round(run.session, run.state)
+    assert record.lost == {OFFENDER: "the weight 6 is above the 3 declared at joining"}
+
+
+def test_too_few_usable_clients_stop_the_run_with_one_line(make_config: Callable, open_run: Callable) -> None:
+    config = make_config({"federation.min-clients": 4})
+    with pytest.raises(RunFailedError, match="3 usable clients joined within") as caught:
+        open_run(config, absent=[NODE])
+    assert "\n" not in str(caught.value)
+
+
+def losing(**fields: Any) -> Callable[[RecordDict], RecordDict]:
+    def change(content: RecordDict) -> RecordDict:
+        for name, value in fields.items():
+            content["metrics"][name] = value
+        return content
+
+    return change
+
+
+def as_stranger(content: RecordDict) -> RecordDict:
+    content["clients"]["ids"] = [SECRET]
+    return content
+
+
+def as_failed_stranger(content: RecordDict) -> RecordDict:
+    return RecordDict({"clients": ConfigRecord({"ids": [SECRET], "codes": ["failed"]})})
+
+
+def as_another(content: RecordDict) -> RecordDict:
+    content["clients"]["ids"] = ["anna"]
+    content["metrics"]["loss"] = [0.001]
+    return content
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        losing(loss=[float("nan")]),
+        losing(loss=[-1.0]),
+        losing(num_tokens=[0.0]),
+        losing(loss=[0.1, 0.2]),
+        as_stranger,
+        as_failed_stranger,
+        as_another,
+        with_note,
+        lambda content: RecordDict({"metrics": MetricRecord({"loss": [0.1]})}),
+        lambda content: RecordDict(),
+        lambda content: Error(2, SECRET),
+    ],
+)
+def test_an_unsound_evaluation_is_noticed_and_left_out(
+    change: Callable[[RecordDict], Any], make_config: Callable, open_run: Callable
+) -> None:
+    honest = open_run(make_config())
+    run = open_run(make_config(), tamper=tampering("evaluate", change))
+    expected = evaluate(honest.session, honest.state)
+    losses = evaluate(run.session, run.state)
+    assert expected.pop(OFFENDER) > 0
+    assert losses == expected
+    assert run.notices
+    assert not any("xyzzy" in line or "\n" in line for line in run.notices)

@@ -1,0 +1,219 @@
+"""When a round closes, is tried again or stops the run; who is asked; what time does to a reply."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from flwr.app import Message, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedllm.config import RunConfig, cohort_size_of
+from fedllm.errors import RunFailedError
+from strategies.rounds import learning_rate, next_round, run_round
+from strategies.selection import choose_clients
+
+EVERYBODY = ("anna", "ben", "cleo", "dora")
+
+
+def failing(nodes: Iterable[int], number: float = math.inf) -> Callable[[Message], list[Message]]:
+    """Return what makes the first `number` train replies of these nodes useless."""
+    left = [number]
+
+    def tamper(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id in set(nodes) and reply.metadata.message_type == "train" and left[0]:
+            left[0] -= 1
+            reply.content = RecordDict()
+        return [reply]
+
+    return tamper
+
+
+def test_a_round_below_min_clients_changes_nothing_and_fails_after_its_retries(
+    make_config: Callable, open_run: Callable
+) -> None:
+    config = make_config({"federation.min-clients": 3, "federation.max-retries": 2})
+    run = open_run(config, tamper=failing([2, 4]))
+    with pytest.raises(RunFailedError, match="round 1 failed 3 times; the adapter of round 0") as caught:
+        next_round(run.session, run.state)
+    assert "\n" not in str(caught.value)
+    assert [(record.attempt, record.applied) for record in run.records] == [
+        (1, False),
+        (2, False),
+        (3, False),
+    ]
+    assert {record.adapter for record in run.records} == {run.state.adapter.digest}
+    state, record = run_round(run.session, run.state)
+    assert state is run.state
+    assert record.accepted == ("ben", "dora")
+    assert set(record.lost) == {"anna", "cleo"}
+
+
+def test_a_round_that_failed_once_is_applied_at_its_second_attempt(
+    make_config: Callable, open_run: Callable
+) -> None:
+    config = make_config({"federation.min-clients": 4})
+    honest, flaky = open_run(config), open_run(config, tamper=failing([3], number=1))
+    expected, _ = next_round(honest.session, honest.state)
+    state, record = next_round(flaky.session, flaky.state)
+    assert [(item.attempt, item.applied) for item in flaky.records] == [(1, False), (2, True)]
+    assert state.adapter.digest == expected.adapter.digest
+    assert state.num_drawn == expected.num_drawn
+    assert state.records == (record,)
+
+
+def test_a_run_stops_when_too_many_clients_fail_for_three_rounds(
+    make_config: Callable, open_run: Callable
+) -> None:
+    config = make_config({"federation.max-failure-rate": 0.4, "federation.num-rounds": 9})
+    run = open_run(config, tamper=failing([3, 5]))
+    state = run.state
+    for _ in range(2):
+        state, _ = next_round(run.session, state)
+    with pytest.raises(RunFailedError, match="more than 40% of the clients failed in 3 rounds") as caught:
+        next_round(run.session, state)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_while_few_enough_clients_fail(make_config: Callable, open_run: Callable) -> None:
+    config = make_config({"federation.max-failure-rate": 0.5, "federation.num-rounds": 9})
+    run = open_run(config, tamper=failing([3, 5]))
+    state = run.state
+    for _ in range(4):
+        state, record = next_round(run.session, state)
+    assert state.round_num == 4
+    assert set(record.lost) == {"ben", "dora"}
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_an_over_selected_round_closes_with_its_cohort_and_frees_the_rest(
+    in_batches: bool, make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(make_config({"federation.cohort-size": 2, "federation.over-selection": 2.0}))
+    one_by_one = run.grid.pull_messages
+    if in_batches:  # a SuperLink hands out all replies that have come
+
+        def pull(ids: Iterable[str]) -> list[Message]:
+            return [reply for message_id in list(ids) for reply in one_by_one([message_id])]
+
+        monkeypatch.setattr(run.grid, "pull_messages", pull)
+    state, record = next_round(run.session, run.state)
+    assert record.asked == EVERYBODY
+    assert record.accepted == EVERYBODY[:2]
+    assert record.lost == {}
+    transport = run.session.transport
+    for _ in range(2):
+        transport.node_ids()
+    assert transport.node_ids() == [2, 3, 4, 5]
+    assert transport.num_stale == (0 if in_batches else 2)
+    state, record = next_round(run.session, state)
+    assert record.asked == EVERYBODY
+
+
+def test_a_straggler_loses_the_round_and_is_asked_again_once_its_late_reply_is_dropped(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(make_config({"federation.round-deadline": 1.0}))
+    absent = open_run(make_config({"federation.round-deadline": 60.0}), absent=[3])
+    first_pull, hanging = run.grid.pull_messages, {3}
+
+    def pull(ids: Iterable[str]) -> list[Message]:
+        waiting = run.grid._waiting
+        return first_pull([i for i in ids if i in waiting and waiting[i].metadata.dst_node_id not in hanging])
+
+    monkeypatch.setattr(run.grid, "pull_messages", pull)
+    transport = run.session.transport
+    expected, _ = next_round(absent.session, absent.state)
+    state, record = next_round(run.session, run.state)
+    assert record.lost == {"ben": "no reply within 1 s"}
+    assert state.adapter.digest == expected.adapter.digest
+    assert transport.node_ids() == [2, 4, 5]
+    expected, _ = next_round(absent.session, expected)
+    state, record = next_round(run.session, state)
+    assert record.asked == ("anna", "cleo", "dora")
+    assert record.lost == {}
+    hanging.clear()
+    assert transport.node_ids() == [2, 3, 4, 5]
+    assert transport.num_stale == 1
+    assert state.adapter.digest == expected.adapter.digest
+    _, record = next_round(run.session, state)
+    assert record.accepted == EVERYBODY
+
+
+def test_every_client_draws_on_where_it_stopped(make_config: Callable, open_run: Callable) -> None:
+    run = open_run(make_config(), tamper=failing([3], number=1))
+    state, _ = next_round(run.session, run.state)
+    assert state.num_drawn == {"anna": 4, "cleo": 4, "dora": 4}
+    state, _ = next_round(run.session, state)
+    assert state.num_drawn == {"anna": 8, "ben": 4, "cleo": 8, "dora": 8}
+
+
+def test_a_record_counts_packets_and_weights(make_config: Callable, open_run: Callable) -> None:
+    run = open_run(make_config({"federation.num-rounds": 1}))
+    _, record = next_round(run.session, run.state)
+    size = run.session.layout.size
+    assert 4 * size * 8 < record.bytes_down < 4 * size * 8 + 8 * 300  # to train and to evaluate, in float32
+    assert 2 * size * 4 < record.bytes_up < 2 * size * 4 + 4 * 300  # bfloat16 deltas
+    assert record.weights == {"anna": 4.0, "ben": 6.0, "cleo": 8.0, "dora": 10.0}
+    mean = sum(record.weights[name] * record.train_losses[name] for name in EVERYBODY) / 28
+    assert record.train_loss == pytest.approx(mean)
+    assert set(record.held_out) == set(EVERYBODY)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    available=st.sets(st.text(min_size=1, max_size=3), max_size=12),
+    cohort_size=st.integers(1, 12),
+    over=st.floats(1, 3),
+    round_num=st.integers(1, 5),
+)
+def test_a_cohort_is_a_seeded_draw_without_replacement(
+    available: set[str], cohort_size: int, over: float, round_num: int
+) -> None:
+    options: dict[str, Any] = {
+        "cohort_size": cohort_size,
+        "over_selection": over,
+        "seed": 7,
+        "round_num": round_num,
+        "attempt": 1,
+    }
+    chosen = choose_clients(available, **options)
+    assert list(chosen) == sorted(set(chosen))
+    assert set(chosen) <= available
+    assert len(chosen) == min(len(available), math.ceil(cohort_size * over))
+    assert choose_clients(sorted(available, reverse=True), **options) == chosen
+
+
+def test_every_client_has_its_turn_and_each_attempt_draws_anew() -> None:
+    names = [f"c{number}" for number in range(6)]
+    options: dict[str, Any] = {"cohort_size": 2, "over_selection": 1.0, "seed": 0}
+    draws = [
+        choose_clients(names, round_num=round_num, attempt=attempt, **options)
+        for round_num in range(1, 13)
+        for attempt in (1, 2)
+    ]
+    assert set().union(*draws) == set(names)
+    assert len(set(draws)) > 8
+
+
+@pytest.mark.parametrize(
+    ("flat", "expected"),
+    [
+        ({"federation.num-clients": 10, "federation.cohort-fraction": 0.25}, 2),
+        ({"federation.num-clients": 10, "federation.cohort-fraction": 0.01}, 1),
+        ({"federation.num-clients": 10, "federation.cohort-size": 7}, 7),
+        ({"federation.num-clients": 3}, 3),
+    ],
+)
+def test_a_cohort_is_a_fixed_size_or_a_fraction_and_at_least_one(flat: dict[str, Any], expected: int) -> None:
+    assert cohort_size_of(RunConfig.from_flat(flat)) == expected
+
+
+def test_a_cosine_schedule_falls_from_the_whole_rate_and_a_constant_one_stays() -> None:
+    flat = {"federation.num-rounds": 4, "train.learning-rate": 0.8}
+    cosine = RunConfig.from_flat({**flat, "train.schedule": "cosine"})
+    rates = [learning_rate(cosine, round_num) for round_num in range(1, 5)]
+    assert rates == pytest.approx([0.8, 0.4 + 0.4 * math.sqrt(0.5), 0.4, 0.4 - 0.4 * math.sqrt(0.5)])
+    constant = RunConfig.from_flat(flat)
+    assert {learning_rate(constant, round_num) for round_num in range(1, 5)} == {0.8}

@@ -1,0 +1,224 @@
+"""Whole runs in this process: what they leave on disk, and how they go on after a failure."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients.client_app import app
+from fedllm.adapters.folder import WEIGHTS, load_adapter
+from fedllm.config import RunConfig
+from fedllm.errors import CheckpointError, ConfigError, RunFailedError
+from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.folder import run_folder
+from fedllm.runs.records import record_to_dict
+from fedllm.types import RoundRecord
+from scripts.local_grid import local_grid
+from strategies.run import run_federation
+from strategies.session import Watch
+
+
+@pytest.fixture
+def run(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[ServerState, list[str]]]:
+    """Return a function (name, hook on every record, **flat overrides) that does a run of three rounds."""
+
+    def do(name: str, hook: Callable[[RoundRecord], None] = lambda record: None, **flat: Any) -> Any:
+        notices: list[str] = []
+        config = make_config({**plan(tmp_path, name), **flat})
+        grid = local_grid(config, app, num_nodes=4)
+        return run_federation(config, grid, Watch(notice=notices.append, record=hook)), notices
+
+    return do
+
+
+def plan(tmp_path: Path, name: str) -> dict[str, Any]:
+    return {"run.output": str(tmp_path), "run.name": name, "federation.num-rounds": 3}
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def numbers_of(record: RoundRecord) -> dict[str, Any]:
+    return {
+        **record_to_dict(record),
+        "seconds": 0,
+        "held_out": {},
+        "mean_held_out": 0,
+        "bytes_down": 0,
+        "bytes_up": 0,
+    }
+
+
+def interrupt_after(round_num: int) -> Callable[[RoundRecord], None]:
+    """Return a hook that stops the process, as it were, before a round is saved."""
+
+    def hook(record: RoundRecord) -> None:
+        if record.round_num == round_num:
+            raise KeyboardInterrupt
+
+    return hook
+
+
+def test_a_run_leaves_its_adapter_records_and_result(run: Callable, tmp_path: Path) -> None:
+    state, notices = run("whole")
+    folder = tmp_path / "whole"
+    assert notices == []
+    assert load_adapter(folder / "adapter").state.digest == state.adapter.digest
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    result = result_of(folder)
+    assert (result["status"], result["rounds"], result["digest"]) == ("completed", 3, state.adapter.digest)
+    before, after = result["held_out"]["before"], result["held_out"]["after"]
+    assert set(before["clients"]) == set(after["clients"]) == {"anna", "ben", "cleo", "dora"}
+    assert after["mean"] < before["mean"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["round-00002", "round-00003"]
+
+
+@pytest.mark.parametrize("overrides", [{}, {"train.schedule": "cosine", "wire.codec": "int8"}])
+@pytest.mark.parametrize("stopped_in", [2, 3])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    stopped_in: int, overrides: dict[str, Any], run: Callable, tmp_path: Path
+) -> None:
+    whole, _ = run("whole", **overrides)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", interrupt_after(stopped_in), **overrides)
+    assert not (tmp_path / "stopped" / "adapter").exists()
+    resumed, notices = run("stopped", **{"run.resume": True}, **overrides)
+    assert notices == [f"resuming after round {stopped_in - 1}"]
+    assert resumed.adapter.digest == whole.adapter.digest
+    assert resumed.num_drawn == whole.num_drawn
+    assert list(map(numbers_of, resumed.records)) == list(map(numbers_of, whole.records))
+    saved = [(tmp_path / name / "adapter" / WEIGHTS).read_bytes() for name in ("whole", "stopped")]
+    assert saved[0] == saved[1]
+
+
+def test_a_finished_run_can_be_made_longer(run: Callable) -> None:
+    whole, _ = run("whole")
+    run("short", **{"federation.num-rounds": 1})
+    longer, _ = run("short", **{"run.resume": True})
+    assert longer.adapter.digest == whole.adapter.digest
+
+
+def test_a_damaged_newest_checkpoint_costs_one_round(run: Callable, tmp_path: Path) -> None:
+    whole, _ = run("whole")
+    os.truncate(tmp_path / "whole" / "checkpoints" / "round-00003" / "adapter.safetensors", 50)
+    again, notices = run("whole", **{"run.resume": True})
+    assert notices[0].startswith("round-00003 is damaged")
+    assert notices[1:] == ["resuming after round 2"]
+    assert again.adapter.digest == whole.adapter.digest
+
+
+def test_a_run_resumes_only_with_its_own_configuration_and_checkpoints(run: Callable) -> None:
+    run("mine", **{"federation.num-rounds": 1})
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        run("mine")
+    with pytest.raises(ConfigError, match=r"train\.learning-rate was 0\.05, now 0\.1"):
+        run("mine", **{"run.resume": True, "train.learning-rate": 0.1})
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        run("other", **{"run.resume": True})
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run("whole")
+    real, found = os.fsync, []
+
+    def hook(record: RoundRecord) -> None:
+        checkpoints = tmp_path / "full" / "checkpoints"
+        found.append(sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else [])
+        monkeypatch.setattr(os, "fsync", no_space if record.round_num == 2 else real)
+
+    state, (notice,) = run("full", hook)
+    assert notice.startswith("round 2 could not be saved in")
+    assert notice.endswith("No space left on device; going on, the next round saves again")
+    assert found == [[], [], ["round-00001"], ["round-00001"]]
+    assert state.adapter.digest == whole.adapter.digest
+    assert result_of(tmp_path / "full")["status"] == "completed"
+
+
+def no_space(descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_one_line_and_the_last_good_checkpoint(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def hook(record: RoundRecord) -> None:
+        monkeypatch.setattr(os, "fsync", no_space if record.round_num >= 2 else real)
+
+    whole, _ = run("whole")
+    with pytest.raises(CheckpointError, match="No space left") as caught:
+        run("full", hook)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(os, "fsync", real)
+    resumed, notices = run("full", **{"run.resume": True})
+    assert notices == ["resuming after round 1"]
+    assert resumed.adapter.digest == whole.adapter.digest
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a disk of 100 KiB, where that is permitted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("no permission to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_really_is_full_ends_the_run_with_one_line(run: Callable, tiny_disk: Path) -> None:
+    whole, _ = run("whole")
+    filler = tiny_disk / "filler"
+
+    def hook(record: RoundRecord) -> None:
+        if record.round_num == 2:
+            free = os.statvfs(tiny_disk)
+            filler.write_bytes(bytes(free.f_bavail * free.f_frsize))
+
+    with pytest.raises(CheckpointError) as caught:
+        run("full", hook, **{"run.output": str(tiny_disk)})
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tiny_disk / "full" / "checkpoints").iterdir()] == ["round-00001"]
+    filler.unlink()
+    resumed, _ = run("full", **{"run.output": str(tiny_disk), "run.resume": True})
+    assert resumed.adapter.digest == whole.adapter.digest
+
+
+def test_a_run_that_fails_says_why_in_its_result(run: Callable, tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError):
+        run("lonely", **{"federation.num-clients": 5, "federation.min-clients": 5})
+    assert result_of(tmp_path / "lonely")["status"] == "failed"
+    assert "usable clients joined" in result_of(tmp_path / "lonely")["reason"]
+
+
+def test_the_published_folder_names_no_path_and_no_row(
+    run: Callable, make_config: Callable, tmp_path: Path
+) -> None:
+    run("mine", **{"federation.num-rounds": 1})
+    folder = run_folder(make_config(plan(tmp_path, "mine")))
+    for file in (folder / "adapter").iterdir():
+        content = file.read_bytes()
+        assert str(tmp_path).encode() not in content
+        for private in (b"Return the", b"anna 0?"):
+            assert private not in content
+    assert b"No differential privacy was applied" in (folder / "adapter" / "README.md").read_bytes()
+
+
+def test_the_config_in_the_folder_is_the_runs(run: Callable, make_config: Callable, tmp_path: Path) -> None:
+    from fedllm.runs.recipe import build_config
+
+    run("mine", **{"federation.num-rounds": 1})
+    expected = make_config({**plan(tmp_path, "mine"), "federation.num-rounds": 1})
+    assert isinstance(expected, RunConfig)
+    assert build_config(tmp_path / "mine" / "config.toml", []) == expected

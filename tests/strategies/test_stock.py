@@ -1,0 +1,102 @@
+"""Stock Flower strategies drive our ClientApp, and Flower's stock loop drives our strategy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
+
+from clients.client_app import app
+from fedllm.adapters.layout import AdapterState, initial_adapter
+from fedllm.models.base import describe_layout
+from fedllm.wire.records import read_plain, write_plain
+from scripts.local_grid import local_grid
+from strategies.rounds import next_round
+from strategies.strategy import FederatedLora
+
+EVERYBODY = {"min_available_nodes": 4, "min_train_nodes": 4, "min_evaluate_nodes": 4}
+
+
+def start_of(config: Any) -> AdapterState:
+    return initial_adapter(describe_layout(config.model, config.lora), config.seed)
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
+def test_a_stock_strategy_trains_our_clients(strategy: type[Strategy], make_config: Callable) -> None:
+    config = make_config()
+    start = start_of(config)
+    grid = local_grid(config, app, num_nodes=4)
+    result = strategy(**EVERYBODY).start(grid, write_plain(start), num_rounds=2)
+    assert read_plain(result.arrays, start.layout).digest != start.digest
+    losses = [result.train_metrics_clientapp[number]["train-loss"] for number in (1, 2)]
+    held_out = [result.evaluate_metrics_clientapp[number]["eval-loss"] for number in (1, 2)]
+    assert losses[0] == pytest.approx(5.9, abs=0.2)  # about log(359), the tiny model's vocabulary
+    assert all(0 < loss < 50 for loss in [*losses, *held_out])
+
+
+@pytest.mark.parametrize("num_nodes", [4, 2])
+def test_stock_fedavg_and_our_factor_mean_give_the_same_adapter(
+    num_nodes: int, make_config: Callable, open_run: Callable
+) -> None:
+    config = make_config({"aggregation.read-out": "factor-mean", "wire.codec": "fp32"})
+    run = open_run(config)
+    state = run.state
+    for _ in range(2):
+        state, _ = next_round(run.session, state)
+    options = dict.fromkeys(EVERYBODY, num_nodes)
+    grid = local_grid(config, app, num_nodes=num_nodes)  # with 2 nodes each answers for two clients
+    result = FedAvg(**options).start(grid, write_plain(start_of(config)), num_rounds=2)
+    theirs = read_plain(result.arrays, state.adapter.layout)
+    assert float((state.adapter.vector - start_of(config).vector).abs().max()) > 0.01
+    torch.testing.assert_close(theirs.vector, state.adapter.vector, rtol=0, atol=1e-6)
+
+
+def test_a_stock_request_with_another_adapter_is_answered_with_a_code_alone(make_config: Callable) -> None:
+    config = make_config()
+    record = write_plain(start_of(config))
+    record["xyzzy"] = record.pop(next(iter(record)))
+    replies: list[Message] = []
+    grid = local_grid(config, app, num_nodes=4)
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: [replies.append(reply) or reply for reply in pull(ids)]
+    FedAvg(**EVERYBODY).start(grid, record, num_rounds=1)
+    assert len(replies) == 8
+    assert {reply.error.reason for reply in replies} == {"bad-packet"}
+
+
+@pytest.mark.parametrize("overrides", [{}, {"aggregation.read-out": "factor-mean", "wire.codec": "int8"}])
+def test_flowers_loop_and_our_own_give_the_same_bits(
+    overrides: dict[str, Any], make_config: Callable, tmp_path: Any
+) -> None:
+    config = make_config({"federation.num-rounds": 2, "run.output": str(tmp_path), **overrides})
+    ours = FederatedLora(config).start(local_grid(config, app, num_nodes=4))
+    strategy = FederatedLora(config)
+    grid = local_grid(config, app, num_nodes=4)
+    theirs = Strategy.start(strategy, grid, initial_arrays=write_plain(start_of(config)), num_rounds=2)
+    layout = start_of(config).layout
+    assert read_plain(theirs.arrays, layout).digest == read_plain(ours.arrays, layout).digest
+    for number in (1, 2):
+        for name in ("train-loss", "num-clients", "num-tokens", "rho", "kept-energy"):
+            assert theirs.train_metrics_clientapp[number][name] == ours.train_metrics_clientapp[number][name]
+    assert theirs.evaluate_metrics_clientapp[2] == ours.evaluate_metrics_clientapp[2]
+
+
+def test_our_loop_starts_from_the_arrays_it_is_given(make_config: Callable, tmp_path: Any) -> None:
+    config = make_config({"federation.num-rounds": 1, "run.output": str(tmp_path)})
+    start = start_of(config)
+    other = AdapterState(start.layout, start.vector + 0.1)
+    seen = []
+
+    def evaluate_fn(round_num: int, arrays: Any) -> None:
+        seen.append((round_num, read_plain(arrays, start.layout).digest))
+
+    digests = []
+    for name, arrays in (("a", None), ("b", write_plain(start)), ("c", write_plain(other))):
+        named = config.override({"run.name": name})
+        grid = local_grid(named, app, num_nodes=4)
+        result = FederatedLora(named).start(grid, arrays, evaluate_fn=evaluate_fn)
+        digests.append(read_plain(result.arrays, start.layout).digest)
+    assert digests[0] == digests[1] != digests[2]
+    assert seen == [(1, digest) for digest in digests]
