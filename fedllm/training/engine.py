@@ -20,7 +20,8 @@ from fedllm.lora.kernels import LoopKernel, MaskedKernel
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
 from fedllm.models.base import BaseModel
-from fedllm.models.chat import Encoded
+from fedllm.models.chat import IGNORED, Encoded
+from fedllm.training.budget import measured_budget, remembered_budget
 from fedllm.training.forward import lay_out, token_losses
 from fedllm.training.generate import answers
 from fedllm.training.jobs import EvaluationJob, Job, Result
@@ -44,11 +45,12 @@ class _Item:
 class Engine:
     """Trains, evaluates and generates with adapters of one layout on one base model.
 
-    `token_budget` is the number of tokens a forward pass holds; clients are fused until it is full, and a
-    step that exceeds it is split. It changes speed and rounding, nothing else.
+    `token_budget` is the number of tokens a forward pass holds (0 = measured here once and remembered):
+    clients are fused until it is full, and a step that exceeds it is split. It changes speed and rounding,
+    nothing else.
     """
 
-    def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int):
+    def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int = 0):
         if layout.fingerprint != base.fingerprint:
             raise LayoutError(
                 f"the run's base model ({layout.fingerprint[:12]}) is not the one on this machine"
@@ -56,13 +58,13 @@ class Engine:
             )
         self.base = base
         self.layout = layout
-        self.token_budget = token_budget
         # Adapters are trained in float32 whatever the base holds; float64 is for exactness tests.
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         kernel = MaskedKernel() if base.device.type == "cuda" else LoopKernel()
         self.bank = Bank(layout, kernel, base.device, dtype)
         self.is_ragged = can_be_ragged(base.model, base.device)
         self.has_plain_head = has_plain_head(base.model, base.device)
+        self.token_budget = token_budget or remembered_budget(self._machine(), self._measure_budget)
 
     # --- training -----------------------------------------------------------------------------------------
 
@@ -182,6 +184,29 @@ class Engine:
         sums_B = torch.zeros(len(items), dtype=torch.float64)
         return sums_B.index_add_(0, flat.rows_N.cpu(), losses_N.detach().double().cpu())
 
+    def _machine(self) -> str:
+        """Return what a measured token budget depends on."""
+        device = self.base.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        parts = (self.layout.fingerprint[:16], device.type, name, self.base.dtype, self.layout.size)
+        return " / ".join(map(str, parts))
+
+    def _measure_budget(self) -> int:
+        """Return the token budget found by timing passes of samples of 64 tokens, a quarter of them learnt."""
+        if not self.is_ragged:
+            return 1
+        vocabulary = self.base.model.config.get_text_config().vocab_size
+        tokens = tuple((7919 * index) % vocabulary for index in range(64))
+        row = Encoded(tokens, (IGNORED,) * 48 + tokens[48:])
+        self.bank.load([torch.zeros(self.layout.size)], [1.0])
+
+        def run_pass(size: int) -> None:
+            self.bank.reserve(1)
+            self._pass([_Item(row, 0, 0, 1.0)] * (size // 64), backward=True)
+
+        with attached(self.base.model, self.bank), self._attention():
+            return measured_budget(run_pass, self.base.device)
+
     def _attention(self) -> AbstractContextManager[None]:
         return ragged(self.base.model) if self.is_ragged else nullcontext()
 
@@ -250,6 +275,6 @@ def _by_adapters(jobs: Sequence[EvaluationJob]) -> Iterator[list[EvaluationJob]]
 
 
 @lru_cache(maxsize=1)
-def resident_engine(base: BaseModel, layout: AdapterLayout, token_budget: int) -> Engine:
+def resident_engine(base: BaseModel, layout: AdapterLayout, token_budget: int = 0) -> Engine:
     """Return this process's engine, built on first use."""
     return Engine(base, layout, token_budget=token_budget)
