@@ -71,9 +71,7 @@ class MaskedKernel:
         owners_T, scale_T1 = _owners(bank, bank.route_of(x_TI.shape[0]).clients, x_TI)
         all_TM = x_TI @ a_CRI.flatten(0, 1).to(x_TI.dtype).T
         z_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
-        y_TO.addmm_(
-            _spread(z_TR, owners_T, len(a_CRI)), b_COR.permute(0, 2, 1).flatten(0, 1).to(x_TI.dtype)
-        )
+        y_TO.addmm_(_spread(z_TR, owners_T, len(a_CRI)), b_COR.permute(0, 2, 1).flatten(0, 1).to(x_TI.dtype))
         return z_TR
 
     def backward(

@@ -68,4 +68,6 @@ def _read(file: Path) -> dict[str, int]:
         values = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
+    if not isinstance(values, dict):
+        return {}
     return {key: value for key, value in values.items() if isinstance(value, int) and value > 0}

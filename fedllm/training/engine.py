@@ -24,7 +24,7 @@ from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
 from fedllm.training.forward import lay_out, token_losses
 from fedllm.training.generate import answers
-from fedllm.training.jobs import EvaluationJob, Job, Result
+from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite
 from fedllm.training.optimizer import RowAdamW
 from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.types import ClientEvaluation
@@ -88,37 +88,45 @@ class Engine:
             yield group
 
     def _train_group(self, jobs: Sequence[Job]) -> list[Result]:
+        """Train jobs together; any whose result is not finite again alone, as a neighbour may have spoilt it."""
         began = time.perf_counter()
         # The longest first: those still at work are always the first rows of the bank.
-        order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].batches))
-        ordered = [jobs[i] for i in order]
-        layouts = [job.layout or self.layout for job in ordered]
-        starts = [with_rank(j.start, layout, self.layout.rank) for j, layout in zip(ordered, layouts, strict=True)]
+        order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
+        ordered = [jobs[place] for place in order]
+        losses_C, delta_CP = self._train_rows(ordered)
+        seconds = (time.perf_counter() - began) / sum(map(_num_tokens, jobs))
+        results = {}
+        for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
+            result = self._result(job, float(losses_C[row]), delta_CP[row], seconds * _num_tokens(job))
+            if len(jobs) > 1 and not is_finite(result):
+                (result,) = self._train_group([job])
+            results[place] = result
+        return [results[place] for place in range(len(jobs))]
+
+    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (mean loss over steps [C], delta [C, P]) of jobs sorted by falling number of steps."""
+        layouts = [job.layout or self.layout for job in jobs]
+        starts = [
+            with_rank(j.start, layout, self.layout.rank) for j, layout in zip(jobs, layouts, strict=True)
+        ]
         self.bank.load(starts, [layout.scale for layout in layouts])
         begin_CP = self.bank.theta_CP.clone()
-        optimizer = RowAdamW(self.bank.theta_CP, [job.training for job in ordered])
+        optimizer = RowAdamW(self.bank.theta_CP, [job.training for job in jobs])
         losses_C = torch.zeros(len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
-            for step in range(len(ordered[0].batches)):
-                active = [job for job in ordered if step < len(job.batches)]
+            for step in range(len(jobs[0].batches)):
+                active = [job for job in jobs if step < len(job.batches)]
                 grads, losses = self._step(active, [job.batches[step] for job in active])
                 optimizer.step(grads)
                 losses_C[: len(active)] += losses
-        delta_CP = (self.bank.theta_CP - begin_CP).cpu()
-        seconds = time.perf_counter() - began
-        total = sum(_num_tokens(job) for job in jobs)
-        results = {
-            place: Result(
-                job.client_id,
-                with_rank(delta_CP[row], replace(layouts[row], rank=self.layout.rank), layouts[row].rank),
-                float(losses_C[row]) / len(job.batches),
-                num_rows=sum(len(batch) for batch in job.batches),
-                num_tokens=_num_tokens(job),
-                seconds=seconds * _num_tokens(job) / total,
-            )
-            for row, (place, job) in enumerate(zip(order, ordered, strict=True))
-        }
-        return [results[place] for place in range(len(jobs))]
+        num_steps_C = torch.tensor([len(job.batches) for job in jobs])
+        return losses_C / num_steps_C, (self.bank.theta_CP - begin_CP).cpu()
+
+    def _result(self, job: Job, loss: float, delta: torch.Tensor, seconds: float) -> Result:
+        layout = job.layout or self.layout
+        delta = with_rank(delta, replace(layout, rank=self.layout.rank), layout.rank)
+        num_rows = sum(len(batch) for batch in job.batches)
+        return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds)
 
     def _step(
         self, jobs: Sequence[Job], batches: Sequence[Sequence[Encoded]]
@@ -145,7 +153,9 @@ class Engine:
         """Return per job the sum of its examples' gradients, each clipped, over its batch size, [A, P]."""
         grad_SP = self.bank.grad_SP
         clips = [jobs[item.client].example_clip or float("inf") for item in items]
-        sizes = [jobs[item.client].training.batch_size if jobs[item.client].example_clip else 1 for item in items]
+        sizes = [
+            jobs[item.client].training.batch_size if jobs[item.client].example_clip else 1 for item in items
+        ]
         clip_S = torch.tensor(clips, device=grad_SP.device, dtype=grad_SP.dtype)
         size_S = torch.tensor(sizes, device=grad_SP.device, dtype=grad_SP.dtype)
         norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
@@ -175,7 +185,9 @@ class Engine:
         lengths = [len(item.row.tokens) for item in items]
         clients = segments(lengths, [item.client for item in items])
         self.bank.route = Route(clients, segments(lengths, [item.slot for item in items]))
-        weight_B = torch.tensor([item.weight for item in items], device=self.base.device, dtype=self.bank.dtype)
+        weight_B = torch.tensor(
+            [item.weight for item in items], device=self.base.device, dtype=self.bank.dtype
+        )
         loss, losses_N = token_losses(
             self.base.model, flat, weight_B[flat.rows_N], through_head=self.has_plain_head
         )
@@ -187,7 +199,11 @@ class Engine:
     def _machine(self) -> str:
         """Return what a measured token budget depends on."""
         device = self.base.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        name = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
         parts = (self.layout.fingerprint[:16], device.type, name, self.base.dtype, self.layout.size)
         return " / ".join(map(str, parts))
 

@@ -1,5 +1,6 @@
 """What the engine takes and gives: a training job is one client in one round."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ class Result:
     num_rows: int
     num_tokens: int
     seconds: float  # its share, by tokens, of the pass it was trained in
+
+
+def is_finite(result: Result) -> bool:
+    """Return whether training gave numbers; where it diverged, NaN or infinity."""
+    return math.isfinite(result.loss) and bool(torch.isfinite(result.delta).all())
 
 
 @dataclass(frozen=True, eq=False)
