@@ -50,7 +50,8 @@ class Holder:
     def engine(self) -> Engine:
         """The training engine on this machine's resident base model."""
         base = load_base(self.config.model)
-        return resident_engine(base, layout_of(base.model, self.config.lora, base.fingerprint))
+        layout = layout_of(base.model, self.config.lora, base.fingerprint)
+        return resident_engine(base, layout, self.config.train.token_budget)
 
 
 def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Holder:

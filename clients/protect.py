@@ -5,14 +5,11 @@ take their places here, in an order the privacy plan fixes. What is returned is 
 learns: a delta, a weight and four numbers.
 """
 
-import math
 from collections.abc import Sequence
-
-import torch
 
 from fedllm.errors import ConfigError, NonFiniteError
 from fedllm.models.chat import Encoded
-from fedllm.training.jobs import Result
+from fedllm.training.jobs import Result, is_finite
 from fedllm.types import ClientUpdate
 
 
@@ -28,7 +25,7 @@ def protect(
         NonFiniteError: training diverged; nothing is sent.
         ConfigError: the weighting is unknown.
     """
-    if not math.isfinite(result.loss) or not bool(torch.isfinite(result.delta).all()):
+    if not is_finite(result):
         raise NonFiniteError(f"client {result.client_id}: the loss is not finite; lower train.learning-rate")
     num_supervised = sum(row.num_supervised for row in rows)
     weights = {"examples": float(num_train), "tokens": float(num_supervised), "uniform": 1.0}

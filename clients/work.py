@@ -7,7 +7,7 @@ from clients.protect import protect
 from fedllm.data.shards import draw_rows
 from fedllm.errors import NonFiniteError
 from fedllm.models.chat import Encoded
-from fedllm.training.jobs import Job
+from fedllm.training.jobs import EvaluationJob, Job
 from fedllm.types import (
     ClientEvaluation,
     ClientFailure,
@@ -77,11 +77,13 @@ def make_job(client: ClientTokens, request: TrainRequest, num_drawn: int) -> Job
 
 def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation | ClientFailure]:
     """Return the held-out loss of every client the request names, in its order."""
-    answers: list[ClientEvaluation | ClientFailure] = []
-    for client_id in request.client_ids:
-        client = holder.clients.get(client_id)
-        if client is None or not client.held_out:
-            answers.append(ClientFailure(client_id=client_id, code="no-data"))
-        else:
-            answers.append(holder.engine.evaluate(client_id, request.adapter, client.held_out))
-    return answers
+    answers: dict[str, ClientEvaluation | ClientFailure] = {
+        client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
+    }
+    jobs = [
+        EvaluationJob(client_id, request.adapter.vector, holder.clients[client_id].held_out)
+        for client_id in request.client_ids
+        if client_id in holder.clients and holder.clients[client_id].held_out
+    ]
+    answers.update({answer.client_id: answer for answer in holder.engine.evaluate(jobs)})
+    return list(answers.values())

@@ -81,6 +81,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # of a client's whole gradient; 0 = off
     max_length: int = 256  # tokens of a row
+    token_budget: int = 0  # tokens of one pass: clients are fused up to it; 0 = measured, 1 = each alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +252,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.weight-decay": (0, math.inf, False),
     "train.clip-norm": (0, math.inf, False),
     "train.max-length": (8, 10_000_000, False),
+    "train.token-budget": (0, 100_000_000, False),
     "evaluation.every": (0, 1_000_000, False),
     "evaluation.max-new-tokens": (0, 100_000, False),
 }

@@ -111,6 +111,23 @@ class AdapterLayout:
         return torch.cat(parts)
 
 
+def with_rank(vector: torch.Tensor, layout: AdapterLayout, rank: int) -> torch.Tensor:
+    """Return `vector` [P] of `layout` as the vector of the same layout at another rank.
+
+    Growing adds zero rows to A and zero columns to B, which change nothing and get no gradient; shrinking
+    takes away the last ones, so it undoes growing.
+    """
+    if rank == layout.rank:
+        return vector
+    common = min(rank, layout.rank)
+    parts = []
+    for a_RD, b_DR in layout.factors(vector):
+        a, b = a_RD.new_zeros(rank, a_RD.shape[1]), b_DR.new_zeros(b_DR.shape[0], rank)
+        a[:common], b[:, :common] = a_RD[:common], b_DR[:, :common]
+        parts += [a.reshape(-1), b.reshape(-1)]
+    return torch.cat(parts)
+
+
 def layout_from_dict(values: dict[str, object]) -> AdapterLayout:
     """Rebuild a layout from `AdapterLayout.to_dict`.
 

@@ -7,10 +7,14 @@ a padding token and without a [T, T] mask. Tensor suffixes: H head, T token, D f
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from fedllm.errors import ModelError
 
 RAGGED_ATTENTION = "fedllm_ragged"
 
@@ -28,9 +32,16 @@ def ragged_attention(
     """Attend within each sample of the row; query [1, H, T, D], key and value [1, H_kv, T, D].
 
     Returns ([1, T, H, D], None) as transformers' attention interface requires.
+
+    Raises:
+        ModelError: the model caps its scores or uses attention sinks, which this kernel does not do.
     """
-    lengths = kwargs["cu_seq_lens_q"].diff().tolist()
-    window = kwargs.get("sliding_window")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ModelError("attention with capped scores or sinks cannot run over a flat row")
+    boundaries, window = kwargs["cu_seq_lens_q"], kwargs.get("sliding_window")
+    if _has_varlen_kernel(query):
+        return _varlen(query, key, value, boundaries, kwargs["max_length_q"], scaling, window), None
+    lengths = boundaries.diff().tolist()
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     samples = (torch.split(tensor, lengths, dim=2) for tensor in (query, key, value))
@@ -44,6 +55,43 @@ def ragged_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _has_varlen_kernel(query: torch.Tensor) -> bool:
+    """Return whether torch's variable-length flash attention takes this query (GPU, half precision)."""
+    return query.is_cuda and query.dtype in {torch.bfloat16, torch.float16} and _varlen_module() is not None
+
+
+@cache
+def _varlen_module() -> Any:
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:  # torch before 2.10
+        return None
+    wanted = {"scale", "window_size"}  # earlier forms of it lack them
+    return varlen if wanted <= signature(varlen.varlen_attn).parameters.keys() else None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Return attention within samples in one kernel, [1, T, H, D]."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if q.shape[1] != k.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    # (left, 0) is causal; a window of w tokens reaches w - 1 to the left of its own.
+    reach = (-1 if window is None else window - 1, 0)
+    output = _varlen_module().varlen_attn(
+        q, k, v, boundaries, boundaries, longest, longest, scale=scaling, window_size=reach
+    )
+    return output[None]  # type: ignore[no-any-return]
+
+
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     """Return the causal mask [T, T] of a sliding window, or None where plain causality is the same."""
     if window is None or length <= window:
@@ -53,23 +101,14 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return (distance >= 0) & (distance < window)
 
 
-def supports_ragged(model: Any) -> bool:
-    """Return whether the architecture can attend over a flat row.
-
-    Models with soft-capped scores or attention sinks, and models that do not use transformers' attention
-    interface, cannot; the engine feeds them one sample at a time through their own attention.
-    """
-    config = model.config.get_text_config()
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return bool(model._supports_attention_backend) and not capped and config.model_type != "gpt_oss"
+def attends_by_interface(model: Any) -> bool:
+    """Return whether the architecture takes its attention from transformers' interface."""
+    return bool(model._supports_attention_backend)
 
 
 @contextmanager
 def ragged(model: Any) -> Iterator[None]:
-    """Switch `model` to ragged attention where it supports it, and back to its own."""
-    if not supports_ragged(model):
-        yield
-        return
+    """Switch `model` to ragged attention, and back to its own."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(RAGGED_ATTENTION, ragged_attention)

@@ -1,34 +1,56 @@
-"""The one training engine: jobs in, results out, over one resident frozen base model.
+"""The one engine: many clients' adapters trained, evaluated and sampled at once on one resident frozen base.
 
-A result depends on nothing but its own job: jobs may come in any order, grouping or process. The plain twin
-that this engine must agree with is `fedllm.training.plain`.
+Clients share every forward and backward pass of the frozen layers; their adapters, losses, clipping and
+optimizer rows stay apart, so each result is what training that client alone gives (up to rounding; bit for
+bit where every client has a pass of its own, `token_budget=1`). The plain twin is `fedllm.training.plain`.
 """
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from fedllm.adapters.layout import AdapterLayout, AdapterState
-from fedllm.data.example import Turn
+from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
 from fedllm.errors import LayoutError
-from fedllm.models.attention import ragged, supports_ragged
+from fedllm.lora.bank import Bank, Route, segments
+from fedllm.lora.kernels import LoopKernel, MaskedKernel
+from fedllm.lora.layers import attached
+from fedllm.models.attention import ragged
 from fedllm.models.base import BaseModel
-from fedllm.models.chat import Encoded, chat_text
-from fedllm.models.lora import FlatAdapter, attached
-from fedllm.training.forward import lay_out, summed_loss
-from fedllm.training.jobs import Job, Result
-from fedllm.training.optimizer import FlatAdamW
+from fedllm.models.chat import IGNORED, Encoded
+from fedllm.training.budget import measured_budget, remembered_budget
+from fedllm.training.forward import lay_out, token_losses
+from fedllm.training.generate import answers
+from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite
+from fedllm.training.optimizer import RowAdamW
+from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.types import ClientEvaluation
 
-TOKENS_PER_PASS = 4096  # rows beyond it go into a further pass of the same step; the sum is the same
+MAX_ADAPTERS = 64  # held at once for evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """One sample of a pass: its row in the bank's parameters and gradients, and each token's weight."""
+
+    row: Encoded
+    client: int
+    slot: int
+    weight: float
 
 
 class Engine:
-    """Trains, evaluates and generates with adapters of one layout on one base model."""
+    """Trains, evaluates and generates with adapters of one layout on one base model.
 
-    def __init__(self, base: BaseModel, layout: AdapterLayout):
+    `token_budget` is the number of tokens a forward pass holds (0 = measured here once and remembered):
+    clients are fused until it is full, and a step that exceeds it is split. It changes speed and rounding,
+    nothing else.
+    """
+
+    def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int = 0):
         if layout.fingerprint != base.fingerprint:
             raise LayoutError(
                 f"the run's base model ({layout.fingerprint[:12]}) is not the one on this machine"
@@ -38,98 +60,237 @@ class Engine:
         self.layout = layout
         # Adapters are trained in float32 whatever the base holds; float64 is for exactness tests.
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        self.adapter = FlatAdapter(layout, base.device, dtype)
-        self.is_ragged = supports_ragged(base.model)
+        kernel = MaskedKernel() if base.device.type == "cuda" else LoopKernel()
+        self.bank = Bank(layout, kernel, base.device, dtype)
+        self.is_ragged = can_be_ragged(base.model, base.device)
+        self.has_plain_head = has_plain_head(base.model, base.device)
+        self.token_budget = token_budget or remembered_budget(self._machine(), self._measure_budget)
+
+    # --- training -----------------------------------------------------------------------------------------
 
     def train(self, jobs: Sequence[Job]) -> Iterator[Result]:
         """Yield the result of every job, in order. A diverged job has one too, which is not finite."""
+        for group in self._groups(jobs):
+            yield from self._train_group(group)
+
+    def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Split jobs into neighbours whose steps together fit the token budget; one each if not ragged."""
+        group: list[Job] = []
+        filled = 0
         for job in jobs:
-            with attached(self.base.model, self.adapter), ragged(self.base.model):
-                result = self._train_one(job)
-            yield result
+            largest = max(sum(len(row.tokens) for row in batch) for batch in job.batches)
+            if group and (not self.is_ragged or filled + largest > self.token_budget):
+                yield group
+                group, filled = [], 0
+            group.append(job)
+            filled += largest
+        if group:
+            yield group
 
-    def _train_one(self, job: Job) -> Result:
+    def _train_group(self, jobs: Sequence[Job]) -> list[Result]:
+        """Train jobs together; any whose result is not finite again alone, as a neighbour may have spoilt it."""
         began = time.perf_counter()
-        adapter = self.adapter
-        adapter.write(job.start)
-        start = adapter.vector.clone()
-        optimizer = FlatAdamW(adapter.vector, job.training)
-        losses = []
-        for batch in job.batches:
-            adapter.grad.zero_()
-            losses.append(self._backward(batch))
-            with torch.no_grad():
-                optimizer.step(adapter.grad)
-        delta = (adapter.vector.detach() - start).cpu()
-        loss = float(torch.stack(losses).mean())
-        return Result(
-            job.client_id,
-            delta,
-            loss,
-            num_rows=sum(len(batch) for batch in job.batches),
-            num_tokens=sum(len(row.tokens) for batch in job.batches for row in batch),
-            seconds=time.perf_counter() - began,
-        )
+        # The longest first: those still at work are always the first rows of the bank.
+        order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
+        ordered = [jobs[place] for place in order]
+        losses_C, delta_CP = self._train_rows(ordered)
+        seconds = (time.perf_counter() - began) / sum(map(_num_tokens, jobs))
+        results = {}
+        for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
+            result = self._result(job, float(losses_C[row]), delta_CP[row], seconds * _num_tokens(job))
+            if len(jobs) > 1 and not is_finite(result):
+                (result,) = self._train_group([job])
+            results[place] = result
+        return [results[place] for place in range(len(jobs))]
 
-    def _backward(self, batch: Sequence[Encoded]) -> torch.Tensor:
-        """Add the gradient of the batch's mean token loss to the flat gradient; return that loss."""
-        num_supervised = sum(row.num_supervised for row in batch)
-        total = torch.zeros((), device=self.base.device, dtype=self.adapter.vector.dtype)
-        for rows in self._passes(batch):
-            loss = summed_loss(self.base.model, lay_out(rows, self.base.device)) / num_supervised
+    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (mean loss over steps [C], delta [C, P]) of jobs sorted by falling number of steps."""
+        layouts = [job.layout or self.layout for job in jobs]
+        starts = [
+            with_rank(j.start, layout, self.layout.rank) for j, layout in zip(jobs, layouts, strict=True)
+        ]
+        self.bank.load(starts, [layout.scale for layout in layouts])
+        begin_CP = self.bank.theta_CP.clone()
+        optimizer = RowAdamW(self.bank.theta_CP, [job.training for job in jobs])
+        losses_C = torch.zeros(len(jobs), dtype=torch.float64)
+        with attached(self.base.model, self.bank), self._attention():
+            for step in range(len(jobs[0].batches)):
+                active = [job for job in jobs if step < len(job.batches)]
+                grads, losses = self._step(active, [job.batches[step] for job in active])
+                optimizer.step(grads)
+                losses_C[: len(active)] += losses
+        num_steps_C = torch.tensor([len(job.batches) for job in jobs])
+        return losses_C / num_steps_C, (self.bank.theta_CP - begin_CP).cpu()
+
+    def _result(self, job: Job, loss: float, delta: torch.Tensor, seconds: float) -> Result:
+        layout = job.layout or self.layout
+        delta = with_rank(delta, replace(layout, rank=self.layout.rank), layout.rank)
+        num_rows = sum(len(batch) for batch in job.batches)
+        return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds)
+
+    def _step(
+        self, jobs: Sequence[Job], batches: Sequence[Sequence[Encoded]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""
+        by_example = any(job.example_clip for job in jobs)
+        items: list[_Item] = []
+        for client, (job, batch) in enumerate(zip(jobs, batches, strict=True)):
+            num_supervised = sum(row.num_supervised for row in batch)
+            for row in batch:
+                weight = 1 / (row.num_supervised if job.example_clip else num_supervised)
+                items.append(_Item(row, client, len(items) if by_example else client, weight))
+        self.bank.reserve(len(items) if by_example else len(jobs))
+        losses_A = torch.zeros(len(jobs), dtype=torch.float64)
+        for part in self._passes(items):
+            owners = torch.tensor([item.client for item in part])
+            losses_A.index_add_(0, owners, self._pass(part, backward=True))
+        losses_A /= torch.tensor([sum(row.num_supervised for row in batch) for batch in batches])
+        if by_example:
+            return self._clipped_mean(jobs, items), losses_A
+        return self.bank.grad_SP, losses_A
+
+    def _clipped_mean(self, jobs: Sequence[Job], items: Sequence[_Item]) -> torch.Tensor:
+        """Return per job the sum of its examples' gradients, each clipped, over its batch size, [A, P]."""
+        grad_SP = self.bank.grad_SP
+        clips = [jobs[item.client].example_clip or float("inf") for item in items]
+        sizes = [
+            jobs[item.client].training.batch_size if jobs[item.client].example_clip else 1 for item in items
+        ]
+        clip_S = torch.tensor(clips, device=grad_SP.device, dtype=grad_SP.dtype)
+        size_S = torch.tensor(sizes, device=grad_SP.device, dtype=grad_SP.dtype)
+        norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
+        grad_SP.mul_(((clip_S / norms_S.clamp(min=1e-30)).clamp(max=1.0) / size_S)[:, None])
+        owners = torch.tensor([item.client for item in items], device=grad_SP.device)
+        return grad_SP.new_zeros(len(jobs), grad_SP.shape[1]).index_add_(0, owners, grad_SP)
+
+    # --- passes -------------------------------------------------------------------------------------------
+
+    def _passes(self, items: Sequence[_Item]) -> Iterator[list[_Item]]:
+        """Split samples into forward passes that fit the token budget; one sample each if not ragged."""
+        part: list[_Item] = []
+        filled = 0
+        for item in items:
+            length = len(item.row.tokens)
+            if part and (not self.is_ragged or filled + length > self.token_budget):
+                yield part
+                part, filled = [], 0
+            part.append(item)
+            filled += length
+        if part:
+            yield part
+
+    def _pass(self, items: Sequence[_Item], *, backward: bool) -> torch.Tensor:
+        """Return every sample's summed token loss [B] of one pass; with `backward` add gradients too."""
+        flat = lay_out([item.row for item in items], self.base.device)
+        lengths = [len(item.row.tokens) for item in items]
+        clients = segments(lengths, [item.client for item in items])
+        self.bank.route = Route(clients, segments(lengths, [item.slot for item in items]))
+        weight_B = torch.tensor(
+            [item.weight for item in items], device=self.base.device, dtype=self.bank.dtype
+        )
+        loss, losses_N = token_losses(
+            self.base.model, flat, weight_B[flat.rows_N], through_head=self.has_plain_head
+        )
+        if backward:
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return total
+        sums_B = torch.zeros(len(items), dtype=torch.float64)
+        return sums_B.index_add_(0, flat.rows_N.cpu(), losses_N.detach().double().cpu())
 
-    def _passes(self, rows: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-        """Split rows into forward passes: as many as fit the limit, or one each without ragged attention."""
-        limit = TOKENS_PER_PASS if self.is_ragged else 0
-        current: list[Encoded] = []
-        for row in rows:
-            if current and sum(len(r.tokens) for r in current) + len(row.tokens) > limit:
-                yield current
-                current = []
-            current.append(row)
-        if current:
-            yield current
-
-    @torch.inference_mode()
-    def evaluate(self, client_id: str, state: AdapterState, rows: Sequence[Encoded]) -> ClientEvaluation:
-        """Return the mean loss of `state` over the supervised tokens of `rows`, at least one row."""
-        self.adapter.write(state.vector)
-        total = 0.0
-        with attached(self.base.model, self.adapter), ragged(self.base.model):
-            for batch in self._passes(rows):
-                total += float(summed_loss(self.base.model, lay_out(batch, self.base.device)))
-        num_tokens = sum(row.num_supervised for row in rows)
-        return ClientEvaluation(
-            client_id=client_id, loss=total / num_tokens, num_tokens=num_tokens, num_rows=len(rows)
+    def _machine(self) -> str:
+        """Return what a measured token budget depends on."""
+        device = self.base.device
+        name = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
         )
+        parts = (self.layout.fingerprint[:16], device.type, name, self.base.dtype, self.layout.size)
+        return " / ".join(map(str, parts))
+
+    def _measure_budget(self) -> int:
+        """Return the token budget found by timing passes of samples of 64 tokens, a quarter of them learnt."""
+        if not self.is_ragged:
+            return 1
+        vocabulary = self.base.model.config.get_text_config().vocab_size
+        tokens = tuple((7919 * index) % vocabulary for index in range(64))
+        row = Encoded(tokens, (IGNORED,) * 48 + tokens[48:])
+        self.bank.load([torch.zeros(self.layout.size)], [1.0])
+
+        def run_pass(size: int) -> None:
+            self.bank.reserve(1)
+            self._pass([_Item(row, 0, 0, 1.0)] * (size // 64), backward=True)
+
+        with attached(self.base.model, self.bank), self._attention():
+            return measured_budget(run_pass, self.base.device)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return ragged(self.base.model) if self.is_ragged else nullcontext()
+
+    # --- evaluation ---------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def generate(self, state: AdapterState, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Return the greedy answer of the base model with `state` to every prompt."""
-        self.adapter.write(state.vector)
-        tokenizer, answers = self.base.tokenizer, []
-        with attached(self.base.model, self.adapter):
-            for prompt in prompts:
-                text = chat_text(tokenizer, [Turn("user", prompt)], prompt_answer=True)
-                inputs = tokenizer(
-                    text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt"
-                ).to(self.base.device)
-                output = self.base.model.generate(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.eos_token_id,
-                )
-                new_tokens = output[0, inputs["input_ids"].shape[1] :]
-                answers.append(tokenizer.decode(new_tokens, skip_special_tokens=True).strip())
-        return answers
+    def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[ClientEvaluation]:
+        """Return the mean loss over the supervised tokens of every job's rows, at least one row each.
+
+        Jobs may share an adapter (the same vector object) or each bring their own.
+        """
+        done: list[ClientEvaluation] = []
+        for group in _by_adapters(jobs):
+            vectors = list({id(job.vector): job.vector for job in group}.values())
+            place = {id(vector): row for row, vector in enumerate(vectors)}
+            self.bank.load(vectors, [self.layout.scale] * len(vectors))
+            items = [
+                _Item(row, place[id(job.vector)], number, 1.0)
+                for number, job in enumerate(group)
+                for row in job.rows
+            ]
+            sums = torch.zeros(len(group), dtype=torch.float64)
+            with attached(self.base.model, self.bank), self._attention():
+                for part in self._passes(items):
+                    owners = torch.tensor([item.slot for item in part])
+                    sums.index_add_(0, owners, self._pass(part, backward=False))
+            done += [_evaluation(job, float(total)) for job, total in zip(group, sums, strict=True)]
+        return done
+
+    @torch.inference_mode()
+    def generate(
+        self, states: Sequence[AdapterState], prompts: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
+        """Return the greedy answer of `states[i]` to `prompts[i]`, all of them in one batch."""
+        distinct = list({id(state): state for state in states}.values())
+        place = {id(state): row for row, state in enumerate(distinct)}
+        self.bank.load([state.vector for state in distinct], [self.layout.scale] * len(distinct))
+        rows = tuple(place[id(state)] for state in states)
+        with attached(self.base.model, self.bank), self.bank.whole_rows(rows):
+            return answers(self.base, prompts, max_new_tokens)
+
+
+def _num_tokens(job: Job) -> int:
+    return sum(len(row.tokens) for batch in job.batches for row in batch)
+
+
+def _evaluation(job: EvaluationJob, total: float) -> ClientEvaluation:
+    num_tokens = sum(row.num_supervised for row in job.rows)
+    return ClientEvaluation(
+        client_id=job.client_id, loss=total / num_tokens, num_tokens=num_tokens, num_rows=len(job.rows)
+    )
+
+
+def _by_adapters(jobs: Sequence[EvaluationJob]) -> Iterator[list[EvaluationJob]]:
+    """Split jobs into neighbours that bring at most MAX_ADAPTERS different adapters."""
+    group: list[EvaluationJob] = []
+    seen: set[int] = set()
+    for job in jobs:
+        if id(job.vector) not in seen and len(seen) == MAX_ADAPTERS:
+            yield group
+            group, seen = [], set()
+        group.append(job)
+        seen.add(id(job.vector))
+    if group:
+        yield group
 
 
 @lru_cache(maxsize=1)
-def resident_engine(base: BaseModel, layout: AdapterLayout) -> Engine:
-    """Return this process's engine for `base` and `layout`, built on first use."""
-    return Engine(base, layout)
+def resident_engine(base: BaseModel, layout: AdapterLayout, token_budget: int = 0) -> Engine:
+    """Return this process's engine, built on first use."""
+    return Engine(base, layout, token_budget=token_budget)

@@ -1,21 +1,30 @@
-"""What local training takes and gives: one job is one client in one round."""
+"""What the engine takes and gives: a training job is one client in one round."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from fedllm.adapters.layout import AdapterLayout
 from fedllm.models.chat import Encoded
 from fedllm.types import LocalTraining
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One client's work: `batches[i]` are the rows of local step i, `start` [P] the adapter before it."""
+    """One client's work: `batches[i]` are the rows of local step i, `start` [P] the adapter before it.
+
+    `layout` is given where the client's rank differs from the engine's (it may be smaller). With
+    `example_clip` above 0 every row's own gradient is clipped to that norm before the rows are averaged
+    (DP-SGD, arXiv 1607.00133, without its noise); 0 takes the gradient of the batch's mean token loss.
+    """
 
     client_id: str
     start: torch.Tensor
     batches: tuple[tuple[Encoded, ...], ...]
     training: LocalTraining
+    layout: AdapterLayout | None = None
+    example_clip: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,4 +36,18 @@ class Result:
     loss: float
     num_rows: int
     num_tokens: int
-    seconds: float
+    seconds: float  # its share, by tokens, of the pass it was trained in
+
+
+def is_finite(result: Result) -> bool:
+    """Return whether training gave numbers; where it diverged, NaN or infinity."""
+    return math.isfinite(result.loss) and bool(torch.isfinite(result.delta).all())
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationJob:
+    """Rows whose loss under the adapter `vector` [P] is wanted."""
+
+    client_id: str
+    vector: torch.Tensor
+    rows: tuple[Encoded, ...]

@@ -1,4 +1,6 @@
-"""AdamW over one flat vector: a dozen kernels a step, whatever the number of layers."""
+"""AdamW over rows: one client a row, a dozen kernels a step whatever the number of clients and layers."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -7,29 +9,37 @@ from fedllm.types import LocalTraining
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
-class FlatAdamW:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with clipping of the whole gradient; steps in place.
+class RowAdamW:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) on parameters [C, P], each row by its own numbers.
 
-    State is fresh for every client and round: a client keeps nothing between rounds.
+    State is fresh for every client and round. Rows are stepped as a prefix: clients that have finished come
+    last and are left exactly as they are. All stepped rows have taken the same number of steps.
     """
 
-    def __init__(self, vector: torch.Tensor, training: LocalTraining):
-        self.vector = vector
-        self.training = training
-        self.mean = torch.zeros_like(vector)
-        self.square = torch.zeros_like(vector)
+    def __init__(self, theta_CP: torch.Tensor, trainings: Sequence[LocalTraining]):
+        self.theta_CP = theta_CP
+        self.mean_CP = torch.zeros_like(theta_CP)
+        self.square_CP = torch.zeros_like(theta_CP)
         self.num_steps = 0
 
-    def step(self, grad: torch.Tensor) -> None:
-        """Update the vector [P] with the gradient [P], which is clipped in place."""
-        training = self.training
-        if training.clip_norm:
-            grad.mul_((training.clip_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0))
+        def column(values: Sequence[float]) -> torch.Tensor:
+            return torch.tensor(values, device=theta_CP.device, dtype=theta_CP.dtype)[:, None]
+
+        self.rate_C1 = column([training.learning_rate for training in trainings])
+        self.keep_C1 = column([1 - t.learning_rate * t.weight_decay for t in trainings])
+        self.clip_C1 = column([training.clip_norm or float("inf") for training in trainings])
+
+    def step(self, grad_AP: torch.Tensor) -> None:
+        """Update the first A rows with their gradients [A, P], clipping each row's norm in place."""
+        active = slice(0, len(grad_AP))
+        norms = torch.linalg.vector_norm(grad_AP, dim=1, keepdim=True)
+        grad_AP.mul_((self.clip_C1[active] / (norms + 1e-6)).clamp_(max=1.0))
         self.num_steps += 1
-        self.mean.lerp_(grad, 1 - BETA1)
-        self.square.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+        mean, square, theta = self.mean_CP[active], self.square_CP[active], self.theta_CP[active]
+        mean.lerp_(grad_AP, 1 - BETA1)
+        square.mul_(BETA2).addcmul_(grad_AP, grad_AP, value=1 - BETA2)
         correction1 = 1 - BETA1**self.num_steps
         correction2 = 1 - BETA2**self.num_steps
-        denominator = self.square.sqrt().div_(correction2**0.5).add_(EPSILON)
-        self.vector.mul_(1 - training.learning_rate * training.weight_decay)
-        self.vector.addcdiv_(self.mean, denominator, value=-training.learning_rate / correction1)
+        denominator = square.sqrt().div_(correction2**0.5).add_(EPSILON)
+        theta.mul_(self.keep_C1[active])
+        theta.addcdiv_(mean * (-self.rate_C1[active] / correction1), denominator)

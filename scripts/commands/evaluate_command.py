@@ -18,6 +18,7 @@ from fedllm.models.base import load_base
 from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID, resolve_model
 from fedllm.runs.recipe import flatten
 from fedllm.training.engine import Engine, resident_engine
+from fedllm.training.jobs import EvaluationJob
 from fedllm.types import ClientEvaluation
 from scripts.commands.run_command import Answers, compare_answers
 from scripts.console import Console, one_line
@@ -31,12 +32,11 @@ def evaluate(target: Path, *, data: str, as_json: bool) -> None:
         if not data:
             raise ConfigError(f"{target}: an adapter without its run needs rows: give some with --data")
         config = _bare_config(published)
-    engine = resident_engine(load_base(config.model), published.state.layout)
+    engine = resident_engine(load_base(config.model), published.state.layout, config.train.token_budget)
     clients = _clients(config, data, _trained_clients(folder.parent))
     if not clients:
         raise NoDataError(f"{target}: the run keeps no held-out rows; give some with --data")
-    before = _losses(engine, clients, published, is_base=True)
-    after = _losses(engine, clients, published, is_base=False)
+    before, after = _losses(engine, clients, published)
     answers = compare_answers(config, folder)
     report = report_of(before, after, answers)
     if as_json:
@@ -89,10 +89,19 @@ def _clients(config: RunConfig, data: str, trained: Iterable[str]) -> dict[str, 
 
 
 def _losses(
-    engine: Engine, clients: Mapping[str, ClientTokens], published: PublishedAdapter, *, is_base: bool
-) -> dict[str, ClientEvaluation]:
-    state = initial_adapter(published.state.layout, 0) if is_base else published.state
-    return {name: engine.evaluate(name, state, client.held_out) for name, client in clients.items()}
+    engine: Engine, clients: Mapping[str, ClientTokens], published: PublishedAdapter
+) -> tuple[dict[str, ClientEvaluation], dict[str, ClientEvaluation]]:
+    """Return every client's losses under the base model and under the adapter."""
+    states = (initial_adapter(published.state.layout, 0), published.state)
+    jobs = [
+        EvaluationJob(name, state.vector, client.held_out)
+        for state in states
+        for name, client in clients.items()
+    ]
+    done = engine.evaluate(jobs)
+    halves = done[: len(clients)], done[len(clients) :]
+    before, after = ({answer.client_id: answer for answer in half} for half in halves)
+    return before, after
 
 
 def report_of(

@@ -73,9 +73,10 @@ def compare_answers(config: RunConfig, adapter: Path) -> Answers:
     if not prompts or not length:
         return Answers([], [], [])
     state = load_adapter(adapter).state
-    engine = resident_engine(load_base(config.model), state.layout)
-    before = engine.generate(initial_adapter(state.layout, config.seed), prompts, length)
-    return Answers(prompts, before, engine.generate(state, prompts, length))
+    engine = resident_engine(load_base(config.model), state.layout, config.train.token_budget)
+    base, number = initial_adapter(state.layout, config.seed), len(prompts)
+    answers = engine.generate([base] * number + [state] * number, prompts * 2, length)
+    return Answers(prompts, answers[:number], answers[number:])
 
 
 class _logs_to:

@@ -11,7 +11,9 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
 from fedllm.config import LoraConfig
 from fedllm.errors import IntegrityError, NonFiniteError
 from fedllm.models.base import layout_of
-from fedllm.models.lora import FlatAdapter, attached
+from fedllm.lora.bank import Bank
+from fedllm.lora.kernels import LoopKernel
+from fedllm.lora.layers import attached
 from fedllm.runs.atomic import MANIFEST, write_manifest
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
@@ -73,11 +75,11 @@ def test_peft_loads_the_folder_and_computes_what_our_layers_compute(
     save(tmp_path / "adapter", state, tuple(names))
 
     tokens = torch.arange(5, 25)[None]
-    adapter = FlatAdapter(layout, base.device, torch.float32)
-    adapter.write(state.vector)
+    bank = Bank(layout, LoopKernel(), base.device, torch.float32)
+    bank.load([state.vector], [layout.scale])
     with torch.no_grad():
         without = base.model(tokens).logits
-        with attached(base.model, adapter):
+        with attached(base.model, bank), bank.whole_rows([0]):
             ours = base.model(tokens).logits
         fresh = AutoModelForCausalLM.from_pretrained(make_model_folder(kind))
         theirs = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()(tokens).logits

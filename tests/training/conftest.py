@@ -53,11 +53,13 @@ def make_job(make_rows: Callable[..., tuple[Encoded, ...]]) -> Callable[..., Job
 
 @pytest.fixture(scope="session")
 def make_engine(load_tiny: Callable[..., BaseModel]) -> Callable[..., Engine]:
-    """Return a function (kind, dtype, targets) -> an engine on a tiny base model."""
+    """Return a function (kind, dtype, targets, token budget) -> an engine on a tiny base model."""
 
-    def make(kind: str = "llama", dtype: str = "float64", targets: str = "all-linear") -> Engine:
+    def make(
+        kind: str = "llama", dtype: str = "float64", targets: str = "all-linear", token_budget: int = 512
+    ) -> Engine:
         base = load_tiny(kind, dtype)
         lora = LoraConfig(rank=2, alpha=6.0, target_modules=targets)
-        return Engine(base, layout_of(base.model, lora, base.fingerprint))
+        return Engine(base, layout_of(base.model, lora, base.fingerprint), token_budget=token_budget)
 
     return make

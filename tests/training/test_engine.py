@@ -10,10 +10,9 @@ import torch
 from clients.protect import protect
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.errors import LayoutError, NonFiniteError
-from fedllm.models.attention import supports_ragged
 from fedllm.models.chat import Encoded
-from fedllm.training import engine as engine_module
 from fedllm.training.engine import Engine
+from fedllm.training.jobs import EvaluationJob
 from fedllm.training.plain import train_plainly
 
 KINDS = ["llama", "gpt2", "gemma3"]
@@ -98,29 +97,30 @@ def test_a_model_without_ragged_attention_is_fed_row_by_row_to_the_same_delta(
     job = make_job(flat.layout)
     expected = only(flat.train([job])).delta
     monkeypatch.setattr(flat.base.model, "_supports_attention_backend", False)
-    row_by_row = Engine(flat.base, flat.layout)
-    assert not supports_ragged(flat.base.model)
+    row_by_row = Engine(flat.base, flat.layout, token_budget=512)
     assert not row_by_row.is_ragged
     torch.testing.assert_close(only(row_by_row.train([job])).delta, expected, **EXACT)
 
 
 @pytest.mark.parametrize("limit", [1, 30])
 def test_splitting_a_step_into_passes_changes_nothing(
-    limit: int, make_engine: Callable, make_job: Callable, make_rows: Callable, monkeypatch: Any
+    limit: int, make_engine: Callable, make_job: Callable, make_rows: Callable
 ) -> None:
     engine = make_engine("llama", "float64", "all-linear")
-    job, rows = make_job(engine.layout), make_rows([5, 9, 2, 14, 24])
-    state = AdapterState(engine.layout, job.start)
-    whole, measured = only(engine.train([job])), engine.evaluate("a", state, rows)
-    monkeypatch.setattr(engine_module, "TOKENS_PER_PASS", limit)
-    split, again = only(engine.train([job])), engine.evaluate("a", state, rows)
+    job = make_job(engine.layout)
+    held_out = EvaluationJob("a", job.start, make_rows([5, 9, 2, 14, 24]))
+    whole, measured = only(engine.train([job])), only(engine.evaluate([held_out]))
+    engine.token_budget = limit
+    split, again = only(engine.train([job])), only(engine.evaluate([held_out]))
     torch.testing.assert_close(split.delta, whole.delta, **EXACT)
     assert split.loss == pytest.approx(whole.loss, rel=1e-12)
     assert again.loss == pytest.approx(measured.loss, rel=1e-12)
 
 
-def test_a_result_does_not_depend_on_the_jobs_around_it(make_engine: Callable, make_job: Callable) -> None:
-    engine = make_engine("llama", "float32", "all-linear")
+def test_with_a_pass_of_its_own_a_result_is_bit_equal_whatever_the_jobs_around_it(
+    make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine("llama", "float32", "all-linear", token_budget=1)
     jobs = [make_job(engine.layout, name, seed) for seed, name in enumerate("abc")]
     together = {result.client_id: result.delta for result in engine.train(jobs)}
     for job in reversed(jobs):
@@ -155,7 +155,7 @@ def test_a_result_counts_what_was_trained_on(make_engine: Callable, make_job: Ca
 def test_an_adapter_of_another_base_model_is_refused(make_engine: Callable) -> None:
     engine = make_engine("llama", "float32", "all-linear")
     with pytest.raises(LayoutError, match="is not the one on this machine"):
-        Engine(engine.base, replace(engine.layout, fingerprint="0" * 64))
+        Engine(engine.base, replace(engine.layout, fingerprint="0" * 64), token_budget=512)
 
 
 def _snapshot(model: Any) -> tuple[Any, ...]:
@@ -179,13 +179,13 @@ def test_the_base_model_is_left_as_it_was(
     engine = make_engine(kind, "float32", "all-linear")
     before = _snapshot(engine.base.model)
     job = make_job(engine.layout)
-    state = AdapterState(engine.layout, job.start)
+    engine.token_budget = 1
     results = engine.train([job, job])
     next(results)
-    _assert_same(before, _snapshot(engine.base.model))  # also between two jobs
+    _assert_same(before, _snapshot(engine.base.model))  # also between two passes
     list(results)
-    engine.evaluate("a", state, make_rows([5, 9]))
-    engine.generate(state, ["Return the sum."], 3)
+    engine.evaluate([EvaluationJob("a", job.start, make_rows([5, 9]))])
+    engine.generate([AdapterState(engine.layout, job.start)], ["Return the sum."], 3)
     _assert_same(before, _snapshot(engine.base.model))
 
 
@@ -207,8 +207,8 @@ def test_answers_are_greedy_short_and_the_base_models_own_before_training(make_e
     fresh = initial_adapter(engine.layout, 0)
     other = AdapterState(engine.layout, torch.randn(engine.layout.size))
     prompts = ["Return the sum of two numbers.", "Open a file."]
-    answers = engine.generate(fresh, prompts, 6)
-    assert answers == engine.generate(initial_adapter(engine.layout, 1), prompts, 6)
-    assert answers != engine.generate(other, prompts, 6)
+    answers = engine.generate([fresh] * 2, prompts, 6)
+    assert answers == engine.generate([initial_adapter(engine.layout, 1)] * 2, prompts, 6)
+    assert answers != engine.generate([other] * 2, prompts, 6)
     tokenizer = engine.base.tokenizer
     assert all(len(tokenizer(answer)["input_ids"]) <= 7 for answer in answers)

@@ -12,9 +12,17 @@ from torch.nn.functional import cross_entropy
 from fedllm.adapters.layout import initial_adapter
 from fedllm.models.attention import ragged
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.forward import lay_out, summed_loss
+from fedllm.training.forward import lay_out, token_losses
+from fedllm.training.head import HeadLoss
+from fedllm.training.jobs import EvaluationJob
 
 CPU = torch.device("cpu")
+
+
+def summed_loss(model: Any, flat: Any, *, through_head: bool = True) -> torch.Tensor:
+    """Return the sum of the token losses of a flat row."""
+    weights = torch.ones(len(flat.targets_N), dtype=model.dtype)
+    return token_losses(model, flat, weights, through_head=through_head)[0]
 
 
 def padded_loss(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
@@ -45,8 +53,12 @@ def test_a_flat_rows_loss_is_the_padded_batchs(
     with torch.no_grad():
         expected = padded_loss(model, rows)
         with ragged(model):
-            flat = summed_loss(model, lay_out(rows, CPU)) / num_supervised
-    torch.testing.assert_close(flat, expected, rtol=1e-12, atol=1e-12)
+            flat = lay_out(rows, CPU)
+            losses = [
+                summed_loss(model, flat, through_head=apart) / num_supervised for apart in (True, False)
+            ]
+    for loss in losses:
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_held_out_loss_is_the_mean_over_supervised_tokens_of_all_rows(
@@ -55,7 +67,7 @@ def test_held_out_loss_is_the_mean_over_supervised_tokens_of_all_rows(
     engine, rows = make_engine("llama", "float64"), make_rows([5, 21, 2, 9])
     with torch.no_grad():
         expected = float(padded_loss(engine.base.model, rows))
-    measured = engine.evaluate("a", initial_adapter(engine.layout, 0), rows)
+    (measured,) = engine.evaluate([EvaluationJob("a", initial_adapter(engine.layout, 0).vector, rows)])
     assert measured.loss == pytest.approx(expected, rel=1e-12)
     assert measured.num_tokens == sum(row.num_supervised for row in rows)
     assert (measured.client_id, measured.num_rows) == ("a", 4)
@@ -90,9 +102,30 @@ def test_every_learnt_token_is_predicted_from_the_one_before_it(drawn: list) -> 
     flat = lay_out(rows, CPU)
     assert flat.tokens_T.tolist() == [token for row in rows for token in row.tokens]
     assert flat.positions_T.tolist() == [index for row in rows for index in range(len(row.tokens))]
-    assert flat.boundaries_N.diff().tolist() == [len(row.tokens) for row in rows]
-    assert len(flat.predicting_S) == sum(row.num_supervised for row in rows)
-    begins = set(flat.boundaries_N.tolist())
-    for where, target in zip(flat.predicting_S.tolist(), flat.targets_S.tolist(), strict=True):
+    assert flat.boundaries_B.diff().tolist() == [len(row.tokens) for row in rows]
+    assert len(flat.predicting_N) == sum(row.num_supervised for row in rows)
+    begins = set(flat.boundaries_B.tolist())
+    for where, target in zip(flat.predicting_N.tolist(), flat.targets_N.tolist(), strict=True):
         assert where + 1 not in begins
         assert int(flat.tokens_T[where + 1]) == target
+
+
+@settings(deadline=None, max_examples=20)
+@given(count=st.integers(1, 700), seed=st.integers(0, 99), has_bias=st.booleans())
+def test_the_chunked_head_is_cross_entropy_with_its_gradient(count: int, seed: int, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, bias = random(11, 4), random(11) if has_bias else None
+    targets, weights = torch.randint(11, (count,), generator=generator), random(count).abs()
+    mine, theirs = (hidden.requires_grad_() for hidden in [random(count, 4)] * 2)
+    mine = mine.detach().clone().requires_grad_()
+    loss, losses = HeadLoss.apply(mine, weight, bias, targets, weights)
+    expected = cross_entropy(torch.nn.functional.linear(theirs, weight, bias), targets, reduction="none")
+    (expected * weights).sum().mul(3).backward()
+    (3 * loss).backward()
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, (expected * weights).sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)

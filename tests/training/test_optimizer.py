@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.training.optimizer import FlatAdamW
+from fedllm.training.optimizer import RowAdamW
 from fedllm.types import LocalTraining
 
 
@@ -14,19 +14,18 @@ from fedllm.types import LocalTraining
     clip=st.sampled_from([0.0, 0.01, 1.0, 100.0]),
     steps=st.integers(1, 8),
 )
-def test_a_flat_step_is_torchs_adamw_with_clipping(
+def test_a_row_step_is_torchs_adamw_with_clipping(
     seed: int, rate: float, decay: float, clip: float, steps: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(12, generator=generator, dtype=torch.float64)
     parts = [part.clone().requires_grad_() for part in vector.split([5, 7])]
     theirs = torch.optim.AdamW(parts, lr=rate, weight_decay=decay)
-    ours = FlatAdamW(
-        vector,
-        LocalTraining(
-            steps=steps, batch_size=1, learning_rate=rate, weight_decay=decay, clip_norm=clip, max_length=8
-        ),
+    numbers = LocalTraining(
+        steps=steps, batch_size=1, learning_rate=rate, weight_decay=decay, clip_norm=clip, max_length=8
     )
+    rows = torch.stack([vector, vector])  # the second row rests from the first step on
+    ours = RowAdamW(rows, [numbers, numbers])
     for _ in range(steps):
         grad = torch.randn(12, generator=generator, dtype=torch.float64)
         for part, gradient in zip(parts, grad.split([5, 7]), strict=True):
@@ -34,5 +33,6 @@ def test_a_flat_step_is_torchs_adamw_with_clipping(
         if clip:
             torch.nn.utils.clip_grad_norm_(parts, clip)
         theirs.step()
-        ours.step(grad.clone())
-    torch.testing.assert_close(vector, torch.cat(parts).detach(), rtol=1e-12, atol=1e-12)
+        ours.step(grad.clone()[None])
+    torch.testing.assert_close(rows[0], torch.cat(parts).detach(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(rows[1], vector), "a finished row does not move"

@@ -1,0 +1,1 @@
+"""LoRA for many adapters at once: the bank of parameters, the operator, the layers."""

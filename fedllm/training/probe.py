@@ -1,0 +1,64 @@
+"""What an architecture can do, found out by trying it on a few tokens rather than by its name."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedllm.errors import ModelError
+from fedllm.models.attention import attends_by_interface, ragged
+from fedllm.models.chat import Encoded
+from fedllm.training.forward import lay_out, token_losses
+
+_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_TOLERANCE = 2e-2  # relative, in bfloat16; a wrong mask or a missing scale is off by far more
+
+
+@torch.no_grad()
+def can_be_ragged(model: Any, device: torch.device) -> bool:
+    """Return whether many samples in one flat row give each sample's own losses.
+
+    False for models that do not use transformers' attention interface, or whose attention does more than
+    ours (soft-capped scores, sinks): the engine then feeds them one sample at a time.
+    """
+    if not attends_by_interface(model):
+        return False
+    rows = [_row(model, length, device) for length in (5, 9)]
+    alone = [_losses(model, [row], device, through_head=False) for row in rows]
+    try:
+        with ragged(model):
+            together = _losses(model, rows, device, through_head=False)
+    except ModelError:
+        return False
+    return _agree(torch.cat(alone), together)
+
+
+@torch.no_grad()
+def has_plain_head(model: Any, device: torch.device) -> bool:
+    """Return whether the logits are the decoder's hidden states times the output embeddings, and no more."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or model.get_decoder() is model:
+        return False
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES):
+        return False  # small logits hide a cap from the comparison below
+    row = _row(model, 7, device)
+    taken_apart = _losses(model, [row], device, through_head=True)
+    return _agree(_losses(model, [row], device, through_head=False), taken_apart)
+
+
+def _row(model: Any, length: int, device: torch.device) -> Encoded:
+    """Return a sample of `length` pseudo-random tokens, all learnt."""
+    size = model.config.get_text_config().vocab_size
+    tokens = tuple((7919 * (index + length) + 13) % size for index in range(length))
+    return Encoded(tokens, tokens)
+
+
+def _losses(model: Any, rows: list[Encoded], device: torch.device, *, through_head: bool) -> torch.Tensor:
+    flat = lay_out(rows, device)
+    weights = torch.ones(len(flat.targets_N), device=device)
+    return token_losses(model, flat, weights, through_head=through_head)[1]
+
+
+def _agree(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    return bool((expected - found).norm() <= _TOLERANCE * expected.norm())
