@@ -35,7 +35,8 @@ class Console:
         self.line(
             f"{config.run.name}: {config.model.name}, LoRA rank {config.lora.rank} on"
             f" {config.lora.target_modules}, {federation.num_clients} clients,"
-            f" {federation.num_rounds} rounds of {train.local_steps} steps of {train.batch_size} rows, {runtime} runtime"
+            f" {federation.num_rounds} rounds of {train.local_steps} steps of {train.batch_size} rows,"
+            f" {runtime} runtime"
         )
         view = RunView(self, config.federation.num_rounds)
         if not self.rich.is_terminal or self.quiet:

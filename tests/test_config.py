@@ -26,7 +26,7 @@ federation.num-clients federation.num-rounds federation.cohort-size federation.c
 federation.over-selection federation.min-clients federation.round-deadline federation.join-deadline
 federation.max-retries federation.max-failure-rate
 train.local-steps train.batch-size train.learning-rate train.schedule train.weight-decay train.clip-norm
-train.max-length
+train.max-length train.token-budget
 aggregation.read-out aggregation.weighting
 wire.codec
 evaluation.every evaluation.prompts evaluation.max-new-tokens

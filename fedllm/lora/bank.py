@@ -82,7 +82,7 @@ class Bank:
     def load(self, starts: Sequence[torch.Tensor], scales: Sequence[float]) -> None:
         """Hold one row of parameters per start vector [P], each with its factor alpha / rank."""
         if self.theta_CP.shape[0] != len(starts):
-            self.theta_CP = torch.empty(len(starts), self.layout.size, device=self.device, dtype=self.dtype)
+            self.theta_CP = self._rows(len(starts))
         for row, start in zip(self.theta_CP, starts, strict=True):
             row.copy_(start)
         self.scales = tuple(scales)
@@ -92,7 +92,12 @@ class Bank:
         if self.grad_SP.shape[0] == num_slots:
             self.grad_SP.zero_()
         else:
-            self.grad_SP = torch.zeros(num_slots, self.layout.size, device=self.device, dtype=self.dtype)
+            self.grad_SP = self._rows(num_slots)
+
+    def _rows(self, number: int) -> torch.Tensor:
+        """Return zero rows [number, P] that training may use even if evaluation asked for them first."""
+        with torch.inference_mode(False):
+            return torch.zeros(number, self.layout.size, device=self.device, dtype=self.dtype)
 
     def route_of(self, num_tokens: int) -> Route:
         """Return whose the `num_tokens` tokens of a layer's input are."""
@@ -114,6 +119,7 @@ class Bank:
     def factors(self, index: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (A [n, R, D_in], B [n, D_out, R]) of matrix `index` as views of `rows` [n, P]."""
         a_spec, b_spec = self.layout.tensors[2 * index : 2 * index + 2]
-        a = rows[:, a_spec.offset : a_spec.offset + a_spec.size].unflatten(1, a_spec.shape)
-        b = rows[:, b_spec.offset : b_spec.offset + b_spec.size].unflatten(1, b_spec.shape)
+        # A row's part of a factor is contiguous, so splitting its last axis is a view.
+        a = rows[:, a_spec.offset : a_spec.offset + a_spec.size].view(len(rows), *a_spec.shape)
+        b = rows[:, b_spec.offset : b_spec.offset + b_spec.size].view(len(rows), *b_spec.shape)
         return a, b

@@ -133,7 +133,7 @@ def _spans(parts: tuple[Segment, ...]) -> list[tuple[int, int, int]]:
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, where total may be of the base model's lower precision."""
+    """Do total += left @ right, where total may be of the base model's lower precision."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -148,7 +148,7 @@ class LoraFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_TI: torch.Tensor,
         tap: torch.Tensor,
@@ -165,7 +165,7 @@ class LoraFunction(torch.autograd.Function):
         return y_TO
 
     @staticmethod
-    def backward(ctx: Any, g_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return dx where something below needs it; the factors' gradients go into the bank."""
         x_TI, z_TR = ctx.saved_tensors
         dx_TI = None
@@ -173,6 +173,19 @@ class LoraFunction(torch.autograd.Function):
             dx_TI = torch.zeros_like(x_TI) if ctx.weight_OI is None else g_TO @ ctx.weight_OI
         ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI, z_TR, g_TO, dx_TI)
         return dx_TI, None, None, None, None, None
+
+
+def adapted_output(
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor | None,
+    bias_O: torch.Tensor | None,
+    bank: Bank,
+    index: int,
+) -> torch.Tensor:
+    """Return the operator's output [T, O], with gradients on the way back."""
+    inputs = (x_TI, bank.tap, weight_OI, bias_O, bank, index)
+    y_TO: torch.Tensor = LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call]
+    return y_TO
 
 
 def frozen_output(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedllm.lora.bank import Bank
-from fedllm.lora.kernels import LoraFunction, frozen_output
+from fedllm.lora.kernels import adapted_output, frozen_output
 
 
 class BankLinear(nn.Module):
@@ -29,22 +29,25 @@ class BankLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         weight, bias = plain_weight(self.base)
         if torch.is_grad_enabled():
-            y = LoraFunction.apply(flat, self.bank.tap, weight, bias, self.bank, self.index)
+            y = adapted_output(flat, weight, bias, self.bank, self.index)
         else:
             y = frozen_output(flat, weight, bias, self.bank, self.index)
             self.bank.kernel.forward(self.bank, self.index, flat, y)
         y = y.view(*x.shape[:-1], -1)
-        return y if weight is not None else self.base(x) + y
+        if weight is None:
+            y = y + self.base(x)
+        return y
 
 
 def plain_weight(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return (weight [D_out, D_in], bias) of a layer that is nothing but that, else (None, None)."""
     from transformers.pytorch_utils import Conv1D
 
+    layer: Any = base
     if type(base) is nn.Linear:
-        return base.weight, base.bias
-    if type(base) is Conv1D:
-        return base.weight.T, base.bias
+        return layer.weight, layer.bias
+    if type(base) is Conv1D:  # stored [D_in, D_out]
+        return layer.weight.T, layer.bias
     return None, None
 
 

@@ -88,7 +88,7 @@ class Engine:
             yield group
 
     def _train_group(self, jobs: Sequence[Job]) -> list[Result]:
-        """Train jobs together; any whose result is not finite again alone, as a neighbour may have spoilt it."""
+        """Train jobs together, and once more alone any that is not finite: a neighbour may have spoilt it."""
         began = time.perf_counter()
         # The longest first: those still at work are always the first rows of the bank.
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
@@ -208,7 +208,7 @@ class Engine:
         return " / ".join(map(str, parts))
 
     def _measure_budget(self) -> int:
-        """Return the token budget found by timing passes of samples of 64 tokens, a quarter of them learnt."""
+        """Return the budget found by timing passes of samples of 64 tokens, a quarter of them learnt."""
         if not self.is_ragged:
             return 1
         vocabulary = self.base.model.config.get_text_config().vocab_size

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.head import HeadLoss, precise
+from fedllm.training.head import head_loss, precise
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,7 @@ def token_losses(
     if through_head:
         head = model.get_output_embeddings()
         hidden_ND = model.get_decoder()(**inputs).last_hidden_state[0, flat.predicting_N]
-        loss, losses_N = HeadLoss.apply(hidden_ND, head.weight, head.bias, flat.targets_N, weights_N)
-        return loss, losses_N
+        return head_loss(hidden_ND, head.weight, head.bias, flat.targets_N, weights_N)
     logits_NV = model(**inputs, logits_to_keep=flat.predicting_N).logits[0]
     losses_N = cross_entropy(logits_NV.to(precise(logits_NV.dtype)), flat.targets_N, reduction="none")
     return (losses_N * weights_N).sum(), losses_N.detach()

@@ -14,10 +14,10 @@ CHUNK = 256  # tokens whose logits exist at a time: 50 MB at a vocabulary of 49k
 
 
 class HeadLoss(torch.autograd.Function):
-    """(hidden [N, D], head) -> (weighted sum of token losses, token losses [N]); only hidden gets a gradient."""
+    """(hidden [N, D], head) -> (weighted sum of losses, token losses [N]); only hidden gets a gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
@@ -45,12 +45,23 @@ class HeadLoss(torch.autograd.Function):
         return (losses_N * weights_N).sum(), losses_N
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradient of the hidden states."""
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * grad_loss.to(grad_ND.dtype), None, None, None, None
+
+
+def head_loss(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (sum of weights * losses, losses [N]) of hidden states under a frozen head, in nats."""
+    inputs = (hidden_ND, weight_VD, bias_V, targets_N, weights_N)
+    loss, losses_N = HeadLoss.apply(*inputs)  # type: ignore[no-untyped-call]
+    return loss, losses_N
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:

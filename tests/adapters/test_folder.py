@@ -10,10 +10,10 @@ from fedllm.adapters.folder import DESCRIPTION, WEIGHTS, load_adapter, save_adap
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
 from fedllm.config import LoraConfig
 from fedllm.errors import IntegrityError, NonFiniteError
-from fedllm.models.base import layout_of
 from fedllm.lora.bank import Bank
 from fedllm.lora.kernels import LoopKernel
 from fedllm.lora.layers import attached
+from fedllm.models.base import layout_of
 from fedllm.runs.atomic import MANIFEST, write_manifest
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)

@@ -11,6 +11,7 @@ from clients.holder import Holder, hosted_rows, open_holder
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, DataError, ModelError
+from fedllm.training.jobs import EvaluationJob
 from fedllm.types import ClientFailure, ClientUpdate, EvaluateRequest, LocalTraining, TrainRequest
 
 
@@ -211,7 +212,8 @@ def test_an_evaluation_covers_the_rows_kept_back(holder: Holder) -> None:
     adapter = initial_adapter(holder.engine.layout, 0)
     asked = EvaluateRequest(round_num=1, client_ids=("ben", "x"), adapter=adapter, max_length=64, seed=0)
     ben, stranger = work.evaluate(holder, asked)
-    assert ben == holder.engine.evaluate("ben", adapter, holder.clients["ben"].held_out)
+    job = EvaluationJob("ben", adapter.vector, holder.clients["ben"].held_out)
+    assert [ben] == holder.engine.evaluate([job])
     assert isinstance(stranger, ClientFailure)
 
 

@@ -127,6 +127,16 @@ def test_with_a_pass_of_its_own_a_result_is_bit_equal_whatever_the_jobs_around_i
         assert torch.equal(only(engine.train([job])).delta, together[job.client_id])
 
 
+def test_evaluating_and_generating_before_training_changes_no_bit(
+    make_engine: Callable, make_job: Callable, make_rows: Callable
+) -> None:
+    fresh, used = (make_engine("llama", "float32", "all-linear") for _ in range(2))
+    job = make_job(fresh.layout)
+    used.evaluate([EvaluationJob("a", job.start, make_rows([5, 9]))])
+    used.generate([AdapterState(used.layout, job.start)], ["Return the sum."], 2)
+    assert torch.equal(only(used.train([job])).delta, only(fresh.train([job])).delta)
+
+
 def test_a_diverged_job_has_a_result_that_is_not_finite_and_harms_no_neighbour(
     make_engine: Callable, make_job: Callable
 ) -> None:

@@ -31,7 +31,10 @@ def uneven_jobs(engine: Engine, make_job: Callable) -> list[Job]:
         {"steps": 4, "batch_size": 2, "weight_decay": 0.2},
         {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "clip_norm": 0.05},
     ]
-    return [make_job(engine.layout, name, seed, **n) for seed, (name, n) in enumerate(zip("abcde", numbers))]
+    return [
+        make_job(engine.layout, name, seed, **n)
+        for seed, (name, n) in enumerate(zip("abcde", numbers, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["loop", "masked"])
@@ -176,6 +179,18 @@ def test_many_adapters_are_evaluated_in_one_pass(make_engine: Callable, make_row
         assert answer.client_id == job.client_id
         assert answer.loss == pytest.approx(alone.loss, rel=1e-12)
     assert len({round(answer.loss, 9) for answer in together}) == 4
+
+
+def test_training_goes_on_after_an_evaluation_of_as_many_adapters(
+    make_engine: Callable, make_job: Callable, make_rows: Callable
+) -> None:
+    engine = make_engine("llama")
+    job = make_job(engine.layout)
+    (before,) = engine.train([job])
+    engine.bank.theta_CP = engine.bank.theta_CP[:0]
+    engine.evaluate([EvaluationJob("a", job.start, make_rows([5]))])
+    (after,) = engine.train([job])
+    assert torch.equal(after.delta, before.delta)
 
 
 def test_many_adapters_answer_in_one_batch(make_engine: Callable) -> None:
