@@ -120,6 +120,7 @@ class RoundPlan:
     asked: tuple[str, ...]
     cohort_size: int
     training: LocalTraining
+    largest_start: float  # largest absolute value of the adapter the round starts from
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from flwr.app import RecordDict
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.errors import RunFailedError, WireError
 from fedllm.runs.checkpoint import ServerState
+from fedllm.training.optimizer import largest_move
 from fedllm.types import (
     ClientFailure,
     ClientUpdate,
@@ -39,11 +40,12 @@ def next_round(session: Session, state: ServerState) -> tuple[ServerState, Round
     """Return the state after one more round, trying again where too few clients answered.
 
     Raises:
-        RunFailedError: the round failed more often than `federation.max-retries` allows, or the share of
-            failing clients stayed above `federation.max-failure-rate`.
+        RunFailedError: the round failed more often than `federation.max-retries` allows.
     """
     federation = session.config.federation
     for attempt in range(1, federation.max_retries + 2):
+        if attempt > 1:
+            wait_for_nodes(session)
         state, record = run_round(session, state, attempt)
         session.watch.record(record)
         if record.applied:
@@ -56,8 +58,18 @@ def next_round(session: Session, state: ServerState) -> tuple[ServerState, Round
         raise RunFailedError(
             f"round {record.round_num} failed {attempt} times; the adapter of round {state.round_num} is kept"
         )
-    _check_failure_rate(state, federation.max_failure_rate)
     return state, record
+
+
+def wait_for_nodes(session: Session) -> None:
+    """Wait until as many clients as a round needs are on free nodes, for the join deadline at most."""
+    federation = session.config.federation
+    ends = time.monotonic() + federation.join_deadline
+    while time.monotonic() < ends:
+        free = set(session.transport.node_ids())
+        if sum(client.node_id in free for client in session.clients.values()) >= federation.min_clients:
+            return
+        time.sleep(session.transport.poll_seconds)
 
 
 def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[ServerState, RoundRecord]:
@@ -110,6 +122,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         asked=asked,
         cohort_size=cohort_size_of(config),
         training=training,
+        largest_start=float(state.adapter.vector.abs().max()),
     )
 
 
@@ -183,6 +196,7 @@ def read_reply(
                     layout=session.layout,
                     round_num=plan.round_num,
                     largest_weight=largest_weight(joined, session.config),
+                    largest_move=largest_move(plan.training, plan.largest_start),
                 )
     for client, reason in unanswered.items():
         yield ClientFailure(client_id=client, code="lost", reason=reason)
@@ -275,7 +289,12 @@ def _in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answ
             yield held.pop(client)
 
 
-def _check_failure_rate(state: ServerState, limit: float) -> None:
+def check_failure_rate(state: ServerState, limit: float) -> None:
+    """Stop a run whose clients keep failing; called once its last round is saved.
+
+    Raises:
+        RunFailedError: more than `limit` of the clients failed in each of the last three rounds.
+    """
     recent = [r for r in state.records if r.round_num > 0][-FAILING_ROUNDS:]
     rates = [len(record.lost) / len(record.asked) for record in recent if record.asked]
     if len(rates) == FAILING_ROUNDS and min(rates) > limit:

@@ -12,12 +12,12 @@ from fedllm.errors import CheckpointError, FedLLMError
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
-from fedllm.runs.folder import open_run_folder, write_result, write_rounds
+from fedllm.runs.folder import describe_run, open_run_folder, write_result, write_rounds
 from fedllm.types import RoundRecord
 from strategies.evaluation import evaluate
 from strategies.joining import join_clients
 from strategies.publish import publish_adapter
-from strategies.rounds import next_round
+from strategies.rounds import check_failure_rate, next_round
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import Transport
 
@@ -37,6 +37,7 @@ def run_federation(
     try:
         session = open_session(config, grid, watch)
         state = _first_state(session, folder, start)
+        describe_run(folder, config)
         state = _rounds(session, state, folder)
         files = resolve_model(config.model.name, config.model.revision)
         adapter = publish_adapter(folder, config, files, state)
@@ -116,6 +117,7 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> ServerState:
         except CheckpointError as error:
             is_saved = False
             session.watch.notice(f"{error}; going on, the next round saves again")
+        check_failure_rate(state, session.config.federation.max_failure_rate)
     if not is_saved:
         _save(session, state, folder)
     return state

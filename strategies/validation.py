@@ -8,6 +8,8 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.config import RunConfig
 from fedllm.types import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 
+ROUNDING = 1.02  # what a lossy payload may add to a delta
+
 
 def check_update(
     update: ClientUpdate,
@@ -16,18 +18,22 @@ def check_update(
     layout: AdapterLayout,
     round_num: int,
     largest_weight: float,
+    largest_move: float,
 ) -> ClientUpdate | ClientFailure:
     """Return `update` where it is sound, else why it is refused.
 
     The codec has already checked magic, version, checksum, layout digest, size and round of its packet.
     """
     reason = None
+    moved = float(update.delta.abs().max()) if update.delta.numel() else 0.0
     if update.round_num != round_num:
         reason = f"the update is of round {update.round_num}"
     elif update.delta.shape != (layout.size,) or update.delta.dtype != torch.float32:
         reason = f"the delta is {update.delta.dtype} of {update.delta.numel()} values"
     elif not bool(torch.isfinite(update.delta).all()):
         reason = "the delta holds NaN or infinite values"
+    elif moved > ROUNDING * largest_move:
+        reason = f"a value moved by {moved:.3g}, at most {largest_move:.3g} can be honest"
     elif not math.isfinite(update.weight) or update.weight <= 0:
         reason = f"the weight {update.weight:g} is not a positive number"
     elif update.weight > largest_weight:

@@ -67,8 +67,25 @@ def _load(
     if quantization == "none":
         model.to(device)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_layers(model)
     return BaseModel(model, load_tokenizer(files), files, fingerprint(files.folder), device, dtype)
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Recompute decoder layers in the backward pass instead of keeping their activations.
+
+    transformers does so only for layers in training mode, which would also switch on their dropout: a layer's
+    own is set to zero, and the modules inside it stay in evaluation mode.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
+            for name, value in vars(layer).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(layer, name, 0.0)
 
 
 @lru_cache(maxsize=1)

@@ -222,8 +222,9 @@ def fingerprint(folder: Path) -> str:
         hasher.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
     tokenizer_config = folder / "tokenizer_config.json"
     if tokenizer_config.is_file():
-        template = _read_json(tokenizer_config).get("chat_template")
-        hasher.update(json.dumps(template, sort_keys=True).encode())
+        values = _read_json(tokenizer_config)
+        decisive = {key: values.get(key) for key in ("chat_template", "bos_token", "eos_token", "pad_token")}
+        hasher.update(json.dumps(decisive, sort_keys=True).encode())
     return hasher.hexdigest()
 
 

@@ -31,7 +31,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def open_run_folder(config: RunConfig) -> Path:
-    """Create the folder of a run and write what is known before it starts.
+    """Create the folder of a run, or open it to continue the run in it.
 
     Raises:
         ConfigError: it cannot be written, or holds an earlier run that is not to be continued.
@@ -46,11 +46,15 @@ def open_run_folder(config: RunConfig) -> Path:
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
         (folder / "result.json").unlink(missing_ok=True)  # it says how the latest attempt ended
-        write_file(folder / "config.toml", to_toml(config))
-        write_file(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}; set run.output") from None
     return folder
+
+
+def describe_run(folder: Path, config: RunConfig) -> None:
+    """Write configuration and environment, once it is certain that the run goes on with them."""
+    write_file(folder / "config.toml", to_toml(config))
+    write_file(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
 
 
 def write_rounds(folder: Path, records: Sequence[RoundRecord]) -> None:

@@ -1,5 +1,6 @@
 """AdamW over rows: one client a row, a dozen kernels a step whatever the number of clients and layers."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,3 +44,22 @@ class RowAdamW:
         denominator = square.sqrt().div_(correction2**0.5).add_(EPSILON)
         theta.mul_(self.keep_C1[active])
         theta.addcdiv_(mean * (-self.rate_C1[active] / correction1), denominator)
+
+
+def largest_move(training: LocalTraining, largest_start: float) -> float:
+    """Return the furthest any value can honestly move in a client's local steps.
+
+    AdamW's step t is at most learning_rate * sqrt(sum_i w_i^2 / u_i), where w and u are the normalised
+    weights of the first and second moment (Cauchy-Schwarz; 1 at t = 1, 7.3 as t grows). Weight decay adds at
+    most its share of the largest value there is. Clipping does not matter: the step has no scale of its own.
+    """
+    reach = training.learning_rate * sum(_step_bound(t) for t in range(1, training.steps + 1))
+    decayed = min(1.0, training.steps * training.learning_rate * training.weight_decay)
+    return reach + decayed * (largest_start + reach)
+
+
+def _step_bound(t: int) -> float:
+    ratio = BETA1**2 / BETA2
+    first = ((1 - BETA1) / (1 - BETA1**t)) ** 2
+    second = (1 - BETA2**t) / (1 - BETA2)
+    return math.sqrt(first * second * (1 - ratio**t) / (1 - ratio))

@@ -420,11 +420,12 @@ def read_plain(record: ArrayRecord, layout: AdapterLayout) -> AdapterState:
     vector = torch.empty(layout.size)
     for spec, view in layout.views(vector):
         values = _numpy_of(record[spec.name], spec.name)
-        if values.dtype != np.float32 or values.shape != spec.shape:
+        # Flower's adaptive strategies (FedAdam and its kin) answer in float64
+        if values.dtype not in (np.float32, np.float64) or values.shape != spec.shape:
             raise WireError(
                 f"tensor {spec.name!r} is {values.dtype} {values.shape}, expected float32 {spec.shape}"
             )
-        view.copy_(torch.from_numpy(values.copy()))
+        view.copy_(torch.from_numpy(values.astype(np.float32)))
     return AdapterState(layout, vector).checked_finite()
 
 

@@ -6,7 +6,15 @@ import pytest
 
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
-from fedllm.runs.folder import environment, open_run_folder, run_folder, to_toml, write_result, write_rounds
+from fedllm.runs.folder import (
+    describe_run,
+    environment,
+    open_run_folder,
+    run_folder,
+    to_toml,
+    write_result,
+    write_rounds,
+)
 from fedllm.runs.recipe import build_config, parse_overrides, read_recipe
 from fedllm.types import RoundRecord
 
@@ -21,6 +29,8 @@ def test_a_run_folder_holds_the_recipe_that_repeats_the_run(tmp_path: Path) -> N
     )
     folder = open_run_folder(config)
     assert folder == run_folder(config) == (tmp_path / "mine").resolve()
+    assert not (folder / "config.toml").exists(), "a resume that is refused leaves the earlier one"
+    describe_run(folder, config)
     assert build_config(folder / "config.toml", []) == config
     assert json.loads((folder / "environment.json").read_text()) == environment()
 

@@ -156,6 +156,8 @@ def flower_error(code: int) -> Tampering:
 
 KINDS: dict[str, Tampering] = {
     "NaN": one_value(math.nan),
+    "largest float": one_value(3e38),
+    "a step too far": one_value(1.0),
     "infinity": one_value(-math.inf),
     "one value too many": other_size(1),
     "one value too few": other_size(-1),

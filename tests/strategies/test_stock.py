@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
-from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 
 from clients.client_app import app
 from fedllm.adapters.layout import AdapterState, initial_adapter
@@ -23,7 +23,7 @@ def start_of(config: Any) -> AdapterState:
     return initial_adapter(describe_layout(config.model, config.lora), config.seed)
 
 
-@pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
+@pytest.mark.parametrize("strategy", [FedAvg, FedMedian, FedAdam])  # the last answers in float64
 def test_a_stock_strategy_trains_our_clients(strategy: type[Strategy], make_config: Callable) -> None:
     config = make_config()
     start = start_of(config)

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clients.protect import protect
 from fedllm.adapters.layout import AdapterState, initial_adapter
+from fedllm.config import LoraConfig, ModelConfig
 from fedllm.errors import LayoutError, NonFiniteError
+from fedllm.models.base import layout_of, load_base
 from fedllm.models.chat import Encoded
 from fedllm.training.engine import Engine
 from fedllm.training.jobs import EvaluationJob
@@ -222,3 +225,25 @@ def test_answers_are_greedy_short_and_the_base_models_own_before_training(make_e
     assert answers != engine.generate([other] * 2, prompts, 6)
     tokenizer = engine.base.tokenizer
     assert all(len(tokenizer(answer)["input_ids"]) <= 7 for answer in answers)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_checkpointing_recomputes_layers_and_changes_no_delta(
+    kind: str, make_engine: Callable, make_job: Callable, make_model_folder: Callable
+) -> None:
+    plain = make_engine(kind, "float64")
+    job = make_job(plain.layout)
+    expected = only(plain.train([job]))
+    config = ModelConfig(name=str(make_model_folder(kind)), dtype="float64", gradient_checkpointing=True)
+    base = load_base(config)
+    lora = LoraConfig(rank=2, alpha=6.0)
+    engine = Engine(base, layout_of(base.model, lora, base.fingerprint), token_budget=512)
+    calls: list[int] = []
+    layer = next(m for m in base.model.modules() if isinstance(m, GradientCheckpointingLayer))
+    inner = next(layer.children())
+    handle = inner.register_forward_hook(lambda *_: calls.append(1))
+    found = only(engine.train([job]))
+    handle.remove()
+    assert len(calls) == 2 * job.training.steps, "once forward, once recomputed"
+    torch.testing.assert_close(found.delta, expected.delta, **EXACT)

@@ -137,7 +137,7 @@ def _replaced_by(array: np.ndarray) -> Callable[[ArrayRecord], None]:
         _without,
         _renamed,
         _with_more,
-        _replaced_by(np.zeros((2, 3), "float64")),
+        _replaced_by(np.zeros((2, 3), "float16")),
         _replaced_by(np.zeros((2, 3), "int64")),
         _replaced_by(np.zeros((3, 2), "float32")),
         _replaced_by(np.zeros((1, 3), "float32")),
@@ -189,7 +189,7 @@ WHOLE = npy(np.zeros((2, 3), "float32"))
         (npz(), "numpy.ndarray"),
         (npy(np.array([[None] * 3] * 2), pickled=True), "numpy.ndarray"),
         (npy(np.zeros(3, "float32")), "numpy.ndarray"),  # would broadcast over the rows
-        (npy(np.zeros((2, 3), "float64")), "numpy.ndarray"),
+        (npy(np.zeros((2, 3), "float16")), "numpy.ndarray"),
         (WHOLE, "pickle"),
     ],
 )
