@@ -42,7 +42,6 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
             learning_rate=train.learning_rate,
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
-            max_length=train.max_length,
         ),
         codec="fp32",
         weighting="examples",
@@ -69,8 +68,6 @@ def evaluate_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Rec
         round_num=_round_of(content),
         client_ids=tuple(holder.clients),
         adapter=_read_adapter(holder, content),
-        max_length=holder.config.train.max_length,
-        seed=holder.config.seed,
     )
     done = [answer for answer in work.evaluate(holder, request) if isinstance(answer, ClientEvaluation)]
     if not done:

@@ -23,7 +23,6 @@ class LocalTraining:
     learning_rate: float
     weight_decay: float
     clip_norm: float
-    max_length: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +54,6 @@ class EvaluateRequest:
     round_num: int
     client_ids: tuple[str, ...]
     adapter: AdapterState
-    max_length: int
-    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -73,9 +73,8 @@ PEAK_TOKENS = 512  # rows of the peak GEMM: more of them change little
 GOAL_RATIO = 1.5
 
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="q_proj,v_proj")
-TRAINING = LocalTraining(
-    steps=4, batch_size=4, learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0, max_length=128
-)
+MAX_LENGTH = 128  # tokens of a row
+TRAINING = LocalTraining(steps=4, batch_size=4, learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +179,7 @@ def full_rows(bench: Bench) -> list[Example]:
 
     What is left of the difference is the base model kept and the forward pass not repeated.
     """
-    tokenizer, most = bench.engine.base.tokenizer, TRAINING.max_length
+    tokenizer, most = bench.engine.base.tokenizer, MAX_LENGTH
     texts = (example.turns[-1].content for example in whole_docstrings(bench, 4000))
     return [Example(text=text) for text in texts if len(tokenizer(text)["input_ids"]) >= most]
 
@@ -201,7 +200,7 @@ def _documented_functions(file: Path) -> Iterator[Example]:
 def make_workload(bench: Bench, examples: Sequence[Example]) -> Workload:
     """Return the rows a client draws in its first round, from an adapter as it is after some rounds."""
     tokenizer, layout = bench.engine.base.tokenizer, bench.engine.layout
-    encoded = [(example, encode(example, tokenizer, TRAINING.max_length)) for example in examples]
+    encoded = [(example, encode(example, tokenizer, MAX_LENGTH)) for example in examples]
     usable = [(example, row) for example, row in encoded if row is not None]
     count, size = TRAINING.steps * TRAINING.batch_size, TRAINING.batch_size
     drawn = draw_rows(len(usable), seed=bench.seed, client_id=bench.client_id, start=0, count=count)
@@ -426,7 +425,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             workloads[name] = comparison_figures(compared)
             show(console, name, workloads[name])
     ratio = workloads["first sentences"]["clients"][AFRESH]["cpu_ratio"].median
-    settings = {"seed": options.seed, "client": options.client, "repetitions": repetitions}
+    settings = {
+        "seed": options.seed,
+        "client": options.client,
+        "repetitions": repetitions,
+        "token_budget": bench.engine.token_budget,  # measured on this machine, so it may differ elsewhere
+    }
     figures = {"environment": machine, "settings": settings, "rows": workloads}
     goals = {"cpu_ratio_vs_flowertune": Goal(ratio, GOAL_RATIO)}
     emit(report("bench_client", figures, goals), as_json=options.json, output=options.output)

@@ -34,8 +34,6 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
                 round_num=state.round_num,
                 client_ids=tuple(clients),
                 adapter=state.adapter,
-                max_length=session.config.train.max_length,
-                seed=session.config.seed,
             )
         )
         for node, clients in session.by_node(holders).items()

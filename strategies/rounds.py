@@ -114,7 +114,6 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         learning_rate=learning_rate(config, round_num),
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
-        max_length=train.max_length,
     )
     return RoundPlan(
         round_num=round_num,

@@ -38,7 +38,6 @@ _TRAINING_FIELDS: dict[str, type] = {
     "learning_rate": float,
     "weight_decay": float,
     "clip_norm": float,
-    "max_length": int,
 }
 
 T = TypeVar("T")
@@ -95,8 +94,6 @@ def write_evaluate_request(request: EvaluateRequest) -> RecordDict:
                 {
                     "round": request.round_num,
                     "client-ids": list(request.client_ids),
-                    "max-length": request.max_length,
-                    "seed": request.seed,
                 }
             ),
         }
@@ -152,8 +149,6 @@ def read_evaluate_request(content: RecordDict, layout: AdapterLayout) -> Evaluat
         round_num=round_num,
         client_ids=tuple(_list(config, "client-ids", str)),
         adapter=_read_adapter(content, layout, round_num),
-        max_length=_scalar(config, "max-length", int),
-        seed=_scalar(config, "seed", int),
     )
 
 

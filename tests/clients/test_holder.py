@@ -20,9 +20,7 @@ def holder_of(config: RunConfig, **node: Any) -> Holder:
 
 
 def request(holder: Holder, client_ids: tuple[str, ...], **changes: Any) -> TrainRequest:
-    training = LocalTraining(
-        steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0, max_length=64
-    )
+    training = LocalTraining(steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0)
     values: dict[str, Any] = {
         "round_num": 1,
         "client_ids": client_ids,
@@ -210,7 +208,7 @@ def test_a_diverged_client_reports_only_that(holder: Holder) -> None:
 
 def test_an_evaluation_covers_the_rows_kept_back(holder: Holder) -> None:
     adapter = initial_adapter(holder.engine.layout, 0)
-    asked = EvaluateRequest(round_num=1, client_ids=("ben", "x"), adapter=adapter, max_length=64, seed=0)
+    asked = EvaluateRequest(round_num=1, client_ids=("ben", "x"), adapter=adapter)
     ben, stranger = work.evaluate(holder, asked)
     job = EvaluationJob("ben", adapter.vector, holder.clients["ben"].held_out)
     assert [ben] == holder.engine.evaluate([job])

@@ -32,9 +32,7 @@ def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
     config = make_config(file)
     layout = describe_layout(config.model, config.lora)
     adapter = initial_adapter(layout, 0)
-    training = LocalTraining(
-        steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0, max_length=64
-    )
+    training = LocalTraining(steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0)
     clients = ("anna", "ben")
     ours = {
         "query.join": RecordDict(),
@@ -51,7 +49,7 @@ def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
             )
         ),
         "evaluate": records.write_evaluate_request(
-            EvaluateRequest(round_num=1, client_ids=clients, adapter=adapter, max_length=64, seed=0)
+            EvaluateRequest(round_num=1, client_ids=clients, adapter=adapter)
         ),
     }
 

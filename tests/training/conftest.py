@@ -13,9 +13,7 @@ from fedllm.training.engine import Engine
 from fedllm.training.jobs import Job
 from fedllm.types import LocalTraining
 
-TRAINING = LocalTraining(
-    steps=3, batch_size=3, learning_rate=1e-2, weight_decay=0.0, clip_norm=0.0, max_length=32
-)
+TRAINING = LocalTraining(steps=3, batch_size=3, learning_rate=1e-2, weight_decay=0.0, clip_norm=0.0)
 
 
 @pytest.fixture(scope="session")

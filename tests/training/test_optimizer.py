@@ -22,9 +22,7 @@ def test_a_row_step_is_torchs_adamw_with_clipping(
     vector = torch.randn(12, generator=generator, dtype=torch.float64)
     parts = [part.clone().requires_grad_() for part in vector.split([5, 7])]
     theirs = torch.optim.AdamW(parts, lr=rate, weight_decay=decay)
-    numbers = LocalTraining(
-        steps=steps, batch_size=1, learning_rate=rate, weight_decay=decay, clip_norm=clip, max_length=8
-    )
+    numbers = LocalTraining(steps=steps, batch_size=1, learning_rate=rate, weight_decay=decay, clip_norm=clip)
     rows = torch.stack([vector, vector])  # the second row rests from the first step on
     ours = RowAdamW(rows, [numbers, numbers])
     for _ in range(steps):
@@ -49,9 +47,7 @@ def test_a_row_step_is_torchs_adamw_with_clipping(
 def test_no_gradients_move_a_value_further_than_the_bound(
     seed: int, steps: int, decay: float, pattern: str
 ) -> None:
-    numbers = LocalTraining(
-        steps=steps, batch_size=1, learning_rate=0.01, weight_decay=decay, clip_norm=0.0, max_length=8
-    )
+    numbers = LocalTraining(steps=steps, batch_size=1, learning_rate=0.01, weight_decay=decay, clip_norm=0.0)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(1, 6, generator=generator, dtype=torch.float64)
     theta = start.clone()
@@ -69,7 +65,5 @@ def test_no_gradients_move_a_value_further_than_the_bound(
 
 
 def test_the_bound_of_a_first_step_is_the_learning_rate() -> None:
-    numbers = LocalTraining(
-        steps=1, batch_size=1, learning_rate=0.02, weight_decay=0.0, clip_norm=1.0, max_length=8
-    )
+    numbers = LocalTraining(steps=1, batch_size=1, learning_rate=0.02, weight_decay=0.0, clip_norm=1.0)
     assert largest_move(numbers, 5.0) == pytest.approx(0.02)

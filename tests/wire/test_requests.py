@@ -12,9 +12,7 @@ from fedllm.types import EvaluateRequest, LocalTraining, TrainRequest
 from fedllm.wire import records
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
-TRAINING = LocalTraining(
-    steps=2, batch_size=3, learning_rate=0.5, weight_decay=0.0, clip_norm=1.0, max_length=9
-)
+TRAINING = LocalTraining(steps=2, batch_size=3, learning_rate=0.5, weight_decay=0.0, clip_norm=1.0)
 
 
 def train_request(**changes: Any) -> TrainRequest:
@@ -43,11 +41,11 @@ def test_a_train_request_comes_back_as_it_was() -> None:
 
 def test_an_evaluate_request_comes_back_as_it_was() -> None:
     adapter = initial_adapter(LAYOUT, 0)
-    sent = EvaluateRequest(round_num=0, client_ids=("a",), adapter=adapter, max_length=9, seed=5)
+    sent = EvaluateRequest(round_num=0, client_ids=("a",), adapter=adapter)
     content = records.write_evaluate_request(sent)
     assert records.is_fedllm_request(content)
     got = records.read_evaluate_request(content, LAYOUT)
-    assert (got.round_num, got.client_ids, got.max_length, got.seed) == (0, ("a",), 9, 5)
+    assert (got.round_num, got.client_ids) == (0, ("a",))
     assert got.adapter.digest == adapter.digest
 
 
