@@ -238,7 +238,7 @@ def train_afresh(bench: Bench, workload: Workload, scratch: Path, *, checkpointi
         peft.set_peft_model_state_dict(model, received)
     with phase("tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(bench.folder)
-        rows = [encode(example, tokenizer, job.training.max_length) for example in workload.examples]
+        rows = [encode(example, tokenizer, MAX_LENGTH) for example in workload.examples]
     with phase("trainer"):
         arguments = trainer_arguments(job.training, scratch, checkpointing=checkpointing)
         data = [{"input_ids": list(row.tokens), "labels": list(row.labels)} for row in rows if row]

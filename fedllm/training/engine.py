@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +31,8 @@ from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.types import ClientEvaluation
 
 MAX_ADAPTERS = 64  # held at once for evaluation
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,18 +77,9 @@ class Engine:
             yield from self._train_group(group)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Split jobs into neighbours whose steps together fit the token budget; one each if not ragged."""
-        group: list[Job] = []
-        filled = 0
-        for job in jobs:
-            largest = max(sum(len(row.tokens) for row in batch) for batch in job.batches)
-            if group and (not self.is_ragged or filled + largest > self.token_budget):
-                yield group
-                group, filled = [], 0
-            group.append(job)
-            filled += largest
-        if group:
-            yield group
+        """Split jobs into neighbours whose largest steps together fit the token budget."""
+        sizes = [max(sum(len(row.tokens) for row in batch) for batch in job.batches) for job in jobs]
+        return packed(jobs, sizes, self._limit)
 
     def _train_group(self, jobs: Sequence[Job]) -> list[Result]:
         """Train jobs together, and once more alone any that is not finite: a neighbour may have spoilt it."""
@@ -165,19 +159,14 @@ class Engine:
 
     # --- passes -------------------------------------------------------------------------------------------
 
+    @property
+    def _limit(self) -> int:
+        """Tokens of a pass; 0 keeps everything apart where attention cannot be ragged."""
+        return self.token_budget if self.is_ragged else 0
+
     def _passes(self, items: Sequence[_Item]) -> Iterator[list[_Item]]:
-        """Split samples into forward passes that fit the token budget; one sample each if not ragged."""
-        part: list[_Item] = []
-        filled = 0
-        for item in items:
-            length = len(item.row.tokens)
-            if part and (not self.is_ragged or filled + length > self.token_budget):
-                yield part
-                part, filled = [], 0
-            part.append(item)
-            filled += length
-        if part:
-            yield part
+        """Split samples into forward passes that fit the token budget."""
+        return packed(items, [len(item.row.tokens) for item in items], self._limit)
 
     def _pass(self, items: Sequence[_Item], *, backward: bool) -> torch.Tensor:
         """Return every sample's summed token loss [B] of one pass; with `backward` add gradients too."""
@@ -263,6 +252,20 @@ class Engine:
         rows = tuple(place[id(state)] for state in states)
         with attached(self.base.model, self.bank), self.bank.whole_rows(rows):
             return answers(self.base, prompts, max_new_tokens)
+
+
+def packed(items: Sequence[T], sizes: Sequence[int], limit: int) -> Iterator[list[T]]:
+    """Split items into runs of neighbours whose sizes add up to at most `limit`, at least one a run."""
+    run: list[T] = []
+    filled = 0
+    for item, size in zip(items, sizes, strict=True):
+        if run and filled + size > limit:
+            yield run
+            run, filled = [], 0
+        run.append(item)
+        filled += size
+    if run:
+        yield run
 
 
 def _num_tokens(job: Job) -> int:
