@@ -67,6 +67,8 @@ def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scal
 def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[str, Scalar], ...]) -> Holder:
     config, node = RunConfig.from_flat(dict(run_config)), dict(node_config)
     _check_paths(config, node)
+    if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
+        config = config.override({"model.name": str(node["model-path"]), "model.revision": ""})
     files = resolve_model(config.model.name, config.model.revision)
     clients = {
         rows.client_id: encode_client(rows, files, config.train.max_length)
@@ -109,10 +111,10 @@ def _check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
             "data.source is a local path, and this node does not open paths a server names;"
             " start it with data-path in its node config, or set server-paths = true in its policy"
         )
-    if is_local_model(config.model.name):
+    if "model-path" not in node and is_local_model(config.model.name):
         raise ModelError(
             "model.name is a local path, and this node does not open paths a server names;"
-            " use a hub id or alias, or set server-paths = true in its policy"
+            " start it with model-path in its node config, or set server-paths = true in its policy"
         )
 
 

@@ -68,7 +68,10 @@ from scripts.bench_tools import (
 
 OURS, AFRESH, NO_CHECKPOINTS = "fedllm", "FlowerTune-like", "no checkpointing"
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "accelerate", "safetensors")
-TOLERANCE = 1e-3  # of |delta - delta'| / |delta| in float32; a learning rate off by 1 % would give 1e-2
+# 99 of 100 values of two deltas differ by less than this share of the largest movement; a learning rate off by
+# 1 % would give 1e-2. Not all values can: where a gradient is next to nothing AdamW still moves by the learning
+# rate, in a direction that the rounding of float32 decides.
+TOLERANCE = 1e-3
 PEAK_TOKENS = 512  # rows of the peak GEMM: more of them change little
 GOAL_RATIO = 1.5
 
@@ -136,7 +139,7 @@ class Comparison:
     workload: Workload
     useful_flop: float
     peak: float  # FLOP per CPU second of the fastest GEMM pass
-    difference: float  # the largest relative difference between two clients' deltas
+    difference: float  # the largest between two clients' deltas, as TOLERANCE measures it
     clients: Mapping[str, Sequence[Measured[Outcome]]]
 
 
@@ -309,18 +312,22 @@ def variants(bench: Bench, workload: Workload, scratch: Path) -> dict[str, Calla
     }
 
 
-def largest_difference(outcomes: Mapping[str, Measured[Outcome]]) -> float:
-    """Return the largest |delta - ours| / |ours|.
+def checked_difference(outcomes: Mapping[str, Measured[Outcome]]) -> float:
+    """Return the largest difference between a client's delta and ours, as `TOLERANCE` measures it.
 
     Raises:
         RuntimeError: it is above the tolerance, so the clients did not do the same work.
     """
     ours = outcomes[OURS].value.delta
-    found = {name: float((one.value.delta - ours).norm() / ours.norm()) for name, one in outcomes.items()}
+    found = {name: _difference(one.value.delta, ours) for name, one in outcomes.items()}
     for name, difference in found.items():
         if not difference <= TOLERANCE:  # NaN is refused too
             raise RuntimeError(f"{name} trained another adapter: {difference:.1e} away from {OURS}'s")
     return max(found.values())
+
+
+def _difference(delta: torch.Tensor, ours: torch.Tensor) -> float:
+    return float(torch.quantile((delta - ours).abs() / ours.abs().max(), 0.99))
 
 
 def measure(bench: Bench, workload: Workload, repetitions: int, scratch: Path) -> Comparison:
@@ -330,11 +337,11 @@ def measure(bench: Bench, workload: Workload, repetitions: int, scratch: Path) -
         RuntimeError: they did not train the same adapter.
     """
     brief = variants(bench, shortened(workload, 1), scratch)
-    largest_difference({name: timed(work) for name, work in brief.items()})  # the same work, and warm
+    checked_difference({name: timed(work) for name, work in brief.items()})  # the same work, and warm
     weights = list(trunk_weights(bench.model).values())
     rounds, peaks, differences = [], [], []
     for outcomes in alternate(variants(bench, workload, scratch), repetitions):
-        differences.append(largest_difference(outcomes))
+        differences.append(checked_difference(outcomes))
         rounds.append(outcomes)
         peaks += [gemm_rate(weights, PEAK_TOKENS) for _ in range(2)]
     return Comparison(
@@ -371,7 +378,7 @@ def comparison_figures(comparison: Comparison) -> dict[str, Any]:
         "tokens": workload.num_tokens,
         "learnt_share": workload.num_learnt / workload.num_tokens,
         "padded_slots_per_token": workload.num_slots / workload.num_tokens,
-        "relative_difference": comparison.difference,
+        "delta_difference": comparison.difference,
         "useful_gflop": comparison.useful_flop / 1e9,
         "peak_gflop_per_cpu_s": comparison.peak / 1e9,
         "clients": {name: client_figures(comparison, name) for name in names},
@@ -385,7 +392,7 @@ def show(console: Console, name: str, figures: Mapping[str, Any]) -> None:
     console.print(
         f"\n{name}: {len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, {figures['tokens']} in"
         f" all, {figures['learnt_share']:.0%} learnt, {figures['padded_slots_per_token']:.2f} slots per token"
-        f" where padded; deltas agree to {figures['relative_difference']:.0e}",
+        f" where padded; deltas agree to {figures['delta_difference']:.0e}",
         soft_wrap=True,
     )
     digits = {"cpu_s": 2, "wall_s": 2, "cpu_ratio": 2, "tokens_per_cpu_s": 0, "share_of_limit": 2}

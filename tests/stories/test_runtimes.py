@@ -1,6 +1,7 @@
 """The same app in three runtimes gives the same adapter, bit for bit."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_flower_runtime_equals_the_local_one(runtime, tiny_run, fedllm, tmp_path
 
 @pytest.mark.slow
 def test_two_holders_with_files_of_their_own(tiny_run, text_file, tmp_path):
-    """A SuperLink and two SuperNodes, each with its own file: what a real federation looks like."""
+    """A SuperLink and two SuperNodes, each with its own file and model: a real federation in small."""
     rows = text_file.read_text().splitlines(keepends=True)
     config: RunConfig = config_of(
         tiny_run,
@@ -56,7 +57,8 @@ def test_two_holders_with_files_of_their_own(tiny_run, text_file, tmp_path):
         for index in range(2):
             file = tmp_path / f"holder{index}.jsonl"
             file.write_text("".join(rows[index::2]))
-            node = {"data-path": str(file), "client-id": f"hospital-{index}"}
+            own = {"data-path": str(file), "model-path": config.model.name}
+            node = {**own, "client-id": f"hospital-{index}"}
             nodes.append(supernode(link, f"node-{index}", node))
         with nodes[0], nodes[1]:
             run_id = submit(link, config, {})
@@ -69,12 +71,13 @@ def test_two_holders_with_files_of_their_own(tiny_run, text_file, tmp_path):
 
 
 def _wait(link, run_id: str, folder: Path) -> str:
-    import time
-
+    """Return Flower's status once the run has ended; asking costs a second of CPU, so it is asked rarely."""
     ends = time.monotonic() + 240
+    asked = time.monotonic()
     while time.monotonic() < ends:
-        time.sleep(2 if not (folder / "result.json").exists() else 0.5)
-        now = status(link, run_id)
-        if now.startswith("finished"):
-            return now
+        time.sleep(0.5)
+        if (folder / "result.json").exists() or time.monotonic() > asked + 20:
+            asked, now = time.monotonic(), status(link, run_id)
+            if now.startswith("finished"):
+                return now
     return "still running"
