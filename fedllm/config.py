@@ -81,7 +81,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # of a client's whole gradient; 0 = off
     max_length: int = 256  # tokens of a row
-    token_budget: int = 0  # tokens of one pass: clients are fused up to it; 0 = measured, 1 = each alone
+    token_budget: int = 0  # tokens of one pass: clients are fused up to it; 0 = automatic, 1 = each alone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,9 +68,9 @@ from scripts.bench_tools import (
 
 OURS, AFRESH, NO_CHECKPOINTS = "fedllm", "FlowerTune-like", "no checkpointing"
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "accelerate", "safetensors")
-# 99 of 100 values of two deltas differ by less than this share of the largest movement; a learning rate off by
-# 1 % would give 1e-2. Not all values can: where a gradient is next to nothing AdamW still moves by the learning
-# rate, in a direction that the rounding of float32 decides.
+# 99 of 100 values of two deltas differ by less than this share of the largest movement; a learning rate
+# off by 1 % would give 1e-2. Not all values can: where a gradient is next to nothing AdamW still moves by
+# the learning rate, in a direction that the rounding of float32 decides.
 TOLERANCE = 1e-3
 PEAK_TOKENS = 512  # rows of the peak GEMM: more of them change little
 GOAL_RATIO = 1.5

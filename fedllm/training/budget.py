@@ -1,6 +1,6 @@
-"""How many tokens a forward pass should hold on this machine: measured once, then remembered.
+"""How many tokens a forward pass should hold on this GPU: measured once, then remembered.
 
-Too few leave the machine waiting for itself, too many leave its caches (or its memory). The measurement is
+Too few leave the GPU waiting for its next kernel, too many leave its memory. The measurement is
 a few seconds of passes of growing size; the answer is kept in the user's cache by model, device and dtype.
 """
 

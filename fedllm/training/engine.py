@@ -30,6 +30,7 @@ from fedllm.training.optimizer import RowAdamW
 from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.types import ClientEvaluation
 
+CPU_TOKEN_BUDGET = 512
 MAX_ADAPTERS = 64  # held at once for evaluation
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class _Item:
 class Engine:
     """Trains, evaluates and generates with adapters of one layout on one base model.
 
-    `token_budget` is the number of tokens a forward pass holds (0 = measured here once and remembered):
+    `token_budget` is the number of tokens a forward pass holds (0 = 512 on a CPU, measured on a GPU):
     clients are fused until it is full, and a step that exceeds it is split. It changes speed and rounding,
     nothing else.
     """
@@ -67,7 +68,7 @@ class Engine:
         self.bank = Bank(layout, kernel, base.device, dtype)
         self.is_ragged = can_be_ragged(base.model, base.device)
         self.has_plain_head = has_plain_head(base.model, base.device)
-        self.token_budget = token_budget or remembered_budget(self._machine(), self._measure_budget)
+        self.token_budget = token_budget or self._default_budget()
 
     # --- training -----------------------------------------------------------------------------------------
 
@@ -185,14 +186,16 @@ class Engine:
         sums_B = torch.zeros(len(items), dtype=torch.float64)
         return sums_B.index_add_(0, flat.rows_N.cpu(), losses_N.detach().double().cpu())
 
+    def _default_budget(self) -> int:
+        """Return 512 on a CPU, where caches decide and a busy machine spoils a measurement; else measure."""
+        if self.base.device.type == "cpu":
+            return CPU_TOKEN_BUDGET
+        return remembered_budget(self._machine(), self._measure_budget)
+
     def _machine(self) -> str:
         """Return what a measured token budget depends on."""
         device = self.base.device
-        name = (
-            torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
-        )
+        name = torch.cuda.get_device_name(device)
         parts = (self.layout.fingerprint[:16], device.type, name, self.base.dtype, self.layout.size)
         return " / ".join(map(str, parts))
 
