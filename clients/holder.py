@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 
 from fedllm.config import RunConfig, Scalar
 from fedllm.data.example import BadRow, ClientRows, Example
-from fedllm.data.partition import CLIENT_ID
+from fedllm.data.partition import CLIENT_ID, Partition
 from fedllm.data.rows import is_local
 from fedllm.data.shards import Shards, load_one_client, load_shards
 from fedllm.errors import ConfigError, DataError, ModelError, NoDataError
@@ -130,6 +130,15 @@ def _shards(config: RunConfig) -> Shards:
     relevant = RunConfig(seed=config.seed, data=config.data)
     federation = replace(relevant.federation, num_clients=config.federation.num_clients)
     return _shards_of(replace(relevant, federation=federation))
+
+
+def partition_of(config: RunConfig) -> Partition:
+    """Return which usable rows of `data.source` each client has, as this machine deals them.
+
+    Raises:
+        ConfigError, DataError: the source or the partition cannot be used.
+    """
+    return _shards(config).partition
 
 
 def _report(bad: tuple[BadRow, ...]) -> None:

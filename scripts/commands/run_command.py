@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clients.holder import partition_of
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig
+from fedllm.data.partition import Partition, load_partition, save_partition
 from fedllm.errors import ConfigError
 from fedllm.models.base import load_base
 from fedllm.models.files import needs_conversion
@@ -18,6 +20,7 @@ from fedllm.training.engine import resident_engine
 from scripts.commands.words import config_of, prompts_of
 from scripts.console import Console, RunView
 
+PARTITION = "partition.json"
 RUNTIMES = ("local", "simulation", "deployment")
 
 
@@ -55,16 +58,30 @@ def run(
 
 
 def _run_in(runtime: str, config: RunConfig, view: RunView) -> None:
+    partition = _same_partition(config)
     if runtime == "local":
         from clients.client_app import app
         from scripts.local_grid import local_grid
         from strategies.run import run_federation
 
         run_federation(config, local_grid(config, app), view.watch())
-        return
-    from scripts.flower_runtime import run_with_flower
+    else:
+        from scripts.flower_runtime import run_with_flower
 
-    run_with_flower(config, view, is_simulation=runtime == "simulation")
+        run_with_flower(config, view, is_simulation=runtime == "simulation")
+    save_partition(run_folder(config) / PARTITION, partition)
+
+
+def _same_partition(config: RunConfig) -> Partition:
+    """Return how the rows are dealt.
+
+    Raises:
+        ConfigError: a finished run is to go on, and its clients no longer have the same rows.
+    """
+    partition, saved = partition_of(config), run_folder(config) / PARTITION
+    if config.run.resume and saved.exists() and load_partition(saved) != partition:
+        raise ConfigError(f"cannot resume: the rows are no longer those of {saved}; restore the data")
+    return partition
 
 
 def compare_answers(config: RunConfig, adapter: Path) -> Answers:
