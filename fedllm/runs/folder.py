@@ -2,6 +2,7 @@
 
 runs/NAME/config.toml       the resolved configuration; a recipe that repeats the run
 runs/NAME/environment.json  versions of what it ran on
+runs/NAME/partition.json    which rows each client had, with a hash (written by `fedllm run`)
 runs/NAME/rounds.jsonl      one record a round
 runs/NAME/checkpoints/      the newest two
 runs/NAME/adapter/          the published PEFT folder

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from fedllm.data.partition import load_partition
 from scripts import cli
 
 SECRET = "patient Zebedee has gout"
@@ -162,3 +163,15 @@ def test_flipped_bit_in_the_adapter_is_refused(fail, tmp_path, tiny_run, fedllm)
     content[-5] ^= 1
     weights.write_bytes(content)
     assert "adapter_model.safetensors: changed" in fail("evaluate", str(tmp_path / "flip"))
+
+
+def test_a_finished_run_goes_on_only_with_the_same_rows(fail, tmp_path, tiny_run, fedllm):
+    rows = [{**GOOD, "prompt": f"q{i}"} for i in range(8)]
+    source = _rows(tmp_path / "rows.jsonl", *rows)
+    words = [f"data.source={source}", "data.partition=iid", "federation.num-clients=2", "run.name=more"]
+    fedllm("run", *tiny_run, *words, "federation.num-rounds=1", "--out", str(tmp_path))
+    assert load_partition(tmp_path / "more" / "partition.json").client_ids == ("client-0000", "client-0001")
+    _rows(tmp_path / "rows.jsonl", *rows[:6])
+    line = fail("run", *tiny_run, *words, "--resume", "--out", str(tmp_path))
+    assert "partition.json" in line
+    assert "restore the data" in line
