@@ -88,13 +88,13 @@ def truncate(product: Product, rank: int, fallback_a_RI: torch.Tensor) -> Trunca
     energy = s.square()
     a_RI = fallback_a_RI.double().clone()
     b_OR = torch.zeros(product.out_features, rank, dtype=torch.float64)
-    alive = int((s[:rank] > _rounding_floor(s)).sum())
+    alive = int((s[:rank] > rounding_floor(s)).sum())
     root = s[:alive].sqrt()
     a_RI[:alive] = root[:, None] * v[:alive]
     b_OR[:, :alive] = u[:, :alive] * root
     return Truncation(a_RI, b_OR, float(energy[:rank].sum()), float(energy.sum()))
 
 
-def _rounding_floor(s: torch.Tensor) -> float:
+def rounding_floor(s: torch.Tensor) -> float:
     """Return the size below which a singular value is rounding noise of float32 factors."""
     return float(s[0]) * 1e-7 if s.numel() else 0.0
