@@ -31,6 +31,7 @@ NOTES = {
     "lora.rank": "rank R of the factors A [R, in] and B [out, R]",
     "lora.alpha": "the product B A is scaled by alpha / rank",
     "lora.target-modules": "all-linear = every linear layer but the output head",
+    "lora.dropout": "share of the adapters' inputs dropped while training, drawn per row",
     "data.prompt-column": "column of the prompt",
     "data.response-column": "column of the answer; empty = detected",
     "data.text-column": "column of plain text, learnt whole; empty = detected",

@@ -36,6 +36,7 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     target_modules: str = "all-linear"  # or a comma-separated list: "q_proj,v_proj"
+    dropout: float = 0.0  # share of the adapters' inputs dropped while training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +234,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "model.num-threads": (0, 1024, False),
     "lora.rank": (1, 4096, False),
     "lora.alpha": (0, math.inf, True),
+    "lora.dropout": (0, 0.99, False),
     "data.held-out-fraction": (0, 0.9, False),
     "data.max-held-out": (0, math.inf, False),
     "data.max-rows": (0, math.inf, False),

@@ -159,7 +159,8 @@ class LoraFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return y [T, O]."""
         y_TO = frozen_output(x_TI, weight_OI, bias_O, bank, index)
-        z_TR = bank.kernel.forward(bank, index, x_TI, y_TO)
+        mask_TI = bank.keep_mask(index, x_TI)
+        z_TR = bank.kernel.forward(bank, index, x_TI if mask_TI is None else x_TI * mask_TI, y_TO)
         ctx.save_for_backward(x_TI, z_TR)
         ctx.weight_OI, ctx.bank, ctx.index = weight_OI, bank, index
         return y_TO
@@ -171,7 +172,15 @@ class LoraFunction(torch.autograd.Function):
         dx_TI = None
         if ctx.needs_input_grad[0]:
             dx_TI = torch.zeros_like(x_TI) if ctx.weight_OI is None else g_TO @ ctx.weight_OI
-        ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI, z_TR, g_TO, dx_TI)
+        mask_TI = ctx.bank.keep_mask(ctx.index, x_TI)
+        if mask_TI is None:
+            ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI, z_TR, g_TO, dx_TI)
+        else:  # the adapter saw mask * x, so its part of dx goes through the mask too
+            own_TI = torch.zeros_like(x_TI)
+            wanted = None if dx_TI is None else own_TI
+            ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI * mask_TI, z_TR, g_TO, wanted)
+            if dx_TI is not None:
+                dx_TI.addcmul_(own_TI, mask_TI)
         return dx_TI, None, None, None, None, None
 
 

@@ -18,6 +18,7 @@ import torch
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
 from fedllm.errors import LayoutError
 from fedllm.lora.bank import Bank, Route, segments
+from fedllm.lora.dropout import noisy_rows
 from fedllm.lora.kernels import LoopKernel, MaskedKernel
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
@@ -26,7 +27,7 @@ from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
 from fedllm.training.forward import lay_out, token_losses
 from fedllm.training.generate import answers
-from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite
+from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
 from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.types import ClientEvaluation
@@ -46,6 +47,8 @@ class _Item:
     client: int
     slot: int
     weight: float
+    dropout: float = 0.0
+    seed: int = 0
 
 
 class Engine:
@@ -113,7 +116,7 @@ class Engine:
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
-                grads, losses = self._step(active, [job.batches[step] for job in active])
+                grads, losses = self._step(active, step)
                 optimizer.step(grads)
                 losses_C[: len(active)] += losses
         num_steps_C = torch.tensor([len(job.batches) for job in jobs])
@@ -125,17 +128,18 @@ class Engine:
         num_rows = sum(len(batch) for batch in job.batches)
         return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds)
 
-    def _step(
-        self, jobs: Sequence[Job], batches: Sequence[Sequence[Encoded]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""
+        batches = [job.batches[step] for job in jobs]
         by_example = any(job.example_clip for job in jobs)
         items: list[_Item] = []
         for client, (job, batch) in enumerate(zip(jobs, batches, strict=True)):
             num_supervised = sum(row.num_supervised for row in batch)
-            for row in batch:
+            for number, row in enumerate(batch):
                 weight = 1 / (row.num_supervised if job.example_clip else num_supervised)
-                items.append(_Item(row, client, len(items) if by_example else client, weight))
+                slot, dropout = len(items) if by_example else client, job.training.dropout
+                seed = row_seed(job, step, number) if dropout else 0
+                items.append(_Item(row, client, slot, weight, dropout, seed))
         self.bank.reserve(len(items) if by_example else len(jobs))
         losses_A = torch.zeros(len(jobs), dtype=torch.float64)
         for part in self._passes(items, self._step_limit):
@@ -179,11 +183,13 @@ class Engine:
 
     def _pass(self, items: Sequence[_Item], *, backward: bool) -> torch.Tensor:
         """Return every sample's summed token loss [B] of one pass; with `backward` add gradients too."""
-        # What rows share must have one adapter, and one gradient where gradients are wanted.
-        owners = [(item.client, item.slot if backward else 0) for item in items]
+        # What rows share must have one adapter, one gradient where those are wanted, and no noise of its own.
+        owners = [(item.client, item.slot if backward else 0, item.seed) for item in items]
         flat = lay_out([item.row for item in items], self.base.device, owners)
-        clients, slots = zip(*(owner for owner, _ in groupby(owners)), strict=True)
-        self.bank.route = Route(segments(flat.lengths, clients), segments(flat.lengths, slots))
+        clients, slots, _ = zip(*(owner for owner, _ in groupby(owners)), strict=True)
+        lengths = [len(item.row.tokens) for item in items]
+        noise = noisy_rows(lengths, [item.dropout for item in items], [item.seed for item in items])
+        self.bank.route = Route(segments(flat.lengths, clients), segments(flat.lengths, slots), noise)
         weight_B = torch.tensor(
             [item.weight for item in items], device=self.base.device, dtype=self.bank.dtype
         )

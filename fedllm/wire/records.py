@@ -38,6 +38,7 @@ _TRAINING_FIELDS: dict[str, type] = {
     "learning_rate": float,
     "weight_decay": float,
     "clip_norm": float,
+    "dropout": float,
 }
 
 T = TypeVar("T")
