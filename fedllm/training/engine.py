@@ -5,6 +5,7 @@ optimizer rows stay apart, so each result is what training that client alone giv
 bit where every client has a pass of its own, `token_budget=1`). The plain twin is `fedllm.training.plain`.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,8 @@ from fedllm.types import ClientEvaluation
 CPU_TOKEN_BUDGET = 512
 CPU_STEP_TOKENS = 4096
 MAX_ADAPTERS = 64  # held at once for evaluation
+
+_logger = logging.getLogger("fedllm.training")
 
 T = TypeVar("T")
 
@@ -73,6 +76,9 @@ class Engine:
         self.bank = Bank(layout, kernel, base.device, dtype)
         self.is_ragged = can_be_ragged(base.model, base.device)
         self.has_plain_head = has_plain_head(base.model, base.device)
+        if not self.is_ragged:
+            kind = type(base.model).__name__
+            _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
         self.token_budget = token_budget or self._default_budget()
 
     # --- training -----------------------------------------------------------------------------------------

@@ -78,6 +78,17 @@ def test_clipping_and_weight_decay_change_the_delta(make_engine: Callable, make_
     assert float((deltas[0] - deltas[2]).abs().max()) > 1e-4
 
 
+def test_an_architecture_that_must_go_row_by_row_says_so_in_one_line(
+    make_engine: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_engine("llama")
+    assert not caplog.messages
+    make_engine("gemma2")
+    assert caplog.messages == [
+        "Gemma2ForCausalLM cannot attend over a flat row: its samples are trained one at a time"
+    ]
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "gemma2"])  # the last one caps its scores: row by row
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_in_float32_they_agree_to_a_hundredth_of_a_step(
