@@ -61,15 +61,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure that must reach `goal`."""
+    """A figure that must reach `goal`, or with `at_most` must not exceed it."""
 
     value: float
     goal: float
+    at_most: bool = False
 
     @property
     def met(self) -> bool:
         """Whether it does."""
-        return self.value >= self.goal
+        return self.value <= self.goal if self.at_most else self.value >= self.goal
 
 
 def timed(work: Callable[[], T]) -> Measured[T]:
