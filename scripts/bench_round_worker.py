@@ -21,12 +21,11 @@ from unittest import mock
 
 from clients.client_app import app
 from clients.holder import open_holder
-from clients.work import make_job
-from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig
 from fedllm.runs.recipe import read_recipe
 from fedllm.training.jobs import Job
-from fedllm.types import LocalTraining, RoundRecord, TrainRequest
+from fedllm.types import RoundRecord
+from scripts.bench_jobs import round_jobs
 from scripts.bench_processes import peak_rss
 from scripts.local_grid import local_grid
 from strategies.run import run_federation
@@ -75,8 +74,12 @@ def train_only(config: RunConfig) -> Trace:
 
     All clients take part in every round. Loading and tokenising are over when the first round begins.
     """
-    engine = open_holder(config.to_flat(), NODE).engine
-    rounds = [_jobs(config, round_num) for round_num in range(1, config.federation.num_rounds + 1)]
+    holder = open_holder(config.to_flat(), NODE)
+    engine, steps = holder.engine, config.train.local_steps
+    rounds = [
+        round_jobs(holder, round_num=round_num, steps=steps)
+        for round_num in range(1, config.federation.num_rounds + 1)
+    ]
     ends: list[RoundEnd] = []
     losses: list[dict[str, float]] = []
     for jobs in rounds:
@@ -95,30 +98,6 @@ def train_only(config: RunConfig) -> Trace:
 
 def _num_tokens(job: Job) -> int:
     return sum(len(row.tokens) for batch in job.batches for row in batch)
-
-
-def _jobs(config: RunConfig, round_num: int) -> list[Job]:
-    """Return the jobs of a round in the order a server asks for them."""
-    holder, train = open_holder(config.to_flat(), NODE), config.train
-    clients = sorted(name for name, client in holder.clients.items() if client.train)
-    drawn = (round_num - 1) * train.local_steps * train.batch_size
-    request = TrainRequest(
-        round_num=round_num,
-        client_ids=tuple(clients),
-        num_drawn=(drawn,) * len(clients),
-        adapter=initial_adapter(holder.engine.layout, config.seed),
-        training=LocalTraining(
-            steps=train.local_steps,
-            batch_size=train.batch_size,
-            learning_rate=train.learning_rate,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-        ),
-        codec=config.wire.codec,
-        weighting=config.aggregation.weighting,
-        seed=config.seed,
-    )
-    return [make_job(holder.clients[name], request, drawn) for name in clients]
 
 
 def federate(config: RunConfig) -> Trace:
