@@ -13,7 +13,7 @@ from clients import work
 from clients.holder import Holder, open_holder
 from clients.stock import evaluate_for_stock, train_for_stock
 from fedllm.errors import FedLLMError
-from fedllm.wire import records
+from fedllm.wire import replies, requests
 
 app = ClientApp()
 _logger = logging.getLogger("fedllm.clients")
@@ -30,30 +30,30 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients a request names; a stock Flower strategy's request trains the whole node."""
-    ours = records.is_fedllm_request(message.content)
+    ours = requests.is_fedllm_request(message.content)
     return _answer(message, context, _train if ours else train_for_stock, is_stock=not ours)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the held-out loss of the clients a request names, or of the whole node."""
-    ours = records.is_fedllm_request(message.content)
+    ours = requests.is_fedllm_request(message.content)
     return _answer(message, context, _evaluate if ours else evaluate_for_stock, is_stock=not ours)
 
 
 def _join(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
-    return records.write_joined(work.join(holder, node_id))
+    return replies.write_joined(work.join(holder, node_id))
 
 
 def _train(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
     layout = holder.engine.layout
-    request = records.read_train_request(content, layout)
-    return records.write_updates(work.train(holder, request), layout=layout, payload=request.codec)
+    request = requests.read_train_request(content, layout)
+    return replies.write_updates(work.train(holder, request), layout=layout, payload=request.codec)
 
 
 def _evaluate(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
-    request = records.read_evaluate_request(content, holder.engine.layout)
-    return records.write_evaluations(work.evaluate(holder, request))
+    request = requests.read_evaluate_request(content, holder.engine.layout)
+    return replies.write_evaluations(work.evaluate(holder, request))
 
 
 def _answer(message: Message, context: Context, handler: Handler, *, is_stock: bool = False) -> Message:
@@ -78,4 +78,4 @@ def _answer(message: Message, context: Context, handler: Handler, *, is_stock: b
         code = "internal"
     if is_stock:  # stock strategies drop error messages and abort on anything else
         return Message(Error(code=0, reason=code), reply_to=message)
-    return Message(records.write_error(code), reply_to=message)
+    return Message(replies.write_error(code), reply_to=message)

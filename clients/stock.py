@@ -17,7 +17,7 @@ from fedllm.types import (
     LocalTraining,
     TrainRequest,
 )
-from fedllm.wire.records import read_plain, write_plain
+from fedllm.wire.stock import read_plain, write_plain
 
 
 def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:

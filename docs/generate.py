@@ -56,7 +56,7 @@ NOTES = {
     " local-b = mean of A, every client keeps its own B",
     "aggregation.weighting": "what a client counts: its training rows, its learnt tokens of a round, or 1",
     "wire.codec": "4, 2 or 1 + 2/64 bytes a value",
-    "wire.node-sum": "bytes up that do not grow with the clients of a node:",
+    "wire.node-sum": "one packet up for each node",
     "evaluation.max-new-tokens": "length of an answer at most",
 }
 _JOINED_BY_SPACE = frozenset({"train.clip-norm", "train.max-length"})

@@ -5,7 +5,7 @@ from flwr.app import RecordDict
 from fedllm.errors import WireError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import ClientEvaluation, ClientFailure, EvaluateRequest
-from fedllm.wire import records
+from fedllm.wire import replies, requests
 from strategies.session import Session
 from strategies.transport import Reply
 from strategies.validation import check_evaluation
@@ -29,7 +29,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
     holders = [client.client_id for client in session.clients.values() if client.num_held_out]
     free = set(session.transport.node_ids())
     return {
-        node: records.write_evaluate_request(
+        node: requests.write_evaluate_request(
             EvaluateRequest(
                 round_num=state.round_num,
                 client_ids=tuple(clients),
@@ -47,7 +47,7 @@ def read_losses(session: Session, reply: Reply) -> dict[str, float]:
         session.watch.notice(f"node {reply.node_id} was not evaluated: {reply.reason}")
         return {}
     try:
-        answers = records.read_evaluations(reply.content)
+        answers = replies.read_evaluations(reply.content)
     except WireError as error:
         session.watch.notice(f"node {reply.node_id} was not evaluated: {error}")
         return {}

@@ -22,7 +22,7 @@ from fedllm.types import (
     RoundRecord,
     TrainRequest,
 )
-from fedllm.wire import records
+from fedllm.wire import replies, requests
 from strategies import aggregation
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
@@ -137,7 +137,7 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
     """Return one message per node, naming all of its clients that take part."""
     config = session.config
     return {
-        node: records.write_train_request(
+        node: requests.write_train_request(
             TrainRequest(
                 round_num=plan.round_num,
                 client_ids=tuple(clients),
@@ -179,7 +179,7 @@ def read_reply(
         unanswered = dict.fromkeys(asked, reply.reason)
     else:
         try:
-            answers = records.read_updates(reply.content, layout=session.layout, round_num=plan.round_num)
+            answers = replies.read_updates(reply.content, layout=session.layout, round_num=plan.round_num)
         except WireError as error:
             answers, unanswered = [], dict.fromkeys(asked, str(error))
         for answer in answers:

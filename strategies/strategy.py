@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedllm.config import RunConfig
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
-from fedllm.wire.records import read_plain, write_plain
+from fedllm.wire.stock import read_plain, write_plain
 from strategies.evaluation import evaluate_requests, read_losses
 from strategies.rounds import finish, fold, plan_round, read_reply, train_requests
 from strategies.run import open_session, run_federation

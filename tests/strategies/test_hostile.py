@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from clients import work
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.runs.records import record_to_line
-from fedllm.wire import codec, records
+from fedllm.wire import codec, packets
 from strategies.rounds import next_round
 
 OFFENDER, NODE = "ben", 3
@@ -25,7 +25,7 @@ Tampering = Callable[[RecordDict, AdapterLayout], Any]
 
 
 def as_packet(data: bytes, **changes: Any) -> Array:
-    values = {"dtype": "uint8", "shape": (len(data),), "stype": records.PACKET_TYPE, "data": data}
+    values = {"dtype": "uint8", "shape": (len(data),), "stype": packets.PACKET_TYPE, "data": data}
     return Array(**{**values, **changes})
 
 

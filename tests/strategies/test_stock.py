@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 from clients.client_app import app
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.models.base import describe_layout
-from fedllm.wire.records import read_plain, write_plain
+from fedllm.wire.stock import read_plain, write_plain
 from scripts.local_grid import local_grid
 from strategies.rounds import next_round
 from strategies.strategy import FederatedLora

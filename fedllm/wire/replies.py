@@ -1,20 +1,15 @@
-"""Values to Flower records and back: the one file of fedllm that knows Flower.
+"""What a node answers: values to Flower records and back.
 
-Everything a message may carry is spelled out here. A reply has three records and no free text:
-`updates` (client id -> one packet), `metrics` (parallel lists of named numbers), `clients` (ids and codes).
-Reading is strict: a reply of any other form raises `WireError`, a single bad client in a good reply becomes
-a `ClientFailure` of that client alone.
+A reply has three records and no free text: `updates` (client id -> one packet), `metrics` (parallel lists of
+named numbers), `clients` (ids and codes). Reading is strict: a reply of any other form raises `WireError`, a
+single bad client in a good reply becomes a `ClientFailure` of that client alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from tokenize import TokenError
-from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedllm.adapters.layout import AdapterLayout, AdapterState
+from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.types import (
     EVALUATION_METRICS,
@@ -22,161 +17,13 @@ from fedllm.types import (
     ClientEvaluation,
     ClientFailure,
     ClientUpdate,
-    EvaluateRequest,
     JoinedClient,
-    LocalTraining,
-    TrainRequest,
 )
 from fedllm.wire import codec
+from fedllm.wire.packets import list_field, packet_of, to_array
 
-PACKET_TYPE = "fedllm.packet"
 _OK = "ok"
 _RESULT_RECORDS: dict[str, type] = {"clients": ConfigRecord, "metrics": MetricRecord}
-_TRAINING_FIELDS: dict[str, type] = {
-    "steps": int,
-    "batch_size": int,
-    "learning_rate": float,
-    "weight_decay": float,
-    "clip_norm": float,
-}
-
-T = TypeVar("T")
-
-
-# --- packets ---------------------------------------------------------------------------------------------
-
-
-def _to_array(packet: bytes) -> Array:
-    return Array(dtype="uint8", shape=(len(packet),), stype=PACKET_TYPE, data=packet)
-
-
-def _packet_of(array: Array) -> bytes:
-    if array.stype != PACKET_TYPE or array.dtype != "uint8":
-        raise WireError("an array is not a packet")  # its type is the sender's own text
-    return array.data
-
-
-def packet_bytes(content: RecordDict) -> int:
-    """Return the exact number of packet bytes in a message's content."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
-
-
-# --- requests, written by the server -----------------------------------------------------------------------
-
-
-def write_train_request(request: TrainRequest) -> RecordDict:
-    """Return the message content of a train request; the adapter travels as float32."""
-    training = request.training
-    return RecordDict(
-        {
-            "adapter": _write_adapter(request.adapter, request.round_num),
-            "request": ConfigRecord(
-                {
-                    "round": request.round_num,
-                    "client-ids": list(request.client_ids),
-                    "num-drawn": list(request.num_drawn),
-                    "codec": request.codec,
-                    "weighting": request.weighting,
-                    "seed": request.seed,
-                    **{f"train.{name}": getattr(training, name) for name in _TRAINING_FIELDS},
-                }
-            ),
-        }
-    )
-
-
-def write_evaluate_request(request: EvaluateRequest) -> RecordDict:
-    """Return the message content of an evaluate request."""
-    return RecordDict(
-        {
-            "adapter": _write_adapter(request.adapter, request.round_num),
-            "request": ConfigRecord(
-                {
-                    "round": request.round_num,
-                    "client-ids": list(request.client_ids),
-                }
-            ),
-        }
-    )
-
-
-def _write_adapter(state: AdapterState, round_num: int) -> ArrayRecord:
-    packet = codec.encode(
-        state.vector, layout_digest=state.layout.digest, round_num=round_num, payload="fp32"
-    )
-    return ArrayRecord({"adapter": _to_array(packet)})
-
-
-# --- requests, read by a client ----------------------------------------------------------------------------
-
-
-def is_fedllm_request(content: RecordDict) -> bool:
-    """Return whether a message was written by `write_train_request` or `write_evaluate_request`.
-
-    Anything else is taken as a request of a stock Flower strategy, whose arrays are named PEFT tensors.
-    """
-    return "request" in content.config_records and "adapter" in content.array_records
-
-
-def read_train_request(content: RecordDict, layout: AdapterLayout) -> TrainRequest:
-    """Return the request in `content`.
-
-    Raises:
-        WireError: a field is missing or of the wrong kind, or the adapter is not of `layout`.
-    """
-    config = content.config_records["request"]
-    round_num = _scalar(config, "round", int)
-    training: dict[str, Any] = {
-        name: _scalar(config, f"train.{name}", kind) for name, kind in _TRAINING_FIELDS.items()
-    }
-    return TrainRequest(
-        round_num=round_num,
-        client_ids=tuple(_list(config, "client-ids", str)),
-        num_drawn=tuple(_list(config, "num-drawn", int)),
-        adapter=_read_adapter(content, layout, round_num),
-        training=LocalTraining(**training),
-        codec=_scalar(config, "codec", str),
-        weighting=_scalar(config, "weighting", str),
-        seed=_scalar(config, "seed", int),
-    )
-
-
-def read_evaluate_request(content: RecordDict, layout: AdapterLayout) -> EvaluateRequest:
-    """Return the request in `content`; raises as `read_train_request`."""
-    config = content.config_records["request"]
-    round_num = _scalar(config, "round", int)
-    return EvaluateRequest(
-        round_num=round_num,
-        client_ids=tuple(_list(config, "client-ids", str)),
-        adapter=_read_adapter(content, layout, round_num),
-    )
-
-
-def _read_adapter(content: RecordDict, layout: AdapterLayout, round_num: int) -> AdapterState:
-    record = content.array_records["adapter"]
-    if list(record) != ["adapter"]:
-        raise WireError("a request carries exactly one adapter")
-    packet = codec.decode(
-        _packet_of(record["adapter"]), layout_digest=layout.digest, size=layout.size, round_num=round_num
-    )
-    return AdapterState(layout, packet.vector).checked_finite()
-
-
-def _scalar(record: ConfigRecord, key: str, kind: type[T]) -> T:
-    value = record.get(key)
-    if type(value) is not kind:
-        raise WireError(f"field {key!r} is missing or not {kind.__name__}")
-    return value
-
-
-def _list(record: ConfigRecord | MetricRecord, key: str, kind: type[T]) -> list[T]:
-    value = record.get(key)
-    if not isinstance(value, list) or not value or any(type(item) is not kind for item in value):
-        raise WireError(f"field {key!r} is missing or not a list of {kind.__name__}")
-    return list(value)  # type: ignore[arg-type]
-
-
-# --- replies, written by a client ---------------------------------------------------------------------------
 
 
 def write_updates(
@@ -185,7 +32,7 @@ def write_updates(
     """Return the reply to a train request: one packet per client that has an update."""
     updates = [result for result in results if isinstance(result, ClientUpdate)]
     packets = {
-        update.client_id: _to_array(
+        update.client_id: to_array(
             codec.encode(
                 update.delta, layout_digest=layout.digest, round_num=update.round_num, payload=payload
             )
@@ -248,9 +95,6 @@ def write_joined(clients: Sequence[JoinedClient]) -> RecordDict:
     )
 
 
-# --- replies, read by the server ----------------------------------------------------------------------------
-
-
 def read_updates(
     content: RecordDict, *, layout: AdapterLayout, round_num: int
 ) -> list[ClientUpdate | ClientFailure]:
@@ -270,7 +114,7 @@ def read_updates(
             continue
         try:
             packet = codec.decode(
-                _packet_of(packets[client_id]),
+                packet_of(packets[client_id]),
                 layout_digest=layout.digest,
                 size=layout.size,
                 round_num=round_num,
@@ -328,8 +172,8 @@ def read_joined(content: RecordDict, node_id: int) -> list[JoinedClient]:
     sizes = content.metric_records.get("metrics", MetricRecord())
     if set(record) != {"ids", "fingerprints"} or set(sizes) != {"num_train", "num_held_out"}:
         raise WireError("a join reply has other fields than ids, fingerprints and sizes")
-    ids, fingerprints = _list(record, "ids", str), _list(record, "fingerprints", str)
-    num_train, num_held_out = _list(sizes, "num_train", int), _list(sizes, "num_held_out", int)
+    ids, fingerprints = list_field(record, "ids", str), list_field(record, "fingerprints", str)
+    num_train, num_held_out = list_field(sizes, "num_train", int), list_field(sizes, "num_held_out", int)
     if not len(ids) == len(fingerprints) == len(num_train) == len(num_held_out) == len(set(ids)):
         raise WireError("the lists of a join reply differ in length or name a client twice")
     if min(num_train) < 0 or min(num_held_out) < 0:
@@ -375,7 +219,7 @@ def _read_results(
     _refuse_error(content)
     _check_records(content, allowed)
     record = content.config_records.get("clients", ConfigRecord())
-    ids, codes = _list(record, "ids", str), _list(record, "codes", str)
+    ids, codes = list_field(record, "ids", str), list_field(record, "codes", str)
     if set(record) != {"ids", "codes"} or len(ids) != len(codes) or len(set(ids)) != len(ids):
         raise WireError("the reply's client list is malformed")
     if not set(codes) <= CLIENT_ERROR_CODES | {_OK}:
@@ -384,51 +228,10 @@ def _read_results(
     columns = content.metric_records.get("metrics", MetricRecord())
     if set(columns) != (set(metric_names) if done else set()):
         raise WireError("the reply's metrics are not exactly those on the list")
-    values = {name: _list(columns, name, float) for name in columns}
+    values = {name: list_field(columns, name, float) for name in columns}
     if any(len(column) != len(done) for column in values.values()):
         raise WireError("the reply's metrics do not match its clients")
     metrics = {
         client: {name: column[index] for name, column in values.items()} for index, client in enumerate(done)
     }
     return dict(zip(ids, codes, strict=True)), metrics
-
-
-# --- the plain codec: named PEFT tensors, for stock Flower strategies ---------------------------------------
-
-
-def write_plain(state: AdapterState) -> ArrayRecord:
-    """Return named PEFT tensors in float32, one array each, as stock Flower strategies average them."""
-    return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.tensors().items()})
-
-
-def read_plain(record: ArrayRecord, layout: AdapterLayout) -> AdapterState:
-    """Return the adapter in named tensors.
-
-    Raises:
-        WireError: a name is missing, renamed or extra, or a shape or dtype differs from the layout.
-    """
-    expected = {spec.name: spec for spec in layout.tensors}
-    strange = next(iter(expected.keys() ^ set(record)), None)
-    if strange is not None:
-        word = "missing" if strange in expected else "unexpected"
-        raise WireError(f"{word} tensor {strange[:120]!r}")
-    vector = torch.empty(layout.size)
-    for spec, view in layout.views(vector):
-        values = _numpy_of(record[spec.name], spec.name)
-        # Flower's adaptive strategies (FedAdam and its kin) answer in float64
-        if values.dtype not in (np.float32, np.float64) or values.shape != spec.shape:
-            raise WireError(
-                f"tensor {spec.name!r} is {values.dtype} {values.shape}, expected float32 {spec.shape}"
-            )
-        view.copy_(torch.from_numpy(values.astype(np.float32)))
-    return AdapterState(layout, vector).checked_finite()
-
-
-def _numpy_of(array: Array, name: str) -> "np.ndarray[Any, Any]":
-    """Return the values of an array as its bytes have them; what it declares beside them is not trusted."""
-    if array.data.startswith(b"\x93NUMPY"):  # numpy.load opens zip files too
-        try:
-            return array.numpy()
-        except (TypeError, ValueError, EOFError, SyntaxError, TokenError):
-            pass
-    raise WireError(f"tensor {name!r} is not a NumPy array")
