@@ -42,6 +42,7 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
             learning_rate=train.learning_rate,
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
+            dropout=config.lora.dropout,
         ),
         codec="fp32",
         weighting="examples",

@@ -7,6 +7,7 @@ from clients.protect import protect
 from fedllm.data.shards import draw_rows
 from fedllm.errors import NonFiniteError
 from fedllm.models.chat import Encoded
+from fedllm.seeds import derive_seed
 from fedllm.training.jobs import EvaluationJob, Job
 from fedllm.types import (
     ClientEvaluation,
@@ -72,7 +73,8 @@ def make_job(client: ClientTokens, request: TrainRequest, num_drawn: int) -> Job
     rows: list[Encoded] = [client.train[index] for index in drawn]
     size = training.batch_size
     batches = tuple(tuple(rows[step * size : (step + 1) * size]) for step in range(training.steps))
-    return Job(client.client_id, request.adapter.vector, batches, training)
+    seed = derive_seed(request.seed, "client", client.client_id, request.round_num)
+    return Job(client.client_id, request.adapter.vector, batches, training, seed=seed)
 
 
 def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation | ClientFailure]:

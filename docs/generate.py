@@ -33,6 +33,7 @@ NOTES = {
     "lora.init-a": "how A is drawn from the seed: uniform, or rows at right angles (FedSVD under plain SGD)",
     "lora.client-ranks": "ranks of the clients",
     "lora.target-modules": "all-linear = every linear layer but the output head",
+    "lora.dropout": "share of the adapters' inputs dropped while training, drawn per row",
     "data.prompt-column": "column of the prompt",
     "data.response-column": "column of the answer; empty = detected",
     "data.text-column": "column of plain text, learnt whole; empty = detected",

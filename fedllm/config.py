@@ -39,6 +39,7 @@ class LoraConfig:
     target_modules: str = "all-linear"  # or a comma-separated list: "q_proj,v_proj"
     init_a: str = "kaiming"  # kaiming | orthonormal
     client_ranks: str = ""  # empty = lora.rank; "4,8,16" dealt in turn over sorted client ids; "anna:4,ben:8"
+    dropout: float = 0.0  # share of the adapters' inputs dropped while training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +241,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "model.num-threads": (0, 1024, False),
     "lora.rank": (1, 4096, False),
     "lora.alpha": (0, math.inf, True),
+    "lora.dropout": (0, 0.99, False),
     "data.held-out-fraction": (0, 0.9, False),
     "data.max-held-out": (0, math.inf, False),
     "data.max-rows": (0, math.inf, False),

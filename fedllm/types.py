@@ -23,6 +23,7 @@ class LocalTraining:
     learning_rate: float
     weight_decay: float
     clip_norm: float
+    dropout: float = 0.0  # of the adapters' inputs
 
 
 @dataclass(frozen=True, kw_only=True)

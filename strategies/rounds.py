@@ -114,6 +114,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         learning_rate=learning_rate(config, round_num),
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
+        dropout=config.lora.dropout,
     )
     return RoundPlan(
         round_num=round_num,

@@ -19,7 +19,7 @@ seed
 run.name run.output run.resume
 model.name model.revision model.dtype model.device model.quantization model.gradient-checkpointing
 model.num-threads
-lora.rank lora.alpha lora.target-modules lora.init-a lora.client-ranks
+lora.rank lora.alpha lora.target-modules lora.init-a lora.client-ranks lora.dropout
 data.source data.split data.partition data.prompt-column data.response-column data.text-column
 data.on-bad-row data.held-out-fraction data.max-held-out data.max-rows
 federation.num-clients federation.num-rounds federation.cohort-size federation.cohort-fraction

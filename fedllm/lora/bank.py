@@ -17,6 +17,7 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import other_part, part_of, part_size, part_specs
+from fedllm.lora.dropout import NoisyRow, keep_mask
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Route:
 
     clients: tuple[Segment, ...]
     slots: tuple[Segment, ...]
+    noise: tuple[NoisyRow, ...] = ()  # the pass's rows, where adapters drop inputs
 
 
 def segments(lengths: Sequence[int], rows: Sequence[int]) -> tuple[Segment, ...]:
@@ -82,6 +84,10 @@ class Bank:
         self.route = Route((), ())
         self.batch_rows: tuple[int, ...] = ()  # while generating: the client of each row of the batch
         self.tap = torch.zeros((), device=device, requires_grad=True)
+
+    def keep_mask(self, index: int, x_TI: torch.Tensor) -> torch.Tensor | None:
+        """Return what LoRA dropout multiplies the input of matrix `index` by, or None where there is none."""
+        return keep_mask(self.route.noise, index, x_TI) if self.route.noise else None
 
     def load(
         self,

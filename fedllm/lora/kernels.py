@@ -169,7 +169,8 @@ class LoraFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return y [T, O]."""
         y_TO = frozen_output(x_TI, weight_OI, bias_O, bank, index)
-        z_TR = bank.kernel.forward(bank, index, x_TI, y_TO)
+        mask_TI = bank.keep_mask(index, x_TI)
+        z_TR = bank.kernel.forward(bank, index, x_TI if mask_TI is None else x_TI * mask_TI, y_TO)
         # The gradient of A needs x, that of B needs z: what trains one factor keeps one of them.
         ctx.save_for_backward(x_TI if bank.trained != "b" else None, z_TR if bank.trained != "a" else None)
         ctx.weight_OI, ctx.bank, ctx.index = weight_OI, bank, index
@@ -184,7 +185,16 @@ class LoraFunction(torch.autograd.Function):
             width = ctx.bank.layout.matrices[ctx.index].in_features
             weight_OI = ctx.weight_OI
             dx_TI = g_TO.new_zeros(len(g_TO), width) if weight_OI is None else g_TO @ weight_OI
-        ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI, z_TR, g_TO, dx_TI)
+        like_TI = dx_TI if x_TI is None else x_TI
+        mask_TI = None if like_TI is None else ctx.bank.keep_mask(ctx.index, like_TI)
+        if mask_TI is None:
+            ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI, z_TR, g_TO, dx_TI)
+        else:  # the adapter saw mask * x, so its part of dx goes through the mask too
+            seen_TI = None if x_TI is None else x_TI * mask_TI
+            own_TI = None if dx_TI is None else torch.zeros_like(dx_TI)
+            ctx.bank.kernel.backward(ctx.bank, ctx.index, seen_TI, z_TR, g_TO, own_TI)
+            if dx_TI is not None and own_TI is not None:
+                dx_TI.addcmul_(own_TI, mask_TI)
         return dx_TI, None, None, None, None, None
 
 

@@ -1,13 +1,15 @@
 """Attention over one flat row that holds many samples, each attending only to itself.
 
 Registered with transformers as an attention implementation, so modelling code stays untouched: a forward
-pass over tokens [1, T] with `cu_seq_lens_q` [N + 1] computes exactly what N separate passes would, without
-a padding token and without a [T, T] mask. Tensor suffixes: H head, T token, D feature.
+pass over tokens [1, T] with `cu_seq_lens_q` [Q + 1] computes exactly what separate passes would, without a
+padding token and without a [T, T] mask. Samples that begin alike may hold their prefix once: `key_places` [K]
+then lists where in T every sequence's keys are, and a sequence's queries stand at the end of its keys.
+Tensor suffixes: H head, T token, D feature, Q sequence, K key.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from inspect import signature
 from typing import Any
 
@@ -38,15 +40,21 @@ def ragged_attention(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ModelError("attention with capped scores or sinks cannot run over a flat row")
-    boundaries, window = kwargs["cu_seq_lens_q"], kwargs.get("sliding_window")
+    window, places = kwargs.get("sliding_window"), kwargs.get("key_places")
+    if places is not None:
+        key, value = key.index_select(2, places), value.index_select(2, places)
     if _has_varlen_kernel(query):
-        return _varlen(query, key, value, boundaries, kwargs["max_length_q"], scaling, window), None
-    lengths = boundaries.diff().tolist()
+        return _varlen(query, key, value, kwargs, scaling, window), None
+    num_queries, num_keys = (kwargs[name].diff().tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    samples = (torch.split(tensor, lengths, dim=2) for tensor in (query, key, value))
+    samples = (
+        torch.split(query, num_queries, dim=2),
+        torch.split(key, num_keys, dim=2),
+        torch.split(value, num_keys, dim=2),
+    )
     for q, k, v in zip(*samples, strict=True):
-        mask = _window_mask(q.shape[2], window, q.device)
+        mask = _mask(q.shape[2], k.shape[2], window, q.device)
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -74,8 +82,7 @@ def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    boundaries: torch.Tensor,
-    longest: int,
+    kwargs: Mapping[str, Any],
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
@@ -84,21 +91,28 @@ def _varlen(
     if q.shape[1] != k.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    # (left, 0) is causal; a window of w tokens reaches w - 1 to the left of its own.
+    # (left, 0) is causal, the last query at the last key; a window of w reaches w - 1 to the left.
     reach = (-1 if window is None else window - 1, 0)
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     output = _varlen_module().varlen_attn(
-        q, k, v, boundaries, boundaries, longest, longest, scale=scaling, window_size=reach
+        q, k, v, *(kwargs[name] for name in names), scale=scaling, window_size=reach
     )
     return output[None]  # type: ignore[no-any-return]
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return the causal mask [T, T] of a sliding window, or None where plain causality is the same."""
-    if window is None or length <= window:
+@lru_cache(maxsize=256)
+def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return who sees whom [queries, keys], the last query at the last key; None for plain causality.
+
+    Every layer of a pass asks for the same few.
+    """
+    reach = num_keys if window is None else window
+    if num_queries == num_keys <= reach:
         return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
+    with torch.inference_mode(False):  # a mask made while evaluating must serve training too
+        position = torch.arange(num_keys, device=device)
+        distance = position[-num_queries:, None] - position[None, :]
+        return (distance >= 0) & (distance < reach)
 
 
 def attends_by_interface(model: Any) -> bool:

@@ -19,6 +19,7 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
 from fedllm.adapters.parts import whole_of
 from fedllm.errors import LayoutError
 from fedllm.lora.bank import Bank, Route, segments
+from fedllm.lora.dropout import noisy_rows
 from fedllm.lora.kernels import LoopKernel, MaskedKernel
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
@@ -27,12 +28,13 @@ from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
 from fedllm.training.forward import lay_out, token_losses
 from fedllm.training.generate import answers
-from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite
+from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
 from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.types import ClientEvaluation
 
 CPU_TOKEN_BUDGET = 512
+CPU_STEP_TOKENS = 4096
 MAX_ADAPTERS = 64  # held at once for evaluation
 
 T = TypeVar("T")
@@ -46,14 +48,16 @@ class _Item:
     client: int
     slot: int
     weight: float
+    dropout: float = 0.0
+    seed: int = 0
 
 
 class Engine:
     """Trains, evaluates and generates with adapters of one layout on one base model.
 
     `token_budget` is the number of tokens a forward pass holds (0 = 512 on a CPU, measured on a GPU):
-    clients are fused until it is full, and a step that exceeds it is split. It changes speed and rounding,
-    nothing else.
+    clients are fused until it is full, and a step that exceeds it is split (on a CPU from 4,096 tokens). It
+    changes speed and rounding, nothing else.
     """
 
     def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int = 0):
@@ -114,7 +118,7 @@ class Engine:
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
-                grads, losses = self._step(active, [job.batches[step] for job in active])
+                grads, losses = self._step(active, step)
                 optimizer.step(grads)
                 losses_C[: len(active)] += losses
         num_steps_C = torch.tensor([len(job.batches) for job in jobs])
@@ -124,20 +128,21 @@ class Engine:
         ]
         return losses_C / num_steps_C, deltas
 
-    def _step(
-        self, jobs: Sequence[Job], batches: Sequence[Sequence[Encoded]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""
+        batches = [job.batches[step] for job in jobs]
         by_example = any(job.example_clip for job in jobs)
         items: list[_Item] = []
         for client, (job, batch) in enumerate(zip(jobs, batches, strict=True)):
             num_supervised = sum(row.num_supervised for row in batch)
-            for row in batch:
+            for number, row in enumerate(batch):
                 weight = 1 / (row.num_supervised if job.example_clip else num_supervised)
-                items.append(_Item(row, client, len(items) if by_example else client, weight))
+                slot, dropout = len(items) if by_example else client, job.training.dropout
+                seed = row_seed(job, step, number) if dropout else 0
+                items.append(_Item(row, client, slot, weight, dropout, seed))
         self.bank.reserve(len(items) if by_example else len(jobs))
         losses_A = torch.zeros(len(jobs), dtype=torch.float64)
-        for part in self._passes(items):
+        for part in self._passes(items, self._step_limit):
             owners = torch.tensor([item.client for item in part])
             losses_A.index_add_(0, owners, self._pass(part, backward=True))
         losses_A /= torch.tensor([sum(row.num_supervised for row in batch) for batch in batches])
@@ -163,19 +168,28 @@ class Engine:
 
     @property
     def _limit(self) -> int:
-        """Tokens of a pass; 0 keeps everything apart where attention cannot be ragged."""
+        """Tokens up to which clients share a pass; 0 keeps samples apart where attention cannot be ragged."""
         return self.token_budget if self.is_ragged else 0
 
-    def _passes(self, items: Sequence[_Item]) -> Iterator[list[_Item]]:
-        """Split samples into forward passes that fit the token budget."""
-        return packed(items, [len(item.row.tokens) for item in items], self._limit)
+    @property
+    def _step_limit(self) -> int:
+        """Tokens above which a step is split. On a CPU only memory asks for it, so it is above the budget."""
+        is_roomy = self.is_ragged and self.base.device.type == "cpu"
+        return max(self._limit, CPU_STEP_TOKENS) if is_roomy else self._limit
+
+    def _passes(self, items: Sequence[_Item], limit: int) -> Iterator[list[_Item]]:
+        """Split samples into forward passes of at most `limit` tokens."""
+        return packed(items, [len(item.row.tokens) for item in items], limit)
 
     def _pass(self, items: Sequence[_Item], *, backward: bool) -> torch.Tensor:
         """Return every sample's summed token loss [B] of one pass; with `backward` add gradients too."""
-        flat = lay_out([item.row for item in items], self.base.device)
+        # What rows share must have one adapter, one gradient where those are wanted, and no noise of its own.
+        owners = [(item.client, item.slot if backward else 0, item.seed) for item in items]
+        flat = lay_out([item.row for item in items], self.base.device, owners)
+        clients, slots, _ = zip(*(owner for owner, _ in groupby(owners)), strict=True)
         lengths = [len(item.row.tokens) for item in items]
-        clients = segments(lengths, [item.client for item in items])
-        self.bank.route = Route(clients, segments(lengths, [item.slot for item in items]))
+        noise = noisy_rows(lengths, [item.dropout for item in items], [item.seed for item in items])
+        self.bank.route = Route(segments(flat.lengths, clients), segments(flat.lengths, slots), noise)
         weight_B = torch.tensor(
             [item.weight for item in items], device=self.base.device, dtype=self.bank.dtype
         )
@@ -205,13 +219,16 @@ class Engine:
         if not self.is_ragged:
             return 1
         vocabulary = self.base.model.config.get_text_config().vocab_size
-        tokens = tuple((7919 * index) % vocabulary for index in range(64))
-        row = Encoded(tokens, (IGNORED,) * 48 + tokens[48:])
+
+        def row(number: int) -> Encoded:  # no two begin alike, so nothing is shared
+            tokens = tuple((7919 * index + number) % vocabulary for index in range(64))
+            return Encoded(tokens, (IGNORED,) * 48 + tokens[48:])
+
         self.bank.load(self.layout, [torch.zeros(self.layout.size)], [1.0])
 
         def run_pass(size: int) -> None:
             self.bank.reserve(1)
-            self._pass([_Item(row, 0, 0, 1.0)] * (size // 64), backward=True)
+            self._pass([_Item(row(number), 0, 0, 1.0) for number in range(size // 64)], backward=True)
 
         with attached(self.base.model, self.bank), self._attention():
             return measured_budget(run_pass, self.base.device)
@@ -239,7 +256,7 @@ class Engine:
             ]
             sums = torch.zeros(len(group), dtype=torch.float64)
             with attached(self.base.model, self.bank), self._attention():
-                for part in self._passes(items):
+                for part in self._passes(items, self._limit):
                     owners = torch.tensor([item.slot for item in part])
                     sums.index_add_(0, owners, self._pass(part, backward=False))
             done += [_evaluation(job, float(total)) for job, total in zip(group, sums, strict=True)]

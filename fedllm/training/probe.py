@@ -8,7 +8,7 @@ from torch import nn
 from fedllm.errors import ModelError
 from fedllm.models.attention import attends_by_interface, ragged
 from fedllm.models.chat import Encoded
-from fedllm.training.forward import lay_out, token_losses
+from fedllm.training.forward import SHORTEST_SHARED, lay_out, token_losses
 
 _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 _TOLERANCE = 2e-2  # relative, in bfloat16; a wrong mask or a missing scale is off by far more
@@ -16,14 +16,14 @@ _TOLERANCE = 2e-2  # relative, in bfloat16; a wrong mask or a missing scale is o
 
 @torch.no_grad()
 def can_be_ragged(model: Any, device: torch.device) -> bool:
-    """Return whether many samples in one flat row give each sample's own losses.
+    """Return whether many samples in one flat row, their common prefix once, give each sample's own losses.
 
     False for models that do not use transformers' attention interface, or whose attention does more than
     ours (soft-capped scores, sinks): the engine then feeds them one sample at a time.
     """
     if not attends_by_interface(model):
         return False
-    rows = [_row(model, length, device) for length in (5, 9)]
+    rows = [_row(model, length) for length in (SHORTEST_SHARED + 3, SHORTEST_SHARED + 7)]
     alone = [_losses(model, [row], device, through_head=False) for row in rows]
     try:
         with ragged(model):
@@ -42,20 +42,20 @@ def has_plain_head(model: Any, device: torch.device) -> bool:
     config = model.config.get_text_config()
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES):
         return False  # small logits hide a cap from the comparison below
-    row = _row(model, 7, device)
+    row = _row(model, 7)
     taken_apart = _losses(model, [row], device, through_head=True)
     return _agree(_losses(model, [row], device, through_head=False), taken_apart)
 
 
-def _row(model: Any, length: int, device: torch.device) -> Encoded:
-    """Return a sample of `length` pseudo-random tokens, all learnt."""
+def _row(model: Any, length: int) -> Encoded:
+    """Return a sample of `length` pseudo-random tokens, all learnt; a longer one begins with a shorter."""
     size = model.config.get_text_config().vocab_size
-    tokens = tuple((7919 * (index + length) + 13) % size for index in range(length))
+    tokens = tuple((7919 * index + 13) % size for index in range(length))
     return Encoded(tokens, tokens)
 
 
 def _losses(model: Any, rows: list[Encoded], device: torch.device, *, through_head: bool) -> torch.Tensor:
-    flat = lay_out(rows, device)
+    flat = lay_out(rows, device, [0] * len(rows))
     weights = torch.ones(len(flat.targets_N), device=device)
     return token_losses(model, flat, weights, through_head=through_head)[1]
 

@@ -1,5 +1,6 @@
 """What a server asks of a node: values to Flower records and back."""
 
+from dataclasses import fields
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -10,13 +11,7 @@ from fedllm.types import EvaluateRequest, LocalTraining, TrainRequest
 from fedllm.wire import codec
 from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
 
-_TRAINING_FIELDS: dict[str, type] = {
-    "steps": int,
-    "batch_size": int,
-    "learning_rate": float,
-    "weight_decay": float,
-    "clip_norm": float,
-}
+_TRAINING_FIELDS: dict[str, Any] = {item.name: item.type for item in fields(LocalTraining)}
 
 
 def write_train_request(request: TrainRequest) -> RecordDict:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from fedllm.adapters.layout import initial_adapter
 from fedllm.models.attention import ragged
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.forward import lay_out, token_losses
+from fedllm.training.forward import SHORTEST_SHARED, lay_out, token_losses
 from fedllm.training.head import HeadLoss
 from fedllm.training.jobs import EvaluationJob
 
@@ -61,6 +61,40 @@ def test_a_flat_rows_loss_is_the_padded_batchs(
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 
+def common_beginning(rows: Sequence[Encoded], prefix: Encoded) -> list[Encoded]:
+    return [Encoded(prefix.tokens + row.tokens, prefix.labels + row.labels) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("length", [SHORTEST_SHARED, 19])
+def test_rows_that_share_their_prefix_have_the_padded_batchs_loss(
+    kind: str, length: int, load_tiny: Callable, make_rows: Callable
+) -> None:
+    """The prefix is longer than gemma3's window of attention, and partly learnt."""
+    model = load_tiny(kind, "float64").model
+    (prefix,) = make_rows([length], seed=5)
+    rows = common_beginning(make_rows([5, 21, 1, 9]), prefix)
+    flat = lay_out(rows, CPU, [0] * len(rows))
+    assert len(flat.tokens_T) == length + 5 + 21 + 1 + 9
+    with torch.no_grad():
+        expected = padded_loss(model, rows)
+        with ragged(model):
+            loss = summed_loss(model, flat) / sum(row.num_supervised for row in rows)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_neighbours_of_one_owner_share_a_prefix(make_rows: Callable) -> None:
+    (prefix,) = make_rows([SHORTEST_SHARED], seed=5)
+    rows = common_beginning(make_rows([3, 4, 5, 6]), prefix)
+    whole = sum(len(row.tokens) for row in rows)
+    assert len(lay_out(rows, CPU).tokens_T) == whole
+    assert len(lay_out(rows, CPU, "abab").tokens_T) == whole
+    shared = lay_out(rows, CPU, "aabb")
+    assert shared.lengths == (SHORTEST_SHARED + 7, SHORTEST_SHARED + 11)
+    assert shared.keys_Q.diff().tolist() == [8, 11, 12, 8, 13, 14]
+    assert lay_out([rows[0]] * 3, CPU, "aaa").queries_Q.diff().tolist() == [10, 1, 1, 1]  # one each is kept
+
+
 def test_held_out_loss_is_the_mean_over_supervised_tokens_of_all_rows(
     make_engine: Callable, make_rows: Callable
 ) -> None:
@@ -102,9 +136,9 @@ def test_every_learnt_token_is_predicted_from_the_one_before_it(drawn: list) -> 
     flat = lay_out(rows, CPU)
     assert flat.tokens_T.tolist() == [token for row in rows for token in row.tokens]
     assert flat.positions_T.tolist() == [index for row in rows for index in range(len(row.tokens))]
-    assert flat.boundaries_B.diff().tolist() == [len(row.tokens) for row in rows]
+    assert flat.queries_Q.diff().tolist() == [len(row.tokens) for row in rows]
     assert len(flat.predicting_N) == sum(row.num_supervised for row in rows)
-    begins = set(flat.boundaries_B.tolist())
+    begins = set(flat.queries_Q.tolist())
     for where, target in zip(flat.predicting_N.tolist(), flat.targets_N.tolist(), strict=True):
         assert where + 1 not in begins
         assert int(flat.tokens_T[where + 1]) == target

@@ -23,12 +23,12 @@ kernels = pytest.mark.parametrize("kernel", KERNELS, ids=["loop", "masked"])
 
 
 def uneven_jobs(engine: Engine, make_job: Callable, trained: str) -> list[Job]:
-    """Four clients that differ in rows, steps, clipping, decay and rank."""
+    """Four clients that differ in rows, steps, clipping, decay, dropout and rank."""
     numbers: list[dict[str, Any]] = [
         {"steps": 3, "batch_size": 3, "weight_decay": 0.3},
         {"steps": 1, "batch_size": 4, "clip_norm": 0.01},
         {"steps": 2, "batch_size": 1, "clip_norm": 0.05, "weight_decay": 0.1},
-        {"steps": 2, "batch_size": 2},
+        {"steps": 2, "batch_size": 2, "dropout": 0.3},
     ]
     jobs = []
     for seed, (name, values, rank) in enumerate(zip("abcd", numbers, (2, 1, 2, 1), strict=True)):
@@ -85,7 +85,7 @@ def test_the_gradient_of_one_factor_is_its_share_of_both(
     def gradients(part: str) -> torch.Tensor:
         engine.bank.load(engine.layout, [job.start for job in jobs], [engine.layout.scale] * 3, part)
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            return engine._step(jobs, [job.batches[0] for job in jobs])[0].clone()
+            return engine._step(jobs, 0)[0].clone()
 
     both, one = gradients("both"), gradients(trained)
     assert one.shape == (3, part_size(engine.layout, trained))
@@ -104,7 +104,7 @@ def test_example_gradients_are_clipped_by_the_trained_factor(
     def gradient(rows: Any, example_clip: float) -> torch.Tensor:
         engine.bank.load(engine.layout, [job.start], [engine.layout.scale], trained)
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            return engine._step([replace(job, example_clip=example_clip)], [rows])[0][0].clone()
+            return engine._step([replace(job, batches=(rows,), example_clip=example_clip)], 0)[0][0].clone()
 
     singles = [gradient((row,), 0.0) for row in job.batches[0]]
     assert min(float(single.norm()) for single in singles) > clip
