@@ -10,9 +10,12 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import work
+from clients.drifts import drift_store
 from clients.holder import Holder, open_holder
+from clients.protect import node_mean
 from clients.stock import evaluate_for_stock, train_for_stock
 from fedllm.errors import FedLLMError
+from fedllm.types import ClientUpdate
 from fedllm.wire import replies, requests
 
 app = ClientApp()
@@ -47,13 +50,24 @@ def _join(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
 
 def _train(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
     layout = holder.engine.layout
-    request = requests.read_train_request(content, layout)
-    return replies.write_updates(work.train(holder, request), layout=layout, payload=request.codec)
+    request = requests.read_train_request(content, layout, _holding(holder))
+    answers = work.train(holder, request)
+    if request.node_sum:
+        mean_P = node_mean([answer for answer in answers if isinstance(answer, ClientUpdate)])
+        return replies.write_sum(answers, mean_P, layout=layout, part=request.returned, payload=request.codec)
+    return replies.write_updates(answers, layout=layout, part=request.returned, payload=request.codec)
 
 
 def _evaluate(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
-    request = requests.read_evaluate_request(content, holder.engine.layout)
+    request = requests.read_evaluate_request(content, holder.engine.layout, _holding(holder))
     return replies.write_evaluations(work.evaluate(holder, request))
+
+
+def _holding(holder: Holder) -> requests.Holding:
+    layout = holder.engine.layout
+    return requests.Holding(
+        initial=lambda: holder.initial, drift=lambda digest: drift_store().held(digest, layout)
+    )
 
 
 def _answer(message: Message, context: Context, handler: Handler, *, is_stock: bool = False) -> Message:

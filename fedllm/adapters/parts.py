@@ -22,6 +22,11 @@ def trained_part(train: str, round_num: int) -> str:
     return "b" if round_num % 2 else "a"
 
 
+def returned_part(trained: str, local_b: bool) -> str:
+    """Return the part of a delta that leaves a client: what was trained, but no B of the client's own."""
+    return "a" if local_b else trained
+
+
 def other_part(part: str) -> str:
     """Return what a part leaves out: the other factor, or "none"."""
     return {"both": "none", "a": "b", "b": "a"}[part]

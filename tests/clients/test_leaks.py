@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common.serde import message_to_proto
 
 from clients import client_app, holder, work
+from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import initial_adapter
 from fedllm.errors import NoDataError
 from fedllm.models.base import describe_layout, load_tokenizer
@@ -42,15 +43,24 @@ def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
                 round_num=1,
                 client_ids=clients,
                 num_drawn=(0, 0),
+                ranks=(2, 2),
                 adapter=adapter,
+                drift=no_drift(layout),
+                trained="both",
+                local_b=False,
+                node_sum=False,
                 training=training,
                 codec="fp32",
                 weighting="examples",
                 seed=0,
-            )
+            ),
+            requests.Sending(),
         ),
         "evaluate": requests.write_evaluate_request(
-            EvaluateRequest(round_num=1, client_ids=clients, adapter=adapter)
+            EvaluateRequest(
+                round_num=1, client_ids=clients, adapter=adapter, drift=no_drift(layout), local_b=False
+            ),
+            requests.Sending(),
         ),
     }
 
@@ -127,7 +137,7 @@ def test_replies_hold_exactly_the_records_and_fields_on_the_list(ask: Callable) 
     }
     assert fields_of(ask("query.join").content) == {
         "clients": (ConfigRecord, {"ids", "fingerprints"}),
-        "metrics": (MetricRecord, {"num_train", "num_held_out"}),
+        "metrics": (MetricRecord, {"num_train", "num_held_out", "max_rank"}),
     }
 
 

@@ -68,9 +68,9 @@ def earlier_round(content: RecordDict, layout: AdapterLayout) -> None:
 
 
 def other_payload_bytes(content: RecordDict, layout: AdapterLayout) -> None:
-    header = {"layout": layout.digest, "payload": "fp32", "round": 1, "size": layout.size}
+    header = {"layout": layout.digest, "part": "both", "payload": "fp32", "round": 1, "size": layout.size}
     text = json.dumps(header).encode()
-    body = b"FLLM\x01" + struct.pack("<I", len(text)) + text + bytes(2 * layout.size)
+    body = b"FLLM\x02" + struct.pack("<I", len(text)) + text + bytes(2 * layout.size)
     sends(content, body + hashlib.sha256(body).digest())
 
 
@@ -171,7 +171,7 @@ KINDS: dict[str, Tampering] = {
     "undecodable bytes": packet(SECRET.encode()),
     "no bytes": packet(b""),
     "oversized packet": packet(bytes(10_000_000)),
-    "deep header": packet(b"FLLM\x01" + struct.pack("<I", 4000) + b"[" * 4000 + bytes(40)),
+    "deep header": packet(b"FLLM\x02" + struct.pack("<I", 4000) + b"[" * 4000 + bytes(40)),
     "numpy array": numpy_array,
     "other array type": other_array_type,
     "renamed entry": renamed_entry,

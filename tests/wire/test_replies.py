@@ -23,6 +23,7 @@ SECRET = "xyzzy-private"
 def update(client_id: str, **changes: Any) -> ClientUpdate:
     values: dict[str, Any] = {
         "round_num": 4,
+        "rank": 2,
         "delta": torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(1)),
         "weight": 7.0,
         "num_tokens": 31,
@@ -38,12 +39,16 @@ def evaluation(client_id: str) -> ClientEvaluation:
 
 
 def joined(client_id: str) -> JoinedClient:
-    return JoinedClient(client_id=client_id, node_id=9, num_train=3, num_held_out=0, fingerprint="f" * 64)
+    return JoinedClient(
+        client_id=client_id, node_id=9, num_train=3, num_held_out=0, fingerprint="f" * 64, max_rank=2
+    )
 
 
 def updates_reply() -> RecordDict:
     failure = ClientFailure(client_id="c", code="no-data")
-    return replies.write_updates([update("a"), failure, update("b")], layout=LAYOUT, payload="fp32")
+    return replies.write_updates(
+        [update("a"), failure, update("b")], layout=LAYOUT, part="both", payload="fp32"
+    )
 
 
 def evaluations_reply() -> RecordDict:
@@ -56,7 +61,9 @@ def joined_reply() -> RecordDict:
 
 
 def read_updates(content: RecordDict) -> list[ClientUpdate | ClientFailure]:
-    return replies.read_updates(content, layout=LAYOUT, round_num=4)
+    return replies.read_updates(
+        content, layout=LAYOUT, ranks=dict.fromkeys("abc", 2), part="both", round_num=4
+    )
 
 
 READERS: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]] = {
@@ -94,11 +101,14 @@ def test_a_node_without_clients_declares_none() -> None:
 
 def test_replies_with_nothing_done_can_be_written_and_read() -> None:
     failures = [ClientFailure(client_id="a", code="no-data")]
-    content = replies.write_updates(failures, layout=LAYOUT, payload="bf16")
+    content = replies.write_updates(failures, layout=LAYOUT, part="both", payload="bf16")
     assert set(content) == {"clients"}
     assert [answer.code for answer in read_updates(content)] == ["no-data"]
     assert [answer.code for answer in replies.read_evaluations(content)] == ["no-data"]
-    for empty in (replies.write_updates([], layout=LAYOUT, payload="bf16"), replies.write_evaluations([])):
+    for empty in (
+        replies.write_updates([], layout=LAYOUT, part="both", payload="bf16"),
+        replies.write_evaluations([]),
+    ):
         with pytest.raises(WireError):
             read_updates(empty)
 
@@ -106,7 +116,7 @@ def test_replies_with_nothing_done_can_be_written_and_read() -> None:
 @pytest.mark.parametrize("name", ["metrics", "updates"])
 def test_a_reply_with_nothing_done_hides_no_text_under_a_known_name(name: str) -> None:
     failures = [ClientFailure(client_id="a", code="no-data")]
-    content = replies.write_updates(failures, layout=LAYOUT, payload="bf16")
+    content = replies.write_updates(failures, layout=LAYOUT, part="both", payload="bf16")
     content[name] = ConfigRecord({"text": SECRET})
     with pytest.raises(WireError, match="not on the list"):
         read_updates(content)
@@ -250,7 +260,7 @@ def test_an_error_reply_holds_a_code_of_the_list_only(code: str) -> None:
     assert written == (code if code in CLIENT_ERROR_CODES else "internal")
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_train", -1), ("num_held_out", -5)])
+@pytest.mark.parametrize(("name", "value"), [("num_train", -1), ("num_held_out", -5), ("max_rank", -1)])
 def test_a_join_reply_declares_no_negative_size(name: str, value: int) -> None:
     content = joined_reply()
     content["metrics"][name][1] = value

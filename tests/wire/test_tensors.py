@@ -22,14 +22,16 @@ SECRET = "xyzzy-private"
 
 def reply() -> RecordDict:
     updates = [
-        ClientUpdate(client_id=name, round_num=4, delta=DELTA, weight=1.0, num_tokens=3, train_loss=0.5)
+        ClientUpdate(
+            client_id=name, round_num=4, rank=2, delta=DELTA, weight=1.0, num_tokens=3, train_loss=0.5
+        )
         for name in ("a", "b")
     ]
-    return replies.write_updates(updates, layout=LAYOUT, payload="fp32")
+    return replies.write_updates(updates, layout=LAYOUT, part="both", payload="fp32")
 
 
 def read(content: RecordDict) -> list[ClientUpdate | ClientFailure]:
-    return replies.read_updates(content, layout=LAYOUT, round_num=4)
+    return replies.read_updates(content, layout=LAYOUT, ranks={"a": 2, "b": 2}, part="both", round_num=4)
 
 
 def packet(layout: AdapterLayout = LAYOUT, size: int | None = None, round_num: int = 4) -> bytes:
