@@ -73,8 +73,8 @@ class DriftStore:
                 building.replace(target)
             finally:
                 building.unlink(missing_ok=True)
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda file: -file.stat().st_mtime)
-        for old in files[NUM_KEPT:]:
+        others = [file for file in self.folder.glob("*.safetensors") if file != target]
+        for old in sorted(others, key=lambda file: -file.stat().st_mtime)[NUM_KEPT - 1 :]:
             old.unlink(missing_ok=True)
 
 

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from flwr.app import RecordDict
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.adapters.parts import other_part, part_of
+from fedllm.adapters.parts import changing_part, other_part, part_of
 from fedllm.config import AggregationConfig
 from fedllm.errors import NotHeldError
 from fedllm.wire.replies import read_error
@@ -38,9 +39,9 @@ def travelling_part(aggregation: AggregationConfig, adapter: AdapterState, initi
     A that is frozen from the first round on (FFA-LoRA) and B that never leaves a client (FedSA-LoRA) are
     those of the initial adapter, bit for bit; a run that began with another adapter has them sent.
     """
-    part = "b" if aggregation.train == "b" else "a" if aggregation.read_out == "local-b" else "both"
+    part = changing_part(aggregation.train, aggregation.read_out == "local-b")
     rest = other_part(part)
-    is_initial = part_of(adapter.layout, adapter.vector, rest).equal(
-        part_of(adapter.layout, initial.vector, rest)
+    bits, first = (
+        part_of(state.layout, state.vector, rest).view(torch.int32) for state in (adapter, initial)
     )
-    return part if is_initial else "both"
+    return part if torch.equal(bits, first) else "both"

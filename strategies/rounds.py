@@ -179,6 +179,7 @@ def fold(
             mixture = aggregation.add(mixture, answer)
             for update in answer.members or (answer,):
                 accepted[update.client_id] = replace(update, delta=update.delta[:0])  # numbers only
+    accepted = {client: accepted[client] for client in plan.asked if client in accepted}
     total = sum(update.weight for update in accepted.values())
     record = RoundRecord(
         round_num=plan.round_num,

@@ -27,6 +27,11 @@ def returned_part(trained: str, local_b: bool) -> str:
     return "a" if local_b else trained
 
 
+def changing_part(train: str, local_b: bool) -> str:
+    """Return the part of the server's adapter that a run ever changes; the rest stays as it began."""
+    return "a" if local_b else train if train in PARTS else "both"
+
+
 def other_part(part: str) -> str:
     """Return what a part leaves out: the other factor, or "none"."""
     return {"both": "none", "a": "b", "b": "a"}[part]

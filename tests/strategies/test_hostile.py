@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from clients import work
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.parts import part_size
 from fedllm.runs.records import record_to_line
 from fedllm.wire import codec, packets
 from strategies.rounds import next_round
@@ -57,6 +58,20 @@ def other_layout(**changes: Any) -> Tampering:
         sends(content, encoded(torch.zeros(other.size), other))
 
     return tamper
+
+
+def other_part(part: str) -> Tampering:
+    def tamper(content: RecordDict, layout: AdapterLayout) -> None:
+        vector = torch.zeros(part_size(layout, part))
+        data = codec.encode(vector, layout_digest=layout.digest, round_num=1, payload="fp32", part=part)
+        sends(content, data)
+
+    return tamper
+
+
+def sum_instead(content: RecordDict, layout: AdapterLayout) -> None:
+    content["sum"] = ArrayRecord({"sum": content["updates"][OFFENDER]})
+    del content["updates"]
 
 
 def other_size(extra: int) -> Tampering:
@@ -162,6 +177,12 @@ KINDS: dict[str, Tampering] = {
     "one value too many": other_size(1),
     "one value too few": other_size(-1),
     "other rank": other_layout(rank=3),
+    "other rank of the same scale": lambda content, layout: other_layout(rank=1, alpha=layout.scale)(
+        content, layout
+    ),
+    "A alone": other_part("a"),
+    "B alone": other_part("b"),
+    "a sum that was not asked for": sum_instead,
     "other alpha": other_layout(alpha=64.0),
     "other base model": other_layout(fingerprint="0" * 64),
     "packet of an earlier round": earlier_round,
