@@ -2,10 +2,13 @@
 
 A training result passes this chain and nothing else does: weight -> allow-list. Clipping, noise and masking
 take their places here, in an order the privacy plan fixes. What is returned is the whole of what the server
-learns: a delta, a weight and four numbers.
+learns: a delta, a weight and four numbers. Where a server asks a node for the sum of its clients, their
+deltas leave as one weighted mean.
 """
 
 from collections.abc import Sequence
+
+import torch
 
 from fedllm.errors import ConfigError, NonFiniteError
 from fedllm.models.chat import Encoded
@@ -14,9 +17,9 @@ from fedllm.types import ClientUpdate
 
 
 def protect(
-    result: Result, rows: Sequence[Encoded], *, round_num: int, weighting: str, num_train: int
+    result: Result, rows: Sequence[Encoded], *, rank: int, round_num: int, weighting: str, num_train: int
 ) -> ClientUpdate:
-    """Return the update of one client from its training result.
+    """Return the update of one client, trained at `rank`, from its training result.
 
     `rows` are those trained on; of them only counts are used. `weighting` is "examples" (the client's rows),
     "tokens" (supervised tokens of this round) or "uniform".
@@ -34,6 +37,7 @@ def protect(
     return ClientUpdate(
         client_id=result.client_id,
         round_num=round_num,
+        rank=rank,
         delta=result.delta.float(),
         weight=weights[weighting],
         num_tokens=result.num_tokens,
@@ -41,3 +45,12 @@ def protect(
         num_truncated=sum(row.num_cut > 0 for row in rows),
         seconds=round(result.seconds, 3),
     )
+
+
+def node_mean(updates: Sequence[ClientUpdate]) -> torch.Tensor:
+    """Return the weighted mean [P] of the deltas of clients of one rank, summed in float64."""
+    total = sum(update.weight for update in updates)
+    mean_P = torch.zeros(max((update.delta.numel() for update in updates), default=0), dtype=torch.float64)
+    for update in updates:
+        mean_P.add_(update.delta, alpha=update.weight / total)
+    return mean_P.float()

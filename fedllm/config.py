@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
+from fedllm.adapters.ranks import deal_ranks
 from fedllm.errors import ConfigError
 
 Scalar: TypeAlias = bool | int | float | str
@@ -36,6 +37,8 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     target_modules: str = "all-linear"  # or a comma-separated list: "q_proj,v_proj"
+    init_a: str = "kaiming"  # kaiming | orthonormal
+    client_ranks: str = ""  # empty = lora.rank; "4,8,16" dealt in turn over sorted client ids; "anna:4,ben:8"
     dropout: float = 0.0  # share of the adapters' inputs dropped while training
 
 
@@ -89,7 +92,8 @@ class TrainConfig:
 class AggregationConfig:
     """How client updates become one adapter."""
 
-    read_out: str = "svd"  # svd | factor-mean
+    train: str = "both"  # both | a | b | alternate (b in odd rounds, a in even ones)
+    read_out: str = "svd"  # svd | factor-mean | local-b
     weighting: str = "examples"  # examples | tokens | uniform
 
 
@@ -98,6 +102,7 @@ class WireConfig:
     """How a delta travels."""
 
     codec: str = "bf16"  # fp32 | bf16 | int8
+    node_sum: bool = False  # a node returns the weighted mean of its clients' deltas in place of each delta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +228,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.quantization": ("none", "8bit", "4bit"),
     "data.on-bad-row": ("skip", "stop"),
     "train.schedule": ("constant", "cosine"),
-    "aggregation.read-out": ("svd", "factor-mean"),
+    "lora.init-a": ("kaiming", "orthonormal"),
+    "aggregation.train": ("both", "a", "b", "alternate"),
+    "aggregation.read-out": ("svd", "factor-mean", "local-b"),
     "aggregation.weighting": ("examples", "tokens", "uniform"),
     "wire.codec": ("fp32", "bf16", "int8"),
 }
@@ -287,8 +294,32 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.min-clients = {config.federation.min_clients} is above the cohort of {cohort_size}"
         )
+    deal_ranks(config.lora.client_ranks, (), config.lora.rank)
+    _check_parts(config)
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")
+
+
+def _check_parts(config: RunConfig) -> None:
+    """Refuse ways of training and of sending that contradict the read-out."""
+    aggregation = config.aggregation
+    if aggregation.read_out == "local-b" and aggregation.train != "both":
+        raise ConfigError(
+            f"aggregation.train = {aggregation.train!r}: read-out local-b trains both factors and shares A;"
+            " use both"
+        )
+    if not config.wire.node_sum:
+        return
+    if aggregation.read_out != "factor-mean" or aggregation.weighting == "product-norm":
+        raise ConfigError(
+            f"wire.node-sum = true: read-out {aggregation.read_out} weighted by {aggregation.weighting} needs"
+            " every client's own factors; use factor-mean and another weighting, or wire.node-sum = false"
+        )
+    if config.lora.client_ranks:
+        raise ConfigError(
+            "wire.node-sum = true: clients of different ranks have no common sum; leave lora.client-ranks"
+            " empty or set wire.node-sum = false"
+        )
 
 
 def cohort_size_of(config: RunConfig) -> int:

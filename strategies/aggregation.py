@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedllm.adapters import algebra
-from fedllm.adapters.layout import AdapterState
+from fedllm.adapters.layout import AdapterState, at_rank, with_rank
 from fedllm.types import ClientUpdate
 
 
@@ -55,8 +55,11 @@ def add(mixture: Mixture, update: ClientUpdate) -> Mixture:
 
     The factors of a bounded number of clients are kept; beyond it they are merged without loss.
     """
-    adapter_P = mixture.start.vector + update.delta
-    factors = mixture.start.layout.factors(adapter_P)
+    full = mixture.start.layout
+    own = at_rank(full, update.rank)
+    adapter_P = with_rank(mixture.start.vector, full, update.rank) + update.delta
+    factors = own.factors(adapter_P)
+    adapter_P = with_rank(adapter_P, own, full.rank)
     return replace(
         mixture,
         total_weight=mixture.total_weight + update.weight,
@@ -83,7 +86,7 @@ def finish(mixture: Mixture, read_out: str) -> Aggregate:
     ]
     kept, total = sum(t.kept for t in truncated), sum(t.total for t in truncated)
     # One client's own factors are already its exact read-out; refactoring them would only change gauge.
-    if read_out == "factor-mean" or mixture.num_clients == 1:
+    if read_out in ("factor-mean", "local-b") or mixture.num_clients == 1:
         vector = mean_P if mixture.num_clients > 1 else mixture.last_P
         assert vector is not None
         adapter = AdapterState(layout, vector.float())

@@ -2,18 +2,17 @@
 
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
-from typing import TypeAlias
 
 from flwr.app import RecordDict
 
+from fedllm.adapters.parts import returned_part, trained_part
 from fedllm.config import RunConfig, cohort_size_of
-from fedllm.errors import RunFailedError, WireError
+from fedllm.errors import RunFailedError
 from fedllm.runs.checkpoint import ServerState
-from fedllm.training.optimizer import largest_move
 from fedllm.types import (
     ClientFailure,
     ClientUpdate,
@@ -22,16 +21,14 @@ from fedllm.types import (
     RoundRecord,
     TrainRequest,
 )
-from fedllm.wire import records
+from fedllm.wire import requests
 from strategies import aggregation
+from strategies.delivered import travelling_part
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
+from strategies.receiving import Answer, members_of, receive
 from strategies.selection import choose_clients
 from strategies.session import Session
-from strategies.transport import Reply
-from strategies.validation import check_update, largest_weight
-
-Answer: TypeAlias = ClientUpdate | ClientFailure
 
 FAILING_ROUNDS = 3  # rounds in a row above federation.max-failure-rate before the run stops
 
@@ -107,6 +104,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         round_num=round_num,
         attempt=attempt,
     )
+    trained = trained_part(config.aggregation.train, round_num)
     train = config.train
     training = LocalTraining(
         steps=train.local_steps,
@@ -121,7 +119,10 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         attempt=attempt,
         asked=asked,
         cohort_size=cohort_size_of(config),
+        ranks={client: rank for client, rank in session.ranks().items() if client in asked},
         training=training,
+        trained=trained,
+        returned=returned_part(trained, config.aggregation.read_out == "local-b"),
         largest_start=float(state.adapter.vector.abs().max()),
     )
 
@@ -137,69 +138,28 @@ def learning_rate(config: RunConfig, round_num: int) -> float:
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
     """Return one message per node, naming all of its clients that take part."""
     config = session.config
-    return {
-        node: records.write_train_request(
-            TrainRequest(
-                round_num=plan.round_num,
-                client_ids=tuple(clients),
-                num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
-                adapter=state.adapter,
-                training=plan.training,
-                codec=config.wire.codec,
-                weighting=config.aggregation.weighting,
-                seed=config.seed,
-            )
+    part = travelling_part(config.aggregation, state.adapter, session.initial)
+    contents = {}
+    for node, clients in session.by_node(plan.asked).items():
+        ranks = tuple(plan.ranks[client] for client in clients)
+        request = TrainRequest(
+            round_num=plan.round_num,
+            client_ids=tuple(clients),
+            num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+            ranks=ranks,
+            adapter=state.adapter,
+            drift=state.drift,
+            training=plan.training,
+            trained=plan.trained,
+            local_b=config.aggregation.read_out == "local-b",
+            node_sum=session.is_summed(ranks),
+            codec=config.wire.codec,
+            weighting=config.aggregation.weighting,
+            seed=config.seed,
         )
-        for node, clients in session.by_node(plan.asked).items()
-    }
-
-
-def receive(
-    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
-) -> Generator[Answer, None, None]:
-    """Yield one answer for every client asked, as it arrives: a sound update or why there is none."""
-    asked = session.by_node(plan.asked)
-    replies = session.transport.exchange(
-        contents,
-        message_type="train",
-        group=str(plan.round_num),
-        deadline=session.config.federation.round_deadline,
-    )
-    for reply in replies:
-        for answer in read_reply(session, plan, reply, asked[reply.node_id]):
-            session.watch.client(plan.round_num, answer)
-            yield answer
-
-
-def read_reply(
-    session: Session, plan: RoundPlan, reply: Reply, asked: list[str]
-) -> Generator[Answer, None, None]:
-    """Yield one answer for each client of a node that was asked; what it says of others is ignored."""
-    unanswered = dict.fromkeys(asked, "its node did not answer for it")
-    if reply.content is None:
-        unanswered = dict.fromkeys(asked, reply.reason)
-    else:
-        try:
-            answers = records.read_updates(reply.content, layout=session.layout, round_num=plan.round_num)
-        except WireError as error:
-            answers, unanswered = [], dict.fromkeys(asked, str(error))
-        for answer in answers:
-            if unanswered.pop(answer.client_id, None) is None:
-                session.watch.notice(f"node {reply.node_id} answered for a client it was not asked for")
-            elif isinstance(answer, ClientFailure):
-                yield answer
-            else:
-                joined = session.clients[answer.client_id]
-                yield check_update(
-                    answer,
-                    joined=joined,
-                    layout=session.layout,
-                    round_num=plan.round_num,
-                    largest_weight=largest_weight(joined, session.config),
-                    largest_move=largest_move(plan.training, plan.largest_start),
-                )
-    for client, reason in unanswered.items():
-        yield ClientFailure(client_id=client, code="lost", reason=reason)
+        sending = session.delivered.sending(node, part, state.drift.digest)
+        contents[node] = requests.write_train_request(request, sending)
+    return contents
 
 
 def fold(
@@ -217,7 +177,9 @@ def fold(
             lost[answer.client_id] = answer.reason or answer.code
         else:
             mixture = aggregation.add(mixture, answer)
-            accepted[answer.client_id] = replace(answer, delta=answer.delta[:0])  # numbers only
+            for update in answer.members or (answer,):
+                accepted[update.client_id] = replace(update, delta=update.delta[:0])  # numbers only
+    accepted = {client: accepted[client] for client in plan.asked if client in accepted}
     total = sum(update.weight for update in accepted.values())
     record = RoundRecord(
         round_num=plan.round_num,
@@ -230,6 +192,7 @@ def fold(
         train_loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
         num_tokens=sum(update.num_tokens for update in accepted.values()),
         learning_rate=plan.training.learning_rate,
+        trained=plan.trained,
         applied=len(accepted) >= session.config.federation.min_clients,
         adapter=state.adapter.digest,
     )
@@ -245,11 +208,17 @@ def finish(
     aggregate = aggregation.finish(mixture, session.config.aggregation.read_out)
     drawn = plan.training.steps * plan.training.batch_size
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}
-    after = ServerState(plan.round_num, aggregate.adapter, {**state.num_drawn, **counts}, state.records)
+    after = replace(
+        state,
+        round_num=plan.round_num,
+        adapter=aggregate.adapter,
+        num_drawn={**state.num_drawn, **counts},
+    )
+    is_exact = not session.config.wire.node_sum  # sums hide the clients' own products
     record = replace(
         record,
-        rho=aggregate.rho,
-        kept_energy=aggregate.kept_energy,
+        rho=aggregate.rho if is_exact else None,
+        kept_energy=aggregate.kept_energy if is_exact else None,
         delta_norm=aggregate.delta_norm,
         adapter=aggregate.adapter.digest,
     )
@@ -266,8 +235,8 @@ def _first_updates(answers: Generator[Answer, None, None], number: int) -> Gener
     with closing(answers):
         for answer in answers:
             yield answer
-            number -= isinstance(answer, ClientUpdate)
-            if number == 0:
+            number -= len(members_of(answer)) if isinstance(answer, ClientUpdate) else 0
+            if number <= 0:
                 return
 
 
@@ -276,17 +245,21 @@ def _in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answ
 
     Floating-point sums depend on their order; this makes a round independent of who was faster.
     """
-    held: dict[str, Answer] = {}
+    held: dict[str, Answer | None] = {}
     waiting = iter(order)
     current = next(waiting, None)
     for answer in answers:
-        held[answer.client_id] = answer
+        held.update(dict.fromkeys((member.client_id for member in members_of(answer)), None))
+        held[answer.client_id] = answer  # a sum comes at the place of its first member
         while current in held:
-            yield held.pop(current)
+            ready = held.pop(current)
+            if ready is not None:
+                yield ready
             current = next(waiting, None)
     for client in chain([current], waiting):
-        if client in held:
-            yield held.pop(client)
+        ready = held.pop(client, None) if client is not None else None
+        if ready is not None:
+            yield ready
 
 
 def check_failure_rate(state: ServerState, limit: float) -> None:

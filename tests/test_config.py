@@ -19,7 +19,7 @@ seed
 run.name run.output run.resume
 model.name model.revision model.dtype model.device model.quantization model.gradient-checkpointing
 model.num-threads
-lora.rank lora.alpha lora.target-modules lora.dropout
+lora.rank lora.alpha lora.target-modules lora.init-a lora.client-ranks lora.dropout
 data.source data.split data.partition data.prompt-column data.response-column data.text-column
 data.on-bad-row data.held-out-fraction data.max-held-out data.max-rows
 federation.num-clients federation.num-rounds federation.cohort-size federation.cohort-fraction
@@ -27,8 +27,8 @@ federation.over-selection federation.min-clients federation.round-deadline feder
 federation.max-retries federation.max-failure-rate
 train.local-steps train.batch-size train.learning-rate train.schedule train.weight-decay train.clip-norm
 train.max-length train.token-budget
-aggregation.read-out aggregation.weighting
-wire.codec
+aggregation.train aggregation.read-out aggregation.weighting
+wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """
 
@@ -141,6 +141,8 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         "model.quantization",
         "data.on-bad-row",
         "train.schedule",
+        "lora.init-a",
+        "aggregation.train",
         "aggregation.read-out",
         "aggregation.weighting",
         "wire.codec",
@@ -166,6 +168,25 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
         (
             {"federation.cohort-fraction": 0.5, "federation.min-clients": 5},
             "federation.min-clients = 5 is above the cohort of 4",
+        ),
+        (
+            {"lora.client-ranks": "4,16"},
+            "lora.client-ranks = '4,16': expected ranks from 1 to lora.rank = 8, dealt in turn as in 4,8,16,"
+            " or for each client once as in anna:4,ben:8",
+        ),
+        (
+            {"aggregation.read-out": "local-b", "aggregation.train": "b"},
+            "aggregation.train = 'b': read-out local-b trains both factors and shares A; use both",
+        ),
+        (
+            {"wire.node-sum": True},
+            "wire.node-sum = true: read-out svd weighted by examples needs every client's own factors; use"
+            " factor-mean and another weighting, or wire.node-sum = false",
+        ),
+        (
+            {"wire.node-sum": True, "aggregation.read-out": "factor-mean", "lora.client-ranks": "4,8"},
+            "wire.node-sum = true: clients of different ranks have no common sum; leave lora.client-ranks"
+            " empty or set wire.node-sum = false",
         ),
         ({"run.name": ""}, "run.name = '': expected a plain folder name"),
         ({"run.name": "../x"}, "run.name = '../x': expected a plain folder name"),

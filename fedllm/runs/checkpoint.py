@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from fedllm.adapters.drift import Drift, no_drift
 from fedllm.adapters.folder import load_tensors, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config import RunConfig, Scalar
@@ -44,6 +45,11 @@ class ServerState:
     adapter: AdapterState
     num_drawn: Mapping[str, int] = field(default_factory=dict)
     records: tuple[RoundRecord, ...] = ()
+    drift: Drift = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if cast(Drift | None, self.drift) is None:
+            object.__setattr__(self, "drift", no_drift(self.adapter.layout))
 
 
 def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None:
