@@ -10,9 +10,12 @@ from typing import TypeAlias
 
 from flwr.app import RecordDict
 
+from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.errors import RunFailedError, WireError
+from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState
+from fedllm.seeds import derive_seed
 from fedllm.training.optimizer import largest_move
 from fedllm.types import (
     ClientFailure,
@@ -23,7 +26,7 @@ from fedllm.types import (
     TrainRequest,
 )
 from fedllm.wire import records
-from strategies import aggregation
+from strategies.aggregation import combine
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
 from strategies.selection import choose_clients
@@ -145,7 +148,7 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
                 adapter=state.adapter,
                 training=plan.training,
                 codec=config.wire.codec,
-                weighting=config.aggregation.weighting,
+                weighting=aggregation_rule(config).weighting,
                 seed=config.seed,
             )
         )
@@ -201,21 +204,33 @@ def read_reply(
         yield ClientFailure(client_id=client, code="lost", reason=reason)
 
 
+def open_mixture(config: RunConfig, state: ServerState, plan: RoundPlan) -> combine.Mixture:
+    """Return the empty mixture of a round."""
+    rule = aggregation_rule(config)
+    seed = derive_seed(config.seed, "fresh-adapter", plan.round_num)
+    return combine.init(
+        rule,
+        state,
+        trained=rule.trained_in(plan.round_num),
+        fresh=lambda: initial_adapter(state.adapter.layout, seed),
+    )
+
+
 def fold(
     session: Session,
     state: ServerState,
     plan: RoundPlan,
     answers: Iterable[Answer],
-) -> tuple[RoundRecord, aggregation.Mixture]:
+) -> tuple[RoundRecord, combine.Mixture]:
     """Combine the answers on arrival; return what happened and the mixture of the accepted updates."""
-    mixture = aggregation.init(state.adapter)
+    mixture = open_mixture(session.config, state, plan)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, str] = {}
     for answer in _in_order(answers, plan.asked):
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer.reason or answer.code
         else:
-            mixture = aggregation.add(mixture, answer)
+            mixture = combine.add(mixture, answer)
             accepted[answer.client_id] = replace(answer, delta=answer.delta[:0])  # numbers only
     total = sum(update.weight for update in accepted.values())
     record = RoundRecord(
@@ -236,18 +251,28 @@ def fold(
 
 
 def finish(
-    session: Session, state: ServerState, plan: RoundPlan, record: RoundRecord, mixture: aggregation.Mixture
+    session: Session, state: ServerState, plan: RoundPlan, record: RoundRecord, mixture: combine.Mixture
 ) -> tuple[ServerState, RoundRecord]:
     """Read the mixture out into the next state; a round that is not applied changes nothing."""
     if not record.applied:
         return state, record
-    aggregate = aggregation.finish(mixture, session.config.aggregation.read_out)
+    aggregate = combine.finish(mixture)
     drawn = plan.training.steps * plan.training.batch_size
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}
-    after = ServerState(plan.round_num, aggregate.adapter, {**state.num_drawn, **counts}, state.records)
+    after = replace(
+        state,
+        round_num=plan.round_num,
+        adapter=aggregate.adapter,
+        num_drawn={**state.num_drawn, **counts},
+        drift=aggregate.drift,
+        optimizer=aggregate.optimizer,
+        norms=aggregate.norms,
+    )
     record = replace(
         record,
         rho=aggregate.rho,
+        largest_rho=aggregate.largest_rho,
+        silenced=aggregate.silenced,
         kept_energy=aggregate.kept_energy,
         delta_norm=aggregate.delta_norm,
         adapter=aggregate.adapter.digest,
