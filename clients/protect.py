@@ -22,7 +22,7 @@ def protect(
     """Return the update of one client, trained at `rank`, from its training result.
 
     `rows` are those trained on; of them only counts are used. `weighting` is "examples" (the client's rows),
-    "tokens" (supervised tokens of this round) or "uniform".
+    "tokens" (supervised tokens of this round), "uniform", or "product-norm", which the server measures.
 
     Raises:
         NonFiniteError: training diverged; nothing is sent.
@@ -31,7 +31,8 @@ def protect(
     if not is_finite(result):
         raise NonFiniteError(f"client {result.client_id}: the loss is not finite; lower train.learning-rate")
     num_supervised = sum(row.num_supervised for row in rows)
-    weights = {"examples": float(num_train), "tokens": float(num_supervised), "uniform": 1.0}
+    weights = {"examples": float(num_train), "tokens": float(num_supervised)}
+    weights |= dict.fromkeys(("uniform", "product-norm"), 1.0)
     if weighting not in weights:
         raise ConfigError(f"aggregation.weighting = {weighting!r}: expected one of {', '.join(weights)}")
     return ClientUpdate(

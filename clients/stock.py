@@ -10,8 +10,8 @@ from clients import work
 from clients.holder import Holder
 from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import AdapterState
-from fedllm.adapters.parts import trained_part
 from fedllm.errors import NoDataError, WireError
+from fedllm.rule import aggregation_rule
 from fedllm.types import (
     ClientEvaluation,
     ClientUpdate,
@@ -40,7 +40,7 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
         ranks=(start.layout.rank,) * len(holder.clients),
         adapter=start,
         drift=no_drift(start.layout),
-        trained=trained_part(config.aggregation.train, round_num),
+        trained=aggregation_rule(config).trained_in(round_num),
         local_b=False,
         node_sum=False,
         training=LocalTraining(

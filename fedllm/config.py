@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
-from fedllm.adapters.ranks import deal_ranks
+from fedllm import rule
 from fedllm.errors import ConfigError
 
 Scalar: TypeAlias = bool | int | float | str
@@ -90,11 +90,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
-    """How client updates become one adapter."""
+    """How client updates become one adapter: a point of the grid in fedllm/rule.py."""
 
+    preset: str = ""  # a published method, in place of train, read-out and weighting; empty = as they are
     train: str = "both"  # both | a | b | alternate (b in odd rounds, a in even ones)
-    read_out: str = "svd"  # svd | factor-mean | local-b
-    weighting: str = "examples"  # examples | tokens | uniform
+    read_out: str = "svd"  # svd | factor-mean | residual | stack | projection | local-b
+    weighting: str = "examples"  # examples | tokens | uniform | product-norm
+    robust: str = "none"  # what is left to each client; the choices are in strategies/aggregation/robust.py
+    max_malicious: float = 0.2  # of a round's clients: multi-krum and trimmed-mean leave out as many
+    optimizer: str = "fedavg"  # fedavg | fedavgm | nesterov | fedadam | fedyogi | fedadagrad
+    server_learning_rate: float = 0.0  # 0 = the optimizer's own: 1, nesterov 0.7, adaptive ones 0.001
+    server_momentum: float = 0.9  # of every optimizer but fedavg
+    second_moment: float = 0.99  # of fedadam and fedyogi
+    adaptivity: float = 1e-4  # tau of the adaptive optimizers: the size of an adapter value's change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,9 +237,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.on-bad-row": ("skip", "stop"),
     "train.schedule": ("constant", "cosine"),
     "lora.init-a": ("kaiming", "orthonormal"),
-    "aggregation.train": ("both", "a", "b", "alternate"),
-    "aggregation.read-out": ("svd", "factor-mean", "local-b"),
-    "aggregation.weighting": ("examples", "tokens", "uniform"),
+    "aggregation.preset": ("", *rule.PRESETS),
+    "aggregation.train": rule.TRAIN,
+    "aggregation.read-out": rule.READ_OUTS,
+    "aggregation.weighting": rule.WEIGHTINGS,
+    "aggregation.robust": rule.ROBUST_RULES,
+    "aggregation.optimizer": rule.OPTIMIZERS,
     "wire.codec": ("fp32", "bf16", "int8"),
 }
 
@@ -262,6 +273,11 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.clip-norm": (0, math.inf, False),
     "train.max-length": (8, 10_000_000, False),
     "train.token-budget": (0, 100_000_000, False),
+    "aggregation.max-malicious": (0, 0.5, False),
+    "aggregation.server-learning-rate": (0, math.inf, False),
+    "aggregation.server-momentum": (0, 0.9999, False),
+    "aggregation.second-moment": (0, 0.9999, False),
+    "aggregation.adaptivity": (0, math.inf, True),
     "evaluation.every": (0, 1_000_000, False),
     "evaluation.max-new-tokens": (0, 100_000, False),
 }
@@ -276,7 +292,8 @@ def check(config: RunConfig) -> None:
     flat = config.to_flat()
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
-            raise ConfigError(f"{key} = {flat[key]!r}: expected one of {', '.join(allowed)}")
+            named = ", ".join(choice for choice in allowed if choice)
+            raise ConfigError(f"{key} = {flat[key]!r}: expected one of {named}")
     for key, (low, high, open_below) in _RANGES.items():
         value: Any = flat[key]
         infinite = isinstance(value, float) and not math.isfinite(value)
@@ -294,32 +311,9 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.min-clients = {config.federation.min_clients} is above the cohort of {cohort_size}"
         )
-    deal_ranks(config.lora.client_ranks, (), config.lora.rank)
-    _check_parts(config)
+    rule.aggregation_rule(config)
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")
-
-
-def _check_parts(config: RunConfig) -> None:
-    """Refuse ways of training and of sending that contradict the read-out."""
-    aggregation = config.aggregation
-    if aggregation.read_out == "local-b" and aggregation.train != "both":
-        raise ConfigError(
-            f"aggregation.train = {aggregation.train!r}: read-out local-b trains both factors and shares A;"
-            " use both"
-        )
-    if not config.wire.node_sum:
-        return
-    if aggregation.read_out != "factor-mean" or aggregation.weighting == "product-norm":
-        raise ConfigError(
-            f"wire.node-sum = true: read-out {aggregation.read_out} weighted by {aggregation.weighting} needs"
-            " every client's own factors; use factor-mean and another weighting, or wire.node-sum = false"
-        )
-    if config.lora.client_ranks:
-        raise ConfigError(
-            "wire.node-sum = true: clients of different ranks have no common sum; leave lora.client-ranks"
-            " empty or set wire.node-sum = false"
-        )
 
 
 def cohort_size_of(config: RunConfig) -> int:

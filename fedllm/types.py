@@ -162,6 +162,15 @@ class RoundPlan:
     largest_start: float  # largest absolute value of the adapter the round starts from
 
 
+@dataclass(frozen=True, eq=False)
+class OptimizerState:
+    """What a server optimizer remembers: moments [P] of the pseudo-gradient; empty before its first step."""
+
+    first: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    second: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    num_steps: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
     """What a round did; one line of `rounds.jsonl`. Losses are in nats per supervised token."""
@@ -184,7 +193,9 @@ class RoundRecord:
     applied: bool = True  # false where too few updates were accepted and the adapter stayed as it was
     delta_norm: float = 0.0
     rho: float | None = None  # aggregation error of factor averaging over the norm of the round's change
+    largest_rho: float | None = None  # the same of the worst single matrix
     kept_energy: float | None = None  # share of the exact mean's squared norm that the read-out keeps
+    silenced: tuple[str, ...] = ()  # clients to whom the robust rule left less than a tenth of their weight
     adapter: str = ""  # digest of the adapter after this round
 
     @property

@@ -6,9 +6,9 @@ import torch
 from flwr.app import RecordDict
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.adapters.parts import changing_part, other_part, part_of
-from fedllm.config import AggregationConfig
+from fedllm.adapters.parts import other_part, part_of
 from fedllm.errors import NotHeldError
+from fedllm.rule import AggregationRule
 from fedllm.wire.replies import read_error
 from fedllm.wire.requests import Sending
 
@@ -33,13 +33,13 @@ class Delivered:
             self.unlike.add(node_id)
 
 
-def travelling_part(aggregation: AggregationConfig, adapter: AdapterState, initial: AdapterState) -> str:
+def travelling_part(rule: AggregationRule, adapter: AdapterState, initial: AdapterState) -> str:
     """Return the part of an adapter that clients cannot make themselves from the run's seed.
 
     A that is frozen from the first round on (FFA-LoRA) and B that never leaves a client (FedSA-LoRA) are
     those of the initial adapter, bit for bit; a run that began with another adapter has them sent.
     """
-    part = changing_part(aggregation.train, aggregation.read_out == "local-b")
+    part = rule.changing_part
     rest = other_part(part)
     bits, first = (
         part_of(state.layout, state.vector, rest).view(torch.int32) for state in (adapter, initial)

@@ -29,8 +29,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
     """Return one message per free node, naming its clients that keep held-out rows."""
     holders = [client.client_id for client in session.clients.values() if client.num_held_out]
     free = set(session.transport.node_ids())
-    aggregation = session.config.aggregation
-    part = travelling_part(aggregation, state.adapter, session.initial)
+    part = travelling_part(session.rule, state.adapter, session.initial)
     return {
         node: requests.write_evaluate_request(
             EvaluateRequest(
@@ -38,7 +37,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
                 client_ids=tuple(clients),
                 adapter=state.adapter,
                 drift=state.drift,
-                local_b=aggregation.read_out == "local-b",
+                local_b=session.rule.local_b,
             ),
             session.delivered.sending(node, part, state.drift.digest),
         )

@@ -9,10 +9,12 @@ from itertools import chain
 
 from flwr.app import RecordDict
 
-from fedllm.adapters.parts import returned_part, trained_part
+from fedllm.adapters.layout import initial_adapter
+from fedllm.adapters.parts import returned_part
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.errors import RunFailedError
 from fedllm.runs.checkpoint import ServerState
+from fedllm.seeds import derive_seed
 from fedllm.types import (
     ClientFailure,
     ClientUpdate,
@@ -22,7 +24,7 @@ from fedllm.types import (
     TrainRequest,
 )
 from fedllm.wire import requests
-from strategies import aggregation
+from strategies.aggregation import combine
 from strategies.delivered import travelling_part
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
@@ -104,8 +106,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         round_num=round_num,
         attempt=attempt,
     )
-    trained = trained_part(config.aggregation.train, round_num)
-    train = config.train
+    trained, train = session.rule.trained_in(round_num), config.train
     training = LocalTraining(
         steps=train.local_steps,
         batch_size=train.batch_size,
@@ -122,7 +123,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         ranks={client: rank for client, rank in session.ranks().items() if client in asked},
         training=training,
         trained=trained,
-        returned=returned_part(trained, config.aggregation.read_out == "local-b"),
+        returned=returned_part(trained, session.rule.local_b),
         largest_start=float(state.adapter.vector.abs().max()),
     )
 
@@ -138,7 +139,7 @@ def learning_rate(config: RunConfig, round_num: int) -> float:
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
     """Return one message per node, naming all of its clients that take part."""
     config = session.config
-    part = travelling_part(config.aggregation, state.adapter, session.initial)
+    part = travelling_part(session.rule, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(plan.asked).items():
         ranks = tuple(plan.ranks[client] for client in clients)
@@ -151,10 +152,10 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
             drift=state.drift,
             training=plan.training,
             trained=plan.trained,
-            local_b=config.aggregation.read_out == "local-b",
+            local_b=session.rule.local_b,
             node_sum=session.is_summed(ranks),
             codec=config.wire.codec,
-            weighting=config.aggregation.weighting,
+            weighting=session.rule.weighting,
             seed=config.seed,
         )
         sending = session.delivered.sending(node, part, state.drift.digest)
@@ -162,21 +163,33 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
     return contents
 
 
+def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combine.Mixture:
+    """Return the empty mixture of a round."""
+    seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
+    init_a = session.config.lora.init_a
+    return combine.init(
+        session.rule,
+        state,
+        trained=plan.trained,
+        fresh=lambda: initial_adapter(session.layout, seed, init_a),
+    )
+
+
 def fold(
     session: Session,
     state: ServerState,
     plan: RoundPlan,
     answers: Iterable[Answer],
-) -> tuple[RoundRecord, aggregation.Mixture]:
+) -> tuple[RoundRecord, combine.Mixture]:
     """Combine the answers on arrival; return what happened and the mixture of the accepted updates."""
-    mixture = aggregation.init(state.adapter)
+    mixture = open_mixture(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, str] = {}
     for answer in _in_order(answers, plan.asked):
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer.reason or answer.code
         else:
-            mixture = aggregation.add(mixture, answer)
+            mixture = combine.add(mixture, answer)
             for update in answer.members or (answer,):
                 accepted[update.client_id] = replace(update, delta=update.delta[:0])  # numbers only
     accepted = {client: accepted[client] for client in plan.asked if client in accepted}
@@ -200,12 +213,12 @@ def fold(
 
 
 def finish(
-    session: Session, state: ServerState, plan: RoundPlan, record: RoundRecord, mixture: aggregation.Mixture
+    session: Session, state: ServerState, plan: RoundPlan, record: RoundRecord, mixture: combine.Mixture
 ) -> tuple[ServerState, RoundRecord]:
     """Read the mixture out into the next state; a round that is not applied changes nothing."""
     if not record.applied:
         return state, record
-    aggregate = aggregation.finish(mixture, session.config.aggregation.read_out)
+    aggregate = combine.finish(mixture)
     drawn = plan.training.steps * plan.training.batch_size
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}
     after = replace(
@@ -213,12 +226,16 @@ def finish(
         round_num=plan.round_num,
         adapter=aggregate.adapter,
         num_drawn={**state.num_drawn, **counts},
+        drift=aggregate.drift,
+        optimizer=aggregate.optimizer,
+        norms=aggregate.norms,
     )
-    is_exact = not session.config.wire.node_sum  # sums hide the clients' own products
     record = replace(
         record,
-        rho=aggregate.rho if is_exact else None,
-        kept_energy=aggregate.kept_energy if is_exact else None,
+        rho=aggregate.rho,
+        largest_rho=aggregate.largest_rho,
+        silenced=aggregate.silenced,
+        kept_energy=aggregate.kept_energy,
         delta_norm=aggregate.delta_norm,
         adapter=aggregate.adapter.digest,
     )

@@ -7,6 +7,7 @@ from functools import cached_property
 from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
 from fedllm.adapters.ranks import deal_ranks
 from fedllm.config import RunConfig
+from fedllm.rule import AggregationRule, aggregation_rule
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
 from strategies.delivered import Delivered
 from strategies.transport import Transport
@@ -35,6 +36,11 @@ class Session:
     clients: dict[str, JoinedClient]
     watch: Watch = SILENT
     delivered: Delivered = field(default_factory=Delivered)
+
+    @cached_property
+    def rule(self) -> AggregationRule:
+        """How the run's updates become one adapter."""
+        return aggregation_rule(self.config)
 
     @cached_property
     def initial(self) -> AdapterState:

@@ -14,7 +14,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from fedllm.adapters.drift import with_drift
 from fedllm.config import RunConfig
+from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
@@ -60,7 +62,7 @@ class FederatedLora(Strategy):
             start = read_plain(initial_arrays, self._open(grid).layout)
         state = run_federation(config, grid, self.watch, start)
         result = Result()
-        result.arrays = write_plain(state.adapter)
+        result.arrays = write_plain(with_drift(state.adapter, state.drift))
         for record in state.records:
             if record.round_num:
                 result.train_metrics_clientapp[record.round_num] = _train_metrics(record)
@@ -127,7 +129,7 @@ class FederatedLora(Strategy):
         config = self.config
         self.watch.notice(
             f"{config.federation.num_rounds} rounds of {config.model.name}, rank {config.lora.rank},"
-            f" read-out {config.aggregation.read_out}, {config.wire.codec} deltas"
+            f" read-out {aggregation_rule(config).read_out}, {config.wire.codec} deltas"
         )
 
     def _open(self, grid: Grid) -> Session:

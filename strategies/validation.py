@@ -7,6 +7,7 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.config import RunConfig
+from fedllm.rule import aggregation_rule
 from fedllm.types import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 
 ROUNDING = 1.02  # what a lossy payload may add to a delta
@@ -53,13 +54,17 @@ def _number_fault(update: ClientUpdate, largest_weight: float) -> str:
 
 
 def largest_weight(joined: JoinedClient, config: RunConfig) -> float:
-    """Return the most a client may weigh: its declared rows, the tokens a round can hold, or 1."""
+    """Return the most a client may declare to weigh: its rows, the tokens a round can hold, or 1.
+
+    Under product-norm the server itself measures what a client counts.
+    """
     train = config.train
     return {
         "examples": float(joined.num_train),
         "tokens": float(train.local_steps * train.batch_size * train.max_length),
         "uniform": 1.0,
-    }[config.aggregation.weighting]
+        "product-norm": 1.0,
+    }[aggregation_rule(config).weighting]
 
 
 def check_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation | ClientFailure:

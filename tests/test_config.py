@@ -27,7 +27,9 @@ federation.over-selection federation.min-clients federation.round-deadline feder
 federation.max-retries federation.max-failure-rate
 train.local-steps train.batch-size train.learning-rate train.schedule train.weight-decay train.clip-norm
 train.max-length train.token-budget
-aggregation.train aggregation.read-out aggregation.weighting
+aggregation.preset aggregation.train aggregation.read-out aggregation.weighting aggregation.robust
+aggregation.max-malicious aggregation.optimizer aggregation.server-learning-rate aggregation.server-momentum
+aggregation.second-moment aggregation.adaptivity
 wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """
@@ -142,9 +144,9 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         "data.on-bad-row",
         "train.schedule",
         "lora.init-a",
-        "aggregation.train",
         "aggregation.read-out",
         "aggregation.weighting",
+        "aggregation.optimizer",
         "wire.codec",
     ],
 )
@@ -180,13 +182,14 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
         ),
         (
             {"wire.node-sum": True},
-            "wire.node-sum = true: read-out svd weighted by examples needs every client's own factors; use"
-            " factor-mean and another weighting, or wire.node-sum = false",
+            "wire.node-sum = true: aggregation.read-out = 'svd', aggregation.robust = 'none' and"
+            " aggregation.weighting = 'examples' need every client's own factors; use factor-mean, no robust"
+            " rule and another weighting, or wire.node-sum = false",
         ),
         (
             {"wire.node-sum": True, "aggregation.read-out": "factor-mean", "lora.client-ranks": "4,8"},
             "wire.node-sum = true: clients of different ranks have no common sum; leave lora.client-ranks"
-            " empty or set wire.node-sum = false",
+            " empty",
         ),
         ({"run.name": ""}, "run.name = '': expected a plain folder name"),
         ({"run.name": "../x"}, "run.name = '../x': expected a plain folder name"),

@@ -15,21 +15,9 @@ from fedllm.adapters.layout import AdapterLayout, TensorSpec
 PARTS = ("both", "a", "b")
 
 
-def trained_part(train: str, round_num: int) -> str:
-    """Return the part that `aggregation.train` has trained in a round; alternate: B first, then A."""
-    if train != "alternate":
-        return train
-    return "b" if round_num % 2 else "a"
-
-
 def returned_part(trained: str, local_b: bool) -> str:
     """Return the part of a delta that leaves a client: what was trained, but no B of the client's own."""
     return "a" if local_b else trained
-
-
-def changing_part(train: str, local_b: bool) -> str:
-    """Return the part of the server's adapter that a run ever changes; the rest stays as it began."""
-    return "a" if local_b else train if train in PARTS else "both"
 
 
 def other_part(part: str) -> str:

@@ -24,6 +24,12 @@ def deal_ranks(text: str, client_ids: Iterable[str], rank: int) -> dict[str, int
     return {client: ranks[place % len(ranks)] for place, client in enumerate(clients)}
 
 
+def are_mixed(text: str, rank: int) -> bool:
+    """Return whether `lora.client-ranks` gives clients different ranks; raises as `deal_ranks`."""
+    names, ranks = _parse(text, rank) if text else ([], [])
+    return len({*ranks, *([rank] if names else [])}) > 1
+
+
 def named_clients(text: str, rank: int) -> list[str]:
     """Return the clients that `lora.client-ranks` names; raises as `deal_ranks`."""
     return _parse(text, rank)[0] if text else []

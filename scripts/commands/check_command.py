@@ -8,10 +8,11 @@ from rich.table import Table
 
 from clients.holder import Holder, open_holder
 from fedllm.adapters.layout import AdapterLayout, at_rank
-from fedllm.adapters.parts import changing_part, part_size, returned_part, trained_part
+from fedllm.adapters.parts import part_size, returned_part
 from fedllm.adapters.ranks import deal_ranks
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.models.base import describe_layout
+from fedllm.rule import aggregation_rule
 from fedllm.wire.codec import payload_bytes
 from scripts.commands.words import config_of
 from scripts.console import Console
@@ -62,9 +63,9 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
 
 def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> dict[str, int]:
     """Return payload bytes; those of deltas on average over two rounds, which may train different factors."""
-    train, local_b = config.aggregation.train, config.aggregation.read_out == "local-b"
-    down = payload_bytes(part_size(layout, changing_part(train, local_b)), "fp32")
-    parts = [returned_part(trained_part(train, number), local_b) for number in (1, 2)]
+    rule = aggregation_rule(config)
+    down = payload_bytes(part_size(layout, rule.changing_part), "fp32")
+    parts = [returned_part(rule.trained_in(number), rule.local_b) for number in (1, 2)]
 
     def packet(rank: int) -> float:
         sizes = (part_size(at_rank(layout, rank), part) for part in parts)
