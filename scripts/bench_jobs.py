@@ -2,7 +2,9 @@
 
 from clients.holder import Holder
 from clients.work import make_job
+from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import initial_adapter
+from fedllm.adapters.parts import trained_part
 from fedllm.training.jobs import Job
 from fedllm.types import LocalTraining, TrainRequest
 
@@ -16,11 +18,14 @@ def round_jobs(holder: Holder, *, round_num: int, steps: int) -> list[Job]:
     config, train = holder.config, holder.config.train
     clients = sorted(name for name, client in holder.clients.items() if client.train)
     drawn = (round_num - 1) * steps * train.batch_size
+    layout = holder.engine.layout
     request = TrainRequest(
         round_num=round_num,
         client_ids=tuple(clients),
         num_drawn=(drawn,) * len(clients),
-        adapter=initial_adapter(holder.engine.layout, config.seed),
+        ranks=(layout.rank,) * len(clients),
+        adapter=initial_adapter(layout, config.seed, config.lora.init_a),
+        drift=no_drift(layout),
         training=LocalTraining(
             steps=steps,
             batch_size=train.batch_size,
@@ -28,8 +33,11 @@ def round_jobs(holder: Holder, *, round_num: int, steps: int) -> list[Job]:
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
         ),
+        trained=trained_part(config.aggregation.train, round_num),
+        local_b=False,
+        node_sum=False,
         codec=config.wire.codec,
         weighting=config.aggregation.weighting,
         seed=config.seed,
     )
-    return [make_job(holder.clients[name], request, drawn) for name in clients]
+    return [make_job(holder.clients[name], request, drawn, layout.rank) for name in clients]

@@ -38,11 +38,13 @@ PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "train": (("fedllm.training.engine", "Engine.train"),),
     "rows": (("clients.work", "make_job"),),
     "protect": (("clients.work", "protect"),),
-    "wire": tuple(
-        ("fedllm.wire.records", name)
-        for name in ("write_train_request", "read_train_request", "write_updates", "read_updates")
+    "wire": (
+        ("fedllm.wire.requests", "write_train_request"),
+        ("fedllm.wire.requests", "read_train_request"),
+        ("fedllm.wire.replies", "write_updates"),
+        ("fedllm.wire.replies", "read_updates"),
     ),
-    "validate": (("strategies.rounds", "check_update"),),
+    "validate": (("strategies.receiving", "find_fault"),),
     "aggregate": tuple(("strategies.aggregation", name) for name in ("init", "add", "finish")),
     "checkpoint": (("strategies.run", "save_checkpoint"), ("strategies.run", "write_rounds")),
 }

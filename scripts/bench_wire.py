@@ -30,7 +30,7 @@ from clients.holder import open_holder
 from fedllm.adapters.layout import AdapterState
 from fedllm.config import RunConfig
 from fedllm.wire import codec
-from fedllm.wire.records import packet_bytes
+from fedllm.wire.packets import packet_bytes
 from scripts.bench_deltas import Case, case_figures, packed, train_case, unpacked
 from scripts.bench_tools import (
     Goal,
