@@ -33,21 +33,26 @@ def run(config: RunConfig) -> LocalState:
 def figures_of(records: Sequence[RoundRecord]) -> Figures:
     """Return what the records of a run say: losses before and after, errors of every round, bytes, tokens.
 
-    Bytes are those of the packets, per client that was asked in a round.
+    Bytes are those of the packets, per client that was asked in a round. What a measured round sends for its
+    evaluation is in its record too, so bytes down are those of the other rounds where there are any.
     """
     rounds = [record for record in records if record.round_num > 0]
-    num_asked = sum(len(record.asked) for record in rounds)
+    unmeasured = [record for record in rounds if not record.held_out] or rounds
     return {
         **losses(records[0].held_out, records[-1].held_out),
         "rho": [record.rho for record in rounds],
         "kept": [record.kept_energy for record in rounds],
         "delta_norm": [record.delta_norm for record in rounds],
-        "bytes_up": sum(record.bytes_up for record in rounds) / num_asked,
-        "bytes_down": sum(record.bytes_down for record in rounds) / num_asked,
+        "bytes_up": _per_client([record.bytes_up for record in rounds], rounds),
+        "bytes_down": _per_client([record.bytes_down for record in unmeasured], unmeasured),
         "tokens": sum(record.num_tokens for record in rounds),
         "lost": sum(len(record.lost) for record in rounds),
         "lost_reasons": sorted({reason for record in rounds for reason in record.lost.values()}),
     }
+
+
+def _per_client(num_bytes: Sequence[int], rounds: Sequence[RoundRecord]) -> float:
+    return sum(num_bytes) / max(1, sum(len(record.asked) for record in rounds))
 
 
 def losses(before: Mapping[str, float], after: Mapping[str, float]) -> Figures:

@@ -2,7 +2,9 @@
 
 A Llama-shaped model of about a million parameters is trained on the docstrings of the packages that fedllm
 needs anyway, and saved as an ordinary folder that `model.name` takes. Packages whose docstrings some clients
-will hold are left out of it. The same versions of the packages and of torch give the same model.
+will hold are left out of it. A few documents are random letters of the world's scripts, so that text in
+another than English is unlikely to the model but not unthinkable. The same versions of the packages and of
+torch give the same model.
 
     python -m scripts.experiments.small_model
 """
@@ -12,9 +14,11 @@ import ast
 import hashlib
 import json
 import math
+import random
 import shutil
 import sys
 import tempfile
+import unicodedata
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -28,6 +32,7 @@ from fedllm.data.docstrings import first_sentence
 from fedllm.data.packages import Package, installed_packages, source_files
 from fedllm.errors import DataError, ModelError
 from fedllm.models.files import cache_folder, quiet_transformers
+from fedllm.seeds import derive_seed
 
 _END, _PAD, _USER, _ASSISTANT, _SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
 _CHAT = (
@@ -36,6 +41,7 @@ _CHAT = (
 )
 _MOST_BYTES_OF_FILE = 60_000  # longer ones are mostly tables
 _HELD_OUT_EVERY = 20  # documents
+_LETTER_DOCUMENTS, _LETTERS, _NEIGHBOURS = 600, 30, 500  # how many, of how many letters, from how near
 _HELD_OUT_WINDOWS = 64
 _CACHE_FORM = 1  # raise it where the same recipe no longer gives the same model
 
@@ -125,7 +131,7 @@ def _make(folder: Path, recipe: Recipe, text: _Text) -> None:
 def _read_text(recipe: Recipe, left_out: Collection[str]) -> _Text:
     packages = [package for package in installed_packages() if package.name not in left_out]
     documents = [text for package in packages for text in _documents(package, recipe.chars_of_package)]
-    documents = list(dict.fromkeys(documents))
+    documents = list(dict.fromkeys([*documents, *_letters(recipe.seed)]))
     train = tuple(text for index, text in enumerate(documents) if index % _HELD_OUT_EVERY)
     if sum(map(len, train)) < 100_000:
         raise DataError("the installed packages have too few docstrings; install fedllm's own dependencies")
@@ -144,6 +150,15 @@ def _documents(package: Package, most_chars: int) -> Iterator[str]:
             num_chars += len(docstring)
             if num_chars > most_chars:
                 return
+
+
+def _letters(seed: int) -> Iterator[str]:
+    """Yield documents of random letters, each from one neighbourhood of the Unicode table."""
+    letters = [chr(code) for code in range(0x80, 0xE000) if unicodedata.category(chr(code)).startswith("L")]
+    generator = random.Random(derive_seed(seed, "letters"))
+    for _ in range(_LETTER_DOCUMENTS):
+        begin = generator.randrange(len(letters) - _NEIGHBOURS)
+        yield "".join(generator.choices(letters[begin : begin + _NEIGHBOURS], k=_LETTERS)) + _END
 
 
 def _docstrings(file: Path) -> list[tuple[str, str]]:

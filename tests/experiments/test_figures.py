@@ -51,7 +51,7 @@ def test_figures_are_means_per_client_that_was_asked() -> None:
             asked=("a", "b"),
             lost={"b": "gone"},
             bytes_up=10,
-            bytes_down=40,
+            bytes_down=90,  # an evaluation among them
             num_tokens=5,
             rho=0.4,
             held_out={"a": 3.0, "b": 2.0},
