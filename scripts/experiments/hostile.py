@@ -162,7 +162,7 @@ def backdoor_success(
     """Return per adapter how often a trigger works on held-out questions of honest clients.
 
     `answered` is the share whose greedy answer begins with the target; `preferred` the share where the target
-    has a lower loss per token than the true answer.
+    has a lower loss per token than the true answer; `target_loss` and `answer_loss` are those losses' means.
     """
     trigger, target = str(cell.options["trigger"]), str(cell.options["target"])
     clients = config.federation.num_clients
@@ -182,21 +182,23 @@ def backdoor_success(
             ]
             if rows[0] is not None and rows[1] is not None and not rows[0].num_cut:
                 probes.append((f"{example.turns[-2].content} {trigger}", rows[0], rows[1]))
-    every = max(1, len(probes) // int(cell.options["probes"]))  # spread over the clients
-    probes = probes[::every]
+    number = min(len(probes), int(cell.options["probes"]))
+    probes = [probes[index * len(probes) // number] for index in range(number)]  # spread over the clients
     found: Figures = {"probes": len(probes)}
     for name, adapter in adapters.items():
         prompts = [prompt for prompt, _, _ in probes]
         length = max(row.num_supervised for _, row, _ in probes)
         answers = engine.generate([adapter] * len(prompts), prompts, length)
         jobs = [
-            EvaluationJob(str(number), adapter.vector, (row,))
-            for number, row in enumerate(row for _, *rows in probes for row in rows)
+            EvaluationJob(str(place), adapter.vector, (row,))
+            for place, row in enumerate(row for _, *rows in probes for row in rows)
         ]
         losses = [done.loss for done in engine.evaluate(jobs)]
+        targets, others = losses[::2], losses[1::2]
         found[name] = {
-            "answered": sum(text.startswith(target) for text in answers) / len(probes),
-            "preferred": sum(bad < good for bad, good in zip(losses[::2], losses[1::2], strict=True))
-            / len(probes),
+            "answered": sum(text.startswith(target) for text in answers) / number,
+            "preferred": sum(bad < good for bad, good in zip(targets, others, strict=True)) / number,
+            "target_loss": sum(targets) / number,
+            "answer_loss": sum(others) / number,
         }
     return found

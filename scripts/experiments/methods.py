@@ -31,6 +31,7 @@ Do = Callable[[Sequence[Cell]], list[Outcome]]
 class MethodsGrid:
     """What study A compares: `flat` holds the keys of all its runs, `methods` those of each method.
 
+    Rounds and local steps are among the former: one-shot needs their product.
     A single rate is taken as it is. The parts `dirichlet` and `ranks` are left out where they set no key.
     """
 

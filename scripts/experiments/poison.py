@@ -1,7 +1,8 @@
 """Study C: what one or two malicious clients of ten do to the others, and what robust rules save.
 
-Every ratio is the honest clients' mean held-out loss after the run over that of the same clients after the
-clean run with no rule. Clients count alike, so one of ten holds a tenth of the weight.
+A `ratio` is the honest clients' mean held-out loss after the run over that of the same clients after the
+clean run with no rule; `gain` is their improvement over the base model as a share of that of the clean run.
+Clients count alike, so one of ten holds a tenth of the weight.
 """
 
 import statistics
@@ -127,17 +128,20 @@ def _entry(clean: Outcome, outcome: Outcome) -> Figures:
     figures = outcome.figures
     entry: Figures = {"lost": figures["lost"], "reasons": figures["lost_reasons"]}
     if clean.is_done:
-        entry["ratio"] = loss_ratio(figures, clean.figures)
+        attacked, best, base = honest_losses(figures, clean.figures)
+        entry["ratio"] = attacked / best
+        entry["gain"] = (base - attacked) / (base - best) if base != best else 0.0
     if "backdoor" in figures:
         entry["backdoor"] = figures["backdoor"]
     return entry
 
 
-def loss_ratio(attacked: Figures, clean: Figures) -> float:
-    """Return the honest clients' mean loss in one run over their mean loss in the clean one."""
+def honest_losses(attacked: Figures, clean: Figures) -> tuple[float, float, float]:
+    """Return the honest clients' mean loss after the attacked run, after the clean one and before either."""
     honest = [name for name in attacked["after"] if name not in attacked["attackers"]]
-    losses = [sum(float(run["after"][name]) for name in honest) for run in (attacked, clean)]
-    return losses[0] / losses[1]
+    runs = (attacked["after"], clean["after"], clean["before"])
+    after, best, base = (sum(run[name] for name in honest) / len(honest) for run in runs)
+    return after, best, base
 
 
 def worst(tables: Mapping[str, Mapping[str, Mapping[str, Figures]]]) -> dict[str, float]:

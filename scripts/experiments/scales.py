@@ -67,13 +67,13 @@ FULL = Scale(
     poison=PoisonGrid(
         flat={
             **_TEN,
-            "federation.num-rounds": 5,
-            "train.local-steps": 4,
+            "federation.num-rounds": 8,
+            "train.local-steps": 8,
             "train.batch-size": 2,
             "train.learning-rate": 1e-2,
-            "data.max-held-out": 16,
+            "data.max-held-out": 10,
         },
-        skews=("iid", "dirichlet:domain:1.0"),
+        skews=("dirichlet:domain:1.0",),
         attacks={
             HUGE_FLIP: (1, 2),
             UNGUARDED: (1, 2),

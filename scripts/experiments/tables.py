@@ -60,11 +60,14 @@ def map_table(figures: Figures) -> Table:
 def poison_tables(figures: Figures) -> Iterator[Table]:
     """Yield the tables of study C: loss ratios per skew, then backdoors per skew."""
     for skew, by_attack in figures["tables"].items():
-        yield _by_rule(f"honest clients' loss over that of the clean run, {skew}", by_attack, _ratio)
+        title = (
+            f"honest clients' loss over that of the clean run, and the share of its gain that is left; {skew}"
+        )
+        yield _by_rule(title, by_attack, _ratio)
     for skew, by_attack in figures["backdoors"].items():
         if by_attack:
             title = (
-                f"backdoor answered, target preferred (of held-out triggered questions), loss ratio; {skew}"
+                f"of held-out triggered questions: target answered, target preferred; loss as above; {skew}"
             )
             yield _by_rule(title, by_attack, _backdoor)
 
@@ -82,7 +85,7 @@ def _by_rule(
 
 def _ratio(entry: Figures) -> str:
     if "ratio" in entry:
-        return f"{entry['ratio']:.3f}"
+        return f"{entry['ratio']:.3f} {entry['gain']:.0%}"
     return str(entry.get("reason", "-")).partition(":")[0]
 
 

@@ -15,7 +15,7 @@ from scripts.experiments.methods import (
     chosen_rates,
     methods_study,
 )
-from scripts.experiments.poison import JUDGED, PoisonGrid, goals, loss_ratio, poison_study
+from scripts.experiments.poison import JUDGED, PoisonGrid, goals, honest_losses, poison_study
 from scripts.experiments.rho_map import MapGrid, map_study, rank_correlation
 from scripts.experiments.runs import figures_of, mean_of
 
@@ -163,9 +163,10 @@ def test_rank_correlation_is_that_of_the_ranks_with_ties_shared() -> None:
     assert rank_correlation([1, 1], [1, 2]) == 0.0
 
 
-def test_only_honest_clients_count_in_a_ratio() -> None:
+def test_only_honest_clients_count_against_an_attack() -> None:
     attacked = figures({"a": 2.2, "b": 4.4, "bad": 99.0}, attackers=["bad"])
-    assert loss_ratio(attacked, figures({"a": 2.0, "b": 4.0, "bad": 1.0})) == pytest.approx(1.1)
+    clean = figures({"a": 2.0, "b": 4.0, "bad": 1.0})
+    assert honest_losses(attacked, clean) == pytest.approx((3.3, 3.0, 5.0))
 
 
 def test_the_goal_of_a_rule_is_its_worst_judged_attack() -> None:
@@ -198,4 +199,6 @@ def test_the_goal_of_a_rule_is_its_worst_judged_attack() -> None:
         "clean_over_attacked_poor": False,
     }
     assert found["tables"]["iid"]["huge flip x2"]["none"] == {"reason": "failed: destroyed"}
-    assert found["backdoors"]["iid"]["backdoor x1"]["good"]["ratio"] == 1.0
+    good, poor = (found["backdoors"]["iid"]["backdoor x1"][rule] for rule in ("good", "poor"))
+    assert (good["ratio"], good["gain"]) == (1.0, 1.0)  # of the clean run without a rule, which ends at 2
+    assert (poor["ratio"], poor["gain"]) == (2.0, pytest.approx(1 / 3))

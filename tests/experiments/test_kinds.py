@@ -89,5 +89,5 @@ def test_a_backdoor_that_everybody_learns_is_found_and_was_not_there_before(tiny
     found = attacked(cell("attacked", flat, options), tiny_setting)["backdoor"]
     assert found["probes"] >= 1
     assert found["before"]["answered"] == 0.0
-    assert set(found["after"]) == {"answered", "preferred"}
+    assert found["after"]["target_loss"] < found["before"]["target_loss"]
     assert found["after"]["preferred"] >= found["before"]["preferred"]
