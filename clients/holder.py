@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
+from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config import RunConfig, Scalar
 from fedllm.data.example import BadRow, ClientRows, Example
 from fedllm.data.partition import CLIENT_ID, Partition
@@ -40,6 +41,7 @@ class Holder:
     config: RunConfig
     files: ModelFiles
     clients: Mapping[str, ClientTokens]
+    max_rank: int = 0  # the largest rank this machine has room for; 0 = any
 
     @cached_property
     def fingerprint(self) -> str:
@@ -52,6 +54,11 @@ class Holder:
         base = load_base(self.config.model)
         layout = layout_of(base.model, self.config.lora, base.fingerprint)
         return resident_engine(base, layout, self.config.train.token_budget)
+
+    @cached_property
+    def initial(self) -> AdapterState:
+        """The adapter that the run's seed gives, of which a server may leave out what it has not changed."""
+        return initial_adapter(self.engine.layout, self.config.seed, self.config.lora.init_a)
 
 
 def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Holder:
@@ -74,7 +81,14 @@ def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[s
         rows.client_id: encode_client(rows, files, config.train.max_length)
         for rows in hosted_rows(config, node)
     }
-    return Holder(config, files, clients)
+    return Holder(config, files, clients, _max_rank(node))
+
+
+def _max_rank(node: Mapping[str, Scalar]) -> int:
+    rank = node.get("max-rank", 0)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        raise ConfigError(f"max-rank = {rank!r} in the node config: expected a whole number, 0 = any rank")
+    return rank
 
 
 def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRows]:

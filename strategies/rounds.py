@@ -2,18 +2,19 @@
 
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
-from typing import TypeAlias
 
 from flwr.app import RecordDict
 
+from fedllm.adapters.layout import initial_adapter
+from fedllm.adapters.parts import returned_part
 from fedllm.config import RunConfig, cohort_size_of
-from fedllm.errors import RunFailedError, WireError
+from fedllm.errors import RunFailedError
 from fedllm.runs.checkpoint import ServerState
-from fedllm.training.optimizer import largest_move
+from fedllm.seeds import derive_seed
 from fedllm.types import (
     ClientFailure,
     ClientUpdate,
@@ -22,16 +23,14 @@ from fedllm.types import (
     RoundRecord,
     TrainRequest,
 )
-from fedllm.wire import records
-from strategies import aggregation
+from fedllm.wire import requests
+from strategies.aggregation import combine
+from strategies.delivered import travelling_part
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
+from strategies.receiving import Answer, members_of, receive
 from strategies.selection import choose_clients
 from strategies.session import Session
-from strategies.transport import Reply
-from strategies.validation import check_update, largest_weight
-
-Answer: TypeAlias = ClientUpdate | ClientFailure
 
 FAILING_ROUNDS = 3  # rounds in a row above federation.max-failure-rate before the run stops
 
@@ -107,20 +106,24 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         round_num=round_num,
         attempt=attempt,
     )
-    train = config.train
+    trained, train = session.rule.trained_in(round_num), config.train
     training = LocalTraining(
         steps=train.local_steps,
         batch_size=train.batch_size,
         learning_rate=learning_rate(config, round_num),
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
+        dropout=config.lora.dropout,
     )
     return RoundPlan(
         round_num=round_num,
         attempt=attempt,
         asked=asked,
         cohort_size=cohort_size_of(config),
+        ranks={client: rank for client, rank in session.ranks().items() if client in asked},
         training=training,
+        trained=trained,
+        returned=returned_part(trained, session.rule.local_b),
         largest_start=float(state.adapter.vector.abs().max()),
     )
 
@@ -136,69 +139,40 @@ def learning_rate(config: RunConfig, round_num: int) -> float:
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
     """Return one message per node, naming all of its clients that take part."""
     config = session.config
-    return {
-        node: records.write_train_request(
-            TrainRequest(
-                round_num=plan.round_num,
-                client_ids=tuple(clients),
-                num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
-                adapter=state.adapter,
-                training=plan.training,
-                codec=config.wire.codec,
-                weighting=config.aggregation.weighting,
-                seed=config.seed,
-            )
+    part = travelling_part(session.rule, state.adapter, session.initial)
+    contents = {}
+    for node, clients in session.by_node(plan.asked).items():
+        ranks = tuple(plan.ranks[client] for client in clients)
+        request = TrainRequest(
+            round_num=plan.round_num,
+            client_ids=tuple(clients),
+            num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+            ranks=ranks,
+            adapter=state.adapter,
+            drift=state.drift,
+            training=plan.training,
+            trained=plan.trained,
+            local_b=session.rule.local_b,
+            node_sum=session.is_summed(ranks),
+            codec=config.wire.codec,
+            weighting=session.rule.weighting,
+            seed=config.seed,
         )
-        for node, clients in session.by_node(plan.asked).items()
-    }
+        sending = session.delivered.sending(node, part, state.drift.digest)
+        contents[node] = requests.write_train_request(request, sending)
+    return contents
 
 
-def receive(
-    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
-) -> Generator[Answer, None, None]:
-    """Yield one answer for every client asked, as it arrives: a sound update or why there is none."""
-    asked = session.by_node(plan.asked)
-    replies = session.transport.exchange(
-        contents,
-        message_type="train",
-        group=str(plan.round_num),
-        deadline=session.config.federation.round_deadline,
+def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combine.Mixture:
+    """Return the empty mixture of a round."""
+    seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
+    init_a = session.config.lora.init_a
+    return combine.init(
+        session.rule,
+        state,
+        trained=plan.trained,
+        fresh=lambda: initial_adapter(session.layout, seed, init_a),
     )
-    for reply in replies:
-        for answer in read_reply(session, plan, reply, asked[reply.node_id]):
-            session.watch.client(plan.round_num, answer)
-            yield answer
-
-
-def read_reply(
-    session: Session, plan: RoundPlan, reply: Reply, asked: list[str]
-) -> Generator[Answer, None, None]:
-    """Yield one answer for each client of a node that was asked; what it says of others is ignored."""
-    unanswered = dict.fromkeys(asked, "its node did not answer for it")
-    if reply.content is None:
-        unanswered = dict.fromkeys(asked, reply.reason)
-    else:
-        try:
-            answers = records.read_updates(reply.content, layout=session.layout, round_num=plan.round_num)
-        except WireError as error:
-            answers, unanswered = [], dict.fromkeys(asked, str(error))
-        for answer in answers:
-            if unanswered.pop(answer.client_id, None) is None:
-                session.watch.notice(f"node {reply.node_id} answered for a client it was not asked for")
-            elif isinstance(answer, ClientFailure):
-                yield answer
-            else:
-                joined = session.clients[answer.client_id]
-                yield check_update(
-                    answer,
-                    joined=joined,
-                    layout=session.layout,
-                    round_num=plan.round_num,
-                    largest_weight=largest_weight(joined, session.config),
-                    largest_move=largest_move(plan.training, plan.largest_start),
-                )
-    for client, reason in unanswered.items():
-        yield ClientFailure(client_id=client, code="lost", reason=reason)
 
 
 def fold(
@@ -206,17 +180,19 @@ def fold(
     state: ServerState,
     plan: RoundPlan,
     answers: Iterable[Answer],
-) -> tuple[RoundRecord, aggregation.Mixture]:
+) -> tuple[RoundRecord, combine.Mixture]:
     """Combine the answers on arrival; return what happened and the mixture of the accepted updates."""
-    mixture = aggregation.init(state.adapter)
+    mixture = open_mixture(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, str] = {}
     for answer in _in_order(answers, plan.asked):
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer.reason or answer.code
         else:
-            mixture = aggregation.add(mixture, answer)
-            accepted[answer.client_id] = replace(answer, delta=answer.delta[:0])  # numbers only
+            mixture = combine.add(mixture, answer)
+            for update in answer.members or (answer,):
+                accepted[update.client_id] = replace(update, delta=update.delta[:0])  # numbers only
+    accepted = {client: accepted[client] for client in plan.asked if client in accepted}
     total = sum(update.weight for update in accepted.values())
     record = RoundRecord(
         round_num=plan.round_num,
@@ -229,6 +205,7 @@ def fold(
         train_loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
         num_tokens=sum(update.num_tokens for update in accepted.values()),
         learning_rate=plan.training.learning_rate,
+        trained=plan.trained,
         applied=len(accepted) >= session.config.federation.min_clients,
         adapter=state.adapter.digest,
     )
@@ -236,18 +213,28 @@ def fold(
 
 
 def finish(
-    session: Session, state: ServerState, plan: RoundPlan, record: RoundRecord, mixture: aggregation.Mixture
+    session: Session, state: ServerState, plan: RoundPlan, record: RoundRecord, mixture: combine.Mixture
 ) -> tuple[ServerState, RoundRecord]:
     """Read the mixture out into the next state; a round that is not applied changes nothing."""
     if not record.applied:
         return state, record
-    aggregate = aggregation.finish(mixture, session.config.aggregation.read_out)
+    aggregate = combine.finish(mixture)
     drawn = plan.training.steps * plan.training.batch_size
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}
-    after = ServerState(plan.round_num, aggregate.adapter, {**state.num_drawn, **counts}, state.records)
+    after = replace(
+        state,
+        round_num=plan.round_num,
+        adapter=aggregate.adapter,
+        num_drawn={**state.num_drawn, **counts},
+        drift=aggregate.drift,
+        optimizer=aggregate.optimizer,
+        norms=aggregate.norms,
+    )
     record = replace(
         record,
         rho=aggregate.rho,
+        largest_rho=aggregate.largest_rho,
+        silenced=aggregate.silenced,
         kept_energy=aggregate.kept_energy,
         delta_norm=aggregate.delta_norm,
         adapter=aggregate.adapter.digest,
@@ -265,8 +252,8 @@ def _first_updates(answers: Generator[Answer, None, None], number: int) -> Gener
     with closing(answers):
         for answer in answers:
             yield answer
-            number -= isinstance(answer, ClientUpdate)
-            if number == 0:
+            number -= len(members_of(answer)) if isinstance(answer, ClientUpdate) else 0
+            if number <= 0:
                 return
 
 
@@ -275,17 +262,21 @@ def _in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answ
 
     Floating-point sums depend on their order; this makes a round independent of who was faster.
     """
-    held: dict[str, Answer] = {}
+    held: dict[str, Answer | None] = {}
     waiting = iter(order)
     current = next(waiting, None)
     for answer in answers:
-        held[answer.client_id] = answer
+        held.update(dict.fromkeys((member.client_id for member in members_of(answer)), None))
+        held[answer.client_id] = answer  # a sum comes at the place of its first member
         while current in held:
-            yield held.pop(current)
+            ready = held.pop(current)
+            if ready is not None:
+                yield ready
             current = next(waiting, None)
     for client in chain([current], waiting):
-        if client in held:
-            yield held.pop(client)
+        ready = held.pop(client, None) if client is not None else None
+        if ready is not None:
+            yield ready
 
 
 def check_failure_rate(state: ServerState, limit: float) -> None:

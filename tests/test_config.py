@@ -19,7 +19,7 @@ seed
 run.name run.output run.resume
 model.name model.revision model.dtype model.device model.quantization model.gradient-checkpointing
 model.num-threads
-lora.rank lora.alpha lora.target-modules
+lora.rank lora.alpha lora.target-modules lora.init-a lora.client-ranks lora.dropout
 data.source data.split data.partition data.prompt-column data.response-column data.text-column
 data.on-bad-row data.held-out-fraction data.max-held-out data.max-rows
 federation.num-clients federation.num-rounds federation.cohort-size federation.cohort-fraction
@@ -27,8 +27,10 @@ federation.over-selection federation.min-clients federation.round-deadline feder
 federation.max-retries federation.max-failure-rate
 train.local-steps train.batch-size train.learning-rate train.schedule train.weight-decay train.clip-norm
 train.max-length train.token-budget
-aggregation.read-out aggregation.weighting
-wire.codec
+aggregation.preset aggregation.train aggregation.read-out aggregation.weighting aggregation.robust
+aggregation.max-malicious aggregation.optimizer aggregation.server-learning-rate aggregation.server-momentum
+aggregation.second-moment aggregation.adaptivity
+wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """
 
@@ -141,8 +143,10 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         "model.quantization",
         "data.on-bad-row",
         "train.schedule",
+        "lora.init-a",
         "aggregation.read-out",
         "aggregation.weighting",
+        "aggregation.optimizer",
         "wire.codec",
     ],
 )
@@ -166,6 +170,26 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
         (
             {"federation.cohort-fraction": 0.5, "federation.min-clients": 5},
             "federation.min-clients = 5 is above the cohort of 4",
+        ),
+        (
+            {"lora.client-ranks": "4,16"},
+            "lora.client-ranks = '4,16': expected ranks from 1 to lora.rank = 8, dealt in turn as in 4,8,16,"
+            " or for each client once as in anna:4,ben:8",
+        ),
+        (
+            {"aggregation.read-out": "local-b", "aggregation.train": "b"},
+            "aggregation.train = 'b': read-out local-b trains both factors and shares A; use both",
+        ),
+        (
+            {"wire.node-sum": True},
+            "wire.node-sum = true: aggregation.read-out = 'svd', aggregation.robust = 'none' and"
+            " aggregation.weighting = 'examples' need every client's own factors; use factor-mean, no robust"
+            " rule and another weighting, or wire.node-sum = false",
+        ),
+        (
+            {"wire.node-sum": True, "aggregation.read-out": "factor-mean", "lora.client-ranks": "4,8"},
+            "wire.node-sum = true: clients of different ranks have no common sum; leave lora.client-ranks"
+            " empty",
         ),
         ({"run.name": ""}, "run.name = '': expected a plain folder name"),
         ({"run.name": "../x"}, "run.name = '../x': expected a plain folder name"),

@@ -5,10 +5,11 @@ optimizer rows stay apart, so each result is what training that client alone giv
 bit where every client has a pass of its own, `token_budget=1`). The plain twin is `fedllm.training.plain`.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import TypeVar
@@ -16,8 +17,10 @@ from typing import TypeVar
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
+from fedllm.adapters.parts import whole_of
 from fedllm.errors import LayoutError
 from fedllm.lora.bank import Bank, Route, segments
+from fedllm.lora.dropout import noisy_rows
 from fedllm.lora.kernels import LoopKernel, MaskedKernel
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
@@ -26,7 +29,7 @@ from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
 from fedllm.training.forward import lay_out, token_losses
 from fedllm.training.generate import answers
-from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite
+from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
 from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.types import ClientEvaluation
@@ -34,6 +37,8 @@ from fedllm.types import ClientEvaluation
 CPU_TOKEN_BUDGET = 512
 CPU_STEP_TOKENS = 4096
 MAX_ADAPTERS = 64  # held at once for evaluation
+
+_logger = logging.getLogger("fedllm.training")
 
 T = TypeVar("T")
 
@@ -46,6 +51,8 @@ class _Item:
     client: int
     slot: int
     weight: float
+    dropout: float = 0.0
+    seed: int = 0
 
 
 class Engine:
@@ -70,6 +77,9 @@ class Engine:
         self.bank = Bank(layout, kernel, base.device, dtype)
         self.is_ragged = can_be_ragged(base.model, base.device)
         self.has_plain_head = has_plain_head(base.model, base.device)
+        if not self.is_ragged:
+            kind = type(base.model).__name__
+            _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
         self.token_budget = token_budget or self._default_budget()
 
     # --- training -----------------------------------------------------------------------------------------
@@ -80,9 +90,11 @@ class Engine:
             yield from self._train_group(group)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Split jobs into neighbours whose largest steps together fit the token budget."""
-        sizes = [max(sum(len(row.tokens) for row in batch) for batch in job.batches) for job in jobs]
-        return packed(jobs, sizes, self._limit)
+        """Split jobs into neighbours that train the same part and whose largest steps fit a pass."""
+        for _, same in groupby(jobs, key=lambda job: job.trained):
+            together = list(same)
+            sizes = [max(sum(len(row.tokens) for row in batch) for batch in job.batches) for job in together]
+            yield from packed(together, sizes, self._limit)
 
     def _train_group(self, jobs: Sequence[Job]) -> list[Result]:
         """Train jobs together, and once more alone any that is not finite: a neighbour may have spoilt it."""
@@ -90,52 +102,50 @@ class Engine:
         # The longest first: those still at work are always the first rows of the bank.
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
         ordered = [jobs[place] for place in order]
-        losses_C, delta_CP = self._train_rows(ordered)
+        losses_C, deltas = self._train_rows(ordered)
         seconds = (time.perf_counter() - began) / sum(map(_num_tokens, jobs))
         results = {}
         for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
-            result = self._result(job, float(losses_C[row]), delta_CP[row], seconds * _num_tokens(job))
+            result = _result(job, deltas[row], float(losses_C[row]), seconds * _num_tokens(job))
             if len(jobs) > 1 and not is_finite(result):
                 (result,) = self._train_group([job])
             results[place] = result
         return [results[place] for place in range(len(jobs))]
 
-    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (mean loss over steps [C], delta [C, P]) of jobs sorted by falling number of steps."""
+    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return (mean loss over steps [C], each job's delta) of jobs sorted by falling number of steps."""
         layouts = [job.layout or self.layout for job in jobs]
-        starts = [
-            with_rank(j.start, layout, self.layout.rank) for j, layout in zip(jobs, layouts, strict=True)
-        ]
-        self.bank.load(starts, [layout.scale for layout in layouts])
+        widest = max(layouts, key=lambda layout: layout.rank)
+        starts = [with_rank(j.start, layout, widest.rank) for j, layout in zip(jobs, layouts, strict=True)]
+        self.bank.load(widest, starts, [layout.scale for layout in layouts], jobs[0].trained)
         begin_CP = self.bank.theta_CP.clone()
         optimizer = RowAdamW(self.bank.theta_CP, [job.training for job in jobs])
         losses_C = torch.zeros(len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
-                grads, losses = self._step(active, [job.batches[step] for job in active])
+                grads, losses = self._step(active, step)
                 optimizer.step(grads)
                 losses_C[: len(active)] += losses
         num_steps_C = torch.tensor([len(job.batches) for job in jobs])
-        return losses_C / num_steps_C, (self.bank.theta_CP - begin_CP).cpu()
+        deltas = [
+            with_rank(whole_of(widest, delta_P, jobs[0].trained), widest, layout.rank)
+            for delta_P, layout in zip((self.bank.theta_CP - begin_CP).cpu(), layouts, strict=True)
+        ]
+        return losses_C / num_steps_C, deltas
 
-    def _result(self, job: Job, loss: float, delta: torch.Tensor, seconds: float) -> Result:
-        layout = job.layout or self.layout
-        delta = with_rank(delta, replace(layout, rank=self.layout.rank), layout.rank)
-        num_rows = sum(len(batch) for batch in job.batches)
-        return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds)
-
-    def _step(
-        self, jobs: Sequence[Job], batches: Sequence[Sequence[Encoded]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""
+        batches = [job.batches[step] for job in jobs]
         by_example = any(job.example_clip for job in jobs)
         items: list[_Item] = []
         for client, (job, batch) in enumerate(zip(jobs, batches, strict=True)):
             num_supervised = sum(row.num_supervised for row in batch)
-            for row in batch:
+            for number, row in enumerate(batch):
                 weight = 1 / (row.num_supervised if job.example_clip else num_supervised)
-                items.append(_Item(row, client, len(items) if by_example else client, weight))
+                slot, dropout = len(items) if by_example else client, job.training.dropout
+                seed = row_seed(job, step, number) if dropout else 0
+                items.append(_Item(row, client, slot, weight, dropout, seed))
         self.bank.reserve(len(items) if by_example else len(jobs))
         losses_A = torch.zeros(len(jobs), dtype=torch.float64)
         for part in self._passes(items, self._step_limit):
@@ -179,11 +189,13 @@ class Engine:
 
     def _pass(self, items: Sequence[_Item], *, backward: bool) -> torch.Tensor:
         """Return every sample's summed token loss [B] of one pass; with `backward` add gradients too."""
-        # What rows share must have one adapter, and one gradient where gradients are wanted.
-        owners = [(item.client, item.slot if backward else 0) for item in items]
+        # What rows share must have one adapter, one gradient where those are wanted, and no noise of its own.
+        owners = [(item.client, item.slot if backward else 0, item.seed) for item in items]
         flat = lay_out([item.row for item in items], self.base.device, owners)
-        clients, slots = zip(*(owner for owner, _ in groupby(owners)), strict=True)
-        self.bank.route = Route(segments(flat.lengths, clients), segments(flat.lengths, slots))
+        clients, slots, _ = zip(*(owner for owner, _ in groupby(owners)), strict=True)
+        lengths = [len(item.row.tokens) for item in items]
+        noise = noisy_rows(lengths, [item.dropout for item in items], [item.seed for item in items])
+        self.bank.route = Route(segments(flat.lengths, clients), segments(flat.lengths, slots), noise)
         weight_B = torch.tensor(
             [item.weight for item in items], device=self.base.device, dtype=self.bank.dtype
         )
@@ -218,7 +230,7 @@ class Engine:
             tokens = tuple((7919 * index + number) % vocabulary for index in range(64))
             return Encoded(tokens, (IGNORED,) * 48 + tokens[48:])
 
-        self.bank.load([torch.zeros(self.layout.size)], [1.0])
+        self.bank.load(self.layout, [torch.zeros(self.layout.size)], [1.0])
 
         def run_pass(size: int) -> None:
             self.bank.reserve(1)
@@ -242,7 +254,7 @@ class Engine:
         for group in _by_adapters(jobs):
             vectors = list({id(job.vector): job.vector for job in group}.values())
             place = {id(vector): row for row, vector in enumerate(vectors)}
-            self.bank.load(vectors, [self.layout.scale] * len(vectors))
+            self.bank.load(self.layout, vectors, [self.layout.scale] * len(vectors))
             items = [
                 _Item(row, place[id(job.vector)], number, 1.0)
                 for number, job in enumerate(group)
@@ -263,7 +275,8 @@ class Engine:
         """Return the greedy answer of `states[i]` to `prompts[i]`, all of them in one batch."""
         distinct = list({id(state): state for state in states}.values())
         place = {id(state): row for row, state in enumerate(distinct)}
-        self.bank.load([state.vector for state in distinct], [self.layout.scale] * len(distinct))
+        vectors = [state.vector for state in distinct]
+        self.bank.load(self.layout, vectors, [self.layout.scale] * len(distinct))
         rows = tuple(place[id(state)] for state in states)
         with attached(self.base.model, self.bank), self.bank.whole_rows(rows):
             return answers(self.base, prompts, max_new_tokens)
@@ -285,6 +298,11 @@ def packed(items: Sequence[T], sizes: Sequence[int], limit: int) -> Iterator[lis
 
 def _num_tokens(job: Job) -> int:
     return sum(len(row.tokens) for batch in job.batches for row in batch)
+
+
+def _result(job: Job, delta: torch.Tensor, loss: float, seconds: float) -> Result:
+    num_rows = sum(len(batch) for batch in job.batches)
+    return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds)
 
 
 def _evaluation(job: EvaluationJob, total: float) -> ClientEvaluation:

@@ -7,6 +7,7 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.models.chat import Encoded
+from fedllm.seeds import derive_seed
 from fedllm.types import LocalTraining
 
 
@@ -14,17 +15,26 @@ from fedllm.types import LocalTraining
 class Job:
     """One client's work: `batches[i]` are the rows of local step i, `start` [P] the adapter before it.
 
-    `layout` is given where the client's rank differs from the engine's (it may be smaller). With
+    `layout` is given where the client's rank differs from the engine's. `trained` is "both" factors, or "a"
+    or "b" alone (fedllm.adapters.parts): the other keeps its bits, and the delta has zeros there. With
     `example_clip` above 0 every row's own gradient is clipped to that norm before the rows are averaged
     (DP-SGD, arXiv 1607.00133, without its noise); 0 takes the gradient of the batch's mean token loss.
+    `seed` is where LoRA dropout draws from, row by row (`row_seed`).
     """
 
     client_id: str
     start: torch.Tensor
     batches: tuple[tuple[Encoded, ...], ...]
     training: LocalTraining
+    trained: str = "both"
     layout: AdapterLayout | None = None
     example_clip: float = 0.0
+    seed: int = 0
+
+
+def row_seed(job: Job, step: int, row: int) -> int:
+    """Return the seed of LoRA dropout for a row of a step: its own, whoever it shares a pass with."""
+    return derive_seed(job.seed, "dropout", step, row)
 
 
 @dataclass(frozen=True, eq=False)

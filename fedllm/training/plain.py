@@ -4,14 +4,19 @@ It is what a textbook would do for one client, and it wastes what textbooks wast
 every prompt token, one kernel per tensor. Tests assert that both give the same delta.
 """
 
+from collections.abc import Sequence
+
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.parts import part_specs
+from fedllm.lora.dropout import NoisyRow, row_mask
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED
-from fedllm.training.jobs import Job
+from fedllm.training.jobs import Job, row_seed
 
 
 def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Tensor:
@@ -19,15 +24,28 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
     modules = [matrix.module for matrix in layout.matrices]
     lora = LoraConfig(r=layout.rank, lora_alpha=layout.alpha, target_modules=modules, lora_dropout=0.0)
     model = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+    trained = {spec.name for spec in part_specs(layout, job.trained)}
     parameters = [dict(model.named_parameters())[_peft_name(spec.name)] for spec in layout.tensors]
     with torch.no_grad():
-        for parameter, (_, start) in zip(parameters, layout.views(job.start), strict=True):
+        for parameter, (spec, start) in zip(parameters, layout.views(job.start), strict=True):
             parameter.copy_(start)
+            if spec.name not in trained:
+                parameter.requires_grad_(False)
     numbers = job.training
+    moving = [parameter for parameter in parameters if parameter.requires_grad]
+    dropouts = [RowDropout(index) for index in range(len(modules))]
+    for name, dropout in zip(modules, dropouts, strict=True):
+        model.base_model.model.get_submodule(name).lora_dropout["default"] = dropout
     optimizer = torch.optim.AdamW(
-        parameters, lr=numbers.learning_rate, betas=(0.9, 0.999), weight_decay=numbers.weight_decay
+        moving, lr=numbers.learning_rate, betas=(0.9, 0.999), weight_decay=numbers.weight_decay
     )
-    for batch in job.batches:
+    for step, batch in enumerate(job.batches):
+        noise = [
+            NoisyRow(0, len(row.tokens), numbers.dropout, row_seed(job, step, number))
+            for number, row in enumerate(batch)
+        ]
+        for dropout in dropouts:
+            dropout.rows = noise
         length = max(len(row.tokens) for row in batch)
         tokens = torch.tensor([row.tokens + (0,) * (length - len(row.tokens)) for row in batch])
         labels = torch.tensor([row.labels + (IGNORED,) * (length - len(row.labels)) for row in batch])
@@ -37,11 +55,28 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if numbers.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, numbers.clip_norm)
+            torch.nn.utils.clip_grad_norm_(moving, numbers.clip_norm)
         optimizer.step()
     after = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
     model.unload()
     return after - job.start.to(after)
+
+
+class RowDropout(nn.Module):
+    """PEFT's LoRA dropout with the engine's numbers: row b of a padded batch is dropped by `rows[b]`."""
+
+    def __init__(self, index: int):
+        super().__init__()
+        self.index = index
+        self.rows: Sequence[NoisyRow] = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [B, t, I] with every row's values dropped or scaled up."""
+        mask = torch.ones_like(x)
+        for b, row in enumerate(self.rows):
+            if row.rate:
+                mask[b, : row.end] = row_mask(row, self.index, x[b])
+        return x * mask
 
 
 def _peft_name(saved_name: str) -> str:

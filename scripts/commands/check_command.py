@@ -7,8 +7,12 @@ from typing import Any
 from rich.table import Table
 
 from clients.holder import Holder, open_holder
+from fedllm.adapters.layout import AdapterLayout, at_rank
+from fedllm.adapters.parts import part_size, returned_part
+from fedllm.adapters.ranks import deal_ranks
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.models.base import describe_layout
+from fedllm.rule import aggregation_rule
 from fedllm.wire.codec import payload_bytes
 from scripts.commands.words import config_of
 from scripts.console import Console
@@ -52,7 +56,23 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
         "cohort": f"{cohort} clients, {train.local_steps} steps of {train.batch_size} rows each",
         "tokens a round": tokens,
         "tokens of the run": tokens * config.federation.num_rounds,
-        "bytes up a round": payload_bytes(layout.size, config.wire.codec) * cohort,
-        "bytes down a node and round": payload_bytes(layout.size, "fp32"),
+        **_bytes(config, layout, [client.client_id for client in clients]),
         "privacy": "no differential privacy; updates are not masked",
     }
+
+
+def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> dict[str, int]:
+    """Return payload bytes; those of deltas on average over two rounds, which may train different factors."""
+    rule = aggregation_rule(config)
+    down = payload_bytes(part_size(layout, rule.changing_part), "fp32")
+    parts = [returned_part(rule.trained_in(number), rule.local_b) for number in (1, 2)]
+
+    def packet(rank: int) -> float:
+        sizes = (part_size(at_rank(layout, rank), part) for part in parts)
+        return sum(payload_bytes(size, config.wire.codec) for size in sizes) / len(parts)
+
+    if config.wire.node_sum:
+        return {"bytes up a node and round": round(packet(layout.rank)), "bytes down a node and round": down}
+    ranks = deal_ranks(config.lora.client_ranks, clients, layout.rank).values() or [layout.rank]
+    mean = sum(map(packet, ranks)) / len(ranks)
+    return {"bytes up a round": round(mean * cohort_size_of(config)), "bytes down a node and round": down}

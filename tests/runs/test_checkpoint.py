@@ -14,7 +14,7 @@ from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from fedllm.types import RoundRecord
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
-CONFIG = RunConfig()
+CONFIG = RunConfig.from_flat({"aggregation.read-out": "factor-mean"})
 
 
 def state_of(round_num: int) -> ServerState:
@@ -96,7 +96,13 @@ def another(config: RunConfig, key: str) -> Any:
         "model.dtype": "float64",
         "model.quantization": "8bit",
         "data.on-bad-row": "stop",
-        "aggregation.read-out": "factor-mean",
+        "aggregation.preset": "fedit",
+        "aggregation.read-out": "svd",
+        "aggregation.train": "b",
+        "aggregation.robust": "norm-clip",
+        "aggregation.optimizer": "fedavgm",
+        "lora.init-a": "orthonormal",
+        "lora.client-ranks": "4",
         "aggregation.weighting": "tokens",
         "wire.codec": "int8",
         "federation.cohort-fraction": 0.5,

@@ -78,6 +78,17 @@ def test_clipping_and_weight_decay_change_the_delta(make_engine: Callable, make_
     assert float((deltas[0] - deltas[2]).abs().max()) > 1e-4
 
 
+def test_an_architecture_that_must_go_row_by_row_says_so_in_one_line(
+    make_engine: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_engine("llama")
+    assert not caplog.messages
+    make_engine("gemma2")
+    assert caplog.messages == [
+        "Gemma2ForCausalLM cannot attend over a flat row: its samples are trained one at a time"
+    ]
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "gemma2"])  # the last one caps its scores: row by row
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_in_float32_they_agree_to_a_hundredth_of_a_step(
@@ -150,7 +161,7 @@ def test_a_diverged_job_has_a_result_that_is_not_finite_and_harms_no_neighbour(
     first, diverged, last = engine.train([sound, wild, sound])
     assert not bool(torch.isfinite(diverged.delta).all())
     with pytest.raises(NonFiniteError):
-        protect(diverged, (), round_num=1, weighting="uniform", num_train=9)
+        protect(diverged, (), rank=2, round_num=1, weighting="uniform", num_train=9)
     assert torch.equal(first.delta, expected)
     assert torch.equal(last.delta, expected)
 

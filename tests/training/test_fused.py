@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedllm.adapters.layout import AdapterState, with_rank
 from fedllm.config import LoraConfig
 from fedllm.lora.bank import Segment, segments
+from fedllm.lora.dropout import NoisyRow, row_mask
 from fedllm.lora.kernels import LoopKernel, MaskedKernel
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
@@ -85,6 +88,39 @@ def test_rows_that_begin_alike_train_as_if_each_stood_alone(
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["loop", "masked"])
+@pytest.mark.parametrize("token_budget", [60, 100_000])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_dropout_is_a_rows_own_whoever_it_shares_a_pass_with(
+    kind: str, token_budget: int, kernel: object, make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine(kind, token_budget=token_budget)
+    engine.bank.kernel = kernel
+    jobs = [
+        replace(job, training=replace(job.training, dropout=rate), seed=number)
+        for number, (job, rate) in enumerate(
+            zip(uneven_jobs(engine, make_job), [0.3, 0.0, 0.5, 0.1, 0.3], strict=True)
+        )
+    ]
+    for job, result in zip(jobs, engine.train(jobs), strict=True):
+        alone = train_plainly(engine.base, engine.layout, job)
+        torch.testing.assert_close(result.delta, alone, **EXACT)
+        without = train_plainly(engine.base, engine.layout, replace(job, seed=job.seed + 100))
+        assert torch.equal(alone, without) == (job.training.dropout == 0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(0.01, 0.95), st.integers(0, 2**62), st.integers(0, 200))
+def test_a_dropout_mask_keeps_the_mean(rate: float, seed: int, index: int) -> None:
+    like = torch.empty(200, 300, dtype=torch.float64)
+    mask = row_mask(NoisyRow(0, 200, rate, seed), index, like)
+    spread = (rate / (1 - rate) / mask.numel()) ** 0.5
+    assert abs(float(mask.mean()) - 1) < 6 * spread
+    assert set(mask.unique().tolist()) == {0.0, 1 / (1 - rate)}
+    assert not torch.equal(mask, row_mask(NoisyRow(0, 200, rate, seed), index + 1, like))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=["loop", "masked"])
 def test_in_float32_fusing_moves_a_value_by_a_hundredth_of_a_step_at_most(
     kernel: object, make_engine: Callable, make_job: Callable
 ) -> None:
@@ -157,9 +193,9 @@ def test_growing_and_shrinking_a_rank_undo_each_other(make_engine: Callable) -> 
 
 
 def _step(engine: Engine, jobs: list[Job]) -> torch.Tensor:
-    engine.bank.load([job.start for job in jobs], [engine.layout.scale] * len(jobs))
+    engine.bank.load(engine.layout, [job.start for job in jobs], [engine.layout.scale] * len(jobs))
     with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-        return engine._step(jobs, [job.batches[0] for job in jobs])[0].clone()
+        return engine._step(jobs, 0)[0].clone()
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["loop", "masked"])
