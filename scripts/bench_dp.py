@@ -38,7 +38,7 @@ from scripts.bench_compare import TOLERANCES, compare
 from scripts.bench_models import REAL, TINY, bench_base, random_rows, vocabulary_of
 from scripts.bench_opacus import OpacusTrainer, quiet_hooks
 from scripts.bench_plots import bars, plot_file
-from scripts.bench_tools import Goal, bench_parser, emit, environment, figures_table, megabytes, report
+from scripts.bench_tools import Goal, bench_parser, emit, environment, figures_table, megabytes, report, run
 
 NOT_PRIVATE, FEDLLM, HOOKS, GHOST = "not private", "fedllm", "Opacus hooks", "Opacus ghost"
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "opacus")
@@ -232,4 +232,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

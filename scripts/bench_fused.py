@@ -47,6 +47,7 @@ from scripts.bench_tools import (
     gemm_rate,
     megabytes,
     report,
+    run,
     spread,
     trunk_weights,
     useful_flop,
@@ -343,4 +344,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -86,7 +86,8 @@ class OpacusTrainer:
             expected_batch_size=numbers.batch_size,
             loss_reduction="mean",
         )
-        self.module.max_grad_norm = job.example_clip
+        if self.ghost:
+            self.module.max_grad_norm = job.example_clip
         for batch in job.batches:
             optimizer.zero_grad()
             self.backward(batch, optimizer)

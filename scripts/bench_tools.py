@@ -28,6 +28,7 @@ from rich.table import Table
 from torch.nn.functional import linear
 
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.errors import FedLLMError
 from fedllm.models.base import target_modules
 from fedllm.models.chat import Encoded
 
@@ -287,3 +288,12 @@ def emit(result: Mapping[str, Any], *, as_json: bool, output: Path | None) -> No
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark as a command: what a person can mend is one line on stderr and exit code 2."""
+    try:
+        main()
+    except FedLLMError as error:
+        sys.stderr.write(f"fedllm: {error}\n")
+        sys.exit(2)
