@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clients.holder import ClientTokens, Holder, open_holder
-from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig
 from fedllm.data.shards import draw_rows
 from fedllm.models.chat import Encoded
@@ -27,7 +26,7 @@ def pooled(cell: Cell, setting: Setting) -> Figures:
     clients = list(holder.clients.values())
     by_client = [batches_of(client, config) for client in clients]
     batches = tuple(tuple(row for batch in step for row in batch) for step in zip(*by_client, strict=True))
-    start = initial_adapter(holder.engine.layout, config.seed).vector
+    start = holder.initial.vector
     training = training_of(config, len(batches), config.train.batch_size * len(clients))
     (result,) = holder.engine.train([Job("pooled", start, batches, training)])
     before = evaluate(holder, dict.fromkeys(holder.clients, start))
@@ -42,7 +41,7 @@ def alone(cell: Cell, setting: Setting) -> Figures:
     """
     config = setting.config(cell)
     holder = holder_of(config)
-    start = initial_adapter(holder.engine.layout, config.seed).vector
+    start = holder.initial.vector
     jobs = []
     for client in holder.clients.values():
         batches = batches_of(client, config)

@@ -20,7 +20,7 @@ import torch
 
 from clients import work
 from clients.holder import Holder, hosted_rows, open_holder
-from fedllm.adapters.layout import AdapterState, initial_adapter
+from fedllm.adapters.layout import AdapterState
 from fedllm.config import RunConfig
 from fedllm.data.example import Example, Turn
 from fedllm.data.partition import partition_rows
@@ -34,7 +34,7 @@ from scripts.experiments import attacks
 from scripts.experiments.cells import Cell, Figures, Setting
 from scripts.experiments.corpus import Row, row_of, write_rows
 from scripts.experiments.runs import figures_of, run
-from strategies import rounds
+from strategies import receiving
 
 HUGE = 1e6
 LABELS, BACKDOOR = "labels", "backdoor"
@@ -71,8 +71,7 @@ def attacked(cell: Cell, setting: Setting) -> Figures:
             state = run(config)
         figures = {**figures_of(state.records), "attackers": list(attackers)}
         if options.get("rows") == BACKDOOR:
-            start = initial_adapter(state.adapter.layout, config.seed)
-            adapters = {"before": start, "after": state.adapter}
+            adapters = {"before": state.session.initial, "after": state.adapter}
             figures["backdoor"] = backdoor_success(config, cell, attackers, adapters)
     return figures
 
@@ -149,7 +148,7 @@ def hostile_updates(attackers: Collection[str], attack: UpdateAttack) -> Iterato
 @contextmanager
 def unbounded() -> Iterator[None]:
     """Take away the server's bound on how far an honest value can move."""
-    with patch.object(rounds, "largest_move", lambda *_: math.inf):
+    with patch.object(receiving, "largest_move", lambda *_: math.inf):
         yield
 
 
