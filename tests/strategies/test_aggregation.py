@@ -63,7 +63,8 @@ def open_mixture(start: AdapterState, rule: AggregationRule, trained: str = "bot
 def combine(
     start: AdapterState, updates: list[ClientUpdate], read_out: str = "svd", **axes: Any
 ) -> Aggregate:
-    mixture = open_mixture(start, AggregationRule(read_out=read_out, **axes))
+    rule = AggregationRule(read_out=read_out, **axes)
+    mixture = open_mixture(start, rule, rule.trained_in(1))
     for item in updates:
         mixture = combining.add(mixture, item)
     return combining.finish(mixture)
@@ -165,7 +166,7 @@ def test_the_reported_numbers_are_the_dense_ones(read_out: str, seed: int, size:
     if read_out == "svd":
         energies = [torch.linalg.svdvals(matrix).square() for matrix in mean]
         kept = sum(float(energy[:RANK].sum()) for energy in energies)
-        assert result.kept_energy == pytest.approx(kept / norm(mean) ** 2, rel=1e-9)
+        assert result.kept_energy == pytest.approx(kept / norm(mean) ** 2, rel=1e-7)
 
 
 @pytest.mark.parametrize("read_out", ["svd", "residual", "stack"])
@@ -218,9 +219,8 @@ def test_stack_starts_afresh_and_leaves_everything_in_the_base() -> None:
 def test_drift_adds_up_over_rounds_and_stays_at_the_rank_that_holds_it() -> None:
     state, added = ServerState(0, initial_adapter(LAYOUT, 0)), [torch.zeros(12, 20), torch.zeros(17, 9)]
     for seed in range(4):
-        mixture = combining.init(
-            AggregationRule(read_out="residual"), state, trained="both", fresh=lambda: state.adapter
-        )
+        rule = AggregationRule(read_out="residual")
+        mixture = replace(open_mixture(state.adapter, rule), state=state)
         updates = random_updates(seed, 0.3)
         for item in updates:
             mixture = combining.add(mixture, item)
@@ -366,7 +366,7 @@ def test_a_delta_of_no_possible_rank_is_refused(size: int) -> None:
         combining.add(mixture, update("a", torch.zeros(size)))
 
 
-# --- one factor is common to all: B alone (FFA-LoRA), A alone, or in turn (RoLoRA) ---------------------------
+# --- one factor is common to all: B alone (FFA-LoRA), A alone, or in turn (RoLoRA) ----------------------
 
 
 def only(part: str, delta: torch.Tensor) -> torch.Tensor:
@@ -378,30 +378,21 @@ def test_the_mean_of_one_factor_is_exact(part: str) -> None:
     """I3: B' A_0 = M, and A' under B_0 likewise."""
     start = trained_start()
     updates = [update(u.client_id, only(part, u.delta), u.weight) for u in random_updates(size=0.5)]
-    result = combine(start, updates, "factor-mean", train=part) if part == "b" else None
-    mixture = open_mixture(start, AggregationRule(read_out="factor-mean", train=part), part)
-    for item in updates:
-        mixture = combining.add(mixture, item)
-    found, mean = combining.finish(mixture), dense_mean(start, updates)
+    found, mean = combine(start, updates, "factor-mean", train=part), dense_mean(start, updates)
     assert_products_close(found.adapter.vector, mean, 1e-6)
     assert (found.rho, found.kept_energy) == (0.0, 1.0)
     change = norm(difference(mean, dense(start.vector))) * LAYOUT.scale
     assert found.delta_norm == pytest.approx(change, rel=1e-6)
     other = {"a": "b", "b": "a"}[part]
     assert torch.equal(only(other, found.adapter.vector), only(other, start.vector))
-    assert result is None or result.rho is not None
 
 
 @pytest.mark.parametrize("part", ["a", "b"])
 def test_what_a_client_sends_of_the_frozen_factor_is_not_read(part: str) -> None:
-    start, rule = trained_start(), AggregationRule(read_out="factor-mean", train=part)
-    digests = []
-    for cut in (lambda delta: delta, lambda delta: only(part, delta)):
-        mixture = open_mixture(start, rule, part)
-        for item in random_updates():
-            mixture = combining.add(mixture, update(item.client_id, cut(item.delta), item.weight))
-        digests.append(combining.finish(mixture).adapter.digest)
-    assert digests[0] == digests[1]
+    start, whole = trained_start(), random_updates()
+    cut = [update(item.client_id, only(part, item.delta), item.weight) for item in whole]
+    found, expected = (combine(start, updates, "factor-mean", train=part) for updates in (whole, cut))
+    assert found.adapter.digest == expected.adapter.digest
 
 
 def test_local_b_averages_a_and_leaves_the_servers_b_alone() -> None:
