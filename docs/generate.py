@@ -19,6 +19,7 @@ from fedllm import config  # noqa: E402
 from fedllm.runs.checkpoint import RESUMABLE_KEYS  # noqa: E402
 
 ROOMS = ("fedllm", "clients", "strategies", "scripts")
+FOLDED = {"benchmarks", "experiments"}  # folders that the tree names without their files
 BEGIN, END = "<!-- tree: written by docs/generate.py -->\n", "<!-- end of tree -->\n"
 
 # Said before the comment in fedllm/config.py, or in its place where there is none.
@@ -148,7 +149,7 @@ def _comments() -> dict[str, str]:
 
 
 def tree() -> str:
-    """Return the file tree of the README: every module of the four rooms with its first line."""
+    """Return the file tree of the README: every module with its first line, but for those of FOLDED."""
     lines = []
     for room in ROOMS:
         lines += _folder_lines(ROOT / room, 0)
@@ -161,7 +162,8 @@ def _folder_lines(folder: Path, depth: int) -> list[str]:
     entries = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name))
     for path in entries:
         if path.is_dir() and any(path.rglob("*.py")):
-            lines += _folder_lines(path, depth + 1)
+            whole = _folder_lines(path, depth + 1)
+            lines += whole[:1] if path.name in FOLDED else whole
         elif path.is_dir() and path.name == "recipes":
             lines.append(
                 _tree_line("recipes/", "Recipes that `fedllm run` finds by their bare name.", depth + 1)

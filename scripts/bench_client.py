@@ -1,9 +1,9 @@
 """One client round: fedllm's engine beside the clients other people build, and a round beside pfl-research.
 
-FlowerTune's kind of client (`scripts/peers/flowertune.py`) and TRL's trainer (`scripts/peers/trl.py`) load
+FlowerTune's kind of client and TRL's trainer (`flowertune.py`, `trl.py` in `scripts/benchmarks/peers`) load
 the base model for every round; `Engine.train` finds it and the rows' tokens resident. All get the same start,
 rows, order, label masks and AdamW, and must give the same adapter before anything is timed, and again every
-time. pfl-research (`scripts/peers/pfl.py`) simulates a whole round on a tiny model.
+time. pfl-research (`scripts/benchmarks/peers/pfl.py`) simulates a whole round on a tiny model.
 
     python -m scripts.bench_client --quick --json
     python -m scripts.bench_client --data FOLDER --json      # uneven rows from a file of instructions
@@ -28,8 +28,10 @@ import torch
 from rich.console import Console
 
 from fedllm.errors import FedLLMError
-from scripts import bench_cohort
-from scripts.bench_tools import (
+from scripts.benchmarks import cohort as bench_cohort
+from scripts.benchmarks.peers.flowertune import train_afresh
+from scripts.benchmarks.peers.shared import Outcome, checked_difference, missing_package, quiet_huggingface
+from scripts.benchmarks.tools import (
     Goal,
     Measured,
     Spread,
@@ -44,7 +46,7 @@ from scripts.bench_tools import (
     spreads_table,
     trunk_weights,
 )
-from scripts.bench_workloads import (
+from scripts.benchmarks.workloads import (
     DEFAULT_ROWS,
     UNEVEN_ROWS,
     Bench,
@@ -55,8 +57,6 @@ from scripts.bench_workloads import (
     open_bench,
     shortened,
 )
-from scripts.peers.flowertune import train_afresh
-from scripts.peers.shared import Outcome, checked_difference, missing_package, quiet_huggingface
 
 OURS = bench_cohort.OURS
 FLOWERTUNE, NO_CHECKPOINTS = "FlowerTune-like", "no checkpointing"
@@ -93,7 +93,7 @@ def variants(bench: Bench, workload: Workload, scratch: Path, *, quick: bool) ->
     if not quick:
         clients[NO_CHECKPOINTS] = partial(afresh, checkpointing=False)
     if not missing_package("trl"):
-        from scripts.peers.trl import train_with_trl
+        from scripts.benchmarks.peers.trl import train_with_trl
 
         with_trl = partial(train_with_trl, bench.folder, workload, scratch)
         clients[TRL] = with_trl

@@ -34,11 +34,20 @@ from fedllm.seeds import derive_seed
 from fedllm.training.engine import Engine
 from fedllm.training.jobs import Job
 from fedllm.types import LocalTraining
-from scripts.bench_compare import TOLERANCES, compare
-from scripts.bench_models import REAL, TINY, bench_base, random_rows, vocabulary_of
-from scripts.bench_opacus import OpacusTrainer, quiet_hooks
-from scripts.bench_plots import bars, plot_file
-from scripts.bench_tools import Goal, bench_parser, emit, environment, figures_table, megabytes, report, run
+from scripts.benchmarks.compare import TOLERANCES, compare
+from scripts.benchmarks.models import REAL, TINY, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.peers.opacus import OpacusTrainer, quiet_hooks
+from scripts.benchmarks.plots import bars, plot_file
+from scripts.benchmarks.tools import (
+    Goal,
+    bench_parser,
+    emit,
+    environment,
+    figures_table,
+    megabytes,
+    report,
+    run,
+)
 
 NOT_PRIVATE, FEDLLM, HOOKS, GHOST = "not private", "fedllm", "Opacus hooks", "Opacus ghost"
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "opacus")

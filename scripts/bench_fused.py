@@ -34,10 +34,10 @@ from fedllm.seeds import derive_seed
 from fedllm.training.engine import Engine, packed
 from fedllm.training.jobs import Job
 from fedllm.types import LocalTraining
-from scripts.bench_compare import TOLERANCES, compare
-from scripts.bench_models import REAL, TINY, bench_base, random_rows, vocabulary_of
-from scripts.bench_plots import lines, plot_file
-from scripts.bench_tools import (
+from scripts.benchmarks.compare import TOLERANCES, compare
+from scripts.benchmarks.models import REAL, TINY, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.plots import lines, plot_file
+from scripts.benchmarks.tools import (
     Goal,
     Spread,
     bench_parser,

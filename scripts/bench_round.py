@@ -28,9 +28,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a look
 from rich.console import Console
 
 from fedllm.config import RunConfig, Scalar
-from scripts.bench_runs import UNMEASURED, Run, check_same_work, run_cohort, run_simulation, run_worker
-from scripts.bench_tiny import save_tiny_model, write_rows
-from scripts.bench_tools import (
+from scripts.benchmarks.runs import UNMEASURED, Run, check_same_work, run_cohort, run_simulation, run_worker
+from scripts.benchmarks.tiny import save_tiny_model, write_rows
+from scripts.benchmarks.tools import (
     Goal,
     Spread,
     alternate,
@@ -214,7 +214,7 @@ def show_cohorts(console: Console, cohorts: Mapping[str, Mapping[str, Any]]) -> 
 
 def plot(path: Path, cohorts: Mapping[str, Mapping[str, Any]]) -> None:
     """Write seconds a round over the number of clients, one line a read-out."""
-    from scripts.bench_plots import lines
+    from scripts.benchmarks.plots import lines
 
     series: dict[str, list[tuple[float, Spread]]] = {}
     for name, figures in cohorts.items():

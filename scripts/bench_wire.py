@@ -31,8 +31,8 @@ from fedllm.adapters.layout import AdapterState
 from fedllm.config import RunConfig
 from fedllm.wire import codec
 from fedllm.wire.packets import packet_bytes
-from scripts.bench_deltas import Case, case_figures, packed, train_case, unpacked
-from scripts.bench_tools import (
+from scripts.benchmarks.deltas import Case, case_figures, packed, train_case, unpacked
+from scripts.benchmarks.tools import (
     Goal,
     Spread,
     alternate,
@@ -162,7 +162,7 @@ def show_case(console: Console, name: str, figures: Mapping[str, Any]) -> None:
 
 def plot(path: Path, cases: Mapping[str, Any]) -> None:
     """Write the relative error of lossy payloads over local steps."""
-    from scripts.bench_plots import lines
+    from scripts.benchmarks.plots import lines
 
     series: dict[str, list[tuple[float, Spread]]] = {}
     for name, case in cases.items():

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from fedllm.errors import FedLLMError
 from fedllm.models.files import fingerprint, resolve_model
-from scripts.bench_tools import Goal, emit, environment, report
+from scripts.benchmarks.tools import Goal, emit, environment, report
 from scripts.experiments import plots
 from scripts.experiments.cells import Figures, Kinds, Setting, Workshop
 from scripts.experiments.controls import alone, pooled

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedllm.config import Scalar
-from scripts.bench_tools import Goal
+from scripts.benchmarks.tools import Goal
 from scripts.experiments.cells import Cell, Figures, Outcome
 from scripts.experiments.hostile import BACKDOOR, LABELS
 from scripts.experiments.methods import Do

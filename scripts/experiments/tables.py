@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.table import Table
 
-from scripts.bench_tools import figures_table
+from scripts.benchmarks.tools import figures_table
 from scripts.experiments.cells import Figures
 
 _METHOD_COLUMNS = ("rate", "mean loss", "worst client", "rho", "kept", "kB up", "kB down")

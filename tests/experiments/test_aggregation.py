@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from scripts.bench_tools import report
+from scripts.benchmarks.tools import report
 from scripts.experiments.aggregation import KINDS, do_studies, draw, main, parse
 from scripts.experiments.cells import Setting, Workshop
 from scripts.experiments.methods import METHODS, MethodsGrid

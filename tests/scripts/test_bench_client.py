@@ -16,11 +16,14 @@ from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.engine import Engine
 from fedllm.types import LocalTraining
-from scripts import bench_client, bench_cohort
+from scripts import bench_client
 from scripts.bench_client import goals_of, measure, parse, train_resident
-from scripts.bench_cohort import Cohort, make_cohort, tiny_engine, tiny_model, train_round, within
-from scripts.bench_tools import useful_flop
-from scripts.bench_workloads import (
+from scripts.benchmarks import cohort as bench_cohort
+from scripts.benchmarks.cohort import Cohort, make_cohort, tiny_engine, tiny_model, train_round, within
+from scripts.benchmarks.peers.flowertune import train_afresh
+from scripts.benchmarks.peers.shared import TOLERANCE, checked_difference, missing_package, quiet_huggingface
+from scripts.benchmarks.tools import useful_flop
+from scripts.benchmarks.workloads import (
     Bench,
     Shape,
     Workload,
@@ -29,8 +32,6 @@ from scripts.bench_workloads import (
     needed_flop,
     shortened,
 )
-from scripts.peers.flowertune import train_afresh
-from scripts.peers.shared import TOLERANCE, checked_difference, missing_package, quiet_huggingface
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 ANSWERS = ("Return it.", "Open a file and read its lines.", "Sort the list in place.", "Raise an error.")
@@ -58,7 +59,7 @@ def workload(bench: Bench) -> Workload:
 
 def _trl() -> Callable:
     pytest.importorskip("trl", reason="the extra `bench` is not installed")
-    from scripts.peers.trl import train_with_trl
+    from scripts.benchmarks.peers.trl import train_with_trl
 
     return train_with_trl
 
@@ -89,7 +90,7 @@ def test_trl_trains_the_engines_adapter(
 def test_pfl_gives_the_round_that_the_engine_and_a_weighted_mean_give(bench: Bench) -> None:
     """In float64, but Llama's norms and pfl's differences stay float32. A second round is the first again."""
     pytest.importorskip("pfl", reason="the extra `bench` is not installed")
-    from scripts.peers.pfl import open_simulation, run_round
+    from scripts.benchmarks.peers.pfl import open_simulation, run_round
 
     engine = tiny_engine(bench.engine.base, 400, torch.float64)
     training = replace(SHAPE.training, batch_size=2)

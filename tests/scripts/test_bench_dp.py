@@ -17,12 +17,13 @@ from fedllm.models.base import layout_of
 from fedllm.models.chat import IGNORED
 from fedllm.training.engine import Engine
 from fedllm.training.jobs import Job
-from scripts import bench_dp, bench_opacus
-from scripts.bench_compare import delta_difference
+from scripts import bench_dp
 from scripts.bench_dp import FEDLLM, HOOKS, NOT_PRIVATE, Bench, goals_of, main, make_job, open_bench
-from scripts.bench_models import SHAPES, TINY, random_base, random_rows
-from scripts.bench_opacus import OpacusTrainer, pad
-from scripts.bench_tools import Spread
+from scripts.benchmarks.compare import delta_difference
+from scripts.benchmarks.models import SHAPES, TINY, random_base, random_rows
+from scripts.benchmarks.peers import opacus as bench_opacus
+from scripts.benchmarks.peers.opacus import OpacusTrainer, pad
+from scripts.benchmarks.tools import Spread
 
 CPU = torch.device("cpu")
 SMALL = {

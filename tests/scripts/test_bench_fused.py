@@ -9,8 +9,8 @@ import torch
 
 from scripts import bench_fused
 from scripts.bench_fused import cells, goals_of, main, make_jobs, open_bench, row_lengths
-from scripts.bench_models import REAL, SHAPES, TINY, random_base, random_rows
-from scripts.bench_tools import Spread
+from scripts.benchmarks.models import REAL, SHAPES, TINY, random_base, random_rows
+from scripts.benchmarks.tools import Spread
 
 SMALL = {
     "vocab_size": 64,

@@ -14,12 +14,20 @@ from clients import work
 from fedllm.config import RunConfig
 from fedllm.training.engine import Engine
 from scripts import bench_round
-from scripts.bench_processes import Change, ProcessTree, Sample, Watched, peak_rss
 from scripts.bench_round import memory_per_client, part_figures
-from scripts.bench_round_worker import PARTS, RoundEnd, Trace, federate, read_trace, timed_parts, train_only
-from scripts.bench_runs import UNMEASURED, Run, check_same_work, process_kind, trace_of
-from scripts.bench_tiny import save_tiny_model, write_rows
-from scripts.bench_tools import spread
+from scripts.benchmarks.processes import Change, ProcessTree, Sample, Watched, peak_rss
+from scripts.benchmarks.round_worker import (
+    PARTS,
+    RoundEnd,
+    Trace,
+    federate,
+    read_trace,
+    timed_parts,
+    train_only,
+)
+from scripts.benchmarks.runs import UNMEASURED, Run, check_same_work, process_kind, trace_of
+from scripts.benchmarks.tiny import save_tiny_model, write_rows
+from scripts.benchmarks.tools import spread
 from strategies import aggregation
 
 ROUNDS = 3

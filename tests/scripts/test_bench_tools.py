@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fedllm.errors import MissingExtraError, ModelError
-from scripts import bench_plots
-from scripts.bench_compare import Tolerance, checked_difference, compare, delta_difference
-from scripts.bench_plots import bars, lines, plot_file
-from scripts.bench_tools import Goal, Spread, Timing, megabytes, peak_memory, report, run
+from scripts.benchmarks import plots as bench_plots
+from scripts.benchmarks.compare import Tolerance, checked_difference, compare, delta_difference
+from scripts.benchmarks.plots import bars, lines, plot_file
+from scripts.benchmarks.tools import Goal, Spread, Timing, megabytes, peak_memory, report, run
 
 CPU = torch.device("cpu")
 LOOSE = Tolerance(1.0, 1e-3)

@@ -12,7 +12,7 @@ from fedllm.adapters.algebra import Product, squared_distance
 from fedllm.config import RunConfig
 from fedllm.wire import codec
 from scripts import bench_wire
-from scripts.bench_deltas import (
+from scripts.benchmarks.deltas import (
     Case,
     case_figures,
     error_in_half_steps,
@@ -23,7 +23,7 @@ from scripts.bench_deltas import (
     train_case,
     unpacked,
 )
-from scripts.bench_tiny import save_tiny_model, write_rows
+from scripts.benchmarks.tiny import save_tiny_model, write_rows
 
 
 @pytest.fixture(scope="module")

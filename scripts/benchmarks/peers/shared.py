@@ -15,7 +15,7 @@ import torch
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.models.chat import Encoded, encode
 from fedllm.types import LocalTraining
-from scripts.bench_workloads import Workload
+from scripts.benchmarks.workloads import Workload
 
 # 99 of 100 values of two deltas differ by less than this share of the largest movement; a learning rate
 # off by 1 % would give 1e-2. Not all values can: where a gradient is next to nothing AdamW still moves by

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scripts.bench_tools import Spread, Timing, alternate, peak_memory, ratios, spread
+from scripts.benchmarks.tools import Spread, Timing, alternate, peak_memory, ratios, spread
 
 
 @dataclass(frozen=True)

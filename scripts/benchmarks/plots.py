@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import MissingExtraError
-from scripts.bench_tools import Spread
+from scripts.benchmarks.tools import Spread
 
 FORMATS = (".svg", ".png")
 INSTALL = "pip install 'fedllm[bench]'"

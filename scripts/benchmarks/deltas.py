@@ -13,8 +13,8 @@ from fedllm.models.chat import Encoded
 from fedllm.training.engine import Engine
 from fedllm.training.jobs import EvaluationJob
 from fedllm.wire import codec
-from scripts.bench_jobs import round_jobs
-from scripts.bench_tools import Spread, spread
+from scripts.benchmarks.jobs import round_jobs
+from scripts.benchmarks.tools import Spread, spread
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from fedllm.training.engine import Engine
 from fedllm.training.forward import lay_out
 from fedllm.training.jobs import Job
 from fedllm.types import LocalTraining
-from scripts.bench_tools import useful_flop
+from scripts.benchmarks.tools import useful_flop
 
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="q_proj,v_proj")
 DEFAULT_ROWS, UNEVEN_ROWS = "first sentences", "uneven"

@@ -14,9 +14,7 @@ import torch
 import transformers
 
 from fedllm.models.files import quiet_transformers
-from scripts.bench_tools import Phases
-from scripts.bench_workloads import Workload
-from scripts.peers.shared import (
+from scripts.benchmarks.peers.shared import (
     Outcome,
     peft_config,
     read_adapter,
@@ -24,6 +22,8 @@ from scripts.peers.shared import (
     tokenized,
     trainer_numbers,
 )
+from scripts.benchmarks.tools import Phases
+from scripts.benchmarks.workloads import Workload
 
 
 def train_afresh(folder: Path, workload: Workload, scratch: Path, *, checkpointing: bool = True) -> Outcome:

@@ -15,9 +15,9 @@ import numpy as np
 
 from fedllm.config import RunConfig, Scalar
 from fedllm.runs.folder import run_folder, to_toml
-from scripts.bench_processes import Watched, watch
-from scripts.bench_round_worker import RoundEnd, Trace, read_trace
-from scripts.bench_tiny import write_rows
+from scripts.benchmarks.processes import Watched, watch
+from scripts.benchmarks.round_worker import RoundEnd, Trace, read_trace
+from scripts.benchmarks.tiny import write_rows
 
 ROOT = Path(__file__).parents[1]
 UNMEASURED: Mapping[str, Scalar] = {"evaluation.prompts": "", "data.held-out-fraction": 0.0}
@@ -70,8 +70,8 @@ def recipe_of(config: RunConfig) -> Iterator[tuple[RunConfig, Path]]:
 
 
 def run_worker(kind: str, config: RunConfig) -> Run:
-    """Do the run "bare" or "local" of `scripts.bench_round_worker` in a fresh process."""
-    command = [sys.executable, "-m", "scripts.bench_round_worker", kind]
+    """Do the run "bare" or "local" of `scripts.benchmarks.round_worker` in a fresh process."""
+    command = [sys.executable, "-m", "scripts.benchmarks.round_worker", kind]
     with recipe_of(config) as (config, recipe):
         watched = watch(
             [*command, str(recipe)],

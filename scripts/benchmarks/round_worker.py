@@ -1,6 +1,6 @@
 """One run in a process of its own, for `scripts.bench_round`: what it does, timed round by round.
 
-    python -m scripts.bench_round_worker bare recipe.toml
+    python -m scripts.benchmarks.round_worker bare recipe.toml
 
 `bare` trains the clients of every round with `Engine.train` and does nothing else; `local` is the run that
 `fedllm run` does in one process, from joining to the published adapter, with the time of its parts.
@@ -25,8 +25,8 @@ from fedllm.config import RunConfig
 from fedllm.runs.recipe import read_recipe
 from fedllm.training.jobs import Job
 from fedllm.types import RoundRecord
-from scripts.bench_jobs import round_jobs
-from scripts.bench_processes import peak_rss
+from scripts.benchmarks.jobs import round_jobs
+from scripts.benchmarks.processes import peak_rss
 from scripts.local_grid import local_grid
 from strategies.run import run_federation
 from strategies.session import Watch

@@ -19,9 +19,9 @@ from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.engine import Engine
 from fedllm.training.jobs import Job
-from scripts.bench_tools import alternate, costs, spreads_table
-from scripts.bench_workloads import LORA, SHORT, make_workload
-from scripts.peers.shared import checked_difference
+from scripts.benchmarks.peers.shared import checked_difference
+from scripts.benchmarks.tools import alternate, costs, spreads_table
+from scripts.benchmarks.workloads import LORA, SHORT, make_workload
 
 OURS, PFL = "fedllm", "pfl-research"
 SMALL, WHOLE = "tiny, small vocabulary", "tiny, whole vocabulary"
@@ -93,7 +93,7 @@ def compare(cohort: Cohort, repetitions: int) -> dict[str, Any]:
     Raises:
         RuntimeError: it does not.
     """
-    from scripts.peers.pfl import open_simulation, run_round
+    from scripts.benchmarks.peers.pfl import open_simulation, run_round
 
     engine = cohort.engine
     theirs = tiny_model(engine.base.model.config.vocab_size, engine.base.dtype)

@@ -20,9 +20,7 @@ import transformers
 import trl
 
 from fedllm.models.files import quiet_transformers
-from scripts.bench_tools import Phases
-from scripts.bench_workloads import Workload
-from scripts.peers.shared import (
+from scripts.benchmarks.peers.shared import (
     Outcome,
     peft_config,
     read_adapter,
@@ -30,6 +28,8 @@ from scripts.peers.shared import (
     tokenized,
     trainer_numbers,
 )
+from scripts.benchmarks.tools import Phases
+from scripts.benchmarks.workloads import Workload
 
 
 def train_with_trl(folder: Path, workload: Workload, scratch: Path, *, at_best: bool = False) -> Outcome:
