@@ -63,7 +63,11 @@ class FederationConfig:
     num_rounds: int = 3
     cohort_size: int = 0  # clients of a round; 0 = cohort-fraction of all
     cohort_fraction: float = 1.0
+    selection: str = "uniform"  # uniform | weighted | poisson | power-of-choice | oort
+    candidates: int = 0  # clients power-of-choice draws first; 0 = twice the cohort
+    preferred_seconds: float = 0.0  # of training, above which oort counts a client less; 0 = no matter
     over_selection: float = 1.0  # ask this many times the cohort and keep the first to answer
+    max_staleness: int = 0  # rounds by which an update may come late and still count; 0 = none
     min_clients: int = 1  # fewer accepted updates leave the model unchanged
     round_deadline: float = 600.0  # seconds
     join_deadline: float = 120.0  # seconds to wait for nodes to appear and answer
@@ -81,6 +85,9 @@ class TrainConfig:
     schedule: str = "constant"  # constant | cosine (over rounds)
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # of a client's whole gradient; 0 = off
+    proximal: float = 0.0  # strength mu of the pull back to where the round began; 0 = off
+    proximal_space: str = "factor"  # factor | product
+    control_variates: bool = False  # SCAFFOLD; experimental
     max_length: int = 256  # tokens of a row
     token_budget: int = 0  # tokens of one pass: clients are fused up to it; 0 = automatic, 1 = each alone
 
@@ -91,6 +98,17 @@ class AggregationConfig:
 
     read_out: str = "svd"  # svd | factor-mean
     weighting: str = "examples"  # examples | tokens | uniform
+    staleness_exponent: float = 0.5  # a late update weighs 1 / (1 + rounds late)^this
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalConfig:
+    """An adapter of a client's own on top of the shared one; it never leaves the client."""
+
+    mode: str = "none"  # none | dual | ditto
+    rank: int = 4
+    steps: int = 4  # optimizer steps of it after a client's round
+    pull: float = 0.1  # ditto: strength of the pull back to the shared adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +152,7 @@ class RunConfig:
     federation: FederationConfig = _section(FederationConfig)
     train: TrainConfig = _section(TrainConfig)
     aggregation: AggregationConfig = _section(AggregationConfig)
+    personal: PersonalConfig = _section(PersonalConfig)
     wire: WireConfig = _section(WireConfig)
     evaluation: EvaluationConfig = _section(EvaluationConfig)
 
@@ -222,9 +241,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
     "model.quantization": ("none", "8bit", "4bit"),
     "data.on-bad-row": ("skip", "stop"),
+    "federation.selection": ("uniform", "weighted", "poisson", "power-of-choice", "oort"),
     "train.schedule": ("constant", "cosine"),
+    "train.proximal-space": ("factor", "product"),
     "aggregation.read-out": ("svd", "factor-mean"),
     "aggregation.weighting": ("examples", "tokens", "uniform"),
+    "personal.mode": ("none", "dual", "ditto"),
     "wire.codec": ("fp32", "bf16", "int8"),
 }
 
@@ -242,7 +264,10 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "federation.num-rounds": (1, 1_000_000, False),
     "federation.cohort-size": (0, 1_000_000, False),
     "federation.cohort-fraction": (0, 1, True),
+    "federation.candidates": (0, 1_000_000, False),
+    "federation.preferred-seconds": (0, math.inf, False),
     "federation.over-selection": (1, 10, False),
+    "federation.max-staleness": (0, 1000, False),
     "federation.min-clients": (1, 1_000_000, False),
     "federation.round-deadline": (0, math.inf, True),
     "federation.join-deadline": (0, math.inf, True),
@@ -253,8 +278,13 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.learning-rate": (0, math.inf, True),
     "train.weight-decay": (0, math.inf, False),
     "train.clip-norm": (0, math.inf, False),
+    "train.proximal": (0, math.inf, False),
     "train.max-length": (8, 10_000_000, False),
     "train.token-budget": (0, 100_000_000, False),
+    "aggregation.staleness-exponent": (0, 100, False),
+    "personal.rank": (1, 4096, False),
+    "personal.steps": (1, 1_000_000, False),
+    "personal.pull": (0, math.inf, False),
     "evaluation.every": (0, 1_000_000, False),
     "evaluation.max-new-tokens": (0, 100_000, False),
 }
@@ -287,8 +317,43 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.min-clients = {config.federation.min_clients} is above the cohort of {cohort_size}"
         )
+    _check_combinations(config)
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")
+
+
+def _check_combinations(config: RunConfig) -> None:
+    """Refuse choices that cannot go together, with the reason."""
+    federation, train = config.federation, config.train
+    num_asked = math.ceil(cohort_size_of(config) * federation.over_selection)
+    if federation.selection == "poisson" and federation.over_selection > 1:
+        raise ConfigError(
+            "federation.over-selection needs a cohort of a fixed size, and federation.selection = 'poisson'"
+            " has none: keeping only the first to answer would be another law; set it to 1"
+        )
+    if federation.selection == "power-of-choice" and 0 < federation.candidates < num_asked:
+        raise ConfigError(
+            f"federation.candidates = {federation.candidates} is below the {num_asked} clients a round asks"
+        )
+    if federation.max_staleness:
+        _check_staleness(config)
+    if train.control_variates and not train.clip_norm:
+        raise ConfigError(
+            "train.control-variates needs train.clip-norm above 0: it bounds what one client may add to them"
+        )
+
+
+def _check_staleness(config: RunConfig) -> None:
+    key = f"federation.max-staleness = {config.federation.max_staleness}"
+    if config.federation.selection == "poisson":
+        raise ConfigError(f"{key}: a poisson round waits for everyone it drew, so none is late; set it to 0")
+    if config.aggregation.read_out != "factor-mean":
+        raise ConfigError(
+            f"{key} needs aggregation.read-out = 'factor-mean': any other turns the factors' basis every"
+            " round, and a late change of the factors means nothing in the new one"
+        )
+    if config.train.control_variates:
+        raise ConfigError(f"{key} cannot go with train.control-variates, which assume updates of one round")
 
 
 def cohort_size_of(config: RunConfig) -> int:

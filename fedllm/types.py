@@ -111,7 +111,11 @@ class JoinedClient:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundPlan:
-    """What a round will do. `asked` may exceed `cohort_size` (over-selection)."""
+    """What a round will do. `asked` may exceed `cohort_size` (over-selection).
+
+    The round closes with `cohort_size` updates. It is 0 where a Poisson draw chose fewer clients than a round
+    needs: then nobody is asked, the round changes nothing and has not failed.
+    """
 
     round_num: int
     attempt: int
@@ -133,6 +137,8 @@ class RoundRecord:
     weights: Mapping[str, float] = field(default_factory=dict)
     train_loss: float | None = None
     train_losses: Mapping[str, float] = field(default_factory=dict)
+    client_seconds: Mapping[str, float] = field(default_factory=dict)  # of training, as clients report it
+    staleness: Mapping[str, int] = field(default_factory=dict)  # late client -> rounds by which it was late
     held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
     num_tokens: int = 0
     bytes_down: int = 0

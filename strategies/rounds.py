@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from flwr.app import RecordDict
 
-from fedllm.config import RunConfig, cohort_size_of
+from fedllm.config import RunConfig
 from fedllm.errors import RunFailedError, WireError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.training.optimizer import largest_move
@@ -26,7 +26,7 @@ from fedllm.wire import records
 from strategies import aggregation
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
-from strategies.selection import choose_clients
+from strategies.selection import choose_clients, selection_of
 from strategies.session import Session
 from strategies.transport import Reply
 from strategies.validation import check_update, largest_weight
@@ -99,14 +99,20 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     """Choose the clients of the next round and its numbers. Clients of busy nodes are not asked."""
     config, round_num = session.config, state.round_num + 1
     free = set(session.transport.node_ids())
+    available = [client for client in session.clients.values() if client.node_id in free]
+    selection = selection_of(config)
     asked = choose_clients(
-        [client.client_id for client in session.clients.values() if client.node_id in free],
-        cohort_size=cohort_size_of(config),
-        over_selection=config.federation.over_selection,
+        available,
+        state.records,
+        selection=selection,
         seed=config.seed,
         round_num=round_num,
         attempt=attempt,
     )
+    cohort_size = selection.cohort_size
+    if selection.rule == "poisson" and available:  # with nobody free there was nothing to draw from
+        asked = asked if len(asked) >= config.federation.min_clients else ()
+        cohort_size = len(asked)
     train = config.train
     training = LocalTraining(
         steps=train.local_steps,
@@ -120,7 +126,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         round_num=round_num,
         attempt=attempt,
         asked=asked,
-        cohort_size=cohort_size_of(config),
+        cohort_size=cohort_size,
         training=training,
         largest_start=float(state.adapter.vector.abs().max()),
     )
@@ -227,10 +233,11 @@ def fold(
         lost=lost,
         weights={client: update.weight for client, update in accepted.items()},
         train_losses={client: update.train_loss for client, update in accepted.items()},
+        client_seconds={client: update.seconds for client, update in accepted.items()},
         train_loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
         num_tokens=sum(update.num_tokens for update in accepted.values()),
         learning_rate=plan.training.learning_rate,
-        applied=len(accepted) >= session.config.federation.min_clients,
+        applied=len(accepted) >= session.config.federation.min_clients or plan.cohort_size == 0,
         adapter=state.adapter.digest,
     )
     return record, mixture
@@ -242,6 +249,8 @@ def finish(
     """Read the mixture out into the next state; a round that is not applied changes nothing."""
     if not record.applied:
         return state, record
+    if not record.accepted:  # coins that chose nobody
+        return replace(state, round_num=plan.round_num), record
     aggregate = aggregation.finish(mixture, session.config.aggregation.read_out)
     drawn = plan.training.steps * plan.training.batch_size
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}

@@ -7,6 +7,7 @@ functions, for code that drives a strategy step by step. The class is final: beh
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import final
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -77,8 +78,9 @@ class FederatedLora(Strategy):
     ) -> Iterable[Message]:
         """Return the train messages of a round that starts from `arrays` (named PEFT tensors)."""
         session = self._open(grid)
-        drawn = self._state.num_drawn if self._state else {}
-        self._state = ServerState(server_round - 1, read_plain(arrays, session.layout), drawn)
+        start = read_plain(arrays, session.layout)
+        before = self._state or ServerState(0, start)
+        self._state = replace(before, round_num=server_round - 1, adapter=start)
         self._plan = plan_round(session, self._state, attempt=1)
         return _messages(train_requests(session, self._state, self._plan), "train", server_round)
 
@@ -96,9 +98,10 @@ class FederatedLora(Strategy):
             for answer in read_reply(session, plan, reply, asked.get(reply.node_id, []))
         )
         record, mixture = fold(session, state, plan, answers)
-        self._state, record = finish(session, state, plan, record, mixture)
+        after, record = finish(session, state, plan, record, mixture)
         if not record.applied:
             return None, None
+        self._state = replace(after, records=(*state.records, record))
         return write_plain(self._state.adapter), _train_metrics(record)
 
     def configure_evaluate(

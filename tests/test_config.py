@@ -23,11 +23,13 @@ lora.rank lora.alpha lora.target-modules lora.dropout
 data.source data.split data.partition data.prompt-column data.response-column data.text-column
 data.on-bad-row data.held-out-fraction data.max-held-out data.max-rows
 federation.num-clients federation.num-rounds federation.cohort-size federation.cohort-fraction
-federation.over-selection federation.min-clients federation.round-deadline federation.join-deadline
+federation.selection federation.candidates federation.preferred-seconds federation.over-selection
+federation.max-staleness federation.min-clients federation.round-deadline federation.join-deadline
 federation.max-retries federation.max-failure-rate
 train.local-steps train.batch-size train.learning-rate train.schedule train.weight-decay train.clip-norm
-train.max-length train.token-budget
-aggregation.read-out aggregation.weighting
+train.proximal train.proximal-space train.control-variates train.max-length train.token-budget
+aggregation.read-out aggregation.weighting aggregation.staleness-exponent
+personal.mode personal.rank personal.steps personal.pull
 wire.codec
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """
@@ -110,6 +112,9 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
         ("federation.cohort-size", -1, "at least 0 and at most 1e+06"),
         ("federation.cohort-fraction", 0.0, "above 0 and at most 1"),
         ("federation.cohort-fraction", 1.01, "above 0 and at most 1"),
+        ("federation.candidates", -1, "at least 0 and at most 1e+06"),
+        ("federation.preferred-seconds", -0.5, "at least 0"),
+        ("federation.max-staleness", -1, "at least 0 and at most 1000"),
         ("federation.over-selection", 0.99, "at least 1 and at most 10"),
         ("federation.min-clients", 0, "at least 1 and at most 1e+06"),
         ("federation.round-deadline", 0.0, "above 0"),
@@ -123,7 +128,12 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
         ("train.learning-rate", math.inf, "finite and above 0"),
         ("train.weight-decay", -0.1, "at least 0"),
         ("train.clip-norm", -1.0, "at least 0"),
+        ("train.proximal", -0.1, "at least 0"),
         ("train.max-length", 7, "at least 8 and at most 1e+07"),
+        ("aggregation.staleness-exponent", -0.1, "at least 0 and at most 100"),
+        ("personal.rank", 0, "at least 1 and at most 4096"),
+        ("personal.steps", 0, "at least 1 and at most 1e+06"),
+        ("personal.pull", -0.1, "at least 0"),
         ("evaluation.every", -1, "at least 0 and at most 1e+06"),
         ("evaluation.max-new-tokens", -1, "at least 0 and at most 100000"),
     ],
@@ -140,7 +150,10 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         "model.dtype",
         "model.quantization",
         "data.on-bad-row",
+        "federation.selection",
         "train.schedule",
+        "train.proximal-space",
+        "personal.mode",
         "aggregation.read-out",
         "aggregation.weighting",
         "wire.codec",
@@ -166,6 +179,43 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
         (
             {"federation.cohort-fraction": 0.5, "federation.min-clients": 5},
             "federation.min-clients = 5 is above the cohort of 4",
+        ),
+        (
+            {"federation.selection": "poisson", "federation.over-selection": 1.5},
+            "federation.over-selection needs a cohort of a fixed size, and federation.selection = 'poisson'"
+            " has none: keeping only the first to answer would be another law; set it to 1",
+        ),
+        (
+            {
+                "federation.selection": "power-of-choice",
+                "federation.candidates": 7,
+                "federation.cohort-size": 5,
+                "federation.over-selection": 1.5,
+            },
+            "federation.candidates = 7 is below the 8 clients a round asks",
+        ),
+        (
+            {"federation.max-staleness": 2, "federation.selection": "poisson"},
+            "federation.max-staleness = 2: a poisson round waits for everyone it drew, so none is late;"
+            " set it to 0",
+        ),
+        (
+            {"federation.max-staleness": 2},
+            "federation.max-staleness = 2 needs aggregation.read-out = 'factor-mean': any other turns the"
+            " factors' basis every round, and a late change of the factors means nothing in the new one",
+        ),
+        (
+            {
+                "federation.max-staleness": 2,
+                "aggregation.read-out": "factor-mean",
+                "train.control-variates": True,
+            },
+            "federation.max-staleness = 2 cannot go with train.control-variates, which assume updates of one"
+            " round",
+        ),
+        (
+            {"train.control-variates": True, "train.clip-norm": 0.0},
+            "train.control-variates needs train.clip-norm above 0: it bounds what one client may add to them",
         ),
         ({"run.name": ""}, "run.name = '': expected a plain folder name"),
         ({"run.name": "../x"}, "run.name = '../x': expected a plain folder name"),
