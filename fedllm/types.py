@@ -11,6 +11,7 @@ from fedllm.errors import LayoutError
 
 # The only numbers besides its delta that a client's update may carry.
 UPDATE_METRICS = ("weight", "num_tokens", "train_loss", "num_truncated", "seconds")
+PROXIMAL_SPACES = ("factor", "product")
 EVALUATION_METRICS = ("loss", "num_tokens", "num_rows")
 
 
@@ -24,6 +25,12 @@ class LocalTraining:
     weight_decay: float
     clip_norm: float
     dropout: float = 0.0  # of the adapters' inputs
+    proximal: float = 0.0  # strength mu of FedProx
+    proximal_space: str = "factor"  # what it pulls: "factor" or "product"
+
+    def __post_init__(self) -> None:
+        if self.proximal_space not in PROXIMAL_SPACES:
+            raise LayoutError(f"the proximal space is one of {', '.join(PROXIMAL_SPACES)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,6 +121,8 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
         dropout=config.lora.dropout,
+        proximal=train.proximal,
+        proximal_space=train.proximal_space,
     )
     return RoundPlan(
         round_num=round_num,

@@ -124,8 +124,13 @@ class Bank:
 
     def factors(self, index: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (A [n, R, D_in], B [n, D_out, R]) of matrix `index` as views of `rows` [n, P]."""
-        a_spec, b_spec = self.layout.tensors[2 * index : 2 * index + 2]
-        # A row's part of a factor is contiguous, so splitting its last axis is a view.
-        a = rows[:, a_spec.offset : a_spec.offset + a_spec.size].view(len(rows), *a_spec.shape)
-        b = rows[:, b_spec.offset : b_spec.offset + b_spec.size].view(len(rows), *b_spec.shape)
-        return a, b
+        return factors_of(self.layout, index, rows)
+
+
+def factors_of(layout: AdapterLayout, index: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (A [n, R, D_in], B [n, D_out, R]) of matrix `index` as views of `rows` [n, P]."""
+    a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]
+    # A row's part of a factor is contiguous, so splitting its last axis is a view.
+    a = rows[:, a_spec.offset : a_spec.offset + a_spec.size].view(len(rows), *a_spec.shape)
+    b = rows[:, b_spec.offset : b_spec.offset + b_spec.size].view(len(rows), *b_spec.shape)
+    return a, b

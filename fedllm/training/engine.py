@@ -31,6 +31,7 @@ from fedllm.training.generate import answers
 from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
 from fedllm.training.probe import can_be_ragged, has_plain_head
+from fedllm.training.proximal import pull_of
 from fedllm.types import ClientEvaluation
 
 CPU_TOKEN_BUDGET = 512
@@ -117,12 +118,16 @@ class Engine:
         ]
         self.bank.load(starts, [layout.scale for layout in layouts])
         begin_CP = self.bank.theta_CP.clone()
-        optimizer = RowAdamW(self.bank.theta_CP, [job.training for job in jobs])
+        trainings = [job.training for job in jobs]
+        optimizer = RowAdamW(self.bank.theta_CP, trainings)
+        pull = pull_of(self.layout, begin_CP, trainings, self.bank.scales)
         losses_C = torch.zeros(len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
                 grads, losses = self._step(active, step)
+                if pull is not None:
+                    pull.add_gradient(grads, self.bank.theta_CP[: len(active)])
                 optimizer.step(grads)
                 losses_C[: len(active)] += losses
         num_steps_C = torch.tensor([len(job.batches) for job in jobs])

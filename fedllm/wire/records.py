@@ -39,6 +39,8 @@ _TRAINING_FIELDS: dict[str, type] = {
     "weight_decay": float,
     "clip_norm": float,
     "dropout": float,
+    "proximal": float,
+    "proximal_space": str,
 }
 
 T = TypeVar("T")

@@ -12,7 +12,15 @@ from fedllm.types import EvaluateRequest, LocalTraining, TrainRequest
 from fedllm.wire import records
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
-TRAINING = LocalTraining(steps=2, batch_size=3, learning_rate=0.5, weight_decay=0.0, clip_norm=1.0)
+TRAINING = LocalTraining(
+    steps=2,
+    batch_size=3,
+    learning_rate=0.5,
+    weight_decay=0.0,
+    clip_norm=1.0,
+    proximal=0.25,
+    proximal_space="product",
+)
 
 
 def train_request(**changes: Any) -> TrainRequest:
@@ -80,6 +88,13 @@ def test_a_request_whose_adapter_is_not_finite_is_refused() -> None:
     state = AdapterState(LAYOUT, torch.full((LAYOUT.size,), math.nan))
     with pytest.raises(NonFiniteError):
         records.read_train_request(records.write_train_request(train_request(adapter=state)), LAYOUT)
+
+
+def test_a_request_with_an_unknown_proximal_space_is_refused() -> None:
+    content = records.write_train_request(train_request())
+    content["request"]["train.proximal_space"] = "logits"
+    with pytest.raises(LayoutError, match="one of factor, product"):
+        records.read_train_request(content, LAYOUT)
 
 
 @pytest.mark.parametrize("changes", [{"num_drawn": (0,)}, {"client_ids": ("a", "a")}])
