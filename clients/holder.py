@@ -8,7 +8,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 
+from clients.personal import PersonalTraining, personal_layout
+from clients.store import PrivateStore, default_state_path
 from fedllm.config import RunConfig, Scalar
 from fedllm.data.example import BadRow, ClientRows, Example
 from fedllm.data.partition import CLIENT_ID, Partition
@@ -21,6 +24,7 @@ from fedllm.models.files import ModelFiles, fingerprint, is_local_model, resolve
 from fedllm.models.policy import load_policy
 from fedllm.training.engine import Engine, resident_engine
 
+PERSONAL = "personal"  # the name of a personal adapter among a client's private vectors
 _logger = logging.getLogger("fedllm.clients")
 
 
@@ -40,6 +44,7 @@ class Holder:
     config: RunConfig
     files: ModelFiles
     clients: Mapping[str, ClientTokens]
+    state_path: Path  # below it every run has a folder for what its clients keep
 
     @cached_property
     def fingerprint(self) -> str:
@@ -52,6 +57,26 @@ class Holder:
         base = load_base(self.config.model)
         layout = layout_of(base.model, self.config.lora, base.fingerprint)
         return resident_engine(base, layout, self.config.train.token_budget)
+
+    @cached_property
+    def store(self) -> PrivateStore:
+        """Where this run's clients keep what never leaves them."""
+        digest = self.engine.layout.digest
+        return PrivateStore(self.state_path / f"{self.config.run.name}-{digest[:16]}", digest)
+
+    @property
+    def personal(self) -> PersonalTraining | None:
+        """The numbers of personal adapters, or None where clients have none."""
+        section = self.config.personal
+        if section.mode == "none":
+            return None
+        pull = section.pull if section.mode == "ditto" else 0.0
+        return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull)
+
+    @property
+    def private_sizes(self) -> dict[str, int]:
+        """The vectors every client of this run keeps for itself, with their lengths."""
+        return {PERSONAL: personal_layout(self.engine.layout, self.personal).size} if self.personal else {}
 
 
 def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Holder:
@@ -74,7 +99,13 @@ def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[s
         rows.client_id: encode_client(rows, files, config.train.max_length)
         for rows in hosted_rows(config, node)
     }
-    return Holder(config, files, clients)
+    return Holder(config, files, clients, _state_path(node))
+
+
+def _state_path(node: Mapping[str, Scalar]) -> Path:
+    """Return where this node keeps private state: by its config, its machine's policy or the default."""
+    named = str(node.get("state-path", "")) or load_policy().state_path
+    return Path(named).expanduser() if named else default_state_path()
 
 
 def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRows]:

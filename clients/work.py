@@ -1,11 +1,17 @@
 """What a node does with a request: train or evaluate the clients it names."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from clients.holder import ClientTokens, Holder
+import torch
+
+from clients.holder import PERSONAL, ClientTokens, Holder
+from clients.personal import local_training, train_personal, wide_layout, with_personal
 from clients.protect import protect
+from clients.store import load_private, save_private
 from fedllm.data.shards import draw_rows
-from fedllm.errors import NonFiniteError
+from fedllm.errors import CheckpointError, NonFiniteError
 from fedllm.models.chat import Encoded
 from fedllm.seeds import derive_seed
 from fedllm.training.jobs import EvaluationJob, Job
@@ -36,15 +42,19 @@ def join(holder: Holder, node_id: int) -> list[JoinedClient]:
 
 
 def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFailure]:
-    """Return one answer per client the request names, in its order."""
+    """Return one answer per client the request names, in its order.
+
+    What clients keep for themselves is on disk before an answer is given: a client that cannot keep it fails.
+    """
     answers: dict[str, ClientUpdate | ClientFailure] = {
         client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
     }
-    jobs = [
-        make_job(holder.clients[client_id], request, num_drawn)
+    drawn = {
+        client_id: num_drawn
         for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
         if client_id in holder.clients and holder.clients[client_id].train
-    ]
+    }
+    jobs = [make_job(holder.clients[client_id], request, num_drawn) for client_id, num_drawn in drawn.items()]
     for job, result in zip(jobs, holder.engine.train(jobs), strict=True):
         try:
             answers[job.client_id] = protect(
@@ -57,7 +67,44 @@ def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFa
         except NonFiniteError as error:
             _logger.warning("%s", error)
             answers[job.client_id] = ClientFailure(client_id=job.client_id, code=error.code)
+    drawn = {name: number for name, number in drawn.items() if isinstance(answers[name], ClientUpdate)}
+    count = request.training.steps * request.training.batch_size
+    for client_id, vectors in _private_vectors(holder, request, drawn).items():
+        try:
+            save_private(holder.store, client_id, drawn[client_id] + count, vectors)
+        except CheckpointError as error:
+            _logger.error("%s", error)
+            answers[client_id] = ClientFailure(client_id=client_id, code=error.code)
     return list(answers.values())
+
+
+def _private_vectors(
+    holder: Holder, request: TrainRequest, drawn: Mapping[str, int]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what each client that trained keeps for itself after this round."""
+    if holder.personal is None:
+        return {}
+    kept = _kept(holder, drawn)
+    numbers, layout = holder.personal, holder.engine.layout
+    own = replace(request, training=local_training(request.training, numbers))
+    trained = train_personal(
+        holder.engine.companion(wide_layout(layout, numbers)),
+        [make_job(holder.clients[client_id], own, num_drawn) for client_id, num_drawn in drawn.items()],
+        {client_id: vectors[PERSONAL] for client_id, vectors in kept.items()},
+        layout=layout,
+        numbers=numbers,
+        seed=request.seed,
+    )
+    return {client_id: {PERSONAL: vector} for client_id, vector in trained.items()}
+
+
+def _kept(holder: Holder, drawn: Mapping[str, int]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return what each client kept when it had drawn so many rows; clients without anything are left out."""
+    found = {
+        client_id: load_private(holder.store, client_id, num_drawn, holder.private_sizes)
+        for client_id, num_drawn in drawn.items()
+    }
+    return {client_id: vectors for client_id, vectors in found.items() if vectors}
 
 
 def make_job(client: ClientTokens, request: TrainRequest, num_drawn: int) -> Job:
@@ -88,4 +135,31 @@ def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation 
         if client_id in holder.clients and holder.clients[client_id].held_out
     ]
     answers.update({answer.client_id: answer for answer in holder.engine.evaluate(jobs)})
+    if holder.personal is not None and request.num_drawn:
+        drawn = dict(zip(request.client_ids, request.num_drawn, strict=True))
+        answers.update(_with_personal_losses(holder, jobs, drawn, answers))
     return list(answers.values())
+
+
+def _with_personal_losses(
+    holder: Holder,
+    jobs: Sequence[EvaluationJob],
+    drawn: Mapping[str, int],
+    answers: Mapping[str, ClientEvaluation | ClientFailure],
+) -> dict[str, ClientEvaluation]:
+    """Return the evaluations with the loss under shared and personal adapter, of clients that have one."""
+    assert holder.personal is not None
+    numbers, layout = holder.personal, holder.engine.layout
+    kept = _kept(holder, {job.client_id: drawn[job.client_id] for job in jobs})
+    wide = [
+        with_personal(job, kept[job.client_id][PERSONAL], layout, numbers)
+        for job in jobs
+        if job.client_id in kept
+    ]
+    measured = holder.engine.companion(wide_layout(layout, numbers)).evaluate(wide)
+    found = {}
+    for own in measured:
+        answer = answers[own.client_id]
+        assert isinstance(answer, ClientEvaluation)
+        found[own.client_id] = replace(answer, personal_loss=own.loss)
+    return found

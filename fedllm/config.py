@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
+from fedllm.composition import check_combinations
 from fedllm.errors import ConfigError
 
 Scalar: TypeAlias = bool | int | float | str
@@ -317,43 +318,9 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.min-clients = {config.federation.min_clients} is above the cohort of {cohort_size}"
         )
-    _check_combinations(config)
+    check_combinations(config, cohort_size)
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")
-
-
-def _check_combinations(config: RunConfig) -> None:
-    """Refuse choices that cannot go together, with the reason."""
-    federation, train = config.federation, config.train
-    num_asked = math.ceil(cohort_size_of(config) * federation.over_selection)
-    if federation.selection == "poisson" and federation.over_selection > 1:
-        raise ConfigError(
-            "federation.over-selection needs a cohort of a fixed size, and federation.selection = 'poisson'"
-            " has none: keeping only the first to answer would be another law; set it to 1"
-        )
-    if federation.selection == "power-of-choice" and 0 < federation.candidates < num_asked:
-        raise ConfigError(
-            f"federation.candidates = {federation.candidates} is below the {num_asked} clients a round asks"
-        )
-    if federation.max_staleness:
-        _check_staleness(config)
-    if train.control_variates and not train.clip_norm:
-        raise ConfigError(
-            "train.control-variates needs train.clip-norm above 0: it bounds what one client may add to them"
-        )
-
-
-def _check_staleness(config: RunConfig) -> None:
-    key = f"federation.max-staleness = {config.federation.max_staleness}"
-    if config.federation.selection == "poisson":
-        raise ConfigError(f"{key}: a poisson round waits for everyone it drew, so none is late; set it to 0")
-    if config.aggregation.read_out != "factor-mean":
-        raise ConfigError(
-            f"{key} needs aggregation.read-out = 'factor-mean': any other turns the factors' basis every"
-            " round, and a late change of the factors means nothing in the new one"
-        )
-    if config.train.control_variates:
-        raise ConfigError(f"{key} cannot go with train.control-variates, which assume updates of one round")
 
 
 def cohort_size_of(config: RunConfig) -> int:

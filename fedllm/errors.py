@@ -60,7 +60,7 @@ class NonFiniteError(FedLLMError, ArithmeticError):
 
 
 class CheckpointError(FedLLMError, OSError):
-    """A checkpoint could not be written or none can be resumed from."""
+    """A checkpoint or a client's private state could not be written, or there is none to resume from."""
 
     code = "checkpoint"
 
@@ -88,6 +88,7 @@ CLIENT_ERROR_CODES = frozenset(
         LayoutError.code,
         WireError.code,
         NonFiniteError.code,
+        CheckpointError.code,
         MissingExtraError.code,
         "out-of-memory",
         "internal",

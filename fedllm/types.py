@@ -12,7 +12,7 @@ from fedllm.errors import LayoutError
 # The only numbers besides its delta that a client's update may carry.
 UPDATE_METRICS = ("weight", "num_tokens", "train_loss", "num_truncated", "seconds")
 PROXIMAL_SPACES = ("factor", "product")
-EVALUATION_METRICS = ("loss", "num_tokens", "num_rows")
+EVALUATION_METRICS = ("loss", "personal_loss", "num_tokens", "num_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,19 @@ class TrainRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """Which of a node's clients measure the held-out loss of `adapter`."""
+    """Which of a node's clients measure the held-out loss of `adapter`.
+
+    `num_drawn`, as in a train request, names the personal adapter to measure; without it none is.
+    """
 
     round_num: int
     client_ids: tuple[str, ...]
     adapter: AdapterState
+    num_drawn: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_drawn and len(self.num_drawn) != len(self.client_ids):
+            raise LayoutError("an evaluate request gives the rows each of its clients has drawn")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,12 +88,16 @@ class ClientUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientEvaluation:
-    """Held-out loss of one client: mean over its supervised tokens, in nats."""
+    """Held-out loss of one client: mean over its supervised tokens, in nats.
+
+    `personal_loss` is with the client's personal adapter on top, None where it has none.
+    """
 
     client_id: str
     loss: float
     num_tokens: int
     num_rows: int
+    personal_loss: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -147,6 +159,7 @@ class RoundRecord:
     client_seconds: Mapping[str, float] = field(default_factory=dict)  # of training, as clients report it
     staleness: Mapping[str, int] = field(default_factory=dict)  # late client -> rounds by which it was late
     held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
+    personal_held_out: Mapping[str, float] = field(default_factory=dict)  # with its personal adapter on top
     num_tokens: int = 0
     bytes_down: int = 0
     bytes_up: int = 0

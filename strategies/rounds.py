@@ -85,7 +85,8 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     record, mixture = fold(session, state, plan, answers)  # 7 validate and combine
     after, record = finish(session, state, plan, record, mixture)  # 8 finish
     if record.applied and _is_evaluated(session.config, plan.round_num):
-        record = replace(record, held_out=evaluate(session, after))
+        held_out = evaluate(session, after)
+        record = replace(record, held_out=held_out.shared, personal_held_out=held_out.personal)
     record = replace(
         record,
         bytes_down=transport.bytes_down - down,

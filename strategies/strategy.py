@@ -18,7 +18,7 @@ from fedllm.config import RunConfig
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.records import read_plain, write_plain
-from strategies.evaluation import evaluate_requests, read_losses
+from strategies.evaluation import evaluate_requests, read_evaluations
 from strategies.rounds import finish, fold, plan_round, read_reply, train_requests
 from strategies.run import open_session, run_federation
 from strategies.session import SILENT, Session, Watch
@@ -109,7 +109,8 @@ class FederatedLora(Strategy):
     ) -> Iterable[Message]:
         """Return the evaluate messages of a round, for every client with held-out rows."""
         session = self._open(grid)
-        state = ServerState(server_round, read_plain(arrays, session.layout))
+        drawn = self._state.num_drawn if self._state else {}
+        state = ServerState(server_round, read_plain(arrays, session.layout), drawn)
         return _messages(evaluate_requests(session, state), "evaluate", server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -118,7 +119,8 @@ class FederatedLora(Strategy):
             raise RuntimeError("configure_evaluate comes before aggregate_evaluate")
         losses: dict[str, float] = {}
         for reply in map(reply_of, replies):
-            losses.update(read_losses(self._session, reply))
+            found = read_evaluations(self._session, reply)
+            losses.update({client: evaluation.loss for client, evaluation in found.items()})
         return MetricRecord({"held-out-loss": sum(losses.values()) / len(losses)}) if losses else None
 
     def summary(self) -> None:

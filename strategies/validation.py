@@ -55,7 +55,8 @@ def largest_weight(joined: JoinedClient, config: RunConfig) -> float:
 
 def check_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation | ClientFailure:
     """Return the evaluation where it is sound, else why it is refused."""
-    if math.isfinite(evaluation.loss) and evaluation.loss >= 0 and evaluation.num_tokens > 0:
+    losses = [loss for loss in (evaluation.loss, evaluation.personal_loss) if loss is not None]
+    if all(math.isfinite(loss) and loss >= 0 for loss in losses) and evaluation.num_tokens > 0:
         return evaluation
     return ClientFailure(
         client_id=evaluation.client_id, code="refused", reason="the held-out loss is not a finite number"

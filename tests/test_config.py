@@ -217,6 +217,11 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
             {"train.control-variates": True, "train.clip-norm": 0.0},
             "train.control-variates needs train.clip-norm above 0: it bounds what one client may add to them",
         ),
+        (
+            {"train.control-variates": True},
+            "train.control-variates needs aggregation.read-out = 'factor-mean': they are gradients of the"
+            " factors, and any other read-out turns the factors' basis every round",
+        ),
         ({"run.name": ""}, "run.name = '': expected a plain folder name"),
         ({"run.name": "../x"}, "run.name = '../x': expected a plain folder name"),
         ({"run.name": "a/b"}, "run.name = 'a/b': expected a plain folder name"),

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -109,6 +109,11 @@ class AdapterLayout:
         """Return the flat float32 vector [P] of (A, B) pairs; the inverse of `factors`."""
         parts = [tensor.reshape(-1).to(torch.float32) for pair in factors for tensor in pair]
         return torch.cat(parts)
+
+
+def at_rank(layout: AdapterLayout, rank: int) -> AdapterLayout:
+    """Return `layout` at another rank and the same scale, so that cutting ranks keeps products comparable."""
+    return layout if rank == layout.rank else replace(layout, rank=rank, alpha=layout.scale * rank)
 
 
 def with_rank(vector: torch.Tensor, layout: AdapterLayout, rank: int) -> torch.Tensor:

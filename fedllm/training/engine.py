@@ -81,6 +81,13 @@ class Engine:
             kind = type(base.model).__name__
             _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
         self.token_budget = token_budget or self._default_budget()
+        self._companions: dict[AdapterLayout, Engine] = {}
+
+    def companion(self, layout: AdapterLayout) -> "Engine":
+        """Return an engine for adapters of another layout on the same base model, built on first use."""
+        if layout not in self._companions:
+            self._companions[layout] = Engine(self.base, layout, token_budget=self.token_budget)
+        return self._companions[layout]
 
     # --- training -----------------------------------------------------------------------------------------
 
@@ -113,14 +120,11 @@ class Engine:
     def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (mean loss over steps [C], delta [C, P]) of jobs sorted by falling number of steps."""
         layouts = [job.layout or self.layout for job in jobs]
-        starts = [
-            with_rank(j.start, layout, self.layout.rank) for j, layout in zip(jobs, layouts, strict=True)
-        ]
-        self.bank.load(starts, [layout.scale for layout in layouts])
+        self.bank.load(self._rows(jobs, [job.start for job in jobs]), [layout.scale for layout in layouts])
         begin_CP = self.bank.theta_CP.clone()
         trainings = [job.training for job in jobs]
-        optimizer = RowAdamW(self.bank.theta_CP, trainings)
-        pull = pull_of(self.layout, begin_CP, trainings, self.bank.scales)
+        optimizer = RowAdamW(self.bank.theta_CP, trainings, self._movable(jobs))
+        pull = pull_of(self.layout, self._anchors(jobs, begin_CP), trainings, self.bank.scales)
         losses_C = torch.zeros(len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
@@ -132,6 +136,25 @@ class Engine:
                 losses_C[: len(active)] += losses
         num_steps_C = torch.tensor([len(job.batches) for job in jobs])
         return losses_C / num_steps_C, (self.bank.theta_CP - begin_CP).cpu()
+
+    def _rows(self, jobs: Sequence[Job], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return one vector a job, each of its job's layout, at the rank of the bank."""
+        rank = self.layout.rank
+        return [with_rank(v, job.layout or self.layout, rank) for job, v in zip(jobs, vectors, strict=True)]
+
+    def _anchors(self, jobs: Sequence[Job], begin_CP: torch.Tensor) -> torch.Tensor:
+        """Return what every row is pulled to, [C, P]."""
+        if all(job.anchor is None for job in jobs):
+            return begin_CP
+        anchors = [job.start if job.anchor is None else job.anchor for job in jobs]
+        return torch.stack(self._rows(jobs, anchors)).to(begin_CP)
+
+    def _movable(self, jobs: Sequence[Job]) -> torch.Tensor | None:
+        """Return which values of every row may move, [C, P], or None where all may."""
+        if all(job.movable is None for job in jobs):
+            return None
+        masks = [torch.ones_like(j.start, dtype=torch.bool) if j.movable is None else j.movable for j in jobs]
+        return torch.stack(self._rows(jobs, masks)).to(self.base.device)
 
     def _result(self, job: Job, loss: float, delta: torch.Tensor, seconds: float) -> Result:
         layout = job.layout or self.layout

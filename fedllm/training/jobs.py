@@ -18,7 +18,8 @@ class Job:
     `layout` is given where the client's rank differs from the engine's (it may be smaller). With
     `example_clip` above 0 every row's own gradient is clipped to that norm before the rows are averaged
     (DP-SGD, arXiv 1607.00133, without its noise); 0 takes the gradient of the batch's mean token loss.
-    `seed` is where LoRA dropout draws from, row by row (`row_seed`).
+    `seed` is where LoRA dropout draws from, row by row (`row_seed`). FedProx pulls to `anchor` [P], where it
+    is not given to `start`. `movable` [P] says which values may move, if not all.
     """
 
     client_id: str
@@ -28,6 +29,8 @@ class Job:
     layout: AdapterLayout | None = None
     example_clip: float = 0.0
     seed: int = 0
+    anchor: torch.Tensor | None = None
+    movable: torch.Tensor | None = None
 
 
 def row_seed(job: Job, step: int, row: int) -> int:

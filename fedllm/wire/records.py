@@ -7,6 +7,7 @@ a `ClientFailure` of that client alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from tokenize import TokenError
 from typing import Any, TypeVar
 
@@ -97,6 +98,7 @@ def write_evaluate_request(request: EvaluateRequest) -> RecordDict:
                 {
                     "round": request.round_num,
                     "client-ids": list(request.client_ids),
+                    "num-drawn": list(request.num_drawn or [0] * len(request.client_ids)),
                 }
             ),
         }
@@ -151,6 +153,7 @@ def read_evaluate_request(content: RecordDict, layout: AdapterLayout) -> Evaluat
     return EvaluateRequest(
         round_num=round_num,
         client_ids=tuple(_list(config, "client-ids", str)),
+        num_drawn=tuple(_list(config, "num-drawn", int)),
         adapter=_read_adapter(content, layout, round_num),
     )
 
@@ -199,8 +202,12 @@ def write_updates(
 
 
 def write_evaluations(results: Sequence[ClientEvaluation | ClientFailure]) -> RecordDict:
-    """Return the reply to an evaluate request."""
-    done = [result for result in results if isinstance(result, ClientEvaluation)]
+    """Return the reply to an evaluate request; without a personal adapter both its losses are the same."""
+    done = [
+        replace(result, personal_loss=result.loss if result.personal_loss is None else result.personal_loss)
+        for result in results
+        if isinstance(result, ClientEvaluation)
+    ]
     return _write_results(results, done, EVALUATION_METRICS)
 
 
@@ -310,6 +317,7 @@ def read_evaluations(content: RecordDict) -> list[ClientEvaluation | ClientFailu
             ClientEvaluation(
                 client_id=client_id,
                 loss=numbers["loss"],
+                personal_loss=numbers["personal_loss"],
                 num_tokens=_count(numbers["num_tokens"]),
                 num_rows=_count(numbers["num_rows"]),
             )

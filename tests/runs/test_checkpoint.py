@@ -14,7 +14,8 @@ from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from fedllm.types import RoundRecord
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
-CONFIG = RunConfig()
+# factor means, so that every other key may be changed alone
+CONFIG = RunConfig.from_flat({"aggregation.read-out": "factor-mean"})
 
 
 def state_of(round_num: int) -> ServerState:
@@ -96,9 +97,13 @@ def another(config: RunConfig, key: str) -> Any:
         "model.dtype": "float64",
         "model.quantization": "8bit",
         "data.on-bad-row": "stop",
-        "aggregation.read-out": "factor-mean",
+        "train.proximal-space": "product",
+        "aggregation.read-out": "svd",
         "aggregation.weighting": "tokens",
+        "aggregation.staleness-exponent": 1.0,
+        "personal.mode": "ditto",
         "wire.codec": "int8",
+        "federation.selection": "oort",
         "federation.cohort-fraction": 0.5,
         "federation.min-clients": 2,
         "federation.over-selection": 1.3,

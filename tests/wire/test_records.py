@@ -34,7 +34,7 @@ def update(client_id: str, **changes: Any) -> ClientUpdate:
 
 
 def evaluation(client_id: str) -> ClientEvaluation:
-    return ClientEvaluation(client_id=client_id, loss=0.75, num_tokens=11, num_rows=2)
+    return ClientEvaluation(client_id=client_id, loss=0.75, personal_loss=0.5, num_tokens=11, num_rows=2)
 
 
 def joined(client_id: str) -> JoinedClient:
@@ -82,6 +82,13 @@ def test_an_evaluations_reply_comes_back_as_it_was() -> None:
     assert (a, b) == (evaluation("a"), evaluation("b"))
     assert isinstance(c, ClientFailure)
     assert c.code == "non-finite"
+
+
+def test_without_a_personal_adapter_both_losses_are_the_same() -> None:
+    sent = ClientEvaluation(client_id="a", loss=0.75, num_tokens=11, num_rows=2)
+    (got,) = records.read_evaluations(records.write_evaluations([sent]))
+    assert isinstance(got, ClientEvaluation)
+    assert got.personal_loss == got.loss == 0.75
 
 
 def test_a_join_reply_comes_back_as_it_was() -> None:

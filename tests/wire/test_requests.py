@@ -49,11 +49,11 @@ def test_a_train_request_comes_back_as_it_was() -> None:
 
 def test_an_evaluate_request_comes_back_as_it_was() -> None:
     adapter = initial_adapter(LAYOUT, 0)
-    sent = EvaluateRequest(round_num=0, client_ids=("a",), adapter=adapter)
+    sent = EvaluateRequest(round_num=0, client_ids=("a",), num_drawn=(12,), adapter=adapter)
     content = records.write_evaluate_request(sent)
     assert records.is_fedllm_request(content)
     got = records.read_evaluate_request(content, LAYOUT)
-    assert (got.round_num, got.client_ids) == (0, ("a",))
+    assert (got.round_num, got.client_ids, got.num_drawn) == (0, ("a",), (12,))
     assert got.adapter.digest == adapter.digest
 
 
@@ -101,3 +101,9 @@ def test_a_request_with_an_unknown_proximal_space_is_refused() -> None:
 def test_a_request_names_each_client_once_with_what_it_has_drawn(changes: dict[str, Any]) -> None:
     with pytest.raises(LayoutError):
         train_request(**changes)
+
+
+def test_an_evaluate_request_gives_what_each_client_has_drawn() -> None:
+    adapter = initial_adapter(LAYOUT, 0)
+    with pytest.raises(LayoutError):
+        EvaluateRequest(round_num=0, client_ids=("a", "b"), num_drawn=(12,), adapter=adapter)

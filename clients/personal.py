@@ -1,0 +1,116 @@
+"""An adapter of a client's own on top of the shared one: trained here, kept here, never sent.
+
+A layer computes W x + s B_g A_g x + s B_p A_p x. After a client has trained the shared adapter of a round, it
+trains its personal one for some steps on the same stream of rows, with the shared adapter *as received*
+frozen underneath (the pattern of FDLoRA, arXiv 2406.07925, and FedDPA, arXiv 2403.19211). Both stand side by
+side in one adapter of the ranks' sum (`fedllm.adapters.columns`) of which only the second half may move.
+
+dual    nothing holds the personal adapter back but the number of steps and weight decay
+ditto   it is pulled to the shared adapter as in Ditto (arXiv 2012.04221): min f(v) + pull/2 ||v - shared||^2,
+        with the distance measured on what the layers do. v - shared is s B_p A_p, whose squared Frobenius
+        norm is the product form of FedProx (`fedllm.training.proximal`). It is a gradient, not a decay of
+        the factors: it depends on their product alone, and Adam rescales it with the gradient of the loss
+
+AdamW starts afresh every round. A personal adapter that diverged stays as it was before the round.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedllm.adapters.columns import second_mask, second_of, side_by_side
+from fedllm.adapters.layout import AdapterLayout, at_rank, initial_adapter
+from fedllm.seeds import derive_seed
+from fedllm.training.engine import Engine
+from fedllm.training.jobs import EvaluationJob, Job, is_finite
+from fedllm.types import LocalTraining
+
+_logger = logging.getLogger("fedllm.clients")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalTraining:
+    """Numbers of the personal adapter; `pull` 0 is dual, above it Ditto."""
+
+    rank: int
+    steps: int
+    pull: float
+
+
+def personal_layout(layout: AdapterLayout, numbers: PersonalTraining) -> AdapterLayout:
+    """Return the layout of the personal adapter beside a shared one of `layout`."""
+    return at_rank(layout, numbers.rank)
+
+
+def wide_layout(layout: AdapterLayout, numbers: PersonalTraining) -> AdapterLayout:
+    """Return the layout of both side by side."""
+    return at_rank(layout, layout.rank + numbers.rank)
+
+
+def initial_personal(
+    layout: AdapterLayout, numbers: PersonalTraining, seed: int, client_id: str
+) -> torch.Tensor:
+    """Return the personal adapter a client begins with: its own random A, and B zero, so no effect yet."""
+    own_seed = derive_seed(seed, "personal", client_id)
+    return initial_adapter(personal_layout(layout, numbers), own_seed).vector
+
+
+def local_training(training: LocalTraining, numbers: PersonalTraining) -> LocalTraining:
+    """Return how the personal adapter is trained: like the shared one, but for its steps and its pull."""
+    return replace(training, steps=numbers.steps, proximal=numbers.pull, proximal_space="product")
+
+
+def personal_job(
+    shared: Job, personal_P: torch.Tensor, layout: AdapterLayout, numbers: PersonalTraining
+) -> Job:
+    """Return the work on a personal adapter: `shared` has the rows and the shared adapter, of `layout`."""
+    nothing = torch.zeros_like(personal_P)
+    return replace(
+        shared,
+        start=side_by_side(layout, shared.start, personal_P, numbers.rank),
+        layout=wide_layout(layout, numbers),
+        anchor=side_by_side(layout, shared.start, nothing, numbers.rank),
+        movable=second_mask(layout, numbers.rank),
+        seed=derive_seed(shared.seed, "personal"),
+    )
+
+
+def train_personal(
+    engine: Engine,
+    jobs: Sequence[Job],
+    kept: Mapping[str, torch.Tensor],
+    *,
+    layout: AdapterLayout,
+    numbers: PersonalTraining,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """Return the personal adapter of every job's client after one more round.
+
+    `jobs` hold the rows and the shared adapter, of `layout`; `kept` the personal adapters so far; `engine` is
+    of the wide layout.
+    """
+    starts = [
+        kept[job.client_id]
+        if job.client_id in kept
+        else initial_personal(layout, numbers, seed, job.client_id)
+        for job in jobs
+    ]
+    wide = [personal_job(job, start, layout, numbers) for job, start in zip(jobs, starts, strict=True)]
+    trained = {}
+    for start, result in zip(starts, engine.train(wide), strict=True):
+        if not is_finite(result):
+            _logger.warning("client %s: its personal adapter diverged and stays as it was", result.client_id)
+            trained[result.client_id] = start
+        else:
+            trained[result.client_id] = start + second_of(layout, result.delta.float(), numbers.rank)
+    return trained
+
+
+def with_personal(
+    job: EvaluationJob, personal_P: torch.Tensor, layout: AdapterLayout, numbers: PersonalTraining
+) -> EvaluationJob:
+    """Return the evaluation of shared and personal adapter together, for an engine of the wide layout."""
+    both = side_by_side(layout, job.vector, personal_P, numbers.rank)
+    return EvaluationJob(job.client_id, both, job.rows)
