@@ -28,6 +28,7 @@ from strategies.evaluation import evaluate
 from strategies.joining import rejoin
 from strategies.selection import choose_clients, selection_of
 from strategies.session import Session
+from strategies.staleness import late_refusal, staleness_weight
 from strategies.transport import Reply
 from strategies.validation import check_update, largest_weight
 
@@ -80,7 +81,7 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     plan = plan_round(session, state, attempt)  # 1 plan
     contents = train_requests(session, state, plan)  # 2 send, 3 receive; 4-6 happen beside the data
     answers = receive(session, plan, contents)
-    if len(plan.asked) > plan.cohort_size:
+    if len(plan.asked) > plan.cohort_size or transport.keeps_late:
         answers = _first_updates(answers, plan.cohort_size)
     record, mixture = fold(session, state, plan, answers)  # 7 validate and combine
     after, record = finish(session, state, plan, record, mixture)  # 8 finish
@@ -97,9 +98,12 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
 
 
 def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
-    """Choose the clients of the next round and its numbers. Clients of busy nodes are not asked."""
+    """Choose the clients of the next round and its numbers.
+
+    Clients of busy nodes are not asked, nor those whose late reply this round will take: one update a round.
+    """
     config, round_num = session.config, state.round_num + 1
-    free = set(session.transport.node_ids())
+    free = set(session.transport.node_ids()) - {reply.node_id for reply in session.transport.overdue}
     available = [client for client in session.clients.values() if client.node_id in free]
     selection = selection_of(config)
     asked = choose_clients(
@@ -166,18 +170,29 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
 def receive(
     session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
 ) -> Generator[Answer, None, None]:
-    """Yield one answer for every client asked, as it arrives: a sound update or why there is none."""
-    asked = session.by_node(plan.asked)
+    """Yield one answer for every client asked, as it arrives: a sound update or why there is none.
+
+    Late updates of earlier rounds come too, where they count; of those that are unsound or too late there is
+    only a notice.
+    """
+    asked, largest_staleness = session.by_node(plan.asked), session.config.federation.max_staleness
     replies = session.transport.exchange(
         contents,
         message_type="train",
         group=str(plan.round_num),
         deadline=session.config.federation.round_deadline,
+        plan=plan,
     )
     for reply in replies:
-        for answer in read_reply(session, plan, reply, asked[reply.node_id]):
-            session.watch.client(plan.round_num, answer)
-            yield answer
+        sent = reply.plan or plan
+        named = asked if sent is plan else session.by_node(sent.asked)
+        for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):
+            refused = sent is not plan and late_refusal(answer, plan.round_num, largest_staleness)
+            if refused:
+                session.watch.notice(refused)
+            else:
+                session.watch.client(plan.round_num, answer)
+                yield answer
 
 
 def read_reply(
@@ -218,6 +233,7 @@ def fold(
     answers: Iterable[Answer],
 ) -> tuple[RoundRecord, aggregation.Mixture]:
     """Combine the answers on arrival; return what happened and the mixture of the accepted updates."""
+    config, staleness = session.config, dict[str, int]()
     mixture = aggregation.init(state.adapter)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, str] = {}
@@ -225,6 +241,9 @@ def fold(
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer.reason or answer.code
         else:
+            staleness[answer.client_id] = plan.round_num - answer.round_num
+            factor = staleness_weight(staleness[answer.client_id], config.aggregation.staleness_exponent)
+            answer = replace(answer, weight=answer.weight * factor)
             mixture = aggregation.add(mixture, answer)
             accepted[answer.client_id] = replace(answer, delta=answer.delta[:0])  # numbers only
     total = sum(update.weight for update in accepted.values())
@@ -240,7 +259,8 @@ def fold(
         train_loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
         num_tokens=sum(update.num_tokens for update in accepted.values()),
         learning_rate=plan.training.learning_rate,
-        applied=len(accepted) >= session.config.federation.min_clients or plan.cohort_size == 0,
+        staleness={client: rounds for client, rounds in staleness.items() if rounds},
+        applied=len(accepted) >= config.federation.min_clients or plan.cohort_size == 0,
         adapter=state.adapter.digest,
     )
     return record, mixture
@@ -284,7 +304,7 @@ def _first_updates(answers: Generator[Answer, None, None], number: int) -> Gener
 
 
 def _in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answer, None, None]:
-    """Yield answers in the plan's order, each as soon as all before it are there.
+    """Yield answers in the plan's order, each as soon as all before it are there; late ones by name, last.
 
     Floating-point sums depend on their order; this makes a round independent of who was faster.
     """
@@ -299,6 +319,7 @@ def _in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answ
     for client in chain([current], waiting):
         if client in held:
             yield held.pop(client)
+    yield from (held[client] for client in sorted(held))
 
 
 def check_failure_rate(state: ServerState, limit: float) -> None:

@@ -61,7 +61,7 @@ def open_session(config: RunConfig, grid: Grid, watch: Watch = SILENT) -> Sessio
         ModelError, RunFailedError: the base model is absent, or too few clients join.
     """
     layout = describe_layout(config.model, config.lora)
-    transport = Transport(grid)
+    transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     return Session(config, layout, transport, clients, watch)
