@@ -24,7 +24,7 @@ from fedllm.models.files import ModelFiles, fingerprint, is_local_model, resolve
 from fedllm.models.policy import load_policy
 from fedllm.training.engine import Engine, resident_engine
 
-PERSONAL = "personal"  # the name of a personal adapter among a client's private vectors
+PERSONAL, CONTROL = "personal", "control"  # the names of a client's private vectors
 _logger = logging.getLogger("fedllm.clients")
 
 
@@ -73,10 +73,11 @@ class Holder:
         pull = section.pull if section.mode == "ditto" else 0.0
         return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull)
 
-    @property
-    def private_sizes(self) -> dict[str, int]:
-        """The vectors every client of this run keeps for itself, with their lengths."""
-        return {PERSONAL: personal_layout(self.engine.layout, self.personal).size} if self.personal else {}
+    def private_sizes(self, *, with_control: bool = False) -> dict[str, int]:
+        """Return the vectors every client keeps for itself, with their lengths: its adapter, its c_i."""
+        layout = self.engine.layout
+        personal = {PERSONAL: personal_layout(layout, self.personal).size} if self.personal else {}
+        return {**personal, **({CONTROL: layout.size} if with_control else {})}
 
 
 def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Holder:

@@ -15,7 +15,7 @@ AdamW starts afresh every round. A personal adapter that diverged stays as it wa
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,19 +62,23 @@ def local_training(training: LocalTraining, numbers: PersonalTraining) -> LocalT
     return replace(training, steps=numbers.steps, proximal=numbers.pull, proximal_space="product")
 
 
-def personal_job(
-    shared: Job, personal_P: torch.Tensor, layout: AdapterLayout, numbers: PersonalTraining
-) -> Job:
-    """Return the work on a personal adapter: `shared` has the rows and the shared adapter, of `layout`."""
-    nothing = torch.zeros_like(personal_P)
-    return replace(
-        shared,
-        start=side_by_side(layout, shared.start, personal_P, numbers.rank),
-        layout=wide_layout(layout, numbers),
-        anchor=side_by_side(layout, shared.start, nothing, numbers.rank),
-        movable=second_mask(layout, numbers.rank),
-        seed=derive_seed(shared.seed, "personal"),
-    )
+def personal_jobs(
+    shared: Sequence[Job], personal: Sequence[torch.Tensor], layout: AdapterLayout, numbers: PersonalTraining
+) -> Iterator[Job]:
+    """Yield the work on each personal adapter; `shared` have the rows and the shared adapter, of `layout`."""
+    wide, movable, anchors = wide_layout(layout, numbers), second_mask(layout, numbers.rank), {}
+    for job, personal_P in zip(shared, personal, strict=True):
+        if id(job.start) not in anchors:  # clients that share a start share what they are pulled to
+            nothing = torch.zeros_like(personal_P)
+            anchors[id(job.start)] = side_by_side(layout, job.start, nothing, numbers.rank)
+        yield replace(
+            job,
+            start=side_by_side(layout, job.start, personal_P, numbers.rank),
+            layout=wide,
+            anchor=anchors[id(job.start)],
+            movable=movable,
+            seed=derive_seed(job.seed, "personal"),
+        )
 
 
 def train_personal(
@@ -97,7 +101,7 @@ def train_personal(
         else initial_personal(layout, numbers, seed, job.client_id)
         for job in jobs
     ]
-    wide = [personal_job(job, start, layout, numbers) for job, start in zip(jobs, starts, strict=True)]
+    wide = list(personal_jobs(jobs, starts, layout, numbers))
     trained = {}
     for start, result in zip(starts, engine.train(wide), strict=True):
         if not is_finite(result):

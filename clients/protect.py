@@ -2,10 +2,13 @@
 
 A training result passes this chain and nothing else does: weight -> allow-list. Clipping, noise and masking
 take their places here, in an order the privacy plan fixes. What is returned is the whole of what the server
-learns: a delta, a weight and four numbers.
+learns: a delta, a weight and four numbers; and, where the run has control variates (SCAFFOLD), the change of
+the client's own, a mean gradient.
 """
 
 from collections.abc import Sequence
+
+import torch
 
 from fedllm.errors import ConfigError, NonFiniteError
 from fedllm.models.chat import Encoded
@@ -14,7 +17,13 @@ from fedllm.types import ClientUpdate
 
 
 def protect(
-    result: Result, rows: Sequence[Encoded], *, round_num: int, weighting: str, num_train: int
+    result: Result,
+    rows: Sequence[Encoded],
+    *,
+    round_num: int,
+    weighting: str,
+    num_train: int,
+    control_delta: torch.Tensor | None = None,
 ) -> ClientUpdate:
     """Return the update of one client from its training result.
 
@@ -40,4 +49,5 @@ def protect(
         train_loss=result.loss,
         num_truncated=sum(row.num_cut > 0 for row in rows),
         seconds=round(result.seconds, 3),
+        control_delta=control_delta,
     )

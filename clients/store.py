@@ -41,10 +41,10 @@ def default_state_path() -> Path:
 def load_private(
     store: PrivateStore, client_id: str, num_drawn: int, sizes: Mapping[str, int]
 ) -> dict[str, torch.Tensor]:
-    """Return the float32 vectors a client kept when it had drawn `num_drawn` rows; `sizes` are their lengths.
+    """Return the float32 vectors a client kept when it had drawn `num_drawn` rows.
 
-    Before a client's first round there are none. Where they are missing or damaged later, one line is logged
-    and there are none either: the client starts afresh.
+    `sizes` are the lengths of those that are wanted. Before a client's first round there are none. Where they
+    are missing or damaged later, one line is logged and there are none either: the client starts afresh.
     """
     if not num_drawn:
         return {}
@@ -91,11 +91,9 @@ def _read(file: Path, store: PrivateStore, sizes: Mapping[str, int]) -> dict[str
     with safe_open(file, "pt") as content:
         about = json.loads((content.metadata() or {}).get(_ABOUT, "{}"))
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-    if about.get("layout") != store.layout_digest:
+    if not isinstance(about, dict) or about.get("layout") != store.layout_digest:
         raise IntegrityError("it is of another adapter layout")
-    if {name: [*tensor.shape] for name, tensor in tensors.items()} != {
-        n: [size] for n, size in sizes.items()
-    }:
+    if any(name not in tensors or tensors[name].shape != (size,) for name, size in sizes.items()):
         raise IntegrityError("it holds other vectors than this run keeps")
     if about.get("sha256") != _digest(tensors):
         raise IntegrityError("its checksum is wrong")

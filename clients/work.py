@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from clients.holder import PERSONAL, ClientTokens, Holder
+from clients.control_variates import change_of, changed, corrected
+from clients.holder import CONTROL, PERSONAL, ClientTokens, Holder
 from clients.personal import local_training, train_personal, wide_layout, with_personal
 from clients.protect import protect
 from clients.store import load_private, save_private
@@ -54,7 +55,13 @@ def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFa
         for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
         if client_id in holder.clients and holder.clients[client_id].train
     }
+    kept = _kept(holder, drawn, holder.private_sizes(with_control=request.control is not None))
     jobs = [make_job(holder.clients[client_id], request, num_drawn) for client_id, num_drawn in drawn.items()]
+    own: dict[str, torch.Tensor] = {}
+    if request.control is not None:
+        control_P = request.control.vector
+        own = {name: kept.get(name, {}).get(CONTROL, torch.zeros_like(control_P)) for name in drawn}
+        jobs = [corrected(job, control_P, own[job.client_id]) for job in jobs]
     for job, result in zip(jobs, holder.engine.train(jobs), strict=True):
         try:
             answers[job.client_id] = protect(
@@ -63,31 +70,63 @@ def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFa
                 round_num=request.round_num,
                 weighting=request.weighting,
                 num_train=len(holder.clients[job.client_id].train),
+                control_delta=None if result.gradient is None else change_of(result, own[job.client_id]),
             )
         except NonFiniteError as error:
             _logger.warning("%s", error)
             answers[job.client_id] = ClientFailure(client_id=job.client_id, code=error.code)
-    drawn = {name: number for name, number in drawn.items() if isinstance(answers[name], ClientUpdate)}
-    count = request.training.steps * request.training.batch_size
-    for client_id, vectors in _private_vectors(holder, request, drawn).items():
-        try:
-            save_private(holder.store, client_id, drawn[client_id] + count, vectors)
-        except CheckpointError as error:
-            _logger.error("%s", error)
-            answers[client_id] = ClientFailure(client_id=client_id, code=error.code)
+    answers.update(_keep(holder, request, drawn, kept, answers))
     return list(answers.values())
 
 
-def _private_vectors(
-    holder: Holder, request: TrainRequest, drawn: Mapping[str, int]
+def _kept(
+    holder: Holder, drawn: Mapping[str, int], sizes: Mapping[str, int]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Return what each client that trained keeps for itself after this round."""
+    """Return what each client kept when it had drawn so many rows; clients without anything are left out."""
+    if not sizes:
+        return {}
+    found = {name: load_private(holder.store, name, number, sizes) for name, number in drawn.items()}
+    return {name: vectors for name, vectors in found.items() if vectors}
+
+
+def _keep(
+    holder: Holder,
+    request: TrainRequest,
+    drawn: Mapping[str, int],
+    kept: Mapping[str, Mapping[str, torch.Tensor]],
+    answers: Mapping[str, ClientUpdate | ClientFailure],
+) -> dict[str, ClientFailure]:
+    """Write what each client that has an update keeps for itself; return those that could not."""
+    updates = {name: answer for name, answer in answers.items() if isinstance(answer, ClientUpdate)}
+    vectors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in updates}
+    for name, update in updates.items():
+        if update.control_delta is not None:
+            own = kept.get(name, {}).get(CONTROL, torch.zeros_like(update.control_delta))
+            vectors[name][CONTROL] = changed(own, update.control_delta, request.codec)
+    for name, vector in _personal_adapters(holder, request, {n: drawn[n] for n in updates}, kept).items():
+        vectors[name][PERSONAL] = vector
+    count, failed = request.training.steps * request.training.batch_size, {}
+    for name in (name for name in updates if vectors[name]):
+        try:
+            save_private(holder.store, name, drawn[name] + count, vectors[name])
+        except CheckpointError as error:
+            _logger.error("%s", error)
+            failed[name] = ClientFailure(client_id=name, code=error.code)
+    return failed
+
+
+def _personal_adapters(
+    holder: Holder,
+    request: TrainRequest,
+    drawn: Mapping[str, int],
+    kept: Mapping[str, Mapping[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Return the personal adapter of each client after this round, where the run has them."""
     if holder.personal is None:
         return {}
-    kept = _kept(holder, drawn)
     numbers, layout = holder.personal, holder.engine.layout
     own = replace(request, training=local_training(request.training, numbers))
-    trained = train_personal(
+    return train_personal(
         holder.engine.companion(wide_layout(layout, numbers)),
         [make_job(holder.clients[client_id], own, num_drawn) for client_id, num_drawn in drawn.items()],
         {client_id: vectors[PERSONAL] for client_id, vectors in kept.items()},
@@ -95,16 +134,6 @@ def _private_vectors(
         numbers=numbers,
         seed=request.seed,
     )
-    return {client_id: {PERSONAL: vector} for client_id, vector in trained.items()}
-
-
-def _kept(holder: Holder, drawn: Mapping[str, int]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return what each client kept when it had drawn so many rows; clients without anything are left out."""
-    found = {
-        client_id: load_private(holder.store, client_id, num_drawn, holder.private_sizes)
-        for client_id, num_drawn in drawn.items()
-    }
-    return {client_id: vectors for client_id, vectors in found.items() if vectors}
 
 
 def make_job(client: ClientTokens, request: TrainRequest, num_drawn: int) -> Job:
@@ -150,7 +179,8 @@ def _with_personal_losses(
     """Return the evaluations with the loss under shared and personal adapter, of clients that have one."""
     assert holder.personal is not None
     numbers, layout = holder.personal, holder.engine.layout
-    kept = _kept(holder, {job.client_id: drawn[job.client_id] for job in jobs})
+    asked = {job.client_id: drawn[job.client_id] for job in jobs}
+    kept = _kept(holder, asked, holder.private_sizes())
     wide = [
         with_personal(job, kept[job.client_id][PERSONAL], layout, numbers)
         for job in jobs

@@ -38,7 +38,8 @@ class TrainRequest:
     """What a node receives: which of its clients train, from where, and how.
 
     `num_drawn[i]` counts the rows that `client_ids[i]` drew in earlier rounds, so that a client whose
-    process is new every time still sees all its rows before any twice.
+    process is new every time still sees all its rows before any twice. `control` is SCAFFOLD's c, where it is
+    used (`fedllm.training.control_variates`).
     """
 
     round_num: int
@@ -49,6 +50,7 @@ class TrainRequest:
     codec: str
     weighting: str
     seed: int
+    control: AdapterState | None = None
 
     def __post_init__(self) -> None:
         if len(self.client_ids) != len(self.num_drawn) or len(set(self.client_ids)) != len(self.client_ids):
@@ -74,7 +76,10 @@ class EvaluateRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClientUpdate:
-    """What a client returns: `delta` [P] = after - before, its weight, and metrics from a fixed list."""
+    """What a client returns: `delta` [P] = after - before, its weight, and metrics from a fixed list.
+
+    `control_delta` [P] is the change of its control variate, where those are used.
+    """
 
     client_id: str
     round_num: int
@@ -84,6 +89,7 @@ class ClientUpdate:
     train_loss: float
     num_truncated: int = 0
     seconds: float = 0.0
+    control_delta: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

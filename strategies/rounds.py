@@ -3,10 +3,7 @@
 import math
 import time
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import closing
 from dataclasses import replace
-from itertools import chain
-from typing import TypeAlias
 
 from flwr.app import RecordDict
 
@@ -24,6 +21,8 @@ from fedllm.types import (
 )
 from fedllm.wire import records
 from strategies import aggregation
+from strategies.answers import Answer, first_updates, in_order
+from strategies.control_variates import ControlSum, control_of, empty_sum
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
 from strategies.selection import choose_clients, selection_of
@@ -31,8 +30,6 @@ from strategies.session import Session
 from strategies.staleness import late_refusal, staleness_weight
 from strategies.transport import Reply
 from strategies.validation import check_update, largest_weight
-
-Answer: TypeAlias = ClientUpdate | ClientFailure
 
 FAILING_ROUNDS = 3  # rounds in a row above federation.max-failure-rate before the run stops
 
@@ -82,9 +79,10 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     contents = train_requests(session, state, plan)  # 2 send, 3 receive; 4-6 happen beside the data
     answers = receive(session, plan, contents)
     if len(plan.asked) > plan.cohort_size or transport.keeps_late:
-        answers = _first_updates(answers, plan.cohort_size)
-    record, mixture = fold(session, state, plan, answers)  # 7 validate and combine
-    after, record = finish(session, state, plan, record, mixture)  # 8 finish
+        answers = first_updates(answers, plan.cohort_size)
+    controls = empty_sum(session.layout) if session.config.train.control_variates else None
+    record, mixture = fold(session, state, plan, answers, controls)  # 7 validate and combine
+    after, record = finish(session, state, plan, record, mixture, controls)  # 8 finish
     if record.applied and _is_evaluated(session.config, plan.round_num):
         held_out = evaluate(session, after)
         record = replace(record, held_out=held_out.shared, personal_held_out=held_out.personal)
@@ -161,6 +159,7 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
                 codec=config.wire.codec,
                 weighting=config.aggregation.weighting,
                 seed=config.seed,
+                control=control_of(state) if config.train.control_variates else None,
             )
         )
         for node, clients in session.by_node(plan.asked).items()
@@ -204,7 +203,12 @@ def read_reply(
         unanswered = dict.fromkeys(asked, reply.reason)
     else:
         try:
-            answers = records.read_updates(reply.content, layout=session.layout, round_num=plan.round_num)
+            answers = records.read_updates(
+                reply.content,
+                layout=session.layout,
+                round_num=plan.round_num,
+                with_controls=session.config.train.control_variates,
+            )
         except WireError as error:
             answers, unanswered = [], dict.fromkeys(asked, str(error))
         for answer in answers:
@@ -221,6 +225,7 @@ def read_reply(
                     round_num=plan.round_num,
                     largest_weight=largest_weight(joined, session.config),
                     largest_move=largest_move(plan.training, plan.largest_start),
+                    largest_control=2 * plan.training.clip_norm,
                 )
     for client, reason in unanswered.items():
         yield ClientFailure(client_id=client, code="lost", reason=reason)
@@ -231,13 +236,17 @@ def fold(
     state: ServerState,
     plan: RoundPlan,
     answers: Iterable[Answer],
+    controls: ControlSum | None = None,
 ) -> tuple[RoundRecord, aggregation.Mixture]:
-    """Combine the answers on arrival; return what happened and the mixture of the accepted updates."""
+    """Combine the answers on arrival; return what happened and the mixture of the accepted updates.
+
+    Changes of control variates are added to `controls`.
+    """
     config, staleness = session.config, dict[str, int]()
     mixture = aggregation.init(state.adapter)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, str] = {}
-    for answer in _in_order(answers, plan.asked):
+    for answer in in_order(answers, plan.asked):
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer.reason or answer.code
         else:
@@ -245,7 +254,10 @@ def fold(
             factor = staleness_weight(staleness[answer.client_id], config.aggregation.staleness_exponent)
             answer = replace(answer, weight=answer.weight * factor)
             mixture = aggregation.add(mixture, answer)
-            accepted[answer.client_id] = replace(answer, delta=answer.delta[:0])  # numbers only
+            if controls is not None:
+                controls.add(answer)
+            numbers_only = replace(answer, delta=answer.delta[:0], control_delta=None)
+            accepted[answer.client_id] = numbers_only
     total = sum(update.weight for update in accepted.values())
     record = RoundRecord(
         round_num=plan.round_num,
@@ -267,7 +279,12 @@ def fold(
 
 
 def finish(
-    session: Session, state: ServerState, plan: RoundPlan, record: RoundRecord, mixture: aggregation.Mixture
+    session: Session,
+    state: ServerState,
+    plan: RoundPlan,
+    record: RoundRecord,
+    mixture: aggregation.Mixture,
+    controls: ControlSum | None = None,
 ) -> tuple[ServerState, RoundRecord]:
     """Read the mixture out into the next state; a round that is not applied changes nothing."""
     if not record.applied:
@@ -276,8 +293,15 @@ def finish(
         return replace(state, round_num=plan.round_num), record
     aggregate = aggregation.finish(mixture, session.config.aggregation.read_out)
     drawn = plan.training.steps * plan.training.batch_size
+    num_clients = session.config.federation.num_clients
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}
-    after = ServerState(plan.round_num, aggregate.adapter, {**state.num_drawn, **counts}, state.records)
+    after = replace(
+        state,
+        round_num=plan.round_num,
+        adapter=aggregate.adapter,
+        num_drawn={**state.num_drawn, **counts},
+        control=None if controls is None else controls.added_to(control_of(state), num_clients),
+    )
     record = replace(
         record,
         rho=aggregate.rho,
@@ -291,35 +315,6 @@ def finish(
 def _is_evaluated(config: RunConfig, round_num: int) -> bool:
     every = config.evaluation.every
     return round_num == config.federation.num_rounds or bool(every and round_num % every == 0)
-
-
-def _first_updates(answers: Generator[Answer, None, None], number: int) -> Generator[Answer, None, None]:
-    """Stop listening once `number` updates have come; the rest of an over-selected cohort is let go."""
-    with closing(answers):
-        for answer in answers:
-            yield answer
-            number -= isinstance(answer, ClientUpdate)
-            if number == 0:
-                return
-
-
-def _in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answer, None, None]:
-    """Yield answers in the plan's order, each as soon as all before it are there; late ones by name, last.
-
-    Floating-point sums depend on their order; this makes a round independent of who was faster.
-    """
-    held: dict[str, Answer] = {}
-    waiting = iter(order)
-    current = next(waiting, None)
-    for answer in answers:
-        held[answer.client_id] = answer
-        while current in held:
-            yield held.pop(current)
-            current = next(waiting, None)
-    for client in chain([current], waiting):
-        if client in held:
-            yield held.pop(client)
-    yield from (held[client] for client in sorted(held))
 
 
 def check_failure_rate(state: ServerState, limit: float) -> None:

@@ -18,6 +18,7 @@ from fedllm.config import RunConfig
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.records import read_plain, write_plain
+from strategies.control_variates import empty_sum
 from strategies.evaluation import evaluate_requests, read_evaluations
 from strategies.rounds import finish, fold, plan_round, read_reply, train_requests
 from strategies.run import open_session, run_federation
@@ -97,8 +98,9 @@ class FederatedLora(Strategy):
             for reply in map(reply_of, replies)
             for answer in read_reply(session, plan, reply, asked.get(reply.node_id, []))
         )
-        record, mixture = fold(session, state, plan, answers)
-        after, record = finish(session, state, plan, record, mixture)
+        controls = empty_sum(session.layout) if self.config.train.control_variates else None
+        record, mixture = fold(session, state, plan, answers, controls)
+        after, record = finish(session, state, plan, record, mixture, controls)
         if not record.applied:
             return None, None
         self._state = replace(after, records=(*state.records, record))

@@ -19,10 +19,12 @@ def check_update(
     round_num: int,
     largest_weight: float,
     largest_move: float,
+    largest_control: float = 0.0,
 ) -> ClientUpdate | ClientFailure:
     """Return `update` where it is sound, else why it is refused.
 
-    The codec has already checked magic, version, checksum, layout digest, size and round of its packet.
+    The codec has already checked magic, version, checksum, layout digest, size and round of its packets.
+    `largest_control` is the most by which a control variate can honestly change, in Euclidean norm.
     """
     reason = None
     moved = float(update.delta.abs().max()) if update.delta.numel() else 0.0
@@ -40,7 +42,19 @@ def check_update(
         reason = f"the weight {update.weight:g} is above the {largest_weight:g} declared at joining"
     elif not math.isfinite(update.train_loss) or update.train_loss < 0:
         reason = "the training loss is not a finite positive number"
+    elif update.control_delta is not None:
+        reason = _control_problem(update.control_delta, layout, largest_control)
     return ClientFailure(client_id=joined.client_id, code="refused", reason=reason) if reason else update
+
+
+def _control_problem(change_P: torch.Tensor, layout: AdapterLayout, largest: float) -> str | None:
+    """Return why the change of a control variate is refused, or None."""
+    norm = float(change_P.norm())
+    if change_P.shape != (layout.size,) or not math.isfinite(norm):
+        return "the change of its control variate is not finite"
+    if norm > ROUNDING * largest:
+        return f"its control variate changed by {norm:.3g}, at most {largest:.3g} can be honest"
+    return None
 
 
 def largest_weight(joined: JoinedClient, config: RunConfig) -> float:

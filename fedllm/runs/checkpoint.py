@@ -20,6 +20,7 @@ from fedllm.runs.records import record_from_dict, record_to_dict
 from fedllm.types import RoundRecord
 
 NUM_KEPT = 2
+CONTROL = "control.safetensors"
 
 # Keys that may differ between a run and its continuation: they change where, how long or how loudly it
 # runs, never what a round computes.
@@ -38,12 +39,14 @@ class ServerState:
     """What a server carries from round to round, and all a resumed run needs.
 
     `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none).
+    `control` is SCAFFOLD's c, once there is one.
     """
 
     round_num: int
     adapter: AdapterState
     num_drawn: Mapping[str, int] = field(default_factory=dict)
     records: tuple[RoundRecord, ...] = ()
+    control: AdapterState | None = None
 
 
 def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None:
@@ -63,6 +66,8 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
         with complete_folder(_path(folder, state.round_num)) as building:
             (building / "state.json").write_text(json.dumps(content, allow_nan=False))
             save_tensors(building / "adapter.safetensors", state.adapter)
+            if state.control is not None:
+                save_tensors(building / CONTROL, state.control)
     except (OSError, FedLLMError) as error:
         raise CheckpointError(f"round {state.round_num} could not be saved in {folder}: {error}") from None
     for old in _rounds(folder)[NUM_KEPT:]:
@@ -83,6 +88,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             content = json.loads((path / "state.json").read_text())
             saved_layout = layout_from_dict(content["layout"])
             adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
+            control = load_tensors(path / CONTROL, saved_layout) if (path / CONTROL).exists() else None
         except (FedLLMError, OSError, ValueError, KeyError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue
@@ -97,6 +103,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
                 adapter=adapter,
                 num_drawn=content["num_drawn"],
                 records=tuple(record_from_dict(values) for values in content["records"]),
+                control=control,
             ),
             passed_over,
         )

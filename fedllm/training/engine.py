@@ -26,12 +26,14 @@ from fedllm.models.attention import ragged
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
+from fedllm.training.control_variates import correction_of
 from fedllm.training.forward import lay_out, token_losses
 from fedllm.training.generate import answers
 from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
 from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.training.proximal import pull_of
+from fedllm.training.rows import anchors_of, corrections_of, movable_of, rows_of
 from fedllm.types import ClientEvaluation
 
 CPU_TOKEN_BUDGET = 512
@@ -107,60 +109,59 @@ class Engine:
         # The longest first: those still at work are always the first rows of the bank.
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
         ordered = [jobs[place] for place in order]
-        losses_C, delta_CP = self._train_rows(ordered)
+        losses_C, delta_CP, gradient_CP = self._train_rows(ordered)
         seconds = (time.perf_counter() - began) / sum(map(_num_tokens, jobs))
         results = {}
         for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
             result = self._result(job, float(losses_C[row]), delta_CP[row], seconds * _num_tokens(job))
+            if gradient_CP is not None:
+                result = replace(result, gradient=self._at_rank_of(job, gradient_CP[row]))
             if len(jobs) > 1 and not is_finite(result):
                 (result,) = self._train_group([job])
             results[place] = result
         return [results[place] for place in range(len(jobs))]
 
-    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (mean loss over steps [C], delta [C, P]) of jobs sorted by falling number of steps."""
+    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return (mean loss over steps [C], delta [C, P], mean gradient [C, P] where there are corrections).
+
+        The jobs are sorted by falling number of steps.
+        """
         layouts = [job.layout or self.layout for job in jobs]
-        self.bank.load(self._rows(jobs, [job.start for job in jobs]), [layout.scale for layout in layouts])
+        starts = rows_of(jobs, [job.start for job in jobs], self.layout)
+        self.bank.load(starts, [layout.scale for layout in layouts])
         begin_CP = self.bank.theta_CP.clone()
         trainings = [job.training for job in jobs]
-        optimizer = RowAdamW(self.bank.theta_CP, trainings, self._movable(jobs))
-        pull = pull_of(self.layout, self._anchors(jobs, begin_CP), trainings, self.bank.scales)
+        movable_CP = movable_of(jobs, self.layout, self.base.device)
+        optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_CP)
+        anchors_CP = anchors_of(jobs, self.layout, begin_CP)
+        pull = pull_of(self.layout, anchors_CP, trainings, self.bank.scales)
+        correction = correction_of(corrections_of(jobs, self.layout, begin_CP), trainings)
         losses_C = torch.zeros(len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
                 grads, losses = self._step(active, step)
+                if correction is not None:
+                    correction.apply(grads)
                 if pull is not None:
                     pull.add_gradient(grads, self.bank.theta_CP[: len(active)])
                 optimizer.step(grads)
                 losses_C[: len(active)] += losses
         num_steps_C = torch.tensor([len(job.batches) for job in jobs])
-        return losses_C / num_steps_C, (self.bank.theta_CP - begin_CP).cpu()
+        delta_CP = (self.bank.theta_CP - begin_CP).cpu()
+        if correction is None:
+            return losses_C / num_steps_C, delta_CP, None
+        return losses_C / num_steps_C, delta_CP, correction.sum_CP.cpu() / num_steps_C[:, None]
 
-    def _rows(self, jobs: Sequence[Job], vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return one vector a job, each of its job's layout, at the rank of the bank."""
-        rank = self.layout.rank
-        return [with_rank(v, job.layout or self.layout, rank) for job, v in zip(jobs, vectors, strict=True)]
-
-    def _anchors(self, jobs: Sequence[Job], begin_CP: torch.Tensor) -> torch.Tensor:
-        """Return what every row is pulled to, [C, P]."""
-        if all(job.anchor is None for job in jobs):
-            return begin_CP
-        anchors = [job.start if job.anchor is None else job.anchor for job in jobs]
-        return torch.stack(self._rows(jobs, anchors)).to(begin_CP)
-
-    def _movable(self, jobs: Sequence[Job]) -> torch.Tensor | None:
-        """Return which values of every row may move, [C, P], or None where all may."""
-        if all(job.movable is None for job in jobs):
-            return None
-        masks = [torch.ones_like(j.start, dtype=torch.bool) if j.movable is None else j.movable for j in jobs]
-        return torch.stack(self._rows(jobs, masks)).to(self.base.device)
-
-    def _result(self, job: Job, loss: float, delta: torch.Tensor, seconds: float) -> Result:
-        layout = job.layout or self.layout
-        delta = with_rank(delta, replace(layout, rank=self.layout.rank), layout.rank)
+    def _result(self, job: Job, loss: float, delta_P: torch.Tensor, seconds: float) -> Result:
         num_rows = sum(len(batch) for batch in job.batches)
+        delta = self._at_rank_of(job, delta_P)
         return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds)
+
+    def _at_rank_of(self, job: Job, row_P: torch.Tensor) -> torch.Tensor:
+        """Return a row of the bank as a vector of the job's layout; the inverse of `rows_of`."""
+        layout = job.layout or self.layout
+        return with_rank(row_P, replace(layout, rank=self.layout.rank), layout.rank)
 
     def _step(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""

@@ -49,6 +49,10 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         (loss + _proximal_loss(parameters, layout, job)).backward()  # type: ignore[no-untyped-call]
+        if job.correction is not None:
+            for parameter, (_, correction) in zip(parameters, layout.views(job.correction), strict=True):
+                assert parameter.grad is not None
+                parameter.grad += correction
         if numbers.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, numbers.clip_norm)
         optimizer.step()

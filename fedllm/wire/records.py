@@ -69,11 +69,12 @@ def packet_bytes(content: RecordDict) -> int:
 
 
 def write_train_request(request: TrainRequest) -> RecordDict:
-    """Return the message content of a train request; the adapter travels as float32."""
+    """Return the message content of a train request; the adapter travels as float32, and so does c."""
     training = request.training
+    states = {"adapter": request.adapter, **({"control": request.control} if request.control else {})}
     return RecordDict(
         {
-            "adapter": _write_adapter(request.adapter, request.round_num),
+            **{name: _write_adapter(state, request.round_num) for name, state in states.items()},
             "request": ConfigRecord(
                 {
                     "round": request.round_num,
@@ -143,6 +144,7 @@ def read_train_request(content: RecordDict, layout: AdapterLayout) -> TrainReque
         codec=_scalar(config, "codec", str),
         weighting=_scalar(config, "weighting", str),
         seed=_scalar(config, "seed", int),
+        control=_read_adapter(content, layout, round_num, "control") if "control" in content else None,
     )
 
 
@@ -158,8 +160,10 @@ def read_evaluate_request(content: RecordDict, layout: AdapterLayout) -> Evaluat
     )
 
 
-def _read_adapter(content: RecordDict, layout: AdapterLayout, round_num: int) -> AdapterState:
-    record = content.array_records["adapter"]
+def _read_adapter(
+    content: RecordDict, layout: AdapterLayout, round_num: int, name: str = "adapter"
+) -> AdapterState:
+    record = content.array_records.get(name, ArrayRecord())
     if list(record) != ["adapter"]:
         raise WireError("a request carries exactly one adapter")
     packet = codec.decode(
@@ -188,17 +192,23 @@ def _list(record: ConfigRecord | MetricRecord, key: str, kind: type[T]) -> list[
 def write_updates(
     results: Sequence[ClientUpdate | ClientFailure], *, layout: AdapterLayout, payload: str
 ) -> RecordDict:
-    """Return the reply to a train request: one packet per client that has an update."""
-    updates = [result for result in results if isinstance(result, ClientUpdate)]
-    packets = {
-        update.client_id: _to_array(
-            codec.encode(
-                update.delta, layout_digest=layout.digest, round_num=update.round_num, payload=payload
-            )
+    """Return the reply to a train request: one packet per client that has an update.
+
+    Where clients have control variates, the packets of their changes are a record of their own.
+    """
+
+    def packet(vector: torch.Tensor, update: ClientUpdate) -> Array:
+        return _to_array(
+            codec.encode(vector, layout_digest=layout.digest, round_num=update.round_num, payload=payload)
         )
-        for update in updates
-    }
-    return _write_results(results, updates, UPDATE_METRICS, ArrayRecord(packets))
+
+    updates = [result for result in results if isinstance(result, ClientUpdate)]
+    packets = {update.client_id: packet(update.delta, update) for update in updates}
+    content = _write_results(results, updates, UPDATE_METRICS, ArrayRecord(packets))
+    changes = {u.client_id: packet(u.control_delta, u) for u in updates if u.control_delta is not None}
+    if changes:
+        content["controls"] = ArrayRecord(changes)
+    return content
 
 
 def write_evaluations(results: Sequence[ClientEvaluation | ClientFailure]) -> RecordDict:
@@ -262,16 +272,21 @@ def write_joined(clients: Sequence[JoinedClient]) -> RecordDict:
 
 
 def read_updates(
-    content: RecordDict, *, layout: AdapterLayout, round_num: int
+    content: RecordDict, *, layout: AdapterLayout, round_num: int, with_controls: bool = False
 ) -> list[ClientUpdate | ClientFailure]:
     """Return what a reply to a train request says of each of its clients.
+
+    `with_controls` wants the change of a control variate from every client, else none is allowed.
 
     Raises:
         WireError: the reply as a whole is malformed. A client whose own packet is bad is a failure instead.
     """
-    codes, metrics = _read_results(content, {**_RESULT_RECORDS, "updates": ArrayRecord}, UPDATE_METRICS)
-    packets = content.array_records.get("updates", ArrayRecord())
-    if set(packets) != {client for client, code in codes.items() if code == _OK}:
+    names = ("updates", "controls") if with_controls else ("updates",)
+    allowed = {**_RESULT_RECORDS, **dict.fromkeys(names, ArrayRecord)}
+    codes, metrics = _read_results(content, allowed, UPDATE_METRICS)
+    packets = {name: content.array_records.get(name, ArrayRecord()) for name in names}
+    done = {client for client, code in codes.items() if code == _OK}
+    if any(set(record) != done for record in packets.values()):
         raise WireError("the packets do not match the clients that report an update")
     results: list[ClientUpdate | ClientFailure] = []
     for client_id, code in codes.items():
@@ -279,12 +294,15 @@ def read_updates(
             results.append(ClientFailure(client_id=client_id, code=code, reason=f"client reports {code}"))
             continue
         try:
-            packet = codec.decode(
-                _packet_of(packets[client_id]),
-                layout_digest=layout.digest,
-                size=layout.size,
-                round_num=round_num,
-            )
+            decoded = {
+                name: codec.decode(
+                    _packet_of(record[client_id]),
+                    layout_digest=layout.digest,
+                    size=layout.size,
+                    round_num=round_num,
+                )
+                for name, record in packets.items()
+            }
         except WireError as error:
             results.append(ClientFailure(client_id=client_id, code=error.code, reason=str(error)))
             continue
@@ -292,13 +310,14 @@ def read_updates(
         results.append(
             ClientUpdate(
                 client_id=client_id,
-                round_num=packet.round_num,
-                delta=packet.vector,
+                round_num=decoded["updates"].round_num,
+                delta=decoded["updates"].vector,
                 weight=numbers["weight"],
                 num_tokens=_count(numbers["num_tokens"]),
                 train_loss=numbers["train_loss"],
                 num_truncated=_count(numbers["num_truncated"]),
                 seconds=numbers["seconds"],
+                control_delta=decoded["controls"].vector if with_controls else None,
             )
         )
     return results

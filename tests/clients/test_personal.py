@@ -12,7 +12,7 @@ from clients.personal import (
     PersonalTraining,
     initial_personal,
     local_training,
-    personal_job,
+    personal_jobs,
     personal_layout,
     train_personal,
     wide_layout,
@@ -89,7 +89,7 @@ def test_in_float64_the_wide_engine_gives_the_delta_of_the_merged_base_exactly(
 ) -> None:
     start = random_personal(layout, DITTO)
     own = replace(shared, training=local_training(TRAINING, DITTO))
-    job = personal_job(own, start, layout, DITTO)
+    (job,) = personal_jobs([own], [start], layout, DITTO)
     (result,) = Engine(base, wide_layout(layout, DITTO), token_budget=512).train([job])
     assert not bool(result.delta[~job.movable].any()), "the shared half keeps its bits, weight decay or not"
     alone = Job("anna", start, shared.batches, own.training, anchor=torch.zeros_like(start))
@@ -105,7 +105,7 @@ def test_without_a_pull_the_merged_base_agrees_with_the_plain_twin(
 ) -> None:
     start, training = random_personal(layout, DUAL), local_training(TRAINING, DUAL)
     engine = Engine(base, wide_layout(layout, DUAL), token_budget=512)
-    job = personal_job(replace(shared, training=training), start, layout, DUAL)
+    (job,) = personal_jobs([replace(shared, training=training)], [start], layout, DUAL)
     (result,) = engine.train([job])
     alone = Job("anna", start, shared.batches, training)
     plain = train_plainly(merged(base, layout, shared.start), personal_layout(layout, DUAL), alone)

@@ -53,7 +53,9 @@ def test_an_update_is_a_delta_a_weight_and_counts() -> None:
         "train_loss",
         "num_truncated",
         "seconds",
+        "control_delta",
     }
+    assert update.control_delta is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from clients.store import NUM_KEPT, PrivateStore, default_state_path, load_private, save_private
 from fedllm.errors import CheckpointError
@@ -65,7 +66,7 @@ def test_the_newest_states_stay_and_a_future_that_did_not_come_about_goes(
         assert_same(load_private(store, "anna", number, SIZES), vectors(number))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "removed", "replaced", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "removed", "replaced", "unsigned", "folder"])
 def test_a_state_that_is_damaged_or_missing_is_named_in_one_line_and_the_client_starts_afresh(
     damage: str, store: PrivateStore, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -77,7 +78,14 @@ def test_a_state_that_is_damaged_or_missing_is_named_in_one_line_and_the_client_
     if damage == "folder":
         file.mkdir()
     elif damage != "removed":
-        forms = {"cut": content[:40], "flipped": content, "emptied": b"", "replaced": b"\x80\x04N."}
+        unsigned = save({name: torch.zeros(size) for name, size in SIZES.items()}, {"fedllm": "[]"})
+        forms = {
+            "unsigned": unsigned,
+            "cut": content[:40],
+            "flipped": content,
+            "emptied": b"",
+            "replaced": b"\x80\x04N.",
+        }
         file.write_bytes(bytes(forms[damage]))
     with caplog.at_level(logging.WARNING):
         assert load_private(store, "anna", 8, SIZES) == {}
@@ -93,8 +101,10 @@ def test_a_state_of_another_layout_or_of_other_vectors_is_not_taken(
     save_private(store, "anna", 8, vectors(0))
     other = PrivateStore(store.folder, "e" * 64)
     assert load_private(other, "anna", 8, SIZES) == {}
-    assert load_private(store, "anna", 8, {"personal": 6}) == {}
+    assert load_private(store, "anna", 8, {**SIZES, "third": 1}) == {}
     assert load_private(store, "anna", 8, {**SIZES, "control": 4}) == {}
+    found = load_private(store, "anna", 8, {"personal": 6})["personal"]
+    assert torch.equal(found, vectors(0)["personal"])
     assert "another adapter layout" in caplog.messages[0]
     assert "other vectors than this run keeps" in caplog.messages[1]
 

@@ -45,6 +45,17 @@ def test_a_state_comes_back_bit_for_bit_and_two_checkpoints_are_kept(folder: Pat
     assert (state.round_num, state.num_drawn, state.records) == (3, {"a": 12, "b": 1}, state_of(3).records)
 
 
+def test_control_variates_come_back_and_are_checked_like_the_adapter(tmp_path: Path) -> None:
+    control = AdapterState(LAYOUT, torch.randn(LAYOUT.size))
+    for round_num in (1, 2):
+        save_checkpoint(tmp_path, replace(state_of(round_num), control=control), CONFIG)
+    assert load(tmp_path)[0].control.digest == control.digest
+    _flip("control.safetensors")(tmp_path / "round-00002")
+    state, (line,) = load(tmp_path)
+    assert (state.round_num, state.control.digest) == (1, control.digest)
+    assert line.startswith("round-00002 is damaged")
+
+
 def _flip(name: str) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         content = bytearray((path / name).read_bytes())

@@ -77,6 +77,32 @@ def test_an_updates_reply_comes_back_as_it_was() -> None:
     assert (b.client_id, c) == ("b", ClientFailure(client_id="c", code="no-data", reason=c.reason))
 
 
+def controls_reply() -> RecordDict:
+    changes = {name: torch.full((LAYOUT.size,), float(number)) for number, name in enumerate("ab")}
+    sent = [update(name, control_delta=change) for name, change in changes.items()]
+    return records.write_updates(sent, layout=LAYOUT, payload="fp32")
+
+
+def test_changes_of_control_variates_come_back_where_they_are_wanted() -> None:
+    answers = records.read_updates(controls_reply(), layout=LAYOUT, round_num=4, with_controls=True)
+    for number, answer in enumerate(answers):
+        assert isinstance(answer, ClientUpdate)
+        assert answer.control_delta is not None
+        assert answer.control_delta.tolist() == [number] * LAYOUT.size
+        assert torch.equal(answer.delta, update("a").delta)
+
+
+def test_changes_of_control_variates_are_refused_where_not_wanted_and_missed_where_wanted() -> None:
+    with pytest.raises(WireError, match="not on the list"):
+        read_updates(controls_reply())
+    with pytest.raises(WireError, match="do not match the clients"):
+        records.read_updates(updates_reply(), layout=LAYOUT, round_num=4, with_controls=True)
+    content = controls_reply()
+    del content["controls"]["b"]
+    with pytest.raises(WireError, match="do not match the clients"):
+        records.read_updates(content, layout=LAYOUT, round_num=4, with_controls=True)
+
+
 def test_an_evaluations_reply_comes_back_as_it_was() -> None:
     a, b, c = records.read_evaluations(evaluations_reply())
     assert (a, b) == (evaluation("a"), evaluation("b"))

@@ -47,6 +47,19 @@ def test_a_train_request_comes_back_as_it_was() -> None:
         assert getattr(got, name) == getattr(sent, name)
 
 
+def test_control_variates_travel_with_a_train_request_that_has_them() -> None:
+    control = initial_adapter(LAYOUT, 1)
+    content = records.write_train_request(train_request(control=control))
+    got = records.read_train_request(content, LAYOUT)
+    assert got.control is not None
+    assert got.control.digest == control.digest
+    assert got.adapter.digest == initial_adapter(LAYOUT, 0).digest
+    assert records.read_train_request(records.write_train_request(train_request()), LAYOUT).control is None
+    content["control"]["second"] = content["control"]["adapter"]
+    with pytest.raises(WireError, match="exactly one"):
+        records.read_train_request(content, LAYOUT)
+
+
 def test_an_evaluate_request_comes_back_as_it_was() -> None:
     adapter = initial_adapter(LAYOUT, 0)
     sent = EvaluateRequest(round_num=0, client_ids=("a",), num_drawn=(12,), adapter=adapter)
