@@ -40,6 +40,7 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
     mean_tokens = sum(len(row.tokens) for row in rows) / max(1, len(rows))
     supervised = sum(row.num_supervised for row in rows) / max(1, sum(len(row.tokens) for row in rows))
     cohort, train = cohort_size_of(config), config.train
+    num_packets = 2 if train.control_variates else 1  # the adapter, and what corrects its gradients
     tokens = round(mean_tokens * train.local_steps * train.batch_size * cohort)
     sizes = sorted(len(client.train) for client in clients)
     return {
@@ -52,7 +53,7 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
         "cohort": f"{cohort} clients, {train.local_steps} steps of {train.batch_size} rows each",
         "tokens a round": tokens,
         "tokens of the run": tokens * config.federation.num_rounds,
-        "bytes up a round": payload_bytes(layout.size, config.wire.codec) * cohort,
-        "bytes down a node and round": payload_bytes(layout.size, "fp32"),
+        "bytes up a round": payload_bytes(layout.size, config.wire.codec) * cohort * num_packets,
+        "bytes down a node and round": payload_bytes(layout.size, "fp32") * num_packets,
         "privacy": "no differential privacy; updates are not masked",
     }
