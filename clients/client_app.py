@@ -10,10 +10,13 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import work
+from clients.drifts import drift_store
 from clients.holder import Holder, open_holder
+from clients.protect import node_mean
 from clients.stock import evaluate_for_stock, train_for_stock
 from fedllm.errors import FedLLMError
-from fedllm.wire import records
+from fedllm.types import ClientUpdate
+from fedllm.wire import replies, requests
 
 app = ClientApp()
 _logger = logging.getLogger("fedllm.clients")
@@ -30,30 +33,41 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients a request names; a stock Flower strategy's request trains the whole node."""
-    ours = records.is_fedllm_request(message.content)
+    ours = requests.is_fedllm_request(message.content)
     return _answer(message, context, _train if ours else train_for_stock, is_stock=not ours)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the held-out loss of the clients a request names, or of the whole node."""
-    ours = records.is_fedllm_request(message.content)
+    ours = requests.is_fedllm_request(message.content)
     return _answer(message, context, _evaluate if ours else evaluate_for_stock, is_stock=not ours)
 
 
 def _join(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
-    return records.write_joined(work.join(holder, node_id))
+    return replies.write_joined(work.join(holder, node_id))
 
 
 def _train(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
     layout = holder.engine.layout
-    request = records.read_train_request(content, layout)
-    return records.write_updates(work.train(holder, request), layout=layout, payload=request.codec)
+    request = requests.read_train_request(content, layout, _holding(holder))
+    answers = work.train(holder, request)
+    if request.node_sum:
+        mean_P = node_mean([answer for answer in answers if isinstance(answer, ClientUpdate)])
+        return replies.write_sum(answers, mean_P, layout=layout, part=request.returned, payload=request.codec)
+    return replies.write_updates(answers, layout=layout, part=request.returned, payload=request.codec)
 
 
 def _evaluate(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
-    request = records.read_evaluate_request(content, holder.engine.layout)
-    return records.write_evaluations(work.evaluate(holder, request))
+    request = requests.read_evaluate_request(content, holder.engine.layout, _holding(holder))
+    return replies.write_evaluations(work.evaluate(holder, request))
+
+
+def _holding(holder: Holder) -> requests.Holding:
+    layout = holder.engine.layout
+    return requests.Holding(
+        initial=lambda: holder.initial, drift=lambda digest: drift_store().held(digest, layout)
+    )
 
 
 def _answer(message: Message, context: Context, handler: Handler, *, is_stock: bool = False) -> Message:
@@ -78,4 +92,4 @@ def _answer(message: Message, context: Context, handler: Handler, *, is_stock: b
         code = "internal"
     if is_stock:  # stock strategies drop error messages and abort on anything else
         return Message(Error(code=0, reason=code), reply_to=message)
-    return Message(records.write_error(code), reply_to=message)
+    return Message(replies.write_error(code), reply_to=message)

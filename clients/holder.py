@@ -6,12 +6,13 @@ so a simulation's worker reads, tokenises and loads once.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from clients.personal import PersonalTraining, personal_layout
+from clients.personal import PersonalTraining
 from clients.store import PrivateStore, default_state_path
+from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config import RunConfig, Scalar
 from fedllm.data.example import BadRow, ClientRows, Example
 from fedllm.data.partition import CLIENT_ID, Partition
@@ -24,7 +25,6 @@ from fedllm.models.files import ModelFiles, fingerprint, is_local_model, resolve
 from fedllm.models.policy import load_policy
 from fedllm.training.engine import Engine, resident_engine
 
-PERSONAL, CONTROL = "personal", "control"  # the names of a client's private vectors
 _logger = logging.getLogger("fedllm.clients")
 
 
@@ -44,7 +44,10 @@ class Holder:
     config: RunConfig
     files: ModelFiles
     clients: Mapping[str, ClientTokens]
-    state_path: Path  # below it every run has a folder for what its clients keep
+    max_rank: int = 0  # the largest rank this machine has room for; 0 = any
+    state_path: Path = field(
+        default_factory=default_state_path
+    )  # below it every run has a folder for what its clients keep
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,11 +76,10 @@ class Holder:
         pull = section.pull if section.mode == "ditto" else 0.0
         return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull)
 
-    def private_sizes(self, *, with_control: bool = False) -> dict[str, int]:
-        """Return the vectors every client keeps for itself, with their lengths: its adapter, its c_i."""
-        layout = self.engine.layout
-        personal = {PERSONAL: personal_layout(layout, self.personal).size} if self.personal else {}
-        return {**personal, **({CONTROL: layout.size} if with_control else {})}
+    @cached_property
+    def initial(self) -> AdapterState:
+        """The adapter that the run's seed gives, of which a server may leave out what it has not changed."""
+        return initial_adapter(self.engine.layout, self.config.seed, self.config.lora.init_a)
 
 
 def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Holder:
@@ -100,7 +102,14 @@ def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[s
         rows.client_id: encode_client(rows, files, config.train.max_length)
         for rows in hosted_rows(config, node)
     }
-    return Holder(config, files, clients, _state_path(node))
+    return Holder(config, files, clients, _max_rank(node), _state_path(node))
+
+
+def _max_rank(node: Mapping[str, Scalar]) -> int:
+    rank = node.get("max-rank", 0)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        raise ConfigError(f"max-rank = {rank!r} in the node config: expected a whole number, 0 = any rank")
+    return rank
 
 
 def _state_path(node: Mapping[str, Scalar]) -> Path:

@@ -63,20 +63,24 @@ def local_training(training: LocalTraining, numbers: PersonalTraining) -> LocalT
 
 
 def personal_jobs(
-    shared: Sequence[Job], personal: Sequence[torch.Tensor], layout: AdapterLayout, numbers: PersonalTraining
+    shared: Sequence[Job], personal: Sequence[torch.Tensor], numbers: PersonalTraining
 ) -> Iterator[Job]:
-    """Yield the work on each personal adapter; `shared` have the rows and the shared adapter, of `layout`."""
-    wide, movable, anchors = wide_layout(layout, numbers), second_mask(layout, numbers.rank), {}
+    """Yield the work on each personal adapter; `shared` have the rows, the shared adapter and its layout."""
+    masks: dict[AdapterLayout, torch.Tensor] = {}
+    anchors: dict[int, torch.Tensor] = {}
     for job, personal_P in zip(shared, personal, strict=True):
+        layout = _layout_of(job)
+        if layout not in masks:
+            masks[layout] = second_mask(layout, numbers.rank)
         if id(job.start) not in anchors:  # clients that share a start share what they are pulled to
             nothing = torch.zeros_like(personal_P)
             anchors[id(job.start)] = side_by_side(layout, job.start, nothing, numbers.rank)
         yield replace(
             job,
             start=side_by_side(layout, job.start, personal_P, numbers.rank),
-            layout=wide,
+            layout=wide_layout(layout, numbers),
             anchor=anchors[id(job.start)],
-            movable=movable,
+            movable=masks[layout],
             seed=derive_seed(job.seed, "personal"),
         )
 
@@ -86,35 +90,39 @@ def train_personal(
     jobs: Sequence[Job],
     kept: Mapping[str, torch.Tensor],
     *,
-    layout: AdapterLayout,
     numbers: PersonalTraining,
     seed: int,
 ) -> dict[str, torch.Tensor]:
     """Return the personal adapter of every job's client after one more round.
 
-    `jobs` hold the rows and the shared adapter, of `layout`; `kept` the personal adapters so far; `engine` is
-    of the wide layout.
+    `jobs` hold the rows, and the shared adapter with its layout; `kept` the personal adapters so far.
     """
     starts = [
         kept[job.client_id]
         if job.client_id in kept
-        else initial_personal(layout, numbers, seed, job.client_id)
+        else initial_personal(_layout_of(job), numbers, seed, job.client_id)
         for job in jobs
     ]
-    wide = list(personal_jobs(jobs, starts, layout, numbers))
+    wide = list(personal_jobs(jobs, starts, numbers))
     trained = {}
-    for start, result in zip(starts, engine.train(wide), strict=True):
+    for job, start, result in zip(jobs, starts, engine.train(wide), strict=True):
         if not is_finite(result):
             _logger.warning("client %s: its personal adapter diverged and stays as it was", result.client_id)
             trained[result.client_id] = start
         else:
-            trained[result.client_id] = start + second_of(layout, result.delta.float(), numbers.rank)
+            moved = second_of(_layout_of(job), result.delta.float(), numbers.rank)
+            trained[result.client_id] = start + moved
     return trained
+
+
+def _layout_of(job: Job) -> AdapterLayout:
+    assert job.layout is not None, "a job beside a personal adapter names the shared one's layout"
+    return job.layout
 
 
 def with_personal(
     job: EvaluationJob, personal_P: torch.Tensor, layout: AdapterLayout, numbers: PersonalTraining
 ) -> EvaluationJob:
-    """Return the evaluation of shared and personal adapter together, for an engine of the wide layout."""
+    """Return the evaluation of a shared adapter of `layout` and a personal one together."""
     both = side_by_side(layout, job.vector, personal_P, numbers.rank)
-    return EvaluationJob(job.client_id, both, job.rows)
+    return EvaluationJob(job.client_id, both, job.rows, wide_layout(layout, numbers))

@@ -8,8 +8,10 @@ from flwr.app import MetricRecord, RecordDict
 
 from clients import work
 from clients.holder import Holder
+from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import NoDataError, WireError
+from fedllm.rule import aggregation_rule
 from fedllm.types import (
     ClientEvaluation,
     ClientUpdate,
@@ -17,7 +19,7 @@ from fedllm.types import (
     LocalTraining,
     TrainRequest,
 )
-from fedllm.wire.records import read_plain, write_plain
+from fedllm.wire.stock import read_plain, write_plain
 
 
 def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
@@ -35,7 +37,12 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
         round_num=round_num,
         client_ids=tuple(holder.clients),
         num_drawn=(drawn,) * len(holder.clients),
+        ranks=(start.layout.rank,) * len(holder.clients),
         adapter=start,
+        drift=no_drift(start.layout),
+        trained=aggregation_rule(config).trained_in(round_num),
+        local_b=False,
+        node_sum=False,
         training=LocalTraining(
             steps=train.local_steps,
             batch_size=train.batch_size,
@@ -67,10 +74,13 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
 
 def evaluate_for_stock(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
     """Return the node's mean held-out loss per token and `num-examples`; raises as `train_for_stock`."""
+    start = _read_adapter(holder, content)
     request = EvaluateRequest(
         round_num=_round_of(content),
         client_ids=tuple(holder.clients),
-        adapter=_read_adapter(holder, content),
+        adapter=start,
+        drift=no_drift(start.layout),
+        local_b=False,
     )
     done = [answer for answer in work.evaluate(holder, request) if isinstance(answer, ClientEvaluation)]
     if not done:

@@ -1,21 +1,25 @@
 """What a node does with a request: train or evaluate the clients it names."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from clients.control_variates import change_of, changed, corrected
-from clients.holder import CONTROL, PERSONAL, ClientTokens, Holder
-from clients.personal import local_training, train_personal, wide_layout, with_personal
+from clients.drifts import drift_store
+from clients.holder import ClientTokens, Holder
+from clients.personal import local_training, train_personal, with_personal
+from clients.private import CONTROL, LOCAL_B, PERSONAL, keep_vectors, kept_vectors
 from clients.protect import protect
-from clients.store import load_private, save_private
+from fedllm.adapters.layout import at_rank, with_rank
+from fedllm.adapters.parts import part_of, whole_of
 from fedllm.data.shards import draw_rows
-from fedllm.errors import CheckpointError, NonFiniteError
+from fedllm.errors import NonFiniteError
 from fedllm.models.chat import Encoded
+from fedllm.models.drifted import drifted
 from fedllm.seeds import derive_seed
-from fedllm.training.jobs import EvaluationJob, Job
+from fedllm.training.jobs import EvaluationJob, Job, Result
 from fedllm.types import (
     ClientEvaluation,
     ClientFailure,
@@ -36,6 +40,7 @@ def join(holder: Holder, node_id: int) -> list[JoinedClient]:
             node_id=node_id,
             num_train=len(client.train),
             num_held_out=len(client.held_out),
+            max_rank=holder.max_rank,
             fingerprint=holder.fingerprint,
         )
         for client in holder.clients.values()
@@ -55,64 +60,89 @@ def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFa
         for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
         if client_id in holder.clients and holder.clients[client_id].train
     }
-    kept = _kept(holder, drawn, holder.private_sizes(with_control=request.control is not None))
-    jobs = [make_job(holder.clients[client_id], request, num_drawn) for client_id, num_drawn in drawn.items()]
-    own: dict[str, torch.Tensor] = {}
-    if request.control is not None:
-        control_P = request.control.vector
-        own = {name: kept.get(name, {}).get(CONTROL, torch.zeros_like(control_P)) for name in drawn}
-        jobs = [corrected(job, control_P, own[job.client_id]) for job in jobs]
-    for job, result in zip(jobs, holder.engine.train(jobs), strict=True):
-        try:
-            answers[job.client_id] = protect(
-                result,
-                [row for batch in job.batches for row in batch],
-                round_num=request.round_num,
-                weighting=request.weighting,
-                num_train=len(holder.clients[job.client_id].train),
-                control_delta=None if result.gradient is None else change_of(result, own[job.client_id]),
-            )
-        except NonFiniteError as error:
-            _logger.warning("%s", error)
-            answers[job.client_id] = ClientFailure(client_id=job.client_id, code=error.code)
-    answers.update(_keep(holder, request, drawn, kept, answers))
+    kept = kept_vectors(holder, request, drawn)
+    with drifted(holder.engine.base, drift_store().keep(request.drift)):
+        jobs = _jobs(holder, request, drawn, kept)
+        for job, result in zip(jobs, holder.engine.train(jobs), strict=True):
+            answers[job.client_id] = _answer(holder, request, job, result, kept[job.client_id])
+        updates = {name: answer for name, answer in answers.items() if isinstance(answer, ClientUpdate)}
+        trained = [job for job in jobs if job.client_id in updates]
+        private = {job.client_id: _own_vectors(request, job, updates, kept) for job in trained}
+        own = _personal_adapters(
+            holder, request, {job.client_id: drawn[job.client_id] for job in trained}, kept
+        )
+    for client_id, vector in own.items():
+        private[client_id][PERSONAL] = vector
+    count = request.training.steps * request.training.batch_size
+    answers.update(keep_vectors(holder, {name: number + count for name, number in drawn.items()}, private))
     return list(answers.values())
 
 
-def _kept(
-    holder: Holder, drawn: Mapping[str, int], sizes: Mapping[str, int]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Return what each client kept when it had drawn so many rows; clients without anything are left out."""
-    if not sizes:
-        return {}
-    found = {name: load_private(holder.store, name, number, sizes) for name, number in drawn.items()}
-    return {name: vectors for name, vectors in found.items() if vectors}
-
-
-def _keep(
+def _jobs(
     holder: Holder,
     request: TrainRequest,
     drawn: Mapping[str, int],
     kept: Mapping[str, Mapping[str, torch.Tensor]],
-    answers: Mapping[str, ClientUpdate | ClientFailure],
-) -> dict[str, ClientFailure]:
-    """Write what each client that has an update keeps for itself; return those that could not."""
-    updates = {name: answer for name, answer in answers.items() if isinstance(answer, ClientUpdate)}
-    vectors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in updates}
-    for name, update in updates.items():
-        if update.control_delta is not None:
-            own = kept.get(name, {}).get(CONTROL, torch.zeros_like(update.control_delta))
-            vectors[name][CONTROL] = changed(own, update.control_delta, request.codec)
-    for name, vector in _personal_adapters(holder, request, {n: drawn[n] for n in updates}, kept).items():
-        vectors[name][PERSONAL] = vector
-    count, failed = request.training.steps * request.training.batch_size, {}
-    for name in (name for name in updates if vectors[name]):
-        try:
-            save_private(holder.store, name, drawn[name] + count, vectors[name])
-        except CheckpointError as error:
-            _logger.error("%s", error)
-            failed[name] = ClientFailure(client_id=name, code=error.code)
-    return failed
+) -> list[Job]:
+    """Return the work of every client that has rows."""
+    ranks = dict(zip(request.client_ids, request.ranks, strict=True))
+    jobs = [
+        make_job(holder.clients[name], request, number, ranks[name], kept[name].get(LOCAL_B))
+        for name, number in drawn.items()
+    ]
+    if request.control is None:
+        return jobs
+    control_P = request.control.vector
+    return [corrected(job, control_P, own_control(kept[job.client_id], control_P)) for job in jobs]
+
+
+def _answer(
+    holder: Holder,
+    request: TrainRequest,
+    job: Job,
+    result: Result,
+    kept: Mapping[str, torch.Tensor],
+) -> ClientUpdate | ClientFailure:
+    """Return what leaves a client after its training."""
+    change_P = None
+    if result.gradient is not None:
+        change_P = change_of(result, own_control(kept, result.gradient))
+    try:
+        return protect(
+            result,
+            [row for batch in job.batches for row in batch],
+            rank=request.ranks[request.client_ids.index(job.client_id)],
+            round_num=request.round_num,
+            weighting=request.weighting,
+            num_train=len(holder.clients[job.client_id].train),
+            control_delta=change_P,
+        )
+    except NonFiniteError as error:
+        _logger.warning("%s", error)
+        return ClientFailure(client_id=job.client_id, code=error.code)
+
+
+def _own_vectors(
+    request: TrainRequest,
+    job: Job,
+    updates: Mapping[str, ClientUpdate],
+    kept: Mapping[str, Mapping[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Return what a client keeps of its training for itself: its B where B is local, its control variate."""
+    update, vectors = updates[job.client_id], {}
+    if request.local_b:
+        layout = request.adapter.layout
+        after = with_rank(job.start + update.delta, at_rank(layout, update.rank), layout.rank)
+        vectors[LOCAL_B] = part_of(layout, after, "b")
+    if update.control_delta is not None:
+        own_P = own_control(kept[job.client_id], update.control_delta)
+        vectors[CONTROL] = changed(own_P, update.control_delta, request.codec)
+    return vectors
+
+
+def own_control(kept: Mapping[str, torch.Tensor], like_P: torch.Tensor) -> torch.Tensor:
+    """Return a client's control variate; before its first round it is zero."""
+    return kept[CONTROL] if CONTROL in kept else torch.zeros(like_P.shape)
 
 
 def _personal_adapters(
@@ -124,20 +154,42 @@ def _personal_adapters(
     """Return the personal adapter of each client after this round, where the run has them."""
     if holder.personal is None:
         return {}
-    numbers, layout = holder.personal, holder.engine.layout
-    own = replace(request, training=local_training(request.training, numbers))
+    own = replace(
+        request, training=local_training(request.training, holder.personal), trained="both", control=None
+    )
     return train_personal(
-        holder.engine.companion(wide_layout(layout, numbers)),
-        [make_job(holder.clients[client_id], own, num_drawn) for client_id, num_drawn in drawn.items()],
-        {client_id: vectors[PERSONAL] for client_id, vectors in kept.items()},
-        layout=layout,
-        numbers=numbers,
+        holder.engine,
+        _jobs(holder, own, drawn, kept),
+        {name: vectors[PERSONAL] for name, vectors in kept.items() if PERSONAL in vectors},
+        numbers=holder.personal,
         seed=request.seed,
     )
 
 
-def make_job(client: ClientTokens, request: TrainRequest, num_drawn: int) -> Job:
-    """Return a client's work in a round: the rows that follow those it has drawn, cut into local steps."""
+def start_of(request: TrainRequest | EvaluateRequest, own_b: torch.Tensor | None) -> torch.Tensor:
+    """Return the adapter [P] a client starts from: the server's, with its own B where B is local.
+
+    FedSA-LoRA (arXiv 2410.01463) shares A; a client that has not trained yet has the server's B, which is
+    that of the initial adapter.
+    """
+    start_P = request.adapter.vector
+    if not request.local_b or own_b is None:
+        return start_P
+    return whole_of(request.adapter.layout, own_b, "b", rest_P=start_P)
+
+
+def make_job(
+    client: ClientTokens,
+    request: TrainRequest,
+    num_drawn: int,
+    rank: int,
+    own_b: torch.Tensor | None = None,
+) -> Job:
+    """Return a client's work in a round: the rows that follow those it has drawn, cut into local steps.
+
+    It trains the first `rank` ranks of where it starts, with `own_b` where B is local and it has one.
+    """
+    layout = request.adapter.layout
     training = request.training
     drawn = draw_rows(
         len(client.train),
@@ -150,7 +202,15 @@ def make_job(client: ClientTokens, request: TrainRequest, num_drawn: int) -> Job
     size = training.batch_size
     batches = tuple(tuple(rows[step * size : (step + 1) * size]) for step in range(training.steps))
     seed = derive_seed(request.seed, "client", client.client_id, request.round_num)
-    return Job(client.client_id, request.adapter.vector, batches, training, seed=seed)
+    return Job(
+        client.client_id,
+        with_rank(start_of(request, own_b), layout, rank),
+        batches,
+        training,
+        trained=request.trained,
+        layout=at_rank(layout, rank),
+        seed=seed,
+    )
 
 
 def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation | ClientFailure]:
@@ -158,38 +218,27 @@ def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation 
     answers: dict[str, ClientEvaluation | ClientFailure] = {
         client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
     }
+    drawn = dict(zip(request.client_ids, request.num_drawn or (0,) * len(request.client_ids), strict=True))
+    drawn = {
+        name: number
+        for name, number in drawn.items()
+        if name in holder.clients and holder.clients[name].held_out
+    }
+    kept = kept_vectors(holder, request, drawn)
     jobs = [
-        EvaluationJob(client_id, request.adapter.vector, holder.clients[client_id].held_out)
-        for client_id in request.client_ids
-        if client_id in holder.clients and holder.clients[client_id].held_out
+        EvaluationJob(name, start_of(request, kept[name].get(LOCAL_B)), holder.clients[name].held_out)
+        for name in drawn
     ]
-    answers.update({answer.client_id: answer for answer in holder.engine.evaluate(jobs)})
-    if holder.personal is not None and request.num_drawn:
-        drawn = dict(zip(request.client_ids, request.num_drawn, strict=True))
-        answers.update(_with_personal_losses(holder, jobs, drawn, answers))
+    with drifted(holder.engine.base, drift_store().keep(request.drift)):
+        shared = {answer.client_id: answer for answer in holder.engine.evaluate(jobs)}
+        answers.update(shared)
+        if holder.personal is not None:
+            layout, numbers = request.adapter.layout, holder.personal
+            wide = [
+                with_personal(job, kept[job.client_id][PERSONAL], layout, numbers)
+                for job in jobs
+                if PERSONAL in kept[job.client_id]
+            ]
+            for own in holder.engine.evaluate(wide):
+                answers[own.client_id] = replace(shared[own.client_id], personal_loss=own.loss)
     return list(answers.values())
-
-
-def _with_personal_losses(
-    holder: Holder,
-    jobs: Sequence[EvaluationJob],
-    drawn: Mapping[str, int],
-    answers: Mapping[str, ClientEvaluation | ClientFailure],
-) -> dict[str, ClientEvaluation]:
-    """Return the evaluations with the loss under shared and personal adapter, of clients that have one."""
-    assert holder.personal is not None
-    numbers, layout = holder.personal, holder.engine.layout
-    asked = {job.client_id: drawn[job.client_id] for job in jobs}
-    kept = _kept(holder, asked, holder.private_sizes())
-    wide = [
-        with_personal(job, kept[job.client_id][PERSONAL], layout, numbers)
-        for job in jobs
-        if job.client_id in kept
-    ]
-    measured = holder.engine.companion(wide_layout(layout, numbers)).evaluate(wide)
-    found = {}
-    for own in measured:
-        answer = answers[own.client_id]
-        assert isinstance(answer, ClientEvaluation)
-        found[own.client_id] = replace(answer, personal_loss=own.loss)
-    return found

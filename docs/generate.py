@@ -30,6 +30,8 @@ NOTES = {
     "model.gradient-checkpointing": "compute activations again in the backward pass: less memory, more time",
     "lora.rank": "rank R of the factors A [R, in] and B [out, R]",
     "lora.alpha": "the product B A is scaled by alpha / rank",
+    "lora.init-a": "how A is drawn from the seed: uniform, or rows at right angles (FedSVD under plain SGD)",
+    "lora.client-ranks": "ranks of the clients",
     "lora.target-modules": "all-linear = every linear layer but the output head",
     "lora.dropout": "share of the adapters' inputs dropped while training, drawn per row",
     "data.prompt-column": "column of the prompt",
@@ -53,11 +55,14 @@ NOTES = {
     "train.clip-norm": "largest norm",
     "train.proximal-space": "pull the factors A and B, or their product, which has one form only",
     "train.max-length": "most",
-    "aggregation.read-out": "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B",
+    "aggregation.train": "the factor that clients train and send",
+    "aggregation.read-out": "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B;"
+    " local-b = mean of A, every client keeps its own B",
     "aggregation.weighting": "what a client counts: its training rows, its learnt tokens of a round, or 1",
     "personal.mode": "dual = shared and personal adapter add up; ditto = the same, pulled to the shared one",
     "personal.rank": "rank of the personal adapter",
     "wire.codec": "4, 2 or 1 + 2/64 bytes a value",
+    "wire.node-sum": "one packet up for each node",
     "evaluation.max-new-tokens": "length of an answer at most",
 }
 _JOINED_BY_SPACE = frozenset({"train.clip-norm", "train.max-length"})

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
+from fedllm import rule
 from fedllm.composition import check_combinations
 from fedllm.errors import ConfigError
 
@@ -37,6 +38,8 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     target_modules: str = "all-linear"  # or a comma-separated list: "q_proj,v_proj"
+    init_a: str = "kaiming"  # kaiming | orthonormal
+    client_ranks: str = ""  # empty = lora.rank; "4,8,16" dealt in turn over sorted client ids; "anna:4,ben:8"
     dropout: float = 0.0  # share of the adapters' inputs dropped while training
 
 
@@ -95,10 +98,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
-    """How client updates become one adapter."""
+    """How client updates become one adapter: a point of the grid in fedllm/rule.py."""
 
-    read_out: str = "svd"  # svd | factor-mean
-    weighting: str = "examples"  # examples | tokens | uniform
+    preset: str = ""  # a published method, in place of train, read-out and weighting; empty = as they are
+    train: str = "both"  # both | a | b | alternate (b in odd rounds, a in even ones)
+    read_out: str = "svd"  # svd | factor-mean | residual | stack | projection | local-b
+    weighting: str = "examples"  # examples | tokens | uniform | product-norm
+    robust: str = "none"  # what is left to each client; the choices are in strategies/aggregation/robust.py
+    max_malicious: float = 0.2  # of a round's clients: multi-krum and trimmed-mean leave out as many
+    optimizer: str = "fedavg"  # fedavg | fedavgm | nesterov | fedadam | fedyogi | fedadagrad
+    server_learning_rate: float = 0.0  # 0 = the optimizer's own: 1, nesterov 0.7, adaptive ones 0.001
+    server_momentum: float = 0.9  # of every optimizer but fedavg
+    second_moment: float = 0.99  # of fedadam and fedyogi
+    adaptivity: float = 1e-4  # tau of the adaptive optimizers: the size of an adapter value's change
     staleness_exponent: float = 0.5  # a late update weighs 1 / (1 + rounds late)^this
 
 
@@ -117,6 +129,7 @@ class WireConfig:
     """How a delta travels."""
 
     codec: str = "bf16"  # fp32 | bf16 | int8
+    node_sum: bool = False  # a node returns the weighted mean of its clients' deltas in place of each delta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +257,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.on-bad-row": ("skip", "stop"),
     "federation.selection": ("uniform", "weighted", "poisson", "power-of-choice", "oort"),
     "train.schedule": ("constant", "cosine"),
+    "lora.init-a": ("kaiming", "orthonormal"),
+    "aggregation.preset": ("", *rule.PRESETS),
+    "aggregation.train": rule.TRAIN,
+    "aggregation.read-out": rule.READ_OUTS,
+    "aggregation.weighting": rule.WEIGHTINGS,
+    "aggregation.robust": rule.ROBUST_RULES,
+    "aggregation.optimizer": rule.OPTIMIZERS,
     "train.proximal-space": ("factor", "product"),
-    "aggregation.read-out": ("svd", "factor-mean"),
-    "aggregation.weighting": ("examples", "tokens", "uniform"),
     "personal.mode": ("none", "dual", "ditto"),
     "wire.codec": ("fp32", "bf16", "int8"),
 }
@@ -282,6 +300,11 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.proximal": (0, math.inf, False),
     "train.max-length": (8, 10_000_000, False),
     "train.token-budget": (0, 100_000_000, False),
+    "aggregation.max-malicious": (0, 0.5, False),
+    "aggregation.server-learning-rate": (0, math.inf, False),
+    "aggregation.server-momentum": (0, 0.9999, False),
+    "aggregation.second-moment": (0, 0.9999, False),
+    "aggregation.adaptivity": (0, math.inf, True),
     "aggregation.staleness-exponent": (0, 100, False),
     "personal.rank": (1, 4096, False),
     "personal.steps": (1, 1_000_000, False),
@@ -300,7 +323,8 @@ def check(config: RunConfig) -> None:
     flat = config.to_flat()
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
-            raise ConfigError(f"{key} = {flat[key]!r}: expected one of {', '.join(allowed)}")
+            named = ", ".join(choice for choice in allowed if choice)
+            raise ConfigError(f"{key} = {flat[key]!r}: expected one of {named}")
     for key, (low, high, open_below) in _RANGES.items():
         value: Any = flat[key]
         infinite = isinstance(value, float) and not math.isfinite(value)
@@ -318,6 +342,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.min-clients = {config.federation.min_clients} is above the cohort of {cohort_size}"
         )
+    rule.aggregation_rule(config)
     check_combinations(config, cohort_size)
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")

@@ -53,6 +53,12 @@ class WireError(IntegrityError):
     code = "bad-packet"
 
 
+class NotHeldError(FedLLMError, LookupError):
+    """A request leaves out what this machine was thought to hold; the next one brings it whole."""
+
+    code = "not-held"
+
+
 class NonFiniteError(FedLLMError, ArithmeticError):
     """Training produced NaN or infinity; nothing is sent."""
 
@@ -87,6 +93,7 @@ CLIENT_ERROR_CODES = frozenset(
         ModelError.code,
         LayoutError.code,
         WireError.code,
+        NotHeldError.code,
         NonFiniteError.code,
         CheckpointError.code,
         MissingExtraError.code,

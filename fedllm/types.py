@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fedllm.adapters.drift import Drift
 from fedllm.adapters.layout import AdapterState
+from fedllm.adapters.parts import PARTS, returned_part
 from fedllm.errors import LayoutError
 
 # The only numbers besides its delta that a client's update may carry.
@@ -38,35 +40,60 @@ class TrainRequest:
     """What a node receives: which of its clients train, from where, and how.
 
     `num_drawn[i]` counts the rows that `client_ids[i]` drew in earlier rounds, so that a client whose
-    process is new every time still sees all its rows before any twice. `control` is SCAFFOLD's c, where it is
-    used (`fedllm.training.control_variates`).
+    process is new every time still sees all its rows before any twice. It trains the part `trained` of the
+    first `ranks[i]` ranks of `adapter`, on the base model with `drift` added. With `local_b` every client
+    starts from a B of its own, which never leaves it. With `node_sum` the node answers with one weighted
+    mean of its clients' deltas. `control` is SCAFFOLD's c, where it is used
+    (`fedllm.training.control_variates`).
     """
 
     round_num: int
     client_ids: tuple[str, ...]
     num_drawn: tuple[int, ...]
+    ranks: tuple[int, ...]
     adapter: AdapterState
+    drift: Drift
     training: LocalTraining
+    trained: str
+    local_b: bool
+    node_sum: bool
     codec: str
     weighting: str
     seed: int
     control: AdapterState | None = None
 
     def __post_init__(self) -> None:
-        if len(self.client_ids) != len(self.num_drawn) or len(set(self.client_ids)) != len(self.client_ids):
-            raise LayoutError("a train request names each client once, with the rows it has drawn")
+        number, full = len(self.client_ids), self.adapter.layout.rank
+        if not number == len(set(self.client_ids)) == len(self.num_drawn) == len(self.ranks):
+            raise LayoutError(
+                "a train request names each client once, with its rank and the rows it has drawn"
+            )
+        if self.trained not in PARTS or (self.local_b and self.trained != "both"):
+            raise LayoutError("a train request trains both factors, or a or b alone where no B is local")
+        if not all(1 <= rank <= full for rank in self.ranks):
+            raise LayoutError(f"a train request gives a client a rank outside 1 to {full}")
+        if self.node_sum and set(self.ranks) != {full}:
+            raise LayoutError("a train request asks for the sum of clients of different ranks")
+
+    @property
+    def returned(self) -> str:
+        """The part of a delta that travels back."""
+        return returned_part(self.trained, self.local_b)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """Which of a node's clients measure the held-out loss of `adapter`.
+    """Which of a node's clients measure the held-out loss of `adapter` on the base model with `drift` added.
 
-    `num_drawn`, as in a train request, names the personal adapter to measure; without it none is.
+    With `local_b` every client measures its own B in place of the adapter's. `num_drawn`, as in a train
+    request, names what a client keeps for itself: its B, its personal adapter. Without it there is none.
     """
 
     round_num: int
     client_ids: tuple[str, ...]
     adapter: AdapterState
+    drift: Drift
+    local_b: bool
     num_drawn: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,19 +103,24 @@ class EvaluateRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClientUpdate:
-    """What a client returns: `delta` [P] = after - before, its weight, and metrics from a fixed list.
+    """What a client returns: `delta` [P_i] = after - before, its weight, and metrics from a fixed list.
 
-    `control_delta` [P] is the change of its control variate, where those are used.
+    The delta is whole and of the client's own `rank`, with zeros where nothing was trained. An update with
+    `members` is the weighted mean of several clients of one node: its weight is their sum, and each member
+    holds its own numbers and no delta. `control_delta` [P] is the change of its control variate, where
+    those are used.
     """
 
     client_id: str
     round_num: int
+    rank: int
     delta: torch.Tensor
     weight: float
     num_tokens: int
     train_loss: float
     num_truncated: int = 0
     seconds: float = 0.0
+    members: tuple["ClientUpdate", ...] = ()
     control_delta: torch.Tensor | None = None
 
 
@@ -124,7 +156,8 @@ class ClientFailure:
 class JoinedClient:
     """What a client declares when it joins; its later weights may not exceed these sizes.
 
-    A client without usable rows declares `num_train` 0 and is left out.
+    A client without usable rows declares `num_train` 0 and is left out. `max_rank` is the largest rank its
+    machine has room for, 0 = any.
     """
 
     client_id: str
@@ -132,11 +165,12 @@ class JoinedClient:
     num_train: int
     num_held_out: int
     fingerprint: str
+    max_rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundPlan:
-    """What a round will do. `asked` may exceed `cohort_size` (over-selection).
+    """What a round will do. `asked` may exceed `cohort_size` (over-selection); `ranks` has one for each.
 
     The round closes with `cohort_size` updates. It is 0 where a Poisson draw chose fewer clients than a round
     needs: then nobody is asked, the round changes nothing and has not failed.
@@ -146,8 +180,20 @@ class RoundPlan:
     attempt: int
     asked: tuple[str, ...]
     cohort_size: int
+    ranks: Mapping[str, int]
     training: LocalTraining
+    trained: str  # the part that clients train, see fedllm.adapters.parts
+    returned: str  # the part of their delta that they send
     largest_start: float  # largest absolute value of the adapter the round starts from
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizerState:
+    """What a server optimizer remembers: moments [P] of the pseudo-gradient; empty before its first step."""
+
+    first: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    second: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    num_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +217,13 @@ class RoundRecord:
     bytes_up: int = 0
     seconds: float = 0.0
     learning_rate: float = 0.0
+    trained: str = "both"  # or the factor that was trained alone, a or b
     applied: bool = True  # false where too few updates were accepted and the adapter stayed as it was
     delta_norm: float = 0.0
     rho: float | None = None  # aggregation error of factor averaging over the norm of the round's change
+    largest_rho: float | None = None  # the same of the worst single matrix
     kept_energy: float | None = None  # share of the exact mean's squared norm that the read-out keeps
+    silenced: tuple[str, ...] = ()  # clients to whom the robust rule left less than a tenth of their weight
     adapter: str = ""  # digest of the adapter after this round
 
     @property

@@ -1,13 +1,17 @@
 """What benchmarks share: alternated timing, spreads, the GEMM rate of this machine, and one JSON line.
 
 CPU seconds are those of the whole process, all threads. On a shared machine they repeat far better than wall
-time, and a ratio taken within one repetition cancels most of what is left.
+time, and a ratio taken within one repetition cancels most of what is left. Where a GPU computes, the clock
+counts, read when the GPU has finished.
 """
 
+import argparse
+import ctypes
 import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -37,6 +41,10 @@ class Timing:
     cpu: float
     wall: float
 
+    def busy(self, device: torch.device) -> float:
+        """Return the seconds that count on `device`: CPU seconds, or the clock's for a GPU."""
+        return self.wall if device.type == "cuda" else self.cpu
+
 
 @dataclass(frozen=True)
 class Measured(Generic[T]):
@@ -61,23 +69,31 @@ class Spread:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure that must reach `goal`."""
+    """A figure that must reach `goal`, or with `at_most` not exceed it."""
 
     value: float
     goal: float
+    at_most: bool = False
 
     @property
     def met(self) -> bool:
         """Whether it does."""
-        return self.value >= self.goal
+        return self.value <= self.goal if self.at_most else self.value >= self.goal
 
 
 def timed(work: Callable[[], T]) -> Measured[T]:
     """Run `work` once and return its value and cost."""
     gc.collect()  # what an earlier piece of work left behind is not this one's cost
+    _wait_for_gpu()
     cpu, wall = time.process_time(), time.perf_counter()
     value = work()
+    _wait_for_gpu()
     return Measured(value, Timing(time.process_time() - cpu, time.perf_counter() - wall))
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def alternate(variants: Mapping[str, Callable[[], T]], repetitions: int) -> Iterator[dict[str, Measured[T]]]:
@@ -86,6 +102,31 @@ def alternate(variants: Mapping[str, Callable[[], T]], repetitions: int) -> Iter
     for repetition in range(repetitions):
         first = repetition % len(names)
         yield {name: timed(variants[name]) for name in names[first:] + names[:first]}
+
+
+def peak_memory(work: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
+    """Return the value of `work` and the bytes that it needed at its peak beyond those held before.
+
+    On a GPU these are its tensors, on Linux the pages of the process, which include what libraries set up on
+    first use; so warm up first. None where the system does not tell.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return work(), torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed pages go back, or work would find them and need no new ones
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here: proc(5)
+    except (OSError, AttributeError):
+        return work(), None
+    resident = _process_bytes("VmRSS")
+    return work(), max(0, _process_bytes("VmHWM") - resident)
+
+
+def _process_bytes(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 class Phases:
@@ -113,18 +154,20 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread
 
 
 def gemm_rate(weights: Sequence[torch.Tensor], num_tokens: int) -> float:
-    """Return FLOP per CPU second of one pass of `linear` over all `weights` [D_out, D_in].
+    """Return FLOP per second of one pass of `linear` over all `weights` [D_out, D_in], on their own device.
 
-    The weights are a model's own, in its own order, so the pass reads memory as a forward pass does.
+    The weights are a model's own, in its own order, so the pass reads memory as a forward pass does. Seconds
+    are those that count there (`Timing.busy`).
     """
-    inputs = {weight.shape[1]: torch.randn(num_tokens, weight.shape[1]) for weight in weights}
+    inputs = {weight.shape[1]: weight.new_empty(num_tokens, weight.shape[1]).normal_() for weight in weights}
 
     @torch.inference_mode()
     def one_pass() -> None:
         for weight in weights:
             linear(inputs[weight.shape[1]], weight)
 
-    return sum(2 * num_tokens * weight.numel() for weight in weights) / timed(one_pass).timing.cpu
+    seconds = timed(one_pass).timing.busy(weights[0].device)
+    return sum(2 * num_tokens * weight.numel() for weight in weights) / seconds
 
 
 def trunk_weights(model: Any) -> dict[str, torch.Tensor]:
@@ -179,6 +222,11 @@ def figures_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequenc
     return table
 
 
+def megabytes(number: int | None) -> str:
+    """Return bytes as text in MB; "?" where they are not known."""
+    return "?" if number is None else f"{number / 1e6:.0f}"
+
+
 def environment(packages: Sequence[str]) -> dict[str, Any]:
     """Return what a figure depends on besides the code; nothing that names the machine or its user."""
     return {
@@ -204,7 +252,7 @@ def _commit() -> str:
 
 def report(name: str, figures: Mapping[str, Any], goals: Mapping[str, Goal]) -> dict[str, Any]:
     """Return the JSON-ready object a benchmark prints and keeps, its numbers to five digits."""
-    judged = {key: {**asdict(goal), "met": goal.met} for key, goal in goals.items()}
+    judged = {key: {"value": goal.value, "goal": goal.goal, "met": goal.met} for key, goal in goals.items()}
     return {"name": name, "figures": _plain(figures), "goals": _plain(judged)}
 
 
@@ -217,6 +265,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def bench_parser(description: str, quick: str) -> argparse.ArgumentParser:
+    """Return a parser of the options every benchmark has; `quick` says what --quick leaves."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=f"{quick}; under 3 minutes on 2 cores")
+    parser.add_argument("--repetitions", type=int, default=3, help="of every figure (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows and the starts (default: 0)")
+    parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+    parser.add_argument("--output", type=Path, help="also keep the JSON object in this file")
+    return parser
 
 
 def emit(result: Mapping[str, Any], *, as_json: bool, output: Path | None) -> None:

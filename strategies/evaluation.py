@@ -8,7 +8,8 @@ from flwr.app import RecordDict
 from fedllm.errors import WireError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import ClientEvaluation, ClientFailure, EvaluateRequest
-from fedllm.wire import records
+from fedllm.wire import replies, requests
+from strategies.delivered import travelling_part
 from strategies.session import Session
 from strategies.transport import Reply
 from strategies.validation import check_evaluation
@@ -46,14 +47,18 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
     """Return one message per free node, naming its clients that keep held-out rows."""
     holders = [client.client_id for client in session.clients.values() if client.num_held_out]
     free = set(session.transport.node_ids())
+    part = travelling_part(session.rule, state.adapter, session.initial)
     return {
-        node: records.write_evaluate_request(
+        node: requests.write_evaluate_request(
             EvaluateRequest(
                 round_num=state.round_num,
                 client_ids=tuple(clients),
                 num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
                 adapter=state.adapter,
-            )
+                drift=state.drift,
+                local_b=session.rule.local_b,
+            ),
+            session.delivered.sending(node, part, state.drift.digest),
         )
         for node, clients in session.by_node(holders).items()
         if node in free
@@ -63,11 +68,13 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
 def read_evaluations(session: Session, reply: Reply) -> dict[str, ClientEvaluation]:
     """Return the sound evaluations in a node's reply, of clients it hosts; the rest is only noticed."""
     if reply.content is None:
+        session.delivered.failed(reply.node_id, None)
         session.watch.notice(f"node {reply.node_id} was not evaluated: {reply.reason}")
         return {}
     try:
-        answers = records.read_evaluations(reply.content)
+        answers = replies.read_evaluations(reply.content)
     except WireError as error:
+        session.delivered.failed(reply.node_id, reply.content)
         session.watch.notice(f"node {reply.node_id} was not evaluated: {error}")
         return {}
     found: dict[str, ClientEvaluation] = {}

@@ -9,7 +9,7 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.config import RunConfig
 from fedllm.errors import RunFailedError, WireError
 from fedllm.types import JoinedClient
-from fedllm.wire.records import read_joined
+from fedllm.wire.replies import read_joined
 from strategies.session import Session
 from strategies.transport import Reply, Transport
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from fedllm.adapters.drift import with_drift
 from fedllm.adapters.folder import save_adapter
 from fedllm.config import RunConfig
 from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles
+from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment
 from fedllm.runs.spread import spread_of
@@ -16,11 +18,15 @@ _EMBEDDED_NOTE = (
 
 
 def publish_adapter(folder: Path, config: RunConfig, files: ModelFiles, state: ServerState) -> Path:
-    """Write `folder`/adapter from the final state and return its path; a failure leaves the earlier one."""
+    """Write `folder`/adapter from the final state and return its path; a failure leaves the earlier one.
+
+    What a run has added to the base model is part of the published adapter, as further ranks: one ordinary
+    PEFT adapter for the base model everybody has.
+    """
     target = folder / "adapter"
     save_adapter(
         target,
-        state.adapter,
+        with_drift(state.adapter, state.drift),
         base_model=files.public_name,
         revision=files.revision,
         target_modules=_target_names(config, state),
@@ -66,7 +72,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ({up:.1f} MB up as {config.wire.codec} deltas, {down:.1f} MB down).
 LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 {train.local_steps} local AdamW steps of {train.batch_size} rows at learning rate {train.learning_rate:g};
-read-out `{config.aggregation.read_out}` weighted by {config.aggregation.weighting}; seed {config.seed}.
+{_rule_text(config)}; seed {config.seed}.{_drift_note(state)}
 
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
@@ -78,6 +84,26 @@ The held-out numbers come from the data holders' own rows and say nothing about 
 
 Made with {versions}.
 """
+
+
+def _rule_text(config: RunConfig) -> str:
+    """Return how the updates were combined, in a line."""
+    rule = aggregation_rule(config)
+    method = f"{config.aggregation.preset}: " if config.aggregation.preset else ""
+    text = f"{method}read-out `{rule.read_out}` weighted by {rule.weighting}"
+    text += f", training {rule.train}" if rule.train != "both" else ""
+    text += f", robust rule {rule.robust}" if rule.robust != "none" else ""
+    return text + ("" if rule.optimizer.is_plain else f", server optimizer {rule.optimizer.name}")
+
+
+def _drift_note(state: ServerState) -> str:
+    rank = with_drift(state.adapter, state.drift).layout.rank
+    if rank == state.adapter.layout.rank:
+        return ""
+    return (
+        f"\nThis method adds to the base model too; what it added is part of this adapter, whose rank is"
+        f" therefore {rank}."
+    )
 
 
 def _loss_table(state: ServerState) -> str:

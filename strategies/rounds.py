@@ -2,15 +2,17 @@
 
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from flwr.app import RecordDict
 
+from fedllm.adapters.layout import initial_adapter
+from fedllm.adapters.parts import returned_part
 from fedllm.config import RunConfig
-from fedllm.errors import RunFailedError, WireError
+from fedllm.errors import RunFailedError
 from fedllm.runs.checkpoint import ServerState
-from fedllm.training.optimizer import largest_move
+from fedllm.seeds import derive_seed
 from fedllm.types import (
     ClientFailure,
     ClientUpdate,
@@ -19,17 +21,17 @@ from fedllm.types import (
     RoundRecord,
     TrainRequest,
 )
-from fedllm.wire import records
-from strategies import aggregation
+from fedllm.wire import requests
+from strategies.aggregation import combine
 from strategies.answers import Answer, first_updates, in_order
 from strategies.control_variates import ControlSum, control_of, empty_sum
+from strategies.delivered import travelling_part
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
+from strategies.receiving import receive
 from strategies.selection import choose_clients, selection_of
 from strategies.session import Session
-from strategies.staleness import late_refusal, staleness_weight
-from strategies.transport import Reply
-from strategies.validation import check_update, largest_weight
+from strategies.staleness import discounted
 
 FAILING_ROUNDS = 3  # rounds in a row above federation.max-failure-rate before the run stops
 
@@ -116,7 +118,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     if selection.rule == "poisson" and available:  # with nobody free there was nothing to draw from
         asked = asked if len(asked) >= config.federation.min_clients else ()
         cohort_size = len(asked)
-    train = config.train
+    trained, train = session.rule.trained_in(round_num), config.train
     training = LocalTraining(
         steps=train.local_steps,
         batch_size=train.batch_size,
@@ -132,7 +134,10 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         attempt=attempt,
         asked=asked,
         cohort_size=cohort_size,
+        ranks={client: rank for client, rank in session.ranks().items() if client in asked},
         training=training,
+        trained=trained,
+        returned=returned_part(trained, session.rule.local_b),
         largest_start=float(state.adapter.vector.abs().max()),
     )
 
@@ -148,87 +153,41 @@ def learning_rate(config: RunConfig, round_num: int) -> float:
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
     """Return one message per node, naming all of its clients that take part."""
     config = session.config
-    return {
-        node: records.write_train_request(
-            TrainRequest(
-                round_num=plan.round_num,
-                client_ids=tuple(clients),
-                num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
-                adapter=state.adapter,
-                training=plan.training,
-                codec=config.wire.codec,
-                weighting=config.aggregation.weighting,
-                seed=config.seed,
-                control=control_of(state) if config.train.control_variates else None,
-            )
+    part = travelling_part(session.rule, state.adapter, session.initial)
+    contents = {}
+    for node, clients in session.by_node(plan.asked).items():
+        ranks = tuple(plan.ranks[client] for client in clients)
+        request = TrainRequest(
+            round_num=plan.round_num,
+            client_ids=tuple(clients),
+            num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+            ranks=ranks,
+            adapter=state.adapter,
+            drift=state.drift,
+            training=plan.training,
+            trained=plan.trained,
+            local_b=session.rule.local_b,
+            node_sum=session.is_summed(ranks),
+            codec=config.wire.codec,
+            weighting=session.rule.weighting,
+            seed=config.seed,
+            control=control_of(state) if config.train.control_variates else None,
         )
-        for node, clients in session.by_node(plan.asked).items()
-    }
+        sending = session.delivered.sending(node, part, state.drift.digest)
+        contents[node] = requests.write_train_request(request, sending)
+    return contents
 
 
-def receive(
-    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
-) -> Generator[Answer, None, None]:
-    """Yield one answer for every client asked, as it arrives: a sound update or why there is none.
-
-    Late updates of earlier rounds come too, where they count; of those that are unsound or too late there is
-    only a notice.
-    """
-    asked, largest_staleness = session.by_node(plan.asked), session.config.federation.max_staleness
-    replies = session.transport.exchange(
-        contents,
-        message_type="train",
-        group=str(plan.round_num),
-        deadline=session.config.federation.round_deadline,
-        plan=plan,
+def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combine.Mixture:
+    """Return the empty mixture of a round."""
+    seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
+    init_a = session.config.lora.init_a
+    return combine.init(
+        session.rule,
+        state,
+        trained=plan.trained,
+        fresh=lambda: initial_adapter(session.layout, seed, init_a),
     )
-    for reply in replies:
-        sent = reply.plan or plan
-        named = asked if sent is plan else session.by_node(sent.asked)
-        for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):
-            refused = sent is not plan and late_refusal(answer, plan.round_num, largest_staleness)
-            if refused:
-                session.watch.notice(refused)
-            else:
-                session.watch.client(plan.round_num, answer)
-                yield answer
-
-
-def read_reply(
-    session: Session, plan: RoundPlan, reply: Reply, asked: list[str]
-) -> Generator[Answer, None, None]:
-    """Yield one answer for each client of a node that was asked; what it says of others is ignored."""
-    unanswered = dict.fromkeys(asked, "its node did not answer for it")
-    if reply.content is None:
-        unanswered = dict.fromkeys(asked, reply.reason)
-    else:
-        try:
-            answers = records.read_updates(
-                reply.content,
-                layout=session.layout,
-                round_num=plan.round_num,
-                with_controls=session.config.train.control_variates,
-            )
-        except WireError as error:
-            answers, unanswered = [], dict.fromkeys(asked, str(error))
-        for answer in answers:
-            if unanswered.pop(answer.client_id, None) is None:
-                session.watch.notice(f"node {reply.node_id} answered for a client it was not asked for")
-            elif isinstance(answer, ClientFailure):
-                yield answer
-            else:
-                joined = session.clients[answer.client_id]
-                yield check_update(
-                    answer,
-                    joined=joined,
-                    layout=session.layout,
-                    round_num=plan.round_num,
-                    largest_weight=largest_weight(joined, session.config),
-                    largest_move=largest_move(plan.training, plan.largest_start),
-                    largest_control=2 * plan.training.clip_norm,
-                )
-    for client, reason in unanswered.items():
-        yield ClientFailure(client_id=client, code="lost", reason=reason)
 
 
 def fold(
@@ -237,27 +196,26 @@ def fold(
     plan: RoundPlan,
     answers: Iterable[Answer],
     controls: ControlSum | None = None,
-) -> tuple[RoundRecord, aggregation.Mixture]:
+) -> tuple[RoundRecord, combine.Mixture]:
     """Combine the answers on arrival; return what happened and the mixture of the accepted updates.
 
     Changes of control variates are added to `controls`.
     """
-    config, staleness = session.config, dict[str, int]()
-    mixture = aggregation.init(state.adapter)
+    config, mixture = session.config, open_mixture(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, str] = {}
     for answer in in_order(answers, plan.asked):
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer.reason or answer.code
         else:
-            staleness[answer.client_id] = plan.round_num - answer.round_num
-            factor = staleness_weight(staleness[answer.client_id], config.aggregation.staleness_exponent)
-            answer = replace(answer, weight=answer.weight * factor)
-            mixture = aggregation.add(mixture, answer)
+            update = discounted(answer, plan.round_num, config.aggregation.staleness_exponent)
+            mixture = combine.add(mixture, update)
             if controls is not None:
-                controls.add(answer)
-            numbers_only = replace(answer, delta=answer.delta[:0], control_delta=None)
-            accepted[answer.client_id] = numbers_only
+                controls.add(update)
+            for member in update.members or (update,):  # numbers only
+                accepted[member.client_id] = replace(member, delta=member.delta[:0], control_delta=None)
+    late = sorted(accepted.keys() - set(plan.asked))
+    accepted = {client: accepted[client] for client in (*plan.asked, *late) if client in accepted}
     total = sum(update.weight for update in accepted.values())
     record = RoundRecord(
         round_num=plan.round_num,
@@ -266,12 +224,17 @@ def fold(
         accepted=tuple(accepted),
         lost=lost,
         weights={client: update.weight for client, update in accepted.items()},
+        staleness={
+            client: plan.round_num - update.round_num
+            for client, update in accepted.items()
+            if update.round_num < plan.round_num
+        },
         train_losses={client: update.train_loss for client, update in accepted.items()},
         client_seconds={client: update.seconds for client, update in accepted.items()},
         train_loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
         num_tokens=sum(update.num_tokens for update in accepted.values()),
         learning_rate=plan.training.learning_rate,
-        staleness={client: rounds for client, rounds in staleness.items() if rounds},
+        trained=plan.trained,
         applied=len(accepted) >= config.federation.min_clients or plan.cohort_size == 0,
         adapter=state.adapter.digest,
     )
@@ -283,7 +246,7 @@ def finish(
     state: ServerState,
     plan: RoundPlan,
     record: RoundRecord,
-    mixture: aggregation.Mixture,
+    mixture: combine.Mixture,
     controls: ControlSum | None = None,
 ) -> tuple[ServerState, RoundRecord]:
     """Read the mixture out into the next state; a round that is not applied changes nothing."""
@@ -291,20 +254,25 @@ def finish(
         return state, record
     if not record.accepted:  # coins that chose nobody
         return replace(state, round_num=plan.round_num), record
-    aggregate = aggregation.finish(mixture, session.config.aggregation.read_out)
-    drawn = plan.training.steps * plan.training.batch_size
+    aggregate = combine.finish(mixture)
     num_clients = session.config.federation.num_clients
+    drawn = plan.training.steps * plan.training.batch_size
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}
     after = replace(
         state,
         round_num=plan.round_num,
         adapter=aggregate.adapter,
         num_drawn={**state.num_drawn, **counts},
+        drift=aggregate.drift,
+        optimizer=aggregate.optimizer,
+        norms=aggregate.norms,
         control=None if controls is None else controls.added_to(control_of(state), num_clients),
     )
     record = replace(
         record,
         rho=aggregate.rho,
+        largest_rho=aggregate.largest_rho,
+        silenced=aggregate.silenced,
         kept_energy=aggregate.kept_energy,
         delta_norm=aggregate.delta_norm,
         adapter=aggregate.adapter.digest,

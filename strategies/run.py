@@ -6,7 +6,8 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from fedllm.adapters.layout import AdapterState, initial_adapter
+from fedllm.adapters.layout import AdapterState
+from fedllm.adapters.ranks import named_clients
 from fedllm.config import RunConfig
 from fedllm.errors import CheckpointError, FedLLMError
 from fedllm.models.base import describe_layout
@@ -64,12 +65,14 @@ def open_session(config: RunConfig, grid: Grid, watch: Watch = SILENT) -> Sessio
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
+    for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
+        watch.notice(f"lora.client-ranks names client {name}, which has not joined")
     return Session(config, layout, transport, clients, watch)
 
 
 def first_state(session: Session, start: AdapterState | None = None) -> ServerState:
     """Return the state before round 1, with the held-out loss of the base model as record 0."""
-    state = ServerState(0, start or initial_adapter(session.layout, session.config.seed))
+    state = ServerState(0, start or session.initial)
     held_out = evaluate(session, state)
     record = RoundRecord(
         round_num=0,

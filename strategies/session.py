@@ -1,11 +1,15 @@
 """What a run holds on to from round to round, and whom it tells."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
+from fedllm.adapters.ranks import deal_ranks
 from fedllm.config import RunConfig
+from fedllm.rule import AggregationRule, aggregation_rule
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
+from strategies.delivered import Delivered
 from strategies.transport import Transport
 
 
@@ -31,6 +35,26 @@ class Session:
     transport: Transport
     clients: dict[str, JoinedClient]
     watch: Watch = SILENT
+    delivered: Delivered = field(default_factory=Delivered)
+
+    @cached_property
+    def rule(self) -> AggregationRule:
+        """How the run's updates become one adapter."""
+        return aggregation_rule(self.config)
+
+    @cached_property
+    def initial(self) -> AdapterState:
+        """The adapter that the run's seed gives."""
+        return initial_adapter(self.layout, self.config.seed, self.config.lora.init_a)
+
+    def ranks(self) -> dict[str, int]:
+        """Return every client's rank: what `lora.client-ranks` deals it, at most its machine's limit."""
+        dealt = deal_ranks(self.config.lora.client_ranks, self.clients, self.layout.rank)
+        return {client: min(rank, self.clients[client].max_rank or rank) for client, rank in dealt.items()}
+
+    def is_summed(self, ranks: Iterable[int]) -> bool:
+        """Return whether a node answers for clients of these ranks with their sum: all have the run's."""
+        return self.config.wire.node_sum and set(ranks) == {self.layout.rank}
 
     def by_node(self, clients: Iterable[str]) -> dict[int, list[str]]:
         """Group client ids by the node that hosts them, keeping their order."""

@@ -6,6 +6,8 @@ less the more rounds it is late. Which updates a round gets then depends on who 
 late ones is repeated bit for bit.
 """
 
+from dataclasses import replace
+
 from fedllm.types import ClientFailure, ClientUpdate
 
 
@@ -16,6 +18,13 @@ def staleness_weight(rounds: int, exponent: float) -> float:
     of equally late ones moves as far as a fresh one. FedBuff itself divides by the number of updates.
     """
     return float((1 + rounds) ** -exponent)
+
+
+def discounted(update: ClientUpdate, round_num: int, exponent: float) -> ClientUpdate:
+    """Return an update, and the members of a sum, with the weight it has in round `round_num`."""
+    factor = staleness_weight(round_num - update.round_num, exponent)
+    members = tuple(replace(member, weight=member.weight * factor) for member in update.members)
+    return replace(update, weight=update.weight * factor, members=members)
 
 
 def late_refusal(answer: ClientUpdate | ClientFailure, round_num: int, largest_staleness: int) -> str:

@@ -14,13 +14,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from fedllm.adapters.drift import with_drift
 from fedllm.config import RunConfig
+from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
-from fedllm.wire.records import read_plain, write_plain
+from fedllm.wire.stock import read_plain, write_plain
 from strategies.control_variates import empty_sum
 from strategies.evaluation import evaluate_requests, read_evaluations
-from strategies.rounds import finish, fold, plan_round, read_reply, train_requests
+from strategies.receiving import read_reply
+from strategies.rounds import finish, fold, plan_round, train_requests
 from strategies.run import open_session, run_federation
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import reply_of
@@ -60,7 +63,7 @@ class FederatedLora(Strategy):
             start = read_plain(initial_arrays, self._open(grid).layout)
         state = run_federation(config, grid, self.watch, start)
         result = Result()
-        result.arrays = write_plain(state.adapter)
+        result.arrays = write_plain(with_drift(state.adapter, state.drift))
         for record in state.records:
             if record.round_num:
                 result.train_metrics_clientapp[record.round_num] = _train_metrics(record)
@@ -79,9 +82,9 @@ class FederatedLora(Strategy):
     ) -> Iterable[Message]:
         """Return the train messages of a round that starts from `arrays` (named PEFT tensors)."""
         session = self._open(grid)
-        start = read_plain(arrays, session.layout)
-        before = self._state or ServerState(0, start)
-        self._state = replace(before, round_num=server_round - 1, adapter=start)
+        before = self._state or ServerState(0, session.initial)
+        adapter = read_plain(arrays, session.layout)
+        self._state = replace(before, round_num=server_round - 1, adapter=adapter)
         self._plan = plan_round(session, self._state, attempt=1)
         return _messages(train_requests(session, self._state, self._plan), "train", server_round)
 
@@ -111,8 +114,8 @@ class FederatedLora(Strategy):
     ) -> Iterable[Message]:
         """Return the evaluate messages of a round, for every client with held-out rows."""
         session = self._open(grid)
-        drawn = self._state.num_drawn if self._state else {}
-        state = ServerState(server_round, read_plain(arrays, session.layout), drawn)
+        before = self._state or ServerState(0, session.initial)
+        state = replace(before, round_num=server_round, adapter=read_plain(arrays, session.layout))
         return _messages(evaluate_requests(session, state), "evaluate", server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -130,7 +133,7 @@ class FederatedLora(Strategy):
         config = self.config
         self.watch.notice(
             f"{config.federation.num_rounds} rounds of {config.model.name}, rank {config.lora.rank},"
-            f" read-out {config.aggregation.read_out}, {config.wire.codec} deltas"
+            f" read-out {aggregation_rule(config).read_out}, {config.wire.codec} deltas"
         )
 
     def _open(self, grid: Grid) -> Session:

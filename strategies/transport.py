@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedllm.types import RoundPlan
-from fedllm.wire.records import packet_bytes
+from fedllm.wire.packets import packet_bytes
 
 _FLOWER_CODES = {2: "client error", 5: "node unavailable", 8: "client stopped responding"}
 

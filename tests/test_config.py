@@ -19,7 +19,7 @@ seed
 run.name run.output run.resume
 model.name model.revision model.dtype model.device model.quantization model.gradient-checkpointing
 model.num-threads
-lora.rank lora.alpha lora.target-modules lora.dropout
+lora.rank lora.alpha lora.target-modules lora.init-a lora.client-ranks lora.dropout
 data.source data.split data.partition data.prompt-column data.response-column data.text-column
 data.on-bad-row data.held-out-fraction data.max-held-out data.max-rows
 federation.num-clients federation.num-rounds federation.cohort-size federation.cohort-fraction
@@ -28,9 +28,11 @@ federation.max-staleness federation.min-clients federation.round-deadline federa
 federation.max-retries federation.max-failure-rate
 train.local-steps train.batch-size train.learning-rate train.schedule train.weight-decay train.clip-norm
 train.proximal train.proximal-space train.control-variates train.max-length train.token-budget
-aggregation.read-out aggregation.weighting aggregation.staleness-exponent
+aggregation.preset aggregation.train aggregation.read-out aggregation.weighting aggregation.robust
+aggregation.max-malicious aggregation.optimizer aggregation.server-learning-rate aggregation.server-momentum
+aggregation.second-moment aggregation.adaptivity aggregation.staleness-exponent
 personal.mode personal.rank personal.steps personal.pull
-wire.codec
+wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """
 
@@ -152,10 +154,12 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         "data.on-bad-row",
         "federation.selection",
         "train.schedule",
+        "lora.init-a",
         "train.proximal-space",
         "personal.mode",
         "aggregation.read-out",
         "aggregation.weighting",
+        "aggregation.optimizer",
         "wire.codec",
     ],
 )
@@ -201,8 +205,9 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
         ),
         (
             {"federation.max-staleness": 2},
-            "federation.max-staleness = 2 needs aggregation.read-out = 'factor-mean': any other turns the"
-            " factors' basis every round, and a late change of the factors means nothing in the new one",
+            "federation.max-staleness = 2 needs aggregation.read-out = 'factor-mean': other read-outs change"
+            " the factors' basis or the base model between rounds, and a late change of the factors means"
+            " nothing there",
         ),
         (
             {
@@ -219,8 +224,54 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
         ),
         (
             {"train.control-variates": True},
-            "train.control-variates needs aggregation.read-out = 'factor-mean': they are gradients of the"
-            " factors, and any other read-out turns the factors' basis every round",
+            "train.control-variates needs aggregation.read-out = 'factor-mean' and one part that is trained"
+            " in every round: they are gradients of the factors, in a basis that must stay",
+        ),
+        (
+            {
+                "federation.max-staleness": 2,
+                "aggregation.preset": "rolora",
+            },
+            "federation.max-staleness = 2 cannot go with aggregation.train = 'alternate': a late update is of"
+            " the other factor",
+        ),
+        (
+            {
+                "train.control-variates": True,
+                "aggregation.read-out": "factor-mean",
+                "aggregation.robust": "norm-clip",
+            },
+            "train.control-variates cannot go with aggregation.robust = 'norm-clip', which does not see what"
+            " a client adds to them",
+        ),
+        (
+            {
+                "train.control-variates": True,
+                "aggregation.read-out": "factor-mean",
+                "wire.node-sum": True,
+            },
+            "train.control-variates needs every client's own change at the run's rank; set wire.node-sum ="
+            " false and leave lora.client-ranks empty",
+        ),
+        (
+            {"lora.client-ranks": "4,16"},
+            "lora.client-ranks = '4,16': expected ranks from 1 to lora.rank = 8, dealt in turn as in 4,8,16,"
+            " or for each client once as in anna:4,ben:8",
+        ),
+        (
+            {"aggregation.read-out": "local-b", "aggregation.train": "b"},
+            "aggregation.train = 'b': read-out local-b trains both factors and shares A; use both",
+        ),
+        (
+            {"wire.node-sum": True},
+            "wire.node-sum = true: aggregation.read-out = 'svd', aggregation.robust = 'none' and"
+            " aggregation.weighting = 'examples' need every client's own factors; use factor-mean, no robust"
+            " rule and another weighting, or wire.node-sum = false",
+        ),
+        (
+            {"wire.node-sum": True, "aggregation.read-out": "factor-mean", "lora.client-ranks": "4,8"},
+            "wire.node-sum = true: clients of different ranks have no common sum; leave lora.client-ranks"
+            " empty",
         ),
         ({"run.name": ""}, "run.name = '': expected a plain folder name"),
         ({"run.name": "../x"}, "run.name = '../x': expected a plain folder name"),

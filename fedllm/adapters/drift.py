@@ -1,21 +1,21 @@
 """What a federation has added to the base model itself, apart from the adapter that is being trained.
 
 FedEx-LoRA (arXiv 2410.09432) adds each round's residual to the base, FLoRA (arXiv 2409.05976) the whole
-round; every client must hold the sum of all rounds, a late joiner too. It is kept as one exact factor pair
-per matrix.
+round; every client must hold the sum of all rounds, a late joiner too. It is kept as one factor pair per
+matrix, exact to the rounding of float32.
 Tensor suffixes: O output feature, I input feature, N rank of a matrix's drift, R rank of the adapter.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from fedllm.adapters.algebra import Product, decompose, rounding_floor
-from fedllm.adapters.layout import AdapterLayout
-from fedllm.errors import LayoutError
+from fedllm.adapters.layout import AdapterLayout, AdapterState
+from fedllm.errors import LayoutError, NonFiniteError
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +53,33 @@ class Drift:
                 hasher.update(tensor.contiguous().numpy().tobytes())
         return hasher.hexdigest()
 
-    def plus(self, products: Sequence[Product]) -> "Drift":
-        """Return the drift with one more product per matrix, at the lowest rank that holds the sum."""
-        summed = []
-        for (b_ON, a_NI), product in zip(self.factors, products, strict=True):
-            u, s, v = decompose(product.plus(1.0, b_ON, a_NI))
-            alive = int((s > rounding_floor(s)).sum())
-            root = s[:alive].sqrt()
-            summed.append(((u[:, :alive] * root).float(), (root[:, None] * v[:alive]).float()))
-        return Drift(self.layout, tuple(summed))
+    def checked_finite(self) -> "Drift":
+        """Return self.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite.
+        """
+        if not all(bool(torch.isfinite(tensor).all()) for pair in self.factors for tensor in pair):
+            raise NonFiniteError("the base drift holds NaN or infinite values")
+        return self
+
+    def plus(self, added: Mapping[int, Product]) -> "Drift":
+        """Return the drift with a product (of one matrix) added at each place of the layout that is named.
+
+        Every sum is kept at the lowest rank that holds it; what is dropped is below the rounding of float32.
+        """
+        factors = list(self.factors)
+        for index, product in added.items():
+            factors[index] = _sum(self.factors[index], product)
+        return Drift(self.layout, tuple(factors))
+
+
+def _sum(pair: tuple[torch.Tensor, torch.Tensor], product: Product) -> tuple[torch.Tensor, torch.Tensor]:
+    b_ON, a_NI = pair
+    u, s, v = decompose(Product(b_ON.double()[None], a_NI.double()[None]).plus(product).lightest())
+    alive = int((s > rounding_floor(s)).sum())
+    root = s[0, :alive].sqrt()
+    return (u[0, :, :alive] * root).float(), (root[:, None] * v[0, :alive]).float()
 
 
 def no_drift(layout: AdapterLayout) -> Drift:
@@ -70,3 +88,22 @@ def no_drift(layout: AdapterLayout) -> Drift:
         layout,
         tuple((torch.zeros(m.out_features, 0), torch.zeros(0, m.in_features)) for m in layout.matrices),
     )
+
+
+def with_drift(adapter: AdapterState, drift: Drift) -> AdapterState:
+    """Return one ordinary adapter that does what `adapter` does on a base with `drift` added.
+
+    Its rank is the adapter's plus the largest of the drift's; matrices with less are filled with zeros. The
+    scale stays, so alpha grows with the rank.
+    """
+    layout, most = adapter.layout, max((b_ON.shape[1] for b_ON, _ in drift.factors), default=0)
+    if most == 0:
+        return adapter
+    wider = replace(layout, rank=layout.rank + most, alpha=layout.scale * (layout.rank + most))
+    vector = torch.zeros(wider.size)
+    pairs = zip(layout.factors(adapter.vector), drift.factors, wider.factors(vector), strict=True)
+    for (a_RI, b_OR), (b_ON, a_NI), (a, b) in pairs:
+        end = layout.rank + b_ON.shape[1]
+        a[: layout.rank], b[:, : layout.rank] = a_RI, b_OR
+        a[layout.rank : end], b[:, layout.rank : end] = a_NI, b_ON
+    return AdapterState(wider, vector)

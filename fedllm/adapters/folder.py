@@ -7,7 +7,7 @@ accepts renamed keys, missing keys, NaN and flipped bits without a word.
 
 import errno
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,14 +100,34 @@ def save_tensors(file: Path, state: AdapterState) -> None:
     Raises:
         OSError: it could not be written.
     """
+    save_named(file, state.tensors())
+
+
+def save_named(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write named tensors as a safetensors file; raises as `save_tensors`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous().clone() for name, tensor in state.tensors().items()}
+    copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(copies, file, metadata={"format": "pt"})
     except SafetensorError as error:  # so it reports a full disk too
         raise OSError(errno.EIO, str(error)) from None
+
+
+def load_named(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        IntegrityError: the file is not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError:
+        raise IntegrityError(f"{file}: not a safetensors file") from None
 
 
 def load_tensors(file: Path, layout: AdapterLayout) -> AdapterState:
@@ -116,13 +136,7 @@ def load_tensors(file: Path, layout: AdapterLayout) -> AdapterState:
     Raises:
         IntegrityError: they are not, or the file is not safetensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(file)
-    except SafetensorError:
-        raise IntegrityError(f"{file}: not a safetensors file") from None
+    tensors = load_named(file)
     expected = {spec.name: spec for spec in layout.tensors}
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise IntegrityError(f"{file}: tensor {name!r} is {'missing' if name in expected else 'unexpected'}")

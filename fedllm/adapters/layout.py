@@ -18,6 +18,7 @@ from fedllm.errors import LayoutError, NonFiniteError
 from fedllm.seeds import derive_seed
 
 PEFT_PREFIX = "base_model.model."  # how PEFT names the wrapped model inside an adapter file
+KAIMING_ROW_NORM = 3**-0.5  # root of the mean squared norm of a row of D values uniform in ±1/sqrt(D)
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,29 @@ class AdapterState:
         return {spec.name: view for spec, view in self.layout.views(self.vector)}
 
 
-def initial_adapter(layout: AdapterLayout, seed: int) -> AdapterState:
-    """Return the adapter every client starts from: A uniform in ±1/sqrt(D_in) (PEFT's default), B zero."""
+def initial_adapter(layout: AdapterLayout, seed: int, init_a: str = "kaiming") -> AdapterState:
+    """Return the adapter every client starts from: B zero, A drawn from the seed.
+
+    `init_a` is "kaiming" (uniform in ±1/sqrt(D_in), PEFT's default) or "orthonormal": rows at right angles,
+    each as long as a kaiming row is on average. With A so drawn and frozen, training B by plain gradient
+    steps is FedSVD (arXiv 2505.12805): an SVD of B A never leaves the row space of A.
+
+    Raises:
+        LayoutError: orthonormal rows are asked for and a matrix has fewer inputs than the rank.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "initial-adapter"))
     vector = torch.zeros(layout.size)
-    for a_RD, _ in layout.factors(vector):
-        a_RD.uniform_(-1.0, 1.0, generator=generator).mul_(a_RD.shape[1] ** -0.5)
+    for matrix, (a_RD, _) in zip(layout.matrices, layout.factors(vector), strict=True):
+        if init_a == "kaiming":
+            a_RD.uniform_(-1.0, 1.0, generator=generator).mul_(matrix.in_features**-0.5)
+            continue
+        if layout.rank > matrix.in_features:
+            raise LayoutError(
+                f"lora.init-a = orthonormal: {matrix.module} has {matrix.in_features} inputs, which cannot"
+                f" hold {layout.rank} rows at right angles; lower lora.rank or use kaiming"
+            )
+        gaussian_DR = torch.randn(matrix.in_features, layout.rank, generator=generator, dtype=torch.float64)
+        q_DR, r_RR = torch.linalg.qr(gaussian_DR)
+        q_DR *= r_RR.diagonal().sign()  # QR leaves the signs open; this makes the draw uniform (Haar)
+        a_RD.copy_(q_DR.T * KAIMING_ROW_NORM)
     return AdapterState(layout, vector)

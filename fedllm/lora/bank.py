@@ -3,7 +3,9 @@
 A slot is a client, or one example where gradients are wanted per example: then many slots share the
 parameters of one client. Clients' parameters are `theta` [C, P], slots' gradients `grad` [S, P]; the factors
 of every layer are views of their rows, so clipping and stepping cost a dozen kernels whatever the depth.
-Tensor suffixes: C client, S slot, P flat adapter, R rank, D feature.
+Where one factor alone is trained, P is the size of that part and the other lies apart in `frozen` [C, Q]:
+nothing that clips or steps can reach it.
+Tensor suffixes: C client, S slot, P trained values of an adapter, Q frozen ones, R rank, D feature.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ from typing import Protocol
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.parts import other_part, part_of, part_size, part_specs
 from fedllm.lora.dropout import NoisyRow, keep_mask
 
 
@@ -52,31 +55,32 @@ class Kernel(Protocol):
     """How the LoRA operator is computed; `fedllm.lora.kernels` has two."""
 
     def forward(self, bank: "Bank", index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
-        """Add the adapters' output to y in place and return what backward needs."""
+        """Add the adapters' output to y in place; return the scaled activations z [T, R]."""
 
     def backward(
         self,
         bank: "Bank",
         index: int,
-        x_TI: torch.Tensor,
-        z_TR: torch.Tensor,
+        x_TI: torch.Tensor | None,
+        z_TR: torch.Tensor | None,
         g_TO: torch.Tensor,
         dx_TI: torch.Tensor | None,
     ) -> None:
-        """Add every slot's gradients to the bank and the adapters' part of dx to dx."""
+        """Add every slot's gradients to the bank and the adapters' part of dx to dx.
+
+        x is None where A is frozen, z where B is: only the other factor's gradient needs them.
+        """
 
 
 class Bank:
     """The parameters and gradients of one pass. `route` says which tokens belong to which row."""
 
     def __init__(self, layout: AdapterLayout, kernel: Kernel, device: torch.device, dtype: torch.dtype):
-        self.layout = layout
         self.kernel = kernel
         self.device = device
         self.dtype = dtype
-        self.theta_CP = torch.zeros(0, layout.size, device=device, dtype=dtype)
-        self.grad_SP = torch.zeros(0, layout.size, device=device, dtype=dtype)
-        self.scales: tuple[float, ...] = ()
+        self.theta_CP = self.frozen_CQ = self.grad_SP = torch.zeros(0, 0, device=device, dtype=dtype)
+        self.load(layout, (), ())
         self.route = Route((), ())
         self.batch_rows: tuple[int, ...] = ()  # while generating: the client of each row of the batch
         self.tap = torch.zeros((), device=device, requires_grad=True)
@@ -85,25 +89,37 @@ class Bank:
         """Return what LoRA dropout multiplies the input of matrix `index` by, or None where there is none."""
         return keep_mask(self.route.noise, index, x_TI) if self.route.noise else None
 
-    def load(self, starts: Sequence[torch.Tensor], scales: Sequence[float]) -> None:
-        """Hold one row of parameters per start vector [P], each with its factor alpha / rank."""
-        if self.theta_CP.shape[0] != len(starts):
-            self.theta_CP = self._rows(len(starts))
-        for row, start in zip(self.theta_CP, starts, strict=True):
-            row.copy_(start)
-        self.scales = tuple(scales)
+    def load(
+        self,
+        layout: AdapterLayout,
+        starts: Sequence[torch.Tensor],
+        scales: Sequence[float],
+        trained: str = "both",
+    ) -> None:
+        """Hold one row of parameters per start vector of `layout`, each with its factor alpha / rank.
+
+        The part `trained` of them is what gradients are computed of.
+        """
+        self.layout, self.trained, self.scales = layout, trained, tuple(scales)
+        rest = other_part(trained)
+        self._moving, self._still = _places(layout, trained), _places(layout, rest)
+        self.theta_CP = self._rows(self.theta_CP, len(starts), part_size(layout, trained))
+        self.frozen_CQ = self._rows(self.frozen_CQ, len(starts), part_size(layout, rest))
+        for row, start in enumerate(starts):
+            self.theta_CP[row].copy_(part_of(layout, start, trained))
+            self.frozen_CQ[row].copy_(part_of(layout, start, rest))
 
     def reserve(self, num_slots: int) -> None:
         """Hold exactly `num_slots` rows of zero gradients."""
-        if self.grad_SP.shape[0] == num_slots:
-            self.grad_SP.zero_()
-        else:
-            self.grad_SP = self._rows(num_slots)
+        self.grad_SP = self._rows(self.grad_SP, num_slots, self.theta_CP.shape[1])
+        self.grad_SP.zero_()
 
-    def _rows(self, number: int) -> torch.Tensor:
-        """Return zero rows [number, P] that training may use even if evaluation asked for them first."""
+    def _rows(self, held: torch.Tensor, number: int, size: int) -> torch.Tensor:
+        """Return `held` where its shape fits, else new rows; training may use them whoever asked first."""
+        if held.shape == (number, size):
+            return held
         with torch.inference_mode(False):
-            return torch.zeros(number, self.layout.size, device=self.device, dtype=self.dtype)
+            return torch.zeros(number, size, device=self.device, dtype=self.dtype)
 
     def route_of(self, num_tokens: int) -> Route:
         """Return whose the `num_tokens` tokens of a layer's input are."""
@@ -122,15 +138,45 @@ class Bank:
         finally:
             self.batch_rows = ()
 
-    def factors(self, index: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (A [n, R, D_in], B [n, D_out, R]) of matrix `index` as views of `rows` [n, P]."""
-        return factors_of(self.layout, index, rows)
+    def factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (A [C, R, D_in], B [C, D_out, R]) of matrix `index` as views of the clients' rows."""
+        moving = _views(self.theta_CP, self._moving[index])
+        still = _views(self.frozen_CQ, self._still[index])
+        a, b = still + moving if self.trained == "b" else moving + still
+        return a, b
+
+    def gradients(
+        self, index: int, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return (grad A [S, R, D_in], grad B [S, D_out, R]) as views; None where frozen.
+
+        They are those of the slots, or of other `rows` [S, P] of the trained part.
+        """
+        views = _views(self.grad_SP if rows is None else rows, self._moving[index])
+        if self.trained == "both":
+            return views[0], views[1]
+        return (views[0], None) if self.trained == "a" else (None, views[0])
 
 
-def factors_of(layout: AdapterLayout, index: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (A [n, R, D_in], B [n, D_out, R]) of matrix `index` as views of `rows` [n, P]."""
-    a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]
+@dataclass(frozen=True)
+class _Place:
+    """Where one tensor lies in the flat vector of a part."""
+
+    begin: int
+    end: int
+    shape: tuple[int, int]
+
+
+def _places(layout: AdapterLayout, part: str) -> list[list[_Place]]:
+    """Return the places of every matrix's tensors in a part; none where the part is empty."""
+    places: list[list[_Place]] = [[] for _ in layout.matrices]
+    begin = 0
+    for number, spec in enumerate(part_specs(layout, part)):
+        places[number // 2 if part == "both" else number].append(_Place(begin, begin + spec.size, spec.shape))
+        begin += spec.size
+    return places
+
+
+def _views(rows: torch.Tensor, places: Sequence[_Place]) -> list[torch.Tensor]:
     # A row's part of a factor is contiguous, so splitting its last axis is a view.
-    a = rows[:, a_spec.offset : a_spec.offset + a_spec.size].view(len(rows), *a_spec.shape)
-    b = rows[:, b_spec.offset : b_spec.offset + b_spec.size].view(len(rows), *b_spec.shape)
-    return a, b
+    return [rows[:, place.begin : place.end].view(len(rows), *place.shape) for place in places]

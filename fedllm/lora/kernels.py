@@ -22,7 +22,7 @@ class LoopKernel:
 
     def forward(self, bank: Bank, index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
         """Add the adapters' output to y in place; return the scaled activations z [T, R]."""
-        a_CRI, b_COR = bank.factors(index, bank.theta_CP)
+        a_CRI, b_COR = bank.factors(index)
         z_TR = x_TI.new_empty(x_TI.shape[0], a_CRI.shape[1], dtype=bank.dtype)
         for begin, end, row in _spans(bank.route_of(x_TI.shape[0]).clients):
             z = z_TR[begin:end]
@@ -35,25 +35,30 @@ class LoopKernel:
         self,
         bank: Bank,
         index: int,
-        x_TI: torch.Tensor,
-        z_TR: torch.Tensor,
+        x_TI: torch.Tensor | None,
+        z_TR: torch.Tensor | None,
         g_TO: torch.Tensor,
         dx_TI: torch.Tensor | None,
     ) -> None:
         """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
-        a_CRI, b_COR = bank.factors(index, bank.theta_CP)
-        grad_a_SRI, grad_b_SOR = bank.factors(index, bank.grad_SP)
+        a_CRI, b_COR = bank.factors(index)
+        grad_a_SRI, grad_b_SOR = bank.gradients(index)
         g_TO = g_TO.to(bank.dtype)
-        dz_TR = torch.empty_like(z_TR)
+        if grad_b_SOR is not None and z_TR is not None:
+            for begin, end, row in _spans(bank.route.slots):
+                grad_b_SOR[row].addmm_(g_TO[begin:end].T, z_TR[begin:end])
+        if grad_a_SRI is None and dx_TI is None:
+            return
+        dz_TR = g_TO.new_empty(g_TO.shape[0], a_CRI.shape[1])
         for begin, end, row in _spans(bank.route.clients):
             dz = dz_TR[begin:end]
             torch.mm(g_TO[begin:end], b_COR[row], out=dz)
             dz.mul_(bank.scales[row])
             if dx_TI is not None:
                 _add_product(dx_TI[begin:end], dz, a_CRI[row])
-        for begin, end, row in _spans(bank.route.slots):
-            grad_a_SRI[row].addmm_(dz_TR[begin:end].T, x_TI[begin:end].to(bank.dtype))
-            grad_b_SOR[row].addmm_(g_TO[begin:end].T, z_TR[begin:end])
+        if grad_a_SRI is not None and x_TI is not None:
+            for begin, end, row in _spans(bank.route.slots):
+                grad_a_SRI[row].addmm_(dz_TR[begin:end].T, x_TI[begin:end].to(bank.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +71,7 @@ class MaskedKernel:
 
     def forward(self, bank: Bank, index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
         """Add the adapters' output to y in place; return the scaled activations z [T, R] of each token."""
-        a_CRI, b_COR = bank.factors(index, bank.theta_CP)
+        a_CRI, b_COR = bank.factors(index)
         rank = a_CRI.shape[1]
         owners_T, scale_T1 = _owners(bank, bank.route_of(x_TI.shape[0]).clients, x_TI)
         all_TM = x_TI @ a_CRI.flatten(0, 1).to(x_TI.dtype).T
@@ -78,39 +83,44 @@ class MaskedKernel:
         self,
         bank: Bank,
         index: int,
-        x_TI: torch.Tensor,
-        z_TR: torch.Tensor,
+        x_TI: torch.Tensor | None,
+        z_TR: torch.Tensor | None,
         g_TO: torch.Tensor,
         dx_TI: torch.Tensor | None,
     ) -> None:
         """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
-        a_CRI, b_COR = bank.factors(index, bank.theta_CP)
-        grad_a_SRI, grad_b_SOR = bank.factors(index, bank.grad_SP)
+        a_CRI, b_COR = bank.factors(index)
+        grad_a_SRI, grad_b_SOR = bank.gradients(index)
         rank = a_CRI.shape[1]
-        owners_T, scale_T1 = _owners(bank, bank.route.clients, x_TI)
+        slots_T, num_slots = _token_rows(bank.route.slots, g_TO), len(bank.grad_SP)
+        if grad_b_SOR is not None and z_TR is not None:
+            grad_b = (g_TO.T @ _spread(z_TR, slots_T, num_slots)).view(-1, num_slots, rank)
+            grad_b_SOR.add_(grad_b.permute(1, 0, 2))
+        if grad_a_SRI is None and dx_TI is None:
+            return
+        owners_T, scale_T1 = _owners(bank, bank.route.clients, g_TO)
         all_TM = g_TO @ b_COR.permute(1, 0, 2).flatten(1, 2).to(g_TO.dtype)
         dz_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
         if dx_TI is not None:
-            dx_TI.addmm_(_spread(dz_TR, owners_T, len(a_CRI)), a_CRI.flatten(0, 1).to(x_TI.dtype))
-        slots_T = _token_rows(bank.route.slots, x_TI)
-        num_slots = len(grad_a_SRI)
-        grad_a_SRI.add_((_spread(dz_TR, slots_T, num_slots).T @ x_TI).view(num_slots, rank, -1))
-        grad_b = (g_TO.T @ _spread(z_TR, slots_T, num_slots)).view(-1, num_slots, rank)
-        grad_b_SOR.add_(grad_b.permute(1, 0, 2))
+            dx_TI.addmm_(_spread(dz_TR, owners_T, len(a_CRI)), a_CRI.flatten(0, 1).to(g_TO.dtype))
+        if grad_a_SRI is not None and x_TI is not None:
+            grad_a_SRI.add_((_spread(dz_TR, slots_T, num_slots).T @ x_TI).view(num_slots, rank, -1))
 
 
-def _owners(bank: Bank, parts: tuple[Segment, ...], x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _owners(
+    bank: Bank, parts: tuple[Segment, ...], like_TD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each token's client row [T] and that client's scale [T, 1]."""
-    owners = _token_rows(parts, x_TI)
-    scales = torch.tensor(bank.scales, device=x_TI.device, dtype=x_TI.dtype)
+    owners = _token_rows(parts, like_TD)
+    scales = torch.tensor(bank.scales, device=like_TD.device, dtype=like_TD.dtype)
     return owners, scales[owners, None]
 
 
-def _token_rows(parts: tuple[Segment, ...], x_TI: torch.Tensor) -> torch.Tensor:
+def _token_rows(parts: tuple[Segment, ...], like_TD: torch.Tensor) -> torch.Tensor:
     """Return each token's row in the bank, [T]."""
-    rows = torch.tensor([part.row for part in parts], device=x_TI.device)
-    lengths = torch.tensor([part.end - part.begin for part in parts], device=x_TI.device)
-    return rows.repeat_interleave(lengths, output_size=x_TI.shape[0])
+    rows = torch.tensor([part.row for part in parts], device=like_TD.device)
+    lengths = torch.tensor([part.end - part.begin for part in parts], device=like_TD.device)
+    return rows.repeat_interleave(lengths, output_size=like_TD.shape[0])
 
 
 def _own_ranks(all_TM: torch.Tensor, owners_T: torch.Tensor, rank: int) -> torch.Tensor:
@@ -161,7 +171,8 @@ class LoraFunction(torch.autograd.Function):
         y_TO = frozen_output(x_TI, weight_OI, bias_O, bank, index)
         mask_TI = bank.keep_mask(index, x_TI)
         z_TR = bank.kernel.forward(bank, index, x_TI if mask_TI is None else x_TI * mask_TI, y_TO)
-        ctx.save_for_backward(x_TI, z_TR)
+        # The gradient of A needs x, that of B needs z: what trains one factor keeps one of them.
+        ctx.save_for_backward(x_TI if bank.trained != "b" else None, z_TR if bank.trained != "a" else None)
         ctx.weight_OI, ctx.bank, ctx.index = weight_OI, bank, index
         return y_TO
 
@@ -171,15 +182,18 @@ class LoraFunction(torch.autograd.Function):
         x_TI, z_TR = ctx.saved_tensors
         dx_TI = None
         if ctx.needs_input_grad[0]:
-            dx_TI = torch.zeros_like(x_TI) if ctx.weight_OI is None else g_TO @ ctx.weight_OI
-        mask_TI = ctx.bank.keep_mask(ctx.index, x_TI)
+            width = ctx.bank.layout.matrices[ctx.index].in_features
+            weight_OI = ctx.weight_OI
+            dx_TI = g_TO.new_zeros(len(g_TO), width) if weight_OI is None else g_TO @ weight_OI
+        like_TI = dx_TI if x_TI is None else x_TI
+        mask_TI = None if like_TI is None else ctx.bank.keep_mask(ctx.index, like_TI)
         if mask_TI is None:
             ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI, z_TR, g_TO, dx_TI)
         else:  # the adapter saw mask * x, so its part of dx goes through the mask too
-            own_TI = torch.zeros_like(x_TI)
-            wanted = None if dx_TI is None else own_TI
-            ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI * mask_TI, z_TR, g_TO, wanted)
-            if dx_TI is not None:
+            seen_TI = None if x_TI is None else x_TI * mask_TI
+            own_TI = None if dx_TI is None else torch.zeros_like(dx_TI)
+            ctx.bank.kernel.backward(ctx.bank, ctx.index, seen_TI, z_TR, g_TO, own_TI)
+            if dx_TI is not None and own_TI is not None:
                 dx_TI.addcmul_(own_TI, mask_TI)
         return dx_TI, None, None, None, None, None
 

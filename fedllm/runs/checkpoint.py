@@ -1,7 +1,8 @@
 """A checkpoint after every round, from which a run continues bit for bit.
 
-`checkpoints/round-00003/` holds the adapter, the state beside it and a manifest. It is built aside and
-renamed; the one before is kept, so that a damaged newest one costs a single round.
+`checkpoints/round-00003/` holds the adapter, the state beside it, what was added to the base model, what the
+server optimizer remembers, and a manifest of them all. It is built aside and renamed; the one before is kept,
+so that a damaged newest one costs a single round.
 """
 
 import json
@@ -9,18 +10,22 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from fedllm.adapters.folder import load_tensors, save_tensors
+import torch
+
+from fedllm.adapters.drift import Drift, no_drift
+from fedllm.adapters.folder import load_named, load_tensors, save_named, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config import RunConfig, Scalar
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
 from fedllm.runs.atomic import complete_folder, verify_manifest
 from fedllm.runs.records import record_from_dict, record_to_dict
-from fedllm.types import RoundRecord
+from fedllm.types import OptimizerState, RoundRecord
 
 NUM_KEPT = 2
-CONTROL = "control.safetensors"
+# there only where they hold something
+DRIFT, OPTIMIZER, CONTROL = "drift.safetensors", "optimizer.safetensors", "control.safetensors"
 
 # Keys that may differ between a run and its continuation: they change where, how long or how loudly it
 # runs, never what a round computes.
@@ -38,15 +43,23 @@ RESUMABLE_KEYS = frozenset(
 class ServerState:
     """What a server carries from round to round, and all a resumed run needs.
 
-    `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none).
-    `control` is SCAFFOLD's c, once there is one.
+    `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none);
+    `drift` is what the base model has gained (left out: nothing); `norms` are the median norms of the last
+    rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one.
     """
 
     round_num: int
     adapter: AdapterState
     num_drawn: Mapping[str, int] = field(default_factory=dict)
     records: tuple[RoundRecord, ...] = ()
+    drift: Drift = cast(Drift, None)  # what is left out is filled in below, since it needs the layout
+    optimizer: OptimizerState = field(default_factory=OptimizerState)
+    norms: tuple[float, ...] = ()
     control: AdapterState | None = None
+
+    def __post_init__(self) -> None:
+        if cast(Drift | None, self.drift) is None:
+            object.__setattr__(self, "drift", no_drift(self.adapter.layout))
 
 
 def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None:
@@ -61,11 +74,18 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
         "records": [record_to_dict(record) for record in state.records],
         "config": config.to_flat(),
         "layout": state.adapter.layout.to_dict(),
+        "norms": list(state.norms),
+        "num_steps": state.optimizer.num_steps,
     }
     try:
         with complete_folder(_path(folder, state.round_num)) as building:
             (building / "state.json").write_text(json.dumps(content, allow_nan=False))
             save_tensors(building / "adapter.safetensors", state.adapter)
+            if state.drift.size:
+                save_named(building / DRIFT, _drift_tensors(state.drift))
+            if state.optimizer.num_steps:
+                moments = {"first": state.optimizer.first, "second": state.optimizer.second}
+                save_named(building / OPTIMIZER, moments)
             if state.control is not None:
                 save_tensors(building / CONTROL, state.control)
     except (OSError, FedLLMError) as error:
@@ -88,6 +108,8 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             content = json.loads((path / "state.json").read_text())
             saved_layout = layout_from_dict(content["layout"])
             adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
+            drift = _load_drift(path / DRIFT, saved_layout)
+            optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
             control = load_tensors(path / CONTROL, saved_layout) if (path / CONTROL).exists() else None
         except (FedLLMError, OSError, ValueError, KeyError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
@@ -103,11 +125,41 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
                 adapter=adapter,
                 num_drawn=content["num_drawn"],
                 records=tuple(record_from_dict(values) for values in content["records"]),
+                drift=drift,
+                optimizer=optimizer,
+                norms=tuple(content.get("norms", ())),
                 control=control,
             ),
             passed_over,
         )
     raise CheckpointError(f"no intact checkpoint in {folder}; start without --resume")
+
+
+def _drift_tensors(drift: Drift) -> dict[str, torch.Tensor]:
+    """Return the factors of a drift under the names of their modules."""
+    return {
+        f"{matrix.module}.{letter}": tensor
+        for matrix, pair in zip(drift.layout.matrices, drift.factors, strict=True)
+        for letter, tensor in zip("BA", pair, strict=True)
+    }
+
+
+def _load_drift(file: Path, layout: AdapterLayout) -> Drift:
+    if not file.exists():  # the manifest has vouched for every file that was written
+        return no_drift(layout)
+    tensors = load_named(file)
+    pairs = [(tensors[f"{m.module}.B"], tensors[f"{m.module}.A"]) for m in layout.matrices]
+    return Drift(layout, tuple(pairs)).checked_finite()
+
+
+def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
+    if not num_steps:
+        return OptimizerState()
+    tensors = load_named(file)
+    state = OptimizerState(tensors["first"], tensors["second"], num_steps)
+    if state.first.shape != (size,) or state.second.shape != (size,):
+        raise CheckpointError(f"{file.name} is of another adapter")
+    return state
 
 
 def _check_same(saved: Mapping[str, Scalar], config: RunConfig) -> None:

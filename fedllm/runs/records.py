@@ -17,7 +17,7 @@ def record_to_dict(record: RoundRecord) -> dict[str, Any]:
 def record_from_dict(values: dict[str, Any]) -> RoundRecord:
     """Return the record that `record_to_dict` wrote."""
     fields = {name: value for name, value in values.items() if name not in {"round", "mean_held_out"}}
-    for name in ("asked", "accepted"):
+    for name in {"asked", "accepted", "silenced"} & fields.keys():
         fields[name] = tuple(fields[name])
     return RoundRecord(round_num=values["round"], **fields)
 

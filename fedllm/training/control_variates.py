@@ -41,10 +41,10 @@ class Correction:
 
 
 def correction_of(
-    corrections_CP: torch.Tensor | None, trainings: Sequence[LocalTraining]
+    corrections_CP: torch.Tensor | None, theta_CP: torch.Tensor, trainings: Sequence[LocalTraining]
 ) -> Correction | None:
-    """Return the corrections of a round, where there are any; a clip norm of 0 clips nothing."""
+    """Return the corrections of a round beside `theta_CP`, where there are any; clip norm 0 clips nothing."""
     if corrections_CP is None:
         return None
-    clips = corrections_CP.new_tensor([training.clip_norm or float("inf") for training in trainings])
-    return Correction(corrections_CP, clips[:, None], torch.zeros_like(corrections_CP))
+    clips = theta_CP.new_tensor([training.clip_norm or float("inf") for training in trainings])
+    return Correction(corrections_CP.to(theta_CP), clips[:, None], torch.zeros_like(theta_CP))

@@ -26,14 +26,14 @@ from fedllm.models.attention import ragged
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
-from fedllm.training.control_variates import correction_of
+from fedllm.training.control_variates import Correction, correction_of
 from fedllm.training.forward import lay_out, token_losses
 from fedllm.training.generate import answers
 from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
 from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.training.proximal import pull_of
-from fedllm.training.rows import anchors_of, corrections_of, movable_of, rows_of
+from fedllm.training.rows import Rows, anchors_of, corrections_of, movable_of, rows_of
 from fedllm.types import ClientEvaluation
 
 CPU_TOKEN_BUDGET = 512
@@ -83,13 +83,6 @@ class Engine:
             kind = type(base.model).__name__
             _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
         self.token_budget = token_budget or self._default_budget()
-        self._companions: dict[AdapterLayout, Engine] = {}
-
-    def companion(self, layout: AdapterLayout) -> "Engine":
-        """Return an engine for adapters of another layout on the same base model, built on first use."""
-        if layout not in self._companions:
-            self._companions[layout] = Engine(self.base, layout, token_budget=self.token_budget)
-        return self._companions[layout]
 
     # --- training -----------------------------------------------------------------------------------------
 
@@ -99,9 +92,11 @@ class Engine:
             yield from self._train_group(group)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Split jobs into neighbours whose largest steps together fit the token budget."""
-        sizes = [max(sum(len(row.tokens) for row in batch) for batch in job.batches) for job in jobs]
-        return packed(jobs, sizes, self._limit)
+        """Split jobs into neighbours that train the same part and whose largest steps fit a pass."""
+        for _, same in groupby(jobs, key=lambda job: job.trained):
+            together = list(same)
+            sizes = [max(sum(len(row.tokens) for row in batch) for batch in job.batches) for job in together]
+            yield from packed(together, sizes, self._limit)
 
     def _train_group(self, jobs: Sequence[Job]) -> list[Result]:
         """Train jobs together, and once more alone any that is not finite: a neighbour may have spoilt it."""
@@ -109,33 +104,33 @@ class Engine:
         # The longest first: those still at work are always the first rows of the bank.
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
         ordered = [jobs[place] for place in order]
-        losses_C, delta_CP, gradient_CP = self._train_rows(ordered)
+        losses_C, rows, moved_CP, correction = self._train_rows(ordered)
         seconds = (time.perf_counter() - began) / sum(map(_num_tokens, jobs))
         results = {}
         for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
-            result = self._result(job, float(losses_C[row]), delta_CP[row], seconds * _num_tokens(job))
-            if gradient_CP is not None:
-                result = replace(result, gradient=self._at_rank_of(job, gradient_CP[row]))
+            delta = rows.whole(row, moved_CP[row])
+            result = _result(job, delta, float(losses_C[row]), seconds * _num_tokens(job))
+            if correction is not None:
+                mean_P = correction.sum_CP[row].cpu() / len(job.batches)
+                result = replace(result, gradient=rows.whole(row, mean_P))
             if len(jobs) > 1 and not is_finite(result):
                 (result,) = self._train_group([job])
             results[place] = result
         return [results[place] for place in range(len(jobs))]
 
-    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return (mean loss over steps [C], delta [C, P], mean gradient [C, P] where there are corrections).
+    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, Rows, torch.Tensor, Correction | None]:
+        """Train jobs sorted by falling number of steps, side by side.
 
-        The jobs are sorted by falling number of steps.
+        Returns (mean loss over steps [C], the rows, what each has moved [C, P], SCAFFOLD's sums if any).
         """
-        layouts = [job.layout or self.layout for job in jobs]
-        starts = rows_of(jobs, [job.start for job in jobs], self.layout)
-        self.bank.load(starts, [layout.scale for layout in layouts])
+        rows = rows_of(jobs, self.layout)
+        starts, scales = rows.widened([job.start for job in jobs]), [layout.scale for layout in rows.layouts]
+        self.bank.load(rows.widest, starts, scales, rows.trained)
         begin_CP = self.bank.theta_CP.clone()
         trainings = [job.training for job in jobs]
-        movable_CP = movable_of(jobs, self.layout, self.base.device)
-        optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_CP)
-        anchors_CP = anchors_of(jobs, self.layout, begin_CP)
-        pull = pull_of(self.layout, anchors_CP, trainings, self.bank.scales)
-        correction = correction_of(corrections_of(jobs, self.layout, begin_CP), trainings)
+        optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_of(rows))
+        pull = pull_of(self.bank, anchors_of(rows), trainings)
+        correction = correction_of(corrections_of(rows), self.bank.theta_CP, trainings)
         losses_C = torch.zeros(len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
@@ -144,24 +139,11 @@ class Engine:
                 if correction is not None:
                     correction.apply(grads)
                 if pull is not None:
-                    pull.add_gradient(grads, self.bank.theta_CP[: len(active)])
+                    pull.add_gradient(self.bank, grads)
                 optimizer.step(grads)
                 losses_C[: len(active)] += losses
         num_steps_C = torch.tensor([len(job.batches) for job in jobs])
-        delta_CP = (self.bank.theta_CP - begin_CP).cpu()
-        if correction is None:
-            return losses_C / num_steps_C, delta_CP, None
-        return losses_C / num_steps_C, delta_CP, correction.sum_CP.cpu() / num_steps_C[:, None]
-
-    def _result(self, job: Job, loss: float, delta_P: torch.Tensor, seconds: float) -> Result:
-        num_rows = sum(len(batch) for batch in job.batches)
-        delta = self._at_rank_of(job, delta_P)
-        return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds)
-
-    def _at_rank_of(self, job: Job, row_P: torch.Tensor) -> torch.Tensor:
-        """Return a row of the bank as a vector of the job's layout; the inverse of `rows_of`."""
-        layout = job.layout or self.layout
-        return with_rank(row_P, replace(layout, rank=self.layout.rank), layout.rank)
+        return losses_C / num_steps_C, rows, (self.bank.theta_CP - begin_CP).cpu(), correction
 
     def _step(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""
@@ -259,7 +241,7 @@ class Engine:
             tokens = tuple((7919 * index + number) % vocabulary for index in range(64))
             return Encoded(tokens, (IGNORED,) * 48 + tokens[48:])
 
-        self.bank.load([torch.zeros(self.layout.size)], [1.0])
+        self.bank.load(self.layout, [torch.zeros(self.layout.size)], [1.0])
 
         def run_pass(size: int) -> None:
             self.bank.reserve(1)
@@ -277,13 +259,15 @@ class Engine:
     def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[ClientEvaluation]:
         """Return the mean loss over the supervised tokens of every job's rows, at least one row each.
 
-        Jobs may share an adapter (the same vector object) or each bring their own.
+        Jobs may share an adapter (the same vector object) or each bring their own, of any rank.
         """
         done: list[ClientEvaluation] = []
         for group in _by_adapters(jobs):
-            vectors = list({id(job.vector): job.vector for job in group}.values())
-            place = {id(vector): row for row, vector in enumerate(vectors)}
-            self.bank.load(vectors, [self.layout.scale] * len(vectors))
+            adapters = {id(job.vector): (job.vector, job.layout or self.layout) for job in group}
+            place = {key: row for row, key in enumerate(adapters)}
+            widest = max((layout for _, layout in adapters.values()), key=lambda layout: layout.rank)
+            vectors = [with_rank(vector, layout, widest.rank) for vector, layout in adapters.values()]
+            self.bank.load(widest, vectors, [layout.scale for _, layout in adapters.values()])
             items = [
                 _Item(row, place[id(job.vector)], number, 1.0)
                 for number, job in enumerate(group)
@@ -304,7 +288,8 @@ class Engine:
         """Return the greedy answer of `states[i]` to `prompts[i]`, all of them in one batch."""
         distinct = list({id(state): state for state in states}.values())
         place = {id(state): row for row, state in enumerate(distinct)}
-        self.bank.load([state.vector for state in distinct], [self.layout.scale] * len(distinct))
+        vectors = [state.vector for state in distinct]
+        self.bank.load(self.layout, vectors, [self.layout.scale] * len(distinct))
         rows = tuple(place[id(state)] for state in states)
         with attached(self.base.model, self.bank), self.bank.whole_rows(rows):
             return answers(self.base, prompts, max_new_tokens)
@@ -326,6 +311,11 @@ def packed(items: Sequence[T], sizes: Sequence[int], limit: int) -> Iterator[lis
 
 def _num_tokens(job: Job) -> int:
     return sum(len(row.tokens) for batch in job.batches for row in batch)
+
+
+def _result(job: Job, delta: torch.Tensor, loss: float, seconds: float) -> Result:
+    num_rows = sum(len(batch) for batch in job.batches)
+    return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds)
 
 
 def _evaluation(job: EvaluationJob, total: float) -> ClientEvaluation:

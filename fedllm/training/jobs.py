@@ -15,7 +15,8 @@ from fedllm.types import LocalTraining
 class Job:
     """One client's work: `batches[i]` are the rows of local step i, `start` [P] the adapter before it.
 
-    `layout` is given where the client's rank differs from the engine's (it may be smaller). With
+    `layout` is given where the client's rank differs from the engine's. `trained` is "both" factors, or "a"
+    or "b" alone (fedllm.adapters.parts): the other keeps its bits, and the delta has zeros there. With
     `example_clip` above 0 every row's own gradient is clipped to that norm before the rows are averaged
     (DP-SGD, arXiv 1607.00133, without its noise); 0 takes the gradient of the batch's mean token loss.
     `seed` is where LoRA dropout draws from, row by row (`row_seed`). FedProx pulls to `anchor` [P], where it
@@ -27,6 +28,7 @@ class Job:
     start: torch.Tensor
     batches: tuple[tuple[Encoded, ...], ...]
     training: LocalTraining
+    trained: str = "both"
     layout: AdapterLayout | None = None
     example_clip: float = 0.0
     seed: int = 0
@@ -65,8 +67,9 @@ def is_finite(result: Result) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationJob:
-    """Rows whose loss under the adapter `vector` [P] is wanted."""
+    """Rows whose loss under the adapter `vector` [P] is wanted; its layout where it is not the engine's."""
 
     client_id: str
     vector: torch.Tensor
     rows: tuple[Encoded, ...]
+    layout: AdapterLayout | None = None

@@ -34,6 +34,7 @@ class RowAdamW:
 
         self.rate_C1 = column([training.learning_rate for training in trainings])
         keep_C1 = column([1 - t.learning_rate * t.weight_decay for t in trainings])
+        movable_CP = None if movable_CP is None else movable_CP.to(theta_CP.device)
         self.movable_CP = movable_CP
         self.keep_CP = keep_C1 if movable_CP is None else torch.where(movable_CP, keep_C1, 1.0)
         self.clip_C1 = column([training.clip_norm or float("inf") for training in trainings])

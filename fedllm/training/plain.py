@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.parts import part_specs
 from fedllm.lora.dropout import NoisyRow, row_mask
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED
@@ -23,16 +24,20 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
     modules = [matrix.module for matrix in layout.matrices]
     lora = LoraConfig(r=layout.rank, lora_alpha=layout.alpha, target_modules=modules, lora_dropout=0.0)
     model = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+    trained = {spec.name for spec in part_specs(layout, job.trained)}
     parameters = [dict(model.named_parameters())[_peft_name(spec.name)] for spec in layout.tensors]
     with torch.no_grad():
-        for parameter, (_, start) in zip(parameters, layout.views(job.start), strict=True):
+        for parameter, (spec, start) in zip(parameters, layout.views(job.start), strict=True):
             parameter.copy_(start)
+            if spec.name not in trained:
+                parameter.requires_grad_(False)
     numbers = job.training
+    moving = [parameter for parameter in parameters if parameter.requires_grad]
     dropouts = [RowDropout(index) for index in range(len(modules))]
     for name, dropout in zip(modules, dropouts, strict=True):
         model.base_model.model.get_submodule(name).lora_dropout["default"] = dropout
     optimizer = torch.optim.AdamW(
-        parameters, lr=numbers.learning_rate, betas=(0.9, 0.999), weight_decay=numbers.weight_decay
+        moving, lr=numbers.learning_rate, betas=(0.9, 0.999), weight_decay=numbers.weight_decay
     )
     for step, batch in enumerate(job.batches):
         noise = [
@@ -54,7 +59,7 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
                 assert parameter.grad is not None
                 parameter.grad += correction
         if numbers.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, numbers.clip_norm)
+            torch.nn.utils.clip_grad_norm_(moving, numbers.clip_norm)
         optimizer.step()
     after = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
     model.unload()

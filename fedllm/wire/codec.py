@@ -2,10 +2,10 @@
 
     magic "FLLM" | version u8 | header length u32 | header JSON | payload | SHA-256 of all before
 
-The header names layout, round and payload, so a packet that belongs to another run, round or adapter is
-refused instead of reshaped. Payloads (bytes per value): `fp32` (4), `bf16` (2, round to nearest even) and
-`int8` (1 + 2/64: blocks of 64 values, each with a bfloat16 scale). Lossy payloads are for deltas: quantising
-weights would lose the update itself.
+The header names layout, part, round and payload, so a packet that belongs to another run, round, rank or
+factor is refused instead of reshaped. Payloads (bytes per value): `fp32` (4), `bf16` (2, round to nearest
+even) and `int8` (1 + 2/64: blocks of 64 values, each with a bfloat16 scale). Lossy payloads are for deltas:
+quantising weights would lose the update itself.
 """
 
 import hashlib
@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from fedllm.adapters.parts import PARTS
 from fedllm.errors import WireError
 
 MAGIC = b"FLLM"
-VERSION = 1
+VERSION = 2
 INT8_BLOCK = 64
 PAYLOADS = ("fp32", "bf16", "int8")
+KINDS = (*PARTS, "drift")  # what a packet may hold: a part of an adapter, or the base drift
 _PREFIX = struct.Struct("<4sBI")
 _CHECKSUM = 32
 _MAX_HEADER = 4096
@@ -33,12 +35,15 @@ class Packet:
 
     vector: torch.Tensor
     layout_digest: str
+    part: str
     round_num: int
     payload: str
 
 
-def encode(vector: torch.Tensor, *, layout_digest: str, round_num: int, payload: str) -> bytes:
-    """Return the packet of a float32 `vector` [P].
+def encode(
+    vector: torch.Tensor, *, layout_digest: str, round_num: int, payload: str, part: str = "both"
+) -> bytes:
+    """Return the packet of a float32 `vector` [P], which is the named part of an adapter.
 
     Raises:
         WireError: the payload is unknown or the vector is not a flat float32 CPU tensor.
@@ -47,17 +52,19 @@ def encode(vector: torch.Tensor, *, layout_digest: str, round_num: int, payload:
         raise WireError(f"unknown payload {payload!r}: expected one of {', '.join(PAYLOADS)}")
     if vector.ndim != 1 or vector.dtype != torch.float32 or vector.device.type != "cpu":
         raise WireError(f"only a flat float32 CPU vector travels, not {vector.dtype} of {vector.ndim} axes")
-    header = {"layout": layout_digest, "payload": payload, "round": round_num, "size": vector.numel()}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    header = {"layout": layout_digest, "part": part, "payload": payload, "round": round_num}
+    text = json.dumps({**header, "size": vector.numel()}, sort_keys=True, separators=(",", ":")).encode()
     body = _PREFIX.pack(MAGIC, VERSION, len(text)) + text + _ENCODERS[payload](vector.contiguous())
     return body + hashlib.sha256(body).digest()
 
 
-def decode(data: bytes, *, layout_digest: str, size: int, round_num: int | None = None) -> Packet:
-    """Return the packet in `data`, which must be of this layout, size and (where given) round.
+def decode(
+    data: bytes, *, layout_digest: str, size: int, part: str = "both", round_num: int | None = None
+) -> Packet:
+    """Return the packet in `data`, which must be of this layout, part, size and (where given) round.
 
     Raises:
-        WireError: anything differs from what `encode` writes for that layout, size and round.
+        WireError: anything differs from what `encode` writes for that layout, part, size and round.
     """
     if len(data) > max_packet_bytes(size):
         raise WireError(f"packet of {len(data)} bytes, at most {max_packet_bytes(size)} fit this adapter")
@@ -73,7 +80,10 @@ def decode(data: bytes, *, layout_digest: str, size: int, round_num: int | None 
         raise WireError("packet header is longer than the packet")
     header = _parse_header(data[_PREFIX.size : header_end])
     if header["layout"] != layout_digest:
-        raise WireError("packet belongs to another adapter layout or base model")
+        raise WireError("packet belongs to another adapter layout, rank or base model")
+    if header["part"] != part:
+        found = header["part"] if header["part"] in KINDS else "unknown"
+        raise WireError(f"packet holds part {found!r}, expected part {part!r}")
     if header["size"] != size:
         raise WireError(f"packet holds {header['size']} values, the layout needs {size}")
     if round_num is not None and header["round"] != round_num:
@@ -83,7 +93,7 @@ def decode(data: bytes, *, layout_digest: str, size: int, round_num: int | None 
     if payload not in PAYLOADS or len(body) != payload_bytes(size, payload):
         raise WireError(f"packet body of {len(body)} bytes does not fit its payload")
     vector = _DECODERS[payload](body, size)
-    return Packet(vector, header["layout"], header["round"], payload)
+    return Packet(vector, header["layout"], part, header["round"], payload)
 
 
 def as_received(vector: torch.Tensor, payload: str) -> torch.Tensor:
@@ -107,9 +117,9 @@ def _parse_header(text: bytes) -> dict[str, Any]:
         header = json.loads(text)
     except (ValueError, RecursionError):  # thousands of brackets exceed the parser's depth
         raise WireError("packet header is not JSON") from None
-    wanted: dict[str, type] = {"layout": str, "payload": str, "round": int, "size": int}
+    wanted: dict[str, type] = {"layout": str, "part": str, "payload": str, "round": int, "size": int}
     if not isinstance(header, dict) or {key: type(value) for key, value in header.items()} != wanted:
-        raise WireError("packet header has other fields than layout, payload, round and size")
+        raise WireError("packet header has other fields than layout, part, payload, round and size")
     return header
 
 

@@ -7,8 +7,12 @@ from typing import Any
 from rich.table import Table
 
 from clients.holder import Holder, open_holder
+from fedllm.adapters.layout import AdapterLayout, at_rank
+from fedllm.adapters.parts import part_size, returned_part
+from fedllm.adapters.ranks import deal_ranks
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.models.base import describe_layout
+from fedllm.rule import aggregation_rule
 from fedllm.wire.codec import payload_bytes
 from scripts.commands.words import config_of
 from scripts.console import Console
@@ -40,7 +44,6 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
     mean_tokens = sum(len(row.tokens) for row in rows) / max(1, len(rows))
     supervised = sum(row.num_supervised for row in rows) / max(1, sum(len(row.tokens) for row in rows))
     cohort, train = cohort_size_of(config), config.train
-    num_packets = 2 if train.control_variates else 1  # the adapter, and what corrects its gradients
     tokens = round(mean_tokens * train.local_steps * train.batch_size * cohort)
     sizes = sorted(len(client.train) for client in clients)
     return {
@@ -53,7 +56,25 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
         "cohort": f"{cohort} clients, {train.local_steps} steps of {train.batch_size} rows each",
         "tokens a round": tokens,
         "tokens of the run": tokens * config.federation.num_rounds,
-        "bytes up a round": payload_bytes(layout.size, config.wire.codec) * cohort * num_packets,
-        "bytes down a node and round": payload_bytes(layout.size, "fp32") * num_packets,
+        **_bytes(config, layout, [client.client_id for client in clients]),
         "privacy": "no differential privacy; updates are not masked",
     }
+
+
+def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> dict[str, int]:
+    """Return payload bytes; those of deltas on average over two rounds, which may train different factors."""
+    rule = aggregation_rule(config)
+    controls = layout.size if config.train.control_variates else 0  # a second packet both ways
+    down = payload_bytes(part_size(layout, rule.changing_part), "fp32") + payload_bytes(controls, "fp32")
+    parts = [returned_part(rule.trained_in(number), rule.local_b) for number in (1, 2)]
+
+    def packet(rank: int) -> float:
+        sizes = (part_size(at_rank(layout, rank), part) for part in parts)
+        mean = sum(payload_bytes(size, config.wire.codec) for size in sizes) / len(parts)
+        return mean + payload_bytes(controls, config.wire.codec)
+
+    if config.wire.node_sum:
+        return {"bytes up a node and round": round(packet(layout.rank)), "bytes down a node and round": down}
+    ranks = deal_ranks(config.lora.client_ranks, clients, layout.rank).values() or [layout.rank]
+    mean_up = sum(map(packet, ranks)) / len(ranks)
+    return {"bytes up a round": round(mean_up * cohort_size_of(config)), "bytes down a node and round": down}

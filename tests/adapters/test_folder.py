@@ -76,7 +76,7 @@ def test_peft_loads_the_folder_and_computes_what_our_layers_compute(
 
     tokens = torch.arange(5, 25)[None]
     bank = Bank(layout, LoopKernel(), base.device, torch.float32)
-    bank.load([state.vector], [layout.scale])
+    bank.load(layout, [state.vector], [layout.scale])
     with torch.no_grad():
         without = base.model(tokens).logits
         with attached(base.model, bank), bank.whole_rows([0]):

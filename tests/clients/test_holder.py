@@ -8,6 +8,7 @@ import pytest
 
 from clients import work
 from clients.holder import Holder, hosted_rows, open_holder
+from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, DataError, ModelError
@@ -25,7 +26,12 @@ def request(holder: Holder, client_ids: tuple[str, ...], **changes: Any) -> Trai
         "round_num": 1,
         "client_ids": client_ids,
         "num_drawn": (0,) * len(client_ids),
+        "ranks": (holder.engine.layout.rank,) * len(client_ids),
         "adapter": initial_adapter(holder.engine.layout, 0),
+        "drift": no_drift(holder.engine.layout),
+        "trained": "both",
+        "local_b": False,
+        "node_sum": False,
         "training": training,
         "codec": "bf16",
         "weighting": "examples",
@@ -167,25 +173,25 @@ def test_rows_whose_answer_is_cut_off_are_neither_declared_nor_trained_on(
 
 def test_a_client_draws_on_from_the_rows_it_has_drawn(holder: Holder) -> None:
     client = holder.clients["anna"]
-    rounds = [work.make_job(client, request(holder, ("anna",)), drawn) for drawn in range(0, 28, 4)]
+    rounds = [work.make_job(client, request(holder, ("anna",)), drawn, 2) for drawn in range(0, 28, 4)]
     seen = Counter(row for job in rounds for batch in job.batches for row in batch)
     assert set(seen.values()) == {4}  # 7 rounds of 4 rows over 7 rows
     assert len(seen) == 7
     for job in rounds:
         assert [len(batch) for batch in job.batches] == [2, 2]
     long = replace(request(holder, ("anna",)).training, steps=4)
-    longer = work.make_job(client, request(holder, ("anna",), training=long), 0)
+    longer = work.make_job(client, request(holder, ("anna",), training=long), 0, 2)
     assert longer.batches == rounds[0].batches + rounds[1].batches
 
 
 def test_a_client_draws_the_same_rows_in_whatever_company(holder: Holder) -> None:
-    job = work.make_job(holder.clients["ben"], request(holder, ("anna", "ben")), 4)
-    assert job.batches == work.make_job(holder.clients["ben"], request(holder, ("ben",)), 4).batches
+    job = work.make_job(holder.clients["ben"], request(holder, ("anna", "ben")), 4, 2)
+    assert job.batches == work.make_job(holder.clients["ben"], request(holder, ("ben",)), 4, 2).batches
     other_seed = request(holder, ("anna",), seed=1)
     anna = holder.clients["anna"]
     assert (
-        work.make_job(anna, other_seed, 0).batches
-        != work.make_job(anna, request(holder, ("anna",)), 0).batches
+        work.make_job(anna, other_seed, 0, 2).batches
+        != work.make_job(anna, request(holder, ("anna",)), 0, 2).batches
     )
 
 
@@ -208,7 +214,13 @@ def test_a_diverged_client_reports_only_that(holder: Holder) -> None:
 
 def test_an_evaluation_covers_the_rows_kept_back(holder: Holder) -> None:
     adapter = initial_adapter(holder.engine.layout, 0)
-    asked = EvaluateRequest(round_num=1, client_ids=("ben", "x"), adapter=adapter)
+    asked = EvaluateRequest(
+        round_num=1,
+        client_ids=("ben", "x"),
+        adapter=adapter,
+        drift=no_drift(adapter.layout),
+        local_b=False,
+    )
     ben, stranger = work.evaluate(holder, asked)
     job = EvaluationJob("ben", adapter.vector, holder.clients["ben"].held_out)
     assert [ben] == holder.engine.evaluate([job])

@@ -14,12 +14,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common.serde import message_to_proto
 
 from clients import client_app, holder, work
+from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import initial_adapter
 from fedllm.errors import NoDataError
 from fedllm.models.base import describe_layout, load_tokenizer
 from fedllm.models.files import resolve_model
 from fedllm.types import EVALUATION_METRICS, UPDATE_METRICS, EvaluateRequest, LocalTraining, TrainRequest
-from fedllm.wire import codec, records
+from fedllm.wire import codec, replies, requests
+from fedllm.wire.stock import write_plain
 from scripts.local_grid import local_grid
 
 CANARY = "kq7Zr0vXw3-ünïcode"
@@ -36,27 +38,36 @@ def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
     clients = ("anna", "ben")
     ours = {
         "query.join": RecordDict(),
-        "train": records.write_train_request(
+        "train": requests.write_train_request(
             TrainRequest(
                 round_num=1,
                 client_ids=clients,
                 num_drawn=(0, 0),
+                ranks=(2, 2),
                 adapter=adapter,
+                drift=no_drift(layout),
+                trained="both",
+                local_b=False,
+                node_sum=False,
                 training=training,
                 codec="fp32",
                 weighting="examples",
                 seed=0,
-            )
+            ),
+            requests.Sending(),
         ),
-        "evaluate": records.write_evaluate_request(
-            EvaluateRequest(round_num=1, client_ids=clients, adapter=adapter)
+        "evaluate": requests.write_evaluate_request(
+            EvaluateRequest(
+                round_num=1, client_ids=clients, adapter=adapter, drift=no_drift(layout), local_b=False
+            ),
+            requests.Sending(),
         ),
     }
 
     grid = local_grid(config, client_app.app)
 
     def send(kind: str, stock: bool = False) -> Message:
-        content = RecordDict({"arrays": records.write_plain(adapter)}) if stock else ours[kind]
+        content = RecordDict({"arrays": write_plain(adapter)}) if stock else ours[kind]
         (reply,) = grid.send_and_receive([grid.create_message(content, kind, 2, group_id="1")])
         return reply
 
@@ -126,7 +137,7 @@ def test_replies_hold_exactly_the_records_and_fields_on_the_list(ask: Callable) 
     }
     assert fields_of(ask("query.join").content) == {
         "clients": (ConfigRecord, {"ids", "fingerprints"}),
-        "metrics": (MetricRecord, {"num_train", "num_held_out"}),
+        "metrics": (MetricRecord, {"num_train", "num_held_out", "max_rank"}),
     }
 
 
@@ -148,7 +159,7 @@ def crash(error: Exception) -> Callable[..., Any]:
     return fail
 
 
-PLACES = [(holder, "encode"), (work, "draw_rows"), (work, "protect"), (client_app.records, "write_updates")]
+PLACES = [(holder, "encode"), (work, "draw_rows"), (work, "protect"), (client_app.replies, "write_updates")]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +185,7 @@ def test_an_exception_with_the_text_of_a_row_leaves_as_a_code_and_is_logged_with
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(*place, crash(error))
     reply = ask("train")
-    assert records.read_error(reply.content) == code
+    assert replies.read_error(reply.content) == code
     assert set(reply.content) == {"error"}
     assert leaks(bytes_of(reply)) == []
     assert leaks(caplog.text.encode()) == []
@@ -191,7 +202,7 @@ def test_every_kind_of_request_fails_without_a_word(
     if stock:
         assert reply.error.reason == "internal"
     else:
-        assert records.read_error(reply.content) == "internal"
+        assert replies.read_error(reply.content) == "internal"
 
 
 def test_an_error_of_fedllm_leaves_as_its_code(
@@ -199,5 +210,5 @@ def test_an_error_of_fedllm_leaves_as_its_code(
 ) -> None:
     monkeypatch.setattr(work, "draw_rows", crash(NoDataError(TEXT)))
     reply = ask("train")
-    assert records.read_error(reply.content) == "no-data"
+    assert replies.read_error(reply.content) == "no-data"
     assert leaks(bytes_of(reply)) == []

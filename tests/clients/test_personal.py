@@ -52,7 +52,7 @@ def layout(base: BaseModel) -> AdapterLayout:
 def shared(layout: AdapterLayout) -> Job:
     start = 0.1 * torch.randn(layout.size, generator=torch.Generator().manual_seed(1))
     batches = tuple(ROWS[2 * step : 2 * step + 2] for step in range(4))
-    return Job("anna", start, batches, TRAINING)
+    return Job("anna", start, batches, TRAINING, layout=layout)
 
 
 def merged(base: BaseModel, layout: AdapterLayout, vector: torch.Tensor) -> BaseModel:
@@ -74,9 +74,9 @@ def test_it_is_trained_as_if_the_shared_adapter_were_merged_into_the_base(
 ) -> None:
     own_layout, start = personal_layout(layout, numbers), random_personal(layout, numbers)
     training = local_training(TRAINING, numbers)
-    engine = Engine(base, layout, token_budget=512).companion(wide_layout(layout, numbers))
+    engine = Engine(base, layout, token_budget=512)
     job = replace(shared, training=training)
-    found = train_personal(engine, [job], {"anna": start}, layout=layout, numbers=numbers, seed=0)
+    found = train_personal(engine, [job], {"anna": start}, numbers=numbers, seed=0)
     # beside a merged adapter, the pull to the shared adapter is the pull to no personal one
     alone = Job("anna", start, shared.batches, training, anchor=torch.zeros_like(start))
     (expected,) = Engine(merged(base, layout, shared.start), own_layout, token_budget=512).train([alone])
@@ -89,7 +89,7 @@ def test_in_float64_the_wide_engine_gives_the_delta_of_the_merged_base_exactly(
 ) -> None:
     start = random_personal(layout, DITTO)
     own = replace(shared, training=local_training(TRAINING, DITTO))
-    (job,) = personal_jobs([own], [start], layout, DITTO)
+    (job,) = personal_jobs([own], [start], DITTO)
     (result,) = Engine(base, wide_layout(layout, DITTO), token_budget=512).train([job])
     assert not bool(result.delta[~job.movable].any()), "the shared half keeps its bits, weight decay or not"
     alone = Job("anna", start, shared.batches, own.training, anchor=torch.zeros_like(start))
@@ -105,7 +105,7 @@ def test_without_a_pull_the_merged_base_agrees_with_the_plain_twin(
 ) -> None:
     start, training = random_personal(layout, DUAL), local_training(TRAINING, DUAL)
     engine = Engine(base, wide_layout(layout, DUAL), token_budget=512)
-    (job,) = personal_jobs([replace(shared, training=training)], [start], layout, DUAL)
+    (job,) = personal_jobs([replace(shared, training=training)], [start], DUAL)
     (result,) = engine.train([job])
     alone = Job("anna", start, shared.batches, training)
     plain = train_plainly(merged(base, layout, shared.start), personal_layout(layout, DUAL), alone)
@@ -121,7 +121,7 @@ def test_a_stronger_pull_leaves_less_of_the_personal_adapter(
     for pull in (0.0, 1.0, 100.0):
         numbers = replace(DUAL, pull=pull)
         job = replace(shared, training=local_training(TRAINING, numbers))
-        found = train_personal(engine, [job], {"anna": start}, layout=layout, numbers=numbers, seed=0)
+        found = train_personal(engine, [job], {"anna": start}, numbers=numbers, seed=0)
         factors = personal_layout(layout, numbers).factors(found["anna"])
         sizes.append(sum(float((b @ a).square().sum()) for a, b in factors))
     assert sizes[0] > sizes[1] > sizes[2]
@@ -132,7 +132,7 @@ def test_fused_with_others_a_personal_adapter_is_trained_as_alone(
 ) -> None:
     engine = Engine(base, wide_layout(layout, DITTO), token_budget=100_000)
     jobs = [replace(shared, client_id=name, training=local_training(TRAINING, DITTO)) for name in "abc"]
-    options: dict[str, Any] = {"layout": layout, "numbers": DITTO, "seed": 0}
+    options: dict[str, Any] = {"numbers": DITTO, "seed": 0}
     together = train_personal(engine, jobs, {}, **options)
     for job in jobs:
         alone = train_personal(engine, [job], {}, **options)[job.client_id]
@@ -147,7 +147,7 @@ def test_a_fresh_personal_adapter_changes_no_loss(
     job = EvaluationJob("anna", shared.start, ROWS)
     wide = with_personal(job, initial_personal(layout, DUAL, 0, "anna"), layout, DUAL)
     (plain,) = engine.evaluate([job])
-    (both,) = engine.companion(wide_layout(layout, DUAL)).evaluate([wide])
+    (both,) = engine.evaluate([wide])
     assert both.loss == pytest.approx(plain.loss, rel=1e-12)
 
 
@@ -157,6 +157,6 @@ def test_a_personal_adapter_that_diverges_stays_as_it_was(
     engine = Engine(base, wide_layout(layout, DUAL), token_budget=512)
     start = random_personal(layout, DUAL)
     wild = replace(shared, training=replace(TRAINING, learning_rate=1e300))
-    found = train_personal(engine, [wild], {"anna": start}, layout=layout, numbers=DUAL, seed=0)
+    found = train_personal(engine, [wild], {"anna": start}, numbers=DUAL, seed=0)
     assert torch.equal(found["anna"], start)
     assert caplog.messages == ["client anna: its personal adapter diverged and stays as it was"]

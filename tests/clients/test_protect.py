@@ -30,7 +30,7 @@ def result(**changes: Any) -> Result:
 
 
 def protected(weighting: str = "examples", **changes: Any) -> ClientUpdate:
-    return protect(result(**changes), ROWS, round_num=4, weighting=weighting, num_train=21)
+    return protect(result(**changes), ROWS, rank=2, round_num=4, weighting=weighting, num_train=21)
 
 
 @pytest.mark.parametrize(("weighting", "expected"), [("examples", 21.0), ("tokens", 6.0), ("uniform", 1.0)])
@@ -47,14 +47,17 @@ def test_an_update_is_a_delta_a_weight_and_counts() -> None:
     assert vars(update).keys() == {
         "client_id",
         "round_num",
+        "rank",
         "delta",
         "weight",
         "num_tokens",
         "train_loss",
         "num_truncated",
         "seconds",
+        "members",
         "control_delta",
     }
+    assert update.members == ()
     assert update.control_delta is None
 
 

@@ -31,8 +31,13 @@ def test_python_steps_equal_the_command(tiny_run, fedllm, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["simulation", "deployment"])
-def test_flower_runtime_equals_the_local_one(runtime, tiny_run, fedllm, tmp_path):
-    words = [*tiny_run, "federation.num-clients=2", "--out", str(tmp_path)]
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-ranks=4,2")],
+    ids=["default", "ffa"],
+)
+def test_flower_runtime_equals_the_local_one(runtime, changes, tiny_run, fedllm, tmp_path):
+    words = [*tiny_run, *changes, "federation.num-clients=2", "--out", str(tmp_path)]
     fedllm("run", *words, "run.name=local")
     fedllm("run", *words, f"run.name={runtime}", "--runtime", runtime)
     assert _digest(tmp_path / runtime) == _digest(tmp_path / "local")

@@ -1,7 +1,7 @@
 """A federation of four tiny data holders in this process, one node each."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from flwr.app import Message
 
 from clients.client_app import app
 from clients.holder import open_holder
-from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundRecord
@@ -86,10 +85,18 @@ def make_config(rows_file: Path, make_model_folder: Callable[..., Path]) -> Call
 
 @pytest.fixture
 def open_run() -> Callable[..., Run]:
-    """Return a function (config, absent nodes, tamper) -> a run whose clients have joined."""
+    """Return a function (config, absent nodes, tamper, nodes, node configs) -> a run whose clients joined."""
 
-    def start(config: RunConfig, absent: Iterable[int] = (), tamper: Tamper | None = None) -> Run:
-        plain = local_grid(config, app, num_nodes=4)
+    def start(
+        config: RunConfig,
+        absent: Iterable[int] = (),
+        tamper: Tamper | None = None,
+        num_nodes: int = 4,
+        node_configs: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> Run:
+        plain = local_grid(config, app, num_nodes=num_nodes)
+        for node, extra in (node_configs or {}).items():
+            plain._contexts[node].node_config.update(extra)
         contexts = {node: context for node, context in plain._contexts.items() if node not in set(absent)}
         grid = WatchedGrid(app, contexts)
         if tamper is not None:
@@ -100,7 +107,7 @@ def open_run() -> Callable[..., Run]:
         records: list[RoundRecord] = []
         session = open_session(config, grid, Watch(notice=notices.append, record=records.append))
         session.transport.poll_seconds = 0.01
-        state = ServerState(0, initial_adapter(session.layout, config.seed))
+        state = ServerState(0, session.initial)
         return Run(session, state, grid, notices, records)
 
     return start

@@ -31,7 +31,13 @@ def trained_start() -> AdapterState:
 
 def update(client_id: str, delta: torch.Tensor, weight: float = 1.0) -> ClientUpdate:
     return ClientUpdate(
-        client_id=client_id, round_num=1, delta=delta, weight=weight, num_tokens=1, train_loss=0.5
+        rank=LAYOUT.rank,
+        client_id=client_id,
+        round_num=1,
+        delta=delta,
+        weight=weight,
+        num_tokens=1,
+        train_loss=0.5,
     )
 
 

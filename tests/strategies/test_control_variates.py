@@ -14,7 +14,7 @@ from clients.client_app import app
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
 from fedllm.types import RoundRecord
-from fedllm.wire import codec, records
+from fedllm.wire import codec, packets
 from scripts.local_grid import local_grid
 from strategies.rounds import next_round
 from strategies.run import run_federation
@@ -129,15 +129,15 @@ def hostile(change: Callable[[torch.Tensor], torch.Tensor | None], layout: Adapt
     def tamper(reply: Message) -> list[Message]:
         if reply.metadata.src_node_id == BEN and reply.metadata.message_type == "train":
             data = reply.content["controls"]["ben"].data
-            honest = codec.decode(data, layout_digest=layout.digest, size=layout.size)
+            honest = codec.decode(data, layout_digest=layout.digest, part="control", size=layout.size)
             vector = change(honest.vector)
             if vector is None:
                 del reply.content["controls"]
             else:
                 packet = codec.encode(
-                    vector, layout_digest=layout.digest, round_num=honest.round_num, payload="fp32"
+                    vector, layout_digest=layout.digest, part="control", round_num=1, payload="fp32"
                 )
-                array = Array("uint8", (len(packet),), records.PACKET_TYPE, packet)
+                array = Array("uint8", (len(packet),), packets.PACKET_TYPE, packet)
                 reply.content["controls"] = ArrayRecord({"ben": array})
         return [reply]
 

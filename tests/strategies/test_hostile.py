@@ -15,8 +15,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from clients import work
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.parts import part_size
 from fedllm.runs.records import record_to_line
-from fedllm.wire import codec, records
+from fedllm.wire import codec, packets
 from strategies.rounds import next_round
 
 OFFENDER, NODE = "ben", 3
@@ -25,7 +26,7 @@ Tampering = Callable[[RecordDict, AdapterLayout], Any]
 
 
 def as_packet(data: bytes, **changes: Any) -> Array:
-    values = {"dtype": "uint8", "shape": (len(data),), "stype": records.PACKET_TYPE, "data": data}
+    values = {"dtype": "uint8", "shape": (len(data),), "stype": packets.PACKET_TYPE, "data": data}
     return Array(**{**values, **changes})
 
 
@@ -59,6 +60,20 @@ def other_layout(**changes: Any) -> Tampering:
     return tamper
 
 
+def other_part(part: str) -> Tampering:
+    def tamper(content: RecordDict, layout: AdapterLayout) -> None:
+        vector = torch.zeros(part_size(layout, part))
+        data = codec.encode(vector, layout_digest=layout.digest, round_num=1, payload="fp32", part=part)
+        sends(content, data)
+
+    return tamper
+
+
+def sum_instead(content: RecordDict, layout: AdapterLayout) -> None:
+    content["sum"] = ArrayRecord({"sum": content["updates"][OFFENDER]})
+    del content["updates"]
+
+
 def other_size(extra: int) -> Tampering:
     return lambda content, layout: sends(content, encoded(torch.zeros(layout.size + extra), layout))
 
@@ -68,9 +83,9 @@ def earlier_round(content: RecordDict, layout: AdapterLayout) -> None:
 
 
 def other_payload_bytes(content: RecordDict, layout: AdapterLayout) -> None:
-    header = {"layout": layout.digest, "payload": "fp32", "round": 1, "size": layout.size}
+    header = {"layout": layout.digest, "part": "both", "payload": "fp32", "round": 1, "size": layout.size}
     text = json.dumps(header).encode()
-    body = b"FLLM\x01" + struct.pack("<I", len(text)) + text + bytes(2 * layout.size)
+    body = b"FLLM\x02" + struct.pack("<I", len(text)) + text + bytes(2 * layout.size)
     sends(content, body + hashlib.sha256(body).digest())
 
 
@@ -162,6 +177,12 @@ KINDS: dict[str, Tampering] = {
     "one value too many": other_size(1),
     "one value too few": other_size(-1),
     "other rank": other_layout(rank=3),
+    "other rank of the same scale": lambda content, layout: other_layout(rank=1, alpha=layout.scale)(
+        content, layout
+    ),
+    "A alone": other_part("a"),
+    "B alone": other_part("b"),
+    "a sum that was not asked for": sum_instead,
     "other alpha": other_layout(alpha=64.0),
     "other base model": other_layout(fingerprint="0" * 64),
     "packet of an earlier round": earlier_round,
@@ -171,7 +192,7 @@ KINDS: dict[str, Tampering] = {
     "undecodable bytes": packet(SECRET.encode()),
     "no bytes": packet(b""),
     "oversized packet": packet(bytes(10_000_000)),
-    "deep header": packet(b"FLLM\x01" + struct.pack("<I", 4000) + b"[" * 4000 + bytes(40)),
+    "deep header": packet(b"FLLM\x02" + struct.pack("<I", 4000) + b"[" * 4000 + bytes(40)),
     "numpy array": numpy_array,
     "other array type": other_array_type,
     "renamed entry": renamed_entry,

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 from clients.client_app import app
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.models.base import describe_layout
-from fedllm.wire.records import read_plain, write_plain
+from fedllm.wire.stock import read_plain, write_plain
 from scripts.local_grid import local_grid
 from strategies.rounds import next_round
 from strategies.strategy import FederatedLora
@@ -36,11 +36,12 @@ def test_a_stock_strategy_trains_our_clients(strategy: type[Strategy], make_conf
     assert all(0 < loss < 50 for loss in [*losses, *held_out])
 
 
-@pytest.mark.parametrize("num_nodes", [4, 2])
+@pytest.mark.parametrize(("num_nodes", "train"), [(4, "both"), (2, "both"), (2, "alternate")])
 def test_stock_fedavg_and_our_factor_mean_give_the_same_adapter(
-    num_nodes: int, make_config: Callable, open_run: Callable
+    num_nodes: int, train: str, make_config: Callable, open_run: Callable
 ) -> None:
-    config = make_config({"aggregation.read-out": "factor-mean", "wire.codec": "fp32"})
+    means = {"aggregation.read-out": "factor-mean", "aggregation.train": train, "wire.codec": "fp32"}
+    config = make_config(means)
     run = open_run(config)
     state = run.state
     for _ in range(2):
@@ -66,7 +67,12 @@ def test_a_stock_request_with_another_adapter_is_answered_with_a_code_alone(make
     assert {reply.error.reason for reply in replies} == {"bad-packet"}
 
 
-@pytest.mark.parametrize("overrides", [{}, {"aggregation.read-out": "factor-mean", "wire.codec": "int8"}])
+MEANS = {"aggregation.read-out": "factor-mean", "wire.codec": "int8"}
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, MEANS, {**MEANS, "aggregation.train": "b"}, {**MEANS, "wire.node-sum": True}]
+)
 def test_flowers_loop_and_our_own_give_the_same_bits(
     overrides: dict[str, Any], make_config: Callable, tmp_path: Any
 ) -> None:

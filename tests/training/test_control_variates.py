@@ -48,9 +48,10 @@ def federate(num_rounds: int, *, is_corrected: bool, cohort_size: int = NUM_CLIE
     for round_num in range(num_rounds):
         clients = torch.randperm(NUM_CLIENTS, generator=generator)[:cohort_size].tolist()
         corrections = torch.stack([(control.vector - own[client]).double() for client in clients])
-        correction = correction_of(corrections if is_corrected else 0 * corrections, [FREE] * len(clients))
-        assert correction is not None
         theta = x.repeat(len(clients), 1)
+        used = corrections if is_corrected else 0 * corrections
+        correction = correction_of(used, theta, [FREE] * len(clients))
+        assert correction is not None
         for _ in range(STEPS):
             grads = losses.gradient(theta, clients)
             correction.apply(grads)
@@ -67,6 +68,7 @@ def federate(num_rounds: int, *, is_corrected: bool, cohort_size: int = NUM_CLIE
             update = ClientUpdate(
                 client_id="a",
                 round_num=round_num,
+                rank=1,
                 delta=change[:0],
                 weight=1.0,
                 num_tokens=1,

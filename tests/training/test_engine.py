@@ -161,7 +161,7 @@ def test_a_diverged_job_has_a_result_that_is_not_finite_and_harms_no_neighbour(
     first, diverged, last = engine.train([sound, wild, sound])
     assert not bool(torch.isfinite(diverged.delta).all())
     with pytest.raises(NonFiniteError):
-        protect(diverged, (), round_num=1, weighting="uniform", num_train=9)
+        protect(diverged, (), rank=2, round_num=1, weighting="uniform", num_train=9)
     assert torch.equal(first.delta, expected)
     assert torch.equal(last.delta, expected)
 

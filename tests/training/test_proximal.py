@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
+from fedllm.adapters.parts import part_of
 from fedllm.errors import LayoutError
+from fedllm.lora.bank import Bank
+from fedllm.lora.kernels import LoopKernel
 from fedllm.training.plain import train_plainly
 from fedllm.training.proximal import pull_of
 from fedllm.types import LocalTraining
@@ -27,11 +30,20 @@ def random_rows(number: int, seed: int) -> torch.Tensor:
     return torch.randn(number, LAYOUT.size, generator=generator, dtype=torch.float64)
 
 
-def gradient(theta: torch.Tensor, anchor: torch.Tensor, trainings: list[LocalTraining]) -> torch.Tensor:
-    pull = pull_of(LAYOUT, anchor, trainings, [LAYOUT.scale] * len(trainings))
-    grad = torch.zeros_like(theta)
+def bank_of(theta: torch.Tensor, trained: str = "both") -> Bank:
+    bank = Bank(LAYOUT, LoopKernel(), torch.device("cpu"), torch.float64)
+    bank.load(LAYOUT, list(theta), [LAYOUT.scale] * len(theta), trained)
+    return bank
+
+
+def gradient(
+    theta: torch.Tensor, anchor: torch.Tensor, trainings: list[LocalTraining], trained: str = "both"
+) -> torch.Tensor:
+    bank = bank_of(theta, trained)
+    pull = pull_of(bank, list(anchor), trainings)
+    grad = torch.zeros_like(bank.theta_CP)
     assert pull is not None
-    pull.add_gradient(grad, theta)
+    pull.add_gradient(bank, grad)
     return grad
 
 
@@ -90,11 +102,22 @@ def test_the_product_form_pulls_other_factors_of_a_product_by_the_same_law() -> 
         torch.testing.assert_close(db_turned, db @ torch.linalg.inv(gauge).T, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("trained", ["a", "b"])
+@pytest.mark.parametrize("space", ["factor", "product"])
+def test_a_factor_that_is_trained_alone_is_pulled_as_if_both_were(space: str, trained: str) -> None:
+    theta, anchor = random_rows(2, 0), random_rows(2, 1)
+    trainings = [training(0.3, space), training(2.0, space)]
+    whole = gradient(theta, anchor, trainings)
+    part = gradient(theta, anchor, trainings, trained)
+    for row in range(2):
+        torch.testing.assert_close(part[row], part_of(LAYOUT, whole[row], trained), **EXACT)
+
+
 @pytest.mark.parametrize("space", ["factor", "product"])
 def test_at_the_anchor_and_without_strength_there_is_no_pull(space: str) -> None:
     theta = random_rows(2, 0)
     assert not bool(gradient(theta, theta, [training(1.0, space)] * 2).any())
-    assert pull_of(LAYOUT, theta, [training(0.0, space)] * 2, [1.0, 1.0]) is None
+    assert pull_of(bank_of(theta), list(theta), [training(0.0, space)] * 2) is None
 
 
 @pytest.mark.parametrize("numbers", [{}, {"clip_norm": 0.05}, {"weight_decay": 0.2, "clip_norm": 0.5}])

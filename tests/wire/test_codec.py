@@ -18,7 +18,7 @@ laws = settings(deadline=None, max_examples=60)
 sizes = st.integers(1, 200)
 seeds = st.integers(0, 2**31)
 payloads = st.sampled_from(codec.PAYLOADS)
-header_values = {"layout": LAYOUT, "payload": "fp32", "round": 3, "size": 2}
+header_values = {"layout": LAYOUT, "part": "both", "payload": "fp32", "round": 3, "size": 2}
 
 
 def random_vector(size: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -33,7 +33,7 @@ def decode(data: bytes, size: int, layout: str = LAYOUT, round_num: int | None =
     return codec.decode(data, layout_digest=layout, size=size, round_num=round_num)
 
 
-def sealed(header: bytes, body: bytes, prefix: bytes = b"FLLM\x01", length: int | None = None) -> bytes:
+def sealed(header: bytes, body: bytes, prefix: bytes = b"FLLM\x02", length: int | None = None) -> bytes:
     """Return a packet of any content whose checksum is right."""
     data = prefix + struct.pack("<I", len(header) if length is None else length) + header + body
     return data + hashlib.sha256(data).digest()
@@ -135,7 +135,7 @@ def test_a_packet_of_another_layout_size_or_round_is_refused(layout: str, size: 
     assert decode(encode(random_vector(8)), 8, round_num=None).round_num == 3
 
 
-@pytest.mark.parametrize("prefix", [b"FLLN\x01", b"FLLM\x02", b"FLLM\x00", b"\x00\x00\x00\x00\x01"])
+@pytest.mark.parametrize("prefix", [b"FLLN\x01", b"FLLM\x01", b"FLLM\x00", b"\x00\x00\x00\x00\x01"])
 def test_another_magic_or_version_is_refused_even_with_a_right_checksum(prefix: bytes) -> None:
     header = json.dumps(header_values).encode()
     assert decode(sealed(header, bytes(8)), 2).vector.tolist() == [0, 0]
@@ -162,7 +162,7 @@ def test_a_single_changed_byte_is_refused(payload: str, seed: int, data: st.Data
 
 
 @laws
-@given(st.one_of(st.binary(max_size=300), st.binary(max_size=300).map(lambda rest: b"FLLM\x01" + rest)))
+@given(st.one_of(st.binary(max_size=300), st.binary(max_size=300).map(lambda rest: b"FLLM\x02" + rest)))
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(WireError):
         decode(data, 8)
@@ -200,6 +200,10 @@ def changed(**values: Any) -> dict[str, Any]:
         changed(size=2.0),
         changed(size=-2),
         changed(size=3),
+        changed(part=7),
+        changed(part="a"),
+        changed(part="drift"),
+        changed(part="xyzzy"),
         changed(layout=7),
         changed(layout=[LAYOUT]),
         changed(payload=1),
@@ -224,7 +228,7 @@ def test_a_header_with_other_fields_is_refused_even_with_a_right_checksum(header
         b"\xff\xfe",
         b"[" * 4000,  # deeper than the JSON reader goes
         b'{"round":' * 400,
-        b'{"layout":"a","payload":"fp32","round":' + b"9" * 3900 + b',"size":2}',
+        b'{"layout":"a","part":"both","payload":"fp32","round":' + b"9" * 3900 + b',"size":2}',
         json.dumps(header_values).encode() + b" " * 4096,
     ],
 )

@@ -1,15 +1,21 @@
 """Requests: what a server asks of a node comes back as it was, or is refused by field."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Array, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
+from fedllm.adapters.drift import Drift, no_drift
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.errors import LayoutError, NonFiniteError, WireError
+from fedllm.adapters.parts import other_part, part_size, whole_of
+from fedllm.errors import LayoutError, NonFiniteError, NotHeldError, WireError
 from fedllm.types import EvaluateRequest, LocalTraining, TrainRequest
-from fedllm.wire import records
+from fedllm.wire import codec, packets, requests
+from fedllm.wire.requests import Holding, Sending
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
 TRAINING = LocalTraining(
@@ -21,6 +27,25 @@ TRAINING = LocalTraining(
     proximal=0.25,
     proximal_space="product",
 )
+HEADER = 4 + 1 + 4 + 32  # of a packet, its JSON apart
+
+
+def drift_of(ranks: tuple[int, int], seed: int = 0) -> Drift:
+    generator = torch.Generator().manual_seed(seed)
+    pairs = tuple(
+        (
+            torch.randn(matrix.out_features, rank, generator=generator),
+            torch.randn(rank, matrix.in_features, generator=generator),
+        )
+        for matrix, rank in zip(LAYOUT.matrices, ranks, strict=True)
+    )
+    return Drift(LAYOUT, pairs)
+
+
+def holding(seed: int = 0, drift: Drift | None = None) -> Holding:
+    """Return a node that makes the initial adapter of `seed` and has one drift or none."""
+    held = {drift.digest: drift} if drift is not None else {}
+    return Holding(initial=lambda: initial_adapter(LAYOUT, seed), drift=held.get)
 
 
 def train_request(**changes: Any) -> TrainRequest:
@@ -28,8 +53,13 @@ def train_request(**changes: Any) -> TrainRequest:
         "round_num": 4,
         "client_ids": ("a", "b"),
         "num_drawn": (0, 12),
+        "ranks": (2, 1),
         "adapter": initial_adapter(LAYOUT, 0),
+        "drift": no_drift(LAYOUT),
         "training": TRAINING,
+        "trained": "b",
+        "local_b": False,
+        "node_sum": False,
         "codec": "int8",
         "weighting": "tokens",
         "seed": 2**63 - 1,
@@ -37,86 +67,308 @@ def train_request(**changes: Any) -> TrainRequest:
     return TrainRequest(**{**values, **changes})
 
 
-def test_a_train_request_comes_back_as_it_was() -> None:
-    sent = train_request()
-    content = records.write_train_request(sent)
-    assert records.is_fedllm_request(content)
-    got = records.read_train_request(content, LAYOUT)
-    assert got.adapter.digest == sent.adapter.digest
-    for name in ("round_num", "client_ids", "num_drawn", "training", "codec", "weighting", "seed"):
-        assert getattr(got, name) == getattr(sent, name)
+def evaluate_request(**changes: Any) -> EvaluateRequest:
+    values: dict[str, Any] = {
+        "round_num": 0,
+        "client_ids": ("a",),
+        "num_drawn": (12,),
+        "adapter": initial_adapter(LAYOUT, 0),
+        "drift": no_drift(LAYOUT),
+        "local_b": True,
+    }
+    return EvaluateRequest(**{**values, **changes})
+
+
+def sent(request: TrainRequest, part: str = "both", drift: bool = True) -> RecordDict:
+    return requests.write_train_request(request, Sending(part, drift))
+
+
+def read(content: RecordDict, held: Holding | None = None) -> TrainRequest:
+    return requests.read_train_request(content, LAYOUT, held or holding())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"trained": "both", "local_b": True},
+        {"trained": "a", "drift": drift_of((3, 0))},
+        {"node_sum": True, "ranks": (2, 2), "drift": drift_of((1, 4))},
+    ],
+)
+def test_a_train_request_comes_back_as_it_was(changes: dict[str, Any]) -> None:
+    request = train_request(**changes)
+    content = sent(request)
+    assert requests.is_fedllm_request(content)
+    got = read(recorddict_from_proto(recorddict_to_proto(content)))  # as Flower carries it
+    assert got.adapter.digest == request.adapter.digest
+    assert got.drift.digest == request.drift.digest
+    for name in vars(request).keys() - {"adapter", "drift"}:
+        assert getattr(got, name) == getattr(request, name)
 
 
 def test_control_variates_travel_with_a_train_request_that_has_them() -> None:
     control = initial_adapter(LAYOUT, 1)
-    content = records.write_train_request(train_request(control=control))
-    got = records.read_train_request(content, LAYOUT)
+    content = sent(train_request(control=control))
+    got = read(content)
     assert got.control is not None
     assert got.control.digest == control.digest
-    assert got.adapter.digest == initial_adapter(LAYOUT, 0).digest
-    assert records.read_train_request(records.write_train_request(train_request()), LAYOUT).control is None
-    content["control"]["second"] = content["control"]["adapter"]
+    assert got.adapter.digest == train_request().adapter.digest
+    assert read(sent(train_request())).control is None
+    content["control"]["second"] = content["control"]["control"]
     with pytest.raises(WireError, match="exactly one"):
-        records.read_train_request(content, LAYOUT)
+        read(content)
+    bad = AdapterState(LAYOUT, torch.full((LAYOUT.size,), math.nan))
+    with pytest.raises(NonFiniteError):
+        read(sent(train_request(control=bad)))
 
 
 def test_an_evaluate_request_comes_back_as_it_was() -> None:
-    adapter = initial_adapter(LAYOUT, 0)
-    sent = EvaluateRequest(round_num=0, client_ids=("a",), num_drawn=(12,), adapter=adapter)
-    content = records.write_evaluate_request(sent)
-    assert records.is_fedllm_request(content)
-    got = records.read_evaluate_request(content, LAYOUT)
-    assert (got.round_num, got.client_ids, got.num_drawn) == (0, ("a",), (12,))
-    assert got.adapter.digest == adapter.digest
+    request = evaluate_request(drift=drift_of((2, 1)))
+    content = requests.write_evaluate_request(request, Sending())
+    assert requests.is_fedllm_request(content)
+    got = requests.read_evaluate_request(content, LAYOUT, holding())
+    assert (got.round_num, got.client_ids, got.num_drawn, got.local_b) == (0, ("a",), (12,), True)
+    assert got.adapter.digest == request.adapter.digest
+    assert got.drift.digest == request.drift.digest
 
 
-@pytest.mark.parametrize("key", list(records.write_train_request(train_request())["request"]))
+@pytest.mark.parametrize(
+    ("trained", "local_b", "returned"),
+    [("both", False, "both"), ("a", False, "a"), ("b", False, "b"), ("both", True, "a")],
+)
+def test_what_travels_back_is_what_was_trained_without_a_b_of_ones_own(
+    trained: str, local_b: bool, returned: str
+) -> None:
+    assert train_request(trained=trained, local_b=local_b).returned == returned
+
+
+# --- parts of the adapter ----------------------------------------------------------------------------------
+
+
+def half_initial(part: str) -> AdapterState:
+    """Return an adapter that has learnt one part and has the initial adapter's other factor."""
+    learnt = torch.linspace(-1, 1, part_size(LAYOUT, part))
+    return AdapterState(LAYOUT, whole_of(LAYOUT, learnt, part, initial_adapter(LAYOUT, 0).vector))
+
+
+@pytest.mark.parametrize("part", ["a", "b"])
+def test_one_factor_travels_and_the_node_makes_the_other_from_the_seed(part: str) -> None:
+    adapter = half_initial(part)
+    content = sent(train_request(adapter=adapter), part)
+    assert read(content).adapter.digest == adapter.digest
+    body = packets.packet_bytes(content) - HEADER
+    assert 4 * part_size(LAYOUT, part) < body < 4 * part_size(LAYOUT, part) + 200
+    assert packets.packet_bytes(content) < packets.packet_bytes(sent(train_request(adapter=adapter)))
+
+
+@pytest.mark.parametrize("part", ["a", "b"])
+def test_a_node_whose_factor_has_other_bits_says_so(part: str) -> None:
+    adapter = AdapterState(LAYOUT, half_initial(part).vector.clone())
+    first = LAYOUT.views(adapter.vector)
+    for spec, view in first:
+        if other_part(part).upper() in spec.name.rpartition("lora_")[2]:
+            view[0, 0] = torch.nextafter(view[0, 0], torch.tensor(2.0))
+            break
+    with pytest.raises(NotHeldError):
+        read(sent(train_request(adapter=adapter), part))
+    assert read(sent(train_request(adapter=adapter))).adapter.digest == adapter.digest
+
+
+def test_a_whole_adapter_that_has_not_its_digest_is_refused() -> None:
+    content = sent(train_request())
+    content["request"]["adapter"] = "0" * 64
+    with pytest.raises(WireError, match="digest"):
+        read(content)
+
+
+@pytest.mark.parametrize("part", ["none", "drift", "ab", "", "A"])
+def test_a_part_that_does_not_exist_is_refused(part: str) -> None:
+    content = sent(train_request())
+    content["request"]["part"] = part
+    with pytest.raises(WireError, match="'part'"):
+        read(content)
+
+
+@pytest.mark.parametrize(("written", "said"), [("a", "b"), ("b", "both"), ("both", "a")])
+def test_a_packet_of_another_part_than_the_request_says_is_refused(written: str, said: str) -> None:
+    content = sent(train_request(), written)
+    content["request"]["part"] = said
+    with pytest.raises(WireError, match=f"part '{written}', expected part '{said}'"):
+        read(content)
+
+
+# --- base drift --------------------------------------------------------------------------------------------
+
+
+def test_a_drift_that_is_held_is_only_named() -> None:
+    drift = drift_of((3, 1))
+    request = train_request(drift=drift)
+    whole, named = sent(request), sent(request, drift=False)
+    assert "drift" not in named
+    assert packets.packet_bytes(named) == packets.packet_bytes(sent(train_request()))
+    assert packets.packet_bytes(whole) - packets.packet_bytes(named) >= 4 * drift.size
+    assert read(named, holding(drift=drift)).drift is drift
+    for held in (holding(), holding(drift=drift_of((3, 1), seed=1))):
+        with pytest.raises(NotHeldError, match="base drift"):
+            read(named, held)
+
+
+def test_no_drift_takes_no_bytes() -> None:
+    content = sent(train_request())
+    assert "drift" not in content
+    assert content["request"]["drift"] == ""
+    assert read(content).drift.size == 0
+
+
+def _other_digest(content: RecordDict) -> None:
+    content["request"]["drift"] = "0" * 64
+
+
+def _other_ranks(content: RecordDict) -> None:
+    content["request"]["drift-ranks"] = [1, 3]
+
+
+def _ranks_of_the_same_size(content: RecordDict) -> None:
+    content["request"]["drift-ranks"] = [0, 4]  # 4 * 6 = 3 * 8 values
+
+
+def _too_few_ranks(content: RecordDict) -> None:
+    content["request"]["drift-ranks"] = [3]
+
+
+def _negative_rank(content: RecordDict) -> None:
+    content["request"]["drift-ranks"] = [3, -1]
+
+
+def _huge_rank(content: RecordDict) -> None:
+    content["request"]["drift-ranks"] = [3, 2**62]
+
+
+def _no_ranks(content: RecordDict) -> None:
+    del content["request"]["drift-ranks"]
+
+
+def _adapter_as_drift(content: RecordDict) -> None:
+    content["drift"]["drift"] = content["adapter"]["adapter"]
+
+
+def _second_packet(content: RecordDict) -> None:
+    content["drift"]["more"] = content["drift"]["drift"]
+
+
+def _changed_value(content: RecordDict) -> None:
+    vector = torch.ones(24)
+    data = codec.encode(vector, layout_digest=LAYOUT.digest, round_num=4, payload="fp32", part="drift")
+    content["drift"]["drift"] = packets.to_array(data)
+
+
+def _another_run(content: RecordDict) -> None:
+    data = codec.encode(torch.ones(24), layout_digest="0" * 64, round_num=4, payload="fp32", part="drift")
+    content["drift"]["drift"] = packets.to_array(data)
+
+
+def _flipped_bit(content: RecordDict) -> None:
+    data = bytearray(content["drift"]["drift"].data)
+    data[200] ^= 1
+    content["drift"]["drift"] = Array(
+        dtype="uint8", shape=(len(data),), stype=packets.PACKET_TYPE, data=bytes(data)
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _other_digest, _other_ranks, _ranks_of_the_same_size, _too_few_ranks, _negative_rank, _huge_rank,
+        _no_ranks, _adapter_as_drift, _second_packet, _changed_value, _another_run, _flipped_bit,
+    ],
+)  # fmt: skip
+def test_a_drift_that_is_not_what_the_request_names_is_refused(damage: Callable[[RecordDict], None]) -> None:
+    content = sent(train_request(drift=drift_of((3, 0))))
+    assert read(content).drift.size == 24
+    damage(content)
+    with pytest.raises(WireError) as caught:
+        read(content, holding(drift=drift_of((3, 0))))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_drift_that_is_not_finite_is_refused() -> None:
+    (b_ON, a_NI), second = drift_of((3, 1)).factors
+    drift = Drift(LAYOUT, ((b_ON * math.inf, a_NI), second))
+    with pytest.raises(NonFiniteError):
+        read(sent(train_request(drift=drift)))
+
+
+# --- fields ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", list(sent(train_request())["request"]))
 @pytest.mark.parametrize("value", [None, "text", 1.5, True, [1.5], []])
 def test_a_train_request_with_a_missing_or_mistyped_field_is_refused(key: str, value: Any) -> None:
-    content = records.write_train_request(train_request())
+    content = sent(train_request())
     before = content["request"].pop(key)
     if type(value) is type(before) and not isinstance(value, list):
         value = None
     if value is not None:
         content["request"][key] = value
     with pytest.raises(WireError, match=key):
-        records.read_train_request(content, LAYOUT)
+        read(content)
 
 
 def test_a_request_whose_adapter_is_not_this_runs_is_refused() -> None:
-    content = records.write_train_request(train_request())
+    content = sent(train_request())
     other = AdapterLayout(LAYOUT.matrices, 2, 8.0, LAYOUT.fingerprint)
     with pytest.raises(WireError):
-        records.read_train_request(content, other)
+        requests.read_train_request(content, other, holding())
     content["request"]["round"] = 5
     with pytest.raises(WireError, match="round 4"):
-        records.read_train_request(content, LAYOUT)
+        read(content)
     content["request"]["round"] = 4
     content["adapter"]["second"] = content["adapter"]["adapter"]
     with pytest.raises(WireError, match="exactly one"):
-        records.read_train_request(content, LAYOUT)
+        read(content)
 
 
 def test_a_request_whose_adapter_is_not_finite_is_refused() -> None:
     state = AdapterState(LAYOUT, torch.full((LAYOUT.size,), math.nan))
     with pytest.raises(NonFiniteError):
-        records.read_train_request(records.write_train_request(train_request(adapter=state)), LAYOUT)
+        read(sent(train_request(adapter=state)))
 
 
 def test_a_request_with_an_unknown_proximal_space_is_refused() -> None:
-    content = records.write_train_request(train_request())
+    content = sent(train_request())
     content["request"]["train.proximal_space"] = "logits"
     with pytest.raises(LayoutError, match="one of factor, product"):
-        records.read_train_request(content, LAYOUT)
+        read(content)
 
 
-@pytest.mark.parametrize("changes", [{"num_drawn": (0,)}, {"client_ids": ("a", "a")}])
-def test_a_request_names_each_client_once_with_what_it_has_drawn(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_drawn": (0,)},
+        {"client_ids": ("a", "a")},
+        {"ranks": (2,)},
+        {"ranks": (2, 0)},
+        {"ranks": (3, 2)},
+        {"trained": "c"},
+        {"trained": "none"},
+        {"trained": "b", "local_b": True},
+        {"node_sum": True, "ranks": (2, 1)},
+    ],
+)
+def test_a_request_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(LayoutError):
         train_request(**changes)
 
 
 def test_an_evaluate_request_gives_what_each_client_has_drawn() -> None:
-    adapter = initial_adapter(LAYOUT, 0)
     with pytest.raises(LayoutError):
-        EvaluateRequest(round_num=0, client_ids=("a", "b"), num_drawn=(12,), adapter=adapter)
+        evaluate_request(num_drawn=(12, 4))
+
+
+@pytest.mark.parametrize(("key", "value"), [("ranks", [2, 9]), ("trained", "c"), ("ranks", [2, 2, 2])])
+def test_a_request_that_contradicts_itself_is_refused_where_it_arrives(key: str, value: Any) -> None:
+    content = sent(train_request())
+    content["request"][key] = value
+    with pytest.raises(LayoutError):
+        read(content)

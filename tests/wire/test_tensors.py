@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
 from fedllm.errors import NonFiniteError, WireError
 from fedllm.types import ClientFailure, ClientUpdate
-from fedllm.wire import codec, records
+from fedllm.wire import codec, packets, replies, stock
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
 OTHER_RANK = AdapterLayout(LAYOUT.matrices, 1, 4.0, LAYOUT.fingerprint)
@@ -22,14 +22,16 @@ SECRET = "xyzzy-private"
 
 def reply() -> RecordDict:
     updates = [
-        ClientUpdate(client_id=name, round_num=4, delta=DELTA, weight=1.0, num_tokens=3, train_loss=0.5)
+        ClientUpdate(
+            client_id=name, round_num=4, rank=2, delta=DELTA, weight=1.0, num_tokens=3, train_loss=0.5
+        )
         for name in ("a", "b")
     ]
-    return records.write_updates(updates, layout=LAYOUT, payload="fp32")
+    return replies.write_updates(updates, layout=LAYOUT, part="both", payload="fp32")
 
 
 def read(content: RecordDict) -> list[ClientUpdate | ClientFailure]:
-    return records.read_updates(content, layout=LAYOUT, round_num=4)
+    return replies.read_updates(content, layout=LAYOUT, ranks={"a": 2, "b": 2}, part="both", round_num=4)
 
 
 def packet(layout: AdapterLayout = LAYOUT, size: int | None = None, round_num: int = 4) -> bytes:
@@ -38,7 +40,7 @@ def packet(layout: AdapterLayout = LAYOUT, size: int | None = None, round_num: i
 
 
 def as_array(data: bytes, **changes: Any) -> Array:
-    values = {"dtype": "uint8", "shape": (len(data),), "stype": records.PACKET_TYPE, "data": data}
+    values = {"dtype": "uint8", "shape": (len(data),), "stype": packets.PACKET_TYPE, "data": data}
     return Array(**{**values, **changes})
 
 
@@ -104,9 +106,9 @@ def test_packets_of_other_clients_than_those_with_an_update_are_refused(
 
 def test_plain_tensors_come_back_bit_for_bit_under_peft_names() -> None:
     state = AdapterState(LAYOUT, DELTA)
-    record = records.write_plain(state)
+    record = stock.write_plain(state)
     assert list(record) == [spec.name for spec in LAYOUT.tensors]
-    assert records.read_plain(record, LAYOUT).digest == state.digest
+    assert stock.read_plain(record, LAYOUT).digest == state.digest
 
 
 FIRST = LAYOUT.tensors[0].name
@@ -148,18 +150,18 @@ def _replaced_by(array: np.ndarray) -> Callable[[ArrayRecord], None]:
 def test_plain_tensors_of_another_name_shape_or_dtype_are_refused(
     damage: Callable[[ArrayRecord], None],
 ) -> None:
-    record = records.write_plain(initial_adapter(LAYOUT, 0))
+    record = stock.write_plain(initial_adapter(LAYOUT, 0))
     damage(record)
     with pytest.raises(WireError):
-        records.read_plain(record, LAYOUT)
+        stock.read_plain(record, LAYOUT)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_plain_tensors_that_are_not_finite_are_refused(value: float) -> None:
-    record = records.write_plain(initial_adapter(LAYOUT, 0))
+    record = stock.write_plain(initial_adapter(LAYOUT, 0))
     record[FIRST] = Array(np.full((2, 3), value, "float32"))
     with pytest.raises(NonFiniteError):
-        records.read_plain(record, LAYOUT)
+        stock.read_plain(record, LAYOUT)
 
 
 def npy(array: np.ndarray, pickled: bool = False) -> bytes:
@@ -194,7 +196,7 @@ WHOLE = npy(np.zeros((2, 3), "float32"))
     ],
 )
 def test_plain_tensors_whose_bytes_are_not_what_they_declare_are_refused(data: bytes, stype: str) -> None:
-    record = records.write_plain(initial_adapter(LAYOUT, 0))
+    record = stock.write_plain(initial_adapter(LAYOUT, 0))
     record[FIRST] = Array(dtype="float32", shape=(2, 3), stype=stype, data=data)
     with pytest.raises(WireError):
-        records.read_plain(record, LAYOUT)
+        stock.read_plain(record, LAYOUT)

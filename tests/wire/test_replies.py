@@ -14,7 +14,7 @@ from fedllm.types import (
     ClientUpdate,
     JoinedClient,
 )
-from fedllm.wire import codec, records
+from fedllm.wire import codec, packets, replies
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
 SECRET = "xyzzy-private"
@@ -23,6 +23,7 @@ SECRET = "xyzzy-private"
 def update(client_id: str, **changes: Any) -> ClientUpdate:
     values: dict[str, Any] = {
         "round_num": 4,
+        "rank": 2,
         "delta": torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(1)),
         "weight": 7.0,
         "num_tokens": 31,
@@ -38,31 +39,42 @@ def evaluation(client_id: str) -> ClientEvaluation:
 
 
 def joined(client_id: str) -> JoinedClient:
-    return JoinedClient(client_id=client_id, node_id=9, num_train=3, num_held_out=0, fingerprint="f" * 64)
+    return JoinedClient(
+        client_id=client_id, node_id=9, num_train=3, num_held_out=0, fingerprint="f" * 64, max_rank=2
+    )
 
 
 def updates_reply() -> RecordDict:
     failure = ClientFailure(client_id="c", code="no-data")
-    return records.write_updates([update("a"), failure, update("b")], layout=LAYOUT, payload="fp32")
+    return replies.write_updates(
+        [update("a"), failure, update("b")], layout=LAYOUT, part="both", payload="fp32"
+    )
 
 
 def evaluations_reply() -> RecordDict:
     failure = ClientFailure(client_id="c", code="non-finite")
-    return records.write_evaluations([evaluation("a"), evaluation("b"), failure])
+    return replies.write_evaluations([evaluation("a"), evaluation("b"), failure])
 
 
 def joined_reply() -> RecordDict:
-    return records.write_joined([joined("a"), joined("b"), joined("c")])
+    return replies.write_joined([joined("a"), joined("b"), joined("c")])
 
 
-def read_updates(content: RecordDict) -> list[ClientUpdate | ClientFailure]:
-    return records.read_updates(content, layout=LAYOUT, round_num=4)
+def read_updates(content: RecordDict, with_controls: bool = False) -> list[ClientUpdate | ClientFailure]:
+    return replies.read_updates(
+        content,
+        layout=LAYOUT,
+        ranks=dict.fromkeys("abc", 2),
+        part="both",
+        round_num=4,
+        with_controls=with_controls,
+    )
 
 
 READERS: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]] = {
     "updates": (updates_reply, read_updates),
-    "evaluations": (evaluations_reply, records.read_evaluations),
-    "joined": (joined_reply, lambda content: records.read_joined(content, 9)),
+    "evaluations": (evaluations_reply, replies.read_evaluations),
+    "joined": (joined_reply, lambda content: replies.read_joined(content, 9)),
 }
 
 
@@ -80,11 +92,11 @@ def test_an_updates_reply_comes_back_as_it_was() -> None:
 def controls_reply() -> RecordDict:
     changes = {name: torch.full((LAYOUT.size,), float(number)) for number, name in enumerate("ab")}
     sent = [update(name, control_delta=change) for name, change in changes.items()]
-    return records.write_updates(sent, layout=LAYOUT, payload="fp32")
+    return replies.write_updates(sent, layout=LAYOUT, part="both", payload="fp32")
 
 
 def test_changes_of_control_variates_come_back_where_they_are_wanted() -> None:
-    answers = records.read_updates(controls_reply(), layout=LAYOUT, round_num=4, with_controls=True)
+    answers = read_updates(controls_reply(), with_controls=True)
     for number, answer in enumerate(answers):
         assert isinstance(answer, ClientUpdate)
         assert answer.control_delta is not None
@@ -96,15 +108,15 @@ def test_changes_of_control_variates_are_refused_where_not_wanted_and_missed_whe
     with pytest.raises(WireError, match="not on the list"):
         read_updates(controls_reply())
     with pytest.raises(WireError, match="do not match the clients"):
-        records.read_updates(updates_reply(), layout=LAYOUT, round_num=4, with_controls=True)
+        read_updates(updates_reply(), with_controls=True)
     content = controls_reply()
     del content["controls"]["b"]
     with pytest.raises(WireError, match="do not match the clients"):
-        records.read_updates(content, layout=LAYOUT, round_num=4, with_controls=True)
+        read_updates(content, with_controls=True)
 
 
 def test_an_evaluations_reply_comes_back_as_it_was() -> None:
-    a, b, c = records.read_evaluations(evaluations_reply())
+    a, b, c = replies.read_evaluations(evaluations_reply())
     assert (a, b) == (evaluation("a"), evaluation("b"))
     assert isinstance(c, ClientFailure)
     assert c.code == "non-finite"
@@ -112,26 +124,29 @@ def test_an_evaluations_reply_comes_back_as_it_was() -> None:
 
 def test_without_a_personal_adapter_both_losses_are_the_same() -> None:
     sent = ClientEvaluation(client_id="a", loss=0.75, num_tokens=11, num_rows=2)
-    (got,) = records.read_evaluations(records.write_evaluations([sent]))
+    (got,) = replies.read_evaluations(replies.write_evaluations([sent]))
     assert isinstance(got, ClientEvaluation)
     assert got.personal_loss == got.loss == 0.75
 
 
 def test_a_join_reply_comes_back_as_it_was() -> None:
-    assert records.read_joined(joined_reply(), 9) == [joined("a"), joined("b"), joined("c")]
+    assert replies.read_joined(joined_reply(), 9) == [joined("a"), joined("b"), joined("c")]
 
 
 def test_a_node_without_clients_declares_none() -> None:
-    assert records.read_joined(records.write_joined([]), 9) == []
+    assert replies.read_joined(replies.write_joined([]), 9) == []
 
 
 def test_replies_with_nothing_done_can_be_written_and_read() -> None:
     failures = [ClientFailure(client_id="a", code="no-data")]
-    content = records.write_updates(failures, layout=LAYOUT, payload="bf16")
+    content = replies.write_updates(failures, layout=LAYOUT, part="both", payload="bf16")
     assert set(content) == {"clients"}
     assert [answer.code for answer in read_updates(content)] == ["no-data"]
-    assert [answer.code for answer in records.read_evaluations(content)] == ["no-data"]
-    for empty in (records.write_updates([], layout=LAYOUT, payload="bf16"), records.write_evaluations([])):
+    assert [answer.code for answer in replies.read_evaluations(content)] == ["no-data"]
+    for empty in (
+        replies.write_updates([], layout=LAYOUT, part="both", payload="bf16"),
+        replies.write_evaluations([]),
+    ):
         with pytest.raises(WireError):
             read_updates(empty)
 
@@ -139,7 +154,7 @@ def test_replies_with_nothing_done_can_be_written_and_read() -> None:
 @pytest.mark.parametrize("name", ["metrics", "updates"])
 def test_a_reply_with_nothing_done_hides_no_text_under_a_known_name(name: str) -> None:
     failures = [ClientFailure(client_id="a", code="no-data")]
-    content = records.write_updates(failures, layout=LAYOUT, payload="bf16")
+    content = replies.write_updates(failures, layout=LAYOUT, part="both", payload="bf16")
     content[name] = ConfigRecord({"text": SECRET})
     with pytest.raises(WireError, match="not on the list"):
         read_updates(content)
@@ -147,8 +162,8 @@ def test_a_reply_with_nothing_done_hides_no_text_under_a_known_name(name: str) -
 
 def test_packet_bytes_are_those_of_the_packets() -> None:
     length = len(codec.encode(update("a").delta, layout_digest=LAYOUT.digest, round_num=4, payload="fp32"))
-    assert records.packet_bytes(updates_reply()) == 2 * length
-    assert records.packet_bytes(evaluations_reply()) == 0
+    assert packets.packet_bytes(updates_reply()) == 2 * length
+    assert packets.packet_bytes(evaluations_reply()) == 0
 
 
 def _extra_config(content: RecordDict) -> None:
@@ -279,13 +294,13 @@ def test_an_error_reply_is_refused_with_a_known_code_and_nothing_of_its_text(kin
 
 @pytest.mark.parametrize("code", [*sorted(CLIENT_ERROR_CODES), SECRET])
 def test_an_error_reply_holds_a_code_of_the_list_only(code: str) -> None:
-    written = records.read_error(records.write_error(code))
+    written = replies.read_error(replies.write_error(code))
     assert written == (code if code in CLIENT_ERROR_CODES else "internal")
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_train", -1), ("num_held_out", -5)])
+@pytest.mark.parametrize(("name", "value"), [("num_train", -1), ("num_held_out", -5), ("max_rank", -1)])
 def test_a_join_reply_declares_no_negative_size(name: str, value: int) -> None:
     content = joined_reply()
     content["metrics"][name][1] = value
     with pytest.raises(WireError):
-        records.read_joined(content, 9)
+        replies.read_joined(content, 9)

@@ -1,0 +1,88 @@
+"""The base drifts this machine holds, so that a server need not send one twice.
+
+A drift is no secret of a data holder: it is what the server made of everybody's rounds. It is kept on disk
+because a Flower node starts a new process for every message; the file's name is its digest, and one that does
+not have it counts as absent.
+"""
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedllm.adapters.drift import Drift
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.errors import LayoutError
+from fedllm.models.files import cache_folder
+
+NUM_KEPT = 2  # files; a run needs its newest alone
+
+
+@dataclass(eq=False)
+class DriftStore:
+    """The newest drift in memory and a few on disk."""
+
+    folder: Path
+    newest: Drift | None = None
+
+    def held(self, digest: str, layout: AdapterLayout) -> Drift | None:
+        """Return the drift of that digest, or None where this machine has none."""
+        if self.newest is None or self.newest.digest != digest:
+            self.newest = self._load(digest, layout) or self.newest
+        return self.newest if self.newest is not None and self.newest.digest == digest else None
+
+    def keep(self, drift: Drift) -> Drift:
+        """Remember a drift and return it: the object that is resident already, where there is one."""
+        if not drift.digest:
+            return drift
+        if self.newest is not None and self.newest.digest == drift.digest:
+            return self.newest
+        self.newest = drift
+        with suppress(OSError, SafetensorError):  # what could not be written is only sent again
+            self._save(drift)
+        return drift
+
+    def _load(self, digest: str, layout: AdapterLayout) -> Drift | None:
+        if not re.fullmatch("[0-9a-f]{64}", digest):  # it names a file
+            return None
+        try:
+            tensors = load_file(self.folder / f"{digest}.safetensors")
+            pairs = tuple((tensors[f"{i}.b"], tensors[f"{i}.a"]) for i in range(len(layout.matrices)))
+            drift = Drift(layout, pairs)
+        except (OSError, SafetensorError, KeyError, LayoutError, ValueError):
+            return None
+        return drift if drift.digest == digest else None
+
+    def _save(self, drift: Drift) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = self.folder / f"{drift.digest}.safetensors"
+        if not target.exists():
+            building = target.with_suffix(f".{os.getpid()}")
+            tensors = {
+                f"{index}.{letter}": factor.contiguous().clone()
+                for index, pair in enumerate(drift.factors)
+                for letter, factor in zip("ba", pair, strict=True)
+            }
+            try:
+                save_file(tensors, building)
+                building.replace(target)
+            finally:
+                building.unlink(missing_ok=True)
+        others = [file for file in self.folder.glob("*.safetensors") if file != target]
+        for old in sorted(others, key=lambda file: -file.stat().st_mtime)[NUM_KEPT - 1 :]:
+            old.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1)
+def _store(folder: Path) -> DriftStore:
+    return DriftStore(folder)
+
+
+def drift_store() -> DriftStore:
+    """Return this process's store, in the user's cache."""
+    return _store(cache_folder() / "drifts")

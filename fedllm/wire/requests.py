@@ -1,0 +1,215 @@
+"""What a server asks of a node: values to Flower records and back.
+
+A request has an adapter, a `request` record of named values and, where the base model has drifted, what is
+added to it. What a node holds or can make itself may be left out; the request names its digest all the same,
+and a node that has other bits says so (`NotHeldError`) in place of training on them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedllm.adapters.drift import Drift, no_drift
+from fedllm.adapters.layout import AdapterLayout, AdapterState
+from fedllm.adapters.parts import PARTS, part_of, part_size, whole_of
+from fedllm.errors import NonFiniteError, NotHeldError, WireError
+from fedllm.types import EvaluateRequest, LocalTraining, TrainRequest
+from fedllm.wire import codec
+from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
+
+_TRAINING_FIELDS: dict[str, Any] = {item.name: item.type for item in fields(LocalTraining)}
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What of a request travels: which part of the adapter, and whether the base drift itself."""
+
+    part: str = "both"
+    drift: bool = True
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a node has already: the adapter it makes from the run's seed, and base drifts by their digest."""
+
+    initial: Callable[[], AdapterState]
+    drift: Callable[[str], Drift | None]
+
+
+# --- written by the server ---------------------------------------------------------------------------------
+
+
+def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
+    """Return the message content of a train request; adapter, drift and control travel as float32."""
+    training = request.training
+    content = _write(
+        request,
+        sending,
+        {
+            "ranks": list(request.ranks),
+            "trained": request.trained,
+            "node-sum": request.node_sum,
+            "codec": request.codec,
+            "weighting": request.weighting,
+            "seed": request.seed,
+            **{f"train.{name}": getattr(training, name) for name in _TRAINING_FIELDS},
+        },
+    )
+    if request.control is not None:
+        control = request.control
+        array = _array(control.vector, control.layout, request.round_num, "control")
+        content["control"] = ArrayRecord({"control": array})
+    return content
+
+
+def write_evaluate_request(request: EvaluateRequest, sending: Sending) -> RecordDict:
+    """Return the message content of an evaluate request."""
+    return _write(request, sending, {})
+
+
+def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: dict[str, Any]) -> RecordDict:
+    adapter, drift = request.adapter, request.drift
+    sent = part_of(adapter.layout, adapter.vector, sending.part)
+    config: dict[str, Any] = {
+        "round": request.round_num,
+        "client-ids": list(request.client_ids),
+        "part": sending.part,
+        "adapter": adapter.digest,
+        "drift": drift.digest,
+        "local-b": request.local_b,
+        "num-drawn": list(request.num_drawn or (0,) * len(request.client_ids)),
+        **values,
+    }
+    arrays = {"adapter": _array(sent, adapter.layout, request.round_num, sending.part)}
+    if drift.digest and sending.drift:
+        flat = torch.cat([factor.reshape(-1) for pair in drift.factors for factor in pair])
+        arrays["drift"] = _array(flat, drift.layout, request.round_num, "drift")
+        config["drift-ranks"] = [b_ON.shape[1] for b_ON, _ in drift.factors]
+    records = {name: ArrayRecord({name: array}) for name, array in arrays.items()}
+    return RecordDict({**records, "request": ConfigRecord(config)})
+
+
+def _array(vector: torch.Tensor, layout: AdapterLayout, round_num: int, part: str) -> Array:
+    packet = codec.encode(vector, layout_digest=layout.digest, round_num=round_num, payload="fp32", part=part)
+    return to_array(packet)
+
+
+# --- read by a client --------------------------------------------------------------------------------------
+
+
+def is_fedllm_request(content: RecordDict) -> bool:
+    """Return whether a message was written by `write_train_request` or `write_evaluate_request`.
+
+    Anything else is taken as a request of a stock Flower strategy, whose arrays are named PEFT tensors.
+    """
+    return "request" in content.config_records and "adapter" in content.array_records
+
+
+def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Holding) -> TrainRequest:
+    """Return the request in `content`; what it leaves out is taken from `holding`.
+
+    Raises:
+        WireError: a field is missing or of the wrong kind, or the adapter or drift is not of `layout`.
+        NotHeldError: what it leaves out is not held here, or has other bits.
+        LayoutError: its fields contradict each other.
+        NonFiniteError: the adapter or the drift holds NaN or infinity.
+    """
+    config = content.config_records["request"]
+    training: dict[str, Any] = {
+        name: scalar_field(config, f"train.{name}", kind) for name, kind in _TRAINING_FIELDS.items()
+    }
+    return TrainRequest(
+        **_read_common(content, layout, holding),
+        ranks=tuple(list_field(config, "ranks", int)),
+        training=LocalTraining(**training),
+        trained=scalar_field(config, "trained", str),
+        node_sum=scalar_field(config, "node-sum", bool),
+        codec=scalar_field(config, "codec", str),
+        weighting=scalar_field(config, "weighting", str),
+        seed=scalar_field(config, "seed", int),
+        control=_read_control(content, layout),
+    )
+
+
+def read_evaluate_request(content: RecordDict, layout: AdapterLayout, holding: Holding) -> EvaluateRequest:
+    """Return the request in `content`; raises as `read_train_request`."""
+    return EvaluateRequest(**_read_common(content, layout, holding))
+
+
+def _read_common(content: RecordDict, layout: AdapterLayout, holding: Holding) -> dict[str, Any]:
+    config = content.config_records["request"]
+    return {
+        "round_num": scalar_field(config, "round", int),
+        "client_ids": tuple(list_field(config, "client-ids", str)),
+        "local_b": scalar_field(config, "local-b", bool),
+        "num_drawn": tuple(list_field(config, "num-drawn", int)),
+        "adapter": _read_adapter(content, layout, holding),
+        "drift": _read_drift(content, layout, holding),
+    }
+
+
+def _read_adapter(content: RecordDict, layout: AdapterLayout, holding: Holding) -> AdapterState:
+    config = content.config_records["request"]
+    part, digest = scalar_field(config, "part", str), scalar_field(config, "adapter", str)
+    if part not in PARTS:
+        raise WireError("field 'part' is none of " + ", ".join(PARTS))
+    sent = _read_packet(content, "adapter", layout, part, part_size(layout, part))
+    rest = None if part == "both" else holding.initial().vector
+    state = AdapterState(layout, whole_of(layout, sent, part, rest)).checked_finite()
+    if state.digest == digest:
+        return state
+    if part == "both":
+        raise WireError("the adapter has not the digest that its request names")
+    raise NotHeldError(
+        "the factor that the request leaves out has other bits here; it is sent whole next time"
+    )
+
+
+def _read_drift(content: RecordDict, layout: AdapterLayout, holding: Holding) -> Drift:
+    config = content.config_records["request"]
+    digest = scalar_field(config, "drift", str)
+    if not digest:
+        return no_drift(layout)
+    if "drift" not in content.array_records:
+        held = holding.drift(digest)
+        if held is None:
+            raise NotHeldError("the base drift that the request names is not held here; it is sent next time")
+        return held
+    ranks = list_field(config, "drift-ranks", int)
+    if len(ranks) != len(layout.matrices) or min(ranks) < 0:
+        raise WireError("field 'drift-ranks' does not give a rank to every matrix")
+    shapes = [
+        shape
+        for matrix, rank in zip(layout.matrices, ranks, strict=True)
+        for shape in ((matrix.out_features, rank), (rank, matrix.in_features))
+    ]
+    sizes = [rows * columns for rows, columns in shapes]
+    flat = _read_packet(content, "drift", layout, "drift", sum(sizes))
+    if not bool(torch.isfinite(flat).all()):
+        raise NonFiniteError("the base drift holds NaN or infinite values")
+    factors = [part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
+    drift = Drift(layout, tuple(zip(factors[0::2], factors[1::2], strict=True)))
+    if drift.digest != digest:
+        raise WireError("the base drift has not the digest that its request names")
+    return drift
+
+
+def _read_control(content: RecordDict, layout: AdapterLayout) -> AdapterState | None:
+    if "control" not in content.array_records:
+        return None
+    vector = _read_packet(content, "control", layout, "control", layout.size)
+    return AdapterState(layout, vector).checked_finite()
+
+
+def _read_packet(content: RecordDict, name: str, layout: AdapterLayout, part: str, size: int) -> torch.Tensor:
+    record = content.array_records[name]
+    if list(record) != [name]:
+        raise WireError(f"a request carries exactly one {name}")
+    round_num = scalar_field(content.config_records["request"], "round", int)
+    packet = codec.decode(
+        packet_of(record[name]), layout_digest=layout.digest, part=part, size=size, round_num=round_num
+    )
+    return packet.vector

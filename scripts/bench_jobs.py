@@ -1,0 +1,43 @@
+"""The training jobs of a round as a server would ask for them, without a server."""
+
+from clients.holder import Holder
+from clients.work import make_job
+from fedllm.adapters.drift import no_drift
+from fedllm.adapters.layout import initial_adapter
+from fedllm.rule import aggregation_rule
+from fedllm.training.jobs import Job
+from fedllm.types import LocalTraining, TrainRequest
+
+
+def round_jobs(holder: Holder, *, round_num: int, steps: int) -> list[Job]:
+    """Return one job per client that has rows, in the server's order, all from the initial adapter.
+
+    The rows are those that follow the ones of earlier rounds of as many steps, in each of which the client
+    took part.
+    """
+    config, train = holder.config, holder.config.train
+    clients = sorted(name for name, client in holder.clients.items() if client.train)
+    drawn = (round_num - 1) * steps * train.batch_size
+    rule, layout = aggregation_rule(config), holder.engine.layout
+    request = TrainRequest(
+        round_num=round_num,
+        client_ids=tuple(clients),
+        num_drawn=(drawn,) * len(clients),
+        ranks=(layout.rank,) * len(clients),
+        adapter=initial_adapter(layout, config.seed, config.lora.init_a),
+        drift=no_drift(layout),
+        trained=rule.trained_in(round_num),
+        local_b=False,
+        node_sum=False,
+        training=LocalTraining(
+            steps=steps,
+            batch_size=train.batch_size,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            clip_norm=train.clip_norm,
+        ),
+        codec=config.wire.codec,
+        weighting=rule.weighting,
+        seed=config.seed,
+    )
+    return [make_job(holder.clients[name], request, drawn, layout.rank) for name in clients]

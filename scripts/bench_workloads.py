@@ -1,0 +1,232 @@
+"""What `scripts/bench_client.py` trains on: one client's rows in a round, as text and as the engine's job."""
+
+import ast
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clients.holder import hosted_rows
+from fedllm.adapters.layout import AdapterLayout, initial_adapter
+from fedllm.config import DataConfig, LoraConfig, ModelConfig, RunConfig
+from fedllm.data.example import Example, Turn
+from fedllm.data.packages import installed_packages, source_files
+from fedllm.data.shards import draw_rows, load_one_client
+from fedllm.errors import DataError
+from fedllm.models.base import layout_of, load_base
+from fedllm.models.chat import IGNORED, Encoded, encode
+from fedllm.seeds import derive_seed
+from fedllm.training.engine import Engine
+from fedllm.training.forward import lay_out
+from fedllm.training.jobs import Job
+from fedllm.types import LocalTraining
+from scripts.bench_tools import useful_flop
+
+LORA = LoraConfig(rank=8, alpha=16.0, target_modules="q_proj,v_proj")
+DEFAULT_ROWS, UNEVEN_ROWS = "first sentences", "uneven"
+INSTRUCTIONS = ("general.train.jsonl", "medical.train.jsonl")  # the first that a folder holds is used
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much one client trains in a round."""
+
+    training: LocalTraining
+    max_length: int  # tokens of a row
+
+
+_NUMBERS: Any = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0}
+SHORT = Shape(LocalTraining(steps=4, batch_size=4, **_NUMBERS), 128)
+UNEVEN = Shape(LocalTraining(steps=1, batch_size=16, **_NUMBERS), 512)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where a workload's rows come from, and how many of them are trained on how."""
+
+    source: str
+    examples: Sequence[Example]
+    shape: Shape = SHORT
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """One client's work in a round, as text and as the engine's job."""
+
+    examples: tuple[Example, ...]
+    job: Job
+    layout: AdapterLayout
+    max_length: int
+
+    @property
+    def rows(self) -> list[Encoded]:
+        """The examples as tokens, in the order they are trained on."""
+        return [row for batch in self.job.batches for row in batch]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def num_learnt(self) -> int:
+        """Tokens whose prediction is learnt."""
+        return sum(row.num_supervised for row in self.rows)
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens of all rows where every batch is padded to its longest."""
+        return sum(len(batch) * max(len(row.tokens) for row in batch) for batch in self.job.batches)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What every client shares: the resident engine, where the base model lies, and the round's numbers."""
+
+    engine: Engine
+    folder: Path
+    client_id: str
+    seed: int
+
+    @property
+    def model(self) -> Any:
+        """The resident base model."""
+        return self.engine.base.model
+
+
+def open_bench(client_id: str, seed: int) -> Bench:
+    """Load the base model and build the engine, once, as a client process does."""
+    base = load_base(ModelConfig(name="smollm2-135m-instruct", device="cpu"))
+    engine = Engine(base, layout_of(base.model, LORA, base.fingerprint))
+    return Bench(engine, base.files.folder, client_id, seed)
+
+
+# Rows, from the most to the least that can be left out of their training; the uneven ones last.
+
+
+def first_sentences(bench: Bench) -> list[Example]:
+    """Return the client's rows of fedllm's default source: a signature, a docstring's first sentence.
+
+    Raises:
+        DataError: the source has no such client.
+    """
+    config = RunConfig(seed=bench.seed)
+    clients = {rows.client_id: rows.train for rows in hosted_rows(config, {})}
+    if bench.client_id not in clients:
+        raise DataError(f"--client {bench.client_id}: expected one of {', '.join(sorted(clients))}")
+    return list(clients[bench.client_id])
+
+
+def whole_docstrings(bench: Bench, most: int = 400) -> list[Example]:
+    """Return rows of the same package whose answers are whole docstrings: longer, and more of them learnt."""
+    package = next(package for package in installed_packages() if package.name == bench.client_id)
+    examples: list[Example] = []
+    for file in source_files(package):
+        examples += _documented_functions(file)
+        if len(examples) >= most:
+            break
+    return examples[:most]
+
+
+def full_rows(bench: Bench) -> list[Example]:
+    """Return docstrings as plain text, longer than a row: nothing to pad, every token learnt.
+
+    What is left of the difference is the base model kept and the forward pass not repeated.
+    """
+    tokenizer, most = bench.engine.base.tokenizer, SHORT.max_length
+    texts = (example.turns[-1].content for example in whole_docstrings(bench, 4000))
+    return [Example(text=text) for text in texts if len(tokenizer(text)["input_ids"]) >= most]
+
+
+def instructions(folder: Path, seed: int) -> tuple[str, list[Example]]:
+    """Return the name of the first file of `INSTRUCTIONS` in `folder`, and its rows.
+
+    Raises:
+        DataError: it holds none of them, or the file cannot be read.
+    """
+    file = next((folder / name for name in INSTRUCTIONS if (folder / name).is_file()), None)
+    if file is None:
+        raise DataError(f"--data {folder}: holds neither {' nor '.join(INSTRUCTIONS)}")
+    shard = load_one_client(file, DataConfig(), client_id="bench", seed=seed)
+    return file.name, list(shard.client.train)
+
+
+def kinds_of_rows(bench: Bench, data: Path | None, *, quick: bool) -> dict[str, Rows]:
+    """Return the rows to compare on, by name: all but the default ones are left out with `quick`.
+
+    Raises:
+        DataError: the default source has no such client, or `data` holds no instructions.
+    """
+    docstrings = f"docstrings of {bench.client_id}"
+    default = Rows(docstrings, first_sentences(bench))
+    if quick:
+        return {DEFAULT_ROWS: default}
+    whole = whole_docstrings(bench)
+    uneven = Rows(docstrings, whole, UNEVEN)
+    if data is not None:
+        uneven = Rows(*instructions(data, bench.seed), UNEVEN)
+    return {
+        DEFAULT_ROWS: default,
+        "whole docstrings": Rows(docstrings, whole),
+        "full rows": Rows(docstrings, full_rows(bench)),
+        UNEVEN_ROWS: uneven,
+    }
+
+
+def _documented_functions(file: Path) -> Iterator[Example]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # other people's "\d"
+        try:
+            tree = ast.parse(file.read_bytes())
+        except SyntaxError:  # a template, or another version's Python
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)):
+            prompt = f"def {node.name}({ast.unparse(node.args)})"
+            yield Example(turns=(Turn("user", prompt), Turn("assistant", docstring)))
+
+
+def make_workload(
+    engine: Engine, examples: Sequence[Example], shape: Shape, *, client_id: str, seed: int
+) -> Workload:
+    """Return the rows a client draws in its first round, from an adapter as it is after some rounds."""
+    layout, training = engine.layout, shape.training
+    encoded = [(example, encode(example, engine.base.tokenizer, shape.max_length)) for example in examples]
+    usable = [(example, row) for example, row in encoded if row is not None]
+    count, size = training.steps * training.batch_size, training.batch_size
+    drawn = draw_rows(len(usable), seed=seed, client_id=client_id, start=0, count=count)
+    rows = [usable[index][1] for index in drawn]
+    batches = tuple(tuple(rows[begin : begin + size]) for begin in range(0, count, size))
+    job = Job(client_id, started_adapter(layout, seed), batches, training)
+    return Workload(tuple(usable[index][0] for index in drawn), job, layout, shape.max_length)
+
+
+def started_adapter(layout: AdapterLayout, seed: int) -> torch.Tensor:
+    """Return an adapter [P] that has moved from where every client starts, so that no factor is zero."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "bench-start"))
+    moved = 0.01 * torch.randn(layout.size, generator=generator)
+    return initial_adapter(layout, seed).vector + moved
+
+
+def needed_flop(model: Any, workload: Workload) -> float:
+    """Return the least arithmetic of a workload: what a step's rows all begin with is computed once."""
+    total = useful_flop(model, workload.layout, workload.rows)
+    for batch in workload.job.batches:
+        others = len(batch) - 1
+        held = len(lay_out(batch, torch.device("cpu"), [workload.job.client_id] * len(batch)).tokens_T)
+        shared = (sum(len(row.tokens) for row in batch) - held) // max(1, others)
+        prefix = Encoded(batch[0].tokens[:shared], (IGNORED,) * shared)
+        total -= others * useful_flop(model, workload.layout, [prefix])
+    return total
+
+
+def shortened(workload: Workload, num_rows: int) -> Workload:
+    """Return one step of the first rows of a workload."""
+    job = workload.job
+    batch = job.batches[0][:num_rows]
+    training = replace(job.training, steps=1, batch_size=len(batch))
+    brief = replace(job, batches=(batch,), training=training)
+    return replace(workload, examples=workload.examples[: len(batch)], job=brief)

@@ -1,0 +1,1 @@
+"""Client updates become one adapter: sums, robust rules, read-outs, server optimizers."""

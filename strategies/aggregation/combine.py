@@ -1,0 +1,309 @@
+"""A round's updates, one by one, become the next adapter: `init`, `add`, `finish`.
+
+`add` turns an update into the change of one canonical adapter: at the rank of the run, with the client's own
+scale folded into B. `finish` weighs the clients (`robust`), forms the mean of their products (`sums`), reads
+it out (`readouts`) and lets the server optimizer step (`optimizers`). It reports
+
+    rho          ||R||_F / ||M - M_0||_F: the error of averaging factors, as a share of the round's change
+    kept energy  1 - ||M - what was read out||_F^2 / ||M||_F^2, at least 0
+    delta norm   scale * ||M - M_0||_F
+
+over all matrices together. The order of arrival decides the bits, so callers fix it.
+Tensor suffixes: K clients, P flat adapter, L matrices of one shape, R rank, O output, I input feature.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedllm.adapters.algebra import Product
+from fedllm.adapters.drift import Drift
+from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
+from fedllm.adapters.shapes import parts_of, put_factors, shape_groups, stack_factors
+from fedllm.errors import LayoutError
+from fedllm.rule import COORDINATE_RULES, AggregationRule
+from fedllm.runs.checkpoint import ServerState
+from fedllm.types import ClientUpdate, OptimizerState
+from strategies.aggregation import optimizers, robust, sums
+from strategies.aggregation.gauge import aligned
+from strategies.aggregation.readouts import READ_OUTS, Mean, ReadOut, factor_mean
+from strategies.aggregation.sums import Held, Sums
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """The updates of a round so far.
+
+    `trained` is what its clients train: "both", "a" or "b". `fresh` draws the adapter of a restart.
+    """
+
+    rule: AggregationRule
+    state: ServerState
+    trained: str
+    fresh: Callable[[], AdapterState]
+    held: tuple[Held, ...] = ()
+    folded: Sums | None = None
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """The run's layout."""
+        return self.state.adapter.layout
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregate:
+    """What a round changes at the server, and what it measured.
+
+    Under read-out local-b the server knows no product: `rho` and `kept_energy` are None and `delta_norm` is
+    the Frobenius norm of A's change. Sums of nodes leave the first two unknown as well.
+    """
+
+    adapter: AdapterState
+    drift: Drift
+    optimizer: OptimizerState
+    norms: tuple[float, ...]  # median norms of the last rounds, for robust rules
+    rho: float | None
+    largest_rho: float | None  # of the worst single matrix
+    kept_energy: float | None
+    delta_norm: float
+    silenced: tuple[str, ...] = ()
+
+
+def init(
+    rule: AggregationRule, state: ServerState, *, trained: str, fresh: Callable[[], AdapterState]
+) -> Mixture:
+    """Return the empty mixture of the round that follows `state`."""
+    return Mixture(rule, state, trained, fresh)
+
+
+def add(mixture: Mixture, update: ClientUpdate, scale: float | None = None) -> Mixture:
+    """Return the mixture with one more client; `scale` is the client's own alpha / rank, else the run's.
+
+    The weight is taken as it is: a late update comes discounted (`weights.staleness_weight`).
+
+    Raises:
+        LayoutError: the delta is no adapter of the layout at a rank from 1 to the run's.
+    """
+    rule, layout = mixture.rule, mixture.layout
+    rank = rank_of(layout, update.delta)
+    delta_P = _canonical(mixture, update.delta, rank, layout.scale if scale is None else scale)
+    weight = update.weight
+    if rule.weighting == "product-norm":
+        weight *= product_norm(layout, mixture.state.adapter.vector + delta_P)
+    held = (*mixture.held, Held(update.client_id, weight, rank, delta_P))
+    if rule.holds_updates or len(held) <= sums.most_held(layout, with_products=rule.needs_products):
+        return replace(mixture, held=held)
+    return _folded(replace(mixture, held=held))
+
+
+def finish(mixture: Mixture) -> Aggregate:
+    """Return the aggregate of at least one client."""
+    if mixture.folded is not None and mixture.held:
+        mixture = _folded(mixture)
+    rule, layout, state = mixture.rule, mixture.layout, mixture.state
+    verdict, norms = _weigh(mixture)
+    delta_P = _mean_delta(mixture, verdict)
+    is_single = mixture.folded is None and len(mixture.held) == 1
+    # One client's own factors are already its exact read-out; refactoring them would only change the gauge.
+    read_out = factor_mean if is_single and rule.read_out != "stack" else READ_OUTS[rule.read_out]
+    vector_P, drift, measured = _read_out(mixture, verdict, delta_P, read_out)
+    moments = state.optimizer
+    if not rule.optimizer.is_plain:
+        target_P = vector_P
+        if rule.read_out == "svd" and not is_single:
+            target_P = aligned(layout, vector_P, state.adapter.vector)
+        moments, step_P = optimizers.step(
+            rule.optimizer, moments, target_P - state.adapter.vector, part_mask(layout, _shared_part(mixture))
+        )
+        vector_P = state.adapter.vector + step_P
+    if rule.local_b:
+        measured = _Measured(None, None, None, float(torch.linalg.vector_norm(delta_P)))
+    elif rule.node_sum and rule.train == "both":  # sums hide the clients' own products
+        measured = replace(measured, rho=None, largest_rho=None, kept_energy=None)
+    return Aggregate(
+        AdapterState(layout, vector_P).checked_finite(),
+        drift.checked_finite(),
+        moments,
+        norms,
+        measured.rho,
+        measured.largest_rho,
+        measured.kept_energy,
+        measured.delta_norm,
+        _silenced(mixture, verdict),
+    )
+
+
+def rank_of(layout: AdapterLayout, delta: torch.Tensor) -> int:
+    """Return the rank of a flat adapter of the layout's matrices.
+
+    Raises:
+        LayoutError: no rank from 1 to the layout's has that size.
+    """
+    rank, rest = divmod(delta.numel(), layout.size // layout.rank)
+    if rest or not 1 <= rank <= layout.rank:
+        raise LayoutError(
+            f"an update of {delta.numel()} values is no adapter of rank 1 to {layout.rank} of this run"
+        )
+    return rank
+
+
+def part_mask(layout: AdapterLayout, part: str) -> torch.Tensor:
+    """Return which values [P] belong to a part: "both", "a" or "b"."""
+    mask_P = torch.ones(layout.size, dtype=torch.bool)
+    for a_RI, b_OR in layout.factors(mask_P):
+        a_RI[:], b_OR[:] = part != "b", part != "a"
+    return mask_P
+
+
+def product_norm(layout: AdapterLayout, vector_P: torch.Tensor) -> float:
+    """Return ||B A||_F over all matrices, above zero: what HetLoRA weighs clients by."""
+    total = 0.0
+    for group in shape_groups(layout):
+        a_LKRI, b_LKOR = stack_factors(layout, (vector_P,), group.indices)
+        total += float(((a_LKRI @ a_LKRI.mT) * (b_LKOR.mT @ b_LKOR)).sum())
+    return max(math.sqrt(max(total, 0.0)), torch.finfo(torch.float32).tiny)
+
+
+def _shared_part(mixture: Mixture) -> str:
+    """Return the part of the adapter that this round's clients share with the server."""
+    return "a" if mixture.rule.read_out == "local-b" else mixture.trained
+
+
+def _canonical(mixture: Mixture, delta: torch.Tensor, rank: int, scale: float) -> torch.Tensor:
+    """Return the change [P] of the client's adapter at the run's rank and scale, as float32.
+
+    Columns that the client does not have are zeros, as in its product. Where one factor is common to all,
+    they are columns it did not change: the mean takes each column over the clients that train it.
+    """
+    layout, part = mixture.layout, _shared_part(mixture)
+    start_P = mixture.state.adapter.vector
+    if rank == layout.rank and scale == layout.scale:
+        return delta if part == "both" else torch.where(part_mask(layout, part), delta, 0.0)
+    own = replace(layout, rank=rank, alpha=layout.scale * rank)
+    adapter = with_rank(start_P, layout, rank).double() + delta
+    for _, b_OR in own.factors(adapter):
+        b_OR *= scale / layout.scale
+    delta_P = with_rank(adapter, own, layout.rank) - start_P
+    if part == "both":
+        return delta_P.float()
+    for a_RI, b_OR in layout.factors(delta_P):
+        a_RI[rank:], b_OR[:, rank:] = 0.0, 0.0
+    return torch.where(part_mask(layout, part), delta_P, 0.0).float()
+
+
+def _folded(mixture: Mixture) -> Mixture:
+    layout, products = mixture.layout, mixture.rule.needs_products
+    before = mixture.folded or sums.empty_sums(layout, with_products=products)
+    return replace(mixture, held=(), folded=sums.fold(before, layout, mixture.held))
+
+
+def _weigh(mixture: Mixture) -> tuple[robust.Verdict, tuple[float, ...]]:
+    """Return what the held clients are left with, and the norms that robust rules remember."""
+    rule, norms = mixture.rule, mixture.state.norms
+    weights_K = torch.tensor([client.weight for client in mixture.held], dtype=torch.float64)
+    p_K = weights_K / weights_K.sum()
+    if rule.robust == "none" or rule.robust in COORDINATE_RULES:
+        return robust.Verdict(p_K, torch.ones_like(p_K)), norms
+    start_P = mixture.state.adapter.vector.double()
+    grams_KK = robust.change_grams(mixture.layout, start_P, [start_P + c.delta for c in mixture.held])
+    verdict = robust.judge(rule.robust, grams_KK, p_K, max_malicious=rule.max_malicious, norms=norms)
+    return verdict, robust.next_norms(norms, grams_KK)
+
+
+def _silenced(mixture: Mixture, verdict: robust.Verdict) -> tuple[str, ...]:
+    total = sum(client.weight for client in mixture.held)
+    return tuple(
+        client.client_id
+        for client, left in zip(mixture.held, verdict.coefficients.tolist(), strict=True)
+        if left < robust.SILENT_SHARE * client.weight / total
+    )
+
+
+def _mean_delta(mixture: Mixture, verdict: robust.Verdict) -> torch.Tensor:
+    """Return the weighted mean change [P] of the factors, in float64.
+
+    Where one factor is common to all, every column is the mean over the clients that train it: client i
+    counts p_i / sum of p_j over the clients of at least that rank.
+    """
+    rule, layout = mixture.rule, mixture.layout
+    if rule.robust in COORDINATE_RULES:
+        deltas = [client.delta for client in mixture.held]
+        return robust.of_coordinates(rule.robust, deltas, rule.max_malicious)
+    if mixture.folded is not None:
+        delta_P = mixture.folded.delta / mixture.folded.weight
+        shares_R = mixture.folded.rank_weights / mixture.folded.weight
+    else:
+        delta_P = sums.weighted_delta(mixture.held, verdict.coefficients)
+        shares_R = sums.rank_weights(mixture.held, verdict.weights, layout.rank)
+    if not rule.needs_products and float(shares_R.min()) < 1 - 1e-12:
+        shares_R = torch.where(shares_R > 0, shares_R, 1.0)  # a column nobody trains stays as it is
+        for a_RI, b_OR in layout.factors(delta_P):
+            a_RI /= shares_R[:, None]
+            b_OR /= shares_R
+    return delta_P
+
+
+@dataclass(frozen=True)
+class _Measured:
+    rho: float | None
+    largest_rho: float | None
+    kept_energy: float | None
+    delta_norm: float
+
+
+def _read_out(
+    mixture: Mixture,
+    verdict: robust.Verdict,
+    delta_P: torch.Tensor,
+    read_out: Callable[[Mean], ReadOut],
+) -> tuple[torch.Tensor, Drift, _Measured]:
+    """Return the next adapter [P], the next drift and what was measured, shape by shape."""
+    layout, drift, start = mixture.layout, mixture.state.drift, mixture.state.adapter.vector
+    vector_P, energies = torch.empty(layout.size), []
+    for place, group in enumerate(shape_groups(layout)):
+        for part in parts_of(group, sums.matrices_at_once(group, layout.rank * (len(mixture.held) + 2))):
+            indices = group.indices[part]
+            a_LKRI, b_LKOR = stack_factors(layout, (start, delta_P), indices)
+            residual = _residual(mixture, verdict, place, part, (a_LKRI[:, 1], b_LKOR[:, 1]))
+            mean = Mean(a_LKRI[:, 0], b_LKOR[:, 0], a_LKRI.sum(dim=1), b_LKOR.sum(dim=1), residual)
+            result = read_out(mean)
+            put_factors(layout, vector_P, indices, result.a_LRI, result.b_LOR)
+            if result.base is not None:
+                drift = drift.plus(dict(zip(indices, result.base.split(), strict=True)))
+            energies.append(
+                torch.stack([mean.residual_energy_L, mean.change_energy_L, result.lost_L, mean.energy_L])
+            )
+    if mixture.rule.read_out == "stack":
+        vector_P = mixture.fresh().vector
+    return vector_P, drift, _measure(torch.cat(energies, dim=1), layout.scale)
+
+
+def _residual(
+    mixture: Mixture,
+    verdict: robust.Verdict,
+    place: int,
+    part: slice,
+    mean: tuple[torch.Tensor, torch.Tensor],
+) -> Product:
+    """Return R of the matrices `part` of the group at `place`, whose mean changes of A and B are `mean`."""
+    mean_LRI, mean_LOR = mean
+    if not mixture.rule.needs_products:
+        return Product(mean_LOR[:, :, :0], mean_LRI[:, :0])
+    if mixture.folded is not None:
+        return Product(mixture.folded.products[place][part] / mixture.folded.weight - mean_LOR @ mean_LRI)
+    indices = shape_groups(mixture.layout)[place].indices[part]
+    return sums.residual(mixture.layout, mixture.held, verdict.coefficients, indices, mean_LOR)
+
+
+def _measure(energies: torch.Tensor, scale: float) -> _Measured:
+    """Return the numbers of a round from the energies [4, matrices] of R, change, loss and M."""
+    residual, change, lost, total = energies.sum(dim=1).tolist()
+    worst = (energies[0] / energies[1])[energies[1] > 0]
+    return _Measured(
+        math.sqrt(residual / change) if change else 0.0,
+        math.sqrt(float(worst.max())) if len(worst) else 0.0,
+        max(0.0, 1 - lost / total) if total else 1.0,
+        math.sqrt(change) * scale,
+    )

@@ -1,0 +1,64 @@
+"""Server optimizers: a round's change is a pseudo-gradient, and the server takes a step along it.
+
+With Delta = target - start, momentum beta, second moment beta2, adaptivity tau and learning rate eta:
+
+    fedavg      start + eta Delta
+    fedavgm     m = beta m + Delta                     start + eta m                (arXiv 1909.06335)
+    nesterov    m = beta m + Delta                     start + eta (Delta + beta m) (DiLoCo, arXiv 2311.08105)
+    fedadam     m = beta m + (1 - beta) Delta          start + eta m / (sqrt(v) + tau)  (arXiv 2003.00295)
+                v = beta2 v + (1 - beta2) Delta^2
+    fedyogi     v = v - (1 - beta2) Delta^2 sign(v - Delta^2), the rest as fedadam
+    fedadagrad  v = v + Delta^2, the rest as fedadam
+
+Moments start at m = 0 and v = tau^2 and are not corrected for bias, as published. tau belongs to the size of
+an adapter's change, some 1e-4 to 1e-2 a value; the published 1e-3 would make the adaptive rules near linear.
+Tensor suffixes: P flat adapter.
+"""
+
+import torch
+
+from fedllm.rule import ServerOptimizer
+from fedllm.types import OptimizerState
+
+
+def step(
+    optimizer: ServerOptimizer, state: OptimizerState, delta_P: torch.Tensor, trained_P: torch.Tensor
+) -> tuple[OptimizerState, torch.Tensor]:
+    """Return the next state and the step [P] of a pseudo-gradient; both are float32.
+
+    Where `trained_P` is false no client trained: there nothing moves and the moments stay as they are, so
+    that a factor which is frozen this round is frozen for momentum too.
+    """
+    first_P, second_P = state.first, state.second
+    if state.num_steps == 0:
+        first_P = torch.zeros_like(delta_P)
+        second_P = torch.full_like(delta_P, optimizer.adaptivity**2)
+    moved_first, moved_second, step_P = _rules(optimizer, first_P, second_P, delta_P)
+    after = OptimizerState(
+        torch.where(trained_P, moved_first, first_P).float(),
+        torch.where(trained_P, moved_second, second_P).float(),
+        state.num_steps + 1,
+    )
+    return after, torch.where(trained_P, optimizer.rate * step_P, 0.0).float()
+
+
+def _rules(
+    optimizer: ServerOptimizer, first_P: torch.Tensor, second_P: torch.Tensor, delta_P: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the moments after a step, and its direction before the learning rate."""
+    beta, square_P = optimizer.momentum, delta_P.square()
+    if optimizer.name == "fedavg":
+        return first_P, second_P, delta_P
+    if optimizer.name in ("fedavgm", "nesterov"):
+        first_P = beta * first_P + delta_P
+        ahead_P = delta_P + beta * first_P
+        return first_P, second_P, ahead_P if optimizer.name == "nesterov" else first_P
+    first_P = beta * first_P + (1 - beta) * delta_P
+    share = 1 - optimizer.second_moment
+    if optimizer.name == "fedadam":
+        second_P = optimizer.second_moment * second_P + share * square_P
+    elif optimizer.name == "fedyogi":
+        second_P = second_P - share * square_P * torch.sign(second_P - square_P)
+    else:  # fedadagrad
+        second_P = second_P + square_P
+    return first_P, second_P, first_P / (second_P.sqrt() + optimizer.adaptivity)

@@ -1,0 +1,185 @@
+"""Robust rules: what each client is left to say, when some of them may lie.
+
+Factors have no distance: (B_i G, G^-1 A_i) is the same client for any G. So the rules measure changes of the
+product, D_i = s_i B_i A_i - B_0 A_0 over all matrices together, and every number they need stands in the
+K x K Gram matrix of the D_i (`change_grams`). They answer with a coefficient a_i for every client; the
+aggregate is the start plus sum a_i D_i, read out like any mean. The plain mean is a_i = p_i.
+
+    norm-clip          a_i = p_i min(1, bound / ||D_i||), bound = 2 x the running median of the norms
+    multi-krum         the K - f clients with the closest neighbours (Blanchard et al., arXiv 1703.02757)
+    geometric-median   argmin_D sum p_i ||D_i - D||, by Weiszfeld's steps (RFA, arXiv 1912.13445)
+    similarity         clients whose change points with the geometric median, the rest silenced, norms clipped
+                       (the cosine test of FLTrust, arXiv 2012.13995, without a data set at the server)
+
+Two more act on coordinates, where one factor is common to all (`fedllm/rule.py` refuses them elsewhere), and
+count every client alike: trimmed-mean leaves out the f largest and smallest values, coordinate-median takes
+the middle one (Yin et al., arXiv 1803.01498). f is the assumed share of malicious clients, rounded up.
+Tensor suffixes: K clients, P flat adapter, L matrices of one shape, R rank, O output, I input feature.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.shapes import shape_groups, stack_factors
+
+NORM_FACTOR = 2.0  # of the running median: no honest client is cut often, and none can do much more
+NUM_MEDIANS = 8  # rounds whose median norm is remembered
+SILENT_SHARE = 0.1  # a client left with less of its weight than this is named in the record
+MOST_STEPS, SETTLED = 500, 1e-9  # of Weiszfeld's algorithm
+COORDINATES_AT_ONCE = 1 << 20  # values of all clients that are sorted together
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What clients are left with: `weights` [K] sum to 1, and each change is scaled by `shrink` [K]."""
+
+    weights: torch.Tensor
+    shrink: torch.Tensor
+
+    @property
+    def coefficients(self) -> torch.Tensor:
+        """The a_i [K] of start + sum a_i D_i."""
+        return self.weights * self.shrink
+
+
+def judge(
+    rule: str, grams_KK: torch.Tensor, p_K: torch.Tensor, *, max_malicious: float, norms: Sequence[float]
+) -> Verdict:
+    """Return the verdict of a Gram rule on clients of weights `p_K` (sum 1).
+
+    `norms` are the median norms of earlier rounds (`next_norms`), oldest first.
+    """
+    bound = NORM_FACTOR * statistics.median(next_norms(norms, grams_KK))
+    return _RULES[rule](_Case(grams_KK, p_K, num_malicious(len(p_K), max_malicious), bound))
+
+
+def next_norms(norms: Sequence[float], grams_KK: torch.Tensor) -> tuple[float, ...]:
+    """Return the median norms of the last rounds with this one's, all that a rule remembers."""
+    return (*norms, float(_norms(grams_KK).median()))[-NUM_MEDIANS:]
+
+
+def num_malicious(num_clients: int, share: float) -> int:
+    """Return how many of a round's clients may lie: the assumed share rounded up, always a minority."""
+    return min(math.ceil(share * num_clients - 1e-9), (num_clients - 1) // 2)
+
+
+def change_grams(
+    layout: AdapterLayout, start_P: torch.Tensor, adapters: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return <D_i, D_j> [K, K] in float64 of the adapters' changes, times the square of the layout's scale.
+
+    <B_i A_i, B_j A_j> = tr((A_j A_i^T)(B_i^T B_j)), so no matrix is formed unless it is the smaller thing.
+    """
+    count, rank = len(adapters) + 1, layout.rank
+    total = torch.zeros(count, count, dtype=torch.float64)
+    for group in shape_groups(layout):
+        is_small = group.out_features * group.in_features < rank**2 * (group.out_features + group.in_features)
+        for index in group.indices:
+            a_LKRI, b_LKOR = stack_factors(layout, (start_P, *adapters), (index,))
+            a_KRI, b_KOR = a_LKRI[0], b_LKOR[0]
+            if is_small:
+                flat = (b_KOR @ a_KRI).flatten(1)
+                total += flat @ flat.T
+                continue
+            rows = a_KRI.reshape(count * rank, -1)
+            columns = b_KOR.mT.reshape(count * rank, -1)
+            blocks = (rows @ rows.T) * (columns @ columns.T)
+            total += blocks.view(count, rank, count, rank).sum(dim=(1, 3))
+    centred = total[1:, 1:] - total[1:, :1] - total[:1, 1:] + total[:1, :1]
+    return (centred + centred.T) * (layout.scale**2 / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """What a rule looks at."""
+
+    grams_KK: torch.Tensor
+    p_K: torch.Tensor
+    num_malicious: int
+    bound: float
+
+
+def _norms(grams_KK: torch.Tensor) -> torch.Tensor:
+    return grams_KK.diagonal().clamp(min=0).sqrt()
+
+
+def _clipped(case: _Case) -> torch.Tensor:
+    """Return the factors [K] that bring every norm down to the bound."""
+    return (case.bound / _norms(case.grams_KK)).nan_to_num(nan=1.0).clamp(max=1.0)
+
+
+def _norm_clip(case: _Case) -> Verdict:
+    return Verdict(case.p_K, _clipped(case))
+
+
+def _multi_krum(case: _Case) -> Verdict:
+    """Keep the K - f clients whose K - f - 2 nearest neighbours are nearest."""
+    count, norms_K = len(case.p_K), case.grams_KK.diagonal()
+    distances = (norms_K[:, None] + norms_K[None, :] - 2 * case.grams_KK).clamp(min=0)
+    neighbours = max(1, count - case.num_malicious - 2)
+    nearest = distances.sort(dim=1).values[:, 1 : neighbours + 1]  # the first is the client itself
+    kept = nearest.sum(dim=1).argsort(stable=True)[: count - case.num_malicious]
+    weights_K = torch.zeros_like(case.p_K)
+    weights_K[kept] = case.p_K[kept]
+    return Verdict(weights_K / weights_K.sum(), torch.ones_like(case.p_K))
+
+
+def _geometric_median(case: _Case) -> Verdict:
+    return Verdict(geometric_median(case.grams_KK, case.p_K), torch.ones_like(case.p_K))
+
+
+def geometric_median(grams_KK: torch.Tensor, p_K: torch.Tensor) -> torch.Tensor:
+    """Return coefficients a [K], sum 1, that minimise sum p_i ||D_i - sum_j a_j D_j||.
+
+    ||D_i - D a||^2 = G_ii - 2 (G a)_i + a^T G a, so Weiszfeld's steps need the Gram matrix alone. Distances
+    are kept above a millionth of their median, where the objective is smooth.
+    """
+    a_K, norms_K = p_K, grams_KK.diagonal()
+    for _ in range(MOST_STEPS):
+        along_K = grams_KK @ a_K
+        distances_K = (norms_K - 2 * along_K + a_K @ along_K).clamp(min=0).sqrt()
+        least = max(1e-6 * float(distances_K.median()), torch.finfo(torch.float64).tiny)
+        pulls_K = p_K / distances_K.clamp(min=least)
+        moved_K = pulls_K / pulls_K.sum()
+        change, a_K = float((moved_K - a_K).abs().sum()), moved_K
+        if change < SETTLED:
+            break
+    return a_K
+
+
+def _similarity(case: _Case) -> Verdict:
+    """Silence who points away from the geometric median; clip the others."""
+    towards_K = case.grams_KK @ geometric_median(case.grams_KK, case.p_K)
+    weights_K = torch.where(towards_K > 0, case.p_K, 0.0)
+    if float(weights_K.sum()) == 0:  # nobody changed anything
+        weights_K = case.p_K
+    return Verdict(weights_K / weights_K.sum(), _clipped(case))
+
+
+_RULES: dict[str, Callable[[_Case], Verdict]] = {
+    "norm-clip": _norm_clip,
+    "multi-krum": _multi_krum,
+    "geometric-median": _geometric_median,
+    "similarity": _similarity,
+}
+
+
+def of_coordinates(rule: str, deltas: Sequence[torch.Tensor], max_malicious: float) -> torch.Tensor:
+    """Return the trimmed mean or the median [P], in float64, of every coordinate of the clients' deltas."""
+    number = len(deltas)
+    cut = (number - 1) // 2 if rule == "coordinate-median" else num_malicious(number, max_malicious)
+    width = max(1, COORDINATES_AT_ONCE // number)
+    pieces = [
+        torch.stack([delta[begin : begin + width] for delta in deltas])
+        .double()
+        .sort(dim=0)
+        .values[cut : number - cut]
+        .mean(dim=0)
+        for begin in range(0, len(deltas[0]), width)
+    ]
+    return torch.cat(pieces)

@@ -1,0 +1,115 @@
+"""What comes back from nodes, as one answer for every client asked: a sound update or why there is none."""
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+
+from flwr.app import RecordDict
+
+from fedllm.adapters.layout import at_rank
+from fedllm.errors import WireError
+from fedllm.training.optimizer import largest_move
+from fedllm.types import ClientFailure, RoundPlan
+from fedllm.wire import replies
+from strategies.answers import Answer, members_of
+from strategies.session import Session
+from strategies.staleness import late_refusal
+from strategies.transport import Reply
+from strategies.validation import find_fault, largest_weight
+
+
+def receive(
+    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
+) -> Generator[Answer, None, None]:
+    """Yield one answer for every client asked, as it arrives: a sound update or why there is none.
+
+    Late updates of earlier rounds come too, where they count; of those that are unsound or too late there is
+    only a notice.
+    """
+    asked, largest_staleness = session.by_node(plan.asked), session.config.federation.max_staleness
+    replies = session.transport.exchange(
+        contents,
+        message_type="train",
+        group=str(plan.round_num),
+        deadline=session.config.federation.round_deadline,
+        plan=plan,
+    )
+    for reply in replies:
+        sent = reply.plan or plan
+        named = asked if sent is plan else session.by_node(sent.asked)
+        for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):
+            refused = sent is not plan and late_refusal(answer, plan.round_num, largest_staleness)
+            if refused:
+                session.watch.notice(refused)
+                continue
+            for each in members_of(answer):
+                session.watch.client(plan.round_num, each)
+            yield answer
+
+
+def read_reply(
+    session: Session, plan: RoundPlan, reply: Reply, asked: list[str]
+) -> Generator[Answer, None, None]:
+    """Yield one answer for each client of a node that was asked; what it says of others is ignored.
+
+    The sum of a node's clients is one answer for all of them, sound or lost as a whole.
+    """
+    unanswered = dict.fromkeys(asked, "its node did not answer for it")
+    answers: Sequence[Answer] = ()
+    if reply.content is None:
+        unanswered = dict.fromkeys(asked, reply.reason)
+    else:
+        try:
+            answers = _answers(session, plan, reply.content, asked)
+        except WireError as error:
+            unanswered = dict.fromkeys(asked, str(error))
+    if not answers:
+        session.delivered.failed(reply.node_id, reply.content)
+    for answer in answers:
+        if unanswered.pop(answer.client_id, None) is None:
+            session.watch.notice(f"node {reply.node_id} answered for a client it was not asked for")
+            continue
+        for member in members_of(answer)[1:]:
+            unanswered.pop(member.client_id, None)
+        yield from _checked(session, plan, answer)
+    for client, reason in unanswered.items():
+        yield ClientFailure(client_id=client, code="lost", reason=reason)
+
+
+def _answers(session: Session, plan: RoundPlan, content: RecordDict, asked: Sequence[str]) -> list[Answer]:
+    """Return what a node's reply says of its clients, in the form it was asked for."""
+    ranks = {client: plan.ranks[client] for client in asked}
+    if not session.is_summed(ranks.values()):
+        return replies.read_updates(
+            content,
+            layout=session.layout,
+            ranks=ranks,
+            part=plan.returned,
+            round_num=plan.round_num,
+            with_controls=session.config.train.control_variates,
+        )
+    answers = replies.read_sum(content, layout=session.layout, part=plan.returned, round_num=plan.round_num)
+    if not {each.client_id for answer in answers for each in members_of(answer)} <= ranks.keys():
+        raise WireError("its node's sum is of clients that were not asked")
+    return answers
+
+
+def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answer]:
+    """Return the answer where it is sound, else a failure of every client it stands for."""
+    if isinstance(answer, ClientFailure):
+        return [answer]
+    reason = find_fault(
+        answer,
+        layout=at_rank(session.layout, plan.ranks[answer.client_id]),
+        round_num=plan.round_num,
+        largest_weights={
+            member.client_id: largest_weight(session.clients[member.client_id], session.config)
+            for member in members_of(answer)
+        },
+        largest_move=largest_move(plan.training, plan.largest_start),
+        largest_control=2 * plan.training.clip_norm,
+    )
+    if not reason:
+        return [answer]
+    return [
+        ClientFailure(client_id=member.client_id, code="refused", reason=reason)
+        for member in members_of(answer)
+    ]

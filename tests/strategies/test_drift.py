@@ -1,0 +1,216 @@
+"""Rounds on a base model that has drifted: who holds what, what is sent, and that all have the same bits."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from clients import drifts
+from fedllm.adapters.drift import Drift
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.models.base import load_base
+from fedllm.models.drifted import drifted
+from fedllm.types import ClientUpdate
+from fedllm.wire import codec
+from strategies.evaluation import evaluate
+from strategies.rounds import next_round, run_round
+
+NAMES = ("anna", "ben", "cleo", "dora")
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
+    drifts._store.cache_clear()
+    yield
+    drifts._store.cache_clear()
+
+
+def forget_everything() -> None:
+    """Do what the loss of a machine's disk does."""
+    store = drifts.drift_store()
+    store.newest = None
+    for file in store.folder.glob("*"):
+        file.unlink()
+
+
+def drift_on(layout: AdapterLayout, seed: int = 0) -> Drift:
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for place, matrix in enumerate(layout.matrices):
+        rank = place % 3
+        b_ON = 0.2 * torch.randn(matrix.out_features, rank, generator=generator)
+        pairs.append((b_ON, torch.randn(rank, matrix.in_features, generator=generator)))
+    return Drift(layout, tuple(pairs))
+
+
+def packet_size(layout: AdapterLayout, drift: Drift, payload: str = "fp32") -> tuple[int, int]:
+    """Return the bytes of an adapter's packet and of a drift's."""
+    sizes = [
+        len(
+            codec.encode(
+                torch.zeros(size), layout_digest=layout.digest, part=part, round_num=1, payload=payload
+            )
+        )
+        for size, part in ((layout.size, "both"), (drift.size, "drift"))
+    ]
+    return sizes[0], sizes[1]
+
+
+def on_drift(run: Any, seed: int = 0) -> Any:
+    """Return the run's state with a drift, as a read-out that drifts leaves it."""
+    return replace(run.state, drift=drift_on(run.session.layout, seed))
+
+
+def test_a_drift_is_sent_once_to_a_node_and_again_when_it_changes(
+    make_config: Callable, open_run: Callable
+) -> None:
+    config = make_config({"federation.num-rounds": 9, "data.max-held-out": 2, "data.held-out-fraction": 0.4})
+    run = open_run(config)
+    state = on_drift(run)
+    adapter, drift = packet_size(run.session.layout, state.drift)
+    expected = [adapter + drift, adapter, adapter + drift, adapter]
+    for number, size in enumerate(expected):
+        if number == 2:
+            state = replace(state, drift=drift_on(run.session.layout, 1))
+        digest = state.drift.digest
+        state, record = next_round(run.session, state)
+        assert record.accepted == NAMES
+        assert record.bytes_down == 4 * size
+        assert state.drift.digest == digest
+        before = run.session.transport.bytes_down
+        evaluate(run.session, state)
+        assert run.session.transport.bytes_down - before == 4 * adapter, "evaluation needs no drift again"
+
+
+def test_an_evaluation_brings_the_drift_that_the_next_round_trains_on(
+    make_config: Callable, open_run: Callable
+) -> None:
+    run = open_run(make_config({"data.max-held-out": 2, "data.held-out-fraction": 0.4}))
+    state = on_drift(run)
+    adapter, drift = packet_size(run.session.layout, state.drift)
+    assert set(evaluate(run.session, state)) == set(NAMES)
+    assert run.session.transport.bytes_down == 4 * (adapter + drift)
+    _, record = next_round(run.session, state)
+    assert record.bytes_down == 4 * adapter
+
+
+def test_training_and_evaluation_see_the_drift_and_leave_the_base_as_it_was(
+    make_config: Callable, open_run: Callable
+) -> None:
+    config = make_config({"data.max-held-out": 2, "data.held-out-fraction": 0.4})
+    run = open_run(config)
+    base = load_base(config.model)
+    weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    plain, _ = next_round(run.session, run.state)
+    moved, record = next_round(run.session, on_drift(run))
+    assert record.accepted == NAMES
+    assert plain.adapter.digest != moved.adapter.digest
+    drifted_losses, plain_losses = evaluate(run.session, on_drift(run)), evaluate(run.session, run.state)
+    for name in NAMES:
+        assert abs(drifted_losses[name] - plain_losses[name]) > 1e-4
+    after = base.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_client_that_joins_late_trains_on_the_same_base_bits(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node appears in round 3 with nothing, is sent the whole drift, and gives its usual delta."""
+    config = make_config({"federation.num-rounds": 9, "wire.codec": "fp32", "federation.min-clients": 3})
+    run = open_run(config)
+    late = run.grid._contexts.pop(5)
+    run.session.clients.pop("dora")
+    run.session.transport.asked.discard(5)
+    state = on_drift(run)
+    for seed in (1, 2):
+        state, record = next_round(run.session, state)
+        assert record.accepted == NAMES[:3]
+        state = replace(state, drift=drift_on(run.session.layout, seed))
+    forget_everything()  # what dora's machine has; the others are sent it anew, as it is a new drift
+    run.grid._contexts[5] = late
+    seen: dict[str, ClientUpdate] = {}
+    watch = replace(run.session.watch, client=lambda number, answer: seen.update({answer.client_id: answer}))
+    bases = []
+
+    def spied(base: Any, drift: Drift) -> Any:
+        weight = base.model.get_submodule(run.session.layout.matrices[1].module).weight
+        block = drifted(base, drift)
+        with block:
+            bases.append(weight.detach().clone())
+        return drifted(base, drift)
+
+    monkeypatch.setattr("clients.work.drifted", spied)
+    _, record = next_round(replace(run.session, watch=watch), state)
+    assert record.accepted == NAMES
+    adapter, drift = packet_size(run.session.layout, state.drift)
+    assert record.bytes_down == 4 * (adapter + drift)
+    assert len(bases) == 4
+    assert all(torch.equal(base, bases[0]) for base in bases)
+
+    everybody = open_run(config)
+    again: dict[str, ClientUpdate] = {}
+    watch = replace(
+        everybody.session.watch, client=lambda number, answer: again.update({answer.client_id: answer})
+    )
+    next_round(replace(everybody.session, watch=watch), state)
+    for name in NAMES:
+        assert torch.equal(seen[name].delta, again[name].delta)
+
+
+def test_a_node_that_has_lost_the_drift_says_so_and_is_sent_it_at_the_next_attempt(
+    make_config: Callable, open_run: Callable
+) -> None:
+    config = make_config({"federation.num-rounds": 9, "federation.min-clients": 4})
+    run = open_run(config)
+    state, _ = next_round(run.session, on_drift(run))
+    adapter, drift = packet_size(run.session.layout, state.drift)
+    forget_everything()
+    run.records.clear()
+    next_round(run.session, state)
+    first, second = run.records
+    assert set(first.lost.values()) == {"client reports not-held"}
+    assert (first.applied, first.bytes_down) == (False, 4 * adapter)
+    assert (second.accepted, second.bytes_down) == (NAMES, 4 * (adapter + drift))
+
+
+@pytest.mark.parametrize("reply", ["none", "error"])
+def test_a_node_that_did_not_answer_is_sent_the_drift_again(
+    reply: str, make_config: Callable, open_run: Callable
+) -> None:
+    broken = [True]
+
+    def tamper(message: Message) -> list[Message]:
+        if message.metadata.src_node_id == 3 and message.metadata.message_type == "train" and broken[0]:
+            broken[0] = False
+            if reply == "none":
+                return []
+            message.content = RecordDict({"error": ConfigRecord({"code": "out-of-memory"})})
+        return [message]
+
+    config = make_config({"federation.num-rounds": 9, "federation.round-deadline": 2.0})
+    run = open_run(config, tamper=tamper)
+    state, record = next_round(run.session, on_drift(run))
+    assert list(record.lost) == ["ben"]
+    adapter, drift = packet_size(run.session.layout, state.drift)
+    run.session.transport.late.clear()
+    state, record = next_round(run.session, state)
+    assert record.accepted == NAMES
+    assert record.bytes_down == 4 * adapter + drift
+
+
+def test_a_request_with_the_wrong_digest_of_its_drift_is_refused_by_every_node(
+    make_config: Callable, open_run: Callable
+) -> None:
+    run = open_run(make_config({"federation.max-retries": 0}))
+    state = on_drift(run)
+    forged = drift_on(run.session.layout, 5)
+    forged.__dict__["digest"] = "0" * 64
+    _, record = next_round(run.session, state)
+    assert record.accepted == NAMES
+    _, record = run_round(run.session, replace(state, drift=forged))
+    assert set(record.lost.values()) == {"client reports bad-packet"}

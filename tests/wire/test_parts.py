@@ -1,0 +1,232 @@
+"""Deltas of one factor, of a client's own rank, or of a whole node: what comes back, and what is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+
+from fedllm.adapters.layout import AdapterLayout, LoraMatrix, at_rank
+from fedllm.adapters.parts import PARTS, part_of, part_size, whole_of
+from fedllm.errors import WireError
+from fedllm.types import ClientFailure, ClientUpdate
+from fedllm.wire import codec, packets, replies
+
+LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 4, 8.0, "f" * 64)
+SECRET = "xyzzy-private"
+RANKS = {"a": 4, "b": 1, "c": 3}
+
+
+def delta_of(rank: int, part: str, seed: int = 1) -> torch.Tensor:
+    """Return a whole delta of a rank in which one part has moved."""
+    layout = at_rank(LAYOUT, rank)
+    moved = torch.randn(part_size(layout, part), generator=torch.Generator().manual_seed(seed))
+    return whole_of(layout, moved, part)
+
+
+def update(client_id: str, rank: int, delta: torch.Tensor) -> ClientUpdate:
+    return ClientUpdate(
+        client_id=client_id,
+        round_num=4,
+        rank=rank,
+        delta=delta,
+        weight=7.0,
+        num_tokens=31,
+        train_loss=0.25,
+        num_truncated=1,
+        seconds=0.5,
+    )
+
+
+def updates_of(part: str) -> list[ClientUpdate]:
+    return [update(name, rank, delta_of(rank, part)) for name, rank in RANKS.items()]
+
+
+def reply(part: str, payload: str = "fp32") -> RecordDict:
+    return replies.write_updates(updates_of(part), layout=LAYOUT, part=part, payload=payload)
+
+
+def read(content: RecordDict, part: str) -> list[ClientUpdate | ClientFailure]:
+    return replies.read_updates(content, layout=LAYOUT, ranks=RANKS, part=part, round_num=4)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_clients_rank_comes_back_as_a_whole_delta(part: str) -> None:
+    for got, sent in zip(read(reply(part), part), updates_of(part), strict=True):
+        assert isinstance(got, ClientUpdate)
+        assert got.rank == sent.rank
+        assert torch.equal(got.delta, sent.delta)
+        assert not got.members
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("payload", codec.PAYLOADS)
+def test_only_the_part_travels(part: str, payload: str) -> None:
+    for name, array in reply(part, payload)["updates"].items():
+        layout = at_rank(LAYOUT, RANKS[name])
+        header = len(array.data) - codec.payload_bytes(part_size(layout, part), payload)
+        assert 41 < header < 200
+
+
+def test_what_was_not_trained_is_not_sent_even_if_it_had_moved() -> None:
+    whole = torch.ones(LAYOUT.size)
+    content = replies.write_updates([update("a", 4, whole)], layout=LAYOUT, part="b", payload="fp32")
+    (got,) = replies.read_updates(content, layout=LAYOUT, ranks={"a": 4}, part="b", round_num=4)
+    assert isinstance(got, ClientUpdate)
+    assert torch.equal(part_of(LAYOUT, got.delta, "a"), torch.zeros(part_size(LAYOUT, "a")))
+    assert torch.equal(part_of(LAYOUT, got.delta, "b"), torch.ones(part_size(LAYOUT, "b")))
+
+
+@pytest.mark.parametrize("sent", PARTS)
+@pytest.mark.parametrize("asked", PARTS)
+def test_another_part_than_asked_for_is_refused(sent: str, asked: str) -> None:
+    answers = read(reply(sent), asked)
+    if sent == asked:
+        assert all(isinstance(answer, ClientUpdate) for answer in answers)
+        return
+    for answer in answers:
+        assert isinstance(answer, ClientFailure)
+        assert answer.reason == f"packet holds part '{sent}', expected part '{asked}'"
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_another_rank_than_asked_for_is_refused(rank: int) -> None:
+    content = reply("b")
+    layout = at_rank(LAYOUT, rank)
+    data = codec.encode(
+        torch.zeros(part_size(layout, "b")),
+        layout_digest=layout.digest,
+        part="b",
+        round_num=4,
+        payload="fp32",
+    )
+    content["updates"]["c"] = packets.to_array(data)
+    *sound, refused = read(content, "b")
+    assert all(isinstance(answer, ClientUpdate) for answer in sound)
+    assert isinstance(refused, ClientFailure)
+    assert "rank" in refused.reason or "bytes" in refused.reason
+
+
+@pytest.mark.parametrize("name", [SECRET, "drift"])
+def test_an_unknown_part_is_refused_without_a_word_of_the_sender(name: str) -> None:
+    content = reply("b")
+    vector = torch.zeros(part_size(LAYOUT, "b"))
+    data = codec.encode(vector, layout_digest=LAYOUT.digest, part=name, round_num=4, payload="fp32")
+    content["updates"]["a"] = packets.to_array(data)
+    refused, *_ = read(content, "b")
+    assert isinstance(refused, ClientFailure)
+    assert SECRET not in refused.reason
+    assert "part" in refused.reason
+
+
+# --- sums --------------------------------------------------------------------------------------------------
+
+MEAN = torch.linspace(-1, 1, LAYOUT.size)
+
+
+def sum_reply(part: str = "both", payload: str = "fp32") -> RecordDict:
+    results: list[ClientUpdate | ClientFailure] = [
+        replace(update("a", 4, MEAN), weight=1.0),
+        ClientFailure(client_id="b", code="no-data"),
+        replace(update("c", 4, MEAN), weight=3.0, train_loss=0.5),
+    ]
+    return replies.write_sum(results, MEAN, layout=LAYOUT, part=part, payload=payload)
+
+
+def read_sum(content: RecordDict, part: str = "both") -> list[ClientUpdate | ClientFailure]:
+    return replies.read_sum(content, layout=LAYOUT, part=part, round_num=4)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_sum_comes_back_as_one_update_with_every_members_numbers(part: str) -> None:
+    content = recorddict_from_proto(recorddict_to_proto(sum_reply(part)))  # as Flower carries it
+    total, failure = read_sum(content, part)
+    assert isinstance(total, ClientUpdate)
+    assert failure == ClientFailure(client_id="b", code="no-data", reason="client reports no-data")
+    assert torch.equal(part_of(LAYOUT, total.delta, part), part_of(LAYOUT, MEAN, part))
+    assert (total.weight, total.num_tokens, total.rank) == (4.0, 62, 4)
+    assert [(m.client_id, m.weight, m.train_loss) for m in total.members] == [
+        ("a", 1.0, 0.25),
+        ("c", 3.0, 0.5),
+    ]
+    assert [member.delta.numel() for member in total.members] == [0, 0]
+
+
+def test_a_sum_is_one_packet_however_many_clients_it_is_of() -> None:
+    sizes = []
+    for number in (1, 2, 50):
+        results = [update(f"c{index}", 4, MEAN) for index in range(number)]
+        content = replies.write_sum(results, MEAN, layout=LAYOUT, part="b", payload="bf16")
+        sizes.append(packets.packet_bytes(content))
+    assert len(set(sizes)) == 1
+
+
+def test_a_node_of_which_no_client_has_an_update_sends_no_sum() -> None:
+    failure = ClientFailure(client_id="a", code="non-finite")
+    content = replies.write_sum([failure], torch.zeros(0), layout=LAYOUT, part="b", payload="bf16")
+    assert set(content) == {"clients"}
+    (answer,) = read_sum(content, "b")
+    assert isinstance(answer, ClientFailure)
+    assert answer.code == "non-finite"
+
+
+def _no_sum(content: RecordDict) -> None:
+    del content["sum"]
+
+
+def _two_sums(content: RecordDict) -> None:
+    content["sum"]["more"] = content["sum"]["sum"]
+
+
+def _other_name(content: RecordDict) -> None:
+    content["sum"][SECRET] = content["sum"].pop("sum")
+
+
+def _updates_too(content: RecordDict) -> None:
+    content["updates"] = ArrayRecord({"a": content["sum"]["sum"]})
+
+
+def _sum_of_nobody(content: RecordDict) -> None:
+    content["clients"]["codes"] = ["failed"] * 3
+    del content["metrics"]
+
+
+@pytest.mark.parametrize("damage", [_no_sum, _two_sums, _other_name, _updates_too, _sum_of_nobody])
+def test_a_sum_of_any_other_form_is_refused(damage: Callable[[RecordDict], None]) -> None:
+    content = sum_reply()
+    damage(content)
+    with pytest.raises(WireError) as caught:
+        read_sum(content)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout_digest": at_rank(LAYOUT, 3).digest},
+        {"part": "b"},
+        {"round_num": 3},
+        {"vector": torch.zeros(LAYOUT.size - 1)},
+    ],
+)
+def test_a_bad_packet_fails_every_client_of_a_sum(changes: dict[str, Any]) -> None:
+    content = sum_reply()
+    values = {"layout_digest": LAYOUT.digest, "part": "both", "round_num": 4, "payload": "fp32"}
+    vector = changes.pop("vector", MEAN)
+    content["sum"]["sum"] = packets.to_array(codec.encode(vector, **{**values, **changes}))
+    answers = read_sum(content)
+    assert [(answer.client_id, type(answer)) for answer in answers] == [
+        ("a", ClientFailure),
+        ("c", ClientFailure),
+        ("b", ClientFailure),
+    ]
+
+
+def test_an_answer_in_the_other_form_is_refused() -> None:
+    with pytest.raises(WireError):
+        read(sum_reply(), "both")
+    with pytest.raises(WireError):
+        read_sum(reply("both"))
