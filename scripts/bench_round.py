@@ -152,12 +152,16 @@ def measure_cohorts(
     return {name: cohort_figures([one[name].value for one in done]) for name in variants}
 
 
-def memory_per_client(cohorts: Mapping[str, Mapping[str, Any]]) -> float:
-    """Return how many float32 adapters of peak memory one more client takes, from fewest to most clients."""
+def memory_per_client(cohorts: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Return how many float32 adapters of peak memory one more client takes, from fewest to most clients.
+
+    None where all have as many clients.
+    """
     by_size = sorted(cohorts.values(), key=lambda figures: int(figures["clients"]))
     fewest, most = by_size[0], by_size[-1]
     grown = 1e6 * (most["peak_rss_mb"].median - fewest["peak_rss_mb"].median)
-    return float(grown / (4 * most["adapter_values"] * (most["clients"] - fewest["clients"])))
+    more = 4 * most["adapter_values"] * (most["clients"] - fewest["clients"])
+    return float(grown / more) if more else None
 
 
 # --- what a person sees ------------------------------------------------------------------------------------
@@ -203,7 +207,9 @@ def show_cohorts(console: Console, cohorts: Mapping[str, Mapping[str, Any]]) -> 
     console.print(figures_table("min, median and max over the rounds and repetitions", columns, rows))
     parts = {name: [f"{part:.3f}" for part in each["parts_s"].values()] for name, each in cohorts.items()}
     console.print(figures_table("median wall s of each part of a round", tuple(first["parts_s"]), parts))
-    console.print(f"one more client takes {memory_per_client(cohorts):.2f} float32 adapters of peak memory")
+    growth = memory_per_client(cohorts)
+    if growth is not None:
+        console.print(f"one more client takes {growth:.2f} float32 adapters of peak memory")
 
 
 def plot(path: Path, cohorts: Mapping[str, Mapping[str, Any]]) -> None:

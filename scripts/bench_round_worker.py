@@ -42,7 +42,7 @@ PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
         *(("fedllm.wire.requests", name) for name in ("write_train_request", "read_train_request")),
         *(("fedllm.wire.replies", name) for name in ("write_updates", "read_updates")),
     ),
-    "validate": (("strategies.receiving", "check_update"),),
+    "validate": (("strategies.receiving", "find_fault"),),
     "aggregate": tuple(("strategies.aggregation.combine", name) for name in ("init", "add", "finish")),
     "checkpoint": (("strategies.run", "save_checkpoint"), ("strategies.run", "write_rounds")),
 }

@@ -261,11 +261,11 @@ def follow(link: Link, run_id: str, folder: Path, view: RunView) -> str:
     Asking Flower costs a second of CPU, so it is asked when the run has left its result, and ever more rarely
     before: a run that dies without one is noticed within a minute.
     """
-    rounds, shown, seen = folder / "rounds.jsonl", 0, 0
+    rounds, shown, seen = folder / "rounds.jsonl", 0, (0, 0)
     asked, pause = time.monotonic(), _FIRST_ASK_SECONDS
     while True:
-        if rounds.exists() and rounds.stat().st_mtime_ns != seen:
-            seen = rounds.stat().st_mtime_ns
+        if rounds.exists() and _state(rounds) != seen:
+            seen = _state(rounds)
             lines = rounds.read_text().splitlines()
             for line in lines[shown:]:
                 view.record(record_from_dict(json.loads(line)))
@@ -276,6 +276,12 @@ def follow(link: Link, run_id: str, folder: Path, view: RunView) -> str:
                 return now
             asked, pause = time.monotonic(), min(2 * pause, _LONGEST_PAUSE_SECONDS)
         time.sleep(0.2)
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Return what tells one version of a growing file from the next; its time alone may be too coarse."""
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def keep_logs(link: Link, run_id: str, folder: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 # What an eigendecomposition of an n x n matrix costs, in n^3 FLOP of a matrix product (float64 on a CPU).
 EIGH_FLOP = 20
 # Passes over the matrix that the range finder is expected to need, and those after which it stops.
-USUAL_PASSES, MOST_PASSES = 10, 60
+USUAL_PASSES, MOST_PASSES = 5, 60
 # It stops once a pass adds less than this share to the energy it keeps.
 TOLERANCE = 1e-12
 # Added to a Gram matrix, as a share of its trace, so that it can be factored whatever its rank.
@@ -52,12 +52,13 @@ class Product:
 
     def times(self, x_LIC: torch.Tensor) -> torch.Tensor:
         """Return the matrices times x, [L, O, C]."""
-        return self.left @ (x_LIC if self.right is None else self.right @ x_LIC)
+        inner_LNC = x_LIC if self.right is None else _tall_times(self.right, x_LIC)
+        return _tall_times(self.left, inner_LNC)
 
     def transposed_times(self, x_LOC: torch.Tensor) -> torch.Tensor:
         """Return the transposed matrices times x, [L, I, C]."""
-        inner = self.left.mT @ x_LOC
-        return inner if self.right is None else self.right.mT @ inner
+        inner_LNC = _tall_times(self.left.mT, x_LOC)
+        return inner_LNC if self.right is None else _tall_times(self.right.mT, inner_LNC)
 
     def plus(self, other: "Product") -> "Product":
         """Return the sum: the factors side by side, or one matrix where either has none."""
@@ -77,6 +78,11 @@ class Product:
             return self
         width, num_out, num_in = self.left.shape[2], self.num_out, self.num_in
         return self if width * (num_out + num_in) <= num_out * num_in else Product(self.dense)
+
+
+def _tall_times(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return matrix @ x for an x of few columns; as rows the same product is up to 20 times faster."""
+    return (x.mT @ matrix.mT).mT
 
 
 def inner(first: Product, second: Product) -> torch.Tensor:
@@ -128,8 +134,8 @@ def truncate(product: Product, rank: int, fallback_LRI: torch.Tensor) -> Truncat
     A basis of the leading left singular vectors comes from the cheapest of three ways (`leading`). What is
     read out is the projection of the matrix on that basis, decomposed by QR, so an error of the basis can
     lose energy but never invent any. Gram matrices square the condition; measured against the dense SVD on
-    spectra from nearly flat to 1e-7, B A is within 1e-8 of it (as a share of its norm), through the range
-    finder within 1e-6, and the squared distance to M is the least there is to 1e-12 of ||M||^2.
+    spectra from nearly flat to 1e-7 and in a random gauge, B A is within 1e-6 of it (as a share of ||M||),
+    which is the rounding of float32, and the squared distance to M is the least there is to 1e-12 of ||M||^2.
 
     A direction whose singular value vanishes would leave zeros in both factors, where no gradient reaches
     it ever again; there A takes the row of `fallback_LRI` and B stays zero, as in a fresh adapter.
@@ -200,7 +206,7 @@ def _from_grams(product: Product, rank: int) -> torch.Tensor:
     number = min(rank, product.left.shape[2], product.num_out, product.num_in)
     _, vectors_LNN = torch.linalg.eigh(core_LNN)
     turned_LNC = balance_LN[:, :, None] * (root_LNN @ vectors_LNN[:, :, core_LNN.shape[1] - number :])
-    return _orthonormal(product.left @ turned_LNC)
+    return _orthonormal(_tall_times(product.left, turned_LNC))
 
 
 def _from_matrix(product: Product, rank: int) -> torch.Tensor:

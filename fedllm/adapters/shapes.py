@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.layout import AdapterLayout, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,22 @@ def parts_of(group: ShapeGroup, size: int) -> Iterator[slice]:
 def stack_factors(
     layout: AdapterLayout, vectors: Sequence[torch.Tensor], indices: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (A [L, K, R, I], B [L, K, O, R]) in float64 of vectors [P], for matrices of one shape."""
-    stacks = []
-    for letter in (0, 1):
-        specs = [layout.tensors[2 * index + letter] for index in indices]
-        flat = torch.stack(
-            [vector[spec.offset : spec.offset + spec.size] for spec in specs for vector in vectors]
-        )
-        stacks.append(flat.double().view(len(specs), len(vectors), *specs[0].shape))
-    return stacks[0], stacks[1]
+    """Return (A [L, K, R, I], B [L, O, K, R]) in float64 of vectors [P], for matrices of one shape.
+
+    Flattened to [L, K R, I] and [L, O, K R] they are the vectors' factors side by side. Both are new tensors.
+    """
+    matrix, rank, count = layout.matrices[indices[0]], layout.rank, len(vectors)
+    a_LKRI = torch.empty(len(indices), count, rank, matrix.in_features, dtype=torch.float64)
+    b_LOKR = torch.empty(len(indices), matrix.out_features, count, rank, dtype=torch.float64)
+    for place, index in enumerate(indices):
+        a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]
+        a_LKRI[place] = torch.stack([_view(vector, a_spec) for vector in vectors])
+        b_LOKR[place] = torch.stack([_view(vector, b_spec) for vector in vectors], dim=1)
+    return a_LKRI, b_LOKR
+
+
+def _view(vector: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    return vector[spec.offset : spec.offset + spec.size].view(spec.shape)
 
 
 def put_factors(
@@ -57,6 +64,6 @@ def put_factors(
 ) -> None:
     """Write the factors of the named matrices into `vector` [P]."""
     for place, index in enumerate(indices):
-        for letter, factor in ((0, a_LRI), (1, b_LOR)):
-            spec = layout.tensors[2 * index + letter]
-            vector[spec.offset : spec.offset + spec.size] = factor[place].reshape(-1)
+        a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]
+        _view(vector, a_spec).copy_(a_LRI[place])
+        _view(vector, b_spec).copy_(b_LOR[place])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import TypeVar
 
@@ -148,38 +148,44 @@ class Engine:
     def _step(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""
         batches = [job.batches[step] for job in jobs]
-        by_example = any(job.example_clip for job in jobs)
         items: list[_Item] = []
         for client, (job, batch) in enumerate(zip(jobs, batches, strict=True)):
             num_supervised = sum(row.num_supervised for row in batch)
             for number, row in enumerate(batch):
                 weight = 1 / (row.num_supervised if job.example_clip else num_supervised)
-                slot, dropout = len(items) if by_example else client, job.training.dropout
+                dropout = job.training.dropout
                 seed = row_seed(job, step, number) if dropout else 0
-                items.append(_Item(row, client, slot, weight, dropout, seed))
-        self.bank.reserve(len(items) if by_example else len(jobs))
+                items.append(_Item(row, client, client, weight, dropout, seed))
+        num_supervised_A = torch.tensor([sum(row.num_supervised for row in batch) for batch in batches])
+        if any(job.example_clip for job in jobs):
+            grad_AP, losses_A = self._clipped_gradients(jobs, items)
+            return grad_AP, losses_A / num_supervised_A
+        self.bank.reserve(len(jobs))
         losses_A = torch.zeros(len(jobs), dtype=torch.float64)
         for part in self._passes(items, self._step_limit):
-            owners = torch.tensor([item.client for item in part])
-            losses_A.index_add_(0, owners, self._pass(part, backward=True))
-        losses_A /= torch.tensor([sum(row.num_supervised for row in batch) for batch in batches])
-        if by_example:
-            return self._clipped_mean(jobs, items), losses_A
-        return self.bank.grad_SP, losses_A
+            losses_A.index_add_(0, _owners(part), self._pass(part, backward=True))
+        return self.bank.grad_SP, losses_A / num_supervised_A
 
-    def _clipped_mean(self, jobs: Sequence[Job], items: Sequence[_Item]) -> torch.Tensor:
-        """Return per job the sum of its examples' gradients, each clipped, over its batch size, [A, P]."""
-        grad_SP = self.bank.grad_SP
-        clips = [jobs[item.client].example_clip or float("inf") for item in items]
-        sizes = [
-            jobs[item.client].training.batch_size if jobs[item.client].example_clip else 1 for item in items
-        ]
-        clip_S = torch.tensor(clips, device=grad_SP.device, dtype=grad_SP.dtype)
-        size_S = torch.tensor(sizes, device=grad_SP.device, dtype=grad_SP.dtype)
-        norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
-        grad_SP.mul_(((clip_S / norms_S.clamp(min=1e-30)).clamp(max=1.0) / size_S)[:, None])
-        owners = torch.tensor([item.client for item in items], device=grad_SP.device)
-        return grad_SP.new_zeros(len(jobs), grad_SP.shape[1]).index_add_(0, owners, grad_SP)
+    def _clipped_gradients(
+        self, jobs: Sequence[Job], items: Sequence[_Item]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return per job the sum of its examples' gradients, each clipped, over its batch size [A, P], and
+        its summed token loss [A].
+
+        An example is a slot of one pass, so no more gradients are held than a pass has examples.
+        """
+        parts = list(self._passes(items, self._limit))
+        losses_A = torch.zeros(len(jobs), dtype=torch.float64)
+        total_AP = torch.zeros_like(self.bank.theta_CP[: len(jobs)])
+        for part in parts:
+            self.bank.reserve(max(map(len, parts)))
+            slots = [replace(item, slot=slot) for slot, item in enumerate(part)]
+            losses_A.index_add_(0, _owners(part), self._pass(slots, backward=True))
+            grad_SP = self.bank.grad_SP[: len(part)]
+            # One product reads the gradients once. It also mixes 0 times a diverged client's gradient into
+            # its neighbours', which are then trained again alone (`_train_group`).
+            total_AP.addmm_(_clip_factors(jobs, part, grad_SP), grad_SP)
+        return total_AP, losses_A
 
     # --- passes -------------------------------------------------------------------------------------------
 
@@ -307,6 +313,29 @@ def packed(items: Sequence[T], sizes: Sequence[int], limit: int) -> Iterator[lis
         filled += size
     if run:
         yield run
+
+
+def _owners(items: Sequence[_Item]) -> torch.Tensor:
+    """Return the client of every sample, [B]."""
+    return torch.tensor([item.client for item in items])
+
+
+def _clip_factors(jobs: Sequence[Job], items: Sequence[_Item], grad_SP: torch.Tensor) -> torch.Tensor:
+    """Return what every slot's gradient is multiplied by in its own job's mean, [A, S], zero in the others'.
+
+    Jobs that are not clipped have the mean in their rows' weights already: 1.
+    """
+    owners = [jobs[item.client] for item in items]
+    new = partial(torch.tensor, device=grad_SP.device, dtype=grad_SP.dtype)
+    clip_S = new([job.example_clip or float("inf") for job in owners])
+    size_S = new([job.training.batch_size if job.example_clip else 1 for job in owners])
+    norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
+    factors_AS = grad_SP.new_zeros(len(jobs), len(items))
+    columns = torch.arange(len(items), device=grad_SP.device)
+    factors_AS[_owners(items).to(grad_SP.device), columns] = (clip_S / norms_S.clamp(min=1e-30)).clamp(
+        max=1.0
+    ) / size_S
+    return factors_AS
 
 
 def _num_tokens(job: Job) -> int:

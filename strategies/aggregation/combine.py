@@ -13,15 +13,15 @@ Tensor suffixes: K clients, P flat adapter, L matrices of one shape, R rank, O o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from fedllm.adapters.algebra import Product
+from fedllm.adapters.algebra import Product, squared_norm
 from fedllm.adapters.drift import Drift
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
-from fedllm.adapters.shapes import parts_of, put_factors, shape_groups, stack_factors
+from fedllm.adapters.shapes import parts_of, put_factors, shape_groups
 from fedllm.errors import LayoutError
 from fedllm.rule import COORDINATE_RULES, AggregationRule
 from fedllm.runs.checkpoint import ServerState
@@ -29,7 +29,7 @@ from fedllm.types import ClientUpdate, OptimizerState
 from strategies.aggregation import optimizers, robust, sums
 from strategies.aggregation.gauge import aligned
 from strategies.aggregation.readouts import READ_OUTS, Mean, ReadOut, factor_mean
-from strategies.aggregation.sums import Held, Sums
+from strategies.aggregation.sums import Change, Held, Sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +104,10 @@ def finish(mixture: Mixture) -> Aggregate:
         mixture = _folded(mixture)
     rule, layout, state = mixture.rule, mixture.layout, mixture.state
     verdict, norms = _weigh(mixture)
-    delta_P = _mean_delta(mixture, verdict)
     is_single = mixture.folded is None and len(mixture.held) == 1
     # One client's own factors are already its exact read-out; refactoring them would only change the gauge.
     read_out = factor_mean if is_single and rule.read_out != "stack" else READ_OUTS[rule.read_out]
-    vector_P, drift, measured = _read_out(mixture, verdict, delta_P, read_out)
+    vector_P, drift, measured = _read_out(mixture, verdict, read_out)
     moments = state.optimizer
     if not rule.optimizer.is_plain:
         target_P = vector_P
@@ -119,7 +118,8 @@ def finish(mixture: Mixture) -> Aggregate:
         )
         vector_P = state.adapter.vector + step_P
     if rule.local_b:
-        measured = _Measured(None, None, None, float(torch.linalg.vector_norm(delta_P)))
+        moved = float(torch.linalg.vector_norm(vector_P - state.adapter.vector))
+        measured = _Measured(None, None, None, moved)
     elif rule.node_sum and rule.train == "both":  # sums hide the clients' own products
         measured = replace(measured, rho=None, largest_rho=None, kept_energy=None)
     return Aggregate(
@@ -161,8 +161,8 @@ def product_norm(layout: AdapterLayout, vector_P: torch.Tensor) -> float:
     """Return ||B A||_F over all matrices, above zero: what HetLoRA weighs clients by."""
     total = 0.0
     for group in shape_groups(layout):
-        a_LKRI, b_LKOR = stack_factors(layout, (vector_P,), group.indices)
-        total += float(((a_LKRI @ a_LKRI.mT) * (b_LKOR.mT @ b_LKOR)).sum())
+        factors = sums.change_of_vector(layout, vector_P, group.indices)
+        total += float(squared_norm(Product(factors.b_LOR, factors.a_LRI)).sum())
     return max(math.sqrt(max(total, 0.0)), torch.finfo(torch.float32).tiny)
 
 
@@ -221,30 +221,6 @@ def _silenced(mixture: Mixture, verdict: robust.Verdict) -> tuple[str, ...]:
     )
 
 
-def _mean_delta(mixture: Mixture, verdict: robust.Verdict) -> torch.Tensor:
-    """Return the weighted mean change [P] of the factors, in float64.
-
-    Where one factor is common to all, every column is the mean over the clients that train it: client i
-    counts p_i / sum of p_j over the clients of at least that rank.
-    """
-    rule, layout = mixture.rule, mixture.layout
-    if rule.robust in COORDINATE_RULES:
-        deltas = [client.delta for client in mixture.held]
-        return robust.of_coordinates(rule.robust, deltas, rule.max_malicious)
-    if mixture.folded is not None:
-        delta_P = mixture.folded.delta / mixture.folded.weight
-        shares_R = mixture.folded.rank_weights / mixture.folded.weight
-    else:
-        delta_P = sums.weighted_delta(mixture.held, verdict.coefficients)
-        shares_R = sums.rank_weights(mixture.held, verdict.weights, layout.rank)
-    if not rule.needs_products and float(shares_R.min()) < 1 - 1e-12:
-        shares_R = torch.where(shares_R > 0, shares_R, 1.0)  # a column nobody trains stays as it is
-        for a_RI, b_OR in layout.factors(delta_P):
-            a_RI /= shares_R[:, None]
-            b_OR /= shares_R
-    return delta_P
-
-
 @dataclass(frozen=True)
 class _Measured:
     rho: float | None
@@ -254,47 +230,46 @@ class _Measured:
 
 
 def _read_out(
-    mixture: Mixture,
-    verdict: robust.Verdict,
-    delta_P: torch.Tensor,
-    read_out: Callable[[Mean], ReadOut],
+    mixture: Mixture, verdict: robust.Verdict, read_out: Callable[[Mean], ReadOut]
 ) -> tuple[torch.Tensor, Drift, _Measured]:
     """Return the next adapter [P], the next drift and what was measured, shape by shape."""
-    layout, drift, start = mixture.layout, mixture.state.drift, mixture.state.adapter.vector
+    layout, drift, start_P = mixture.layout, mixture.state.drift, mixture.state.adapter.vector
     vector_P, energies = torch.empty(layout.size), []
-    for place, group in enumerate(shape_groups(layout)):
-        for part in parts_of(group, sums.matrices_at_once(group, layout.rank * (len(mixture.held) + 2))):
-            indices = group.indices[part]
-            a_LKRI, b_LKOR = stack_factors(layout, (start, delta_P), indices)
-            residual = _residual(mixture, verdict, place, part, (a_LKRI[:, 1], b_LKOR[:, 1]))
-            mean = Mean(a_LKRI[:, 0], b_LKOR[:, 0], a_LKRI.sum(dim=1), b_LKOR.sum(dim=1), residual)
-            result = read_out(mean)
-            put_factors(layout, vector_P, indices, result.a_LRI, result.b_LOR)
-            if result.base is not None:
-                drift = drift.plus(dict(zip(indices, result.base.split(), strict=True)))
-            energies.append(
-                torch.stack([mean.residual_energy_L, mean.change_energy_L, result.lost_L, mean.energy_L])
-            )
+    for place, part, change in _changes(mixture, verdict):
+        indices = shape_groups(layout)[place].indices[part]
+        start = sums.change_of_vector(layout, start_P, indices)
+        mean = Mean(start.a_LRI, start.b_LOR, change)
+        result = read_out(mean)
+        put_factors(layout, vector_P, indices, result.a_LRI, result.b_LOR)
+        if result.base is not None:
+            drift = drift.plus(dict(zip(indices, result.base.split(), strict=True)))
+        energies.append(
+            torch.stack([mean.residual_energy_L, mean.change_energy_L, result.lost_L, mean.energy_L])
+        )
     if mixture.rule.read_out == "stack":
         vector_P = mixture.fresh().vector
     return vector_P, drift, _measure(torch.cat(energies, dim=1), layout.scale)
 
 
-def _residual(
-    mixture: Mixture,
-    verdict: robust.Verdict,
-    place: int,
-    part: slice,
-    mean: tuple[torch.Tensor, torch.Tensor],
-) -> Product:
-    """Return R of the matrices `part` of the group at `place`, whose mean changes of A and B are `mean`."""
-    mean_LRI, mean_LOR = mean
-    if not mixture.rule.needs_products:
-        return Product(mean_LOR[:, :, :0], mean_LRI[:, :0])
-    if mixture.folded is not None:
-        return Product(mixture.folded.products[place][part] / mixture.folded.weight - mean_LOR @ mean_LRI)
-    indices = shape_groups(mixture.layout)[place].indices[part]
-    return sums.residual(mixture.layout, mixture.held, verdict.coefficients, indices, mean_LOR)
+def _changes(mixture: Mixture, verdict: robust.Verdict) -> Iterator[tuple[int, slice, Change]]:
+    """Yield the mean change of every part of every shape group: its place, the part, the change."""
+    rule, layout, held = mixture.rule, mixture.layout, mixture.held
+    delta_P = None
+    if rule.robust in COORDINATE_RULES:
+        delta_P = robust.of_coordinates(rule.robust, [client.delta for client in held], rule.max_malicious)
+    shares_R = sums.rank_weights(held, verdict.weights, layout.rank)
+    for place, group in enumerate(shape_groups(layout)):
+        for part in parts_of(group, sums.matrices_at_once(group, layout.rank * (len(held) + 2))):
+            indices = group.indices[part]
+            if delta_P is not None:
+                yield place, part, sums.change_of_vector(layout, delta_P, indices)
+            elif mixture.folded is not None:
+                yield place, part, sums.change_of_sums(mixture.folded, layout, place, part)
+            else:
+                change = sums.change_of_held(
+                    layout, held, verdict.coefficients, indices, with_residual=rule.needs_products
+                )
+                yield place, part, change if rule.needs_products else change.per_column(shares_R)
 
 
 def _measure(energies: torch.Tensor, scale: float) -> _Measured:

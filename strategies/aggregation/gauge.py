@@ -26,8 +26,8 @@ def aligned(layout: AdapterLayout, read_out_P: torch.Tensor, start_P: torch.Tens
     """
     vector_P = torch.empty_like(read_out_P)
     for group in shape_groups(layout):
-        a_LKRI, b_LKOR = stack_factors(layout, (read_out_P, start_P), group.indices)
-        a_LRI, b_LOR = _align(a_LKRI[:, 0], b_LKOR[:, 0], a_LKRI[:, 1])
+        a_LKRI, b_LOKR = stack_factors(layout, (read_out_P, start_P), group.indices)
+        a_LRI, b_LOR = _align(a_LKRI[:, 0], b_LOKR[:, :, 0], a_LKRI[:, 1])
         put_factors(layout, vector_P, group.indices, a_LRI, b_LOR)
     return vector_P
 

@@ -26,24 +26,33 @@ from functools import cached_property
 import torch
 
 from fedllm.adapters.algebra import Product, inner, squared_norm, truncate
+from strategies.aggregation.sums import Change
 
 LEAST_ROW = 1e-5  # directions of A' shorter than this share of the longest count as none: float32 has no more
 
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """The mean M of one group of matrices, as B' A' + residual, and the adapter the round started from."""
+    """The mean M of some matrices of one shape: the factors the round started from, and their mean change."""
 
     start_LRI: torch.Tensor
     start_LOR: torch.Tensor
-    mean_LRI: torch.Tensor
-    mean_LOR: torch.Tensor
-    residual: Product
+    change: Change
+
+    @cached_property
+    def mean_LRI(self) -> torch.Tensor:
+        """A'."""
+        return self.start_LRI + self.change.a_LRI
+
+    @cached_property
+    def mean_LOR(self) -> torch.Tensor:
+        """B'."""
+        return self.start_LOR + self.change.b_LOR
 
     @cached_property
     def product(self) -> Product:
         """M."""
-        return Product(self.mean_LOR, self.mean_LRI).plus(self.residual).lightest()
+        return Product(self.mean_LOR, self.mean_LRI).plus(self.change.residual).lightest()
 
     @cached_property
     def energy_L(self) -> torch.Tensor:
@@ -54,7 +63,7 @@ class Mean:
     def residual_energy_L(self) -> torch.Tensor:
         """||R||^2."""
         if self.product.right is None:
-            return squared_norm(Product(self.residual.dense))
+            return squared_norm(Product(self.change.residual.dense))
         rank = self.mean_LRI.shape[1]  # R is the end of the stack M, whose Gram matrices are needed anyway
         left, right = self.product.grams
         return (left[:, rank:, rank:] * right[:, rank:, rank:]).sum(dim=(1, 2)).clamp(min=0)
@@ -63,10 +72,10 @@ class Mean:
     def change_energy_L(self) -> torch.Tensor:
         """||M - B_0 A_0||^2, by terms as small as the change: B_0 (A' - A_0) + (B' - B_0) A' + R."""
         linear = Product(
-            torch.cat([self.start_LOR, self.mean_LOR - self.start_LOR], dim=2),
-            torch.cat([self.mean_LRI - self.start_LRI, self.mean_LRI], dim=1),
+            torch.cat([self.start_LOR, self.change.b_LOR], dim=2),
+            torch.cat([self.change.a_LRI, self.mean_LRI], dim=1),
         )
-        both = squared_norm(linear) + 2 * inner(linear, self.residual) + self.residual_energy_L
+        both = squared_norm(linear) + 2 * inner(linear, self.change.residual) + self.residual_energy_L
         return both.clamp(min=0)
 
 
@@ -94,7 +103,7 @@ def svd(mean: Mean) -> ReadOut:
 def projection(mean: Mean) -> ReadOut:
     """Return A' and the B nearest to B' of those with the best product, B' + R A'^+."""
     inverse_LIR = torch.linalg.pinv(mean.mean_LRI, rtol=LEAST_ROW)
-    correction_LOR = mean.residual.times(inverse_LIR)
+    correction_LOR = mean.change.residual.times(inverse_LIR)
     gained_L = squared_norm(Product(correction_LOR, mean.mean_LRI))
     lost_L = (mean.residual_energy_L - gained_L).clamp(min=0)
     return ReadOut(mean.mean_LRI, mean.mean_LOR + correction_LOR, lost_L)
@@ -102,7 +111,7 @@ def projection(mean: Mean) -> ReadOut:
 
 def residual(mean: Mean) -> ReadOut:
     """Return A' and B', and R for the base."""
-    return ReadOut(mean.mean_LRI, mean.mean_LOR, torch.zeros_like(mean.energy_L), mean.residual)
+    return ReadOut(mean.mean_LRI, mean.mean_LOR, torch.zeros_like(mean.energy_L), mean.change.residual)
 
 
 def stack(mean: Mean) -> ReadOut:

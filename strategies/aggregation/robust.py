@@ -80,15 +80,14 @@ def change_grams(
     for group in shape_groups(layout):
         is_small = group.out_features * group.in_features < rank**2 * (group.out_features + group.in_features)
         for index in group.indices:
-            a_LKRI, b_LKOR = stack_factors(layout, (start_P, *adapters), (index,))
-            a_KRI, b_KOR = a_LKRI[0], b_LKOR[0]
+            a_LKRI, b_LOKR = stack_factors(layout, (start_P, *adapters), (index,))
+            a_KRI, b_OKR = a_LKRI[0], b_LOKR[0]
             if is_small:
-                flat = (b_KOR @ a_KRI).flatten(1)
+                flat = (b_OKR.transpose(0, 1) @ a_KRI).flatten(1)
                 total += flat @ flat.T
                 continue
-            rows = a_KRI.reshape(count * rank, -1)
-            columns = b_KOR.mT.reshape(count * rank, -1)
-            blocks = (rows @ rows.T) * (columns @ columns.T)
+            rows, columns = a_KRI.flatten(0, 1), b_OKR.flatten(1, 2)
+            blocks = (rows @ rows.T) * (columns.T @ columns)
             total += blocks.view(count, rank, count, rank).sum(dim=(1, 3))
     centred = total[1:, 1:] - total[1:, :1] - total[:1, 1:] + total[:1, :1]
     return (centred + centred.T) * (layout.scale**2 / 2)

@@ -19,7 +19,7 @@ from fedllm.adapters.algebra import Product
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.shapes import ShapeGroup, parts_of, shape_groups, stack_factors
 
-WORKSPACE = 1 << 28  # bytes of float64 factors that one batched operation takes at most
+WORKSPACE = 1 << 23  # bytes of float64 that one batched operation works on: what a cache holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,19 +71,23 @@ def rank_weights(held: tuple[Held, ...], weights_K: torch.Tensor, rank: int) -> 
 def fold(sums: Sums, layout: AdapterLayout, held: tuple[Held, ...]) -> Sums:
     """Return the sums with the held clients in them."""
     weights_K = torch.tensor([client.weight for client in held], dtype=torch.float64)
+    deltas = [client.delta for client in held]
     products = []
     for group, before in zip(shape_groups(layout) if sums.products else (), sums.products, strict=True):
         after = torch.empty_like(before)
         for part in parts_of(group, matrices_at_once(group, layout.rank * len(held))):
-            stack = weighted_products(layout, held, weights_K, group.indices[part])
-            assert stack.right is not None
-            after[part] = torch.baddbmm(before[part], stack.left, stack.right)
+            a_LKRI, b_LOKR = stack_factors(layout, deltas, group.indices[part])
+            b_LOKR.mul_(weights_K[:, None])
+            after[part] = torch.baddbmm(before[part], b_LOKR.flatten(2), a_LKRI.flatten(1, 2))
         products.append(after)
+    delta_P = sums.delta.clone()
+    for delta, weight in zip(deltas, weights_K.tolist(), strict=True):
+        delta_P.add_(delta, alpha=weight)
     return replace(
         sums,
         weight=sums.weight + float(weights_K.sum()),
         rank_weights=sums.rank_weights + rank_weights(held, weights_K, layout.rank),
-        delta=sums.delta + weighted_delta(held, weights_K),
+        delta=delta_P,
         products=tuple(products),
     )
 
@@ -94,39 +98,59 @@ def matrices_at_once(group: ShapeGroup, width: int) -> int:
     return max(1, WORKSPACE // (8 * max(1, numbers)))
 
 
-def weighted_delta(held: tuple[Held, ...], weights_K: torch.Tensor) -> torch.Tensor:
-    """Return sum w_i delta_i [P] in float64."""
-    total_P = torch.zeros(len(held[0].delta), dtype=torch.float64)
-    for client, weight in zip(held, weights_K.tolist(), strict=True):
-        total_P.add_(client.delta, alpha=weight)
-    return total_P
+@dataclass(frozen=True, eq=False)
+class Change:
+    """The mean change a', b' of the factors of some matrices of one shape, and their residual R."""
+
+    a_LRI: torch.Tensor
+    b_LOR: torch.Tensor
+    residual: Product
+
+    def per_column(self, shares_R: torch.Tensor) -> "Change":
+        """Return the change with every column as the mean over the share of clients that trains it."""
+        if float(shares_R.min()) > 1 - 1e-12:
+            return self
+        shares_R = torch.where(shares_R > 0, shares_R, 1.0)  # a column nobody trains stays as it is
+        return replace(self, a_LRI=self.a_LRI / shares_R[:, None], b_LOR=self.b_LOR / shares_R)
 
 
-def weighted_products(
-    layout: AdapterLayout, held: tuple[Held, ...], weights_K: torch.Tensor, indices: tuple[int, ...]
-) -> Product:
-    """Return sum w_i b_i a_i of the named matrices, as factors."""
-    a_LKRI, b_LKOR = stack_factors(layout, [client.delta for client in held], indices)
-    return _side_by_side(b_LKOR * weights_K[:, None, None], a_LKRI)
+def change_of_vector(layout: AdapterLayout, delta_P: torch.Tensor, indices: tuple[int, ...]) -> Change:
+    """Return the named matrices of one flat change, without a residual."""
+    a_LKRI, b_LOKR = stack_factors(layout, (delta_P,), indices)
+    return Change(a_LKRI[:, 0], b_LOKR[:, :, 0], Product(b_LOKR[:, :, 0, :0], a_LKRI[:, 0, :0]))
 
 
-def residual(
+def change_of_sums(sums: Sums, layout: AdapterLayout, place: int, part: slice) -> Change:
+    """Return the mean change of the matrices `part` of the shape group at `place`."""
+    indices = shape_groups(layout)[place].indices[part]
+    change = change_of_vector(layout, sums.delta / sums.weight, indices)
+    if not sums.products:
+        return change.per_column(sums.rank_weights / sums.weight)
+    residual = Product(sums.products[place][part] / sums.weight - change.b_LOR @ change.a_LRI)
+    return replace(change, residual=residual)
+
+
+def change_of_held(
     layout: AdapterLayout,
     held: tuple[Held, ...],
     weights_K: torch.Tensor,
     indices: tuple[int, ...],
-    mean_LOR: torch.Tensor,
-) -> Product:
-    """Return R = sum w_i b_i a_i - b' a' of the named matrices, as factors; `mean_LOR` is b' = sum w_i b_i.
+    *,
+    with_residual: bool,
+) -> Change:
+    """Return the mean change sum w_i (a_i, b_i) of the named matrices and R = sum w_i b_i a_i - b' a'.
 
-    Every term is as small as the disagreement of the clients, so clients that agree leave no rounding noise.
+    Every term of R is as small as the clients' disagreement, so clients that agree leave no rounding noise.
     """
-    a_LKRI, b_LKOR = stack_factors(layout, [client.delta for client in held], indices)
-    b_LKOR = (b_LKOR - mean_LOR[:, None]) * weights_K[:, None, None]
-    if abs(float(weights_K.sum()) - 1) < 1e-12:  # the b_i - b' sum to zero: any constant may leave the a_i
-        a_LKRI, b_LKOR = a_LKRI[:, :-1] - a_LKRI[:, -1:], b_LKOR[:, :-1]
-    return _side_by_side(b_LKOR, a_LKRI)
-
-
-def _side_by_side(b_LKOR: torch.Tensor, a_LKRI: torch.Tensor) -> Product:
-    return Product(b_LKOR.transpose(1, 2).flatten(2), a_LKRI.flatten(1, 2))
+    a_LKRI, b_LOKR = stack_factors(layout, [client.delta for client in held], indices)
+    mean_LRI = (weights_K @ a_LKRI.flatten(2)).view(len(indices), *a_LKRI.shape[2:])
+    mean_LOR = (b_LOKR * weights_K[:, None]).sum(dim=2)
+    number = 0
+    if with_residual:
+        number = len(held)
+        b_LOKR.sub_(mean_LOR[:, :, None]).mul_(weights_K[:, None])
+        if abs(float(weights_K.sum()) - 1) < 1e-12:  # the w_i (b_i - b') sum to zero: one a_i may leave all
+            a_LKRI.sub_(a_LKRI[:, -1:].clone())
+            number -= 1
+    factors = Product(b_LOKR[:, :, :number].flatten(2), a_LKRI[:, :number].flatten(1, 2))
+    return Change(mean_LRI, mean_LOR, factors)

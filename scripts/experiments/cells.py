@@ -1,0 +1,197 @@
+"""Cells: the independent runs a study is made of, done by a few processes, each kept once it is finished.
+
+A cell is a value, so its key says everything its result depends on but the code. A result is one line of a
+file; a study that is started again takes what it finds there and does the rest.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fedllm.config import RunConfig, Scalar
+from fedllm.errors import ConfigError, DataError, FedLLMError
+
+Figures: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: `labels` say where it stands in its study's tables, `flat` which keys it sets.
+
+    `kind` names what is done with the configuration; `options` are numbers and names of that.
+    """
+
+    study: str
+    kind: str
+    labels: Mapping[str, Scalar]
+    flat: Mapping[str, Scalar]
+    options: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cells of a run share; `digest` stands for the contents of the model and of the rows."""
+
+    model: str
+    rows_file: Path
+    flat: Mapping[str, Scalar]
+    digest: str
+
+    def config(self, cell: Cell, changes: Mapping[str, Scalar] | None = None) -> RunConfig:
+        """Return the configuration of a cell's run.
+
+        Raises:
+            ConfigError: it is refused.
+        """
+        base = {"model.name": self.model, "data.source": str(self.rows_file), **self.flat}
+        return RunConfig.from_flat({**base, **cell.flat, **(changes or {})})
+
+    def key(self, cell: Cell) -> str:
+        """Return the name (16 hexadecimal digits) under which the result of a cell is kept."""
+        parts = [self.digest, dict(self.flat), cell.kind, dict(cell.flat), dict(cell.options)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell gave: figures, or the reason there are none (refused by the configuration, or failed)."""
+
+    cell: Cell
+    figures: Figures
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there are figures."""
+        return not self.reason
+
+
+Kinds: TypeAlias = Mapping[str, Callable[[Cell, Setting], Figures]]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where and how cells are done: `journal` keeps results, `processes` 1 means this one."""
+
+    setting: Setting
+    kinds: Kinds
+    journal: Path
+    commit: str
+    processes: int = 1
+    notice: Callable[[str], None] = lambda line: None
+
+    def __call__(self, cells: Sequence[Cell]) -> list[Outcome]:
+        """Return the outcome of every cell, in order; those in the journal are not done again.
+
+        Raises:
+            DataError: the journal cannot be read or written.
+        """
+        kept = read_journal(self.journal)
+        keys = [self.setting.key(cell) for cell in cells]
+        found = {
+            key: _from_line(cell, kept[key]) for key, cell in zip(keys, cells, strict=True) if key in kept
+        }
+        waiting = {key: cell for key, cell in zip(keys, cells, strict=True) if key not in found}
+        if len(found):
+            self.notice(f"{len(found)} of {len(set(keys))} cells are in {self.journal.name} already")
+        for number, (key, outcome) in enumerate(self._done(waiting), 1):
+            self._keep(key, outcome)
+            found[key] = outcome
+            self.notice(f"{number}/{len(waiting)} {describe(outcome)}")
+        return [_relabelled(cell, found[key]) for key, cell in zip(keys, cells, strict=True)]
+
+    def _done(self, cells: Mapping[str, Cell]) -> Iterator[tuple[str, Outcome]]:
+        if self.processes == 1 or len(cells) < 2:
+            for key, cell in cells.items():
+                yield key, do_cell(cell, self.setting, self.kinds)
+            return
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        pool = ProcessPoolExecutor(self.processes, mp_context=context)
+        try:
+            waiting = {
+                pool.submit(do_cell, cell, self.setting, self.kinds): key for key, cell in cells.items()
+            }
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _keep(self, key: str, outcome: Outcome) -> None:
+        line = {
+            "key": key,
+            "commit": self.commit,
+            **{name: asdict(outcome.cell)[name] for name in ("study", "kind", "labels")},
+            "seconds": round(outcome.seconds, 2),
+            "reason": outcome.reason,
+            "figures": outcome.figures,
+        }
+        try:
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise DataError(f"{self.journal}: cannot be written ({error.strerror})") from None
+
+
+def do_cell(cell: Cell, setting: Setting, kinds: Kinds) -> Outcome:
+    """Do one cell in this process; what a configuration or a run refuses becomes the outcome's reason."""
+    logging.getLogger("fedllm").setLevel(logging.ERROR)  # cut rows are counted, not told run by run
+    began = time.perf_counter()
+    try:
+        figures, reason = kinds[cell.kind](cell, setting), ""
+    except ConfigError as error:
+        figures, reason = {}, f"refused: {error}"
+    except FedLLMError as error:
+        figures, reason = {}, f"failed: {error}"
+    return Outcome(cell, figures, reason, time.perf_counter() - began)
+
+
+def read_journal(path: Path) -> dict[str, Figures]:
+    """Return the lines of a journal by key; a last line that was cut short is passed over.
+
+    What was refused is left out, so that it is asked again: the code may have learnt it since.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError):
+        raise DataError(f"{path}: cannot be read; remove it to start afresh") from None
+    kept: dict[str, Figures] = {}
+    for line in lines:
+        try:
+            values = json.loads(line)
+            key, reason = values["key"], values["reason"]
+        except (ValueError, TypeError, KeyError):
+            continue
+        if not reason.startswith("refused"):
+            kept[key] = values
+    return kept
+
+
+def describe(outcome: Outcome) -> str:
+    """Return one line about an outcome: its labels, and its loss or why there is none."""
+    cell = outcome.cell
+    told = " ".join(
+        f"{name}={value:g}" if isinstance(value, float) else str(value) for name, value in cell.labels.items()
+    )
+    loss = outcome.figures.get("mean_after")
+    result = outcome.reason or (f"loss {loss:.4f}" if loss is not None else "done")
+    return f"{cell.study}: {told}: {result} ({outcome.seconds:.0f} s)"
+
+
+def _from_line(cell: Cell, values: Figures) -> Outcome:
+    return Outcome(cell, values["figures"], values["reason"], values["seconds"])
+
+
+def _relabelled(cell: Cell, outcome: Outcome) -> Outcome:
+    """Return an outcome under the labels of the cell that asks: equal runs of two studies are done once."""
+    return Outcome(cell, outcome.figures, outcome.reason, outcome.seconds)

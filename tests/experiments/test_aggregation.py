@@ -1,0 +1,134 @@
+"""The three studies end to end, as small as they can be."""
+
+import importlib.util
+import io
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from scripts.bench_tools import report
+from scripts.experiments.aggregation import KINDS, do_studies, draw, main, parse
+from scripts.experiments.cells import Setting, Workshop
+from scripts.experiments.methods import METHODS, MethodsGrid
+from scripts.experiments.poison import PoisonGrid, goals
+from scripts.experiments.rho_map import MapGrid
+from scripts.experiments.scales import FULL, QUICK, SMOLLM2, Scale, scale_of
+
+THREE = {
+    "federation.num-clients": 3,
+    "data.partition": "column:domain",
+    "federation.num-rounds": 2,
+    "train.local-steps": 1,
+}
+TINY = Scale(
+    flat={},
+    rows_of_domain=12,
+    methods=MethodsGrid(
+        flat=THREE,
+        rates=(0.003, 0.01),
+        tuning_seed=0,
+        seeds=(1, 2),
+        methods={
+            "fedit": {"aggregation.read-out": "factor-mean"},
+            "flexlora": {"aggregation.read-out": "svd"},
+            "unheard of": {"aggregation.read-out": "none such"},
+        },
+    ),
+    rho_map=MapGrid(
+        {}, clients=(2, 3), local_steps=(1, 3), rates=(0.01,), skews=("iid", "domain"), seeds=(1,)
+    ),
+    poison=PoisonGrid(
+        flat={"federation.num-clients": 3, "federation.max-retries": 0},
+        skews=("iid",),
+        attacks={"huge flip": (1,), "flip within bound": (1,)},
+        rules={"none": {}},
+        seed=1,
+        backdoors={"": (1,)},
+        probes=2,
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def done(tiny_setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Workshop]:
+    """The figures of all studies, what was printed and where it was done."""
+    journal = tmp_path_factory.mktemp("work") / "cells.jsonl"
+    workshop = Workshop(tiny_setting, KINDS, journal, "abc")
+    printed = io.StringIO()
+    figures = do_studies(TINY, "all", workshop, Console(file=printed, width=200))
+    return figures, printed.getvalue(), workshop
+
+
+def test_every_study_has_its_figures_and_its_tables(done: tuple[dict, str, Workshop]) -> None:
+    figures, printed, _ = done
+    rows = figures["methods"]["tables"]["domain"]
+    assert set(rows) == {"fedit", "flexlora", "local only", "centralised", "one-shot"}
+    assert rows["fedit"]["seeds"] == 2
+    assert figures["methods"]["left_out"]["unheard of"].startswith("refused: aggregation.read-out")
+    assert len(figures["rho_map"]["points"]) == 8
+    assert all("gap" in point for point in figures["rho_map"]["points"])
+    huge = figures["poison"]["tables"]["iid"]["huge flip x1"]["none"]
+    assert huge["lost"] == 1
+    assert "centralised" in printed
+    assert "flip within bound x1" in printed
+    json.dumps(report("aggregation", figures, goals(figures["poison"])), allow_nan=False)
+
+
+def test_a_study_that_is_done_again_does_nothing(done: tuple[dict, str, Workshop]) -> None:
+    figures, _, workshop = done
+    fresh = Workshop(workshop.setting, {}, workshop.journal, "abc")  # no kind of cell could be done
+    again = do_studies(
+        replace(TINY, methods=replace(TINY.methods, methods={})), "all", fresh, Console(quiet=True)
+    )
+    assert again["rho_map"] == figures["rho_map"]
+    assert again["poison"] == figures["poison"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_every_study_is_drawn(done: tuple[dict, str, Workshop], tmp_path: Path) -> None:
+    draw(done[0], tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "aggregation_methods.svg",
+        "aggregation_rho_gap.svg",
+        "aggregation_rho.svg",
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tiny_setting: Setting, tmp_path: Path) -> None:
+    grid = MapGrid({}, clients=(2,), local_steps=(1,), rates=(0.01,), skews=("iid",), seeds=(1,))
+    scale = replace(TINY, rho_map=grid)
+    found = [
+        do_studies(
+            scale,
+            "b",
+            Workshop(tiny_setting, KINDS, tmp_path / f"{processes}.jsonl", "abc", processes),
+            Console(quiet=True),
+        )
+        for processes in (1, 2)
+    ]
+    assert found[0] == found[1]
+
+
+def test_without_matplotlib_a_plot_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"error: plots need matplotlib: pip install 'fedllm\[bench\]'"):
+        main(["--plot", str(tmp_path), "--work", str(tmp_path / "work")])
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_scales_hold_every_method_and_keep_the_tuning_seed_apart() -> None:
+    assert scale_of("small", quick=False) is FULL
+    assert scale_of("small", quick=True) is QUICK
+    assert scale_of("smollm2-135m-instruct", quick=True) is SMOLLM2
+    for scale in (FULL, QUICK, SMOLLM2):
+        assert scale.methods.tuning_seed not in scale.methods.seeds
+    assert set(FULL.methods.methods) == set(METHODS)
+    assert len(FULL.methods.rates) == len(FULL.methods.seeds) == 3
+    assert parse([]).processes == min(2, os.cpu_count() or 1)

@@ -1,0 +1,68 @@
+"""A Flower run is followed without asking Flower often."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from fedllm.runs.folder import write_rounds
+from fedllm.types import RoundRecord
+from scripts import flower_runtime
+from scripts.console import Console, RunView
+from scripts.flower_runtime import Link, follow
+
+
+@dataclass
+class Clock:
+    """Time that passes only where somebody sleeps."""
+
+    now: float = 0.0
+    asked: list[float] = field(default_factory=list)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(flower_runtime, "time", clock)
+    return clock
+
+
+def test_a_run_that_dies_silently_is_noticed_within_a_minute(clock, monkeypatch, tmp_path: Path):
+    dies = 200.0
+
+    def status(link: Link, run_id: str) -> str:
+        clock.asked.append(clock.now)
+        return "finished:failed" if clock.now >= dies else "running"
+
+    monkeypatch.setattr(flower_runtime, "status", status)
+    view = RunView(Console(quiet=True), 2)
+    assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:failed"
+    assert clock.asked == pytest.approx([10, 30, 70, 130, 190, 250], abs=2)
+
+
+def test_every_round_is_shown_once_and_the_result_ends_the_wait(clock, monkeypatch, tmp_path: Path):
+    records = [RoundRecord(round_num=number) for number in range(4)]
+
+    def write(number: int) -> None:
+        write_rounds(tmp_path, records[:number])
+        if number == len(records):
+            (tmp_path / "result.json").write_text("{}")
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        write(min(len(records), 1 + int(clock.now)))
+
+    clock.sleep = sleep  # type: ignore[method-assign]
+    monkeypatch.setattr(flower_runtime, "status", lambda link, run_id: "finished:completed")
+    shown: list[int] = []
+    view = RunView(Console(quiet=True), 3)
+    view.record = lambda record: shown.append(record.round_num)  # type: ignore[method-assign]
+    assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:completed"
+    assert shown == [0, 1, 2, 3]
+    assert clock.now < 5
