@@ -6,9 +6,12 @@ so a simulation's worker reads, tokenises and loads once.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 
+from clients.personal import PersonalTraining
+from clients.store import PrivateStore, default_state_path
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config import RunConfig, Scalar
 from fedllm.data.example import BadRow, ClientRows, Example
@@ -42,6 +45,9 @@ class Holder:
     files: ModelFiles
     clients: Mapping[str, ClientTokens]
     max_rank: int = 0  # the largest rank this machine has room for; 0 = any
+    state_path: Path = field(
+        default_factory=default_state_path
+    )  # below it every run has a folder for what its clients keep
 
     @cached_property
     def fingerprint(self) -> str:
@@ -54,6 +60,21 @@ class Holder:
         base = load_base(self.config.model)
         layout = layout_of(base.model, self.config.lora, base.fingerprint)
         return resident_engine(base, layout, self.config.train.token_budget)
+
+    @cached_property
+    def store(self) -> PrivateStore:
+        """Where this run's clients keep what never leaves them."""
+        digest = self.engine.layout.digest
+        return PrivateStore(self.state_path / f"{self.config.run.name}-{digest[:16]}", digest)
+
+    @property
+    def personal(self) -> PersonalTraining | None:
+        """The numbers of personal adapters, or None where clients have none."""
+        section = self.config.personal
+        if section.mode == "none":
+            return None
+        pull = section.pull if section.mode == "ditto" else 0.0
+        return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull)
 
     @cached_property
     def initial(self) -> AdapterState:
@@ -81,7 +102,7 @@ def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[s
         rows.client_id: encode_client(rows, files, config.train.max_length)
         for rows in hosted_rows(config, node)
     }
-    return Holder(config, files, clients, _max_rank(node))
+    return Holder(config, files, clients, _max_rank(node), _state_path(node))
 
 
 def _max_rank(node: Mapping[str, Scalar]) -> int:
@@ -89,6 +110,12 @@ def _max_rank(node: Mapping[str, Scalar]) -> int:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
         raise ConfigError(f"max-rank = {rank!r} in the node config: expected a whole number, 0 = any rank")
     return rank
+
+
+def _state_path(node: Mapping[str, Scalar]) -> Path:
+    """Return where this node keeps private state: by its config, its machine's policy or the default."""
+    named = str(node.get("state-path", "")) or load_policy().state_path
+    return Path(named).expanduser() if named else default_state_path()
 
 
 def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRows]:

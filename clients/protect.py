@@ -2,8 +2,9 @@
 
 A training result passes this chain and nothing else does: weight -> allow-list. Clipping, noise and masking
 take their places here, in an order the privacy plan fixes. What is returned is the whole of what the server
-learns: a delta, a weight and four numbers. Where a server asks a node for the sum of its clients, their
-deltas leave as one weighted mean.
+learns: a delta, a weight and four numbers; and, where the run has control variates (SCAFFOLD), the change of
+the client's own, a mean gradient. Where a server asks a node for the sum of its clients, their deltas leave
+as one weighted mean.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,14 @@ from fedllm.types import ClientUpdate
 
 
 def protect(
-    result: Result, rows: Sequence[Encoded], *, rank: int, round_num: int, weighting: str, num_train: int
+    result: Result,
+    rows: Sequence[Encoded],
+    *,
+    rank: int,
+    round_num: int,
+    weighting: str,
+    num_train: int,
+    control_delta: torch.Tensor | None = None,
 ) -> ClientUpdate:
     """Return the update of one client, trained at `rank`, from its training result.
 
@@ -45,6 +53,7 @@ def protect(
         train_loss=result.loss,
         num_truncated=sum(row.num_cut > 0 for row in rows),
         seconds=round(result.seconds, 3),
+        control_delta=control_delta,
     )
 
 

@@ -50,6 +50,8 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
             weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
             dropout=config.lora.dropout,
+            proximal=train.proximal,
+            proximal_space=train.proximal_space,
         ),
         codec="fp32",
         weighting="examples",

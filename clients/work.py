@@ -1,19 +1,25 @@
 """What a node does with a request: train or evaluate the clients it names."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
+from clients.control_variates import change_of, changed, corrected
 from clients.drifts import drift_store
 from clients.holder import ClientTokens, Holder
+from clients.personal import local_training, train_personal, with_personal
+from clients.private import CONTROL, LOCAL_B, PERSONAL, keep_vectors, kept_vectors
 from clients.protect import protect
 from fedllm.adapters.layout import at_rank, with_rank
+from fedllm.adapters.parts import part_of, whole_of
 from fedllm.data.shards import draw_rows
 from fedllm.errors import NonFiniteError
 from fedllm.models.chat import Encoded
 from fedllm.models.drifted import drifted
 from fedllm.seeds import derive_seed
-from fedllm.training.jobs import EvaluationJob, Job
+from fedllm.training.jobs import EvaluationJob, Job, Result
 from fedllm.types import (
     ClientEvaluation,
     ClientFailure,
@@ -42,49 +48,146 @@ def join(holder: Holder, node_id: int) -> list[JoinedClient]:
 
 
 def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFailure]:
-    """Return one answer per client the request names, in its order."""
+    """Return one answer per client the request names, in its order.
+
+    What clients keep for themselves is on disk before an answer is given: a client that cannot keep it fails.
+    """
     answers: dict[str, ClientUpdate | ClientFailure] = {
         client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
     }
-    ranks = dict(zip(request.client_ids, request.ranks, strict=True))
-    jobs = [
-        make_job(holder.clients[client_id], request, num_drawn, ranks[client_id])
+    drawn = {
+        client_id: num_drawn
         for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
         if client_id in holder.clients and holder.clients[client_id].train
-    ]
+    }
+    kept = kept_vectors(holder, request, drawn)
     with drifted(holder.engine.base, drift_store().keep(request.drift)):
-        results = list(holder.engine.train(jobs))
-    for job, result in zip(jobs, results, strict=True):
-        try:
-            answers[job.client_id] = protect(
-                result,
-                [row for batch in job.batches for row in batch],
-                rank=ranks[job.client_id],
-                round_num=request.round_num,
-                weighting=request.weighting,
-                num_train=len(holder.clients[job.client_id].train),
-            )
-        except NonFiniteError as error:
-            _logger.warning("%s", error)
-            answers[job.client_id] = ClientFailure(client_id=job.client_id, code=error.code)
+        jobs = _jobs(holder, request, drawn, kept)
+        for job, result in zip(jobs, holder.engine.train(jobs), strict=True):
+            answers[job.client_id] = _answer(holder, request, job, result, kept[job.client_id])
+        updates = {name: answer for name, answer in answers.items() if isinstance(answer, ClientUpdate)}
+        trained = [job for job in jobs if job.client_id in updates]
+        private = {job.client_id: _own_vectors(request, job, updates, kept) for job in trained}
+        own = _personal_adapters(
+            holder, request, {job.client_id: drawn[job.client_id] for job in trained}, kept
+        )
+    for client_id, vector in own.items():
+        private[client_id][PERSONAL] = vector
+    count = request.training.steps * request.training.batch_size
+    answers.update(keep_vectors(holder, {name: number + count for name, number in drawn.items()}, private))
     return list(answers.values())
 
 
-def start_of(client_id: str, request: TrainRequest | EvaluateRequest) -> torch.Tensor:
-    """Return the adapter [P] a client starts from: the server's, with the client's own B where B is local."""
+def _jobs(
+    holder: Holder,
+    request: TrainRequest,
+    drawn: Mapping[str, int],
+    kept: Mapping[str, Mapping[str, torch.Tensor]],
+) -> list[Job]:
+    """Return the work of every client that has rows."""
+    ranks = dict(zip(request.client_ids, request.ranks, strict=True))
+    jobs = [
+        make_job(holder.clients[name], request, number, ranks[name], kept[name].get(LOCAL_B))
+        for name, number in drawn.items()
+    ]
+    if request.control is None:
+        return jobs
+    control_P = request.control.vector
+    return [corrected(job, control_P, own_control(kept[job.client_id], control_P)) for job in jobs]
+
+
+def _answer(
+    holder: Holder,
+    request: TrainRequest,
+    job: Job,
+    result: Result,
+    kept: Mapping[str, torch.Tensor],
+) -> ClientUpdate | ClientFailure:
+    """Return what leaves a client after its training."""
+    change_P = None
+    if result.gradient is not None:
+        change_P = change_of(result, own_control(kept, result.gradient))
+    try:
+        return protect(
+            result,
+            [row for batch in job.batches for row in batch],
+            rank=request.ranks[request.client_ids.index(job.client_id)],
+            round_num=request.round_num,
+            weighting=request.weighting,
+            num_train=len(holder.clients[job.client_id].train),
+            control_delta=change_P,
+        )
+    except NonFiniteError as error:
+        _logger.warning("%s", error)
+        return ClientFailure(client_id=job.client_id, code=error.code)
+
+
+def _own_vectors(
+    request: TrainRequest,
+    job: Job,
+    updates: Mapping[str, ClientUpdate],
+    kept: Mapping[str, Mapping[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Return what a client keeps of its training for itself: its B where B is local, its control variate."""
+    update, vectors = updates[job.client_id], {}
+    if request.local_b:
+        layout = request.adapter.layout
+        after = with_rank(job.start + update.delta, at_rank(layout, update.rank), layout.rank)
+        vectors[LOCAL_B] = part_of(layout, after, "b")
+    if update.control_delta is not None:
+        own_P = own_control(kept[job.client_id], update.control_delta)
+        vectors[CONTROL] = changed(own_P, update.control_delta, request.codec)
+    return vectors
+
+
+def own_control(kept: Mapping[str, torch.Tensor], like_P: torch.Tensor) -> torch.Tensor:
+    """Return a client's control variate; before its first round it is zero."""
+    return kept[CONTROL] if CONTROL in kept else torch.zeros(like_P.shape)
+
+
+def _personal_adapters(
+    holder: Holder,
+    request: TrainRequest,
+    drawn: Mapping[str, int],
+    kept: Mapping[str, Mapping[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Return the personal adapter of each client after this round, where the run has them."""
+    if holder.personal is None:
+        return {}
+    own = replace(
+        request, training=local_training(request.training, holder.personal), trained="both", control=None
+    )
+    return train_personal(
+        holder.engine,
+        _jobs(holder, own, drawn, kept),
+        {name: vectors[PERSONAL] for name, vectors in kept.items() if PERSONAL in vectors},
+        numbers=holder.personal,
+        seed=request.seed,
+    )
+
+
+def start_of(request: TrainRequest | EvaluateRequest, own_b: torch.Tensor | None) -> torch.Tensor:
+    """Return the adapter [P] a client starts from: the server's, with its own B where B is local.
+
+    FedSA-LoRA (arXiv 2410.01463) shares A; a client that has not trained yet has the server's B, which is
+    that of the initial adapter.
+    """
     start_P = request.adapter.vector
-    if not request.local_b:
+    if not request.local_b or own_b is None:
         return start_P
-    # HOOK read-out local-b (FedSA-LoRA, arXiv 2410.01463): take B from this client's private store, as in
-    #     whole_of(layout, own_b, "b", rest_P=start_P)
-    # and let `train` put part_of(layout, start + delta, "b") there. Without a store every round starts anew.
-    return start_P
+    return whole_of(request.adapter.layout, own_b, "b", rest_P=start_P)
 
 
-def make_job(client: ClientTokens, request: TrainRequest, num_drawn: int, rank: int) -> Job:
+def make_job(
+    client: ClientTokens,
+    request: TrainRequest,
+    num_drawn: int,
+    rank: int,
+    own_b: torch.Tensor | None = None,
+) -> Job:
     """Return a client's work in a round: the rows that follow those it has drawn, cut into local steps.
 
-    It trains the first `rank` ranks of where it starts.
+    It trains the first `rank` ranks of where it starts, with `own_b` where B is local and it has one.
     """
     layout = request.adapter.layout
     training = request.training
@@ -101,7 +204,7 @@ def make_job(client: ClientTokens, request: TrainRequest, num_drawn: int, rank: 
     seed = derive_seed(request.seed, "client", client.client_id, request.round_num)
     return Job(
         client.client_id,
-        with_rank(start_of(client.client_id, request), layout, rank),
+        with_rank(start_of(request, own_b), layout, rank),
         batches,
         training,
         trained=request.trained,
@@ -115,11 +218,27 @@ def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation 
     answers: dict[str, ClientEvaluation | ClientFailure] = {
         client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
     }
+    drawn = dict(zip(request.client_ids, request.num_drawn or (0,) * len(request.client_ids), strict=True))
+    drawn = {
+        name: number
+        for name, number in drawn.items()
+        if name in holder.clients and holder.clients[name].held_out
+    }
+    kept = kept_vectors(holder, request, drawn)
     jobs = [
-        EvaluationJob(client_id, start_of(client_id, request), holder.clients[client_id].held_out)
-        for client_id in request.client_ids
-        if client_id in holder.clients and holder.clients[client_id].held_out
+        EvaluationJob(name, start_of(request, kept[name].get(LOCAL_B)), holder.clients[name].held_out)
+        for name in drawn
     ]
     with drifted(holder.engine.base, drift_store().keep(request.drift)):
-        answers.update({answer.client_id: answer for answer in holder.engine.evaluate(jobs)})
+        shared = {answer.client_id: answer for answer in holder.engine.evaluate(jobs)}
+        answers.update(shared)
+        if holder.personal is not None:
+            layout, numbers = request.adapter.layout, holder.personal
+            wide = [
+                with_personal(job, kept[job.client_id][PERSONAL], layout, numbers)
+                for job in jobs
+                if PERSONAL in kept[job.client_id]
+            ]
+            for own in holder.engine.evaluate(wide):
+                answers[own.client_id] = replace(shared[own.client_id], personal_loss=own.loss)
     return list(answers.values())

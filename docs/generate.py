@@ -42,6 +42,8 @@ NOTES = {
     "federation.num-clients": "clients the run waits for and deals its source to",
     "federation.num-rounds": "rounds of the run",
     "federation.cohort-fraction": "share of all clients that a round trains, where cohort-size is 0",
+    "federation.selection": "whom a round asks: all alike, by their rows, each by its own coin, the worst"
+    " known losses of some candidates, or by utility (strategies/selection.py)",
     "federation.min-clients": "updates a round needs",
     "federation.round-deadline": "longest time a round waits for replies",
     "federation.max-failure-rate": "share of a round's clients that may fail; three rounds in a row above it"
@@ -52,11 +54,14 @@ NOTES = {
     "train.schedule": "the same learning rate in every round, or half a cosine over the rounds",
     "train.weight-decay": "of AdamW",
     "train.clip-norm": "largest norm",
+    "train.proximal-space": "pull the factors A and B, or their product, which has one form only",
     "train.max-length": "most",
     "aggregation.train": "the factor that clients train and send",
     "aggregation.read-out": "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B;"
     " local-b = mean of A, every client keeps its own B",
     "aggregation.weighting": "what a client counts: its training rows, its learnt tokens of a round, or 1",
+    "personal.mode": "dual = shared and personal adapter add up; ditto = the same, pulled to the shared one",
+    "personal.rank": "rank of the personal adapter",
     "wire.codec": "4, 2 or 1 + 2/64 bytes a value",
     "wire.node-sum": "one packet up for each node",
     "evaluation.max-new-tokens": "length of an answer at most",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 from fedllm import rule
+from fedllm.composition import check_combinations
 from fedllm.errors import ConfigError
 
 Scalar: TypeAlias = bool | int | float | str
@@ -66,7 +67,11 @@ class FederationConfig:
     num_rounds: int = 3
     cohort_size: int = 0  # clients of a round; 0 = cohort-fraction of all
     cohort_fraction: float = 1.0
+    selection: str = "uniform"  # uniform | weighted | poisson | power-of-choice | oort
+    candidates: int = 0  # clients power-of-choice draws first; 0 = twice the cohort
+    preferred_seconds: float = 0.0  # of training, above which oort counts a client less; 0 = no matter
     over_selection: float = 1.0  # ask this many times the cohort and keep the first to answer
+    max_staleness: int = 0  # rounds by which an update may come late and still count; 0 = none
     min_clients: int = 1  # fewer accepted updates leave the model unchanged
     round_deadline: float = 600.0  # seconds
     join_deadline: float = 120.0  # seconds to wait for nodes to appear and answer
@@ -84,6 +89,9 @@ class TrainConfig:
     schedule: str = "constant"  # constant | cosine (over rounds)
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # of a client's whole gradient; 0 = off
+    proximal: float = 0.0  # strength mu of the pull back to where the round began; 0 = off
+    proximal_space: str = "factor"  # factor | product
+    control_variates: bool = False  # SCAFFOLD; experimental
     max_length: int = 256  # tokens of a row
     token_budget: int = 0  # tokens of one pass: clients are fused up to it; 0 = automatic, 1 = each alone
 
@@ -103,6 +111,17 @@ class AggregationConfig:
     server_momentum: float = 0.9  # of every optimizer but fedavg
     second_moment: float = 0.99  # of fedadam and fedyogi
     adaptivity: float = 1e-4  # tau of the adaptive optimizers: the size of an adapter value's change
+    staleness_exponent: float = 0.5  # a late update weighs 1 / (1 + rounds late)^this
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalConfig:
+    """An adapter of a client's own on top of the shared one; it never leaves the client."""
+
+    mode: str = "none"  # none | dual | ditto
+    rank: int = 4
+    steps: int = 4  # optimizer steps of it after a client's round
+    pull: float = 0.1  # ditto: strength of the pull back to the shared adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +166,7 @@ class RunConfig:
     federation: FederationConfig = _section(FederationConfig)
     train: TrainConfig = _section(TrainConfig)
     aggregation: AggregationConfig = _section(AggregationConfig)
+    personal: PersonalConfig = _section(PersonalConfig)
     wire: WireConfig = _section(WireConfig)
     evaluation: EvaluationConfig = _section(EvaluationConfig)
 
@@ -235,6 +255,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
     "model.quantization": ("none", "8bit", "4bit"),
     "data.on-bad-row": ("skip", "stop"),
+    "federation.selection": ("uniform", "weighted", "poisson", "power-of-choice", "oort"),
     "train.schedule": ("constant", "cosine"),
     "lora.init-a": ("kaiming", "orthonormal"),
     "aggregation.preset": ("", *rule.PRESETS),
@@ -243,6 +264,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "aggregation.weighting": rule.WEIGHTINGS,
     "aggregation.robust": rule.ROBUST_RULES,
     "aggregation.optimizer": rule.OPTIMIZERS,
+    "train.proximal-space": ("factor", "product"),
+    "personal.mode": ("none", "dual", "ditto"),
     "wire.codec": ("fp32", "bf16", "int8"),
 }
 
@@ -260,7 +283,10 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "federation.num-rounds": (1, 1_000_000, False),
     "federation.cohort-size": (0, 1_000_000, False),
     "federation.cohort-fraction": (0, 1, True),
+    "federation.candidates": (0, 1_000_000, False),
+    "federation.preferred-seconds": (0, math.inf, False),
     "federation.over-selection": (1, 10, False),
+    "federation.max-staleness": (0, 1000, False),
     "federation.min-clients": (1, 1_000_000, False),
     "federation.round-deadline": (0, math.inf, True),
     "federation.join-deadline": (0, math.inf, True),
@@ -271,6 +297,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.learning-rate": (0, math.inf, True),
     "train.weight-decay": (0, math.inf, False),
     "train.clip-norm": (0, math.inf, False),
+    "train.proximal": (0, math.inf, False),
     "train.max-length": (8, 10_000_000, False),
     "train.token-budget": (0, 100_000_000, False),
     "aggregation.max-malicious": (0, 0.5, False),
@@ -278,6 +305,10 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "aggregation.server-momentum": (0, 0.9999, False),
     "aggregation.second-moment": (0, 0.9999, False),
     "aggregation.adaptivity": (0, math.inf, True),
+    "aggregation.staleness-exponent": (0, 100, False),
+    "personal.rank": (1, 4096, False),
+    "personal.steps": (1, 1_000_000, False),
+    "personal.pull": (0, math.inf, False),
     "evaluation.every": (0, 1_000_000, False),
     "evaluation.max-new-tokens": (0, 100_000, False),
 }
@@ -312,6 +343,7 @@ def check(config: RunConfig) -> None:
             f"federation.min-clients = {config.federation.min_clients} is above the cohort of {cohort_size}"
         )
     rule.aggregation_rule(config)
+    check_combinations(config, cohort_size)
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")
 

@@ -66,7 +66,7 @@ class NonFiniteError(FedLLMError, ArithmeticError):
 
 
 class CheckpointError(FedLLMError, OSError):
-    """A checkpoint could not be written or none can be resumed from."""
+    """A checkpoint or a client's private state could not be written, or there is none to resume from."""
 
     code = "checkpoint"
 
@@ -95,6 +95,7 @@ CLIENT_ERROR_CODES = frozenset(
         WireError.code,
         NotHeldError.code,
         NonFiniteError.code,
+        CheckpointError.code,
         MissingExtraError.code,
         "out-of-memory",
         "internal",

@@ -13,7 +13,8 @@ from fedllm.errors import LayoutError
 
 # The only numbers besides its delta that a client's update may carry.
 UPDATE_METRICS = ("weight", "num_tokens", "train_loss", "num_truncated", "seconds")
-EVALUATION_METRICS = ("loss", "num_tokens", "num_rows")
+PROXIMAL_SPACES = ("factor", "product")
+EVALUATION_METRICS = ("loss", "personal_loss", "num_tokens", "num_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,12 @@ class LocalTraining:
     weight_decay: float
     clip_norm: float
     dropout: float = 0.0  # of the adapters' inputs
+    proximal: float = 0.0  # strength mu of FedProx
+    proximal_space: str = "factor"  # what it pulls: "factor" or "product"
+
+    def __post_init__(self) -> None:
+        if self.proximal_space not in PROXIMAL_SPACES:
+            raise LayoutError(f"the proximal space is one of {', '.join(PROXIMAL_SPACES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,8 @@ class TrainRequest:
     process is new every time still sees all its rows before any twice. It trains the part `trained` of the
     first `ranks[i]` ranks of `adapter`, on the base model with `drift` added. With `local_b` every client
     starts from a B of its own, which never leaves it. With `node_sum` the node answers with one weighted
-    mean of its clients' deltas.
+    mean of its clients' deltas. `control` is SCAFFOLD's c, where it is used
+    (`fedllm.training.control_variates`).
     """
 
     round_num: int
@@ -52,6 +60,7 @@ class TrainRequest:
     codec: str
     weighting: str
     seed: int
+    control: AdapterState | None = None
 
     def __post_init__(self) -> None:
         number, full = len(self.client_ids), self.adapter.layout.rank
@@ -76,7 +85,8 @@ class TrainRequest:
 class EvaluateRequest:
     """Which of a node's clients measure the held-out loss of `adapter` on the base model with `drift` added.
 
-    With `local_b` every client measures its own B in place of the adapter's.
+    With `local_b` every client measures its own B in place of the adapter's. `num_drawn`, as in a train
+    request, names what a client keeps for itself: its B, its personal adapter. Without it there is none.
     """
 
     round_num: int
@@ -84,6 +94,11 @@ class EvaluateRequest:
     adapter: AdapterState
     drift: Drift
     local_b: bool
+    num_drawn: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_drawn and len(self.num_drawn) != len(self.client_ids):
+            raise LayoutError("an evaluate request gives the rows each of its clients has drawn")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,7 +107,8 @@ class ClientUpdate:
 
     The delta is whole and of the client's own `rank`, with zeros where nothing was trained. An update with
     `members` is the weighted mean of several clients of one node: its weight is their sum, and each member
-    holds its own numbers and no delta.
+    holds its own numbers and no delta. `control_delta` [P] is the change of its control variate, where
+    those are used.
     """
 
     client_id: str
@@ -105,16 +121,21 @@ class ClientUpdate:
     num_truncated: int = 0
     seconds: float = 0.0
     members: tuple["ClientUpdate", ...] = ()
+    control_delta: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClientEvaluation:
-    """Held-out loss of one client: mean over its supervised tokens, in nats."""
+    """Held-out loss of one client: mean over its supervised tokens, in nats.
+
+    `personal_loss` is with the client's personal adapter on top, None where it has none.
+    """
 
     client_id: str
     loss: float
     num_tokens: int
     num_rows: int
+    personal_loss: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -149,7 +170,11 @@ class JoinedClient:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundPlan:
-    """What a round will do. `asked` may exceed `cohort_size` (over-selection); `ranks` has one for each."""
+    """What a round will do. `asked` may exceed `cohort_size` (over-selection); `ranks` has one for each.
+
+    The round closes with `cohort_size` updates. It is 0 where a Poisson draw chose fewer clients than a round
+    needs: then nobody is asked, the round changes nothing and has not failed.
+    """
 
     round_num: int
     attempt: int
@@ -183,7 +208,10 @@ class RoundRecord:
     weights: Mapping[str, float] = field(default_factory=dict)
     train_loss: float | None = None
     train_losses: Mapping[str, float] = field(default_factory=dict)
+    client_seconds: Mapping[str, float] = field(default_factory=dict)  # of training, as clients report it
+    staleness: Mapping[str, int] = field(default_factory=dict)  # late client -> rounds by which it was late
     held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
+    personal_held_out: Mapping[str, float] = field(default_factory=dict)  # with its personal adapter on top
     num_tokens: int = 0
     bytes_down: int = 0
     bytes_up: int = 0

@@ -1,7 +1,7 @@
 """What a person sees: one live table of rounds, plain lines where there is no terminal, and a summary."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from fedllm.config import RunConfig
+from fedllm.runs.spread import spread_of
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
 from strategies.session import Watch
 
@@ -50,7 +51,9 @@ class Console:
         """Print held-out losses, answers before and after, where the adapter is and what to do next."""
         held_out = result["held_out"]
         if held_out:
-            self.rich.print(loss_table(held_out["before"]["clients"], held_out["after"]["clients"]))
+            personal = held_out["after"].get("personal", {"clients": {}})
+            columns = {"base": held_out["before"], "adapter": held_out["after"], "+ personal": personal}
+            self.rich.print(loss_table({name: part["clients"] for name, part in columns.items()}))
         for prompt, before, after in zip(answers.prompts, answers.before, answers.after, strict=True):
             self.line(f"\n  {prompt}\n    before: {one_line(before)}\n    after:  {one_line(after)}")
         self.line(f"\nadapter: {result['adapter']}\nnext:    fedllm evaluate {shown_path(folder)}")
@@ -121,19 +124,27 @@ class RunView:
         )
 
 
-def loss_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Return held-out loss per client, base and adapter, with mean and worst client."""
-    table = Table("client", "base", "adapter", "change", box=None, header_style="bold", pad_edge=False)
-    both = sorted(before.keys() & after.keys())
+def loss_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return held-out loss per client in named columns (empty ones are left out), and how it is spread.
+
+    The change is from the first column to the last.
+    """
+    shown = {name: losses for name, losses in columns.items() if losses}
+    table = Table("client", *shown, "change", box=None, header_style="bold", pad_edge=False)
+    both = sorted(set.intersection(*(set(losses) for losses in shown.values()))) if shown else []
     for client in both:
-        change = after[client] - before[client]
-        table.add_row(client, _number(before[client]), _number(after[client]), f"{change:+.3f}")
+        _add_losses(table, client, [losses[client] for losses in shown.values()])
     if both:
-        means = [sum(losses[client] for client in both) / len(both) for losses in (before, after)]
-        worst = [max(losses[client] for client in both) for losses in (before, after)]
-        table.add_row("mean", *map(_number, means), f"{means[1] - means[0]:+.3f}", style="bold")
-        table.add_row("worst", *map(_number, worst), f"{worst[1] - worst[0]:+.3f}")
+        spreads = [spread_of({client: losses[client] for client in both}) for losses in shown.values()]
+        _add_losses(table, "mean", [spread.mean for spread in spreads], style="bold")
+        _add_losses(table, "worst", [spread.worst for spread in spreads])
+        _add_losses(table, "worst - best", [spread.spread for spread in spreads])
+        _add_losses(table, "deviation", [spread.deviation for spread in spreads])
     return table
+
+
+def _add_losses(table: Table, name: str, losses: Sequence[float], style: str = "") -> None:
+    table.add_row(name, *map(_number, losses), f"{losses[-1] - losses[0]:+.3f}", style=style)
 
 
 def one_line(text: str, width: int = 100) -> str:

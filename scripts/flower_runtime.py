@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 
 from fedllm.config import RunConfig, Scalar
@@ -202,8 +203,11 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
     config = _with_absolute_paths(config)
     (run_folder(config) / "result.json").unlink(missing_ok=True)  # an earlier attempt's
     with ExitStack() as stack:
-        # This machine's user named the data source, so its own nodes may open it.
-        link = stack.enter_context(superlink(is_simulation=is_simulation, policy="server-paths = true\n"))
+        # This machine's user named the data source, so its own nodes may open it; what their clients keep for
+        # themselves lies where a resumed run finds it.
+        private = str(run_folder(config) / "private")
+        policy = tomli_w.dumps({"server-paths": True, "state-path": private})
+        link = stack.enter_context(superlink(is_simulation=is_simulation, policy=policy))
         federation: dict[str, Scalar] = {}
         if is_simulation:
             federation = simulation_size(config)
@@ -214,6 +218,7 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
                     "partition-id": index,
                     "num-partitions": number,
                     "server-paths": True,
+                    "state-path": private,
                 }
                 stack.enter_context(supernode(link, f"node-{index}", node))
         run_id = submit(link, config, federation)

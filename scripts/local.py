@@ -40,7 +40,9 @@ class LocalState:
 
 
 def init(config: RunConfig, *, num_nodes: int = 1) -> LocalState:
-    """Return a federation before its first round; nothing is written to disk.
+    """Return a federation before its first round.
+
+    Nothing is written to disk but what clients keep for themselves, if anything (`fedllm.runs.folder`).
 
     Raises:
         FedLLMError: the model or the data cannot be used, or too few clients have rows.

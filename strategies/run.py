@@ -14,6 +14,7 @@ from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from fedllm.runs.folder import describe_run, open_run_folder, write_result, write_rounds
+from fedllm.runs.spread import described
 from fedllm.types import RoundRecord
 from strategies.evaluation import evaluate
 from strategies.joining import join_clients
@@ -61,7 +62,7 @@ def open_session(config: RunConfig, grid: Grid, watch: Watch = SILENT) -> Sessio
         ModelError, RunFailedError: the base model is absent, or too few clients join.
     """
     layout = describe_layout(config.model, config.lora)
-    transport = Transport(grid)
+    transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
@@ -73,13 +74,21 @@ def first_state(session: Session, start: AdapterState | None = None) -> ServerSt
     """Return the state before round 1, with the held-out loss of the base model as record 0."""
     state = ServerState(0, start or session.initial)
     held_out = evaluate(session, state)
-    record = RoundRecord(round_num=0, held_out=held_out, adapter=state.adapter.digest)
+    record = RoundRecord(
+        round_num=0,
+        held_out=held_out.shared,
+        personal_held_out=held_out.personal,
+        adapter=state.adapter.digest,
+    )
     session.watch.record(record)
     return replace(state, records=(record,))
 
 
 def summary(state: ServerState, adapter: Path) -> dict[str, object]:
-    """Return the content of `result.json`: held-out losses before and after, and the adapter."""
+    """Return the content of `result.json`: held-out losses before and after, and the adapter.
+
+    Under "personal" are the losses with every client's personal adapter on top, where there are any.
+    """
     measured = [record for record in state.records if record.held_out]
     ends = {"before": measured[0], "after": measured[-1]} if measured else {}
     return {
@@ -88,7 +97,10 @@ def summary(state: ServerState, adapter: Path) -> dict[str, object]:
         "adapter": str(adapter),
         "digest": state.adapter.digest,
         "held_out": {
-            name: {"mean": record.mean_held_out, "clients": dict(record.held_out)}
+            name: {
+                **described(record.held_out),
+                **({"personal": described(record.personal_held_out)} if record.personal_held_out else {}),
+            }
             for name, record in ends.items()
         },
     }

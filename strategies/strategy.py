@@ -20,7 +20,8 @@ from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
-from strategies.evaluation import evaluate_requests, read_losses
+from strategies.control_variates import empty_sum
+from strategies.evaluation import evaluate_requests, read_evaluations
 from strategies.receiving import read_reply
 from strategies.rounds import finish, fold, plan_round, train_requests
 from strategies.run import open_session, run_federation
@@ -100,10 +101,12 @@ class FederatedLora(Strategy):
             for reply in map(reply_of, replies)
             for answer in read_reply(session, plan, reply, asked.get(reply.node_id, []))
         )
-        record, mixture = fold(session, state, plan, answers)
-        self._state, record = finish(session, state, plan, record, mixture)
+        controls = empty_sum(session.layout) if self.config.train.control_variates else None
+        record, mixture = fold(session, state, plan, answers, controls)
+        after, record = finish(session, state, plan, record, mixture, controls)
         if not record.applied:
             return None, None
+        self._state = replace(after, records=(*state.records, record))
         return write_plain(self._state.adapter), _train_metrics(record)
 
     def configure_evaluate(
@@ -121,7 +124,8 @@ class FederatedLora(Strategy):
             raise RuntimeError("configure_evaluate comes before aggregate_evaluate")
         losses: dict[str, float] = {}
         for reply in map(reply_of, replies):
-            losses.update(read_losses(self._session, reply))
+            found = read_evaluations(self._session, reply)
+            losses.update({client: evaluation.loss for client, evaluation in found.items()})
         return MetricRecord({"held-out-loss": sum(losses.values()) / len(losses)}) if losses else None
 
     def summary(self) -> None:

@@ -1,17 +1,18 @@
 """Messages over a Flower grid: send to nodes, take replies as they arrive, keep time, forget nobody.
 
 Flower's own loop waits for all replies or an hour, and keeps offering a node that is still busy with an old
-message. Here a phase ends at its deadline or when its caller stops listening; what arrives later is counted
-and dropped, and its node is free again.
+message. Here a phase ends at its deadline or when its caller stops listening. What arrives later is counted
+and dropped, or kept for the next round that asks for late replies (`keeps_late`); its node is free again.
 """
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedllm.types import RoundPlan
 from fedllm.wire.packets import packet_bytes
 
 _FLOWER_CODES = {2: "client error", 5: "node unavailable", 8: "client stopped responding"}
@@ -19,11 +20,12 @@ _FLOWER_CODES = {2: "client error", 5: "node unavailable", 8: "client stopped re
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """A node's answer: its content, or None and the reason there is none."""
+    """A node's answer: its content, or None and the reason there is none; `plan` of the round that asked."""
 
     node_id: int
     content: RecordDict | None
     reason: str = ""
+    plan: RoundPlan | None = None
 
 
 @dataclass(eq=False)
@@ -32,7 +34,11 @@ class Transport:
 
     grid: Grid
     poll_seconds: float = 0.1
-    late: dict[str, int] = field(default_factory=dict)  # message id -> node, past its phase
+    keeps_late: bool = False  # whether a late reply to a round counts in a later one
+    late: dict[str, tuple[int, RoundPlan | None]] = field(
+        default_factory=dict
+    )  # message id -> node, its round
+    overdue: list[Reply] = field(default_factory=list)  # late replies that no round has taken yet
     asked: set[int] = field(default_factory=set)  # nodes that were asked to join
     num_stale: int = 0  # replies that came after their phase
     bytes_down: int = 0  # packet bytes sent and received so far
@@ -41,16 +47,24 @@ class Transport:
     def node_ids(self) -> list[int]:
         """Return connected nodes that are not busy with an earlier message."""
         self._collect_late()
-        busy = set(self.late.values())
+        busy = {node for node, _ in self.late.values()}
         return sorted(node for node in self.grid.get_node_ids() if node not in busy)
 
     def exchange(
-        self, contents: Mapping[int, RecordDict], *, message_type: str, group: str, deadline: float
+        self,
+        contents: Mapping[int, RecordDict],
+        *,
+        message_type: str,
+        group: str,
+        deadline: float,
+        plan: RoundPlan | None = None,
     ) -> Iterator[Reply]:
         """Send one message per node and yield replies as they arrive, for `deadline` seconds.
 
-        Every node is answered for exactly once: by its first reply, or by a reply without content.
+        Every node is answered for exactly once: by its first reply, or by a reply without content. A phase
+        that belongs to a round, `plan`, also yields what was late for earlier ones, where that is kept.
         """
+        wants_late = plan is not None and self.keeps_late
         messages = [
             Message(content, dst_node_id=node, message_type=message_type, group_id=group)
             for node, content in contents.items()
@@ -58,31 +72,49 @@ class Transport:
         pending = dict(zip(self.grid.push_messages(messages), contents, strict=True))
         self.bytes_down += sum(packet_bytes(content) for content in contents.values())
         ends = time.monotonic() + deadline
+        arrived: list[Reply] = self._take_overdue() if wants_late else []
         try:
-            while pending and time.monotonic() < ends:
-                arrived = self._take(pending)
-                yield from arrived
+            while arrived or (pending and time.monotonic() < ends):
+                while arrived:
+                    yield arrived.pop(0)
+                arrived = [replace(reply, plan=plan) for reply in self._take(pending)]
+                if wants_late:
+                    arrived = self._take_overdue() + arrived
                 if not arrived:
                     time.sleep(self.poll_seconds)
             for node in list(pending.values()):
-                yield Reply(node, None, f"no reply within {deadline:g} s")
+                yield Reply(node, None, f"no reply within {deadline:g} s", plan)
         finally:
-            self.late.update(pending)
+            self.late.update({message_id: (node, plan) for message_id, node in pending.items()})
+            if wants_late:  # the caller has stopped listening before it had them all
+                self.overdue += arrived
 
     def _take(self, pending: dict[str, int]) -> list[Reply]:
         """Return what has arrived, struck off `pending` at once: the caller may stop listening midway."""
         replies = []
-        for message in self.grid.pull_messages(list(pending)):
+        for message in self.grid.pull_messages(list(pending)) if pending else ():
             # A lost node's error comes from the SuperLink, so only the message it answers names it.
             node = pending.pop(message.metadata.reply_to_message_id, None)
             if node is not None:
-                self.bytes_up += packet_bytes(message.content) if message.has_content() else 0
-                replies.append(reply_of(message, node))
+                replies.append(self._received(message, node))
         return replies
+
+    def _take_overdue(self) -> list[Reply]:
+        self._collect_late()
+        taken, self.overdue = self.overdue, []
+        return taken
 
     def _collect_late(self) -> None:
         for message in self.grid.pull_messages(list(self.late)) if self.late else ():
-            self.num_stale += self.late.pop(message.metadata.reply_to_message_id, None) is not None
+            node, plan = self.late.pop(message.metadata.reply_to_message_id, (None, None))
+            if node is not None and plan is not None and self.keeps_late:
+                self.overdue.append(replace(self._received(message, node), plan=plan))
+            else:
+                self.num_stale += node is not None
+
+    def _received(self, message: Message, node: int) -> Reply:
+        self.bytes_up += packet_bytes(message.content) if message.has_content() else 0
+        return reply_of(message, node)
 
 
 def reply_of(message: Message, node: int | None = None) -> Reply:

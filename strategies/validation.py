@@ -20,12 +20,14 @@ def find_fault(
     round_num: int,
     largest_weights: Mapping[str, float],
     largest_move: float,
+    largest_control: float = 0.0,
 ) -> str:
     """Return why an update is not sound, "" where it is.
 
     `layout` is that of the rank it was asked for; `largest_weights` bound the weight of the client, or of
     every member of a sum. A weighted mean of sound deltas moves no value further than they do.
-    The codec has already checked magic, version, checksum, layout digest, part, size and round of its packet.
+    `largest_control` is the most by which a control variate can honestly change, in Euclidean norm.
+    The codec has already checked magic, version, checksum, layout, part, size and round of its packets.
     """
     moved = float(update.delta.abs().max()) if update.delta.numel() else 0.0
     if update.round_num != round_num:
@@ -36,11 +38,23 @@ def find_fault(
         return "the delta holds NaN or infinite values"
     if moved > ROUNDING * largest_move:
         return f"a value moved by {moved:.3g}, at most {largest_move:.3g} can be honest"
+    control_fault = _control_fault(update.control_delta, largest_control)
+    if control_fault:
+        return control_fault
     for member in update.members:
         fault = _number_fault(member, largest_weights[member.client_id])
         if fault:
             return f"in the sum of its node, client {member.client_id}: {fault}"
     return "" if update.members else _number_fault(update, largest_weights[update.client_id])
+
+
+def _control_fault(change_P: torch.Tensor | None, largest: float) -> str:
+    norm = 0.0 if change_P is None else float(change_P.norm())
+    if not math.isfinite(norm):
+        return "the change of its control variate is not finite"
+    if norm > ROUNDING * largest:
+        return f"its control variate changed by {norm:.3g}, at most {largest:.3g} can be honest"
+    return ""
 
 
 def _number_fault(update: ClientUpdate, largest_weight: float) -> str:
@@ -69,7 +83,8 @@ def largest_weight(joined: JoinedClient, config: RunConfig) -> float:
 
 def check_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation | ClientFailure:
     """Return the evaluation where it is sound, else why it is refused."""
-    if math.isfinite(evaluation.loss) and evaluation.loss >= 0 and evaluation.num_tokens > 0:
+    losses = [loss for loss in (evaluation.loss, evaluation.personal_loss) if loss is not None]
+    if all(math.isfinite(loss) and loss >= 0 for loss in losses) and evaluation.num_tokens > 0:
         return evaluation
     return ClientFailure(
         client_id=evaluation.client_id, code="refused", reason="the held-out loss is not a finite number"

@@ -23,13 +23,15 @@ lora.rank lora.alpha lora.target-modules lora.init-a lora.client-ranks lora.drop
 data.source data.split data.partition data.prompt-column data.response-column data.text-column
 data.on-bad-row data.held-out-fraction data.max-held-out data.max-rows
 federation.num-clients federation.num-rounds federation.cohort-size federation.cohort-fraction
-federation.over-selection federation.min-clients federation.round-deadline federation.join-deadline
+federation.selection federation.candidates federation.preferred-seconds federation.over-selection
+federation.max-staleness federation.min-clients federation.round-deadline federation.join-deadline
 federation.max-retries federation.max-failure-rate
 train.local-steps train.batch-size train.learning-rate train.schedule train.weight-decay train.clip-norm
-train.max-length train.token-budget
+train.proximal train.proximal-space train.control-variates train.max-length train.token-budget
 aggregation.preset aggregation.train aggregation.read-out aggregation.weighting aggregation.robust
 aggregation.max-malicious aggregation.optimizer aggregation.server-learning-rate aggregation.server-momentum
-aggregation.second-moment aggregation.adaptivity
+aggregation.second-moment aggregation.adaptivity aggregation.staleness-exponent
+personal.mode personal.rank personal.steps personal.pull
 wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """
@@ -112,6 +114,9 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
         ("federation.cohort-size", -1, "at least 0 and at most 1e+06"),
         ("federation.cohort-fraction", 0.0, "above 0 and at most 1"),
         ("federation.cohort-fraction", 1.01, "above 0 and at most 1"),
+        ("federation.candidates", -1, "at least 0 and at most 1e+06"),
+        ("federation.preferred-seconds", -0.5, "at least 0"),
+        ("federation.max-staleness", -1, "at least 0 and at most 1000"),
         ("federation.over-selection", 0.99, "at least 1 and at most 10"),
         ("federation.min-clients", 0, "at least 1 and at most 1e+06"),
         ("federation.round-deadline", 0.0, "above 0"),
@@ -125,7 +130,12 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
         ("train.learning-rate", math.inf, "finite and above 0"),
         ("train.weight-decay", -0.1, "at least 0"),
         ("train.clip-norm", -1.0, "at least 0"),
+        ("train.proximal", -0.1, "at least 0"),
         ("train.max-length", 7, "at least 8 and at most 1e+07"),
+        ("aggregation.staleness-exponent", -0.1, "at least 0 and at most 100"),
+        ("personal.rank", 0, "at least 1 and at most 4096"),
+        ("personal.steps", 0, "at least 1 and at most 1e+06"),
+        ("personal.pull", -0.1, "at least 0"),
         ("evaluation.every", -1, "at least 0 and at most 1e+06"),
         ("evaluation.max-new-tokens", -1, "at least 0 and at most 100000"),
     ],
@@ -142,8 +152,11 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         "model.dtype",
         "model.quantization",
         "data.on-bad-row",
+        "federation.selection",
         "train.schedule",
         "lora.init-a",
+        "train.proximal-space",
+        "personal.mode",
         "aggregation.read-out",
         "aggregation.weighting",
         "aggregation.optimizer",
@@ -170,6 +183,75 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
         (
             {"federation.cohort-fraction": 0.5, "federation.min-clients": 5},
             "federation.min-clients = 5 is above the cohort of 4",
+        ),
+        (
+            {"federation.selection": "poisson", "federation.over-selection": 1.5},
+            "federation.over-selection needs a cohort of a fixed size, and federation.selection = 'poisson'"
+            " has none: keeping only the first to answer would be another law; set it to 1",
+        ),
+        (
+            {
+                "federation.selection": "power-of-choice",
+                "federation.candidates": 7,
+                "federation.cohort-size": 5,
+                "federation.over-selection": 1.5,
+            },
+            "federation.candidates = 7 is below the 8 clients a round asks",
+        ),
+        (
+            {"federation.max-staleness": 2, "federation.selection": "poisson"},
+            "federation.max-staleness = 2: a poisson round waits for everyone it drew, so none is late;"
+            " set it to 0",
+        ),
+        (
+            {"federation.max-staleness": 2},
+            "federation.max-staleness = 2 needs aggregation.read-out = 'factor-mean': other read-outs change"
+            " the factors' basis or the base model between rounds, and a late change of the factors means"
+            " nothing there",
+        ),
+        (
+            {
+                "federation.max-staleness": 2,
+                "aggregation.read-out": "factor-mean",
+                "train.control-variates": True,
+            },
+            "federation.max-staleness = 2 cannot go with train.control-variates, which assume updates of one"
+            " round",
+        ),
+        (
+            {"train.control-variates": True, "train.clip-norm": 0.0},
+            "train.control-variates needs train.clip-norm above 0: it bounds what one client may add to them",
+        ),
+        (
+            {"train.control-variates": True},
+            "train.control-variates needs aggregation.read-out = 'factor-mean' and one part that is trained"
+            " in every round: they are gradients of the factors, in a basis that must stay",
+        ),
+        (
+            {
+                "federation.max-staleness": 2,
+                "aggregation.preset": "rolora",
+            },
+            "federation.max-staleness = 2 cannot go with aggregation.train = 'alternate': a late update is of"
+            " the other factor",
+        ),
+        (
+            {
+                "train.control-variates": True,
+                "aggregation.read-out": "factor-mean",
+                "aggregation.robust": "norm-clip",
+            },
+            "train.control-variates cannot go with aggregation.robust = 'norm-clip', which does not see what"
+            " a client adds to them",
+        ),
+        (
+            {
+                "train.control-variates": True,
+                "aggregation.read-out": "factor-mean",
+                "wire.node-sum": True,
+            },
+            "train.control-variates needs every client's own change at the run's rank; set wire.node-sum ="
+            " false and leave lora.client-ranks empty",
         ),
         (
             {"lora.client-ranks": "4,16"},

@@ -145,9 +145,14 @@ class Bank:
         a, b = still + moving if self.trained == "b" else moving + still
         return a, b
 
-    def gradients(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return the slots' (grad A [S, R, D_in], grad B [S, D_out, R]) as views; None where frozen."""
-        views = _views(self.grad_SP, self._moving[index])
+    def gradients(
+        self, index: int, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return (grad A [S, R, D_in], grad B [S, D_out, R]) as views; None where frozen.
+
+        They are those of the slots, or of other `rows` [S, P] of the trained part.
+        """
+        views = _views(self.grad_SP if rows is None else rows, self._moving[index])
         if self.trained == "both":
             return views[0], views[1]
         return (views[0], None) if self.trained == "a" else (None, views[0])

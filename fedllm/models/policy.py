@@ -4,6 +4,7 @@ The policy is a TOML file on the local machine: $FEDLLM_POLICY, else `~/.config/
 
     trust-remote-code = ["org/model"]     # models whose own Python code may run here
     server-paths = false                  # may a server name a local file as the data source?
+    state-path = "/private/fedllm"        # where clients keep what never leaves; else the user's state folder
 """
 
 import os
@@ -20,6 +21,7 @@ class SitePolicy:
 
     trust_remote_code: tuple[str, ...] = ()
     server_paths: bool = False
+    state_path: str = ""
 
 
 def load_policy() -> SitePolicy:
@@ -35,7 +37,7 @@ def load_policy() -> SitePolicy:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file ({type(error).__name__})") from None
-    unknown = values.keys() - {"trust-remote-code", "server-paths"}
+    unknown = values.keys() - {"trust-remote-code", "server-paths", "state-path"}
     if unknown:
         raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}")
     models, paths = values.get("trust-remote-code", []), values.get("server-paths", False)
@@ -43,4 +45,7 @@ def load_policy() -> SitePolicy:
         raise ConfigError(f"{path}: trust-remote-code must be a list of model names")
     if not isinstance(paths, bool):
         raise ConfigError(f"{path}: server-paths must be true or false")
-    return SitePolicy(trust_remote_code=tuple(models), server_paths=paths)
+    state_path = values.get("state-path", "")
+    if not isinstance(state_path, str):
+        raise ConfigError(f"{path}: state-path must be the name of a folder")
+    return SitePolicy(trust_remote_code=tuple(models), server_paths=paths, state_path=state_path)

@@ -24,7 +24,8 @@ from fedllm.runs.records import record_from_dict, record_to_dict
 from fedllm.types import OptimizerState, RoundRecord
 
 NUM_KEPT = 2
-DRIFT, OPTIMIZER = "drift.safetensors", "optimizer.safetensors"  # there only where they hold something
+# there only where they hold something
+DRIFT, OPTIMIZER, CONTROL = "drift.safetensors", "optimizer.safetensors", "control.safetensors"
 
 # Keys that may differ between a run and its continuation: they change where, how long or how loudly it
 # runs, never what a round computes.
@@ -44,7 +45,7 @@ class ServerState:
 
     `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none);
     `drift` is what the base model has gained (left out: nothing); `norms` are the median norms of the last
-    rounds' changes, which robust rules compare with.
+    rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one.
     """
 
     round_num: int
@@ -54,6 +55,7 @@ class ServerState:
     drift: Drift = cast(Drift, None)  # what is left out is filled in below, since it needs the layout
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     norms: tuple[float, ...] = ()
+    control: AdapterState | None = None
 
     def __post_init__(self) -> None:
         if cast(Drift | None, self.drift) is None:
@@ -84,6 +86,8 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
             if state.optimizer.num_steps:
                 moments = {"first": state.optimizer.first, "second": state.optimizer.second}
                 save_named(building / OPTIMIZER, moments)
+            if state.control is not None:
+                save_tensors(building / CONTROL, state.control)
     except (OSError, FedLLMError) as error:
         raise CheckpointError(f"round {state.round_num} could not be saved in {folder}: {error}") from None
     for old in _rounds(folder)[NUM_KEPT:]:
@@ -106,6 +110,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
             drift = _load_drift(path / DRIFT, saved_layout)
             optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
+            control = load_tensors(path / CONTROL, saved_layout) if (path / CONTROL).exists() else None
         except (FedLLMError, OSError, ValueError, KeyError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue
@@ -123,6 +128,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
                 drift=drift,
                 optimizer=optimizer,
                 norms=tuple(content.get("norms", ())),
+                control=control,
             ),
             passed_over,
         )

@@ -6,6 +6,7 @@ runs/NAME/partition.json    which rows each client had, with a hash (written by 
 runs/NAME/rounds.jsonl      one record a round
 runs/NAME/checkpoints/      the newest two
 runs/NAME/adapter/          the published PEFT folder
+runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters
 runs/NAME/result.json       held-out loss before and after, and how the run ended
 """
 

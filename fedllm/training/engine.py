@@ -17,7 +17,6 @@ from typing import TypeVar
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
-from fedllm.adapters.parts import whole_of
 from fedllm.errors import LayoutError
 from fedllm.lora.bank import Bank, Route, segments
 from fedllm.lora.dropout import noisy_rows
@@ -27,11 +26,14 @@ from fedllm.models.attention import ragged
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
+from fedllm.training.control_variates import Correction, correction_of
 from fedllm.training.forward import lay_out, token_losses
 from fedllm.training.generate import answers
 from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
 from fedllm.training.probe import can_be_ragged, has_plain_head
+from fedllm.training.proximal import pull_of
+from fedllm.training.rows import Rows, anchors_of, corrections_of, movable_of, rows_of
 from fedllm.types import ClientEvaluation
 
 CPU_TOKEN_BUDGET = 512
@@ -102,37 +104,46 @@ class Engine:
         # The longest first: those still at work are always the first rows of the bank.
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
         ordered = [jobs[place] for place in order]
-        losses_C, deltas = self._train_rows(ordered)
+        losses_C, rows, moved_CP, correction = self._train_rows(ordered)
         seconds = (time.perf_counter() - began) / sum(map(_num_tokens, jobs))
         results = {}
         for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
-            result = _result(job, deltas[row], float(losses_C[row]), seconds * _num_tokens(job))
+            delta = rows.whole(row, moved_CP[row])
+            result = _result(job, delta, float(losses_C[row]), seconds * _num_tokens(job))
+            if correction is not None:
+                mean_P = correction.sum_CP[row].cpu() / len(job.batches)
+                result = replace(result, gradient=rows.whole(row, mean_P))
             if len(jobs) > 1 and not is_finite(result):
                 (result,) = self._train_group([job])
             results[place] = result
         return [results[place] for place in range(len(jobs))]
 
-    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return (mean loss over steps [C], each job's delta) of jobs sorted by falling number of steps."""
-        layouts = [job.layout or self.layout for job in jobs]
-        widest = max(layouts, key=lambda layout: layout.rank)
-        starts = [with_rank(j.start, layout, widest.rank) for j, layout in zip(jobs, layouts, strict=True)]
-        self.bank.load(widest, starts, [layout.scale for layout in layouts], jobs[0].trained)
+    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, Rows, torch.Tensor, Correction | None]:
+        """Train jobs sorted by falling number of steps, side by side.
+
+        Returns (mean loss over steps [C], the rows, what each has moved [C, P], SCAFFOLD's sums if any).
+        """
+        rows = rows_of(jobs, self.layout)
+        starts, scales = rows.widened([job.start for job in jobs]), [layout.scale for layout in rows.layouts]
+        self.bank.load(rows.widest, starts, scales, rows.trained)
         begin_CP = self.bank.theta_CP.clone()
-        optimizer = RowAdamW(self.bank.theta_CP, [job.training for job in jobs])
+        trainings = [job.training for job in jobs]
+        optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_of(rows))
+        pull = pull_of(self.bank, anchors_of(rows), trainings)
+        correction = correction_of(corrections_of(rows), self.bank.theta_CP, trainings)
         losses_C = torch.zeros(len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
                 grads, losses = self._step(active, step)
+                if correction is not None:
+                    correction.apply(grads)
+                if pull is not None:
+                    pull.add_gradient(self.bank, grads)
                 optimizer.step(grads)
                 losses_C[: len(active)] += losses
         num_steps_C = torch.tensor([len(job.batches) for job in jobs])
-        deltas = [
-            with_rank(whole_of(widest, delta_P, jobs[0].trained), widest, layout.rank)
-            for delta_P, layout in zip((self.bank.theta_CP - begin_CP).cpu(), layouts, strict=True)
-        ]
-        return losses_C / num_steps_C, deltas
+        return losses_C / num_steps_C, rows, (self.bank.theta_CP - begin_CP).cpu(), correction
 
     def _step(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""
@@ -254,13 +265,15 @@ class Engine:
     def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[ClientEvaluation]:
         """Return the mean loss over the supervised tokens of every job's rows, at least one row each.
 
-        Jobs may share an adapter (the same vector object) or each bring their own.
+        Jobs may share an adapter (the same vector object) or each bring their own, of any rank.
         """
         done: list[ClientEvaluation] = []
         for group in _by_adapters(jobs):
-            vectors = list({id(job.vector): job.vector for job in group}.values())
-            place = {id(vector): row for row, vector in enumerate(vectors)}
-            self.bank.load(self.layout, vectors, [self.layout.scale] * len(vectors))
+            adapters = {id(job.vector): (job.vector, job.layout or self.layout) for job in group}
+            place = {key: row for row, key in enumerate(adapters)}
+            widest = max((layout for _, layout in adapters.values()), key=lambda layout: layout.rank)
+            vectors = [with_rank(vector, layout, widest.rank) for vector, layout in adapters.values()]
+            self.bank.load(widest, vectors, [layout.scale for _, layout in adapters.values()])
             items = [
                 _Item(row, place[id(job.vector)], number, 1.0)
                 for number, job in enumerate(group)

@@ -19,7 +19,9 @@ class Job:
     or "b" alone (fedllm.adapters.parts): the other keeps its bits, and the delta has zeros there. With
     `example_clip` above 0 every row's own gradient is clipped to that norm before the rows are averaged
     (DP-SGD, arXiv 1607.00133, without its noise); 0 takes the gradient of the batch's mean token loss.
-    `seed` is where LoRA dropout draws from, row by row (`row_seed`).
+    `seed` is where LoRA dropout draws from, row by row (`row_seed`). FedProx pulls to `anchor` [P], where it
+    is not given to `start`. `movable` [P] says which values may move, if not all. `correction` [P] is added
+    to every gradient (SCAFFOLD, `fedllm.training.control_variates`).
     """
 
     client_id: str
@@ -30,6 +32,9 @@ class Job:
     layout: AdapterLayout | None = None
     example_clip: float = 0.0
     seed: int = 0
+    anchor: torch.Tensor | None = None
+    movable: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
 
 
 def row_seed(job: Job, step: int, row: int) -> int:
@@ -39,7 +44,11 @@ def row_seed(job: Job, step: int, row: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What training gave: `delta` [P] = after - before; `loss` is the mean over steps, in nats per token."""
+    """What training gave: `delta` [P] = after - before; `loss` is the mean over steps, in nats per token.
+
+    Where the job had a correction, `gradient` [P] is the mean over steps of the gradient without it, each
+    clipped to the job's clip norm.
+    """
 
     client_id: str
     delta: torch.Tensor
@@ -47,17 +56,20 @@ class Result:
     num_rows: int
     num_tokens: int
     seconds: float  # its share, by tokens, of the pass it was trained in
+    gradient: torch.Tensor | None = None
 
 
 def is_finite(result: Result) -> bool:
     """Return whether training gave numbers; where it diverged, NaN or infinity."""
-    return math.isfinite(result.loss) and bool(torch.isfinite(result.delta).all())
+    vectors = (result.delta, *(() if result.gradient is None else (result.gradient,)))
+    return math.isfinite(result.loss) and all(bool(torch.isfinite(vector).all()) for vector in vectors)
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationJob:
-    """Rows whose loss under the adapter `vector` [P] is wanted."""
+    """Rows whose loss under the adapter `vector` [P] is wanted; its layout where it is not the engine's."""
 
     client_id: str
     vector: torch.Tensor
     rows: tuple[Encoded, ...]
+    layout: AdapterLayout | None = None

@@ -53,7 +53,11 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
         logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss + _proximal_loss(parameters, layout, job)).backward()  # type: ignore[no-untyped-call]
+        if job.correction is not None:
+            for parameter, (_, correction) in zip(parameters, layout.views(job.correction), strict=True):
+                assert parameter.grad is not None
+                parameter.grad += correction
         if numbers.clip_norm:
             torch.nn.utils.clip_grad_norm_(moving, numbers.clip_norm)
         optimizer.step()
@@ -77,6 +81,17 @@ class RowDropout(nn.Module):
             if row.rate:
                 mask[b, : row.end] = row_mask(row, self.index, x[b])
         return x * mask
+
+
+def _proximal_loss(parameters: list[torch.Tensor], layout: AdapterLayout, job: Job) -> torch.Tensor:
+    """Return the FedProx penalty, with dense products: see `fedllm.training.proximal`."""
+    anchors = [view.to(parameters[0]) for _, view in layout.views(job.start)]
+    if job.training.proximal_space == "factor":
+        squares = [(p - anchor).square().sum() for p, anchor in zip(parameters, anchors, strict=True)]
+    else:
+        factors = zip(parameters[0::2], parameters[1::2], anchors[0::2], anchors[1::2], strict=True)
+        squares = [(layout.scale * (b @ a - b0 @ a0)).square().sum() for a, b, a0, b0 in factors]
+    return job.training.proximal / 2 * torch.stack(squares).sum()
 
 
 def _peft_name(saved_name: str) -> str:

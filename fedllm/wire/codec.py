@@ -96,6 +96,11 @@ def decode(
     return Packet(vector, header["layout"], part, header["round"], payload)
 
 
+def as_received(vector: torch.Tensor, payload: str) -> torch.Tensor:
+    """Return a float32 `vector` [P] as whoever decodes its packet will read it."""
+    return _DECODERS[payload](_ENCODERS[payload](vector.contiguous()), vector.numel())
+
+
 def payload_bytes(size: int, payload: str) -> int:
     """Return the exact number of payload bytes of `size` values, headers and checksum apart."""
     blocks = -(-size // INT8_BLOCK)

@@ -2,11 +2,13 @@
 
 A reply has three records and no free text: `updates` (client id -> one packet), `metrics` (parallel lists of
 named numbers), `clients` (ids and codes). A node that was asked for the sum of its clients has `sum`, one
-packet, in place of `updates`. Reading is strict: a reply of any other form raises `WireError`, a single bad
-client in a good reply becomes a `ClientFailure` of that client alone.
+packet, in place of `updates`; where clients have control variates, `controls` has a packet for each. Reading
+is strict: a reply of any other form raises `WireError`, a single bad client in a good reply becomes a
+`ClientFailure` of that client alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -45,6 +47,13 @@ def write_updates(
         for update in updates
     }
     arrays = {"updates": ArrayRecord(packets)} if packets else {}
+    changes = {
+        update.client_id: _packet(update.control_delta, layout, "control", update.round_num, payload)
+        for update in updates
+        if update.control_delta is not None
+    }
+    if changes:
+        arrays["controls"] = ArrayRecord(changes)
     return _write_results(results, updates, UPDATE_METRICS, arrays)
 
 
@@ -71,19 +80,22 @@ def write_sum(
 def _write_delta(
     delta_P: torch.Tensor, layout: AdapterLayout, part: str, round_num: int, payload: str
 ) -> Array:
-    packet = codec.encode(
-        part_of(layout, delta_P, part),
-        layout_digest=layout.digest,
-        part=part,
-        round_num=round_num,
-        payload=payload,
+    return _packet(part_of(layout, delta_P, part), layout, part, round_num, payload)
+
+
+def _packet(vector: torch.Tensor, layout: AdapterLayout, part: str, round_num: int, payload: str) -> Array:
+    return to_array(
+        codec.encode(vector, layout_digest=layout.digest, part=part, round_num=round_num, payload=payload)
     )
-    return to_array(packet)
 
 
 def write_evaluations(results: Sequence[ClientEvaluation | ClientFailure]) -> RecordDict:
-    """Return the reply to an evaluate request."""
-    done = [result for result in results if isinstance(result, ClientEvaluation)]
+    """Return the reply to an evaluate request; without a personal adapter both its losses are the same."""
+    done = [
+        replace(result, personal_loss=result.loss if result.personal_loss is None else result.personal_loss)
+        for result in results
+        if isinstance(result, ClientEvaluation)
+    ]
     return _write_results(results, done, EVALUATION_METRICS, {})
 
 
@@ -132,19 +144,29 @@ def write_joined(clients: Sequence[JoinedClient]) -> RecordDict:
 
 
 def read_updates(
-    content: RecordDict, *, layout: AdapterLayout, ranks: Mapping[str, int], part: str, round_num: int
+    content: RecordDict,
+    *,
+    layout: AdapterLayout,
+    ranks: Mapping[str, int],
+    part: str,
+    round_num: int,
+    with_controls: bool = False,
 ) -> list[ClientUpdate | ClientFailure]:
     """Return what a reply to a train request says of each of its clients.
 
     `ranks` has the clients that were asked, each with the rank it was asked to train at; `part` is what of
-    its delta every client was to return.
+    its delta every client was to return. `with_controls` wants the change of a control variate from every
+    client, else none is allowed.
 
     Raises:
         WireError: the reply as a whole is malformed. A client whose own packet is bad is a failure instead.
     """
-    codes, metrics = _read_results(content, {**_RESULT_RECORDS, "updates": ArrayRecord}, UPDATE_METRICS)
-    packets = content.array_records.get("updates", ArrayRecord())
-    if set(packets) != {client for client, code in codes.items() if code == _OK}:
+    names = ("updates", "controls") if with_controls else ("updates",)
+    allowed = {**_RESULT_RECORDS, **dict.fromkeys(names, ArrayRecord)}
+    codes, metrics = _read_results(content, allowed, UPDATE_METRICS)
+    packets = {name: content.array_records.get(name, ArrayRecord()) for name in names}
+    done = {client for client, code in codes.items() if code == _OK}
+    if any(set(record) != done for record in packets.values()):
         raise WireError("the packets do not match the clients that report an update")
     results: list[ClientUpdate | ClientFailure] = []
     for client_id, code in codes.items():
@@ -153,11 +175,15 @@ def read_updates(
             continue
         try:
             client_layout = at_rank(layout, ranks.get(client_id, layout.rank))
-            delta = _read_delta(packets[client_id], client_layout, part, round_num)
+            delta = _read_delta(packets["updates"][client_id], client_layout, part, round_num)
+            control = None
+            if with_controls:
+                control = _vector(packets["controls"][client_id], layout, "control", layout.size, round_num)
         except WireError as error:
             results.append(ClientFailure(client_id=client_id, code=error.code, reason=str(error)))
             continue
-        results.append(_update(client_id, metrics[client_id], client_layout.rank, round_num, delta))
+        update = _update(client_id, metrics[client_id], client_layout.rank, round_num, delta)
+        results.append(replace(update, control_delta=control))
     return results
 
 
@@ -200,14 +226,15 @@ def read_sum(
 
 def _read_delta(array: Array, layout: AdapterLayout, part: str, round_num: int) -> torch.Tensor:
     """Return the whole delta [P] of `layout` in a packet of one of its parts."""
+    vector = _vector(array, layout, part, part_size(layout, part), round_num)
+    return whole_of(layout, vector, part)
+
+
+def _vector(array: Array, layout: AdapterLayout, part: str, size: int, round_num: int) -> torch.Tensor:
     packet = codec.decode(
-        packet_of(array),
-        layout_digest=layout.digest,
-        part=part,
-        size=part_size(layout, part),
-        round_num=round_num,
+        packet_of(array), layout_digest=layout.digest, part=part, size=size, round_num=round_num
     )
-    return whole_of(layout, packet.vector, part)
+    return packet.vector
 
 
 def _reported(client_id: str, code: str) -> ClientFailure:
@@ -243,6 +270,7 @@ def read_evaluations(content: RecordDict) -> list[ClientEvaluation | ClientFailu
             ClientEvaluation(
                 client_id=client_id,
                 loss=numbers["loss"],
+                personal_loss=numbers["personal_loss"],
                 num_tokens=_count(numbers["num_tokens"]),
                 num_rows=_count(numbers["num_rows"]),
             )

@@ -43,13 +43,12 @@ class Holding:
 
 
 def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
-    """Return the message content of a train request; adapter and drift travel as float32."""
+    """Return the message content of a train request; adapter, drift and control travel as float32."""
     training = request.training
-    return _write(
+    content = _write(
         request,
         sending,
         {
-            "num-drawn": list(request.num_drawn),
             "ranks": list(request.ranks),
             "trained": request.trained,
             "node-sum": request.node_sum,
@@ -59,6 +58,11 @@ def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
             **{f"train.{name}": getattr(training, name) for name in _TRAINING_FIELDS},
         },
     )
+    if request.control is not None:
+        control = request.control
+        array = _array(control.vector, control.layout, request.round_num, "control")
+        content["control"] = ArrayRecord({"control": array})
+    return content
 
 
 def write_evaluate_request(request: EvaluateRequest, sending: Sending) -> RecordDict:
@@ -76,6 +80,7 @@ def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: di
         "adapter": adapter.digest,
         "drift": drift.digest,
         "local-b": request.local_b,
+        "num-drawn": list(request.num_drawn or (0,) * len(request.client_ids)),
         **values,
     }
     arrays = {"adapter": _array(sent, adapter.layout, request.round_num, sending.part)}
@@ -118,7 +123,6 @@ def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Hold
     }
     return TrainRequest(
         **_read_common(content, layout, holding),
-        num_drawn=tuple(list_field(config, "num-drawn", int)),
         ranks=tuple(list_field(config, "ranks", int)),
         training=LocalTraining(**training),
         trained=scalar_field(config, "trained", str),
@@ -126,6 +130,7 @@ def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Hold
         codec=scalar_field(config, "codec", str),
         weighting=scalar_field(config, "weighting", str),
         seed=scalar_field(config, "seed", int),
+        control=_read_control(content, layout),
     )
 
 
@@ -140,6 +145,7 @@ def _read_common(content: RecordDict, layout: AdapterLayout, holding: Holding) -
         "round_num": scalar_field(config, "round", int),
         "client_ids": tuple(list_field(config, "client-ids", str)),
         "local_b": scalar_field(config, "local-b", bool),
+        "num_drawn": tuple(list_field(config, "num-drawn", int)),
         "adapter": _read_adapter(content, layout, holding),
         "drift": _read_drift(content, layout, holding),
     }
@@ -189,6 +195,13 @@ def _read_drift(content: RecordDict, layout: AdapterLayout, holding: Holding) ->
     if drift.digest != digest:
         raise WireError("the base drift has not the digest that its request names")
     return drift
+
+
+def _read_control(content: RecordDict, layout: AdapterLayout) -> AdapterState | None:
+    if "control" not in content.array_records:
+        return None
+    vector = _read_packet(content, "control", layout, "control", layout.size)
+    return AdapterState(layout, vector).checked_finite()
 
 
 def _read_packet(content: RecordDict, name: str, layout: AdapterLayout, part: str, size: int) -> torch.Tensor:

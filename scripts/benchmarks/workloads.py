@@ -38,7 +38,7 @@ class Shape:
     max_length: int  # tokens of a row
 
 
-_NUMBERS = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0}
+_NUMBERS: Any = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0}
 SHORT = Shape(LocalTraining(steps=4, batch_size=4, **_NUMBERS), 128)
 UNEVEN = Shape(LocalTraining(steps=1, batch_size=16, **_NUMBERS), 512)
 

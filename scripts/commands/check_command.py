@@ -64,15 +64,17 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
 def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> dict[str, int]:
     """Return payload bytes; those of deltas on average over two rounds, which may train different factors."""
     rule = aggregation_rule(config)
-    down = payload_bytes(part_size(layout, rule.changing_part), "fp32")
+    controls = layout.size if config.train.control_variates else 0  # a second packet both ways
+    down = payload_bytes(part_size(layout, rule.changing_part), "fp32") + payload_bytes(controls, "fp32")
     parts = [returned_part(rule.trained_in(number), rule.local_b) for number in (1, 2)]
 
     def packet(rank: int) -> float:
         sizes = (part_size(at_rank(layout, rank), part) for part in parts)
-        return sum(payload_bytes(size, config.wire.codec) for size in sizes) / len(parts)
+        mean = sum(payload_bytes(size, config.wire.codec) for size in sizes) / len(parts)
+        return mean + payload_bytes(controls, config.wire.codec)
 
     if config.wire.node_sum:
         return {"bytes up a node and round": round(packet(layout.rank)), "bytes down a node and round": down}
     ranks = deal_ranks(config.lora.client_ranks, clients, layout.rank).values() or [layout.rank]
-    mean = sum(map(packet, ranks)) / len(ranks)
-    return {"bytes up a round": round(mean * cohort_size_of(config)), "bytes down a node and round": down}
+    mean_up = sum(map(packet, ranks)) / len(ranks)
+    return {"bytes up a round": round(mean_up * cohort_size_of(config)), "bytes down a node and round": down}

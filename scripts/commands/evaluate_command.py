@@ -17,6 +17,7 @@ from fedllm.errors import ConfigError, NoDataError
 from fedllm.models.base import load_base
 from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID, resolve_model
 from fedllm.runs.recipe import flatten
+from fedllm.runs.spread import spread_of
 from fedllm.training.engine import Engine, resident_engine
 from fedllm.training.jobs import EvaluationJob
 from fedllm.types import ClientEvaluation
@@ -107,8 +108,10 @@ def _losses(
 def report_of(
     before: Mapping[str, ClientEvaluation], after: Mapping[str, ClientEvaluation], answers: Answers
 ) -> dict[str, Any]:
-    """Return the JSON form of an evaluation: per client, mean over clients, and the worst client."""
-    worst = max(after, key=lambda name: after[name].loss)
+    """Return the JSON form of an evaluation: per client, mean over clients, the worst client, the spread."""
+    base = spread_of({name: before[name].loss for name in after})
+    adapter = spread_of({name: after[name].loss for name in after})
+    worst = adapter.worst_client
     return {
         "clients": {
             name: {
@@ -119,14 +122,12 @@ def report_of(
             }
             for name in after
         },
-        "mean": {"base": _mean(before), "adapter": _mean(after)},
+        "mean": {"base": base.mean, "adapter": adapter.mean},
         "worst": {"client": worst, "base": before[worst].loss, "adapter": after[worst].loss},
+        "spread": {"base": base.spread, "adapter": adapter.spread},
+        "deviation": {"base": base.deviation, "adapter": adapter.deviation},
         "answers": vars(answers),
     }
-
-
-def _mean(evaluations: Mapping[str, ClientEvaluation]) -> float:
-    return sum(evaluation.loss for evaluation in evaluations.values()) / len(evaluations)
 
 
 def _print(console: Console, report: Mapping[str, Any], answers: Answers) -> None:
@@ -140,6 +141,8 @@ def _print(console: Console, report: Mapping[str, Any], answers: Answers) -> Non
     mean, worst = report["mean"], report["worst"]
     table.add_row("mean", "", "", f"{mean['base']:.4f}", f"{mean['adapter']:.4f}", style="bold")
     table.add_row(f"worst: {worst['client']}", "", "", f"{worst['base']:.4f}", f"{worst['adapter']:.4f}")
+    for label, key in (("worst - best", "spread"), ("deviation", "deviation")):
+        table.add_row(label, "", "", f"{report[key]['base']:.4f}", f"{report[key]['adapter']:.4f}")
     console.rich.print(table)
     for prompt, before, after in zip(answers.prompts, answers.before, answers.after, strict=True):
         console.line(f"\n  {prompt}\n    before: {one_line(before)}\n    after:  {one_line(after)}")

@@ -55,8 +55,10 @@ def test_an_update_is_a_delta_a_weight_and_counts() -> None:
         "num_truncated",
         "seconds",
         "members",
+        "control_delta",
     }
     assert update.members == ()
+    assert update.control_delta is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from fedllm.types import RoundRecord
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
+# factor means, so that every other key may be changed alone
 CONFIG = RunConfig.from_flat({"aggregation.read-out": "factor-mean"})
 
 
@@ -42,6 +43,17 @@ def test_a_state_comes_back_bit_for_bit_and_two_checkpoints_are_kept(folder: Pat
     assert passed_over == []
     assert state.adapter.digest == state_of(3).adapter.digest
     assert (state.round_num, state.num_drawn, state.records) == (3, {"a": 12, "b": 1}, state_of(3).records)
+
+
+def test_control_variates_come_back_and_are_checked_like_the_adapter(tmp_path: Path) -> None:
+    control = AdapterState(LAYOUT, torch.randn(LAYOUT.size))
+    for round_num in (1, 2):
+        save_checkpoint(tmp_path, replace(state_of(round_num), control=control), CONFIG)
+    assert load(tmp_path)[0].control.digest == control.digest
+    _flip("control.safetensors")(tmp_path / "round-00002")
+    state, (line,) = load(tmp_path)
+    assert (state.round_num, state.control.digest) == (1, control.digest)
+    assert line.startswith("round-00002 is damaged")
 
 
 def _flip(name: str) -> Callable[[Path], None]:
@@ -96,6 +108,7 @@ def another(config: RunConfig, key: str) -> Any:
         "model.dtype": "float64",
         "model.quantization": "8bit",
         "data.on-bad-row": "stop",
+        "train.proximal-space": "product",
         "aggregation.preset": "fedit",
         "aggregation.read-out": "svd",
         "aggregation.train": "b",
@@ -104,7 +117,10 @@ def another(config: RunConfig, key: str) -> Any:
         "lora.init-a": "orthonormal",
         "lora.client-ranks": "4",
         "aggregation.weighting": "tokens",
+        "aggregation.staleness-exponent": 1.0,
+        "personal.mode": "ditto",
         "wire.codec": "int8",
+        "federation.selection": "oort",
         "federation.cohort-fraction": 0.5,
         "federation.min-clients": 2,
         "federation.over-selection": 1.3,

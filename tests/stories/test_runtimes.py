@@ -44,6 +44,30 @@ def test_flower_runtime_equals_the_local_one(runtime, changes, tiny_run, fedllm,
     fedllm("compare", str(tmp_path / "local"), str(tmp_path / runtime), "--assert-equal")
 
 
+def _kept(folder: Path) -> dict[str, bytes]:
+    """Return what the clients of a run keep for themselves, by client and state."""
+    (store,) = (folder / "private").iterdir()
+    return {file.relative_to(store).as_posix(): file.read_bytes() for file in store.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_what_clients_keep_is_the_same_where_every_message_has_a_process_of_its_own(
+    tiny_run, fedllm, tmp_path
+):
+    words = [*tiny_run, "federation.num-clients=2", "--out", str(tmp_path), "personal.mode=ditto"]
+    words += ["train.control-variates=true", "aggregation.read-out=factor-mean"]
+    words += ["federation.selection=power-of-choice"]
+    fedllm("run", *words, "run.name=local")
+    fedllm("run", *words, "run.name=deployment", "--runtime", "deployment")
+    assert _digest(tmp_path / "deployment") == _digest(tmp_path / "local")
+    names = ("deployment", "local")
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in names]
+    assert results[0]["held_out"] == results[1]["held_out"]
+    kept = [_kept(tmp_path / name) for name in names]
+    assert len(kept[0]) == 4
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.slow
 def test_two_holders_with_files_of_their_own(tiny_run, text_file, tmp_path):
     """A SuperLink and two SuperNodes, each with its own file and model: a real federation in small."""

@@ -162,6 +162,8 @@ def as_another(content: RecordDict) -> RecordDict:
     [
         losing(loss=[float("nan")]),
         losing(loss=[-1.0]),
+        losing(personal_loss=[float("nan")]),
+        losing(personal_loss=[-1.0]),
         losing(num_tokens=[0.0]),
         losing(loss=[0.1, 0.2]),
         as_stranger,
@@ -178,8 +180,8 @@ def test_an_unsound_evaluation_is_noticed_and_left_out(
 ) -> None:
     honest = open_run(make_config())
     run = open_run(make_config(), tamper=tampering("evaluate", change))
-    expected = evaluate(honest.session, honest.state)
-    losses = evaluate(run.session, run.state)
+    expected = dict(evaluate(honest.session, honest.state).shared)
+    losses = evaluate(run.session, run.state).shared
     assert expected.pop(OFFENDER) > 0
     assert losses == expected
     assert run.notices

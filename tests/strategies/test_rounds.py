@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 from flwr.app import Message, RecordDict
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.errors import RunFailedError
 from strategies.rounds import check_failure_rate, learning_rate, next_round, run_round
-from strategies.selection import choose_clients
 
 EVERYBODY = ("anna", "ben", "cleo", "dora")
 
@@ -178,42 +175,6 @@ def test_a_record_counts_packets_and_weights(make_config: Callable, open_run: Ca
     mean = sum(record.weights[name] * record.train_losses[name] for name in EVERYBODY) / 28
     assert record.train_loss == pytest.approx(mean)
     assert set(record.held_out) == set(EVERYBODY)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    available=st.sets(st.text(min_size=1, max_size=3), max_size=12),
-    cohort_size=st.integers(1, 12),
-    over=st.floats(1, 3),
-    round_num=st.integers(1, 5),
-)
-def test_a_cohort_is_a_seeded_draw_without_replacement(
-    available: set[str], cohort_size: int, over: float, round_num: int
-) -> None:
-    options: dict[str, Any] = {
-        "cohort_size": cohort_size,
-        "over_selection": over,
-        "seed": 7,
-        "round_num": round_num,
-        "attempt": 1,
-    }
-    chosen = choose_clients(available, **options)
-    assert list(chosen) == sorted(set(chosen))
-    assert set(chosen) <= available
-    assert len(chosen) == min(len(available), math.ceil(cohort_size * over))
-    assert choose_clients(sorted(available, reverse=True), **options) == chosen
-
-
-def test_every_client_has_its_turn_and_each_attempt_draws_anew() -> None:
-    names = [f"c{number}" for number in range(6)]
-    options: dict[str, Any] = {"cohort_size": 2, "over_selection": 1.0, "seed": 0}
-    draws = [
-        choose_clients(names, round_num=round_num, attempt=attempt, **options)
-        for round_num in range(1, 13)
-        for attempt in (1, 2)
-    ]
-    assert set().union(*draws) == set(names)
-    assert len(set(draws)) > 8
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def numbers_of(record: RoundRecord) -> dict[str, Any]:
     return {
         **record_to_dict(record),
         "seconds": 0,
+        "client_seconds": {},
         "held_out": {},
         "mean_held_out": 0,
         "bytes_down": 0,

@@ -235,3 +235,12 @@ def test_a_header_with_other_fields_is_refused_even_with_a_right_checksum(header
 def test_a_header_that_is_no_small_json_object_is_refused(header: bytes) -> None:
     with pytest.raises(WireError):
         decode(sealed(header, bytes(8)), 2000)
+
+
+@pytest.mark.parametrize("payload", codec.PAYLOADS)
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
+def test_what_will_be_read_is_known_to_the_sender(payload: str, size: int) -> None:
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    packet = codec.encode(vector, layout_digest="d" * 64, round_num=1, payload=payload)
+    read = codec.decode(packet, layout_digest="d" * 64, size=size).vector
+    assert torch.equal(codec.as_received(vector, payload), read)

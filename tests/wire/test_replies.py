@@ -35,7 +35,7 @@ def update(client_id: str, **changes: Any) -> ClientUpdate:
 
 
 def evaluation(client_id: str) -> ClientEvaluation:
-    return ClientEvaluation(client_id=client_id, loss=0.75, num_tokens=11, num_rows=2)
+    return ClientEvaluation(client_id=client_id, loss=0.75, personal_loss=0.5, num_tokens=11, num_rows=2)
 
 
 def joined(client_id: str) -> JoinedClient:
@@ -60,9 +60,14 @@ def joined_reply() -> RecordDict:
     return replies.write_joined([joined("a"), joined("b"), joined("c")])
 
 
-def read_updates(content: RecordDict) -> list[ClientUpdate | ClientFailure]:
+def read_updates(content: RecordDict, with_controls: bool = False) -> list[ClientUpdate | ClientFailure]:
     return replies.read_updates(
-        content, layout=LAYOUT, ranks=dict.fromkeys("abc", 2), part="both", round_num=4
+        content,
+        layout=LAYOUT,
+        ranks=dict.fromkeys("abc", 2),
+        part="both",
+        round_num=4,
+        with_controls=with_controls,
     )
 
 
@@ -84,11 +89,44 @@ def test_an_updates_reply_comes_back_as_it_was() -> None:
     assert (b.client_id, c) == ("b", ClientFailure(client_id="c", code="no-data", reason=c.reason))
 
 
+def controls_reply() -> RecordDict:
+    changes = {name: torch.full((LAYOUT.size,), float(number)) for number, name in enumerate("ab")}
+    sent = [update(name, control_delta=change) for name, change in changes.items()]
+    return replies.write_updates(sent, layout=LAYOUT, part="both", payload="fp32")
+
+
+def test_changes_of_control_variates_come_back_where_they_are_wanted() -> None:
+    answers = read_updates(controls_reply(), with_controls=True)
+    for number, answer in enumerate(answers):
+        assert isinstance(answer, ClientUpdate)
+        assert answer.control_delta is not None
+        assert answer.control_delta.tolist() == [number] * LAYOUT.size
+        assert torch.equal(answer.delta, update("a").delta)
+
+
+def test_changes_of_control_variates_are_refused_where_not_wanted_and_missed_where_wanted() -> None:
+    with pytest.raises(WireError, match="not on the list"):
+        read_updates(controls_reply())
+    with pytest.raises(WireError, match="do not match the clients"):
+        read_updates(updates_reply(), with_controls=True)
+    content = controls_reply()
+    del content["controls"]["b"]
+    with pytest.raises(WireError, match="do not match the clients"):
+        read_updates(content, with_controls=True)
+
+
 def test_an_evaluations_reply_comes_back_as_it_was() -> None:
     a, b, c = replies.read_evaluations(evaluations_reply())
     assert (a, b) == (evaluation("a"), evaluation("b"))
     assert isinstance(c, ClientFailure)
     assert c.code == "non-finite"
+
+
+def test_without_a_personal_adapter_both_losses_are_the_same() -> None:
+    sent = ClientEvaluation(client_id="a", loss=0.75, num_tokens=11, num_rows=2)
+    (got,) = replies.read_evaluations(replies.write_evaluations([sent]))
+    assert isinstance(got, ClientEvaluation)
+    assert got.personal_loss == got.loss == 0.75
 
 
 def test_a_join_reply_comes_back_as_it_was() -> None:

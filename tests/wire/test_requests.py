@@ -18,7 +18,15 @@ from fedllm.wire import codec, packets, requests
 from fedllm.wire.requests import Holding, Sending
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
-TRAINING = LocalTraining(steps=2, batch_size=3, learning_rate=0.5, weight_decay=0.0, clip_norm=1.0)
+TRAINING = LocalTraining(
+    steps=2,
+    batch_size=3,
+    learning_rate=0.5,
+    weight_decay=0.0,
+    clip_norm=1.0,
+    proximal=0.25,
+    proximal_space="product",
+)
 HEADER = 4 + 1 + 4 + 32  # of a packet, its JSON apart
 
 
@@ -63,6 +71,7 @@ def evaluate_request(**changes: Any) -> EvaluateRequest:
     values: dict[str, Any] = {
         "round_num": 0,
         "client_ids": ("a",),
+        "num_drawn": (12,),
         "adapter": initial_adapter(LAYOUT, 0),
         "drift": no_drift(LAYOUT),
         "local_b": True,
@@ -98,12 +107,28 @@ def test_a_train_request_comes_back_as_it_was(changes: dict[str, Any]) -> None:
         assert getattr(got, name) == getattr(request, name)
 
 
+def test_control_variates_travel_with_a_train_request_that_has_them() -> None:
+    control = initial_adapter(LAYOUT, 1)
+    content = sent(train_request(control=control))
+    got = read(content)
+    assert got.control is not None
+    assert got.control.digest == control.digest
+    assert got.adapter.digest == train_request().adapter.digest
+    assert read(sent(train_request())).control is None
+    content["control"]["second"] = content["control"]["control"]
+    with pytest.raises(WireError, match="exactly one"):
+        read(content)
+    bad = AdapterState(LAYOUT, torch.full((LAYOUT.size,), math.nan))
+    with pytest.raises(NonFiniteError):
+        read(sent(train_request(control=bad)))
+
+
 def test_an_evaluate_request_comes_back_as_it_was() -> None:
     request = evaluate_request(drift=drift_of((2, 1)))
     content = requests.write_evaluate_request(request, Sending())
     assert requests.is_fedllm_request(content)
     got = requests.read_evaluate_request(content, LAYOUT, holding())
-    assert (got.round_num, got.client_ids, got.local_b) == (0, ("a",), True)
+    assert (got.round_num, got.client_ids, got.num_drawn, got.local_b) == (0, ("a",), (12,), True)
     assert got.adapter.digest == request.adapter.digest
     assert got.drift.digest == request.drift.digest
 
@@ -310,6 +335,13 @@ def test_a_request_whose_adapter_is_not_finite_is_refused() -> None:
         read(sent(train_request(adapter=state)))
 
 
+def test_a_request_with_an_unknown_proximal_space_is_refused() -> None:
+    content = sent(train_request())
+    content["request"]["train.proximal_space"] = "logits"
+    with pytest.raises(LayoutError, match="one of factor, product"):
+        read(content)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -327,6 +359,11 @@ def test_a_request_whose_adapter_is_not_finite_is_refused() -> None:
 def test_a_request_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(LayoutError):
         train_request(**changes)
+
+
+def test_an_evaluate_request_gives_what_each_client_has_drawn() -> None:
+    with pytest.raises(LayoutError):
+        evaluate_request(num_drawn=(12, 4))
 
 
 @pytest.mark.parametrize(("key", "value"), [("ranks", [2, 9]), ("trained", "c"), ("ranks", [2, 2, 2])])

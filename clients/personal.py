@@ -1,0 +1,128 @@
+"""An adapter of a client's own on top of the shared one: trained here, kept here, never sent.
+
+A layer computes W x + s B_g A_g x + s B_p A_p x. After a client has trained the shared adapter of a round, it
+trains its personal one for some steps on the same stream of rows, with the shared adapter *as received*
+frozen underneath (the pattern of FDLoRA, arXiv 2406.07925, and FedDPA, arXiv 2403.19211). Both stand side by
+side in one adapter of the ranks' sum (`fedllm.adapters.columns`) of which only the second half may move.
+
+dual    nothing holds the personal adapter back but the number of steps and weight decay
+ditto   it is pulled to the shared adapter as in Ditto (arXiv 2012.04221): min f(v) + pull/2 ||v - shared||^2,
+        with the distance measured on what the layers do. v - shared is s B_p A_p, whose squared Frobenius
+        norm is the product form of FedProx (`fedllm.training.proximal`). It is a gradient, not a decay of
+        the factors: it depends on their product alone, and Adam rescales it with the gradient of the loss
+
+AdamW starts afresh every round. A personal adapter that diverged stays as it was before the round.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedllm.adapters.columns import second_mask, second_of, side_by_side
+from fedllm.adapters.layout import AdapterLayout, at_rank, initial_adapter
+from fedllm.seeds import derive_seed
+from fedllm.training.engine import Engine
+from fedllm.training.jobs import EvaluationJob, Job, is_finite
+from fedllm.types import LocalTraining
+
+_logger = logging.getLogger("fedllm.clients")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalTraining:
+    """Numbers of the personal adapter; `pull` 0 is dual, above it Ditto."""
+
+    rank: int
+    steps: int
+    pull: float
+
+
+def personal_layout(layout: AdapterLayout, numbers: PersonalTraining) -> AdapterLayout:
+    """Return the layout of the personal adapter beside a shared one of `layout`."""
+    return at_rank(layout, numbers.rank)
+
+
+def wide_layout(layout: AdapterLayout, numbers: PersonalTraining) -> AdapterLayout:
+    """Return the layout of both side by side."""
+    return at_rank(layout, layout.rank + numbers.rank)
+
+
+def initial_personal(
+    layout: AdapterLayout, numbers: PersonalTraining, seed: int, client_id: str
+) -> torch.Tensor:
+    """Return the personal adapter a client begins with: its own random A, and B zero, so no effect yet."""
+    own_seed = derive_seed(seed, "personal", client_id)
+    return initial_adapter(personal_layout(layout, numbers), own_seed).vector
+
+
+def local_training(training: LocalTraining, numbers: PersonalTraining) -> LocalTraining:
+    """Return how the personal adapter is trained: like the shared one, but for its steps and its pull."""
+    return replace(training, steps=numbers.steps, proximal=numbers.pull, proximal_space="product")
+
+
+def personal_jobs(
+    shared: Sequence[Job], personal: Sequence[torch.Tensor], numbers: PersonalTraining
+) -> Iterator[Job]:
+    """Yield the work on each personal adapter; `shared` have the rows, the shared adapter and its layout."""
+    masks: dict[AdapterLayout, torch.Tensor] = {}
+    anchors: dict[int, torch.Tensor] = {}
+    for job, personal_P in zip(shared, personal, strict=True):
+        layout = _layout_of(job)
+        if layout not in masks:
+            masks[layout] = second_mask(layout, numbers.rank)
+        if id(job.start) not in anchors:  # clients that share a start share what they are pulled to
+            nothing = torch.zeros_like(personal_P)
+            anchors[id(job.start)] = side_by_side(layout, job.start, nothing, numbers.rank)
+        yield replace(
+            job,
+            start=side_by_side(layout, job.start, personal_P, numbers.rank),
+            layout=wide_layout(layout, numbers),
+            anchor=anchors[id(job.start)],
+            movable=masks[layout],
+            seed=derive_seed(job.seed, "personal"),
+        )
+
+
+def train_personal(
+    engine: Engine,
+    jobs: Sequence[Job],
+    kept: Mapping[str, torch.Tensor],
+    *,
+    numbers: PersonalTraining,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """Return the personal adapter of every job's client after one more round.
+
+    `jobs` hold the rows, and the shared adapter with its layout; `kept` the personal adapters so far.
+    """
+    starts = [
+        kept[job.client_id]
+        if job.client_id in kept
+        else initial_personal(_layout_of(job), numbers, seed, job.client_id)
+        for job in jobs
+    ]
+    wide = list(personal_jobs(jobs, starts, numbers))
+    trained = {}
+    for job, start, result in zip(jobs, starts, engine.train(wide), strict=True):
+        if not is_finite(result):
+            _logger.warning("client %s: its personal adapter diverged and stays as it was", result.client_id)
+            trained[result.client_id] = start
+        else:
+            moved = second_of(_layout_of(job), result.delta.float(), numbers.rank)
+            trained[result.client_id] = start + moved
+    return trained
+
+
+def _layout_of(job: Job) -> AdapterLayout:
+    assert job.layout is not None, "a job beside a personal adapter names the shared one's layout"
+    return job.layout
+
+
+def with_personal(
+    job: EvaluationJob, personal_P: torch.Tensor, layout: AdapterLayout, numbers: PersonalTraining
+) -> EvaluationJob:
+    """Return the evaluation of a shared adapter of `layout` and a personal one together."""
+    both = side_by_side(layout, job.vector, personal_P, numbers.rank)
+    return EvaluationJob(job.client_id, both, job.rows, wide_layout(layout, numbers))

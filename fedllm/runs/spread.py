@@ -1,0 +1,34 @@
+"""How a loss is spread over clients: a mean alone hides whom a federation fails."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Loss over clients, in nats per token: mean, the worst client, largest - smallest, standard deviation.
+
+    The deviation is that of these clients, not an estimate for others: it divides by their number.
+    """
+
+    mean: float
+    worst: float
+    worst_client: str
+    spread: float
+    deviation: float
+
+
+def spread_of(losses: Mapping[str, float]) -> Spread:
+    """Return how the losses of at least one client are spread; of equal worst clients the first by name."""
+    values = losses.values()
+    mean = sum(values) / len(values)
+    worst_client = min(losses, key=lambda client: (-losses[client], client))
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    return Spread(mean, losses[worst_client], worst_client, max(values) - min(values), deviation)
+
+
+def described(losses: Mapping[str, float]) -> dict[str, Any]:
+    """Return losses as `result.json` has them: the spread's numbers, and every client's loss."""
+    return {**asdict(spread_of(losses)), "clients": dict(losses)}
