@@ -59,13 +59,17 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_config(rows_file: Path, make_model_folder: Callable[..., Path]) -> Callable[..., RunConfig]:
+def make_config(
+    rows_file: Path, make_model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., RunConfig]:
     """Return a function (**flat overrides) -> the configuration of the tiny federation."""
+    runs = tmp_path_factory.mktemp("runs")  # clients may keep private state below it
 
     def make(overrides: dict[str, Any] | None = None) -> RunConfig:
         values = {
             "model.name": str(make_model_folder()),
             "model.device": "cpu",
+            "run.output": str(runs),
             "data.source": str(rows_file),
             "lora.rank": 2,
             "lora.alpha": 4.0,

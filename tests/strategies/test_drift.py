@@ -93,7 +93,7 @@ def test_an_evaluation_brings_the_drift_that_the_next_round_trains_on(
     run = open_run(make_config({"data.max-held-out": 2, "data.held-out-fraction": 0.4}))
     state = on_drift(run)
     adapter, drift = packet_size(run.session.layout, state.drift)
-    assert set(evaluate(run.session, state)) == set(NAMES)
+    assert set(evaluate(run.session, state).shared) == set(NAMES)
     assert run.session.transport.bytes_down == 4 * (adapter + drift)
     _, record = next_round(run.session, state)
     assert record.bytes_down == 4 * adapter
@@ -110,7 +110,8 @@ def test_training_and_evaluation_see_the_drift_and_leave_the_base_as_it_was(
     moved, record = next_round(run.session, on_drift(run))
     assert record.accepted == NAMES
     assert plain.adapter.digest != moved.adapter.digest
-    drifted_losses, plain_losses = evaluate(run.session, on_drift(run)), evaluate(run.session, run.state)
+    drifted_losses = evaluate(run.session, on_drift(run)).shared
+    plain_losses = evaluate(run.session, run.state).shared
     for name in NAMES:
         assert abs(drifted_losses[name] - plain_losses[name]) > 1e-4
     after = base.model.state_dict()

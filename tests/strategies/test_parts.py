@@ -11,7 +11,7 @@ from clients import work
 from clients.holder import open_holder
 from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import AdapterState, at_rank, initial_adapter, with_rank
-from fedllm.adapters.parts import other_part, part_of, part_size, whole_of
+from fedllm.adapters.parts import other_part, part_of, part_size
 from fedllm.errors import ConfigError
 from fedllm.types import ClientUpdate, TrainRequest
 from fedllm.wire import codec
@@ -99,7 +99,7 @@ def test_a_machine_that_makes_other_bits_from_the_seed_is_sent_everything_the_ne
         state, record = next_round(run.session, state)
         assert record.accepted == NAMES
         assert record.bytes_down == 3 * packet_size(layout, "b") + packet_size(layout, "both")
-        assert set(evaluate(run.session, state)) <= set(NAMES)
+        assert set(evaluate(run.session, state).shared) <= set(NAMES)
     finally:
         holder.__dict__.pop("initial")
         if own is not None:
@@ -155,7 +155,7 @@ def test_clients_train_and_send_at_their_own_ranks(
         assert torch.equal(job.start, with_rank(run.state.adapter.vector, layout, rank))
         (alone,) = holder.engine.train([job])
         assert torch.equal(alone.delta, seen[name].delta)
-    assert set(evaluate(run.session, state)) <= set(NAMES)
+    assert set(evaluate(run.session, state).shared) <= set(NAMES)
 
 
 def _request(run: Any, name: str, rank: int, train: str) -> TrainRequest:
@@ -192,19 +192,9 @@ def test_a_limit_that_is_no_rank_is_refused_by_its_node(limit: Any, make_config:
         open_holder(make_config().to_flat(), node)
 
 
-def test_with_a_local_b_a_alone_travels_and_every_client_starts_from_its_own_b(
-    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_local_b_a_alone_travels(make_config: Callable, open_run: Callable) -> None:
     run = open_run(make_config({"aggregation.read-out": "local-b", "wire.codec": "fp32"}))
-    layout, seen, starts = run.session.layout, answers_of(run), {}
-    own_b = {name: torch.full((part_size(layout, "b"),), 0.1 * place) for place, name in enumerate(NAMES, 1)}
-
-    def start_of(client_id: str, request: Any) -> torch.Tensor:
-        assert request.local_b
-        starts[client_id] = whole_of(layout, own_b[client_id], "b", request.adapter.vector)
-        return starts[client_id]
-
-    monkeypatch.setattr(work, "start_of", start_of)
+    layout, seen = run.session.layout, answers_of(run)
     state = run.state
     for _ in range(2):
         before = state.adapter
@@ -216,10 +206,9 @@ def test_with_a_local_b_a_alone_travels_and_every_client_starts_from_its_own_b(
         for update in seen.values():
             assert int(part_of(layout, update.delta, "b").count_nonzero()) == 0
             assert int(part_of(layout, update.delta, "a").count_nonzero()) > 0
-        assert set(starts) == set(NAMES)
         assert torch.equal(part_of(layout, state.adapter.vector, "b"), torch.zeros(part_size(layout, "b")))
         assert state.adapter.digest != before.digest
-    losses = evaluate(run.session, state)
+    losses = evaluate(run.session, state).shared
     assert all(loss > 0 for loss in losses.values())
 
 

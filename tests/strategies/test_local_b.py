@@ -1,0 +1,144 @@
+"""FedSA-LoRA: each client's B lies in its private store, and is where its next round and evaluation start."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clients import work
+from clients.client_app import app
+from clients.holder import open_holder
+from fedllm.adapters.layout import AdapterState
+from fedllm.adapters.parts import part_of, whole_of
+from fedllm.runs.checkpoint import ServerState
+from fedllm.training.jobs import EvaluationJob
+from fedllm.types import ClientUpdate, EvaluateRequest, RoundRecord, TrainRequest
+from scripts.local_grid import local_grid
+from strategies.evaluation import evaluate
+from strategies.rounds import next_round, plan_round
+from strategies.run import run_federation
+from strategies.session import Watch
+
+FEDSA = {"aggregation.preset": "fedsa", "wire.codec": "fp32", "train.token-budget": 1}
+NAMES = ("anna", "ben", "cleo", "dora")
+
+
+def kept_b(folder: Path, client: str, num_drawn: int) -> torch.Tensor:
+    (file,) = (folder / "private").rglob(f"{client}/drawn-{num_drawn:012d}.safetensors")
+    return load_file(file)["local-b"]
+
+
+@pytest.mark.parametrize("ranks", ["", "1,2"])
+def test_a_round_goes_on_from_the_shared_a_and_the_b_of_the_round_before(
+    ranks: str, make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    run = open_run(make_config({**FEDSA, "run.output": str(tmp_path), "lora.client-ranks": ranks}))
+    layout, heard = run.session.layout, {}
+
+    def hear(round_num: int, answer: Any) -> None:
+        assert isinstance(answer, ClientUpdate)
+        heard[round_num, answer.client_id] = answer
+
+    object.__setattr__(run.session, "watch", Watch(client=hear))
+    first, _ = next_round(run.session, run.state)
+    plan = plan_round(run.session, first, 1)
+    next_round(run.session, first)
+    for node, name in enumerate(NAMES, 2):
+        context = run.grid._contexts[node]
+        holder = open_holder(context.run_config, context.node_config)
+        own_b = kept_b(tmp_path / "run", name, 4)
+        assert float(own_b.abs().max()) > 0.01
+        request = TrainRequest(
+            round_num=2,
+            client_ids=(name,),
+            num_drawn=(4,),
+            ranks=(plan.ranks[name],),
+            adapter=first.adapter,
+            drift=first.drift,
+            training=plan.training,
+            trained="both",
+            local_b=True,
+            node_sum=False,
+            codec="fp32",
+            weighting="examples",
+            seed=run.session.config.seed,
+        )
+        job = work.make_job(holder.clients[name], request, 4, plan.ranks[name], own_b)
+        (alone,) = holder.engine.train([job])
+        update = heard[2, name]
+        own_layout = job.layout
+        assert torch.equal(part_of(own_layout, update.delta, "a"), part_of(own_layout, alone.delta, "a"))
+        assert not bool(part_of(own_layout, update.delta, "b").any())
+        after = part_of(own_layout, job.start + alone.delta, "b")
+        if plan.ranks[name] == layout.rank:
+            assert torch.equal(kept_b(tmp_path / "run", name, 8), after)
+
+
+def test_a_client_is_evaluated_with_its_own_b(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    run = open_run(make_config({**FEDSA, "run.output": str(tmp_path)}))
+    state, _ = next_round(run.session, run.state)
+    layout, found = run.session.layout, evaluate(run.session, state)
+    assert found.personal == {}
+    for node, name in enumerate(NAMES, 2):
+        context = run.grid._contexts[node]
+        holder = open_holder(context.run_config, context.node_config)
+        vector = whole_of(layout, kept_b(tmp_path / "run", name, 4), "b", state.adapter.vector)
+        (alone,) = holder.engine.evaluate([EvaluationJob(name, vector, holder.clients[name].held_out)])
+        assert found.shared[name] == alone.loss
+        request = EvaluateRequest(
+            round_num=1,
+            client_ids=(name,),
+            adapter=state.adapter,
+            drift=state.drift,
+            local_b=False,
+        )
+        (shared,) = work.evaluate(holder, request)
+        assert shared.loss != alone.loss
+
+
+def test_a_client_that_never_trained_has_the_b_of_the_first_adapter(
+    make_config: Callable, open_run: Callable
+) -> None:
+    run = open_run(make_config(FEDSA))
+    fresh = evaluate(run.session, run.state)
+    other = replace(run.state, adapter=AdapterState(run.session.layout, run.state.adapter.vector.clone()))
+    assert evaluate(run.session, other) == fresh
+
+
+@pytest.mark.parametrize("stopped_in", [2, 3])
+def test_a_run_that_was_stopped_goes_on_with_every_clients_b(
+    stopped_in: int, make_config: Callable, tmp_path: Path
+) -> None:
+    def run(name: str, hook: Callable[[RoundRecord], None] = lambda record: None, **flat: Any) -> ServerState:
+        fixed = {"run.output": str(tmp_path), "run.name": name, "federation.num-rounds": 3}
+        config = make_config({**FEDSA, **fixed, **flat})
+        return run_federation(config, local_grid(config, app, num_nodes=4), Watch(record=hook))
+
+    def stop(record: RoundRecord) -> None:
+        if record.round_num == stopped_in:
+            raise KeyboardInterrupt
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop)
+    resumed = run("stopped", **{"run.resume": True})
+    assert resumed.adapter.digest == whole.adapter.digest
+    assert resumed.records[-1].held_out == whole.records[-1].held_out
+    for name in NAMES:
+        found, expected = (kept_b(tmp_path / folder, name, 12) for folder in ("stopped", "whole"))
+        assert torch.equal(found, expected)
+
+
+def test_it_goes_with_a_personal_adapter(make_config: Callable, tmp_path: Path) -> None:
+    flat = {**FEDSA, "run.output": str(tmp_path), "personal.mode": "dual", "federation.num-rounds": 2}
+    config = make_config(flat)
+    state = run_federation(config, local_grid(config, app, num_nodes=4))
+    last = state.records[-1]
+    assert set(last.personal_held_out) == set(NAMES)
+    assert last.personal_held_out != last.held_out
