@@ -151,11 +151,19 @@ def _personal_adapters(
     drawn: Mapping[str, int],
     kept: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
-    """Return the personal adapter of each client after this round, where the run has them."""
+    """Return the personal adapter of each client after this round, where the run has them.
+
+    It is trained beside the whole shared adapter, which is what it is evaluated with, whatever part of that
+    and at which rank the client trains.
+    """
     if holder.personal is None:
         return {}
     own = replace(
-        request, training=local_training(request.training, holder.personal), trained="both", control=None
+        request,
+        training=local_training(request.training, holder.personal),
+        trained="both",
+        ranks=(request.adapter.layout.rank,) * len(request.ranks),
+        control=None,
     )
     return train_personal(
         holder.engine,

@@ -59,6 +59,7 @@ NOTES = {
     "aggregation.train": "the factor that clients train and send",
     "aggregation.read-out": "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B;"
     " local-b = mean of A, every client keeps its own B",
+    "aggregation.optimizer": "what the server does with a round's change",
     "aggregation.weighting": "what a client counts: its training rows, its learnt tokens of a round, or 1",
     "personal.mode": "dual = shared and personal adapter add up; ditto = the same, pulled to the shared one",
     "personal.rank": "rank of the personal adapter",

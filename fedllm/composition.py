@@ -4,23 +4,30 @@ import math
 from typing import TYPE_CHECKING
 
 from fedllm.errors import ConfigError
-from fedllm.rule import aggregation_rule
 
 if TYPE_CHECKING:
     from fedllm.config import RunConfig
+    from fedllm.rule import AggregationRule
 
 
-def check_combinations(config: "RunConfig", cohort_size: int) -> None:
+def check_combinations(config: "RunConfig", rule: "AggregationRule", cohort_size: int) -> None:
     """Refuse a config whose parts contradict each other, or would together not do what they say.
+
+    `rule` is the run's aggregation, which has been checked for itself.
 
     Raises:
         ConfigError: naming the keys and why they cannot go together.
     """
     _check_selection(config, cohort_size)
     if config.federation.max_staleness:
-        _check_staleness(config)
+        _check_staleness(config, rule)
     if config.train.control_variates:
-        _check_control_variates(config)
+        _check_control_variates(config, rule)
+    if config.personal.mode != "none" and rule.local_b:
+        raise ConfigError(
+            f"personal.mode = {config.personal.mode!r}: under aggregation.read-out = 'local-b' every client"
+            " has a B of its own, so no adapter is shared that a personal one could go on top of; use none"
+        )
 
 
 def _check_selection(config: "RunConfig", cohort_size: int) -> None:
@@ -37,42 +44,57 @@ def _check_selection(config: "RunConfig", cohort_size: int) -> None:
         )
 
 
-def _check_staleness(config: "RunConfig") -> None:
+def _check_staleness(config: "RunConfig", rule: "AggregationRule") -> None:
     key = f"federation.max-staleness = {config.federation.max_staleness}"
-    rule = aggregation_rule(config)
     if config.federation.selection == "poisson":
         raise ConfigError(f"{key}: a poisson round waits for everyone it drew, so none is late; set it to 0")
-    if rule.read_out != "factor-mean":
+    if rule.read_out not in ("factor-mean", "local-b"):
         raise ConfigError(
-            f"{key} needs aggregation.read-out = 'factor-mean': other read-outs change the factors' basis or"
-            " the base model between rounds, and a late change of the factors means nothing there"
+            f"{key} needs aggregation.read-out = 'factor-mean' or 'local-b': any other turns the factors'"
+            " basis or changes the base model every round, and a late change was made on the old one"
         )
     if rule.train == "alternate":
         raise ConfigError(
-            f"{key} cannot go with aggregation.train = 'alternate': a late update is of the other factor"
+            f"{key}: under aggregation.train = 'alternate' a late change of one factor may come in a round"
+            " that combines the other; set it to 0"
+        )
+    if rule.node_sum:
+        raise ConfigError(
+            f"{key}: under wire.node-sum a node answers once its last client is done, so one slow client"
+            " would make all of its node's late; leave one of them out"
         )
     if config.train.control_variates:
         raise ConfigError(f"{key} cannot go with train.control-variates, which assume updates of one round")
 
 
-def _check_control_variates(config: "RunConfig") -> None:
-    rule = aggregation_rule(config)
+def _check_control_variates(config: "RunConfig", rule: "AggregationRule") -> None:
     if not config.train.clip_norm:
         raise ConfigError(
             "train.control-variates needs train.clip-norm above 0: it bounds what one client may add to them"
         )
-    if rule.read_out != "factor-mean" or rule.train == "alternate":
+    if rule.read_out != "factor-mean":
         raise ConfigError(
-            "train.control-variates needs aggregation.read-out = 'factor-mean' and one part that is trained"
-            " in every round: they are gradients of the factors, in a basis that must stay"
+            "train.control-variates needs aggregation.read-out = 'factor-mean': they are gradients of factors"
+            " that all share, and any other read-out turns their basis, changes the base model beneath them"
+            " or keeps B with the clients"
+        )
+    if rule.train != "both":
+        raise ConfigError(
+            f"train.control-variates needs aggregation.train = 'both', not {rule.train!r}: c and every c_i"
+            " are gradients of both factors"
+        )
+    if rule.mixed_ranks:
+        raise ConfigError(
+            "train.control-variates cannot go with lora.client-ranks: no c_i has the columns its client does"
+            " not train, so their mean is not the gradient of any loss; leave one of them out"
+        )
+    if rule.node_sum:
+        raise ConfigError(
+            "train.control-variates cannot go with wire.node-sum: the change of every client's own would"
+            " travel beside the sum that is to replace it; leave one of them out"
         )
     if rule.robust != "none":
         raise ConfigError(
-            f"train.control-variates cannot go with aggregation.robust = {rule.robust!r}, which does not see"
-            " what a client adds to them"
-        )
-    if rule.node_sum or rule.mixed_ranks:
-        raise ConfigError(
-            "train.control-variates needs every client's own change at the run's rank; set wire.node-sum ="
-            " false and leave lora.client-ranks empty"
+            f"train.control-variates cannot go with aggregation.robust = {rule.robust!r}: what it leaves"
+            " out of the adapter would still enter the control variates; leave one of them out"
         )

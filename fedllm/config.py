@@ -342,8 +342,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.min-clients = {config.federation.min_clients} is above the cohort of {cohort_size}"
         )
-    rule.aggregation_rule(config)
-    check_combinations(config, cohort_size)
+    check_combinations(config, rule.aggregation_rule(config), cohort_size)
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")
 

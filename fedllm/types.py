@@ -74,6 +74,8 @@ class TrainRequest:
             raise LayoutError(f"a train request gives a client a rank outside 1 to {full}")
         if self.node_sum and set(self.ranks) != {full}:
             raise LayoutError("a train request asks for the sum of clients of different ranks")
+        if self.control is not None and (self.local_b or self.node_sum or set(self.ranks) != {full}):
+            raise LayoutError("a train request has control variates for updates that do not travel whole")
 
     @property
     def returned(self) -> str:

@@ -37,7 +37,7 @@ def join_clients(
     usable = {
         client_id: client
         for client_id, client in sorted(declared.items())
-        if _is_usable(client, layout, notice)
+        if _is_usable(client, config, layout, notice)
     }
     if len(usable) < federation.min_clients:
         raise RunFailedError(
@@ -63,7 +63,7 @@ def rejoin(session: Session) -> None:
         known = clients.get(client.client_id)
         if known is not None and known.node_id in connected:
             session.watch.notice(f"two nodes declare client {client.client_id}; the second is left out")
-        elif _is_usable(client, session.layout, session.watch.notice):
+        elif _is_usable(client, session.config, session.layout, session.watch.notice):
             session.watch.notice(f"client {client.client_id} {'is back' if known else 'joined'}")
             clients[client.client_id] = client
 
@@ -89,7 +89,9 @@ def _declared(reply: Reply, notice: Callable[[str], None]) -> list[JoinedClient]
         return []
 
 
-def _is_usable(client: JoinedClient, layout: AdapterLayout, notice: Callable[[str], None]) -> bool:
+def _is_usable(
+    client: JoinedClient, config: RunConfig, layout: AdapterLayout, notice: Callable[[str], None]
+) -> bool:
     if client.num_train == 0:
         notice(f"client {client.client_id} has no data and is left out")
         return False
@@ -97,6 +99,12 @@ def _is_usable(client: JoinedClient, layout: AdapterLayout, notice: Callable[[st
         notice(
             f"client {client.client_id} holds another base model ({client.fingerprint[:12]}) than the run"
             f" ({layout.fingerprint[:12]}) and is left out"
+        )
+        return False
+    if config.train.control_variates and 0 < client.max_rank < layout.rank:
+        notice(
+            f"client {client.client_id} has room for rank {client.max_rank} only, and train.control-variates"
+            f" needs the run's {layout.rank}: it is left out"
         )
         return False
     return True

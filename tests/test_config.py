@@ -205,9 +205,25 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
         ),
         (
             {"federation.max-staleness": 2},
-            "federation.max-staleness = 2 needs aggregation.read-out = 'factor-mean': other read-outs change"
-            " the factors' basis or the base model between rounds, and a late change of the factors means"
-            " nothing there",
+            "federation.max-staleness = 2 needs aggregation.read-out = 'factor-mean' or 'local-b': any other"
+            " turns the factors' basis or changes the base model every round, and a late change was made on"
+            " the old one",
+        ),
+        (
+            {"federation.max-staleness": 2, "aggregation.preset": "fedex"},
+            "federation.max-staleness = 2 needs aggregation.read-out = 'factor-mean' or 'local-b': any other"
+            " turns the factors' basis or changes the base model every round, and a late change was made on"
+            " the old one",
+        ),
+        (
+            {"federation.max-staleness": 2, "aggregation.preset": "rolora"},
+            "federation.max-staleness = 2: under aggregation.train = 'alternate' a late change of one factor"
+            " may come in a round that combines the other; set it to 0",
+        ),
+        (
+            {"federation.max-staleness": 2, "aggregation.preset": "fedit", "wire.node-sum": True},
+            "federation.max-staleness = 2: under wire.node-sum a node answers once its last client is done,"
+            " so one slow client would make all of its node's late; leave one of them out",
         ),
         (
             {
@@ -224,34 +240,48 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
         ),
         (
             {"train.control-variates": True},
-            "train.control-variates needs aggregation.read-out = 'factor-mean' and one part that is trained"
-            " in every round: they are gradients of the factors, in a basis that must stay",
+            "train.control-variates needs aggregation.read-out = 'factor-mean': they are gradients of factors"
+            " that all share, and any other read-out turns their basis, changes the base model beneath them"
+            " or keeps B with the clients",
         ),
         (
-            {
-                "federation.max-staleness": 2,
-                "aggregation.preset": "rolora",
-            },
-            "federation.max-staleness = 2 cannot go with aggregation.train = 'alternate': a late update is of"
-            " the other factor",
+            {"train.control-variates": True, "aggregation.preset": "fedsa"},
+            "train.control-variates needs aggregation.read-out = 'factor-mean': they are gradients of factors"
+            " that all share, and any other read-out turns their basis, changes the base model beneath them"
+            " or keeps B with the clients",
         ),
         (
-            {
-                "train.control-variates": True,
-                "aggregation.read-out": "factor-mean",
-                "aggregation.robust": "norm-clip",
-            },
-            "train.control-variates cannot go with aggregation.robust = 'norm-clip', which does not see what"
-            " a client adds to them",
+            {"train.control-variates": True, "aggregation.preset": "ffa"},
+            "train.control-variates needs aggregation.train = 'both', not 'b': c and every c_i are gradients"
+            " of both factors",
         ),
         (
             {
                 "train.control-variates": True,
-                "aggregation.read-out": "factor-mean",
-                "wire.node-sum": True,
+                "aggregation.preset": "hetlora",
+                "lora.client-ranks": "4,8",
             },
-            "train.control-variates needs every client's own change at the run's rank; set wire.node-sum ="
-            " false and leave lora.client-ranks empty",
+            "train.control-variates cannot go with lora.client-ranks: no c_i has the columns its client does"
+            " not train, so their mean is not the gradient of any loss; leave one of them out",
+        ),
+        (
+            {"train.control-variates": True, "aggregation.preset": "fedit", "wire.node-sum": True},
+            "train.control-variates cannot go with wire.node-sum: the change of every client's own would"
+            " travel beside the sum that is to replace it; leave one of them out",
+        ),
+        (
+            {
+                "train.control-variates": True,
+                "aggregation.preset": "fedit",
+                "aggregation.robust": "multi-krum",
+            },
+            "train.control-variates cannot go with aggregation.robust = 'multi-krum': what it leaves out of"
+            " the adapter would still enter the control variates; leave one of them out",
+        ),
+        (
+            {"personal.mode": "dual", "aggregation.preset": "fedsa"},
+            "personal.mode = 'dual': under aggregation.read-out = 'local-b' every client has a B of its own,"
+            " so no adapter is shared that a personal one could go on top of; use none",
         ),
         (
             {"lora.client-ranks": "4,16"},

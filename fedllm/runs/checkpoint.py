@@ -110,7 +110,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
             drift = _load_drift(path / DRIFT, saved_layout)
             optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
-            control = load_tensors(path / CONTROL, saved_layout) if (path / CONTROL).exists() else None
+            control = _load_control(path / CONTROL, saved_layout)
         except (FedLLMError, OSError, ValueError, KeyError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue
@@ -142,6 +142,10 @@ def _drift_tensors(drift: Drift) -> dict[str, torch.Tensor]:
         for matrix, pair in zip(drift.layout.matrices, drift.factors, strict=True)
         for letter, tensor in zip("BA", pair, strict=True)
     }
+
+
+def _load_control(file: Path, layout: AdapterLayout) -> AdapterState | None:
+    return load_tensors(file, layout).checked_finite() if file.exists() else None
 
 
 def _load_drift(file: Path, layout: AdapterLayout) -> Drift:

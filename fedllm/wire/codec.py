@@ -23,7 +23,8 @@ MAGIC = b"FLLM"
 VERSION = 2
 INT8_BLOCK = 64
 PAYLOADS = ("fp32", "bf16", "int8")
-KINDS = (*PARTS, "drift")  # what a packet may hold: a part of an adapter, or the base drift
+# what a packet may hold: a part of an adapter, the base drift, a control variate or the change of one
+KINDS = (*PARTS, "drift", "control")
 _PREFIX = struct.Struct("<4sBI")
 _CHECKSUM = 32
 _MAX_HEADER = 4096

@@ -81,7 +81,7 @@ def init(
 def add(mixture: Mixture, update: ClientUpdate, scale: float | None = None) -> Mixture:
     """Return the mixture with one more client; `scale` is the client's own alpha / rank, else the run's.
 
-    The weight is taken as it is: a late update comes discounted (`weights.staleness_weight`).
+    The weight is taken as it is: a late update comes discounted (`strategies.staleness`).
 
     Raises:
         LayoutError: the delta is no adapter of the layout at a rank from 1 to the run's.

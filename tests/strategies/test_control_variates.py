@@ -166,3 +166,17 @@ def test_a_bad_change_costs_its_sender_the_round_and_leaves_c_alone(
     assert bool(torch.isfinite(state.control.vector).all())
     assert float(state.control.vector.norm()) <= 1.0
     assert_mean(state, tmp_path / "run")
+
+
+def test_a_client_without_room_for_the_runs_rank_is_left_out(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    flat = {**SCAFFOLD, "run.output": str(tmp_path)}
+    opened = open_run(make_config(flat), node_configs={BEN: {"max-rank": 1}})
+    assert set(opened.session.clients) == {"anna", "cleo", "dora"}
+    expected = (
+        "client ben has room for rank 1 only, and train.control-variates needs the run's 2: it is left out"
+    )
+    assert expected in opened.notices
+    _, record = next_round(opened.session, opened.state)
+    assert record.accepted == ("anna", "cleo", "dora")

@@ -1,5 +1,6 @@
 """FedSA-LoRA: each client's B lies in its private store, and is where its next round and evaluation start."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message, RecordDict
+from flwr.common.serde import message_to_proto
 from safetensors.torch import load_file
 
 from clients import work
 from clients.client_app import app
 from clients.holder import open_holder
-from fedllm.adapters.layout import AdapterState
-from fedllm.adapters.parts import part_of, whole_of
+from fedllm.adapters.layout import AdapterLayout, AdapterState
+from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.runs.checkpoint import ServerState
 from fedllm.training.jobs import EvaluationJob
 from fedllm.types import ClientUpdate, EvaluateRequest, RoundRecord, TrainRequest
+from fedllm.wire import codec
 from scripts.local_grid import local_grid
 from strategies.evaluation import evaluate
 from strategies.rounds import next_round, plan_round
@@ -135,10 +139,71 @@ def test_a_run_that_was_stopped_goes_on_with_every_clients_b(
         assert torch.equal(found, expected)
 
 
-def test_it_goes_with_a_personal_adapter(make_config: Callable, tmp_path: Path) -> None:
-    flat = {**FEDSA, "run.output": str(tmp_path), "personal.mode": "dual", "federation.num-rounds": 2}
-    config = make_config(flat)
-    state = run_federation(config, local_grid(config, app, num_nodes=4))
-    last = state.records[-1]
-    assert set(last.personal_held_out) == set(NAMES)
-    assert last.personal_held_out != last.held_out
+def test_b_never_leaves_and_what_travels_is_an_a(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    replies: list[Message] = []
+
+    def keep(reply: Message) -> list[Message]:
+        replies.append(reply)
+        return [reply]
+
+    opened = open_run(make_config({**FEDSA, "run.output": str(tmp_path)}), tamper=keep)
+    state = opened.state
+    layout = opened.session.layout
+    for number in (1, 2):
+        state, record = next_round(opened.session, state)
+        assert record.accepted == NAMES
+        packet = codec.encode(
+            torch.zeros(part_size(layout, "a")),
+            layout_digest=layout.digest,
+            part="a",
+            round_num=number,
+            payload="fp32",
+        )
+        assert record.bytes_up == 4 * len(packet)
+    assert not bool(part_of(layout, state.adapter.vector, "b").any())
+    own = [kept_b(tmp_path / "run", name, 8) for name in NAMES]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(own, 2))
+    sent = b"".join(message_to_proto(reply).SerializeToString() for reply in replies)
+    for values in own:
+        raw = values.numpy()
+        for start in range(0, len(raw) - 4, 4):
+            if raw[start : start + 4].any():
+                assert raw[start : start + 4].tobytes() not in sent
+
+
+def test_a_client_of_a_smaller_rank_keeps_a_b_without_the_other_columns(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    flat = {**FEDSA, "run.output": str(tmp_path), "lora.client-ranks": "1,2"}
+    opened = open_run(make_config(flat))
+    layout: AdapterLayout = opened.session.layout
+    state = opened.state
+    for _ in range(2):
+        state, record = next_round(opened.session, state)
+        assert record.accepted == NAMES
+    for name in NAMES:
+        whole = whole_of(layout, kept_b(tmp_path / "run", name, 8), "b")
+        lasting = [bool(b_OR[:, 1].any()) for _, b_OR in layout.factors(whole)]
+        assert lasting == [name in ("ben", "dora")] * len(layout.matrices)
+
+
+def test_an_update_that_was_lost_leaves_no_trace_in_its_clients_b(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    left = [1]
+
+    def lose(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id == 3 and reply.metadata.message_type == "train" and left[0]:
+            left[0] -= 1
+            reply.content = RecordDict()
+        return [reply]
+
+    lossy = open_run(make_config({**FEDSA, "run.output": str(tmp_path)}), tamper=lose)
+    state, record = next_round(lossy.session, lossy.state)
+    assert "ben" in record.lost
+    state, record = next_round(lossy.session, state)
+    assert state.num_drawn == {"anna": 8, "ben": 4, "cleo": 8, "dora": 8}
+    (store,) = (tmp_path / "run" / "private").iterdir()
+    assert [file.name for file in (store / "ben").iterdir()] == ["drawn-000000000004.safetensors"]

@@ -79,6 +79,15 @@ def test_it_lowers_its_clients_loss_and_a_pull_holds_it_back(run: Callable) -> N
     assert gains[0] > gains[1]
 
 
+@pytest.mark.parametrize("flat", [{"lora.client-ranks": "1,2"}, {"aggregation.preset": "ffa"}])
+def test_it_is_trained_beside_the_whole_shared_adapter_whatever_its_client_trains_of_that(
+    flat: dict[str, Any], run: Callable, tmp_path: Path
+) -> None:
+    run("whole", **DUAL, **{"federation.num-rounds": 1})
+    run("partly", **DUAL, **flat, **{"federation.num-rounds": 1})
+    assert private_files(tmp_path / "partly") == private_files(tmp_path / "whole")
+
+
 def test_a_run_without_personal_adapters_keeps_and_records_nothing(run: Callable, tmp_path: Path) -> None:
     state, _ = run("plain")
     assert not (tmp_path / "plain" / "private").exists()

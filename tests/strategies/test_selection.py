@@ -234,6 +234,28 @@ def test_an_empty_poisson_round_is_recorded_changes_nothing_and_is_no_failure(
     assert 0 < num_empty < 12
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"aggregation.preset": "flora"},
+        {"aggregation.preset": "fedex"},
+        {"aggregation.preset": "fedit", "aggregation.optimizer": "fedavgm"},
+        {"aggregation.robust": "norm-clip"},
+    ],
+)
+def test_an_empty_poisson_round_moves_no_base_no_momentum_and_no_memory_of_norms(
+    rule: dict[str, Any], make_config: Callable, open_run: Callable
+) -> None:
+    flat = {"federation.selection": "poisson", "federation.cohort-size": 1, "federation.num-rounds": 30}
+    run = open_run(make_config({**flat, **rule}))
+    state, item = next_round(run.session, run.state)
+    while item.asked or state.adapter.digest == run.state.adapter.digest:
+        before, (state, item) = state, next_round(run.session, state)
+    assert state.round_num == before.round_num + 1
+    assert (state.adapter, state.drift, state.norms) == (before.adapter, before.drift, before.norms)
+    assert state.optimizer is before.optimizer
+
+
 def test_a_poisson_draw_below_the_clients_a_round_needs_asks_nobody(
     make_config: Callable, open_run: Callable
 ) -> None:

@@ -1,6 +1,7 @@
 """Slow nodes: their updates are folded into the round they arrive in, by their age, once, or not at all."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +69,25 @@ def test_a_late_update_is_added_to_the_newer_adapter_with_the_weight_of_its_age(
     expected = first.adapter.vector.double() + change
     torch.testing.assert_close(second.adapter.vector.double(), expected, rtol=0, atol=1e-6)
     assert second.num_drawn == {"anna": 8, "ben": 4, "cleo": 8, "dora": 4}
+
+
+def test_a_late_a_counts_where_b_is_local_and_its_client_goes_on_from_the_b_beside_it(
+    open_slow: Callable, tmp_path: Path
+) -> None:
+    fedsa = {"aggregation.read-out": "local-b", "run.output": str(tmp_path)}
+    run, hanging, heard = open_slow(**OVER, **fedsa)
+    hanging.add(BEN)
+    first, _ = next_round(run.session, run.state)
+    hanging.clear()
+    second, record = next_round(run.session, first)
+    assert record.staleness == {"ben": 1}
+    total = sum(record.weights.values())
+    change = sum(record.weights[name] / total * heard[2][name].delta.double() for name in record.weights)
+    expected = first.adapter.vector.double() + change
+    torch.testing.assert_close(second.adapter.vector.double(), expected, rtol=0, atol=1e-6)
+    assert second.num_drawn["ben"] == 4
+    (file,) = (tmp_path / "run" / "private").rglob("ben/*.safetensors")
+    assert file.name == "drawn-000000000004.safetensors"
 
 
 def test_the_late_update_is_the_one_of_the_round_that_asked_for_it(

@@ -109,7 +109,7 @@ def test_a_train_request_comes_back_as_it_was(changes: dict[str, Any]) -> None:
 
 def test_control_variates_travel_with_a_train_request_that_has_them() -> None:
     control = initial_adapter(LAYOUT, 1)
-    content = sent(train_request(control=control))
+    content = sent(train_request(control=control, ranks=(2, 2)))
     got = read(content)
     assert got.control is not None
     assert got.control.digest == control.digest
@@ -120,7 +120,7 @@ def test_control_variates_travel_with_a_train_request_that_has_them() -> None:
         read(content)
     bad = AdapterState(LAYOUT, torch.full((LAYOUT.size,), math.nan))
     with pytest.raises(NonFiniteError):
-        read(sent(train_request(control=bad)))
+        read(sent(train_request(control=bad, ranks=(2, 2))))
 
 
 def test_an_evaluate_request_comes_back_as_it_was() -> None:
@@ -354,6 +354,9 @@ def test_a_request_with_an_unknown_proximal_space_is_refused() -> None:
         {"trained": "none"},
         {"trained": "b", "local_b": True},
         {"node_sum": True, "ranks": (2, 1)},
+        {"control": initial_adapter(LAYOUT, 1)},  # and ranks that differ
+        {"control": initial_adapter(LAYOUT, 1), "ranks": (2, 2), "node_sum": True},
+        {"control": initial_adapter(LAYOUT, 1), "ranks": (2, 2), "trained": "both", "local_b": True},
     ],
 )
 def test_a_request_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
