@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fedllm.errors import FedLLMError
 from fedllm.models.files import fingerprint, resolve_model
 from scripts.benchmarks.tools import Goal, emit, environment, report
 from scripts.experiments import plots
-from scripts.experiments.cells import Figures, Kinds, Setting, Workshop
+from scripts.experiments.cells import Figures, Kinds, Setting, Workshop, open_pool
 from scripts.experiments.controls import alone, pooled
 from scripts.experiments.corpus import Corpus, grouped, left_out_packages, read_corpus, write_rows
 from scripts.experiments.hostile import attacked
@@ -44,7 +45,9 @@ PACKAGES = ("fedllm", "flwr", "torch", "transformers", "peft", "tokenizers", "nu
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
-def open_workshop(options: argparse.Namespace, scale: Scale, console: Console) -> tuple[Workshop, Figures]:
+def open_workshop(
+    options: argparse.Namespace, scale: Scale, console: Console, pool: Executor | None
+) -> tuple[Workshop, Figures]:
     """Return where cells are done, and what the studies share as figures; makes the small model if needed.
 
     Raises:
@@ -70,14 +73,8 @@ def open_workshop(options: argparse.Namespace, scale: Scale, console: Console) -
         "model": described,
         "text": {"name": corpus.name, "rows": len(corpus.rows), "digest": corpus.digest},
     }
-    return Workshop(
-        Setting(model, rows_file, scale.flat, digest),
-        KINDS,
-        journal,
-        machine["commit"],
-        options.processes,
-        notice,
-    ), shared
+    setting = Setting(model, rows_file, scale.flat, digest)
+    return Workshop(setting, KINDS, journal, machine["commit"], pool, notice), shared
 
 
 def _model(
@@ -158,8 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.plot:
             plots.check_matplotlib()
-        workshop, shared = open_workshop(options, scale, console)
-        figures = do_studies(scale, options.study, workshop, console)
+        with open_pool(options.processes) as pool:
+            workshop, shared = open_workshop(options, scale, console, pool)
+            figures = do_studies(scale, options.study, workshop, console)
         if options.plot:
             draw(figures, options.plot)
     except FedLLMError as error:

@@ -7,11 +7,12 @@ file; a study that is started again takes what it finds there and does the rest.
 import hashlib
 import json
 import logging
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -77,15 +78,28 @@ class Outcome:
 Kinds: TypeAlias = Mapping[str, Callable[[Cell, Setting], Figures]]
 
 
+@contextmanager
+def open_pool(processes: int) -> Iterator[Executor | None]:
+    """Keep that many processes for cells, or none where one is asked for; what waits at the end is let go."""
+    if processes == 1:
+        yield None
+        return
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))  # torch's threads survive no fork
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @dataclass(frozen=True)
 class Workshop:
-    """Where and how cells are done: `journal` keeps results, `processes` 1 means this one."""
+    """Where and how cells are done: `journal` keeps results; without a `pool` this process does them."""
 
     setting: Setting
     kinds: Kinds
     journal: Path
     commit: str
-    processes: int = 1
+    pool: Executor | None = None
     notice: Callable[[str], None] = lambda line: None
 
     def __call__(self, cells: Sequence[Cell]) -> list[Outcome]:
@@ -109,20 +123,15 @@ class Workshop:
         return [_relabelled(cell, found[key]) for key, cell in zip(keys, cells, strict=True)]
 
     def _done(self, cells: Mapping[str, Cell]) -> Iterator[tuple[str, Outcome]]:
-        if self.processes == 1 or len(cells) < 2:
+        if self.pool is None:
             for key, cell in cells.items():
                 yield key, do_cell(cell, self.setting, self.kinds)
             return
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        pool = ProcessPoolExecutor(self.processes, mp_context=context)
-        try:
-            waiting = {
-                pool.submit(do_cell, cell, self.setting, self.kinds): key for key, cell in cells.items()
-            }
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        waiting = {
+            self.pool.submit(do_cell, cell, self.setting, self.kinds): key for key, cell in cells.items()
+        }
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
 
     def _keep(self, key: str, outcome: Outcome) -> None:
         line = {
@@ -181,7 +190,7 @@ def describe(outcome: Outcome) -> str:
     """Return one line about an outcome: its labels, and its loss or why there is none."""
     cell = outcome.cell
     told = " ".join(
-        f"{name}={value:g}" if isinstance(value, float) else str(value) for name, value in cell.labels.items()
+        value if isinstance(value, str) else f"{name}={value:g}" for name, value in cell.labels.items()
     )
     loss = outcome.figures.get("mean_after")
     result = outcome.reason or (f"loss {loss:.4f}" if loss is not None else "done")

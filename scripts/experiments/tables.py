@@ -15,9 +15,11 @@ def methods_tables(figures: Figures) -> Iterator[Table]:
     for part, by_method in figures["tables"].items():
         ordered = sorted(by_method.items(), key=lambda item: item[1].get("mean_after", {}).get("mean", 99.0))
         rows = {name: _method_cells(row) for name, row in ordered}
-        yield figures_table(
-            f"held-out loss after the run, {part} (mean and sd over seeds)", _METHOD_COLUMNS, rows
-        )
+        for name, row in ordered:
+            if "union_after" in row:
+                loss = _mean_and_sd(row["union_after"])
+                rows[f"{name}, on all rows"] = [f"{row['rate']:g}", loss, *"-----"]
+        yield figures_table(f"held-out loss, {part}: mean and sd over seeds", _METHOD_COLUMNS, rows)
 
 
 def _method_cells(row: Figures) -> list[str]:
@@ -51,7 +53,7 @@ def map_table(figures: Figures) -> Table:
             _number(point.get(key), ".4f") for key in ("rho", "kept", "loss_factors", "loss_exact", "gap")
         ]
     return figures_table(
-        "the error of averaging factors, and what it costs",
+        "what averaging factors costs",
         ("rho", "kept", "loss, factor mean", "loss, svd", "gap"),
         rows,
     )
@@ -60,15 +62,10 @@ def map_table(figures: Figures) -> Table:
 def poison_tables(figures: Figures) -> Iterator[Table]:
     """Yield the tables of study C: loss ratios per skew, then backdoors per skew."""
     for skew, by_attack in figures["tables"].items():
-        title = (
-            f"honest clients' loss over that of the clean run, and the share of its gain that is left; {skew}"
-        )
-        yield _by_rule(title, by_attack, _ratio)
+        yield _by_rule(f"honest clients, {skew}: loss / clean loss, gain / clean gain", by_attack, _ratio)
     for skew, by_attack in figures["backdoors"].items():
         if by_attack:
-            title = (
-                f"of held-out triggered questions: target answered, target preferred; loss as above; {skew}"
-            )
+            title = f"backdoors, {skew}: target answered, target preferred, and as above"
             yield _by_rule(title, by_attack, _backdoor)
 
 

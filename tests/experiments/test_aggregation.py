@@ -12,7 +12,7 @@ from rich.console import Console
 
 from scripts.benchmarks.tools import report
 from scripts.experiments.aggregation import KINDS, do_studies, draw, main, parse
-from scripts.experiments.cells import Setting, Workshop
+from scripts.experiments.cells import Setting, Workshop, open_pool
 from scripts.experiments.methods import METHODS, MethodsGrid
 from scripts.experiments.poison import PoisonGrid, goals
 from scripts.experiments.rho_map import MapGrid
@@ -102,15 +102,11 @@ def test_every_study_is_drawn(done: tuple[dict, str, Workshop], tmp_path: Path) 
 def test_two_processes_give_what_one_gives(tiny_setting: Setting, tmp_path: Path) -> None:
     grid = MapGrid({}, clients=(2,), local_steps=(1,), rates=(0.01,), skews=("iid",), seeds=(1,))
     scale = replace(TINY, rho_map=grid)
-    found = [
-        do_studies(
-            scale,
-            "b",
-            Workshop(tiny_setting, KINDS, tmp_path / f"{processes}.jsonl", "abc", processes),
-            Console(quiet=True),
-        )
-        for processes in (1, 2)
-    ]
+    found = []
+    for processes in (1, 2):
+        with open_pool(processes) as pool:
+            workshop = Workshop(tiny_setting, KINDS, tmp_path / f"{processes}.jsonl", "abc", pool)
+            found.append(do_studies(scale, "b", workshop, Console(quiet=True)))
     assert found[0] == found[1]
 
 

@@ -1,11 +1,13 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
+from fedllm.rule import aggregation_rule
 from fedllm.types import RoundRecord
-from scripts.experiments.cells import Cell, Figures, Outcome
+from scripts.experiments.cells import Cell, Figures, Outcome, Setting
 from scripts.experiments.methods import (
     DIRICHLET,
     DOMAIN,
@@ -18,6 +20,7 @@ from scripts.experiments.methods import (
 from scripts.experiments.poison import JUDGED, PoisonGrid, goals, honest_losses, poison_study
 from scripts.experiments.rho_map import MapGrid, map_study, rank_correlation
 from scripts.experiments.runs import figures_of, mean_of
+from scripts.experiments.scales import FULL, QUICK, SMOLLM2, Scale
 
 BEST = {"x": 0.1, "y": 0.2, "local only": 0.2, "centralised": 0.1, ONE_SHOT: 0.1}
 
@@ -202,3 +205,25 @@ def test_the_goal_of_a_rule_is_its_worst_judged_attack() -> None:
     good, poor = (found["backdoors"]["iid"]["backdoor x1"][rule] for rule in ("good", "poor"))
     assert (good["ratio"], good["gain"]) == (1.0, 1.0)  # of the clean run without a rule, which ends at 2
     assert (poor["ratio"], poor["gain"]) == (2.0, pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize("scale", [FULL, QUICK, SMOLLM2], ids=["full", "quick", "smollm2"])
+def test_no_cell_of_a_scale_is_refused_by_the_configuration(scale: Scale) -> None:
+    setting = Setting("model", Path("rows.jsonl"), scale.flat, "")
+    cells: list[Cell] = []
+
+    def do(some: Sequence[Cell]) -> list[Outcome]:
+        cells.extend(some)
+        success = {"backdoor": {}, "attackers": []}
+        return [
+            Outcome(cell, figures({"a": 1.0 + float(cell.flat["train.learning-rate"])}, **success))
+            for cell in some
+        ]
+
+    methods_study(scale.methods, do)
+    map_study(scale.rho_map, do)
+    if scale.poison is not None:
+        poison_study(scale.poison, do)
+    for cell in cells:
+        config = setting.config(cell)  # raises where it is refused
+        aggregation_rule(config)
