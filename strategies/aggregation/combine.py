@@ -206,8 +206,8 @@ def _weigh(mixture: Mixture) -> tuple[robust.Verdict, tuple[float, ...]]:
     p_K = weights_K / weights_K.sum()
     if rule.robust == "none" or rule.robust in COORDINATE_RULES:
         return robust.Verdict(p_K, torch.ones_like(p_K)), norms
-    start_P = mixture.state.adapter.vector.double()
-    grams_KK = robust.change_grams(mixture.layout, start_P, [start_P + c.delta for c in mixture.held])
+    deltas = [client.delta for client in mixture.held]
+    grams_KK = robust.change_grams(mixture.layout, mixture.state.adapter.vector, deltas)
     verdict = robust.judge(rule.robust, grams_KK, p_K, max_malicious=rule.max_malicious, norms=norms)
     return verdict, robust.next_norms(norms, grams_KK)
 
