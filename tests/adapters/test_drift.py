@@ -46,17 +46,15 @@ def test_what_is_added_and_taken_away_leaves_no_rank_behind() -> None:
         LAYOUT, ((one.left[0].float(), one.right[0].float()), (torch.zeros(9, 0), torch.zeros(0, 4)))
     )
     back = Product(-one.left.float().double(), one.right.float().double())
-    assert pair.plus({0: back}).size == 0 or float(dense(pair.plus({0: back}))[0].abs().max()) < 1e-12
+    assert pair.plus({0: back}).size == 0
 
 
 def test_a_digest_tells_drifts_apart_and_nothing_has_none() -> None:
     drift = no_drift(LAYOUT)
     assert (drift.size, drift.digest) == (0, "")
-    digests = {
-        drift.plus({index: product(*shape, 1, 5)}).digest for index, shape in enumerate([(5, 6), (9, 4)])
-    }
-    assert len(digests) == 2
-    assert drift.plus({0: product(5, 6, 1, 5)}).digest in digests
+    first, second = drift.plus({0: product(5, 6, 1, 5)}), drift.plus({1: product(9, 4, 1, 5)})
+    assert first.digest != second.digest
+    assert first.digest == drift.plus({0: product(5, 6, 1, 5)}).digest
 
 
 def test_a_drift_of_other_shapes_or_values_is_refused() -> None:
