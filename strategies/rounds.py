@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 from flwr.app import RecordDict
@@ -25,6 +26,7 @@ from fedllm.types import (
 )
 from fedllm.wire import requests
 from strategies.aggregation import combine
+from strategies.aggregation.stock import stock_change
 from strategies.delivered import travelling_part
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
@@ -172,6 +174,7 @@ def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combi
         state,
         trained=plan.trained,
         fresh=lambda: initial_adapter(session.layout, seed, init_a),
+        outside=partial(stock_change, session.stock, plan.round_num) if session.stock else None,
     )
 
 
