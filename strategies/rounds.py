@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 from flwr.app import RecordDict
 
@@ -23,6 +24,7 @@ from fedllm.types import (
 )
 from fedllm.wire import requests
 from strategies.aggregation import combine
+from strategies.aggregation.stock import stock_change
 from strategies.answers import Answer, first_updates, in_order
 from strategies.control_variates import ControlSum, control_of, empty_sum
 from strategies.delivered import travelling_part
@@ -187,6 +189,7 @@ def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combi
         state,
         trained=plan.trained,
         fresh=lambda: initial_adapter(session.layout, seed, init_a),
+        outside=partial(stock_change, session.stock, plan.round_num) if session.stock else None,
     )
 
 

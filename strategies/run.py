@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterState
 from fedllm.adapters.ranks import named_clients
@@ -12,10 +13,12 @@ from fedllm.config import RunConfig
 from fedllm.errors import CheckpointError, FedLLMError
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
+from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from fedllm.runs.folder import describe_run, open_run_folder, write_result, write_rounds
 from fedllm.runs.spread import described
 from fedllm.types import RoundRecord
+from strategies.aggregation.stock import check_stock
 from strategies.evaluation import evaluate
 from strategies.joining import join_clients
 from strategies.publish import publish_adapter
@@ -25,19 +28,23 @@ from strategies.transport import Transport
 
 
 def run_federation(
-    config: RunConfig, grid: Grid, watch: Watch = SILENT, start: AdapterState | None = None
+    config: RunConfig,
+    grid: Grid,
+    watch: Watch = SILENT,
+    start: AdapterState | None = None,
+    stock: Strategy | None = None,
 ) -> ServerState:
     """Do every round of `config` over `grid`, publish the adapter and return the final state.
 
-    `start` replaces the seeded initial adapter. Whatever happens, complete rounds stay on disk and
-    `result.json` says how the run ended.
+    `start` replaces the seeded initial adapter, `stock` our own mean of the clients. Whatever happens,
+    complete rounds stay on disk and `result.json` says how the run ended.
 
     Raises:
         FedLLMError: the run cannot start or go on; the message says why.
     """
     folder = open_run_folder(config)
     try:
-        session = open_session(config, grid, watch)
+        session = open_session(config, grid, watch, stock)
         state = _first_state(session, folder, start)
         describe_run(folder, config)
         state = _rounds(session, state, folder)
@@ -55,19 +62,24 @@ def run_federation(
     return state
 
 
-def open_session(config: RunConfig, grid: Grid, watch: Watch = SILENT) -> Session:
+def open_session(
+    config: RunConfig, grid: Grid, watch: Watch = SILENT, stock: Strategy | None = None
+) -> Session:
     """Return a session over the clients that join on `grid`.
 
     Raises:
         ModelError, RunFailedError: the base model is absent, or too few clients join.
+        ConfigError: `stock` is given and the run's rule is no plain mean of factors.
     """
+    if stock is not None:
+        check_stock(aggregation_rule(config))
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
-    return Session(config, layout, transport, clients, watch)
+    return Session(config, layout, transport, clients, watch, stock=stock)
 
 
 def first_state(session: Session, start: AdapterState | None = None) -> ServerState:

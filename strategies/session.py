@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from flwr.serverapp.strategy import Strategy
+
 from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
 from fedllm.adapters.ranks import deal_ranks
 from fedllm.config import RunConfig
@@ -36,6 +38,7 @@ class Session:
     clients: dict[str, JoinedClient]
     watch: Watch = SILENT
     delivered: Delivered = field(default_factory=Delivered)
+    stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
 
     @cached_property
     def rule(self) -> AggregationRule:

@@ -31,11 +31,15 @@ from strategies.transport import reply_of
 
 @final
 class FederatedLora(Strategy):
-    """Federated LoRA fine-tuning as `config` describes it; `watch` hears of its progress."""
+    """Federated LoRA fine-tuning as `config` describes it; `watch` hears of its progress.
 
-    def __init__(self, config: RunConfig, watch: Watch = SILENT):
+    `stock`, another Flower strategy, takes the place of our own mean of the clients' factors.
+    """
+
+    def __init__(self, config: RunConfig, watch: Watch = SILENT, stock: Strategy | None = None):
         self.config = config
         self.watch = watch
+        self.stock = stock
         self._session: Session | None = None
         self._state: ServerState | None = None
         self._plan: RoundPlan | None = None
@@ -61,7 +65,7 @@ class FederatedLora(Strategy):
         start = None
         if initial_arrays:
             start = read_plain(initial_arrays, self._open(grid).layout)
-        state = run_federation(config, grid, self.watch, start)
+        state = run_federation(config, grid, self.watch, start, self.stock)
         result = Result()
         result.arrays = write_plain(with_drift(state.adapter, state.drift))
         for record in state.records:
@@ -138,7 +142,7 @@ class FederatedLora(Strategy):
 
     def _open(self, grid: Grid) -> Session:
         if self._session is None:
-            self._session = open_session(self.config, grid, self.watch)
+            self._session = open_session(self.config, grid, self.watch, self.stock)
         return self._session
 
 

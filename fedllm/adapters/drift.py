@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from fedllm.adapters.algebra import Product, decompose, rounding_floor
+from fedllm.adapters.algebra import Product, decompose, rounding_floor, squared_norm
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.errors import LayoutError, NonFiniteError
 
@@ -76,8 +76,10 @@ class Drift:
 
 def _sum(pair: tuple[torch.Tensor, torch.Tensor], product: Product) -> tuple[torch.Tensor, torch.Tensor]:
     b_ON, a_NI = pair
-    u, s, v = decompose(Product(b_ON.double()[None], a_NI.double()[None]).plus(product).lightest())
-    alive = int((s > rounding_floor(s)).sum())
+    before = Product(b_ON.double()[None], a_NI.double()[None])
+    u, s, v = decompose(before.plus(product).lightest())
+    largest = torch.maximum(squared_norm(before), squared_norm(product)).sqrt()[:, None]
+    alive = int((s > rounding_floor(largest)).sum())  # where both cancel, the rest is rounding
     root = s[0, :alive].sqrt()
     return (u[0, :, :alive] * root).float(), (root[:, None] * v[0, :alive]).float()
 

@@ -13,8 +13,9 @@ Tensor suffixes: K clients, P flat adapter, L matrices of one shape, R rank, O o
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -31,18 +32,22 @@ from strategies.aggregation.gauge import aligned
 from strategies.aggregation.readouts import READ_OUTS, Mean, ReadOut, factor_mean
 from strategies.aggregation.sums import Change, Held, Sums
 
+Outside: TypeAlias = Callable[[AdapterState, Sequence[Held]], torch.Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """The updates of a round so far.
 
-    `trained` is what its clients train: "both", "a" or "b". `fresh` draws the adapter of a restart.
+    `trained` is what its clients train: "both", "a" or "b". `fresh` draws the adapter of a restart. `outside`
+    is a rule from elsewhere, from the start and the clients to the change [P] of the factors (`stock`).
     """
 
     rule: AggregationRule
     state: ServerState
     trained: str
     fresh: Callable[[], AdapterState]
+    outside: Outside | None = None
     held: tuple[Held, ...] = ()
     folded: Sums | None = None
 
@@ -57,7 +62,7 @@ class Aggregate:
     """What a round changes at the server, and what it measured.
 
     Under read-out local-b the server knows no product: `rho` and `kept_energy` are None and `delta_norm` is
-    the Frobenius norm of A's change. Sums of nodes leave the first two unknown as well.
+    the Frobenius norm of A's change. Sums of nodes and outside rules leave the first two unknown as well.
     """
 
     adapter: AdapterState
@@ -72,10 +77,15 @@ class Aggregate:
 
 
 def init(
-    rule: AggregationRule, state: ServerState, *, trained: str, fresh: Callable[[], AdapterState]
+    rule: AggregationRule,
+    state: ServerState,
+    *,
+    trained: str,
+    fresh: Callable[[], AdapterState],
+    outside: Outside | None = None,
 ) -> Mixture:
     """Return the empty mixture of the round that follows `state`."""
-    return Mixture(rule, state, trained, fresh)
+    return Mixture(rule, state, trained, fresh, outside)
 
 
 def add(mixture: Mixture, update: ClientUpdate, scale: float | None = None) -> Mixture:
@@ -93,7 +103,11 @@ def add(mixture: Mixture, update: ClientUpdate, scale: float | None = None) -> M
     if rule.weighting == "product-norm":
         weight *= product_norm(layout, mixture.state.adapter.vector + delta_P)
     held = (*mixture.held, Held(update.client_id, weight, rank, delta_P))
-    if rule.holds_updates or len(held) <= sums.most_held(layout, with_products=rule.needs_products):
+    if (
+        rule.holds_updates
+        or mixture.outside
+        or len(held) <= sums.most_held(layout, with_products=rule.needs_products)
+    ):
         return replace(mixture, held=held)
     return _folded(replace(mixture, held=held))
 
@@ -120,7 +134,7 @@ def finish(mixture: Mixture) -> Aggregate:
     if rule.local_b:
         moved = float(torch.linalg.vector_norm(vector_P - state.adapter.vector))
         measured = _Measured(None, None, None, moved)
-    elif rule.node_sum and rule.train == "both":  # sums hide the clients' own products
+    elif (rule.node_sum and rule.train == "both") or mixture.outside:  # the mean of the products is not known
         measured = replace(measured, rho=None, largest_rho=None, kept_energy=None)
     return Aggregate(
         AdapterState(layout, vector_P).checked_finite(),
@@ -206,8 +220,8 @@ def _weigh(mixture: Mixture) -> tuple[robust.Verdict, tuple[float, ...]]:
     p_K = weights_K / weights_K.sum()
     if rule.robust == "none" or rule.robust in COORDINATE_RULES:
         return robust.Verdict(p_K, torch.ones_like(p_K)), norms
-    start_P = mixture.state.adapter.vector.double()
-    grams_KK = robust.change_grams(mixture.layout, start_P, [start_P + c.delta for c in mixture.held])
+    deltas = [client.delta for client in mixture.held]
+    grams_KK = robust.change_grams(mixture.layout, mixture.state.adapter.vector, deltas)
     verdict = robust.judge(rule.robust, grams_KK, p_K, max_malicious=rule.max_malicious, norms=norms)
     return verdict, robust.next_norms(norms, grams_KK)
 
@@ -255,7 +269,10 @@ def _changes(mixture: Mixture, verdict: robust.Verdict) -> Iterator[tuple[int, s
     """Yield the mean change of every part of every shape group: its place, the part, the change."""
     rule, layout, held = mixture.rule, mixture.layout, mixture.held
     delta_P = None
-    if rule.robust in COORDINATE_RULES:
+    if mixture.outside:
+        mask_P = part_mask(layout, _shared_part(mixture))
+        delta_P = torch.where(mask_P, mixture.outside(mixture.state.adapter, held), 0.0)
+    elif rule.robust in COORDINATE_RULES:
         delta_P = robust.of_coordinates(rule.robust, [client.delta for client in held], rule.max_malicious)
     shares_R = sums.rank_weights(held, verdict.weights, layout.rank)
     for place, group in enumerate(shape_groups(layout)):

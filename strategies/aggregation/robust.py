@@ -14,7 +14,7 @@ aggregate is the start plus sum a_i D_i, read out like any mean. The plain mean 
 Two more act on coordinates, where one factor is common to all (`fedllm/rule.py` refuses them elsewhere), and
 count every client alike: trimmed-mean leaves out the f largest and smallest values, coordinate-median takes
 the middle one (Yin et al., arXiv 1803.01498). f is the assumed share of malicious clients, rounded up.
-Tensor suffixes: K clients, P flat adapter, L matrices of one shape, R rank, O output, I input feature.
+Tensor suffixes: K clients, S the start and the clients, P flat adapter, R rank, O output, I input feature.
 """
 
 import math
@@ -69,28 +69,46 @@ def num_malicious(num_clients: int, share: float) -> int:
 
 
 def change_grams(
-    layout: AdapterLayout, start_P: torch.Tensor, adapters: Sequence[torch.Tensor]
+    layout: AdapterLayout, start_P: torch.Tensor, deltas: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Return <D_i, D_j> [K, K] in float64 of the adapters' changes, times the square of the layout's scale.
+    """Return <D_i, D_j> [K, K] in float64 of the deltas' changes, times the square of the layout's scale.
 
-    <B_i A_i, B_j A_j> = tr((A_j A_i^T)(B_i^T B_j)), so no matrix is formed unless it is the smaller thing.
+    No matrix is formed unless it is the smaller thing, and no two numbers larger than the changes cancel.
     """
-    count, rank = len(adapters) + 1, layout.rank
-    total = torch.zeros(count, count, dtype=torch.float64)
+    total_KK = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     for group in shape_groups(layout):
-        is_small = group.out_features * group.in_features < rank**2 * (group.out_features + group.in_features)
+        sides = group.out_features + group.in_features
+        is_small = group.out_features * group.in_features < layout.rank**2 * sides
         for index in group.indices:
-            a_LKRI, b_LOKR = stack_factors(layout, (start_P, *adapters), (index,))
-            a_KRI, b_OKR = a_LKRI[0], b_LOKR[0]
-            if is_small:
-                flat = (b_OKR.transpose(0, 1) @ a_KRI).flatten(1)
-                total += flat @ flat.T
-                continue
-            rows, columns = a_KRI.flatten(0, 1), b_OKR.flatten(1, 2)
-            blocks = (rows @ rows.T) * (columns.T @ columns)
-            total += blocks.view(count, rank, count, rank).sum(dim=(1, 3))
-    centred = total[1:, 1:] - total[1:, :1] - total[:1, 1:] + total[:1, :1]
-    return (centred + centred.T) * (layout.scale**2 / 2)
+            a_LSRI, b_LOSR = stack_factors(layout, (start_P, *deltas), (index,))
+            grams = _dense_grams if is_small else _factored_grams
+            total_KK += grams(a_LSRI[0], b_LOSR[0].transpose(0, 1))
+    return (total_KK + total_KK.T) * (layout.scale**2 / 2)
+
+
+def _dense_grams(a_SRI: torch.Tensor, b_SOR: torch.Tensor) -> torch.Tensor:
+    """Return <D_i, D_j> [K, K] from the changes D_i = B_0 a_i + b_i (A_0 + a_i) themselves.
+
+    Place 0 of both stacks is the start, the others are the clients' changes a_i, b_i.
+    """
+    changes = (b_SOR[0] @ a_SRI[1:] + b_SOR[1:] @ (a_SRI[0] + a_SRI[1:])).flatten(1)
+    return changes @ changes.T
+
+
+def _factored_grams(a_SRI: torch.Tensor, b_SOR: torch.Tensor) -> torch.Tensor:
+    """Return the same from R x R blocks, <B a, B' a'> = tr((a' a^T)(B^T B')) for both terms of D."""
+    count, rank = len(a_SRI), a_SRI.shape[1]
+    rows, columns = a_SRI.flatten(0, 1), b_SOR.mT.flatten(0, 1)
+    rows_SRSR = (rows @ rows.T).view(count, rank, count, rank)
+    columns_SRSR = (columns @ columns.T).view(count, rank, count, rank)
+    change_KRKR = rows_SRSR[1:, :, 1:]  # a_i a_j^T
+    from_start_KRKR = rows_SRSR[1:, :, :1]  # a_i A_0^T
+    to_start_KRKR = rows_SRSR[:1, :, 1:]  # A_0 a_j^T
+    mixed = columns_SRSR[:1, :, 1:] * (change_KRKR + from_start_KRKR)  # <B_0 a_i, b_j A_j>
+    whole_KRKR = change_KRKR + from_start_KRKR + to_start_KRKR + rows_SRSR[:1, :, :1]  # A_i A_j^T
+    ends = columns_SRSR[:1, :, :1] * change_KRKR + columns_SRSR[1:, :, 1:] * whole_KRKR
+    mixed_KK = mixed.sum(dim=(1, 3))
+    return ends.sum(dim=(1, 3)) + mixed_KK + mixed_KK.T
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,13 +154,14 @@ def geometric_median(grams_KK: torch.Tensor, p_K: torch.Tensor) -> torch.Tensor:
     """Return coefficients a [K], sum 1, that minimise sum p_i ||D_i - sum_j a_j D_j||.
 
     ||D_i - D a||^2 = G_ii - 2 (G a)_i + a^T G a, so Weiszfeld's steps need the Gram matrix alone. Distances
-    are kept above a millionth of their median, where the objective is smooth.
+    below a millionth of the median norm count as that, which is above the rounding of these sums: clients
+    that agree are pulled at alike.
     """
     a_K, norms_K = p_K, grams_KK.diagonal()
+    least = max(1e-6 * math.sqrt(max(float(norms_K.median()), 0.0)), torch.finfo(torch.float64).tiny)
     for _ in range(MOST_STEPS):
         along_K = grams_KK @ a_K
         distances_K = (norms_K - 2 * along_K + a_K @ along_K).clamp(min=0).sqrt()
-        least = max(1e-6 * float(distances_K.median()), torch.finfo(torch.float64).tiny)
         pulls_K = p_K / distances_K.clamp(min=least)
         moved_K = pulls_K / pulls_K.sum()
         change, a_K = float((moved_K - a_K).abs().sum()), moved_K

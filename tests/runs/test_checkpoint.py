@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedllm.adapters.drift import Drift
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
 from fedllm.config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
-from fedllm.types import RoundRecord
+from fedllm.types import OptimizerState, RoundRecord
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
 # factor means, so that every other key may be changed alone
@@ -23,7 +24,16 @@ def state_of(round_num: int) -> ServerState:
         RoundRecord(round_num=number, accepted=("a",), lost={"b": "why"}, rho=0.5)
         for number in range(round_num + 1)
     )
-    return ServerState(round_num, initial_adapter(LAYOUT, round_num), {"a": 4 * round_num, "b": 1}, records)
+    pair = (torch.full((5, round_num), 0.5), torch.full((round_num, 3), -2.0))
+    return ServerState(
+        round_num,
+        initial_adapter(LAYOUT, round_num),
+        {"a": 4 * round_num, "b": 1},
+        records,
+        drift=Drift(LAYOUT, (pair, (torch.zeros(2, 0), torch.zeros(0, 4)))),
+        optimizer=OptimizerState(torch.arange(LAYOUT.size) / 7, torch.ones(LAYOUT.size), round_num),
+        norms=(0.1, 1 / 3, float(round_num)),
+    )
 
 
 @pytest.fixture
@@ -42,7 +52,22 @@ def test_a_state_comes_back_bit_for_bit_and_two_checkpoints_are_kept(folder: Pat
     state, passed_over = load(folder)
     assert passed_over == []
     assert state.adapter.digest == state_of(3).adapter.digest
-    assert (state.round_num, state.num_drawn, state.records) == (3, {"a": 12, "b": 1}, state_of(3).records)
+    expected = state_of(3)
+    assert (state.round_num, state.num_drawn, state.records) == (3, {"a": 12, "b": 1}, expected.records)
+    assert state.drift.digest == expected.drift.digest != ""
+    assert torch.equal(state.optimizer.first, expected.optimizer.first)
+    assert state.optimizer.num_steps == 3
+    assert state.norms == expected.norms
+
+
+def test_a_state_without_drift_or_moments_writes_no_file_for_them(tmp_path: Path) -> None:
+    plain = ServerState(1, initial_adapter(LAYOUT, 1))
+    save_checkpoint(tmp_path, plain, CONFIG)
+    names = {path.name for path in (tmp_path / "round-00001").iterdir()}
+    assert names == {"state.json", "adapter.safetensors", "manifest.json"}
+    state, _ = load(tmp_path)
+    assert (state.drift.digest, state.drift.size, state.norms) == ("", 0, ())
+    assert (state.optimizer.num_steps, state.optimizer.first.numel()) == (0, 0)
 
 
 def test_control_variates_come_back_and_are_checked_like_the_adapter(tmp_path: Path) -> None:
@@ -76,7 +101,13 @@ def _remove(name: str) -> Callable[[Path], None]:
 DAMAGES = [
     damage(name)
     for damage in (_flip, _cut, _remove)
-    for name in ("state.json", "adapter.safetensors", "manifest.json")
+    for name in (
+        "state.json",
+        "adapter.safetensors",
+        "drift.safetensors",
+        "optimizer.safetensors",
+        "manifest.json",
+    )
 ]
 
 
@@ -189,6 +220,26 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_as_they_were(
 def test_an_adapter_that_is_not_finite_is_never_resumed_from(folder: Path) -> None:
     bad = AdapterState(LAYOUT, torch.full((LAYOUT.size,), torch.inf))
     save_checkpoint(folder, replace(state_of(4), adapter=bad), CONFIG)
+    state, (line,) = load(folder)
+    assert state.round_num == 3
+    assert "round-00004 is damaged" in line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "drift": Drift(
+                LAYOUT,
+                ((torch.full((5, 1), torch.nan), torch.ones(1, 3)), (torch.zeros(2, 0), torch.zeros(0, 4))),
+            )
+        },
+        {"optimizer": OptimizerState(torch.ones(3), torch.ones(3), 1)},
+    ],
+    ids=["drift that is not finite", "moments of another adapter"],
+)
+def test_a_state_that_cannot_be_is_never_resumed_from(changes: dict[str, Any], folder: Path) -> None:
+    save_checkpoint(folder, replace(state_of(4), **changes), CONFIG)
     state, (line,) = load(folder)
     assert state.round_num == 3
     assert "round-00004 is damaged" in line

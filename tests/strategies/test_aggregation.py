@@ -38,7 +38,7 @@ def trained_start() -> AdapterState:
 
 def update(client_id: str, delta: torch.Tensor, weight: float = 1.0) -> ClientUpdate:
     return ClientUpdate(
-        rank=LAYOUT.rank,
+        rank=RANK * delta.numel() // LAYOUT.size,
         client_id=client_id,
         round_num=1,
         delta=delta,

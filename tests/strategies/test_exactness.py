@@ -30,6 +30,7 @@ def updates_of(layout: AdapterLayout, part: str = "both", size: float = 0.2) -> 
     mask = combine.part_mask(layout, part)
     return [
         ClientUpdate(
+            rank=RANK,
             client_id=f"c{index}",
             round_num=1,
             delta=torch.where(mask, size * gaussian(layout.size, seed=index), 0.0),
@@ -167,6 +168,7 @@ def test_a_sum_under_a_misspelt_name_would_keep_the_first_client_alone() -> None
     start = AdapterState(layout, torch.zeros(layout.size))
     updates = [
         ClientUpdate(
+            rank=RANK,
             client_id=f"c{value}",
             round_num=1,
             delta=torch.full((layout.size,), float(value)),
@@ -217,6 +219,7 @@ def test_one_gradient_step_each_is_one_step_on_the_pooled_rows(train: str) -> No
         part = rule.trained_in(round_num)
         updates = [
             ClientUpdate(
+                rank=RANK,
                 client_id=f"c{index}",
                 round_num=round_num,
                 delta=gradient_step(layout, state.adapter.vector, own, part),
@@ -243,7 +246,13 @@ def test_one_client_alone_trains_as_if_there_were_no_server(preset: str) -> None
         part = rule.trained_in(round_num)
         delta = gradient_step(layout, state.adapter.vector, rows, part)
         update = ClientUpdate(
-            client_id="only", round_num=round_num, delta=delta, weight=7.0, num_tokens=1, train_loss=0.5
+            client_id="only",
+            rank=RANK,
+            round_num=round_num,
+            delta=delta,
+            weight=7.0,
+            num_tokens=1,
+            train_loss=0.5,
         )
         result = aggregate(state, [update], rule, round_num)
         state = ServerState(round_num, result.adapter, drift=result.drift)

@@ -16,8 +16,8 @@ from strategies.aggregation import combine
 from strategies.aggregation.gauge import aligned
 from strategies.aggregation.optimizers import step
 
-LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), 3, 6.0, "f")
-BETA, BETA2, TAU = 0.8, 0.95, 1e-2
+RANK, BETA, BETA2, TAU = 3, 0.8, 0.95, 1e-2
+LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), RANK, 6.0, "f")
 DELTAS = ((0.3, -0.02, 0.0), (-0.1, 0.04, 1e-3), (0.2, 0.0, -0.5), (0.0, 0.0, 0.0), (0.05, -0.3, 0.1))
 
 
@@ -135,6 +135,7 @@ def updates_of(seed: int, size: float, start: AdapterState, target: torch.Tensor
     """Return three clients that move from the start towards the same target, each with its own noise."""
     return [
         ClientUpdate(
+            rank=RANK,
             client_id=f"c{index}",
             round_num=1,
             delta=size * (target - start.vector) + 0.01 * gaussian(LAYOUT.size, 10 * seed + index),
@@ -184,6 +185,7 @@ def test_momentum_goes_on_in_the_direction_of_the_first_round(read_out: str) -> 
     first = torch.cat([matrix.flatten() for matrix in products(state.adapter.vector)])
     still = [
         ClientUpdate(
+            rank=RANK,
             client_id=f"c{index}", round_num=2, delta=torch.zeros(LAYOUT.size), weight=1.0, num_tokens=1,
             train_loss=0.5,
         )
@@ -227,6 +229,7 @@ def test_rounds_that_change_nothing_move_nothing(optimizer: str) -> None:
     for _ in range(4):
         updates = [
             ClientUpdate(
+                rank=RANK,
                 client_id=f"c{index}", round_num=1, delta=torch.zeros(LAYOUT.size), weight=1.0, num_tokens=1,
                 train_loss=0.5,
             )

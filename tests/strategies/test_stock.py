@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedTrimmedAvg, MultiKrum, Strategy
 
 from clients.client_app import app
 from fedllm.adapters.layout import AdapterState, initial_adapter
+from fedllm.errors import ConfigError, RunFailedError
 from fedllm.models.base import describe_layout
+from fedllm.runs.checkpoint import ServerState
 from fedllm.wire.stock import read_plain, write_plain
 from scripts.local_grid import local_grid
 from strategies.rounds import next_round
+from strategies.run import open_session
 from strategies.strategy import FederatedLora
 
 EVERYBODY = {"min_available_nodes": 4, "min_train_nodes": 4, "min_evaluate_nodes": 4}
@@ -106,3 +109,74 @@ def test_our_loop_starts_from_the_arrays_it_is_given(make_config: Callable, tmp_
         digests.append(read_plain(result.arrays, start.layout).digest)
     assert digests[0] == digests[1] != digests[2]
     assert seen == [(1, digest) for digest in digests]
+
+
+# --- a stock strategy as our rule --------------------------------------------------------------------------
+
+
+RULES: dict[str, Callable[[], Strategy]] = {
+    "FedAvg": FedAvg,
+    "FedMedian": FedMedian,
+    "FedTrimmedAvg": lambda: FedTrimmedAvg(beta=0.25),
+    "MultiKrum": lambda: MultiKrum(num_malicious_nodes=1, num_nodes_to_select=2),
+    "FedAdam": lambda: FedAdam(eta=1e-3),
+}
+
+
+def opened(config: Any, stock: Strategy) -> Any:
+    session = open_session(config, local_grid(config, app, num_nodes=4), stock=stock)
+    return session, ServerState(0, start_of(config))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_stock_strategy_is_the_rule_of_our_own_loop(name: str, make_config: Callable) -> None:
+    """Two rounds of our loop give the adapter that Flower's own loop gives."""
+    config = make_config({"aggregation.read-out": "factor-mean", "wire.codec": "fp32"})
+    session, state = opened(config, RULES[name]())
+    for _ in range(2):
+        state, record = next_round(session, state)
+    assert record.applied
+    assert (record.rho, record.kept_energy) == (None, None)
+    theirs = RULES[name]()
+    for key, value in EVERYBODY.items():
+        setattr(theirs, key, value)
+    result = theirs.start(local_grid(config, app, num_nodes=4), write_plain(start_of(config)), num_rounds=2)
+    found = read_plain(result.arrays, state.adapter.layout)
+    assert float((state.adapter.vector - start_of(config).vector).abs().max()) > 1e-4
+    torch.testing.assert_close(found.vector, state.adapter.vector, rtol=0, atol=2e-6)
+
+
+def test_stock_fedavg_as_the_rule_is_our_factor_mean(make_config: Callable, open_run: Callable) -> None:
+    config = make_config({"aggregation.read-out": "factor-mean"})
+    session, state = opened(config, FedAvg())
+    found, _ = next_round(session, state)
+    run = open_run(config)
+    expected, _ = next_round(run.session, run.state)
+    torch.testing.assert_close(found.adapter.vector, expected.adapter.vector, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"aggregation.preset": "fedex"},
+        {"aggregation.preset": "hetlora"},
+        {"aggregation.read-out": "factor-mean", "aggregation.robust": "multi-krum"},
+        {"aggregation.read-out": "factor-mean", "aggregation.optimizer": "fedadam"},
+        {"aggregation.read-out": "factor-mean", "wire.node-sum": True},
+    ],
+)
+def test_a_rule_beside_a_stock_strategy_is_refused(overrides: dict[str, Any], make_config: Callable) -> None:
+    with pytest.raises(ConfigError, match="a stock Flower strategy averages the factors") as caught:
+        opened(make_config(overrides), FedAvg())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stock_strategy_that_gives_nothing_stops_the_run_with_one_line(make_config: Callable) -> None:
+    class Silent(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            return None, None
+
+    session, state = opened(make_config({"aggregation.read-out": "factor-mean"}), Silent())
+    with pytest.raises(RunFailedError, match="round 1: Silent gave no adapter"):
+        next_round(session, state)

@@ -1,0 +1,86 @@
+"""Whole rounds by every method: the state a checkpoint keeps is all that the next round needs."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clients import drifts
+from fedllm.adapters.drift import with_drift
+from fedllm.adapters.folder import load_adapter
+from fedllm.models.files import resolve_model
+from fedllm.rule import PRESETS
+from fedllm.runs.checkpoint import load_checkpoint, save_checkpoint
+from fedllm.runs.records import record_to_line
+from strategies.publish import publish_adapter
+from strategies.rounds import next_round
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
+    drifts._store.cache_clear()
+    yield
+    drifts._store.cache_clear()
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    **{name: {"aggregation.preset": name} for name in PRESETS},
+    "svd with momentum": {"aggregation.optimizer": "fedavgm"},
+    "svd by nesterov": {"aggregation.optimizer": "nesterov"},
+    "rolora by adam": {"aggregation.preset": "rolora", "aggregation.optimizer": "fedadam"},
+    "svd clipped": {"aggregation.robust": "norm-clip"},
+    "fedex by geometric median": {"aggregation.preset": "fedex", "aggregation.robust": "geometric-median"},
+    "ffa by median": {"aggregation.preset": "ffa", "aggregation.robust": "coordinate-median"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_continued_from_its_checkpoint_gives_the_bits_of_one_that_never_stopped(
+    method: str, make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    config = make_config(METHODS[method])
+    run, stopped = open_run(config), open_run(config)
+    expected = run.state
+    for _ in range(3):
+        expected, record = next_round(run.session, expected)
+    state = stopped.state
+    for _ in range(2):
+        state, _ = next_round(stopped.session, state)
+    save_checkpoint(tmp_path, state, config)
+    again = open_run(config)
+    state, passed_over = load_checkpoint(tmp_path, config, again.session.layout)
+    assert passed_over == []
+    state, resumed = next_round(again.session, state)
+    assert state.adapter.digest == expected.adapter.digest
+    assert state.drift.digest == expected.drift.digest
+    assert state.norms == expected.norms
+    assert torch.equal(state.optimizer.first, expected.optimizer.first)
+    assert torch.equal(state.optimizer.second, expected.optimizer.second)
+    for line in (record_to_line(record), record_to_line(resumed)):
+        numbers = json.loads(line)
+        assert numbers["silenced"] == []
+        assert (numbers["rho"] is None) == (method == "fedsa")
+    assert bool(expected.drift.size) == (method.split()[0] in ("fedex", "flora"))
+
+
+@pytest.mark.parametrize("preset", ["fedex", "flora", "flexlora", "fedsa"])
+def test_every_method_publishes_one_ordinary_adapter(
+    preset: str, make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    config = make_config({"aggregation.preset": preset})
+    run = open_run(config)
+    state, _ = next_round(run.session, run.state)
+    files = resolve_model(config.model.name, config.model.revision)
+    folder = publish_adapter(tmp_path, config, files, state)
+    published = load_adapter(folder).state
+    expected = with_drift(state.adapter, state.drift)
+    assert published.digest == expected.digest
+    card = (folder / "README.md").read_text()
+    assert f"{preset}: read-out `{PRESETS[preset][1]}`" in card
+    assert ("adds to the base model too" in card) == (preset in ("fedex", "flora"))
+    if preset == "fedsa":  # no client's B is at the server
+        assert all(int(b_OR.count_nonzero()) == 0 for _, b_OR in published.layout.factors(published.vector))
