@@ -67,7 +67,7 @@ class Mean:
     def residual_energy_L(self) -> torch.Tensor:
         """||R||^2."""
         if self.change.residual.right is None or self.product.right is None:
-            return squared_norm(Product(self.change.residual.dense))
+            return squared_norm(self.change.residual)
         rank = self.mean_LRI.shape[1]  # R is the end of the stack M, whose Gram matrices are needed anyway
         left, right = self.product.grams
         return (left[:, rank:, rank:] * right[:, rank:, rank:]).sum(dim=(1, 2)).clamp(min=0)

@@ -156,4 +156,4 @@ def change_of_held(
             a_LKRI.sub_(a_LKRI[:, -1:].clone())
             number -= 1
     factors = Product(b_LOKR[:, :, :number].flatten(2), a_LKRI[:, :number].flatten(1, 2))
-    return Change(mean_LRI, mean_LOR, factors)
+    return Change(mean_LRI, mean_LOR, factors.lightest())
