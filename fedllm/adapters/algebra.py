@@ -99,7 +99,8 @@ def inner(first: Product, second: Product) -> torch.Tensor:
 def squared_norm(product: Product) -> torch.Tensor:
     """Return ||.||_F^2 [L]; rounding leaves about 1e-16 of the largest squares that cancel within it."""
     if product.right is None:
-        return product.left.square().sum(dim=(1, 2))
+        norms_L: torch.Tensor = torch.linalg.vector_norm(product.left, dim=(1, 2))
+        return norms_L.square()
     left, right = product.grams
     return (left * right).sum(dim=(1, 2)).clamp(min=0)
 

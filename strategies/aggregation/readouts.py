@@ -57,13 +57,17 @@ class Mean:
     @cached_property
     def energy_L(self) -> torch.Tensor:
         """||M||^2."""
-        return squared_norm(self.product)
+        if self.change.residual.right is not None:
+            return squared_norm(self.product)
+        factors = Product(self.mean_LOR, self.mean_LRI)  # a dense M is not formed for its norm alone
+        both = squared_norm(factors) + 2 * inner(factors, self.change.residual) + self.residual_energy_L
+        return both.clamp(min=0)
 
     @cached_property
     def residual_energy_L(self) -> torch.Tensor:
         """||R||^2."""
-        if self.product.right is None:
-            return squared_norm(Product(self.change.residual.dense))
+        if self.change.residual.right is None or self.product.right is None:
+            return squared_norm(self.change.residual)
         rank = self.mean_LRI.shape[1]  # R is the end of the stack M, whose Gram matrices are needed anyway
         left, right = self.product.grams
         return (left[:, rank:, rank:] * right[:, rank:, rank:]).sum(dim=(1, 2)).clamp(min=0)

@@ -78,7 +78,7 @@ def fold(sums: Sums, layout: AdapterLayout, held: tuple[Held, ...]) -> Sums:
         for part in parts_of(group, matrices_at_once(group, layout.rank * len(held))):
             a_LKRI, b_LOKR = stack_factors(layout, deltas, group.indices[part])
             b_LOKR.mul_(weights_K[:, None])
-            after[part] = torch.baddbmm(before[part], b_LOKR.flatten(2), a_LKRI.flatten(1, 2))
+            torch.baddbmm(before[part], b_LOKR.flatten(2), a_LKRI.flatten(1, 2), out=after[part])
         products.append(after)
     delta_P = sums.delta.clone()
     for delta, weight in zip(deltas, weights_K.tolist(), strict=True):
@@ -123,11 +123,14 @@ def change_of_vector(layout: AdapterLayout, delta_P: torch.Tensor, indices: tupl
 def change_of_sums(sums: Sums, layout: AdapterLayout, place: int, part: slice) -> Change:
     """Return the mean change of the matrices `part` of the shape group at `place`."""
     indices = shape_groups(layout)[place].indices[part]
-    change = change_of_vector(layout, sums.delta / sums.weight, indices)
+    total = change_of_vector(layout, sums.delta, indices)
+    change = replace(total, a_LRI=total.a_LRI / sums.weight, b_LOR=total.b_LOR / sums.weight)
     if not sums.products:
         return change.per_column(sums.rank_weights / sums.weight)
-    residual = Product(sums.products[place][part] / sums.weight - change.b_LOR @ change.a_LRI)
-    return replace(change, residual=residual)
+    dense = torch.baddbmm(
+        sums.products[place][part], change.b_LOR, change.a_LRI, beta=1 / sums.weight, alpha=-1.0
+    )
+    return replace(change, residual=Product(dense))
 
 
 def change_of_held(
@@ -153,4 +156,4 @@ def change_of_held(
             a_LKRI.sub_(a_LKRI[:, -1:].clone())
             number -= 1
     factors = Product(b_LOKR[:, :, :number].flatten(2), a_LKRI[:, :number].flatten(1, 2))
-    return Change(mean_LRI, mean_LOR, factors)
+    return Change(mean_LRI, mean_LOR, factors.lightest())

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from clients.holder import open_holder
-from fedllm.adapters.algebra import Product, squared_distance
+from fedllm.adapters.algebra import Product, inner, squared_norm
+from fedllm.adapters.shapes import stack_factors
 from fedllm.config import RunConfig
 from fedllm.wire import codec
 from scripts import bench_wire
@@ -87,11 +88,14 @@ def test_the_error_of_the_mean_product_is_that_of_factored_algebra(case):
     total = sum(case.weights)
 
     def mean(deltas: list[torch.Tensor]) -> list[Product]:
-        products = [Product(m.out_features, m.in_features) for m in case.layout.matrices]
-        for weight, delta in zip(case.weights, deltas, strict=True):
-            factors = case.layout.factors(case.start.vector + delta)
-            products = [p.plus(weight / total, b, a) for p, (a, b) in zip(products, factors, strict=True)]
-        return products
+        """Return the mean product of every matrix, the clients' factors side by side."""
+        adapters = [case.start.vector + delta for delta in deltas]
+        shares = torch.tensor(case.weights, dtype=torch.float64) / total
+        stacks = [stack_factors(case.layout, adapters, (i,)) for i in range(len(case.layout.matrices))]
+        return [Product((b * shares[:, None]).flatten(2), a.flatten(1, 2)) for a, b in stacks]
+
+    def squared_distance(first: Product, second: Product) -> float:
+        return float(squared_norm(first) - 2 * inner(first, second) + squared_norm(second))
 
     exact = mean(list(case.deltas))
     start = mean([torch.zeros_like(delta) for delta in case.deltas])
