@@ -27,7 +27,7 @@ from fedllm.rule import AggregationRule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.seeds import derive_seed
 from fedllm.types import ClientUpdate
-from scripts.bench_tools import (
+from scripts.benchmarks.tools import (
     Goal,
     Measured,
     Timing,
