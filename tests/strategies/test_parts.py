@@ -136,7 +136,9 @@ def test_clients_train_and_send_at_their_own_ranks(
     train: str, make_config: Callable, open_run: Callable
 ) -> None:
     """Dealt in turn over sorted ids, and dora's machine has room for rank 1 only."""
-    config = make_config({**FFA, "aggregation.train": train, "lora.rank": 3, "lora.client-ranks": "3,2"})
+    read_out = "svd" if train == "both" else "factor-mean"
+    flat = {**FFA, "aggregation.train": train, "aggregation.read-out": read_out}
+    config = make_config({**flat, "lora.rank": 3, "lora.client-ranks": "3,2"})
     run = open_run(config, node_configs={5: {"max-rank": 1}})
     seen = answers_of(run)
     assert run.session.clients["dora"].max_rank == 1

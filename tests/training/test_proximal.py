@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.adapters.layout import AdapterLayout, LoraMatrix
+from fedllm.adapters.layout import AdapterLayout, LoraMatrix, at_rank
 from fedllm.adapters.parts import part_of
 from fedllm.errors import LayoutError
 from fedllm.lora.bank import Bank
@@ -143,6 +143,25 @@ def test_fused_clients_are_each_pulled_as_alone(make_engine: Callable, make_job:
     jobs = [make_job(engine.layout, name, seed, **strengths[seed]) for seed, name in enumerate("abc")]
     for job, result in zip(jobs, engine.train(jobs), strict=True):
         torch.testing.assert_close(result.delta, train_plainly(engine.base, engine.layout, job), **EXACT)
+
+
+@pytest.mark.parametrize("space", ["factor", "product"])
+@pytest.mark.parametrize("trained", ["a", "b"])
+def test_a_factor_that_is_trained_alone_is_pulled_at_every_rank(
+    trained: str, space: str, make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine("llama", "float64", token_budget=100_000)
+    jobs = []
+    for seed, (name, rank) in enumerate(zip("abc", (2, 1, 2), strict=True)):
+        layout = at_rank(engine.layout, rank)
+        job = make_job(layout, name, seed, steps=3, proximal=5.0, proximal_space=space)
+        jobs.append(replace(job, layout=layout, trained=trained))
+    for job, result in zip(jobs, engine.train(jobs), strict=True):
+        assert job.layout is not None
+        alone = train_plainly(engine.base, job.layout, job)
+        torch.testing.assert_close(result.delta, alone, **EXACT)
+        unpulled = replace(job, training=replace(job.training, proximal=0.0))
+        assert float((train_plainly(engine.base, job.layout, unpulled) - alone).abs().max()) > 1e-5
 
 
 @pytest.mark.parametrize("space", ["factor", "product"])
