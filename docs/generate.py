@@ -56,8 +56,8 @@ NOTES = {
     "aggregation.read-out": "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B;"
     " projection = mean of A and the best B for it; residual = factor-mean, and the base model gains what it"
     " loses; stack = the base model gains the whole mean; local-b = mean of A, every client keeps its own B",
-    "aggregation.weighting": "what a client counts: its training rows, its learnt tokens of a round, 1, or the"
-    " norm of its product B A",
+    "aggregation.weighting": "what a client counts: its training rows, its learnt tokens of a round, 1, or"
+    " the norm of its product B A",
     "aggregation.robust": "what is left to a client whose update stands out; the last two need"
     " aggregation.train other than both",
     "aggregation.max-malicious": "assumed share",
@@ -72,7 +72,8 @@ NOTES = {
 _JOINED_BY_SPACE = frozenset(
     {"train.clip-norm", "train.max-length", "aggregation.max-malicious", "aggregation.second-moment"}
 )
-_WHOLE = frozenset({"federation.max-failure-rate", "train.schedule", "aggregation.robust"})  # notes that stand without the comment
+# Notes that stand without the comment.
+_WHOLE = frozenset({"federation.max-failure-rate", "train.schedule", "aggregation.robust"})
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 TOP_LEVEL = {
