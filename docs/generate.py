@@ -58,17 +58,28 @@ NOTES = {
     "train.max-length": "most",
     "aggregation.train": "the factor that clients train and send",
     "aggregation.read-out": "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B;"
-    " local-b = mean of A, every client keeps its own B",
+    " projection = mean of A and the best B for it; residual = factor-mean, and the base model gains what it"
+    " loses; stack = the base model gains the whole mean; local-b = mean of A, every client keeps its own B",
+    "aggregation.weighting": "what a client counts: its training rows, its learnt tokens of a round, 1, or"
+    " the norm of its product B A",
+    "aggregation.robust": "what is left to a client whose update stands out; the last two need"
+    " aggregation.train other than both",
+    "aggregation.max-malicious": "assumed share",
     "aggregation.optimizer": "what the server does with a round's change",
-    "aggregation.weighting": "what a client counts: its training rows, its learnt tokens of a round, or 1",
+    "aggregation.server-learning-rate": "of the server optimizer",
+    "aggregation.server-momentum": "share of the earlier rounds' direction that is kept",
+    "aggregation.second-moment": "share of the earlier rounds' squares that is kept,",
     "personal.mode": "dual = shared and personal adapter add up; ditto = the same, pulled to the shared one",
     "personal.rank": "rank of the personal adapter",
     "wire.codec": "4, 2 or 1 + 2/64 bytes a value",
     "wire.node-sum": "one packet up for each node",
     "evaluation.max-new-tokens": "length of an answer at most",
 }
-_JOINED_BY_SPACE = frozenset({"train.clip-norm", "train.max-length"})
-_WHOLE = frozenset({"federation.max-failure-rate", "train.schedule"})  # notes that stand without the comment
+_JOINED_BY_SPACE = frozenset(
+    {"train.clip-norm", "train.max-length", "aggregation.max-malicious", "aggregation.second-moment"}
+)
+# Notes that stand without the comment.
+_WHOLE = frozenset({"federation.max-failure-rate", "train.schedule", "aggregation.robust"})
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 TOP_LEVEL = {
@@ -112,7 +123,7 @@ def _section(name: str, intro: str, keys: list[tuple[str, config.Scalar]], comme
 def _allowed(key: str) -> str:
     """Return the values a key may take, where the configuration restricts them."""
     if key in config._CHOICES:
-        return ", ".join(config._CHOICES[key])
+        return ", ".join(choice for choice in config._CHOICES[key] if choice)
     if key not in config._RANGES:
         return ""
     low, high, is_open = config._RANGES[key]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix, at_rank, initial_adapter, with_rank
-from fedllm.adapters.parts import PARTS, other_part, part_of, part_size, trained_part, whole_of
+from fedllm.adapters.parts import PARTS, other_part, part_of, part_size, whole_of
 from fedllm.adapters.ranks import deal_ranks, named_clients
 from fedllm.errors import ConfigError, LayoutError
 
@@ -44,12 +44,6 @@ def test_part_a_holds_every_a_and_part_b_every_b(layout: AdapterLayout) -> None:
     assert set(part_of(layout, vector, "a").tolist()) == {1.0}
     assert set(part_of(layout, vector, "b").tolist()) == {2.0}
     assert part_size(layout, "b") == layout.rank * sum(matrix.out_features for matrix in layout.matrices)
-
-
-def test_alternate_trains_b_in_odd_rounds_and_a_in_even_ones() -> None:
-    assert [trained_part("alternate", number) for number in (1, 2, 3, 4)] == ["b", "a", "b", "a"]
-    for part in PARTS:
-        assert {trained_part(part, number) for number in (1, 2)} == {part}
 
 
 @laws

@@ -14,7 +14,6 @@ from fedllm.rule import COORDINATE_RULES, ROBUST_RULES, AggregationRule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import ClientUpdate
 from strategies.aggregation import combine, robust
-from strategies.aggregation.weights import staleness_weight
 
 RANK = 3
 LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), RANK, 6.0, "f")
@@ -346,13 +345,3 @@ def test_the_order_of_clients_changes_no_rule(name: str) -> None:
 
 
 # --- late updates -----------------------------------------------------------------------------------------
-
-
-def test_a_late_update_counts_less_the_later_it_is() -> None:
-    assert staleness_weight(0) == 1.0
-    assert staleness_weight(3) == 0.5
-    assert staleness_weight(1, exponent=2.0) == 0.25
-    assert staleness_weight(7, exponent=0.0) == 1.0
-    for staleness, exponent in ((-1, 0.5), (1, -0.5)):
-        with pytest.raises(ValueError, match="may not be negative"):
-            staleness_weight(staleness, exponent)
