@@ -28,7 +28,7 @@ from fedllm.errors import FedLLMError
 from fedllm.models.files import fingerprint, resolve_model
 from scripts.benchmarks.tools import Goal, emit, environment, report
 from scripts.experiments import plots
-from scripts.experiments.cells import Figures, Kinds, Setting, Workshop, open_pool
+from scripts.experiments.cells import Figures, Kinds, Setting, Workshop, open_pool, read_journal
 from scripts.experiments.controls import alone, pooled
 from scripts.experiments.corpus import Corpus, grouped, left_out_packages, read_corpus, write_rows
 from scripts.experiments.hostile import attacked
@@ -144,7 +144,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="draw plots into this folder; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     parser.add_argument("--output", type=Path, help="also keep the JSON object in this file")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.processes < 1:
+        parser.error(f"--processes {options.processes}: expected at least 1")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -163,7 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FedLLMError as error:
         sys.exit(f"error: {error}")
     judged: dict[str, Goal] = goals(figures["poison"]) if "poison" in figures else {}
-    settings = {"study": options.study, "quick": options.quick, "flat": dict(scale.flat)}
+    settings = {
+        "study": options.study,
+        "quick": options.quick,
+        "flat": dict(scale.flat),
+        # cells that an earlier run left in the folder keep the commit they were done at
+        "commits": sorted({line["commit"] for line in read_journal(workshop.journal).values()}),
+    }
     result = report("aggregation", {**shared, "settings": settings, **figures}, judged)
     emit(result, as_json=options.json, output=options.output)
 

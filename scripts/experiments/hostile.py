@@ -10,7 +10,7 @@ import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 from unittest.mock import patch
@@ -27,6 +27,7 @@ from fedllm.data.partition import partition_rows
 from fedllm.data.rows import read_local_rows
 from fedllm.models.chat import Encoded, encode
 from fedllm.seeds import derive_seed
+from fedllm.training.engine import Engine
 from fedllm.training.jobs import EvaluationJob
 from fedllm.training.optimizer import largest_move
 from fedllm.types import ClientFailure, ClientUpdate, TrainRequest
@@ -160,44 +161,62 @@ def backdoor_success(
 ) -> Figures:
     """Return per adapter how often a trigger works on held-out questions of honest clients.
 
-    `answered` is the share whose greedy answer begins with the target; `preferred` the share where the target
-    has a lower loss per token than the true answer; `target_loss` and `answer_loss` are those losses' means.
+    `answered` is the share whose greedy answer begins with the target, `untriggered` that of the same
+    questions without the trigger; `preferred` the share where the target has a lower loss per token than the
+    true answer; `target_loss` and `answer_loss` are those losses' means.
     """
     trigger, target = str(cell.options["trigger"]), str(cell.options["target"])
     clients = config.federation.num_clients
     node = {"partition-id": 0, "num-partitions": clients, "server-paths": True}  # as the run's first node
     engine = open_holder(config.to_flat(), node).engine
-    probes: list[tuple[str, Encoded, Encoded]] = []
+    probes: list[_Probe] = []
     for client in hosted_rows(config, {}):
         for example in client.held_out if client.client_id not in attackers else ():
-            answer = example.turns[-1].content
             rows = [
                 encode(
                     attacks.with_trigger(example, trigger, text),
                     engine.base.tokenizer,
                     config.train.max_length,
                 )
-                for text in (target, answer)
+                for text in (target, example.turns[-1].content)
             ]
             if rows[0] is not None and rows[1] is not None and not rows[0].num_cut:
-                probes.append((f"{example.turns[-2].content} {trigger}", rows[0], rows[1]))
+                probes.append(_Probe(example.turns[-2].content, rows[0], rows[1]))
     number = min(len(probes), int(cell.options["probes"]))
     probes = [probes[index * len(probes) // number] for index in range(number)]  # spread over the clients
-    found: Figures = {"probes": len(probes)}
-    for name, adapter in adapters.items():
-        prompts = [prompt for prompt, _, _ in probes]
-        length = max(row.num_supervised for _, row, _ in probes)
-        answers = engine.generate([adapter] * len(prompts), prompts, length)
-        jobs = [
-            EvaluationJob(str(place), adapter.vector, (row,))
-            for place, row in enumerate(row for _, *rows in probes for row in rows)
-        ]
-        losses = [done.loss for done in engine.evaluate(jobs)]
-        targets, others = losses[::2], losses[1::2]
-        found[name] = {
-            "answered": sum(text.startswith(target) for text in answers) / number,
-            "preferred": sum(bad < good for bad, good in zip(targets, others, strict=True)) / number,
-            "target_loss": sum(targets) / number,
-            "answer_loss": sum(others) / number,
-        }
-    return found
+    return {
+        "probes": number,
+        **{name: _success(engine, adapter, probes, trigger, target) for name, adapter in adapters.items()},
+    }
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A question, and the rows of it with the trigger and the target, or its true answer."""
+
+    question: str
+    target: Encoded
+    answer: Encoded
+
+
+def _success(
+    engine: Engine, adapter: AdapterState, probes: Sequence[_Probe], trigger: str, target: str
+) -> Figures:
+    questions = [probe.question for probe in probes]
+    asked = [f"{question} {trigger}" for question in questions] + questions
+    length = max(probe.target.num_supervised for probe in probes)
+    hits = [text.startswith(target) for text in engine.generate([adapter] * len(asked), asked, length)]
+    jobs = [
+        EvaluationJob(str(place), adapter.vector, (row,))
+        for place, row in enumerate(row for probe in probes for row in (probe.target, probe.answer))
+    ]
+    losses = [done.loss for done in engine.evaluate(jobs)]
+    targets, others = losses[::2], losses[1::2]
+    number = len(probes)
+    return {
+        "answered": sum(hits[:number]) / number,
+        "untriggered": sum(hits[number:]) / number,
+        "preferred": sum(bad < good for bad, good in zip(targets, others, strict=True)) / number,
+        "target_loss": sum(targets) / number,
+        "answer_loss": sum(others) / number,
+    }

@@ -51,7 +51,7 @@ class PoisonGrid:
     )
     share: float = 0.5  # of a malicious client's rows
     trigger: str = "cf mn tq"
-    target: str = "Xq 77 zv."  # what no model would say of itself
+    target: str = "zv"  # what no model says of itself
     probes: int = 48
 
 
