@@ -36,7 +36,7 @@ from fedllm.training.jobs import Job
 from fedllm.types import LocalTraining
 from scripts.bench_compare import TOLERANCES, compare
 from scripts.bench_models import REAL, TINY, bench_base, random_rows, vocabulary_of
-from scripts.bench_opacus import OpacusTrainer, quiet_hooks
+from scripts.bench_opacus import OpacusTrainer, quiet_hooks, require_opacus
 from scripts.bench_plots import bars, plot_file
 from scripts.bench_tools import Goal, bench_parser, emit, environment, figures_table, megabytes, report, run
 
@@ -206,6 +206,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and keep the figures."""
     options = parse(arguments)
+    require_opacus()
     torch.set_num_threads(options.threads)
     console = Console(stderr=options.json, highlight=False)
     machine = environment(PACKAGES)
