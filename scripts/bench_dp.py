@@ -36,7 +36,7 @@ from fedllm.training.jobs import Job
 from fedllm.types import LocalTraining
 from scripts.benchmarks.compare import TOLERANCES, compare
 from scripts.benchmarks.models import REAL, TINY, bench_base, random_rows, vocabulary_of
-from scripts.benchmarks.peers.opacus import OpacusTrainer, quiet_hooks
+from scripts.benchmarks.peers.opacus import OpacusTrainer, quiet_hooks, require_opacus
 from scripts.benchmarks.plots import bars, plot_file
 from scripts.benchmarks.tools import (
     Goal,
@@ -215,6 +215,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and keep the figures."""
     options = parse(arguments)
+    require_opacus()
     torch.set_num_threads(options.threads)
     console = Console(stderr=options.json, highlight=False)
     machine = environment(PACKAGES)

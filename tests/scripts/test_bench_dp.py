@@ -9,18 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.config import LoraConfig
 from fedllm.errors import MissingExtraError
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
-from fedllm.models.base import layout_of
 from fedllm.models.chat import IGNORED
 from fedllm.training.engine import Engine
 from fedllm.training.jobs import Job
 from scripts import bench_dp
 from scripts.bench_dp import FEDLLM, HOOKS, NOT_PRIVATE, Bench, goals_of, main, make_job, open_bench
 from scripts.benchmarks.compare import delta_difference
-from scripts.benchmarks.models import SHAPES, TINY, random_base, random_rows
+from scripts.benchmarks.models import SHAPES, TINY, random_rows
 from scripts.benchmarks.peers import opacus as bench_opacus
 from scripts.benchmarks.peers.opacus import OpacusTrainer, pad
 from scripts.benchmarks.tools import Spread
@@ -67,11 +65,9 @@ def test_goals_are_the_worst_of_all_workloads() -> None:
 
 
 def test_without_opacus_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = random_base(TINY, CPU)
-    layout = layout_of(base.model, LoraConfig(), base.fingerprint)
     monkeypatch.setattr(bench_opacus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"needs Opacus: pip install 'fedllm\[bench\]'"):
-        OpacusTrainer(base.model, layout, ghost=False)
+        main(["--quick", "--model", "tiny"])
 
 
 def _engine_gradient(engine: Engine, job: Job) -> torch.Tensor:

@@ -31,6 +31,16 @@ from fedllm.training.head import precise
 from fedllm.training.jobs import Job
 
 
+def require_opacus() -> None:
+    """Return where Opacus is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if importlib.util.find_spec("opacus") is None:
+        raise MissingExtraError("this benchmark needs Opacus: pip install 'fedllm[bench]'")
+
+
 @dataclass(frozen=True)
 class Padded:
     """Rows padded at the right to the longest: `tokens`, `labels` and `mask` are [B, T]."""
@@ -50,8 +60,7 @@ class OpacusTrainer:
     """
 
     def __init__(self, model: Any, layout: AdapterLayout, *, ghost: bool):
-        if importlib.util.find_spec("opacus") is None:
-            raise MissingExtraError("this benchmark needs Opacus: pip install 'fedllm[bench]'")
+        require_opacus()
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
         self.ghost = ghost
