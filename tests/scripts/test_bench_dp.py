@@ -71,9 +71,9 @@ def test_without_opacus_one_line_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 def _engine_gradient(engine: Engine, job: Job) -> torch.Tensor:
-    engine.bank.load([job.start], [engine.layout.scale])
+    engine.bank.load(engine.layout, [job.start], [engine.layout.scale])
     with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-        return engine._step([job], [job.batches[0]])[0][0].clone()
+        return engine._step([job], 0)[0][0].clone()
 
 
 def _opacus_gradient(trainer: OpacusTrainer, job: Job) -> torch.Tensor:

@@ -28,7 +28,7 @@ from scripts.benchmarks.round_worker import (
 from scripts.benchmarks.runs import UNMEASURED, Run, check_same_work, process_kind, trace_of
 from scripts.benchmarks.tiny import save_tiny_model, write_rows
 from scripts.benchmarks.tools import spread
-from strategies import aggregation
+from strategies.aggregation import combine
 
 ROUNDS = 3
 
@@ -89,10 +89,10 @@ def test_the_parts_of_a_round_add_up_to_less_than_the_round(traces):
 
 
 def test_timing_leaves_the_functions_as_they_were():
-    before = (Engine.train, work.protect, aggregation.add)
+    before = (Engine.train, work.protect, combine.add)
     with timed_parts():
         assert work.protect is not before[1]
-    assert (Engine.train, work.protect, aggregation.add) == before
+    assert (Engine.train, work.protect, combine.add) == before
 
 
 def test_a_trace_survives_its_journey(traces):
