@@ -72,7 +72,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ({up:.1f} MB up as {config.wire.codec} deltas, {down:.1f} MB down).
 LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 {train.local_steps} local AdamW steps of {train.batch_size} rows at learning rate {train.learning_rate:g};
-{_rule_text(config)}; seed {config.seed}.{_drift_note(state)}
+{_rule_text(config)}; seed {config.seed}.{_drift_note(state)}{_local_note(config)}
 
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
@@ -103,6 +103,15 @@ def _drift_note(state: ServerState) -> str:
     return (
         f"\nThis method adds to the base model too; what it added is part of this adapter, whose rank is"
         f" therefore {rank}."
+    )
+
+
+def _local_note(config: RunConfig) -> str:
+    if not aggregation_rule(config).local_b:
+        return ""
+    return (
+        "\nEvery data holder keeps a B of its own, which the server never saw. Here B is zero, so this adapter"
+        " changes nothing by itself; the losses below are those under the holders' own B."
     )
 
 

@@ -82,5 +82,6 @@ def test_every_method_publishes_one_ordinary_adapter(
     card = (folder / "README.md").read_text()
     assert f"{preset}: read-out `{PRESETS[preset][1]}`" in card
     assert ("adds to the base model too" in card) == (preset in ("fedex", "flora"))
+    assert ("keeps a B of its own" in card) == (preset == "fedsa")
     if preset == "fedsa":  # no client's B is at the server
         assert all(int(b_OR.count_nonzero()) == 0 for _, b_OR in published.layout.factors(published.vector))
