@@ -110,8 +110,8 @@ def _local_note(config: RunConfig) -> str:
     if not aggregation_rule(config).local_b:
         return ""
     return (
-        "\nEvery data holder keeps a B of its own, which the server never saw. Here B is zero, so this adapter"
-        " changes nothing by itself; the losses below are those under the holders' own B."
+        "\nEvery data holder keeps a B of its own, which the server never saw. Here B is zero, so this"
+        " adapter changes nothing by itself; the losses below are those under the holders' own B."
     )
 
 
