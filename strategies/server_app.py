@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -21,6 +22,8 @@ def main(grid: Grid, context: Context) -> None:
     flat: dict[str, Scalar] = dict(context.run_config)
     try:
         config = RunConfig.from_flat(flat)
+        if config.model.num_threads:  # in process, loading the model does this; a server loads none
+            torch.set_num_threads(config.model.num_threads)
         FederatedLora(config, Watch(notice=_logger.info, record=_log_record)).start(grid, ArrayRecord())
     except FedLLMError as error:
         _logger.error("%s", error)
