@@ -31,6 +31,7 @@ from fedllm.errors import FedLLMError
 from scripts.benchmarks import cohort as bench_cohort
 from scripts.benchmarks.peers.flowertune import train_afresh
 from scripts.benchmarks.peers.shared import Outcome, checked_difference, missing_package, quiet_huggingface
+from scripts.benchmarks.plots import bars, plot_file
 from scripts.benchmarks.tools import (
     Goal,
     Measured,
@@ -213,6 +214,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="a folder of instructions, for the uneven rows")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     parser.add_argument("--output", type=Path, help="also keep the JSON object in this file")
+    parser.add_argument("--plot", type=plot_file, help="draw the ratios to this SVG or PNG file")
     options = parser.parse_args(arguments)
     if options.quick:
         options.repetitions = 2
@@ -228,7 +230,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = compare(options, console)
     except FedLLMError as error:
         sys.exit(str(error))
+    if options.plot:
+        draw(options.plot, result)
     emit(result, as_json=options.json, output=options.output)
+
+
+def draw(path: Path, result: Mapping[str, Any]) -> None:
+    """Draw how many times fedllm's CPU seconds each client takes, by kind of rows."""
+    groups = {
+        name: {client: Spread(**numbers["cpu_ratio"]) for client, numbers in rows["clients"].items()}
+        for name, rows in result["figures"]["rows"].items()
+    }
+    bars(path, "One client's round", "CPU seconds over fedllm's", groups, reference=1.0)
 
 
 def compare(options: argparse.Namespace, console: Console) -> dict[str, Any]:
