@@ -5,7 +5,6 @@ because a Flower node starts a new process for every message; the file's name is
 not have it counts as absent.
 """
 
-import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from fedllm.adapters.drift import Drift
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import LayoutError
 from fedllm.models.files import cache_folder
+from fedllm.runs.atomic import write_bytes
 
 NUM_KEPT = 2  # files; a run needs its newest alone
 
@@ -59,20 +59,14 @@ class DriftStore:
         return drift if drift.digest == digest else None
 
     def _save(self, drift: Drift) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / f"{drift.digest}.safetensors"
         if not target.exists():
-            building = target.with_suffix(f".{os.getpid()}")
             tensors = {
                 f"{index}.{letter}": factor.contiguous().clone()
                 for index, pair in enumerate(drift.factors)
                 for letter, factor in zip("ba", pair, strict=True)
             }
-            try:
-                save_file(tensors, building)
-                building.replace(target)
-            finally:
-                building.unlink(missing_ok=True)
+            write_bytes(target, save(tensors))
         others = [file for file in self.folder.glob("*.safetensors") if file != target]
         for old in sorted(others, key=lambda file: -file.stat().st_mtime)[NUM_KEPT - 1 :]:
             old.unlink(missing_ok=True)

@@ -8,15 +8,16 @@ from flwr.app import MetricRecord, RecordDict
 
 from clients import work
 from clients.holder import Holder
+from clients.protect import node_mean
 from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import NoDataError, WireError
 from fedllm.rule import aggregation_rule
+from fedllm.training.numbers import local_training
 from fedllm.types import (
     ClientEvaluation,
     ClientUpdate,
     EvaluateRequest,
-    LocalTraining,
     TrainRequest,
 )
 from fedllm.wire.stock import read_plain, write_plain
@@ -30,9 +31,9 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
         NoDataError: no client of this node has an update.
     """
     config, start = holder.config, _read_adapter(holder, content)
-    train = config.train
     round_num = _round_of(content)
-    drawn = (round_num - 1) * train.local_steps * train.batch_size
+    training = local_training(config, round_num)
+    drawn = (round_num - 1) * training.steps * training.batch_size
     request = TrainRequest(
         round_num=round_num,
         client_ids=tuple(holder.clients),
@@ -43,16 +44,7 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
         trained=aggregation_rule(config).trained_in(round_num),
         local_b=False,
         node_sum=False,
-        training=LocalTraining(
-            steps=train.local_steps,
-            batch_size=train.batch_size,
-            learning_rate=train.learning_rate,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-            dropout=config.lora.dropout,
-            proximal=train.proximal,
-            proximal_space=train.proximal_space,
-        ),
+        training=training,
         codec="fp32",
         weighting="examples",
         seed=config.seed,
@@ -61,8 +53,7 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
     if not updates:
         raise NoDataError("no client of this node has an update")
     total = sum(update.weight for update in updates)
-    mean = sum(update.weight / total * update.delta.double() for update in updates)
-    after = AdapterState(start.layout, (start.vector.double() + mean).float())
+    after = AdapterState(start.layout, start.vector + node_mean(updates))
     loss = sum(update.weight / total * update.train_loss for update in updates)
     return RecordDict(
         {

@@ -25,14 +25,14 @@ def receive(
     only a notice.
     """
     asked, largest_staleness = session.by_node(plan.asked), session.config.federation.max_staleness
-    replies = session.transport.exchange(
+    arriving = session.transport.exchange(
         contents,
         message_type="train",
         group=str(plan.round_num),
         deadline=session.config.federation.round_deadline,
         plan=plan,
     )
-    for reply in replies:
+    for reply in arriving:
         sent = reply.plan or plan
         named = asked if sent is plan else session.by_node(sent.asked)
         for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):

@@ -1,6 +1,5 @@
 """The round loop: plan, send, receive, aggregate, finish. One function per step, one screen for all."""
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,10 +13,10 @@ from fedllm.config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.seeds import derive_seed
+from fedllm.training.numbers import local_training
 from fedllm.types import (
     ClientFailure,
     ClientUpdate,
-    LocalTraining,
     RoundPlan,
     RoundRecord,
     TrainRequest,
@@ -120,36 +119,18 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     if selection.rule == "poisson" and available:  # with nobody free there was nothing to draw from
         asked = asked if len(asked) >= config.federation.min_clients else ()
         cohort_size = len(asked)
-    trained, train = session.rule.trained_in(round_num), config.train
-    training = LocalTraining(
-        steps=train.local_steps,
-        batch_size=train.batch_size,
-        learning_rate=learning_rate(config, round_num),
-        weight_decay=train.weight_decay,
-        clip_norm=train.clip_norm,
-        dropout=config.lora.dropout,
-        proximal=train.proximal,
-        proximal_space=train.proximal_space,
-    )
+    trained = session.rule.trained_in(round_num)
     return RoundPlan(
         round_num=round_num,
         attempt=attempt,
         asked=asked,
         cohort_size=cohort_size,
         ranks={client: rank for client, rank in session.ranks().items() if client in asked},
-        training=training,
+        training=local_training(config, round_num),
         trained=trained,
         returned=returned_part(trained, session.rule.local_b),
         largest_start=float(state.adapter.vector.abs().max()),
     )
-
-
-def learning_rate(config: RunConfig, round_num: int) -> float:
-    """Return the learning rate of a round: constant, or half a cosine over the run."""
-    if config.train.schedule == "constant":
-        return config.train.learning_rate
-    progress = (round_num - 1) / config.federation.num_rounds
-    return config.train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:

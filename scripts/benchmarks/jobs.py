@@ -1,12 +1,15 @@
 """The training jobs of a round as a server would ask for them, without a server."""
 
+from dataclasses import replace
+
 from clients.holder import Holder
 from clients.work import make_job
 from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import initial_adapter
 from fedllm.rule import aggregation_rule
 from fedllm.training.jobs import Job
-from fedllm.types import LocalTraining, TrainRequest
+from fedllm.training.numbers import local_training
+from fedllm.types import TrainRequest
 
 
 def round_jobs(holder: Holder, *, round_num: int, steps: int) -> list[Job]:
@@ -15,9 +18,10 @@ def round_jobs(holder: Holder, *, round_num: int, steps: int) -> list[Job]:
     The rows are those that follow the ones of earlier rounds of as many steps, in each of which the client
     took part.
     """
-    config, train = holder.config, holder.config.train
+    config = holder.config
+    training = replace(local_training(config, round_num), steps=steps)
     clients = sorted(name for name, client in holder.clients.items() if client.train)
-    drawn = (round_num - 1) * steps * train.batch_size
+    drawn = (round_num - 1) * steps * training.batch_size
     rule, layout = aggregation_rule(config), holder.engine.layout
     request = TrainRequest(
         round_num=round_num,
@@ -29,13 +33,7 @@ def round_jobs(holder: Holder, *, round_num: int, steps: int) -> list[Job]:
         trained=rule.trained_in(round_num),
         local_b=False,
         node_sum=False,
-        training=LocalTraining(
-            steps=steps,
-            batch_size=train.batch_size,
-            learning_rate=train.learning_rate,
-            weight_decay=train.weight_decay,
-            clip_norm=train.clip_norm,
-        ),
+        training=training,
         codec=config.wire.codec,
         weighting=rule.weighting,
         seed=config.seed,

@@ -151,15 +151,26 @@ class Workshop:
 
 def do_cell(cell: Cell, setting: Setting, kinds: Kinds) -> Outcome:
     """Do one cell in this process; what a configuration or a run refuses becomes the outcome's reason."""
-    logging.getLogger("fedllm").setLevel(logging.ERROR)  # cut rows are counted, not told run by run
     began = time.perf_counter()
     try:
-        figures, reason = kinds[cell.kind](cell, setting), ""
+        with _errors_only():  # cut rows are counted, not told run by run
+            figures, reason = kinds[cell.kind](cell, setting), ""
     except ConfigError as error:
         figures, reason = {}, f"refused: {error}"
     except FedLLMError as error:
         figures, reason = {}, f"failed: {error}"
     return Outcome(cell, figures, reason, time.perf_counter() - began)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    logger = logging.getLogger("fedllm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def read_journal(path: Path) -> dict[str, Figures]:

@@ -6,6 +6,7 @@ every client's starts afresh each round.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from fedllm.config import RunConfig
 from fedllm.data.shards import draw_rows
 from fedllm.models.chat import Encoded
 from fedllm.training.jobs import EvaluationJob, Job
+from fedllm.training.numbers import local_training
 from fedllm.types import LocalTraining
 from scripts.experiments.cells import Cell, Figures, Setting
 from scripts.experiments.runs import losses
@@ -76,13 +78,7 @@ def batches_of(client: ClientTokens, config: RunConfig) -> tuple[tuple[Encoded, 
 
 def training_of(config: RunConfig, steps: int, batch_size: int) -> LocalTraining:
     """Return the numbers of one uninterrupted training."""
-    return LocalTraining(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-        clip_norm=config.train.clip_norm,
-    )
+    return replace(local_training(config, 1), steps=steps, batch_size=batch_size)
 
 
 def evaluate(holder: Holder, adapters: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -22,6 +22,7 @@ import torch
 from fedllm.adapters.algebra import Product, squared_norm
 from fedllm.adapters.drift import Drift
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
+from fedllm.adapters.parts import returned_part
 from fedllm.adapters.shapes import parts_of, put_factors, shape_groups
 from fedllm.errors import LayoutError
 from fedllm.rule import COORDINATE_RULES, AggregationRule
@@ -182,7 +183,7 @@ def product_norm(layout: AdapterLayout, vector_P: torch.Tensor) -> float:
 
 def _shared_part(mixture: Mixture) -> str:
     """Return the part of the adapter that this round's clients share with the server."""
-    return "a" if mixture.rule.read_out == "local-b" else mixture.trained
+    return returned_part(mixture.trained, mixture.rule.local_b)
 
 
 def _canonical(mixture: Mixture, delta: torch.Tensor, rank: int, scale: float) -> torch.Tensor:

@@ -9,7 +9,8 @@ from flwr.app import Message, RecordDict
 
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.errors import RunFailedError
-from strategies.rounds import check_failure_rate, learning_rate, next_round, run_round
+from fedllm.training.numbers import learning_rate
+from strategies.rounds import check_failure_rate, next_round, run_round
 
 EVERYBODY = ("anna", "ben", "cleo", "dora")
 
