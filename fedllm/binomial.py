@@ -13,10 +13,11 @@ def probabilities(number: int, success: float) -> Floats:
     """Return P[Bin(number, success) = k] for k = 0 to number, [number + 1]."""
     counts = np.arange(number + 1)
     if success <= 0 or success >= 1:
-        return (counts == (number if success >= 1 else 0)).astype(np.float64)
+        return np.asarray(counts == (number if success >= 1 else 0), np.float64)
     steps = np.log(np.arange(number, 0, -1)) - np.log(np.arange(1, number + 1))
     log_choices = np.concatenate([[0.0], np.cumsum(steps)])
-    return np.exp(log_choices + counts * math.log(success) + (number - counts) * math.log1p(-success))
+    logs = log_choices + counts * math.log(success) + (number - counts) * math.log1p(-success)
+    return np.asarray(np.exp(logs))
 
 
 def at_least(count: int, number: int, success: float) -> float:

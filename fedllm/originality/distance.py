@@ -51,9 +51,9 @@ def closest(asked_ND: torch.Tensor, reference_MD: torch.Tensor) -> torch.Tensor:
     """
     mean_D = reference_MD.double().mean(dim=0)
     scale_D = reference_MD.double().std(dim=0, correction=0).clamp(min=1e-6)
-    scaled = [(values.double() - mean_D) / scale_D for values in (asked_ND, reference_MD)]
+    asked, reference = ((values.double() - mean_D) / scale_D for values in (asked_ND, reference_MD))
     # The plain difference: the faster product form loses what distinguishes a copy, a distance of zero.
-    return torch.cdist(*scaled, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values
+    return torch.cdist(asked, reference, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values
 
 
 def distance_ratio(
@@ -77,12 +77,12 @@ def distance_ratio(
 
     def medians(values_N: torch.Tensor) -> torch.Tensor:
         drawn = torch.randint(len(values_N), (num_resamples, len(values_N)), generator=generator)
-        return values_N[drawn].quantile(0.5, dim=1)
+        return values_N[drawn].median(dim=1).values
 
     ratios = (medians(synthetic_N) / medians(held_out_N).clamp(min=1e-12)).sort().values
     miss = (1 - confidence) / 2
     low, high = ratios.quantile(torch.tensor([miss, 1 - miss], dtype=ratios.dtype)).tolist()
-    middle = synthetic_N.quantile(0.5) / held_out_N.quantile(0.5).clamp(min=1e-12)
+    middle = synthetic_N.median() / held_out_N.median().clamp(min=1e-12)
     return DistanceRatio(float(middle), low, high)
 
 

@@ -61,8 +61,8 @@ SIGNALS: Mapping[str, Callable[[TokenScores, TokenScores, str], float]] = {
 class Separation:
     """How well a signal tells members from others.
 
-    `caught` is the share of members above the threshold that at most `false_alarms` of the others pass,
-    `low` and `high` its Clopper-Pearson bounds; they hold for that threshold, whose own chance is not in them.
+    `caught` is the share of members above the threshold that at most `false_alarms` of the others pass, `low`
+    and `high` its Clopper-Pearson bounds; they hold for that threshold, whose own chance is not in them.
     """
 
     area: float  # under the ROC curve: 0.5 is chance, 1 perfect
@@ -114,8 +114,8 @@ def separation(
 def leads(adapters: Sequence[Sequence[float]], base: Sequence[float]) -> tuple[float, ...]:
     """Return of every text by how much one client's adapter is ahead, in nats per token.
 
-    `adapters[k][n]` and `base[n]` are mean log-probabilities of text n. The lead is the best client's over the
-    best of all others and the base: one client alone knows the text.
+    `adapters[k][n]` and `base[n]` are mean log-probabilities of text n. The lead is the best client's over
+    the best of all others and the base: one client alone knows the text.
     """
     table = torch.tensor([*adapters, base]).double()
     best = table.topk(min(2, len(table)), dim=0)

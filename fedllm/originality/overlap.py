@@ -62,7 +62,7 @@ class Overlap:
 
     @property
     def is_original(self) -> bool:
-        """Whether the text may be used. A text too short to have a shingle cannot be checked, so it may not."""
+        """Whether the text may be used; one too short to have a shingle cannot be checked, so it may not."""
         return (
             self.num_shingles > 0
             and not self.verbatim
@@ -86,7 +86,7 @@ def hashes(tokens: Tokens, size: int, salt: bytes) -> Hashes:
 
 
 def probe(tokens: Tokens, salt: bytes, boilerplate: Tokens = ()) -> Probe:
-    """Return what is asked of a text; shingles that its form alone brings, as a chat template, are left out."""
+    """Return what is asked of a text, less the shingles of `boilerplate`: what its chat template brings."""
     size = SHORT_SHINGLE if len(tokens) < SHORT_TEXT else SHINGLE
     shingles, form = hashes(tokens, size, salt), hashes(boilerplate, size, salt)
     return Probe(np.setdiff1d(shingles, form, assume_unique=True), hashes(tokens, VERBATIM, salt))

@@ -16,17 +16,20 @@ from fedllm.lora.bank import Route, segments
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
 from fedllm.models.chat import Encoded
-from fedllm.training.engine import MAX_ADAPTERS, Engine, packed
+from fedllm.training.engine import Engine, packed
 from fedllm.training.forward import FlatRow, lay_out
 from fedllm.training.head import CHUNK, precise
+
+ADAPTERS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
     """One text under one model: of every learnt token, [N] float64 in nats.
 
-    `means` and `deviations` are those of log p(token) where the token is drawn from the model's own next-token
-    law, as Min-K%++ wants them (arXiv 2404.02936). `is_top` says whether greedy decoding would choose it.
+    `means` and `deviations` are those of log p(token) where the token is drawn from the model's own
+    next-token law, as Min-K%++ wants them (arXiv 2404.02936). `is_top` says whether greedy decoding would
+    choose the token.
     """
 
     log_probs: torch.Tensor
@@ -55,8 +58,8 @@ def score(
     changes speed and rounding, nothing else.
     """
     found: list[list[TokenScores]] = []
-    for begin in range(0, len(adapters), MAX_ADAPTERS):
-        held = adapters[begin : begin + MAX_ADAPTERS]
+    for begin in range(0, len(adapters), ADAPTERS_AT_ONCE):
+        held = adapters[begin : begin + ADAPTERS_AT_ONCE]
         engine.bank.load(engine.layout, held, [engine.layout.scale] * len(held))
         pairs = [(adapter, row) for adapter in range(len(held)) for row in rows]
         done: list[TokenScores] = []
@@ -82,13 +85,9 @@ def _pass(engine: Engine, pairs: Sequence[tuple[int, Encoded]]) -> list[TokenSco
     flat = lay_out([row for _, row in pairs], engine.base.device, owners)
     runs = segments(flat.lengths, [owner for owner, _ in groupby(owners)])
     engine.bank.route = Route(runs, runs)
-    logits = _logits(engine, flat)
-    chunks = [
-        _of_chunk(logits_NV, flat.targets_N[begin : begin + CHUNK])
-        for begin, logits_NV in zip(range(0, len(flat.targets_N), CHUNK), logits, strict=True)
-    ]
+    chunks = map(_of_chunk, _logits(engine, flat), torch.split(flat.targets_N, CHUNK))
+    joined = [torch.cat(column) for column in zip(*chunks, strict=True)]
     rows_N = flat.rows_N.cpu()
-    joined = [torch.cat(column) for column in zip(*chunks, strict=True)] if chunks else [torch.zeros(0)] * 4
     return [TokenScores(*(column[rows_N == number] for column in joined)) for number in range(len(pairs))]
 
 
