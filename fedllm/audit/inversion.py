@@ -87,8 +87,9 @@ def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Te
     _, values, rows_RD = torch.linalg.svd(update_RD.double(), full_matrices=False)
     basis_RD = rows_RD[values > SMALLEST * values[0]] if bool(values[0] > 0) else rows_RD[:0]
     inside_VD = (inputs_VD @ basis_RD.T) @ basis_RD
-    outside_V = torch.linalg.vector_norm(inputs_VD - inside_VD, dim=1)
-    return outside_V / torch.linalg.vector_norm(inputs_VD, dim=1).clamp(min=1e-30)
+    outside_V: torch.Tensor = torch.linalg.vector_norm(inputs_VD - inside_VD, dim=1)
+    whole_V: torch.Tensor = torch.linalg.vector_norm(inputs_VD, dim=1)
+    return outside_V / whole_V.clamp(min=1e-30)
 
 
 def closest_tokens(residuals_V: torch.Tensor, number: int) -> frozenset[int]:
