@@ -77,7 +77,8 @@ def a_factor(layout: AdapterLayout, vector_P: torch.Tensor, matrix: int = 0) -> 
 def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Tensor:
     """Return how much of every token's input lies outside the rows of an update, [V] from 0 to 1.
 
-    A zero update spans nothing: every residual is 1. So it is at the first step from B = 0.
+    A zero update spans nothing: every residual is 1. So it is at the first step from B = 0, and always for a
+    token whose input is zero, as a padding token's may be: it leaves no trace.
 
     Raises:
         ValueError: the update is not finite.
@@ -87,9 +88,9 @@ def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Te
     _, values, rows_RD = torch.linalg.svd(update_RD.double(), full_matrices=False)
     basis_RD = rows_RD[values > SMALLEST * values[0]] if bool(values[0] > 0) else rows_RD[:0]
     inside_VD = (inputs_VD @ basis_RD.T) @ basis_RD
-    outside_V: torch.Tensor = torch.linalg.vector_norm(inputs_VD - inside_VD, dim=1)
-    whole_V: torch.Tensor = torch.linalg.vector_norm(inputs_VD, dim=1)
-    return outside_V / whole_V.clamp(min=1e-30)
+    outside_V = torch.linalg.vector_norm(inputs_VD - inside_VD, dim=1)
+    whole_V = torch.linalg.vector_norm(inputs_VD, dim=1)
+    return torch.where(whole_V > 0, outside_V / whole_V, 1.0)
 
 
 def closest_tokens(residuals_V: torch.Tensor, number: int) -> frozenset[int]:

@@ -45,9 +45,10 @@ def test_a_memorised_text_is_extracted_and_the_controls_are_not(
     assert (trained.rate, held_out.rate) == (1.0, 0.0)
     assert trained.low == pytest.approx(0.025 ** (1 / 2))
     assert extraction([suffix_of(one, 8, 16) for one in base]).extracted == 0
-    # What greedy decoding gives is also what few samples give; what was never seen needs astronomically many.
-    assert sampled_extraction(suffixes[:2], num_samples=20, chance=0.5).rate == 1
-    assert sampled_extraction(suffixes[2:], num_samples=20, chance=0.5).rate == 0
+    # So tiny a model is never sure: it puts its texts first, but samples them rarely.
+    chances = [extraction_chance(one, 10) for one in suffixes]
+    assert min(chances[:2]) > 10 * max(chances[2:])
+    assert sampled_extraction(suffixes, num_samples=10, chance=min(chances[:2])).extracted == 2
 
 
 def test_only_texts_of_the_whole_length_count_and_only_their_suffix_is_judged(make_engine: Callable) -> None:
