@@ -1,6 +1,6 @@
 """What a node tells of its private text: counts over all of its clients, once a round, in few bytes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from flwr.app import Message, MetricRecord
@@ -20,12 +20,12 @@ FRESH = tuple(range(5, 120))
 
 
 @pytest.fixture
-def node(write_rows: Callable, make_config: Callable) -> Iterator[tuple[LocalGrid, Holder]]:
+def node(write_rows: Callable, make_config: Callable) -> tuple[LocalGrid, Holder]:
     """A grid of one node with two clients, and what the node holds."""
     config = make_config(write_rows("rows.jsonl", {"anna": 6, "ben": 5}, secret=CANARY))
     grid = local_grid(config, client_app.app)
     (context,) = grid._contexts.values()
-    yield grid, open_holder(context.run_config, context.node_config)
+    return grid, open_holder(context.run_config, context.node_config)
 
 
 def ask(grid: LocalGrid, texts: list[tuple[int, ...]], round_num: int = 1) -> Message:

@@ -11,6 +11,7 @@ from clients.holder import open_holder
 from fedllm.data.example import Example, Turn
 from fedllm.models.base import load_tokenizer
 from fedllm.models.chat import Encoded, encode, form_tokens
+from fedllm.models.files import resolve_model
 from fedllm.originality.scores import whole
 from fedllm.originality.verdict import digest_of
 from strategies.originality import screen
@@ -21,7 +22,7 @@ pytest.importorskip("datasketch", reason="the extra distill")
 @pytest.fixture
 def encode_text(make_config: Callable) -> Callable[..., Encoded]:
     """Return a function (prompt, answer) -> the row that a generator would give."""
-    tokenizer = load_tokenizer(open_holder(make_config().to_flat(), {}).files)
+    tokenizer = load_tokenizer(resolve_model(make_config().model.name))
 
     def make(prompt: str, answer: str) -> Encoded:
         row = encode(Example((Turn("user", prompt), Turn("assistant", answer))), tokenizer, 256)
@@ -88,8 +89,7 @@ def test_what_all_texts_have_by_their_form_refuses_none(
     make_config: Callable, open_run: Callable, encode_text: Callable
 ) -> None:
     run = open_run(make_config())
-    context = next(iter(run.grid._contexts.values()))
-    form = form_tokens(load_tokenizer(open_holder(context.run_config, context.node_config).files))
+    form = form_tokens(load_tokenizer(resolve_model(run.session.config.model.name)))
     assert len(form) >= 4  # two roles and two ends
     (verdict,) = screen(run.session, [encode_text(FRESH[0], FRESH[1])], round_num=1, boilerplate=form)
     assert verdict.passed
