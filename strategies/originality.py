@@ -7,11 +7,16 @@ whatever else can be measured is measured here. A text that could not be checked
 import secrets
 from collections.abc import Collection, Sequence
 
+import torch
+
 from fedllm.errors import WireError
 from fedllm.models.chat import Encoded
 from fedllm.originality.duplicates import contaminated, near_duplicates
+from fedllm.originality.membership import leads, likelihood, outliers
 from fedllm.originality.overlap import SALT_BYTES, Overlap, OverlapRequest, most, probe
+from fedllm.originality.scores import no_adapter, score
 from fedllm.originality.verdict import Verdict, digest_of
+from fedllm.training.engine import Engine
 from fedllm.wire.replies import read_overlaps
 from fedllm.wire.requests import write_overlap_request
 from strategies.session import Session
@@ -25,16 +30,16 @@ def screen(
     clients: Collection[str] | None = None,
     boilerplate: Sequence[int] = (),
     public: Sequence[Encoded] = (),
-    too_close: Sequence[bool] | None = None,
-    outliers: Sequence[bool] | None = None,
+    close: Sequence[bool] | None = None,
+    known: Sequence[bool] | None = None,
 ) -> tuple[Verdict, ...]:
     """Return the verdict on every text, in order. One call may be made in a round, counted from 1.
 
     `clients` are those whose private text the texts may repeat, by default all of the session's: if the node
     of one does not answer, no text passes. `boilerplate` is what every text has by its form alone
     (`fedllm.models.chat.form_tokens`), `public` the texts none may repeat, such as those that results are
-    measured on. `too_close` and `outliers` say which texts the distance and membership measures refuse
-    (`fedllm.originality.distance.too_close`, `membership.outliers`), where they were taken.
+    measured on. `close` and `known` say which texts the distance and membership gates refuse
+    (`fedllm.originality.distance.too_close`, `known_to_one`), where these were measured.
 
     Raises:
         DataError: there are more texts, or longer ones, than a query may ask about.
@@ -51,14 +56,26 @@ def screen(
             digest=digest_of(tokens[number]),
             overlap=None if found is None else found[number].is_original,
             duplicate=copies[number] is None and not repeats[number],
-            distance=None if too_close is None else not too_close[number],
-            membership=None if outliers is None else not outliers[number],
+            distance=None if close is None else not close[number],
+            membership=None if known is None else not known[number],
             num_shingles=0 if found is None else found[number].num_shingles,
             num_matched=0 if found is None else found[number].num_matched,
             verbatim=found is not None and found[number].verbatim,
         )
         for number in range(len(texts))
     )
+
+
+def known_to_one(
+    engine: Engine, adapters: Sequence[torch.Tensor], texts: Sequence[Encoded]
+) -> tuple[bool, ...]:
+    """Return which texts one client's adapter [P] knows far better than all others and the base model do.
+
+    That is the membership gate, `known` of `screen`. The base must have the drift that the adapters were trained on.
+    """
+    scores = score(engine, [*adapters, no_adapter(engine)], texts)
+    *clients, base = ([likelihood(one) for one in found] for found in scores)
+    return outliers(leads(clients, base))
 
 
 def ask_overlap(

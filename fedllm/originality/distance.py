@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fedllm.models.chat import Encoded
-from fedllm.originality.scores import attention, flat_inputs, limit
-from fedllm.training.engine import Engine, packed
-from fedllm.training.forward import lay_out
+from fedllm.training.engine import Engine
 
 TOO_CLOSE = 0.01  # share of held-out texts that are closer than what is refused
 
@@ -34,13 +32,12 @@ class DistanceRatio:
 @torch.inference_mode()
 def mean_pooled(engine: Engine, rows: Sequence[Encoded]) -> torch.Tensor:
     """Return the mean over tokens of the base model's last hidden states, [N, D] float32 on the CPU."""
-    model, pooled = engine.base.model, []
-    with attention(engine):
-        for part in packed(rows, [len(row.tokens) for row in rows], limit(engine)):
-            flat = lay_out(part, engine.base.device)
-            hidden_TD = model.get_decoder()(**flat_inputs(flat)).last_hidden_state[0].float()
-            pooled += [states.mean(dim=0).cpu() for states in hidden_TD.split(flat.lengths)]
-    return torch.stack(pooled)
+    decoder, device = engine.base.model.get_decoder(), engine.base.device
+    states = [
+        decoder(input_ids=torch.tensor([row.tokens], device=device), use_cache=False).last_hidden_state[0]
+        for row in rows
+    ]
+    return torch.stack([states_TD.float().mean(dim=0).cpu() for states_TD in states])
 
 
 def closest(asked_ND: torch.Tensor, reference_MD: torch.Tensor) -> torch.Tensor:

@@ -4,23 +4,18 @@ All that the attacks of `membership` and `memorisation` need of a model is compu
 Tensor suffixes: N learnt token of a text, V vocabulary, D feature, P adapter value.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from itertools import groupby
 
 import torch
-from torch.nn.functional import linear
 
-from fedllm.lora.bank import Route, segments
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
-from fedllm.models.chat import Encoded
-from fedllm.training.engine import Engine, packed
-from fedllm.training.forward import FlatRow, lay_out
-from fedllm.training.head import CHUNK, precise
-
-ADAPTERS_AT_ONCE = 64
+from fedllm.models.chat import IGNORED, Encoded
+from fedllm.training.engine import Engine
+from fedllm.training.head import CHUNK
+from fedllm.training.passes import MAX_ADAPTERS, Item, packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,68 +52,40 @@ def score(
     A row without a learnt token has empty scores. Passes are fused up to the engine's token budget, which
     changes speed and rounding, nothing else.
     """
+    limit = engine.token_budget if engine.is_ragged else 0  # 0 feeds every row alone
     found: list[list[TokenScores]] = []
-    for begin in range(0, len(adapters), ADAPTERS_AT_ONCE):
-        held = adapters[begin : begin + ADAPTERS_AT_ONCE]
+    for begin in range(0, len(adapters), MAX_ADAPTERS):
+        held = adapters[begin : begin + MAX_ADAPTERS]
         engine.bank.load(engine.layout, held, [engine.layout.scale] * len(held))
-        pairs = [(adapter, row) for adapter in range(len(held)) for row in rows]
+        items = [Item(row, place, 0, 1.0) for place in range(len(held)) for row in rows]
         done: list[TokenScores] = []
-        with attached(engine.base.model, engine.bank), attention(engine):
-            for part in packed(pairs, [len(row.tokens) for _, row in pairs], limit(engine)):
-                done += _pass(engine, part)
-        found += [done[len(rows) * number : len(rows) * (number + 1)] for number in range(len(held))]
+        attention = ragged(engine.base.model) if engine.is_ragged else nullcontext()
+        with attached(engine.base.model, engine.bank), attention:
+            for part in packed(items, [len(item.row.tokens) for item in items], limit):
+                done += _scored(engine, part)
+        found += [done[len(rows) * place : len(rows) * (place + 1)] for place in range(len(held))]
     return found
 
 
-def attention(engine: Engine) -> AbstractContextManager[None]:
-    """Return the block within which flat rows of many samples may be fed, where the model can do so."""
-    return ragged(engine.base.model) if engine.is_ragged else nullcontext()
-
-
-def limit(engine: Engine) -> int:
-    """Return how many tokens may share a pass; 0 feeds every row alone."""
-    return engine.token_budget if engine.is_ragged else 0
-
-
-def _pass(engine: Engine, pairs: Sequence[tuple[int, Encoded]]) -> list[TokenScores]:
-    owners = [adapter for adapter, _ in pairs]
-    flat = lay_out([row for _, row in pairs], engine.base.device, owners)
-    runs = segments(flat.lengths, [owner for owner, _ in groupby(owners)])
-    engine.bank.route = Route(runs, runs)
-    chunks = map(_of_chunk, _logits(engine, flat), torch.split(flat.targets_N, CHUNK))
-    joined = [torch.cat(column) for column in zip(*chunks, strict=True)]
-    rows_N = flat.rows_N.cpu()
-    return [TokenScores(*(column[rows_N == number] for column in joined)) for number in range(len(pairs))]
-
-
-def flat_inputs(flat: FlatRow) -> dict[str, object]:
-    """Return what a model is called with for a flat row (`fedllm.models.attention`)."""
-    return {
-        "input_ids": flat.tokens_T[None],
-        "position_ids": flat.positions_T[None],
-        "cu_seq_lens_q": flat.queries_Q,
-        "cu_seq_lens_k": flat.keys_Q,
-        "max_length_q": flat.longest[0],
-        "max_length_k": flat.longest[1],
-        "key_places": flat.places_K,
-        "use_cache": False,
-    }
-
-
-def _logits(engine: Engine, flat: FlatRow) -> Iterator[torch.Tensor]:
-    """Yield the logits [N, V] of the learnt tokens, a chunk of tokens at a time."""
-    model, inputs = engine.base.model, flat_inputs(flat)
-    if not engine.has_plain_head:
-        yield from model(**inputs, logits_to_keep=flat.predicting_N).logits[0].split(CHUNK)
-        return
-    head = model.get_output_embeddings()
-    hidden_ND = model.get_decoder()(**inputs).last_hidden_state[0, flat.predicting_N]
-    for part_ND in hidden_ND.split(CHUNK):
-        yield linear(part_ND, head.weight, head.bias)
+def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
+    """Return the scores of the samples of one pass, in order; a chunk of tokens has logits at a time."""
+    states_ND = engine.passes.states(items)
+    targets_N = torch.tensor(
+        [label for item in items for label in item.row.labels[1:] if label != IGNORED],
+        device=states_ND.device,
+        dtype=torch.int64,
+    )
+    chunks = [
+        _of_chunk(engine.passes.head.logits(part_ND), part_N)
+        for part_ND, part_N in zip(torch.split(states_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)
+    ]
+    sizes = [item.row.num_supervised for item in items]
+    columns = [torch.split(torch.cat(column), sizes) for column in zip(*chunks, strict=True)]
+    return [TokenScores(*values) for values in zip(*columns, strict=True)]
 
 
 def _of_chunk(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    log_NV = logits_NV.to(precise(logits_NV.dtype)).log_softmax(dim=1)
+    log_NV = logits_NV.log_softmax(dim=1)
     probs_NV = log_NV.exp()
     means_N = (probs_NV * log_NV).sum(dim=1)
     deviations_N = (probs_NV * (log_NV - means_N[:, None]).square()).sum(dim=1).sqrt()

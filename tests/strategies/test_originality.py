@@ -1,20 +1,25 @@
 """Screening over a federation: copies of private text are refused, fresh text passes, silence refuses all."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ConfigRecord, Message
 from flwr.common.serde import message_to_proto
 
 from clients.holder import open_holder
 from fedllm.data.example import Example, Turn
-from fedllm.models.base import load_tokenizer
+from fedllm.models.base import layout_of, load_base, load_tokenizer
 from fedllm.models.chat import Encoded, encode, form_tokens
 from fedllm.models.files import resolve_model
 from fedllm.originality.scores import whole
 from fedllm.originality.verdict import digest_of
-from strategies.originality import screen
+from fedllm.training.engine import Engine
+from fedllm.training.jobs import Job
+from fedllm.types import LocalTraining
+from strategies.originality import known_to_one, screen
 
 pytest.importorskip("datasketch", reason="the extra distill")
 
@@ -76,8 +81,8 @@ def test_copies_in_the_set_and_of_public_text_and_flags_are_refused(
         [fresh[0], fresh[0], fresh[1], fresh[2]],
         round_num=1,
         public=[fresh[1]],
-        too_close=[False] * 4,
-        outliers=[False, False, False, True],
+        close=[False] * 4,
+        known=[False, False, False, True],
     )
     assert [one.duplicate for one in verdicts] == [True, False, False, True]
     assert [one.distance for one in verdicts] == [True] * 4
@@ -149,3 +154,16 @@ def test_nothing_to_screen_asks_nobody(make_config: Callable, open_run: Callable
     before = run.session.transport.bytes_down
     assert screen(run.session, [], round_num=1) == ()
     assert run.session.transport.bytes_down == before
+
+
+def test_what_one_clients_adapter_has_memorised_is_known_to_one(make_config: Callable) -> None:
+    config = make_config({"lora.rank": 8, "lora.alpha": 16.0, "lora.target-modules": "all-linear"})
+    base = load_base(config.model)
+    engine = Engine(base, layout_of(base.model, config.lora, base.fingerprint))
+    draw = random.Random(0)
+    texts = [whole([draw.randrange(5, 300) for _ in range(24)]) for _ in range(12)]
+    training = LocalTraining(steps=40, batch_size=1, learning_rate=0.02, weight_decay=0.0, clip_norm=1.0)
+    start = 0.1 * torch.randn(engine.layout.size, generator=torch.Generator().manual_seed(0))
+    jobs = [Job(name, start, ((row,),) * 40, training) for name, row in zip("ab", texts[:2], strict=True)]
+    adapters = [start + result.delta for result in engine.train(jobs)]
+    assert known_to_one(engine, adapters, texts) == (True, True) + (False,) * 10
