@@ -13,7 +13,7 @@ from fedllm.errors import WireError
 from fedllm.models.chat import Encoded
 from fedllm.originality.duplicates import contaminated, near_duplicates
 from fedllm.originality.membership import leads, likelihood, outliers
-from fedllm.originality.overlap import SALT_BYTES, Overlap, OverlapRequest, most, probe
+from fedllm.originality.overlap import SALT_BYTES, Overlap, OverlapRequest, most, probe, without_form
 from fedllm.originality.scores import no_adapter, score
 from fedllm.originality.verdict import Verdict, digest_of
 from fedllm.training.engine import Engine
@@ -47,13 +47,13 @@ def screen(
     """
     if not texts:
         return ()
-    tokens = [row.tokens for row in texts]
+    tokens = [without_form(row.tokens, boilerplate) for row in texts]
     copies = near_duplicates(tokens)
-    repeats = contaminated(tokens, [row.tokens for row in public]) if public else (False,) * len(texts)
+    repeats = contaminated(tokens, [without_form(row.tokens, boilerplate) for row in public])
     found = ask_overlap(session, tokens, round_num=round_num, clients=clients, boilerplate=boilerplate)
     return tuple(
         Verdict(
-            digest=digest_of(tokens[number]),
+            digest=digest_of(texts[number].tokens),
             overlap=None if found is None else found[number].is_original,
             duplicate=copies[number] is None and not repeats[number],
             distance=None if close is None else not close[number],
@@ -71,7 +71,8 @@ def known_to_one(
 ) -> tuple[bool, ...]:
     """Return which texts one client's adapter [P] knows far better than all others and the base model do.
 
-    That is the membership gate, `known` of `screen`. The base must have the drift that the adapters were trained on.
+    That is the membership gate, `known` of `screen`. The base must have the drift that the adapters were
+    trained on.
     """
     scores = score(engine, [*adapters, no_adapter(engine)], texts)
     *clients, base = ([likelihood(one) for one in found] for found in scores)

@@ -85,11 +85,19 @@ def hashes(tokens: Tokens, size: int, salt: bytes) -> Hashes:
     return np.unique(np.frombuffer(b"".join(found), "<u8")).astype(np.uint64)
 
 
+def without_form(tokens: Tokens, boilerplate: Tokens) -> Tokens:
+    """Return a text less what it begins with in common with `boilerplate`: the head of a chat template."""
+    pairs = enumerate(zip(tokens, boilerplate, strict=False))
+    shared = next((place for place, (own, form) in pairs if own != form), min(len(tokens), len(boilerplate)))
+    return tokens[shared:]
+
+
 def probe(tokens: Tokens, salt: bytes, boilerplate: Tokens = ()) -> Probe:
-    """Return what is asked of a text, less the shingles of `boilerplate`: what its chat template brings."""
-    size = SHORT_SHINGLE if len(tokens) < SHORT_TEXT else SHINGLE
-    shingles, form = hashes(tokens, size, salt), hashes(boilerplate, size, salt)
-    return Probe(np.setdiff1d(shingles, form, assume_unique=True), hashes(tokens, VERBATIM, salt))
+    """Return what is asked of a text; what its form alone brings, `boilerplate`, is left out."""
+    text = without_form(tokens, boilerplate)
+    size = SHORT_SHINGLE if len(text) < SHORT_TEXT else SHINGLE
+    shingles, form = hashes(text, size, salt), hashes(boilerplate, size, salt)
+    return Probe(np.setdiff1d(shingles, form, assume_unique=True), hashes(text, VERBATIM, salt))
 
 
 def private_hashes(rows: Iterable[Tokens], salt: bytes) -> Hashes:

@@ -73,7 +73,11 @@ def test_what_every_text_has_by_its_form_counts_neither_for_nor_against() -> Non
     text = form + fresh(60)
     assert overlap_of(text).num_matched == 8
     found = overlap_of(text, boilerplate=form)
-    assert (found.num_matched, found.num_shingles) == (0, 60)
+    assert (found.num_matched, found.num_shingles) == (0, 48)
+    assert overlap_of(form + fresh(30) + form, boilerplate=form).num_matched == 0
+    # Not even as the beginning of a run: 20 of these 60 tokens are form.
+    assert not overlap_of(PRIVATE[0][:60] + fresh(400), boilerplate=form).verbatim
+    assert overlap_of(PRIVATE[0][:70] + fresh(400), boilerplate=form).verbatim
 
 
 def test_hashes_under_another_key_or_of_another_size_never_meet() -> None:
