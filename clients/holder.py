@@ -23,6 +23,7 @@ from fedllm.models.base import layout_of, load_base, load_tokenizer
 from fedllm.models.chat import Encoded, encode
 from fedllm.models.files import ModelFiles, fingerprint, is_local_model, resolve_model
 from fedllm.models.policy import load_policy
+from fedllm.rule import init_a_of
 from fedllm.training.engine import Engine, resident_engine
 
 _logger = logging.getLogger("fedllm.clients")
@@ -79,7 +80,7 @@ class Holder:
     @cached_property
     def initial(self) -> AdapterState:
         """The adapter that the run's seed gives, of which a server may leave out what it has not changed."""
-        return initial_adapter(self.engine.layout, self.config.seed, self.config.lora.init_a)
+        return initial_adapter(self.engine.layout, self.config.seed, init_a_of(self.config))
 
 
 def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Holder:

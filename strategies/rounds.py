@@ -11,6 +11,7 @@ from fedllm.adapters.layout import initial_adapter
 from fedllm.adapters.parts import returned_part
 from fedllm.config import RunConfig
 from fedllm.errors import RunFailedError
+from fedllm.rule import init_a_of
 from fedllm.runs.checkpoint import ServerState
 from fedllm.seeds import derive_seed
 from fedllm.training.numbers import local_training
@@ -164,7 +165,7 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
 def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combine.Mixture:
     """Return the empty mixture of a round."""
     seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
-    init_a = session.config.lora.init_a
+    init_a = init_a_of(session.config)
     return combine.init(
         session.rule,
         state,
