@@ -4,6 +4,7 @@ The only code that turns private text into tokens. Everything is kept resident f
 so a simulation's worker reads, tokenises and loads once.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from fedllm.models.base import layout_of, load_base, load_tokenizer
 from fedllm.models.chat import Encoded, encode
 from fedllm.models.files import ModelFiles, fingerprint, is_local_model, resolve_model
 from fedllm.models.policy import load_policy
+from fedllm.privacy.plan import PrivacyPlan, plan_of
 from fedllm.rule import init_a_of
 from fedllm.training.engine import Engine, resident_engine
 
@@ -36,6 +38,14 @@ class ClientTokens:
     client_id: str
     train: tuple[Encoded, ...]
     held_out: tuple[Encoded, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the training rows' tokens and labels, which never leaves this machine."""
+        hasher = hashlib.sha256()
+        for row in self.train:
+            hasher.update(repr((row.tokens, row.labels)).encode())
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +77,11 @@ class Holder:
         """Where this run's clients keep what never leaves them."""
         digest = self.engine.layout.digest
         return PrivateStore(self.state_path / f"{self.config.run.name}-{digest[:16]}", digest)
+
+    @cached_property
+    def privacy(self) -> PrivacyPlan | None:
+        """The privacy plan of this run, by the configuration this node was given."""
+        return plan_of(self.config)
 
     @property
     def personal(self) -> PersonalTraining | None:

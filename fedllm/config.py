@@ -122,9 +122,7 @@ class PrivacyConfig:
     epsilon: float = 0.0  # budget of the run; 0 = no differential privacy
     delta: float = 1e-5  # probability with which the bound may fail; well below 1 / number of units
     unit: str = "example"  # example | client
-    trust: str = (
-        "auto"  # auto | central | local | distributed (auto = central for clients, local for examples)
-    )
+    trust: str = "auto"  # auto | central | local | distributed (auto: central for clients, else local)
     clip: float = 1.0  # largest norm of a client's update, or of one row's gradient
     adaptive_clip: bool = False  # follow the median norm of the clients' updates, from clip on
     noise_multiplier: float = 0.0  # deviation of the noise over the clip; 0 = the least that epsilon allows

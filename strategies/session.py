@@ -12,6 +12,7 @@ from fedllm.config import RunConfig
 from fedllm.rule import AggregationRule, aggregation_rule, init_a_of
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
 from strategies.delivered import Delivered
+from strategies.privacy import ServerPrivacy
 from strategies.transport import Transport
 
 
@@ -39,6 +40,7 @@ class Session:
     watch: Watch = SILENT
     delivered: Delivered = field(default_factory=Delivered)
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
+    privacy: ServerPrivacy | None = None
 
     @cached_property
     def rule(self) -> AggregationRule:

@@ -1,1 +1,1 @@
-"""Differential privacy: one plan owns the whole guarantee; clipping, noise, accounting and words are its parts."""
+"""Differential privacy: one plan owns the guarantee; clipping, noise, accounting and words serve it."""

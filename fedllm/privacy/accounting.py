@@ -162,7 +162,7 @@ def noise_for(epsilon: float, delta: float, *, rate: float, count: int) -> float
 
 
 def _tightened(one: Charge, epsilon: float, delta: float, high: float) -> float:
-    """Return the least noise by privacy loss distributions, starting from one that suffices (secant in logs)."""
+    """Return the least noise by privacy loss distributions, from one that suffices on (secant in logs)."""
 
     def spent(noise: float) -> float:
         return epsilon_of([replace(one, noise_multiplier=noise)], delta)

@@ -1,7 +1,8 @@
 """Clipping a whole flat update to a norm: the one bound that every guarantee rests on.
 
 The norm is of the vector that travels, over all tensors at once, in float64: clipping tensor by tensor would
-allow sqrt(tensors) times as much. Whatever a peer sends, what comes out is finite and no longer than the clip.
+allow sqrt(tensors) times as much. Whatever a peer sends, what comes out is finite and
+no longer than the clip.
 """
 
 import torch

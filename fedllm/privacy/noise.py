@@ -5,8 +5,9 @@ it from chance, however much of it they see. Statistical generators give no such
 Mersenne Twister follows from 624 of its outputs.
 
 Continuous noise is computed in float64 from 53-bit uniforms. Like every sampler of floating-point numbers it
-is no exact Gaussian in the last bits (Mironov 2012); it is added in float64 to sums of float32 values and
-rounded to float32 afterwards, which hides bits far above those. The discrete Gaussian is exact.
+is no exact Gaussian in the last bits (Mironov 2012). Sums of updates are noised in float64 and rounded to
+float32 afterwards, far above those bits; the gradients of DP-SGD are float32, and an attack on their last
+bits is not covered. The discrete Gaussian is exact.
 """
 
 import math

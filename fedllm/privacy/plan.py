@@ -1,4 +1,4 @@
-"""The whole guarantee of a run in one value: what is protected, from whom, by how much, and how it is counted.
+"""The whole guarantee of a run in one value: what is protected, from whom, by how much, how it is counted.
 
 client   the unit is all a client ever sends. Its update of a round is clipped to C, and N(0, (zC)^2) is added
          central      by the server, once, to the sum; the sum is divided by a number fixed in advance
@@ -35,7 +35,8 @@ class PrivacyPlan:
 
     `clip` is C: of a client's update, or of one row's gradient. `noise_multiplier` is z, 0 where it is
     calibrated: the least that lets a unit take part `participations` times within the budget. A participation
-    is `steps` releases: one update of a client, or its local steps. `rate` is the probability of a client's
+    is `steps` releases: one update of a client, or its local steps. With a `limit` above 0 a client that has
+    taken part so often is not asked again. `rate` is the probability of a client's
     coin (1 = no coins), `denominator` the number a noised sum is divided by. `batch_size` is the number of
     rows a step draws on average. `weight_cap` is the number of rows from which a client counts fully; 0 = all
     count alike. `metrics` says what else leaves a client.
@@ -49,6 +50,7 @@ class PrivacyPlan:
     adaptive: bool = False
     noise_multiplier: float = 0.0
     participations: int = 1
+    limit: int = 0
     steps: int = 1
     rate: float = 1.0
     denominator: float = 1.0
@@ -63,8 +65,8 @@ class PrivacyPlan:
             raise ConfigError(f"no privacy plan is known for unit {self.unit!r} and trust {self.trust!r}")
         if self.unit == "example" and self.trust != "local":
             raise ConfigError(
-                f"privacy.trust = {self.trust!r}: of one row only its client can bound the influence, so under"
-                " privacy.unit = 'example' the noise is the client's; leave trust at auto"
+                f"privacy.trust = {self.trust!r}: of one row only its client can bound the influence, so"
+                " under privacy.unit = 'example' the noise is the client's; leave trust at auto"
             )
 
     @property
@@ -92,7 +94,7 @@ class PrivacyPlan:
         return "add-or-remove-one: a client's updates, or zeros in their place"
 
     def multiplier(self, num_rows: int = 0) -> float:
-        """Return z, as given or calibrated; `num_rows` are the rows of the client, where examples are the unit.
+        """Return z, given or calibrated; `num_rows` are the client's rows, where examples are the unit.
 
         It is the deviation over the clip, whatever the relation.
         """
@@ -139,7 +141,7 @@ class PrivacyPlan:
 
     @property
     def _sensitivity(self) -> float:
-        """Distance, in clips, of what two neighbours release: two updates may point in opposite directions."""
+        """Distance, in clips, of what two neighbours release: two updates may be opposite."""
         return 2.0 if self.is_local_client else 1.0
 
     def _rate(self, num_rows: int) -> float:
@@ -175,6 +177,7 @@ def plan_of(config: "RunConfig") -> PrivacyPlan | None:
         rate=cohort / federation.num_clients if has_coins else 1.0,
         denominator=float(cohort),
         batch_size=config.train.batch_size,
+        limit=section.max_participations,
         weight_cap=section.weight_cap,
         metrics=section.metrics if section.metrics != "auto" else ("held-out" if by_example else "withheld"),
     )

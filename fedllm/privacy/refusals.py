@@ -30,7 +30,7 @@ def check_privacy(config: "RunConfig", rule: "AggregationRule") -> None:
 def _without_plan(config: "RunConfig") -> Iterator[str]:
     section = config.privacy
     if section.noise_multiplier:
-        yield "privacy.noise-multiplier needs privacy.epsilon above 0: it is the budget at which the run stops"
+        yield "privacy.noise-multiplier needs privacy.epsilon above 0: the budget at which the run stops"
     if section.adaptive_clip:
         yield "privacy.adaptive-clip needs privacy.epsilon above 0; nothing is clipped without a budget"
 
@@ -53,8 +53,8 @@ def _of_every_plan(config: "RunConfig", rule: "AggregationRule") -> Iterator[str
         )
     if rule.weighting == "tokens":
         yield (
-            "aggregation.weighting = 'tokens' cannot go with privacy.epsilon: the tokens of the rows that were"
-            " drawn are a count of private data that nothing noises; use examples or uniform"
+            "aggregation.weighting = 'tokens' cannot go with privacy.epsilon: the tokens of the rows that"
+            " were drawn are a count of private data that nothing noises; use examples or uniform"
         )
     if config.federation.selection in ("power-of-choice", "oort"):
         yield (
