@@ -16,7 +16,7 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
 from fedllm.models.chat import Encoded
 from fedllm.privacy.keys import derived_key, kept_secret
-from fedllm.privacy.ledger import Entry, Ledger, from_dict, to_dict
+from fedllm.privacy.ledger import Entry, Ledger, ledger_from_dict, ledger_to_dict
 from fedllm.privacy.noise import SecretStream, coins
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.runs.atomic import write_file
@@ -63,7 +63,7 @@ def _charge(holder: Holder, plan: PrivacyPlan, request: TrainRequest, client: Cl
     if not ledger.affords(client.client_id, charge, **budget):  # type: ignore[arg-type]
         return False
     try:
-        write_file(file, json.dumps(to_dict(charged)) + "\n")
+        write_file(file, json.dumps(ledger_to_dict(charged)) + "\n")
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     return True
@@ -76,7 +76,7 @@ def _read(file: Path) -> Ledger:
         CheckpointError: it cannot be read.
     """
     try:
-        return from_dict(json.loads(file.read_text())) if file.exists() else Ledger()
+        return ledger_from_dict(json.loads(file.read_text())) if file.exists() else Ledger()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, FedLLMError):
         raise CheckpointError(f"{file} is damaged; what was spent is not known: restore it") from None
 

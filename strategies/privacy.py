@@ -23,7 +23,7 @@ from fedllm.errors import BudgetSpentError, CheckpointError, FedLLMError
 from fedllm.privacy.accounting import Charge
 from fedllm.privacy.clipping import clipped, is_within, next_clip
 from fedllm.privacy.keys import derived_key, digest_of, kept_secret, new_secret
-from fedllm.privacy.ledger import Entry, Ledger, from_dict, to_dict
+from fedllm.privacy.ledger import Entry, Ledger, ledger_from_dict, ledger_to_dict
 from fedllm.privacy.noise import SecretStream, gaussian
 from fedllm.privacy.plan import FEDERATION, PrivacyPlan, plan_of
 from fedllm.runs.atomic import write_file
@@ -67,7 +67,7 @@ def with_journal(privacy: ServerPrivacy | None, state: ServerState) -> ServerSta
     if privacy is None or privacy.journal is None or not privacy.journal.exists():
         return state
     try:
-        known = from_dict(json.loads(privacy.journal.read_text()))
+        known = ledger_from_dict(json.loads(privacy.journal.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, FedLLMError):
         raise CheckpointError(f"{privacy.journal} is damaged; restore it from a copy") from None
     return replace(state, ledger=state.ledger.with_all(known))
@@ -257,7 +257,7 @@ def charged(
         check_budget_of(privacy, state.ledger, charges)
     if privacy.journal is not None:
         try:
-            write_file(privacy.journal, json.dumps(to_dict(ledger)) + "\n")
+            write_file(privacy.journal, json.dumps(ledger_to_dict(ledger)) + "\n")
         except OSError as error:
             raise CheckpointError(f"{privacy.journal}: {error.strerror}") from None
     return replace(state, ledger=ledger)

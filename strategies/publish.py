@@ -62,9 +62,9 @@ def _privacy_text(config: RunConfig, state: ServerState) -> str:
     if plan is None or statement is None:
         return (
             "## What is not claimed\n\nNo differential privacy was applied, so parts of the training text may"
-            " be recoverable from this adapter.\n"
+            " be recoverable from this adapter."
         )
-    return f"## Differential privacy\n\n{in_words(plan, statement)}\n## What is not claimed\n\n"
+    return f"## Differential privacy\n\n{in_words(plan, statement)}\n## What is not claimed\n"
 
 
 def _target_names(config: RunConfig, state: ServerState) -> list[str]:
@@ -109,7 +109,8 @@ LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
 {_loss_table(state)}
-{_privacy_text(config, state)}The held-out numbers come from the data holders' own rows and say nothing about other tasks.
+{_privacy_text(config, state)}
+The held-out numbers come from the data holders' own rows and say nothing about other tasks.
 
 Made with {versions}.
 """

@@ -305,6 +305,8 @@ def finish(
         delta_norm=aggregate.delta_norm,
         adapter=aggregate.adapter.digest,
     )
+    if sums.noised is not None:  # of one noised sum nobody can tell what its clients disagreed on
+        record = replace(record, rho=None, largest_rho=None, kept_energy=None)
     return after, record
 
 

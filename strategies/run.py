@@ -160,6 +160,7 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
         except BudgetSpentError as error:
             stopped = str(error)
             session.watch.notice(stopped)
+            state, is_saved = _measured(session, state), False
             break
         try:
             _save(session, state, folder)
@@ -171,6 +172,15 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
     if not is_saved:
         _save(session, state, folder)
     return state, stopped
+
+
+def _measured(session: Session, state: ServerState) -> ServerState:
+    """Return the state with the held-out losses of a run that has ended before its last round."""
+    if not state.records or state.records[-1].held_out:
+        return state
+    held_out = evaluate(session, state)
+    last = replace(state.records[-1], held_out=held_out.shared, personal_held_out=held_out.personal)
+    return replace(state, records=(*state.records[:-1], last))
 
 
 def _save(session: Session, state: ServerState, folder: Path) -> None:

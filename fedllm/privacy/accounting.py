@@ -67,7 +67,12 @@ def _epsilon(charges: tuple[Charge, ...], delta: float) -> float:
     if all(charge.rate == 1 for charge in charges):
         return gaussian_epsilon(math.sqrt(sum(c.count / c.noise_multiplier**2 for c in charges)), delta)
     library = _library()
-    accountant = library.pld.PLDAccountant(library.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    # Steps of the discretised loss: rounded up, so a coarser one only reports more. With little noise losses
+    # are large and the finer steps would take ten times as long, for 0.002 % of epsilon.
+    interval = 1e-3 if all(charge.noise_multiplier <= 2 for charge in charges) else 1e-4
+    accountant = library.pld.PLDAccountant(
+        library.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval
+    )
     return float(_composed(accountant, charges).get_epsilon(delta))
 
 

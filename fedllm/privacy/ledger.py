@@ -97,8 +97,8 @@ def _limit_mu(charges: tuple[Charge, ...]) -> float:
     return sum(c.count * c.rate**2 * math.expm1(min(500.0, c.noise_multiplier**-2)) for c in charges)
 
 
-def to_dict(ledger: Ledger) -> list[dict[str, Any]]:
-    """Return a JSON-ready form; `from_dict` is its inverse."""
+def ledger_to_dict(ledger: Ledger) -> list[dict[str, Any]]:
+    """Return a JSON-ready form; `ledger_from_dict` is its inverse."""
     return [
         {
             "round": entry.round_num,
@@ -110,8 +110,8 @@ def to_dict(ledger: Ledger) -> list[dict[str, Any]]:
     ]
 
 
-def from_dict(values: Iterable[Mapping[str, Any]]) -> Ledger:
-    """Return the ledger that `to_dict` wrote.
+def ledger_from_dict(values: Iterable[Mapping[str, Any]]) -> Ledger:
+    """Return the ledger that `ledger_to_dict` wrote.
 
     Raises:
         KeyError, TypeError, ConfigError: it is no ledger.

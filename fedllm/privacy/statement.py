@@ -46,7 +46,7 @@ def statement_of(plan: PrivacyPlan, ledger: Ledger, *, num_clients: int, num_rou
         "denominator": plan.denominator if plan.is_central else None,
         "num_clients": num_clients,
         "num_rounds": num_rounds,
-        "noise_source": "ChaCha20 under a secret drawn by the operating system, kept out of what is published",
+        "noise_source": "ChaCha20 under a secret of the operating system's, which is not published",
         "covers": "the published adapter, and every adapter the run passed through",
         "does_not_cover": not_covered(plan),
         "accounts": {
@@ -83,8 +83,8 @@ def in_words(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
     lines = [
         f"This adapter is ({statement['epsilon']:g}, {plan.delta:g})-differentially private for"
         f" {statement['unit_in_words']}; neighbours: {plan.relation}.",
-        f"Mechanism: {statement['mechanism']}, clip {plan.clip:g}{' at first, adaptive' * plan.adaptive}, noise"
-        f" multiplier {deviations}, {statement['releases_of_a_unit']} releases of a unit at most;"
+        f"Mechanism: {statement['mechanism']}, clip {plan.clip:g}{' at first, adaptive' * plan.adaptive},"
+        f" noise multiplier {deviations}, {statement['releases_of_a_unit']} releases of a unit at most;"
         f" {statement['sampling']}.",
         f"Trust: {statement['trust_in_words']}. Accountant: {statement['accountant']}.",
         "",

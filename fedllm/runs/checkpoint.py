@@ -19,7 +19,7 @@ from fedllm.adapters.folder import load_named, load_tensors, save_named, save_te
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config import RunConfig, Scalar
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
-from fedllm.privacy import ledger
+from fedllm.privacy.ledger import Ledger, ledger_from_dict, ledger_to_dict
 from fedllm.runs.atomic import complete_folder, verify_manifest
 from fedllm.runs.records import record_from_dict, record_to_dict
 from fedllm.types import OptimizerState, RoundRecord
@@ -59,7 +59,7 @@ class ServerState:
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     norms: tuple[float, ...] = ()
     control: AdapterState | None = None
-    ledger: ledger.Ledger = ledger.Ledger()
+    ledger: Ledger = Ledger()
     clip: float = 0.0
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
         "layout": state.adapter.layout.to_dict(),
         "norms": list(state.norms),
         "num_steps": state.optimizer.num_steps,
-        "ledger": ledger.to_dict(state.ledger),
+        "ledger": ledger_to_dict(state.ledger),
         "clip": state.clip,
     }
     try:
@@ -118,7 +118,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             drift = _load_drift(path / DRIFT, saved_layout)
             optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
             control = _load_control(path / CONTROL, saved_layout)
-            spent = ledger.from_dict(content.get("ledger", ()))
+            spent = ledger_from_dict(content.get("ledger", ()))
         except (FedLLMError, OSError, ValueError, KeyError, TypeError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue

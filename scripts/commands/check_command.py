@@ -60,7 +60,7 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
         "tokens a round": tokens,
         "tokens of the run": tokens * config.federation.num_rounds,
         **_bytes(config, layout, [client.client_id for client in clients]),
-        "privacy": f"{summary_line(privacy) if privacy else 'no differential privacy'}; updates are not masked",
+        "privacy": summary_line(privacy) if privacy else "no differential privacy; updates are not masked",
     }
 
 
