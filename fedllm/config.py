@@ -123,7 +123,7 @@ class PrivacyConfig:
     delta: float = 1e-5  # probability with which the bound may fail; well below 1 / number of units
     unit: str = "example"  # example | client
     trust: str = "auto"  # auto | central | local | distributed (auto: central for clients, else local)
-    clip: float = 1.0  # largest norm of a client's update, or of one row's gradient
+    clip: float = 1.0  # of a client's update, or of one row's gradient
     adaptive_clip: bool = False  # follow the median norm of the clients' updates, from clip on
     noise_multiplier: float = 0.0  # deviation of the noise over the clip; 0 = the least that epsilon allows
     max_participations: int = 0  # rounds that a client takes part in at most; 0 = all

@@ -16,12 +16,12 @@ def clipped(vector: torch.Tensor, clip: float) -> torch.Tensor:
     A vector that holds NaN or infinity says nothing about where its owner wanted to go and becomes zero; a
     zero vector stays zero. A vector within the clip keeps its bits where it is float32.
     """
-    wide_P = vector.double()
-    norm = float(torch.linalg.vector_norm(wide_P))
-    if not bool(torch.isfinite(wide_P).all()):
+    if not bool(torch.isfinite(vector).all()):
         return torch.zeros_like(vector, dtype=torch.float32)
-    if norm <= clip:
-        return vector.float()
+    narrow_P = vector.float()
+    if float(torch.linalg.vector_norm(narrow_P.double())) <= clip:
+        return narrow_P
+    wide_P = vector.double()
     largest = float(wide_P.abs().max())  # 1e200 has a square that float64 has not
     scaled_P = wide_P / largest
     return (scaled_P * (clip * (1 - SLACK) / float(torch.linalg.vector_norm(scaled_P)))).float()
