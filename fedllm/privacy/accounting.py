@@ -210,6 +210,15 @@ def accountant_name(charges: Iterable[Charge]) -> str:
         return "privacy loss distributions, dp-accounting"
 
 
+def check_installed() -> None:
+    """Find out before a run whether sampled releases can be counted.
+
+    Raises:
+        MissingExtraError: dp-accounting is not installed.
+    """
+    _library()
+
+
 def _composed(accountant: Any, charges: tuple[Charge, ...]) -> Any:
     library = _library()
     for charge in charges:
