@@ -267,7 +267,7 @@ def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation 
     with drifted(holder.engine.base, drift_store().keep(request.drift)):
         shared = {answer.client_id: answer for answer in holder.engine.evaluate(jobs)}
         answers.update(shared)
-        if holder.personal is not None:
+        if holder.personal is not None and (holder.privacy is None or holder.privacy.metrics == "all"):
             layout, numbers = request.adapter.layout, holder.personal
             wide = [
                 with_personal(job, kept[job.client_id][PERSONAL], layout, numbers)

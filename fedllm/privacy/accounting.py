@@ -85,6 +85,14 @@ def renyi_epsilon(charges: Iterable[Charge], delta: float) -> float:
     return _renyi(merged(charges), delta)
 
 
+def renyi_check(charges: Iterable[Charge], delta: float) -> float | None:
+    """Return `renyi_epsilon`, or None where dp-accounting is not installed."""
+    try:
+        return renyi_epsilon(charges, delta)
+    except MissingExtraError:
+        return None
+
+
 @lru_cache(maxsize=4096)
 def _renyi(charges: tuple[Charge, ...], delta: float, orders: Sequence[int] | None = None) -> float:
     if not charges:
