@@ -4,6 +4,7 @@ The only code that turns private text into tokens. Everything is kept resident f
 so a simulation's worker reads, tokenises and loads once.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,11 @@ from fedllm.models.base import layout_of, load_base, load_tokenizer
 from fedllm.models.chat import Encoded, encode
 from fedllm.models.files import ModelFiles, fingerprint, is_local_model, resolve_model
 from fedllm.models.policy import load_policy
+from fedllm.privacy.plan import PrivacyPlan, plan_of
+from fedllm.rule import init_a_of
 from fedllm.training.engine import Engine, resident_engine
+
+LARGEST_DELTA = 1e-5  # of a run where the machine's policy limits epsilon
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -35,6 +40,14 @@ class ClientTokens:
     client_id: str
     train: tuple[Encoded, ...]
     held_out: tuple[Encoded, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the training rows' tokens and labels, which never leaves this machine."""
+        hasher = hashlib.sha256()
+        for row in self.train:
+            hasher.update(repr((row.tokens, row.labels)).encode())
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +80,11 @@ class Holder:
         digest = self.engine.layout.digest
         return PrivateStore(self.state_path / f"{self.config.run.name}-{digest[:16]}", digest)
 
+    @cached_property
+    def privacy(self) -> PrivacyPlan | None:
+        """The privacy plan of this run, by the configuration this node was given."""
+        return plan_of(self.config)
+
     @property
     def personal(self) -> PersonalTraining | None:
         """The numbers of personal adapters, or None where clients have none."""
@@ -79,7 +97,7 @@ class Holder:
     @cached_property
     def initial(self) -> AdapterState:
         """The adapter that the run's seed gives, of which a server may leave out what it has not changed."""
-        return initial_adapter(self.engine.layout, self.config.seed, self.config.lora.init_a)
+        return initial_adapter(self.engine.layout, self.config.seed, init_a_of(self.config))
 
 
 def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Holder:
@@ -95,6 +113,7 @@ def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scal
 def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[str, Scalar], ...]) -> Holder:
     config, node = RunConfig.from_flat(dict(run_config)), dict(node_config)
     _check_paths(config, node)
+    _check_privacy(plan_of(config))
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
         config = config.override({"model.name": str(node["model-path"]), "model.revision": ""})
     files = resolve_model(config.model.name, config.model.revision)
@@ -156,6 +175,19 @@ def _check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
         raise ModelError(
             "model.name is a local path, and this node does not open paths a server names;"
             " start it with model-path in its node config, or set server-paths = true in its policy"
+        )
+
+
+def _check_privacy(plan: PrivacyPlan | None) -> None:
+    """Refuse a run that gives away more than this machine's owner allows, or leaves the noise to a server."""
+    limit = load_policy().max_epsilon
+    if not limit:
+        return
+    if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > LARGEST_DELTA:
+        has = "none" if plan is None else f"{plan.epsilon:g} at delta {plan.delta:g} with trust {plan.trust}"
+        raise ConfigError(
+            f"this machine's policy wants noise of its own clients, up to privacy.epsilon = {limit:g} at"
+            f" delta {LARGEST_DELTA:g}; the run has {has}"
         )
 
 

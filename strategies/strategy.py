@@ -20,10 +20,10 @@ from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
-from strategies.control_variates import empty_sum
 from strategies.evaluation import evaluate_requests, read_evaluations
+from strategies.privacy import check_budget
 from strategies.receiving import read_reply
-from strategies.rounds import finish, fold, plan_round, train_requests
+from strategies.rounds import finish, fold, open_sums, plan_round, train_requests
 from strategies.run import open_session, run_federation
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import reply_of
@@ -84,11 +84,17 @@ class FederatedLora(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the train messages of a round that starts from `arrays` (named PEFT tensors)."""
+        """Return the train messages of a round that starts from `arrays` (named PEFT tensors).
+
+        Raises:
+            BudgetSpentError: the round would exceed the privacy budget.
+        """
         session = self._open(grid)
         before = self._state or ServerState(0, session.initial)
         adapter = read_plain(arrays, session.layout)
         self._state = replace(before, round_num=server_round - 1, adapter=adapter)
+        least = self.config.federation.min_clients
+        check_budget(session.privacy, self._state, session.clients, attempt=1, least=least)
         self._plan = plan_round(session, self._state, attempt=1)
         return _messages(train_requests(session, self._state, self._plan), "train", server_round)
 
@@ -105,10 +111,11 @@ class FederatedLora(Strategy):
             for reply in map(reply_of, replies)
             for answer in read_reply(session, plan, reply, asked.get(reply.node_id, []))
         )
-        controls = empty_sum(session.layout) if self.config.train.control_variates else None
-        record, mixture = fold(session, state, plan, answers, controls)
-        after, record = finish(session, state, plan, record, mixture, controls)
+        sums = open_sums(session, state, plan)
+        record, mixture = fold(session, state, plan, answers, sums)
+        after, record = finish(session, state, plan, record, mixture, sums)
         if not record.applied:
+            self._state = after
             return None, None
         self._state = replace(after, records=(*state.records, record))
         return write_plain(self._state.adapter), _train_metrics(record)
