@@ -27,7 +27,11 @@ from strategies.aggregation.stock import stock_change
 from strategies.answers import Answer, first_updates, in_order
 from strategies.control_variates import ControlSum, control_of, empty_sum
 from strategies.delivered import travelling_part
-from strategies.evaluation import evaluate
+from strategies.distillation.gate import ask_clients
+from strategies.distillation.step import distilled, teachers_of
+from strategies.distillation.teachers import Teachers
+from strategies.distillation.words import sentence
+from strategies.evaluation import HeldOut, evaluate
 from strategies.joining import rejoin
 from strategies.receiving import receive
 from strategies.selection import choose_clients, selection_of
@@ -84,10 +88,14 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     if len(plan.asked) > plan.cohort_size or transport.keeps_late:
         answers = first_updates(answers, plan.cohort_size)
     controls = empty_sum(session.layout) if session.config.train.control_variates else None
-    record, mixture = fold(session, state, plan, answers, controls)  # 7 validate and combine
+    teachers = teachers_of(session.config, state, plan.round_num)
+    record, mixture = fold(session, state, plan, answers, controls, teachers)  # 7 validate and combine
     after, record = finish(session, state, plan, record, mixture, controls)  # 8 finish
+    held_out = None
+    if teachers is not None and record.accepted and record.applied:
+        after, record, held_out = distil(session, state, after, record, teachers)
     if record.applied and _is_evaluated(session.config, plan.round_num):
-        held_out = evaluate(session, after)
+        held_out = held_out or evaluate(session, after)
         record = replace(record, held_out=held_out.shared, personal_held_out=held_out.personal)
     record = replace(
         record,
@@ -180,10 +188,11 @@ def fold(
     plan: RoundPlan,
     answers: Iterable[Answer],
     controls: ControlSum | None = None,
+    teachers: Teachers | None = None,
 ) -> tuple[RoundRecord, combine.Mixture]:
     """Combine the answers on arrival; return what happened and the mixture of the accepted updates.
 
-    Changes of control variates are added to `controls`.
+    Changes of control variates are added to `controls`, whom a distillation step learns from to `teachers`.
     """
     config, mixture = session.config, open_mixture(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
@@ -196,6 +205,8 @@ def fold(
             mixture = combine.add(mixture, update)
             if controls is not None:
                 controls.add(update)
+            if teachers is not None:
+                teachers.add(update)
             for member in update.members or (update,):  # numbers only
                 accepted[member.client_id] = replace(member, delta=member.delta[:0], control_delta=None)
     late = sorted(accepted.keys() - set(plan.asked))
@@ -262,6 +273,22 @@ def finish(
         adapter=aggregate.adapter.digest,
     )
     return after, record
+
+
+def distil(
+    session: Session, before: ServerState, after: ServerState, record: RoundRecord, teachers: Teachers
+) -> tuple[ServerState, RoundRecord, HeldOut | None]:
+    """Let the clients' adapters teach the aggregate; it stays where the step fails or a gate refuses.
+
+    Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
+    """
+    adapter, outcome = distilled(session, before, after, teachers.without(record.silenced))
+    state, held_out = replace(after, adapter=adapter), None
+    if outcome.kept and session.config.distill.gate == "clients":
+        asked = ask_clients(session, after, state, outcome)
+        state, outcome, held_out = asked.state, asked.record, asked.held_out
+    session.watch.notice(f"round {record.round_num}: {sentence(outcome)}")
+    return state, replace(record, distil=outcome, adapter=state.adapter.digest), held_out
 
 
 def _is_evaluated(config: RunConfig, round_num: int) -> bool:

@@ -19,6 +19,7 @@ from fedllm.runs.folder import describe_run, open_run_folder, write_result, writ
 from fedllm.runs.spread import described
 from fedllm.types import RoundRecord
 from strategies.aggregation.stock import check_stock
+from strategies.distillation.step import open_public_text
 from strategies.evaluation import evaluate
 from strategies.joining import join_clients
 from strategies.publish import publish_adapter
@@ -69,17 +70,19 @@ def open_session(
 
     Raises:
         ModelError, RunFailedError: the base model is absent, or too few clients join.
-        ConfigError: `stock` is given and the run's rule is no plain mean of factors.
+        ConfigError: `stock` is given and the run's rule is no plain mean of factors, or the run distils.
+        DataError, MissingExtraError: the run distils, and its public text cannot be used.
     """
     if stock is not None:
-        check_stock(aggregation_rule(config))
+        check_stock(aggregation_rule(config), distils=config.distill.when != "never")
+    public_text = open_public_text(config)
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
-    return Session(config, layout, transport, clients, watch, stock=stock)
+    return Session(config, layout, transport, clients, watch, stock=stock, public_text=public_text)
 
 
 def first_state(session: Session, start: AdapterState | None = None) -> ServerState:

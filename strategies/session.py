@@ -12,6 +12,7 @@ from fedllm.config import RunConfig
 from fedllm.rule import AggregationRule, aggregation_rule
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
 from strategies.delivered import Delivered
+from strategies.distillation.text import PublicText
 from strategies.transport import Transport
 
 
@@ -39,6 +40,7 @@ class Session:
     watch: Watch = SILENT
     delivered: Delivered = field(default_factory=Delivered)
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
+    public_text: tuple[PublicText, ...] = ()  # what distillation steps may read besides synthetic text
 
     @cached_property
     def rule(self) -> AggregationRule:

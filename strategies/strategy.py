@@ -21,9 +21,10 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
 from strategies.control_variates import empty_sum
+from strategies.distillation.step import teachers_of
 from strategies.evaluation import evaluate_requests, read_evaluations
 from strategies.receiving import read_reply
-from strategies.rounds import finish, fold, plan_round, train_requests
+from strategies.rounds import distil, finish, fold, plan_round, train_requests
 from strategies.run import open_session, run_federation
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import reply_of
@@ -106,10 +107,13 @@ class FederatedLora(Strategy):
             for answer in read_reply(session, plan, reply, asked.get(reply.node_id, []))
         )
         controls = empty_sum(session.layout) if self.config.train.control_variates else None
-        record, mixture = fold(session, state, plan, answers, controls)
+        teachers = teachers_of(self.config, state, plan.round_num)
+        record, mixture = fold(session, state, plan, answers, controls, teachers)
         after, record = finish(session, state, plan, record, mixture, controls)
         if not record.applied:
             return None, None
+        if teachers is not None and record.accepted:
+            after, record, _ = distil(session, state, after, record, teachers)
         self._state = replace(after, records=(*state.records, record))
         return write_plain(self._state.adapter), _train_metrics(record)
 

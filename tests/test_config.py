@@ -32,6 +32,9 @@ aggregation.preset aggregation.train aggregation.read-out aggregation.weighting 
 aggregation.max-malicious aggregation.optimizer aggregation.server-learning-rate aggregation.server-momentum
 aggregation.second-moment aggregation.adaptivity aggregation.staleness-exponent
 personal.mode personal.rank personal.steps personal.pull
+distill.when distill.teacher distill.text distill.num-texts distill.max-tokens distill.steps
+distill.batch-size distill.learning-rate distill.top-k distill.temper distill.pull distill.max-teachers
+distill.control distill.gate
 wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """

@@ -168,8 +168,11 @@ def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
 
 def _check_same(saved: Mapping[str, Scalar], config: RunConfig) -> None:
     free = RESUMABLE_KEYS
-    if config.train.schedule == "cosine":  # the schedule stretches over the number of rounds
+    # A schedule stretches over the number of rounds, and the last of them may be one that distils.
+    if config.train.schedule == "cosine" or config.distill.when == "last":
         free = free - {"federation.num-rounds"}
+    if config.distill.when != "never":  # they begin its synthetic texts
+        free = free - {"evaluation.prompts"}
     now: dict[str, Any] = config.to_flat()
     changed = [key for key in now if key not in free and saved.get(key) != now[key]]
     if changed:
