@@ -31,8 +31,9 @@ from fedllm.adapters.layout import initial_adapter
 from fedllm.config import LoraConfig
 from fedllm.models.base import layout_of
 from fedllm.seeds import derive_seed
-from fedllm.training.engine import Engine, packed
+from fedllm.training.engine import Engine
 from fedllm.training.jobs import Job
+from fedllm.training.passes import packed
 from fedllm.types import LocalTraining
 from scripts.benchmarks.compare import TOLERANCES, compare
 from scripts.benchmarks.models import REAL, TINY, bench_base, random_rows, vocabulary_of

@@ -8,18 +8,16 @@ bit where every client has a pass of its own, `token_budget=1`). The plain twin 
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import groupby
-from typing import TypeVar
 
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
 from fedllm.errors import LayoutError
-from fedllm.lora.bank import Bank, Route, segments
-from fedllm.lora.dropout import noisy_rows
+from fedllm.lora.bank import Bank
 from fedllm.lora.kernels import LoopKernel, MaskedKernel
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
@@ -27,10 +25,10 @@ from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
 from fedllm.training.control_variates import Correction, correction_of
-from fedllm.training.forward import lay_out, token_losses
-from fedllm.training.generate import answers
+from fedllm.training.generate import Choice, answers, continuations
 from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
+from fedllm.training.passes import Item, Passes, by_adapters, packed
 from fedllm.training.probe import can_be_ragged, has_plain_head
 from fedllm.training.proximal import pull_of
 from fedllm.training.rows import Rows, anchors_of, corrections_of, movable_of, rows_of
@@ -38,23 +36,8 @@ from fedllm.types import ClientEvaluation
 
 CPU_TOKEN_BUDGET = 512
 CPU_STEP_TOKENS = 4096
-MAX_ADAPTERS = 64  # held at once for evaluation
 
 _logger = logging.getLogger("fedllm.training")
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class _Item:
-    """One sample of a pass: its row in the bank's parameters and gradients, and each token's weight."""
-
-    row: Encoded
-    client: int
-    slot: int
-    weight: float
-    dropout: float = 0.0
-    seed: int = 0
 
 
 class Engine:
@@ -79,6 +62,7 @@ class Engine:
         self.bank = Bank(layout, kernel, base.device, dtype)
         self.is_ragged = can_be_ragged(base.model, base.device)
         self.has_plain_head = has_plain_head(base.model, base.device)
+        self.passes = Passes(base, self.bank, self.has_plain_head)
         if not self.is_ragged:
             kind = type(base.model).__name__
             _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
@@ -92,8 +76,8 @@ class Engine:
             yield from self._train_group(group)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Split jobs into neighbours that train the same part and whose largest steps fit a pass."""
-        for _, same in groupby(jobs, key=lambda job: job.trained):
+        """Split jobs into neighbours that train alike and whose largest steps fit a pass."""
+        for _, same in groupby(jobs, key=lambda job: (job.trained, id(job.objective))):
             together = list(same)
             sizes = [max(sum(len(row.tokens) for row in batch) for batch in job.batches) for job in together]
             yield from packed(together, sizes, self._limit)
@@ -104,12 +88,13 @@ class Engine:
         # The longest first: those still at work are always the first rows of the bank.
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
         ordered = [jobs[place] for place in order]
-        losses_C, rows, moved_CP, correction = self._train_rows(ordered)
+        losses_SC, rows, moved_CP, correction = self._train_rows(ordered)
         seconds = (time.perf_counter() - began) / sum(map(_num_tokens, jobs))
         results = {}
         for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
             delta = rows.whole(row, moved_CP[row])
-            result = _result(job, delta, float(losses_C[row]), seconds * _num_tokens(job))
+            losses = losses_SC[: len(job.batches), row].tolist()
+            result = _result(job, delta, losses, seconds * _num_tokens(job))
             if correction is not None:
                 mean_P = correction.sum_CP[row].cpu() / len(job.batches)
                 result = replace(result, gradient=rows.whole(row, mean_P))
@@ -121,7 +106,7 @@ class Engine:
     def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, Rows, torch.Tensor, Correction | None]:
         """Train jobs sorted by falling number of steps, side by side.
 
-        Returns (mean loss over steps [C], the rows, what each has moved [C, P], SCAFFOLD's sums if any).
+        Returns (losses [steps, C], the rows, what each has moved [C, P], SCAFFOLD's sums if any).
         """
         rows = rows_of(jobs, self.layout)
         starts, scales = rows.widened([job.start for job in jobs]), [layout.scale for layout in rows.layouts]
@@ -131,7 +116,7 @@ class Engine:
         optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_of(rows))
         pull = pull_of(self.bank, anchors_of(rows), trainings)
         correction = correction_of(corrections_of(rows), self.bank.theta_CP, trainings)
-        losses_C = torch.zeros(len(jobs), dtype=torch.float64)
+        losses_SC = torch.zeros(len(jobs[0].batches), len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
@@ -141,46 +126,47 @@ class Engine:
                 if pull is not None:
                     pull.add_gradient(self.bank, grads)
                 optimizer.step(grads)
-                losses_C[: len(active)] += losses
-        num_steps_C = torch.tensor([len(job.batches) for job in jobs])
-        return losses_C / num_steps_C, rows, (self.bank.theta_CP - begin_CP).cpu(), correction
+                losses_SC[step, : len(active)] = losses
+        return losses_SC, rows, (self.bank.theta_CP - begin_CP).cpu(), correction
 
     def _step(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""
         batches = [job.batches[step] for job in jobs]
-        items: list[_Item] = []
+        items: list[Item] = []
         for client, (job, batch) in enumerate(zip(jobs, batches, strict=True)):
             num_supervised = sum(row.num_supervised for row in batch)
             for number, row in enumerate(batch):
                 weight = 1 / (row.num_supervised if job.example_clip else num_supervised)
                 dropout = job.training.dropout
                 seed = row_seed(job, step, number) if dropout else 0
-                items.append(_Item(row, client, client, weight, dropout, seed))
+                items.append(Item(row, client, client, weight, dropout, seed))
         num_supervised_A = torch.tensor([sum(row.num_supervised for row in batch) for batch in batches])
         if any(job.example_clip for job in jobs):
             grad_AP, losses_A = self._clipped_gradients(jobs, items)
             return grad_AP, losses_A / num_supervised_A
         self.bank.reserve(len(jobs))
         losses_A = torch.zeros(len(jobs), dtype=torch.float64)
-        for part in self._passes(items, self._step_limit):
-            losses_A.index_add_(0, _owners(part), self._pass(part, backward=True))
+        for part in self._split(items, self._step_limit):
+            sums = self.passes.losses(part, backward=True, objective=jobs[0].objective)
+            losses_A.index_add_(0, _owners(part), sums)
         return self.bank.grad_SP, losses_A / num_supervised_A
 
     def _clipped_gradients(
-        self, jobs: Sequence[Job], items: Sequence[_Item]
+        self, jobs: Sequence[Job], items: Sequence[Item]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return per job the sum of its examples' gradients, each clipped, over its batch size [A, P], and
         its summed token loss [A].
 
         An example is a slot of one pass, so no more gradients are held than a pass has examples.
         """
-        parts = list(self._passes(items, self._limit))
+        parts = list(self._split(items, self._limit))
         losses_A = torch.zeros(len(jobs), dtype=torch.float64)
         total_AP = torch.zeros_like(self.bank.theta_CP[: len(jobs)])
         for part in parts:
             self.bank.reserve(max(map(len, parts)))
             slots = [replace(item, slot=slot) for slot, item in enumerate(part)]
-            losses_A.index_add_(0, _owners(part), self._pass(slots, backward=True))
+            sums = self.passes.losses(slots, backward=True, objective=jobs[0].objective)
+            losses_A.index_add_(0, _owners(part), sums)
             grad_SP = self.bank.grad_SP[: len(part)]
             # One product reads the gradients once. It also mixes 0 times a diverged client's gradient into
             # its neighbours', which are then trained again alone (`_train_group`).
@@ -200,29 +186,9 @@ class Engine:
         is_roomy = self.is_ragged and self.base.device.type == "cpu"
         return max(self._limit, CPU_STEP_TOKENS) if is_roomy else self._limit
 
-    def _passes(self, items: Sequence[_Item], limit: int) -> Iterator[list[_Item]]:
+    def _split(self, items: Sequence[Item], limit: int) -> Iterator[list[Item]]:
         """Split samples into forward passes of at most `limit` tokens."""
         return packed(items, [len(item.row.tokens) for item in items], limit)
-
-    def _pass(self, items: Sequence[_Item], *, backward: bool) -> torch.Tensor:
-        """Return every sample's summed token loss [B] of one pass; with `backward` add gradients too."""
-        # What rows share must have one adapter, one gradient where those are wanted, and no noise of its own.
-        owners = [(item.client, item.slot if backward else 0, item.seed) for item in items]
-        flat = lay_out([item.row for item in items], self.base.device, owners)
-        clients, slots, _ = zip(*(owner for owner, _ in groupby(owners)), strict=True)
-        lengths = [len(item.row.tokens) for item in items]
-        noise = noisy_rows(lengths, [item.dropout for item in items], [item.seed for item in items])
-        self.bank.route = Route(segments(flat.lengths, clients), segments(flat.lengths, slots), noise)
-        weight_B = torch.tensor(
-            [item.weight for item in items], device=self.base.device, dtype=self.bank.dtype
-        )
-        loss, losses_N = token_losses(
-            self.base.model, flat, weight_B[flat.rows_N], through_head=self.has_plain_head
-        )
-        if backward:
-            loss.backward()  # type: ignore[no-untyped-call]
-        sums_B = torch.zeros(len(items), dtype=torch.float64)
-        return sums_B.index_add_(0, flat.rows_N.cpu(), losses_N.detach().double().cpu())
 
     def _default_budget(self) -> int:
         """Return 512 on a CPU, where caches decide and a busy machine spoils a measurement; else measure."""
@@ -251,7 +217,7 @@ class Engine:
 
         def run_pass(size: int) -> None:
             self.bank.reserve(1)
-            self._pass([_Item(row(number), 0, 0, 1.0) for number in range(size // 64)], backward=True)
+            self.passes.losses([Item(row(number), 0, 0, 1.0) for number in range(size // 64)], backward=True)
 
         with attached(self.base.model, self.bank), self._attention():
             return measured_budget(run_pass, self.base.device)
@@ -268,59 +234,80 @@ class Engine:
         Jobs may share an adapter (the same vector object) or each bring their own, of any rank.
         """
         done: list[ClientEvaluation] = []
-        for group in _by_adapters(jobs):
+        for group in by_adapters(jobs):
             adapters = {id(job.vector): (job.vector, job.layout or self.layout) for job in group}
             place = {key: row for row, key in enumerate(adapters)}
             widest = max((layout for _, layout in adapters.values()), key=lambda layout: layout.rank)
             vectors = [with_rank(vector, layout, widest.rank) for vector, layout in adapters.values()]
             self.bank.load(widest, vectors, [layout.scale for _, layout in adapters.values()])
             items = [
-                _Item(row, place[id(job.vector)], number, 1.0)
+                Item(row, place[id(job.vector)], number, 1.0)
                 for number, job in enumerate(group)
                 for row in job.rows
             ]
             sums = torch.zeros(len(group), dtype=torch.float64)
             with attached(self.base.model, self.bank), self._attention():
-                for part in self._passes(items, self._limit):
+                for part in self._split(items, self._limit):
                     owners = torch.tensor([item.slot for item in part])
-                    sums.index_add_(0, owners, self._pass(part, backward=False))
+                    sums.index_add_(0, owners, self.passes.losses(part, backward=False))
             done += [_evaluation(job, float(total)) for job, total in zip(group, sums, strict=True)]
         return done
+
+    @torch.no_grad()
+    def read(
+        self, layout: AdapterLayout, vectors: Sequence[torch.Tensor], rows: Sequence[Encoded]
+    ) -> torch.Tensor:
+        """Return what the model has computed under each adapter where a learnt token is predicted, [K, N, D].
+
+        The K adapters [P] of `layout` share passes; N are the learnt tokens of all rows, in order.
+        """
+        self.bank.load(layout, vectors, [layout.scale] * len(vectors))
+        items = [Item(row, place, 0, 1.0) for place in range(len(vectors)) for row in rows]
+        with attached(self.base.model, self.bank), self._attention():
+            states = torch.cat([self.passes.states(part) for part in self._split(items, self._limit)])
+        return states.view(len(vectors), -1, states.shape[-1])
+
+    @torch.no_grad()
+    def continue_rows(
+        self,
+        layout: AdapterLayout,
+        vectors: Sequence[torch.Tensor],
+        beginnings: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        choose: Choice,
+    ) -> list[tuple[int, ...]]:
+        """Return the tokens that `choose` takes after each beginning under its own adapter, all in one batch.
+
+        `vectors[i]` [P] of `layout` goes with `beginnings[i]`; the same vector object is held once.
+        """
+        with self._whole_rows(layout, vectors):
+            return continuations(self.base, beginnings, max_new_tokens, choose)
 
     @torch.inference_mode()
     def generate(
         self, states: Sequence[AdapterState], prompts: Sequence[str], max_new_tokens: int
     ) -> list[str]:
         """Return the greedy answer of `states[i]` to `prompts[i]`, all of them in one batch."""
-        distinct = list({id(state): state for state in states}.values())
-        place = {id(state): row for row, state in enumerate(distinct)}
-        vectors = [state.vector for state in distinct]
-        self.bank.load(self.layout, vectors, [self.layout.scale] * len(distinct))
-        rows = tuple(place[id(state)] for state in states)
-        with attached(self.base.model, self.bank), self.bank.whole_rows(rows):
+        with self._whole_rows(self.layout, [state.vector for state in states]):
             return answers(self.base, prompts, max_new_tokens)
 
-
-def packed(items: Sequence[T], sizes: Sequence[int], limit: int) -> Iterator[list[T]]:
-    """Split items into runs of neighbours whose sizes add up to at most `limit`, at least one a run."""
-    run: list[T] = []
-    filled = 0
-    for item, size in zip(items, sizes, strict=True):
-        if run and filled + size > limit:
-            yield run
-            run, filled = [], 0
-        run.append(item)
-        filled += size
-    if run:
-        yield run
+    @contextmanager
+    def _whole_rows(self, layout: AdapterLayout, vectors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within the block, row i of every batch goes through adapter `vectors[i]`."""
+        distinct = list({id(vector): vector for vector in vectors}.values())
+        place = {id(vector): row for row, vector in enumerate(distinct)}
+        self.bank.load(layout, distinct, [layout.scale] * len(distinct))
+        rows = tuple(place[id(vector)] for vector in vectors)
+        with attached(self.base.model, self.bank), self.bank.whole_rows(rows):
+            yield
 
 
-def _owners(items: Sequence[_Item]) -> torch.Tensor:
+def _owners(items: Sequence[Item]) -> torch.Tensor:
     """Return the client of every sample, [B]."""
     return torch.tensor([item.client for item in items])
 
 
-def _clip_factors(jobs: Sequence[Job], items: Sequence[_Item], grad_SP: torch.Tensor) -> torch.Tensor:
+def _clip_factors(jobs: Sequence[Job], items: Sequence[Item], grad_SP: torch.Tensor) -> torch.Tensor:
     """Return what every slot's gradient is multiplied by in its own job's mean, [A, S], zero in the others'.
 
     Jobs that are not clipped have the mean in their rows' weights already: 1.
@@ -342,9 +329,10 @@ def _num_tokens(job: Job) -> int:
     return sum(len(row.tokens) for batch in job.batches for row in batch)
 
 
-def _result(job: Job, delta: torch.Tensor, loss: float, seconds: float) -> Result:
+def _result(job: Job, delta: torch.Tensor, losses: Sequence[float], seconds: float) -> Result:
     num_rows = sum(len(batch) for batch in job.batches)
-    return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds)
+    loss = sum(losses) / len(losses)
+    return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds, losses=tuple(losses))
 
 
 def _evaluation(job: EvaluationJob, total: float) -> ClientEvaluation:
@@ -352,20 +340,6 @@ def _evaluation(job: EvaluationJob, total: float) -> ClientEvaluation:
     return ClientEvaluation(
         client_id=job.client_id, loss=total / num_tokens, num_tokens=num_tokens, num_rows=len(job.rows)
     )
-
-
-def _by_adapters(jobs: Sequence[EvaluationJob]) -> Iterator[list[EvaluationJob]]:
-    """Split jobs into neighbours that bring at most MAX_ADAPTERS different adapters."""
-    group: list[EvaluationJob] = []
-    seen: set[int] = set()
-    for job in jobs:
-        if id(job.vector) not in seen and len(seen) == MAX_ADAPTERS:
-            yield group
-            group, seen = [], set()
-        group.append(job)
-        seen.add(id(job.vector))
-    if group:
-        yield group
 
 
 @lru_cache(maxsize=1)

@@ -7,10 +7,9 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.head import head_loss, precise
+from fedllm.training.head import Criterion, CrossEntropy, Head, head_loss
 
 SHORTEST_SHARED = 8  # tokens; less than that saves no more than its bookkeeping costs
 
@@ -101,12 +100,28 @@ def _shared_prefix(rows: Sequence[Encoded]) -> int:
 
 
 def token_losses(
-    model: Any, flat: FlatRow, weights_N: torch.Tensor, *, through_head: bool
+    model: Any,
+    flat: FlatRow,
+    weights_N: torch.Tensor,
+    *,
+    through_head: bool,
+    criterion: Criterion | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (sum of weights * losses, losses [N]) over the supervised tokens, in nats.
 
-    `through_head` takes the hidden states and the frozen head apart (`fedllm.training.head`); otherwise the
-    model's own forward makes the logits, for architectures that scale or cap them.
+    The loss of a token is what `criterion` says, the cross-entropy with it if nothing does.
+    """
+    states_ND = predicting_states(model, flat, through_head=through_head)
+    head = head_of(model, through_head=through_head)
+    return head_loss(states_ND, head, criterion or CrossEntropy(flat.targets_N), weights_N)
+
+
+def predicting_states(model: Any, flat: FlatRow, *, through_head: bool) -> torch.Tensor:
+    """Return what the model has computed where each supervised token is predicted, [N, D].
+
+    `through_head` takes the hidden states and the frozen head apart (`fedllm.training.head`); otherwise these
+    are the logits, by the model's own forward, for architectures that scale or cap them. `head_of` is what
+    turns either into logits.
     """
     inputs = {
         "input_ids": flat.tokens_T[None],
@@ -119,9 +134,15 @@ def token_losses(
         "use_cache": False,
     }
     if through_head:
-        head = model.get_output_embeddings()
-        hidden_ND = model.get_decoder()(**inputs).last_hidden_state[0, flat.predicting_N]
-        return head_loss(hidden_ND, head.weight, head.bias, flat.targets_N, weights_N)
-    logits_NV = model(**inputs, logits_to_keep=flat.predicting_N).logits[0]
-    losses_N = cross_entropy(logits_NV.to(precise(logits_NV.dtype)), flat.targets_N, reduction="none")
-    return (losses_N * weights_N).sum(), losses_N.detach()
+        hidden_TD: torch.Tensor = model.get_decoder()(**inputs).last_hidden_state[0]
+        return hidden_TD[flat.predicting_N]
+    logits_NV: torch.Tensor = model(**inputs, logits_to_keep=flat.predicting_N).logits[0]
+    return logits_NV
+
+
+def head_of(model: Any, *, through_head: bool) -> Head:
+    """Return the output layer that `predicting_states` has left out."""
+    if not through_head:
+        return Head()
+    layer = model.get_output_embeddings()
+    return Head(layer.weight, layer.bias)

@@ -1,11 +1,13 @@
-"""Cross-entropy through a frozen output head, a chunk of tokens at a time.
+"""A loss through a frozen output head, a chunk of tokens at a time.
 
 The head needs no gradient, so the gradient of the hidden states can be formed in the forward pass and the
-logits thrown away: never more than [CHUNK, V] of them exist. Tensor suffixes: N supervised token, D feature,
-V vocabulary.
+logits thrown away: never more than [CHUNK, V] of them exist. What the loss of a token is says a criterion:
+cross-entropy with the next token here, the divergence from a teacher in `fedllm.distillation`.
+Tensor suffixes: N supervised token, D feature, V vocabulary.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear
@@ -13,53 +15,90 @@ from torch.nn.functional import linear
 CHUNK = 256  # tokens whose logits exist at a time: 50 MB at a vocabulary of 49k
 
 
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A frozen output layer; without a weight the states are the logits already."""
+
+    weight_VD: torch.Tensor | None = None
+    bias_V: torch.Tensor | None = None
+
+    def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
+        """Return new logits [..., V] of states [..., D], in the dtype that losses are computed in."""
+        dtype = precise(states_ND.dtype)
+        if self.weight_VD is None:
+            return states_ND.to(dtype, copy=True)
+        return linear(states_ND, self.weight_VD, self.bias_V).to(dtype)
+
+    def backward(self, grad_NV: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the states [N, D] from that of the logits."""
+        if self.weight_VD is None:
+            return grad_NV
+        return grad_NV.to(self.weight_VD.dtype) @ self.weight_VD
+
+
+class Criterion(Protocol):
+    """What the loss of every supervised token is, given the model's logits there."""
+
+    def __call__(
+        self, part: slice, logits_NV: torch.Tensor, wants_grad: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the losses [n] of the tokens `part`, in nats, and where wanted their gradients [n, V].
+
+        The logits are the criterion's to overwrite.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy:
+    """-log p(target) of each token."""
+
+    targets_N: torch.Tensor
+
+    def __call__(
+        self, part: slice, logits_NV: torch.Tensor, wants_grad: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return losses and gradients; see `Criterion`."""
+        log_norm = logits_NV.logsumexp(dim=1)
+        target = self.targets_N[part, None]
+        losses = log_norm - logits_NV.gather(1, target)[:, 0]
+        if not wants_grad:
+            return losses, None
+        probabilities = logits_NV.sub_(log_norm[:, None]).exp_()
+        return losses, probabilities.scatter_add_(1, target, torch.full_like(probabilities[:, :1], -1.0))
+
+
 class HeadLoss(torch.autograd.Function):
-    """(hidden [N, D], head) -> (weighted sum of losses, token losses [N]); only hidden gets a gradient."""
+    """(states [N, D], head) -> (weighted sum of losses, token losses [N]); only the states get a gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        targets_N: torch.Tensor,
-        weights_N: torch.Tensor,
+        ctx: Any, states_ND: torch.Tensor, head: Head, criterion: Criterion, weights_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss and every token's own, in nats; see the class."""
         wants_grad = ctx.needs_input_grad[0]
-        grad_ND = torch.empty_like(hidden_ND) if wants_grad else None
-        losses_N = torch.empty(len(targets_N), device=hidden_ND.device, dtype=precise(hidden_ND.dtype))
-        for begin in range(0, len(targets_N), CHUNK):
+        grad_ND = torch.empty_like(states_ND) if wants_grad else None
+        losses_N = torch.empty(len(weights_N), device=states_ND.device, dtype=precise(states_ND.dtype))
+        for begin in range(0, len(weights_N), CHUNK):
             part = slice(begin, begin + CHUNK)
-            logits = linear(hidden_ND[part], weight_VD, bias_V).to(losses_N.dtype)
-            log_norm = logits.logsumexp(dim=1)
-            target = targets_N[part, None]
-            losses_N[part] = log_norm - logits.gather(1, target)[:, 0]
-            if grad_ND is not None:
-                probabilities = logits.sub_(log_norm[:, None]).exp_()
-                probabilities.scatter_add_(1, target, torch.full_like(probabilities[:, :1], -1.0))
-                probabilities.mul_(weights_N[part, None])
-                grad_ND[part] = probabilities.to(weight_VD.dtype) @ weight_VD
+            losses_N[part], grad_NV = criterion(part, head.logits(states_ND[part]), wants_grad)
+            if grad_ND is not None and grad_NV is not None:
+                grad_ND[part] = head.backward(grad_NV.mul_(weights_N[part, None]))
         ctx.save_for_backward(grad_ND)
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weights_N).sum(), losses_N
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient of the hidden states."""
+        """Return the gradient of the states."""
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grad_loss.to(grad_ND.dtype), None, None, None, None
+        return grad_ND * grad_loss.to(grad_ND.dtype), None, None, None
 
 
 def head_loss(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    targets_N: torch.Tensor,
-    weights_N: torch.Tensor,
+    states_ND: torch.Tensor, head: Head, criterion: Criterion, weights_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (sum of weights * losses, losses [N]) of hidden states under a frozen head, in nats."""
-    inputs = (hidden_ND, weight_VD, bias_V, targets_N, weights_N)
+    """Return (sum of weights * losses, losses [N]) of states under a frozen head, in nats."""
+    inputs = (states_ND, head, criterion, weights_N)
     loss, losses_N = HeadLoss.apply(*inputs)  # type: ignore[no-untyped-call]
     return loss, losses_N
 

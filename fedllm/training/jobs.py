@@ -1,14 +1,24 @@
 """What the engine takes and gives: a training job is one client in one round."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.models.chat import Encoded
 from fedllm.seeds import derive_seed
+from fedllm.training.head import Criterion
 from fedllm.types import LocalTraining
+
+
+class Objective(Protocol):
+    """What training asks of a row's tokens, where it is not the next token alone."""
+
+    def criterion(self, rows: Sequence[Encoded], device: torch.device) -> Criterion:
+        """Return the criterion for all supervised tokens of `rows`, in order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +31,8 @@ class Job:
     (DP-SGD, arXiv 1607.00133, without its noise); 0 takes the gradient of the batch's mean token loss.
     `seed` is where LoRA dropout draws from, row by row (`row_seed`). FedProx pulls to `anchor` [P], where it
     is not given to `start`. `movable` [P] says which values may move, if not all. `correction` [P] is added
-    to every gradient (SCAFFOLD, `fedllm.training.control_variates`).
+    to every gradient (SCAFFOLD, `fedllm.training.control_variates`). `objective` replaces the cross-entropy
+    with the next token (`fedllm.distillation`).
     """
 
     client_id: str
@@ -35,6 +46,7 @@ class Job:
     anchor: torch.Tensor | None = None
     movable: torch.Tensor | None = None
     correction: torch.Tensor | None = None
+    objective: Objective | None = None
 
 
 def row_seed(job: Job, step: int, row: int) -> int:
@@ -44,10 +56,10 @@ def row_seed(job: Job, step: int, row: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What training gave: `delta` [P] = after - before; `loss` is the mean over steps, in nats per token.
+    """What training gave: `delta` [P] = after - before; `loss` is the mean of the steps' `losses`.
 
-    Where the job had a correction, `gradient` [P] is the mean over steps of the gradient without it, each
-    clipped to the job's clip norm.
+    Losses are in nats per learnt token. Where the job had a correction, `gradient` [P] is the mean over steps
+    of the gradient without it, each clipped to the job's clip norm.
     """
 
     client_id: str
@@ -57,6 +69,7 @@ class Result:
     num_tokens: int
     seconds: float  # its share, by tokens, of the pass it was trained in
     gradient: torch.Tensor | None = None
+    losses: tuple[float, ...] = ()
 
 
 def is_finite(result: Result) -> bool:

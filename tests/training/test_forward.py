@@ -13,7 +13,7 @@ from fedllm.adapters.layout import initial_adapter
 from fedllm.models.attention import ragged
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.forward import SHORTEST_SHARED, lay_out, token_losses
-from fedllm.training.head import HeadLoss
+from fedllm.training.head import CrossEntropy, Head, head_loss
 from fedllm.training.jobs import EvaluationJob
 
 CPU = torch.device("cpu")
@@ -156,7 +156,7 @@ def test_the_chunked_head_is_cross_entropy_with_its_gradient(count: int, seed: i
     targets, weights = torch.randint(11, (count,), generator=generator), random(count).abs()
     mine, theirs = (hidden.requires_grad_() for hidden in [random(count, 4)] * 2)
     mine = mine.detach().clone().requires_grad_()
-    loss, losses = HeadLoss.apply(mine, weight, bias, targets, weights)
+    loss, losses = head_loss(mine, Head(weight, bias), CrossEntropy(targets), weights)
     expected = cross_entropy(torch.nn.functional.linear(theirs, weight, bias), targets, reduction="none")
     (expected * weights).sum().mul(3).backward()
     (3 * loss).backward()

@@ -1,0 +1,1 @@
+"""Distillation: the ensemble of client adapters taught back into one adapter."""

@@ -1,0 +1,111 @@
+"""Synthetic text: what the clients' adapters write, each client as often as its prior says.
+
+Ancestral sampling at temperature 1 draws from the law that a posterior teacher has, sum_k prior_k p_k(y), so
+the text lies where the teacher knows what it says. Many adapters write in one batch. A text depends on the
+seed and its own number alone, up to rounding: not on who shares its batch.
+Tensor suffixes: K adapter, P flat adapter, B row of a batch, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.errors import ConfigError, LayoutError, NoDataError, NonFiniteError
+from fedllm.models.chat import IGNORED, Encoded
+from fedllm.seeds import derive_seed
+from fedllm.training.engine import Engine
+
+TEXTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Texts with the adapter that wrote each and the prompt it continues, by their places."""
+
+    rows: tuple[Encoded, ...]
+    writers: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+
+def sample_texts(
+    engine: Engine,
+    adapters: Sequence[torch.Tensor],
+    priors: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
+    *,
+    number: int,
+    max_tokens: int,
+    temperature: float = 1.0,
+    seed: int,
+    layout: AdapterLayout | None = None,
+    learn_prompts: bool = False,
+    at_once: int = TEXTS_AT_ONCE,
+) -> Samples:
+    """Return `number` texts: a prompt drawn evenly, a writer by its prior [K], then at most `max_tokens` new
+    tokens up to an end token, which is part of the text.
+
+    `prompts` are beginnings of at least one token each; only what follows them is learnt, unless
+    `learn_prompts`. `adapters` [P] are of the engine's layout, or of `layout`. One that is not finite writes
+    nothing: the others take its share.
+
+    Raises:
+        ConfigError: the temperature is not above 0, or number or length is below 1.
+        LayoutError: an adapter does not fit the layout, or has no prior.
+        NoDataError: there is no prompt, or an empty one.
+        NonFiniteError: no adapter is finite.
+    """
+    layout = layout or engine.layout
+    if not (temperature > 0 and number >= 1 and max_tokens >= 1 and at_once >= 1):
+        raise ConfigError("sampling needs a temperature above 0 and at least one text of one token")
+    if len(priors) != len(adapters) or any(vector.shape != (layout.size,) for vector in adapters):
+        raise LayoutError(f"sampling needs adapters of {layout.size} values each, with one prior each")
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise NoDataError("sampling needs prompts of at least one token; a start token will do")
+    shares = _shares(adapters, priors, engine.base.dtype)
+    drawn = [np.random.Generator(np.random.PCG64(derive_seed(seed, "text", n))) for n in range(number)]
+    writers = [int(generator.choice(len(shares), p=shares)) for generator in drawn]
+    which = [int(generator.integers(len(prompts))) for generator in drawn]
+    rows: dict[int, Encoded] = {}
+    # Neighbours in length share a batch, for less padding.
+    order = sorted(range(number), key=lambda n: (len(prompts[which[n]]), writers[n]))
+    for begin in range(0, number, at_once):
+        batch = order[begin : begin + at_once]
+        beginnings = [tuple(prompts[which[n]]) for n in batch]
+        choose = _Ancestral(tuple(drawn[n] for n in batch), temperature)
+        vectors = [adapters[writers[n]] for n in batch]
+        continued = engine.continue_rows(layout, vectors, beginnings, max_tokens, choose)
+        for n, beginning, tokens in zip(batch, beginnings, continued, strict=True):
+            context = beginning if learn_prompts else (IGNORED,) * len(beginning)
+            rows[n] = Encoded(beginning + tokens, context + tokens)
+    return Samples(tuple(rows[n] for n in range(number)), tuple(writers), tuple(which))
+
+
+def _shares(adapters: Sequence[torch.Tensor], priors: torch.Tensor, dtype: torch.dtype) -> list[float]:
+    """Return the priors of the finite adapters, as shares of 1."""
+    sound_K = torch.tensor([bool(vector.to(dtype).isfinite().all()) for vector in adapters])
+    shares_K = priors.double() * sound_K
+    if not bool(shares_K.sum() > 0):
+        raise NonFiniteError("sampling: no client's adapter is finite, so there is nobody to write")
+    shares: list[float] = (shares_K / shares_K.sum()).tolist()
+    return shares
+
+
+@dataclass(frozen=True, eq=False)
+class _Ancestral:
+    """Draws the next token of every row from its law, by the row's own random numbers."""
+
+    generators: tuple[np.random.Generator, ...]
+    temperature: float
+
+    def __call__(self, number: int, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Return the tokens [B]; row b takes the first token at which the sum of probabilities passes u_b."""
+        law_BV = (logits_BV.double() / self.temperature).softmax(dim=1)
+        # An adapter that overflowed has no law; an even one keeps the batch going.
+        law_BV = torch.where(law_BV.isfinite().all(dim=1, keepdim=True), law_BV, 1.0)
+        sums_BV = law_BV.cumsum(dim=1)
+        u_B1 = torch.tensor([[g.random()] for g in self.generators], device=logits_BV.device)
+        places_B1 = torch.searchsorted(sums_BV, u_B1.double() * sums_BV[:, -1:], right=True)
+        return places_B1[:, 0].clamp(max=law_BV.shape[1] - 1)
