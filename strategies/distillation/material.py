@@ -143,7 +143,8 @@ def _written(
             max_tokens=length,
             seed=derive_seed(config.seed, name, round_num),
         )
-        return [(sample.row, adapters[sample.writer].client_id) for sample in samples]
+        writers = (adapters[place].client_id for place in samples.writers)
+        return list(zip(samples.rows, writers, strict=True))
 
     asked = [prompt.strip() for prompt in config.evaluation.prompts.split("||") if prompt.strip()]
     begins = [text.example.turns[:-1] for text in split.train if text.example.turns] if split else []

@@ -42,7 +42,7 @@ def weights_by_domain(
     domains: Sequence[str],
 ) -> dict[str, dict[str, float]]:
     """Return the mean weight of every teacher over the predicted tokens of each domain's rows."""
-    by_row = weights_NK.double().split([row.num_supervised for row in rows])
+    by_row = torch.split(weights_NK.double(), [row.num_supervised for row in rows])
     return {
         domain: dict(zip(clients, torch.cat(found).mean(dim=0).tolist(), strict=True))
         for domain, found in by_domain(domains, by_row).items()

@@ -5,8 +5,10 @@ aggregate; the loss is the forward KL of `fedllm.distillation`. The base model i
 and not before. Whatever goes wrong here costs the step and never the round.
 """
 
+import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +18,7 @@ from fedllm.config import RunConfig
 from fedllm.distillation.student import StudentTraining, distil, supervised
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
-from fedllm.errors import FedLLMError, RunFailedError
+from fedllm.errors import FedLLMError, NonFiniteError, RunFailedError
 from fedllm.models.base import load_base
 from fedllm.models.drifted import drifted
 from fedllm.models.files import first_line
@@ -113,15 +115,16 @@ def _step(
     with drifted(engine.base, after.drift):
         old = loss_of(engine, after.adapter, material.held_out, material.held_out_domains)
         training = student_training(config, after.round_num)
-        result = distil(engine, after.adapter, targets, training)
-        student = result.adapter
-        new = Loss(float("nan"), {})
-        if bool(torch.isfinite(student.vector).all()):
+        student, new, num_tokens = after.adapter, Loss(math.nan, {}), 0
+        with suppress(NonFiniteError):  # a student that diverged has no loss, and its gate says so
+            result = distil(engine, after.adapter, targets, training)
+            student, num_tokens = result.adapter, result.num_tokens
             new = loss_of(engine, student, material.held_out, material.held_out_domains)
         control = None
         if config.distill.control:
-            tuned = supervised(engine, after.adapter, material.rows, training).adapter
-            control = loss_of(engine, tuned, material.held_out, material.held_out_domains).mean
+            with suppress(NonFiniteError):
+                tuned = supervised(engine, after.adapter, material.rows, training).adapter
+                control = loss_of(engine, tuned, material.held_out, material.held_out_domains).mean
     kept, reason = judged(old.mean, new.mean, material.held_out_text)
     clients = [adapter.client_id for adapter in adapters]
     record = DistilRecord(
@@ -143,7 +146,7 @@ def _step(
         weights=weights_by_domain(targets.weights_NK, clients, material.rows, material.domains),
         domains_before=old.domains,
         domains_after=new.domains,
-        num_tokens=result.num_tokens,
+        num_tokens=num_tokens,
         target_bytes=targets.num_bytes,
     )
     return student if kept else after.adapter, record

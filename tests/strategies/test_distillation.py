@@ -1,6 +1,7 @@
 """The distillation step beside the round loop: what it keeps, what it refuses, what it leaves as it was."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from clients.client_app import app
 from clients.holder import open_holder
@@ -24,18 +26,49 @@ from strategies.distillation.words import in_short, sentence
 from strategies.rounds import next_round
 from strategies.run import run_federation
 from strategies.session import Watch
-from tests.strategies.conftest import NAMES, WORDS
+
+NAMES = ("anna", "ben", "cleo", "dora")
+WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "index", "key", "name", "order")
 
 CHEAP = {
     "distill.when": "every",
     "distill.num-texts": 12,
-    "distill.max-tokens": 24,
-    "distill.steps": 6,
+    "distill.max-tokens": 48,
+    "distill.steps": 10,
     "distill.batch-size": 4,
-    "distill.learning-rate": 0.02,
+    "distill.learning-rate": 0.005,
     "distill.top-k": 16,
 }
 STEP = DistilRecord(kept=True, reason="the held-out public loss improved", before=3.0, after=2.5)
+
+
+@pytest.fixture(scope="module")
+def model_folder(make_model_folder: Callable, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Write a tiny model that can be sure of something: with small embeddings all its laws are nearly even."""
+    folder = tmp_path_factory.mktemp("sure")
+    shutil.copytree(make_model_folder(), folder, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_input_embeddings().weight.data *= 6
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make_config(make_config: Callable, model_folder: str) -> Callable[..., RunConfig]:
+    """Return a function (flat overrides) -> the tiny federation on that model, trained so that it learns."""
+
+    def make(overrides: dict[str, Any] | None = None) -> RunConfig:
+        learning = {
+            "model.name": model_folder,
+            "lora.rank": 4,
+            "lora.target-modules": "all-linear",
+            "train.local-steps": 20,
+            "train.learning-rate": 0.02,
+        }
+        config: RunConfig = make_config({**learning, **(overrides or {})})
+        return config
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +76,10 @@ def public_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Write public rows of the clients' kind, which no client has."""
     path = tmp_path_factory.mktemp("public") / "public.jsonl"
     rows = [
-        {"instruction": f"eve {row}?", "output": f"Return the {WORDS[row % 12]} of a {WORDS[(5 * row + 1) % 12]}."}
+        {
+            "instruction": f"eve {row}?",
+            "output": f"Return the {WORDS[row % 12]} of a {WORDS[(5 * row + 1) % 12]}.",
+        }
         for row in range(40)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -91,17 +127,23 @@ def timeless(record: RoundRecord) -> dict[str, Any]:
     return {**values, "distil": values["distil"] and {**values["distil"], "seconds": 0}}
 
 
-@pytest.mark.parametrize(
-    ("when", "expected"), [("never", []), ("last", [3]), ("every", [1, 2, 3])]
-)
+@pytest.mark.parametrize(("when", "expected"), [("never", []), ("last", [3]), ("every", [1, 2, 3])])
 def test_a_step_is_due_never_in_the_last_round_or_in_every_one(when: str, expected: list[int]) -> None:
     config = RunConfig.from_flat({"distill.when": when})
     assert [number for number in (1, 2, 3) if is_due(config, number)] == expected
 
 
-def update(client: str, weight: float, delta: torch.Tensor, rank: int = 2, round_num: int = 1) -> ClientUpdate:
+def update(
+    client: str, weight: float, delta: torch.Tensor, rank: int = 2, round_num: int = 1
+) -> ClientUpdate:
     return ClientUpdate(
-        client_id=client, round_num=round_num, rank=rank, delta=delta, weight=weight, num_tokens=1, train_loss=1.0
+        client_id=client,
+        round_num=round_num,
+        rank=rank,
+        delta=delta,
+        weight=weight,
+        num_tokens=1,
+        train_loss=1.0,
     )
 
 
@@ -162,7 +204,9 @@ def test_a_step_that_is_kept_changes_the_adapter_and_says_what_it_did(run: Calla
 
 
 @pytest.mark.parametrize("rate", [30.0, 1e30])
-def test_a_harmful_step_is_refused_and_the_aggregate_stays(rate: float, run: Callable, public_file: str) -> None:
+def test_a_harmful_step_is_refused_and_the_aggregate_stays(
+    rate: float, run: Callable, public_file: str
+) -> None:
     plain, _ = run("plain", **{"federation.num-rounds": 1})
     absurd = {**CHEAP, "distill.text": public_file, "distill.learning-rate": rate, "federation.num-rounds": 1}
     state, notices = run("absurd", **absurd)
@@ -291,24 +335,32 @@ def test_a_garbage_client_loses_its_weight(trained: Callable, public_file: str) 
     _, step = distilled(with_public(session, public_file), before, after, (*adapters, garbage))
     weights = step.weights["public"]
     total = sum(adapter.weight for adapter in (*adapters, garbage))
-    assert weights["mallory"] < 0.5 * garbage.weight / total, "it began with its prior and lost it token by token"
+    assert weights["mallory"] < 0.5 * garbage.weight / total, (
+        "it began with its prior and lost it token by token"
+    )
     assert step.teacher == "posterior"
+
+
+def unlearnt(start: AdapterState, vector: torch.Tensor) -> torch.Tensor:
+    """Return an adapter that expects what was learnt less than the base model does: B turned around."""
+    turned = vector.clone()
+    for _, b in start.layout.factors(turned):
+        b *= -3.0
+    return turned
 
 
 def test_public_text_in_no_clients_support_weighs_all_clients_alike_and_says_so(
     trained: Callable, public_file: str
 ) -> None:
     session, before, after, adapters = trained()
-    generator = torch.Generator().manual_seed(0)
-    lost = [
-        replace(adapter, vector=2.0 * torch.randn(adapter.vector.shape, generator=generator))
-        for adapter in adapters
-    ]
-    adapter, step = distilled(with_public(session, public_file), before, after, lost)
+    lost = [replace(adapter, vector=unlearnt(before.adapter, adapter.vector)) for adapter in adapters]
+    _, step = distilled(with_public(session, public_file), before, after, lost)
     assert step.teacher == "uniform"
     assert "in no client's support" in step.reason
     assert all(
-        weight == pytest.approx(0.25, abs=1e-6) for weights in step.weights.values() for weight in weights.values()
+        weight == pytest.approx(0.25, abs=1e-6)
+        for weights in step.weights.values()
+        for weight in weights.values()
     )
     assert not step.kept or step.after < step.before
 
@@ -387,7 +439,7 @@ def test_public_text_that_cannot_be_read_ends_a_run_before_its_first_round(run: 
     ("flat", "words"),
     [
         ({"distill.text": " "}, "distill.text is empty"),
-        ({"wire.node-sum": True}, "a sum hides them"),
+        ({"wire.node-sum": True, "aggregation.read-out": "factor-mean"}, "a sum hides them"),
         ({"aggregation.preset": "fedsa"}, "never sees a B"),
         ({"distill.gate": "clients", "data.held-out-fraction": 0.0}, "rows that clients keep"),
         ({"distill.gate": "clients", "data.max-held-out": 0}, "rows that clients keep"),
