@@ -17,6 +17,10 @@ from fedllm.distillation.targets import Targets
 from fedllm.errors import ConfigError
 from fedllm.models.chat import Encoded
 
+# Nats below which a token counts as learnt and gives no gradient. What 16 bits round is less than a fifth of
+# it; AdamW has no scale of its own and would take a whole step along such rounding.
+RESOLUTION = 1e-5
+
 # (teacher's, student's log-probabilities of the buckets [n, b]) -> divergence [n] in nats
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -76,12 +80,13 @@ class Buckets:
             student_nb = torch.cat([student_nb, tail_n1], dim=1)
         else:
             teacher_nb = teacher_nb[:, :-1].log_softmax(dim=1)
-        with torch.enable_grad():
-            student_nb = student_nb.detach().requires_grad_(wants_grad)
-            losses_n = self.divergence(teacher_nb, student_nb)
         if not wants_grad:
-            return losses_n, None
-        (grad_nb,) = torch.autograd.grad(losses_n.sum(), student_nb)
+            return self.divergence(teacher_nb, student_nb), None
+        with torch.enable_grad():  # through the few numbers of the buckets, never the vocabulary
+            student_nb = student_nb.detach().requires_grad_()
+            losses_n = self.divergence(teacher_nb, student_nb)
+            (grad_nb,) = torch.autograd.grad(losses_n.sum(), student_nb)
+        grad_nb.masked_fill_((losses_n < RESOLUTION)[:, None], 0.0)
         grad_NV = logits_NV.exp_().mul_(-grad_nb.sum(dim=1, keepdim=True))
         grad_NV.scatter_add_(1, ids_nk, grad_nb[:, : ids_nk.shape[1]].contiguous())
         if has_tail:

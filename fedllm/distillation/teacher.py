@@ -129,7 +129,9 @@ class _Ensemble:
         """Return every adapter's states at the learnt tokens of `rows`, [K, N, D]."""
         adapters = [self.teacher.adapters[place] for place in self.sound]
         return _in_groups(
-            lambda group: self.engine.read(self.teacher.layout, group, rows), adapters, self.at_once
+            lambda group: self.engine.read(self.teacher.layout, group, rows),
+            adapters,
+            min(self.at_once, len(adapters)),
         )
 
     def say(self, row: Encoded, states_KTD: torch.Tensor, dead_K: torch.Tensor) -> Iterator[Mixed]:

@@ -1,0 +1,156 @@
+"""The law of an ensemble, against laws that are written down as tables."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from fedllm.distillation.mixture import Mixing, mix, mixture_weights
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+VOCABULARY, LENGTH = 3, 4
+
+
+def tables(number: int, seed: int, hole: bool = False) -> list[dict[tuple[int, ...], torch.Tensor]]:
+    """Return clients' laws: to every history its own law of the next token; with `hole` some never occur."""
+    generator = torch.Generator().manual_seed(seed)
+    clients = []
+    for _ in range(number):
+        laws = {}
+        for length in range(LENGTH):
+            for history in product(range(VOCABULARY), repeat=length):
+                law = torch.rand(VOCABULARY, generator=generator, dtype=torch.float64) + 0.01
+                if hole:
+                    law = law * (torch.rand(VOCABULARY, generator=generator) > 0.3)
+                    law[int(torch.randint(VOCABULARY, (1,), generator=generator))] += 0.1
+                laws[history] = law / law.sum()
+        clients.append(laws)
+    return clients
+
+
+def joint(laws: dict[tuple[int, ...], torch.Tensor], text: tuple[int, ...]) -> float:
+    """Return the probability of a text's beginning."""
+    probability = 1.0
+    for place, token in enumerate(text):
+        probability *= float(laws[text[:place]][token])
+    return probability
+
+
+def pooled_law(
+    clients: list[dict[tuple[int, ...], torch.Tensor]], priors: torch.Tensor, history: tuple[int, ...]
+) -> torch.Tensor:
+    """Return the next-token law of the pooled text, by its definition: a ratio of joint probabilities."""
+    together = [
+        sum(
+            float(prior) * joint(laws, (*history, token)) for prior, laws in zip(priors, clients, strict=True)
+        )
+        for token in range(VOCABULARY)
+    ]
+    return torch.tensor(together, dtype=torch.float64) / sum(together)
+
+
+def all_logits(clients: list[dict[tuple[int, ...], torch.Tensor]], text: tuple[int, ...]) -> torch.Tensor:
+    """Return every client's logits [K, T, V] along a text; any constant may be added to those of a token."""
+    laws = [[laws[text[:place]] for place in range(len(text))] for laws in clients]
+    return torch.stack([torch.stack(row) for row in laws]).log() + 1.7
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("split", [0, 1, 3])
+def test_the_posterior_mixture_is_the_model_of_the_pooled_text(seed: int, split: int) -> None:
+    clients, priors = tables(4, seed), torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
+    mixing = Mixing("posterior", priors.log())
+    for text in product(range(VOCABULARY), repeat=LENGTH):
+        logits, tokens = all_logits(clients, text), torch.tensor(text)
+        evidence = torch.zeros(4, dtype=torch.float64)
+        found = []
+        for part in (slice(0, split), slice(split, LENGTH)):
+            if part.stop > part.start:
+                mixed = mix(logits[:, part].clone(), tokens[part], mixing, evidence)
+                evidence = mixed.evidence_K
+                found.append(mixed)
+        laws = torch.cat([mixed.law_TV for mixed in found])
+        expected = torch.stack([pooled_law(clients, priors, text[:place]) for place in range(LENGTH)])
+        torch.testing.assert_close(laws, expected, **EXACT)
+        said = torch.cat([mixed.target_T for mixed in found])
+        pooled = sum(float(p) * joint(laws, text) for p, laws in zip(priors, clients, strict=True))
+        assert float(said.sum().exp()) == pytest.approx(pooled, rel=1e-12)
+
+
+def test_the_uniform_mixture_is_not_the_pooled_model() -> None:
+    clients, priors = tables(2, 0), torch.full((2,), 0.5, dtype=torch.float64)
+    text = (0, 1, 2, 0)
+    mixed = mix(
+        all_logits(clients, text),
+        torch.tensor(text),
+        Mixing("uniform", priors.log()),
+        torch.zeros(2).double(),
+    )
+    assert float((mixed.law_TV[3] - pooled_law(clients, priors, text[:3])).abs().max()) > 1e-2
+    torch.testing.assert_close(mixed.law_TV[0], pooled_law(clients, priors, ()), **EXACT)
+
+
+def test_a_text_that_a_client_never_writes_takes_its_weight_for_good() -> None:
+    clients, priors = tables(3, 5, hole=True), torch.ones(3, dtype=torch.float64)
+    for text in product(range(VOCABULARY), repeat=LENGTH):
+        chances = torch.tensor([[joint(laws, text[:t]) for laws in clients] for t in range(LENGTH)])
+        log_probs = torch.stack(
+            [torch.stack([laws[text[:t]][text[t]] for laws in clients]) for t in range(LENGTH)]
+        ).log()
+        weights = mixture_weights(log_probs, priors.log())
+        possible = chances.sum(dim=1) > 0
+        expected = (chances / chances.sum(dim=1, keepdim=True)).double()
+        expected[~possible] = 1 / 3  # impossible to all: the priors decide
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+        assert bool((weights[(chances == 0) & possible[:, None]] == 0).all())
+
+
+def test_weights_begin_with_the_priors_in_every_row_and_sum_to_one() -> None:
+    log_probs = -10 * torch.rand(9, 3, dtype=torch.float64)
+    priors = torch.tensor([1.0, 2.0, 5.0])
+    weights = mixture_weights(log_probs, priors.log(), 1.0, (0, 4, 5))
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(9, dtype=torch.float64), **EXACT)
+    for start in (0, 4, 5):
+        torch.testing.assert_close(weights[start], priors.double() / 8, rtol=0, atol=1e-7)
+    alone = mixture_weights(log_probs[5:], priors.log())
+    torch.testing.assert_close(weights[5:], alone, **EXACT)
+
+
+def test_a_weight_looks_at_no_token_that_it_helps_to_predict() -> None:
+    log_probs = -10 * torch.rand(8, 3, dtype=torch.float64)
+    changed = log_probs.clone()
+    changed[5] -= torch.tensor([0.0, 3.0, 1.0], dtype=torch.float64)
+    before, after = (mixture_weights(values, torch.zeros(3)) for values in (log_probs, changed))
+    assert torch.equal(before[:6], after[:6])
+    assert not torch.allclose(before[6:], after[6:])
+
+
+def test_equal_clients_keep_their_priors() -> None:
+    log_probs = (-10 * torch.rand(40, 1, dtype=torch.float64)).expand(-1, 5)
+    weights = mixture_weights(log_probs, torch.zeros(5))
+    torch.testing.assert_close(weights, torch.full((40, 5), 0.2, dtype=torch.float64), **EXACT)
+
+
+def test_temper_scales_the_evidence_and_floor_deals_out_a_share() -> None:
+    log_probs = -10 * torch.rand(7, 3, dtype=torch.float64)
+    log_priors = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    evidence = torch.cat([torch.zeros(1, 3), log_probs.cumsum(dim=0)[:-1]])
+    for temper in (0.0, 0.3, 1.0, 2.0):
+        expected = torch.softmax(log_priors + temper * evidence, dim=1)
+        torch.testing.assert_close(mixture_weights(log_probs, log_priors, temper), expected, **EXACT)
+    floored = mixture_weights(log_probs, log_priors, 1.0, (0,), 0.3)
+    torch.testing.assert_close(floored, 0.7 * torch.softmax(log_priors + evidence, dim=1) + 0.1, **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["posterior", "uniform", "logit-mean"])
+def test_a_teacher_left_out_is_as_one_that_was_never_there(kind: str) -> None:
+    logits = torch.randn(3, 5, 11, dtype=torch.float64)
+    tokens = torch.randint(11, (5,))
+    log_priors = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    all_three = Mixing(kind, log_priors, floor=0.1).without(torch.tensor([False, True, False]))
+    kept = Mixing(kind, log_priors[[0, 2]], floor=0.1)
+    found = mix(logits.clone(), tokens, all_three, torch.zeros(3, dtype=torch.float64))
+    expected = mix(logits[[0, 2]].clone(), tokens, kept, torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(found.law_TV, expected.law_TV, **EXACT)
+    torch.testing.assert_close(found.target_T, expected.target_T, **EXACT)
+    assert bool((found.weights_TK[:, 1] == 0).all())
