@@ -27,39 +27,47 @@ from strategies.rounds import next_round
 from strategies.run import run_federation
 from strategies.session import Watch
 
-NAMES = ("anna", "ben", "cleo", "dora")
+FORMS = {
+    "anna": "Return the {} of a {}.",
+    "ben": "open every {} near my {}!",
+    "cleo": "NEVER SORT {} BEFORE {}",
+    "dora": "(raise) {} => {} (fails)",
+}
+NAMES = tuple(FORMS)
 WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "index", "key", "name", "order")
 
 CHEAP = {
     "distill.when": "every",
-    "distill.num-texts": 12,
+    "distill.num-texts": 24,
     "distill.max-tokens": 48,
-    "distill.steps": 10,
+    "distill.steps": 20,
     "distill.batch-size": 4,
     "distill.learning-rate": 0.005,
-    "distill.top-k": 16,
+    "distill.top-k": 64,
 }
+FEW = {"distill.num-texts": 8, "distill.steps": 3, "train.local-steps": 4}
 STEP = DistilRecord(kept=True, reason="the held-out public loss improved", before=3.0, after=2.5)
 
 
 @pytest.fixture(scope="module")
 def model_folder(make_model_folder: Callable, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Write a tiny model that can be sure of something: with small embeddings all its laws are nearly even."""
+    """Write a tiny model that can be sure of something: with small embeddings its laws are nearly even."""
     folder = tmp_path_factory.mktemp("sure")
     shutil.copytree(make_model_folder(), folder, dirs_exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.get_input_embeddings().weight.data *= 6
+    model.get_input_embeddings().weight.data *= 12
     model.save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture
-def make_config(make_config: Callable, model_folder: str) -> Callable[..., RunConfig]:
+def make_config(make_config: Callable, model_folder: str, private_file: str) -> Callable[..., RunConfig]:
     """Return a function (flat overrides) -> the tiny federation on that model, trained so that it learns."""
 
     def make(overrides: dict[str, Any] | None = None) -> RunConfig:
         learning = {
             "model.name": model_folder,
+            "data.source": private_file,
             "lora.rank": 4,
             "lora.target-modules": "all-linear",
             "train.local-steps": 20,
@@ -71,19 +79,27 @@ def make_config(make_config: Callable, model_folder: str) -> Callable[..., RunCo
     return make
 
 
+def write_rows(path: Path, number: int, first: int) -> str:
+    """Write rows of four clients who have learnt to answer in four ways."""
+    lines = []
+    for client, form in FORMS.items():
+        for row in range(first, first + number):
+            words = WORDS[row % 12], WORDS[(row // 12 + 5 * row + 1) % 12]
+            line = {"instruction": f"{words[0]} {words[1]}?", "output": form.format(*words), "client": client}
+            lines.append(json.dumps(line) + "\n")
+    path.write_text("".join(lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def private_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_rows(tmp_path_factory.mktemp("private") / "private.jsonl", 24, 0)
+
+
 @pytest.fixture(scope="module")
 def public_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Write public rows of the clients' kind, which no client has."""
-    path = tmp_path_factory.mktemp("public") / "public.jsonl"
-    rows = [
-        {
-            "instruction": f"eve {row}?",
-            "output": f"Return the {WORDS[row % 12]} of a {WORDS[(5 * row + 1) % 12]}.",
-        }
-        for row in range(40)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    """Write public rows of the clients' four kinds, which no client has."""
+    return write_rows(tmp_path_factory.mktemp("public") / "public.jsonl", 12, 24)
 
 
 @pytest.fixture
@@ -134,7 +150,7 @@ def test_a_step_is_due_never_in_the_last_round_or_in_every_one(when: str, expect
 
 
 def update(
-    client: str, weight: float, delta: torch.Tensor, rank: int = 2, round_num: int = 1
+    client: str, weight: float, delta: torch.Tensor, rank: int = 4, round_num: int = 1
 ) -> ClientUpdate:
     return ClientUpdate(
         client_id=client,
@@ -185,8 +201,8 @@ def test_a_step_that_is_kept_changes_the_adapter_and_says_what_it_did(run: Calla
     assert step.after < step.before
     assert state.records[-1].adapter == state.adapter.digest != plain.adapter.digest
     assert (step.teacher, step.text, step.held_out_text) == ("posterior", "synthetic", "synthetic")
-    assert (step.num_teachers, step.num_held_out) == (4, 3)
-    assert 0 < step.num_texts <= 12
+    assert (step.num_teachers, step.num_held_out) == (4, 6)
+    assert 0 < step.num_texts <= 24
     assert step.control is None
     assert step.num_tokens > 0
     assert step.target_bytes > 0
@@ -203,7 +219,7 @@ def test_a_step_that_is_kept_changes_the_adapter_and_says_what_it_did(run: Calla
     assert not any(name in card for name in NAMES), "a card names no data holder"
 
 
-@pytest.mark.parametrize("rate", [30.0, 1e30])
+@pytest.mark.parametrize("rate", [1.0, 1e30])
 def test_a_harmful_step_is_refused_and_the_aggregate_stays(
     rate: float, run: Callable, public_file: str
 ) -> None:
@@ -226,17 +242,17 @@ def test_public_text_is_held_out_by_document_and_the_control_has_equal_tokens(
         state, notices = run(kind, **flat)
         (step,) = steps_of(state)
         assert (step.text, step.held_out_text) == (kind, "public")
-        assert step.num_held_out == (3 if kind == "public" else 2)
-        assert set(step.domains_before) == {"public"}
+        assert step.num_held_out == (6 if kind == "public" else 3)
+        assert set(step.domains_before) <= set(NAMES)
         assert step.control is not None
         assert any("fine-tuning on the same texts" in line for line in notices)
 
 
-@pytest.mark.parametrize("read_out", ["factor-mean", "residual", "stack", "projection"])
+@pytest.mark.parametrize("read_out", ["residual", "stack"])
 def test_the_student_learns_on_the_base_the_round_leaves(
     read_out: str, run: Callable, public_file: str
 ) -> None:
-    """With `residual` and `stack` that base is another than the teachers'; the loss before tells it."""
+    """It is another than the teachers'; were it not, the loss before would not be the aggregate's."""
     flat = {**CHEAP, "aggregation.read-out": read_out, "distill.text": public_file}
     state, _ = run(read_out, **flat)
     first, second = steps_of(state)
@@ -253,7 +269,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
         if record.round_num == stopped_in:
             raise KeyboardInterrupt
 
-    flat = {**CHEAP, "distill.text": f"synthetic+{public_file}"}
+    flat = {**CHEAP, **FEW, "distill.text": f"synthetic+{public_file}"}
     whole, _ = run("whole", **flat)
     with pytest.raises(KeyboardInterrupt):
         run("stopped", stop, **flat)
@@ -264,7 +280,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
 
 
 def test_a_run_that_distils_at_its_end_cannot_be_made_longer(run: Callable) -> None:
-    flat = {**CHEAP, "distill.when": "last"}
+    flat = {**CHEAP, **FEW, "distill.when": "last"}
     run("short", **flat)
     with pytest.raises(ConfigError, match=r"federation\.num-rounds was 2, now 3"):
         run("short", **flat, **{"run.resume": True, "federation.num-rounds": 3})
@@ -328,40 +344,51 @@ def with_public(session: Any, source: str, **flat: Any) -> Any:
     return replace(session, config=config, public_text=open_public_text(config))
 
 
+def test_every_client_is_heard_where_its_own_text_is(trained: Callable, public_file: str) -> None:
+    session, before, after, adapters = trained()
+    adapter, step = distilled(with_public(session, public_file), before, after, adapters)
+    assert set(step.weights) == set(NAMES)
+    for domain, weights in step.weights.items():
+        assert weights[domain] > 0.7
+    assert step.kept
+    assert step.ensemble < step.after < step.before < step.base
+    assert 0 < step.gap_closed < 1
+    assert adapter.digest != after.adapter.digest
+
+
 def test_a_garbage_client_loses_its_weight(trained: Callable, public_file: str) -> None:
     session, before, after, adapters = trained()
     noise = torch.randn(after.adapter.layout.size, generator=torch.Generator().manual_seed(0))
-    garbage = ClientAdapter("mallory", 100.0, 2.0 * noise)
+    garbage = ClientAdapter("mallory", sum(adapter.weight for adapter in adapters), 2.0 * noise)
     _, step = distilled(with_public(session, public_file), before, after, (*adapters, garbage))
-    weights = step.weights["public"]
-    total = sum(adapter.weight for adapter in (*adapters, garbage))
-    assert weights["mallory"] < 0.5 * garbage.weight / total, (
-        "it began with its prior and lost it token by token"
-    )
     assert step.teacher == "posterior"
+    for weights in step.weights.values():
+        assert weights["mallory"] < 0.2, "before the first token it has half of all weight"
+    assert step.kept
 
 
-def unlearnt(start: AdapterState, vector: torch.Tensor) -> torch.Tensor:
-    """Return an adapter that expects what was learnt less than the base model does: B turned around."""
-    turned = vector.clone()
-    for _, b in start.layout.factors(turned):
-        b *= -3.0
+def unlearnt(adapter: AdapterState) -> torch.Tensor:
+    """Return an adapter [P] that expects what was learnt less than the base model does: B turned around."""
+    turned = adapter.vector.clone()
+    for _, b in adapter.layout.factors(turned):
+        b *= -1
     return turned
 
 
 def test_public_text_in_no_clients_support_weighs_all_clients_alike_and_says_so(
-    trained: Callable, public_file: str
+    trained: Callable, make_model_folder: Callable, public_file: str
 ) -> None:
-    session, before, after, adapters = trained()
-    lost = [replace(adapter, vector=unlearnt(before.adapter, adapter.vector)) for adapter in adapters]
+    session, before, after, adapters = trained(**{"model.name": str(make_model_folder())})
+    layout = after.adapter.layout
+    lost = [
+        replace(adapter, vector=unlearnt(AdapterState(layout, adapter.vector)), weight=1.0 + number)
+        for number, adapter in enumerate(adapters)
+    ]
     _, step = distilled(with_public(session, public_file), before, after, lost)
     assert step.teacher == "uniform"
     assert "in no client's support" in step.reason
-    assert all(
-        weight == pytest.approx(0.25, abs=1e-6)
-        for weights in step.weights.values()
-        for weight in weights.values()
-    )
+    for weights in step.weights.values():
+        assert list(weights.values()) == pytest.approx([0.25] * 4)
     assert not step.kept or step.after < step.before
 
 
@@ -391,7 +418,7 @@ def test_the_gate_wants_a_lower_loss(after: float, kept: bool) -> None:
 
 
 def test_clients_roll_back_what_would_worsen_their_own_loss(trained: Callable) -> None:
-    session, before, after, _ = trained()
+    session, _, after, _ = trained()
     noise = torch.randn(after.adapter.layout.size, generator=torch.Generator().manual_seed(0))
     worse = replace(after, adapter=AdapterState(after.adapter.layout, 2.0 * noise))
     asked = ask_clients(session, after, worse, STEP)
@@ -413,9 +440,9 @@ def test_clients_who_measure_nothing_accept_nothing(make_config: Callable, open_
 
 
 def test_the_gate_of_clients_measures_in_the_round_itself(run: Callable, public_file: str) -> None:
+    plain, _ = run("plain", **{"evaluation.every": 1, "federation.num-rounds": 1})
     flat = {**CHEAP, "distill.text": public_file, "distill.gate": "clients", "evaluation.every": 1}
     state, _ = run("gated", **flat)
-    plain, _ = run("plain", **{"evaluation.every": 1})
     for record in state.records[1:]:
         step = record.distil
         assert step is not None

@@ -25,9 +25,7 @@ WORDS = tuple(f"word{number}" for number in range(15))
 
 def texts_of(domain: str, number: int) -> list[PublicText]:
     return [
-        PublicText(
-            Example(text=f"{domain} " + " ".join(f"{word}{row}" for word in WORDS)), f"{domain}{row}", domain
-        )
+        PublicText(Example(text=" ".join(f"{domain}{row}{word}" for word in WORDS)), f"{domain}{row}", domain)
         for row in range(number)
     ]
 
