@@ -368,10 +368,10 @@ def test_a_garbage_client_loses_its_weight(trained: Callable, public_file: str) 
 
 
 def unlearnt(adapter: AdapterState) -> torch.Tensor:
-    """Return an adapter [P] that expects what was learnt less than the base model does: B turned around."""
+    """Return an adapter [P] that expects what was learnt less than the base model does: B turned round."""
     turned = adapter.vector.clone()
     for _, b in adapter.layout.factors(turned):
-        b *= -1
+        b *= -0.2
     return turned
 
 
