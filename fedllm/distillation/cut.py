@@ -32,7 +32,7 @@ NUM_LAST = 2  # layers at the end that stay; the first stays too
 
 @torch.no_grad()
 def layer_angles(base: BaseModel, rows: Sequence[Encoded]) -> tuple[float, ...]:
-    """Return how far each layer turns its input: mean angle over all tokens as a share of half a turn, 0 to 1.
+    """Return how far each layer turns its input: the mean angle over all tokens, as a share of half a turn.
 
     Raises:
         ModelError: the model is no stack of decoder layers.
@@ -76,7 +76,7 @@ def layers_to_keep(angles: Sequence[float], num_dropped: int) -> tuple[int, ...]
 
 
 def cut(base: BaseModel, kept: Sequence[int]) -> BaseModel:
-    """Return a model of its own with the layers `kept` of `base`, in that order, and a fingerprint of its own.
+    """Return a new model with the layers `kept` of `base`, in that order, and a fingerprint of its own.
 
     Raises:
         ModelError: the model is no stack of decoder layers, or is quantised.
