@@ -32,7 +32,7 @@ NUM_LAST = 2  # layers at the end that stay; the first stays too
 
 @torch.no_grad()
 def layer_angles(base: BaseModel, rows: Sequence[Encoded]) -> tuple[float, ...]:
-    """Return how far each layer turns its input: mean angle over all tokens as a share of half a turn, 0 to 1.
+    """Return how far each layer turns its input: the mean angle over all tokens, as a share of half a turn.
 
     Raises:
         ModelError: the model is no stack of decoder layers.
@@ -40,7 +40,7 @@ def layer_angles(base: BaseModel, rows: Sequence[Encoded]) -> tuple[float, ...]:
     """
     if not rows:
         raise NoDataError("cutting a student needs some text to see what its layers do")
-    layers = decoder_layers(base)
+    layers = decoder_layers(base.model)
     sums, count = [0.0] * len(layers), 0
 
     def watch(place: int) -> Any:
@@ -76,12 +76,12 @@ def layers_to_keep(angles: Sequence[float], num_dropped: int) -> tuple[int, ...]
 
 
 def cut(base: BaseModel, kept: Sequence[int]) -> BaseModel:
-    """Return a model of its own with the layers `kept` of `base`, in that order, and a fingerprint of its own.
+    """Return a new model with the layers `kept` of `base`, in that order, and a fingerprint of its own.
 
     Raises:
         ModelError: the model is no stack of decoder layers, or is quantised.
     """
-    model, layers = base.model, decoder_layers(base)
+    model, layers = base.model, decoder_layers(base.model)
     if getattr(model, "quantization_method", None) is not None:
         raise ModelError("a quantised model cannot be cut; set model.quantization = none")
     config = deepcopy(model.config)
@@ -90,7 +90,7 @@ def cut(base: BaseModel, kept: Sequence[int]) -> BaseModel:
     if getattr(text_config, "layer_types", None):
         text_config.layer_types = [text_config.layer_types[place] for place in kept]
     student = type(model)(config).to(device=base.device, dtype=base.dtype)
-    copies = decoder_layers(replace(base, model=student))
+    copies = decoder_layers(student)
     own = {id(parameter) for layer in copies for parameter in layer.parameters()}
     outside = [(name, p) for name, p in student.named_parameters() if id(p) not in own]
     with torch.no_grad():
@@ -105,15 +105,15 @@ def cut(base: BaseModel, kept: Sequence[int]) -> BaseModel:
     return replace(base, model=student, fingerprint=named)
 
 
-def decoder_layers(base: BaseModel) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the decoder's layers, first to last.
 
     Raises:
         ModelError: they are not where Llama and its like have them.
     """
-    layers = getattr(base.model.get_decoder(), "layers", None)
+    layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        kind = type(base.model).__name__
+        kind = type(model).__name__
         raise ModelError(f"{kind} cannot be cut: its decoder has no list of layers; take a Llama-like model")
     return layers
 
@@ -131,7 +131,7 @@ def distil_layers(student: BaseModel, targets: Targets, training: StudentTrainin
         raise ConfigError("a pull is for adapters; teach layers with a pull of 0")
     model, objective = student.model, TaughtBy(targets)
     together, through_head = can_be_ragged(model, student.device), has_plain_head(model, student.device)
-    parameters = list(decoder_layers(student).parameters())
+    parameters = list(decoder_layers(model).parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999)
     )

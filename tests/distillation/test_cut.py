@@ -57,7 +57,7 @@ def test_angles_are_those_between_the_hidden_states(deep: BaseModel, make_rows: 
     cosines = (together[:-1] * together[1:]).sum(dim=2) / (lengths[:-1] * lengths[1:])
     expected = cosines.clamp(-1, 1).arccos().mean(dim=1) / torch.pi
     torch.testing.assert_close(torch.tensor(angles, dtype=torch.float64), expected, rtol=0, atol=1e-6)
-    assert not any(layer._forward_hooks for layer in decoder_layers(deep))
+    assert not any(layer._forward_hooks for layer in decoder_layers(deep.model))
 
 
 def test_the_least_turning_layers_go_but_never_the_first_or_the_last_two() -> None:
@@ -83,7 +83,7 @@ def test_a_student_is_the_model_without_the_layers(deep: BaseModel, kept: tuple[
         atol=0,
     )
     assert student.model.config.num_hidden_layers == len(kept)
-    assert [layer.self_attn.layer_idx for layer in decoder_layers(student)] == list(range(len(kept)))
+    assert [layer.self_attn.layer_idx for layer in decoder_layers(student.model)] == list(range(len(kept)))
     assert student.fingerprint != deep.fingerprint
     theirs = {parameter.data_ptr() for parameter in deep.model.parameters()}
     assert not theirs & {parameter.data_ptr() for parameter in student.model.parameters()}
