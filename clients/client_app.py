@@ -3,20 +3,22 @@
 import logging
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import work
 from clients.drifts import drift_store
 from clients.holder import Holder, open_holder
+from clients.overlap import answer_overlap, check_limit
 from clients.protect import node_mean
 from clients.stock import evaluate_for_stock, train_for_stock
 from fedllm.errors import FedLLMError
 from fedllm.types import ClientUpdate
-from fedllm.wire import replies, requests
+from fedllm.wire import packets, replies, requests
 
 app = ClientApp()
 _logger = logging.getLogger("fedllm.clients")
@@ -44,6 +46,12 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, _evaluate if ours else evaluate_for_stock, is_stock=not ours)
 
 
+@app.query("overlap")
+def overlap(message: Message, context: Context) -> Message:
+    """Count how much of the server's synthetic texts occurs in this node's private text."""
+    return _answer(message, context, partial(_overlap, context.state))
+
+
 def _join(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
     return replies.write_joined(work.join(holder, node_id))
 
@@ -61,6 +69,15 @@ def _train(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
 def _evaluate(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
     request = requests.read_evaluate_request(content, holder.engine.layout, _holding(holder))
     return replies.write_evaluations(work.evaluate(holder, request))
+
+
+def _overlap(state: RecordDict, holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+    request = requests.read_overlap_request(content)
+    # Flower keeps a node's state for the length of a run, even where every message has a new process.
+    last = state.config_records.get("overlap", ConfigRecord({"round": 0}))
+    check_limit(request, packets.scalar_field(last, "round", int), holder.config.federation.num_rounds)
+    state["overlap"] = ConfigRecord({"round": request.round_num})
+    return replies.write_overlaps(answer_overlap(holder, request))
 
 
 def _holding(holder: Holder) -> requests.Holding:

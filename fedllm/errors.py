@@ -59,6 +59,12 @@ class NotHeldError(FedLLMError, LookupError):
     code = "not-held"
 
 
+class QueryLimitError(FedLLMError, PermissionError):
+    """A server asks more about private text than a node answers."""
+
+    code = "query-limit"
+
+
 class NonFiniteError(FedLLMError, ArithmeticError):
     """Training produced NaN or infinity; nothing is sent."""
 
@@ -94,6 +100,7 @@ CLIENT_ERROR_CODES = frozenset(
         LayoutError.code,
         WireError.code,
         NotHeldError.code,
+        QueryLimitError.code,
         NonFiniteError.code,
         CheckpointError.code,
         MissingExtraError.code,

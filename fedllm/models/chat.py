@@ -94,3 +94,9 @@ def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt_answer: bool = Fa
             messages, chat_template=template, tokenize=False, add_generation_prompt=prompt_answer
         )
     )
+
+
+def form_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens of a conversation in which nothing is said: what each has by its form alone."""
+    text = chat_text(tokenizer, [Turn("user", ""), Turn("assistant", "")])
+    return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])

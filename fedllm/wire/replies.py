@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
+from fedllm.originality.overlap import Overlap, Probe
 from fedllm.types import (
     EVALUATION_METRICS,
     UPDATE_METRICS,
@@ -29,6 +30,7 @@ from fedllm.wire.packets import list_field, packet_of, to_array
 
 _OK = "ok"
 _JOIN_NUMBERS = ("num_train", "num_held_out", "max_rank")
+_OVERLAP_NUMBERS = ("matched", "verbatim")
 _RESULT_RECORDS: dict[str, type] = {"clients": ConfigRecord, "metrics": MetricRecord}
 
 
@@ -140,6 +142,34 @@ def write_joined(clients: Sequence[JoinedClient]) -> RecordDict:
                 {name: [getattr(client, name) for client in clients] for name in _JOIN_NUMBERS}
             ),
         }
+    )
+
+
+def write_overlaps(overlaps: Sequence[Overlap]) -> RecordDict:
+    """Return the reply to an overlap query: two whole numbers a text, of the whole node."""
+    columns = ([one.num_matched for one in overlaps], [int(one.verbatim) for one in overlaps])
+    return RecordDict({"metrics": MetricRecord(dict(zip(_OVERLAP_NUMBERS, columns, strict=True)))})
+
+
+def read_overlaps(content: RecordDict, probes: Sequence[Probe]) -> tuple[Overlap, ...]:
+    """Return what a node says of the texts it was asked about.
+
+    Raises:
+        WireError: the reply is malformed, reports an error or counts more than was asked.
+    """
+    _refuse_error(content)
+    _check_records(content, {"metrics": MetricRecord})
+    record = content.metric_records.get("metrics", MetricRecord())
+    if set(record) != set(_OVERLAP_NUMBERS):
+        raise WireError("an overlap reply has other numbers than the shingles and runs that matched")
+    matched, verbatim = (list_field(record, name, int) for name in _OVERLAP_NUMBERS)
+    if not len(matched) == len(verbatim) == len(probes) or not {*verbatim} <= {0, 1}:
+        raise WireError("an overlap reply does not answer for every text once")
+    if any(not 0 <= count <= len(one.shingles) for count, one in zip(matched, probes, strict=True)):
+        raise WireError("an overlap reply counts more shingles than a text has")
+    return tuple(
+        Overlap(len(one.shingles), count, bool(found))
+        for one, count, found in zip(probes, matched, verbatim, strict=True)
     )
 
 

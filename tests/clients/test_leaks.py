@@ -19,6 +19,7 @@ from fedllm.adapters.layout import initial_adapter
 from fedllm.errors import NoDataError
 from fedllm.models.base import describe_layout, load_tokenizer
 from fedllm.models.files import resolve_model
+from fedllm.originality.overlap import OverlapRequest, probe
 from fedllm.types import EVALUATION_METRICS, UPDATE_METRICS, EvaluateRequest, LocalTraining, TrainRequest
 from fedllm.wire import codec, replies, requests
 from fedllm.wire.stock import write_plain
@@ -61,6 +62,9 @@ def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
                 round_num=1, client_ids=clients, adapter=adapter, drift=no_drift(layout), local_b=False
             ),
             requests.Sending(),
+        ),
+        "query.overlap": requests.write_overlap_request(
+            OverlapRequest(1, bytes(16), (probe(range(40), bytes(16)), probe(range(9), bytes(16))))
         ),
     }
 
@@ -107,7 +111,14 @@ def test_the_search_finds_what_it_is_meant_to_find(
     assert not leaks(b"kq7Zr0v, anna, ben, 0.25")
 
 
-ASKED = [("query.join", False), ("train", False), ("evaluate", False), ("train", True), ("evaluate", True)]
+ASKED = [
+    ("query.join", False),
+    ("query.overlap", False),
+    ("train", False),
+    ("evaluate", False),
+    ("train", True),
+    ("evaluate", True),
+]
 
 
 @pytest.mark.parametrize(("kind", "stock"), ASKED)
@@ -139,6 +150,7 @@ def test_replies_hold_exactly_the_records_and_fields_on_the_list(ask: Callable) 
         "clients": (ConfigRecord, {"ids", "fingerprints"}),
         "metrics": (MetricRecord, {"num_train", "num_held_out", "max_rank"}),
     }
+    assert fields_of(ask("query.overlap").content) == {"metrics": (MetricRecord, {"matched", "verbatim"})}
 
 
 def test_a_train_reply_is_as_long_as_its_packets_and_a_few_numbers(ask: Callable) -> None:

@@ -1,0 +1,1 @@
+"""What an attacker can learn: one-run auditing, canaries, gradient inversion."""

@@ -1,0 +1,113 @@
+"""Which tokens a client trained on, read from its update of one LoRA matrix: the vocabulary span check.
+
+The gradient of A [R, D] is a sum of outer products with the layer's inputs, so its rows lie in their span.
+In the first layer an input depends on its token alone (positions enter after the projection), so every token
+of the vocabulary can be tested against the row space (DAGER, arXiv 2405.15586). With more tokens than ranks,
+several steps or noise the rows no longer span the inputs, and the check finds less: run it on the very
+message that leaves.
+Tensor suffixes: R rank, D feature, V vocabulary.
+"""
+
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.models.base import BaseModel
+
+SMALLEST = 1e-6  # singular values below this share of the largest are taken for rounding
+BATCH = 1024  # tokens fed at a time
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How well the tokens found match those trained on, each counted once."""
+
+    precision: float
+    recall: float
+    f1: float
+    num_found: int
+    num_true: int
+
+
+class _Reached(Exception):
+    """The layer whose input is wanted has been reached; nothing behind it is computed."""
+
+
+@torch.inference_mode()
+def token_inputs(base: BaseModel, module: str) -> torch.Tensor:
+    """Return what `module` receives for every token of the vocabulary at position 0, [V, D] on the CPU.
+
+    `module` must be a projection of the first layer whose input depends on the token alone: its query, key or
+    value. In models that add a position to the embedding the check holds for position 0 only.
+    """
+    size = base.model.get_input_embeddings().weight.shape[0]
+    return torch.cat(
+        [
+            _inputs(base, module, torch.arange(begin, min(begin + BATCH, size), device=base.device))
+            for begin in range(0, size, BATCH)
+        ]
+    )
+
+
+def _inputs(base: BaseModel, module: str, tokens_V: torch.Tensor) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+
+    def catch(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        seen.append(arguments[0])
+        raise _Reached
+
+    handle = base.model.get_submodule(module).register_forward_pre_hook(catch)
+    try:
+        with suppress(_Reached):
+            base.model(input_ids=tokens_V[:, None], use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0][:, 0].double().cpu()
+
+
+def a_factor(layout: AdapterLayout, vector_P: torch.Tensor, matrix: int = 0) -> torch.Tensor:
+    """Return the A part [R, D] of one matrix in a whole gradient or delta [P]."""
+    return layout.factors(vector_P)[matrix][0]
+
+
+def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Tensor:
+    """Return how much of every token's input lies outside the rows of an update, [V] from 0 to 1.
+
+    A zero update spans nothing: every residual is 1. So it is at the first step from B = 0, and always for a
+    token whose input is zero, as a padding token's may be: it leaves no trace.
+
+    Raises:
+        ValueError: the update is not finite.
+    """
+    if not bool(torch.isfinite(update_RD).all()):
+        raise ValueError("the update to invert holds NaN or infinity")
+    _, values, rows_RD = torch.linalg.svd(update_RD.double(), full_matrices=False)
+    basis_RD = rows_RD[values > SMALLEST * values[0]] if bool(values[0] > 0) else rows_RD[:0]
+    inside_VD = (inputs_VD @ basis_RD.T) @ basis_RD
+    outside_V = torch.linalg.vector_norm(inputs_VD - inside_VD, dim=1)
+    whole_V = torch.linalg.vector_norm(inputs_VD, dim=1)
+    return torch.where(whole_V > 0, outside_V / whole_V, 1.0)
+
+
+def closest_tokens(residuals_V: torch.Tensor, number: int) -> frozenset[int]:
+    """Return the `number` tokens that lie best in the span: what an attacker who knows their number takes."""
+    return frozenset(residuals_V.argsort(stable=True)[:number].tolist())
+
+
+def spanned_tokens(residuals_V: torch.Tensor, tolerance: float = 1e-3) -> frozenset[int]:
+    """Return the tokens that lie in the span up to `tolerance`: what an attacker takes who does not."""
+    return frozenset((residuals_V < tolerance).nonzero()[:, 0].tolist())
+
+
+def recovery(found: Collection[int], true: Collection[int]) -> Recovery:
+    """Return precision, recall and F1 of the different tokens found; 0 where nothing is right."""
+    guessed, trained = set(found), set(true)
+    right = len(guessed & trained)
+    precision = right / len(guessed) if guessed else 0.0
+    recall = right / len(trained) if trained else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+    return Recovery(precision, recall, f1, len(guessed), len(trained))

@@ -1,0 +1,1 @@
+"""Whether synthetic text is new: overlap, near duplicates, distance, membership, memorisation."""
