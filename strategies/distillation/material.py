@@ -65,7 +65,12 @@ def make_material(
         return _synthetic_alone(config, engine, adapters, round_num)
     is_mixed = has_synthetic(config.distill.text)
     num_public = max(1, number // 2) if is_mixed else number
-    split = split_texts(public, num_public, derive_seed(config.seed, "public-text"))
+    split = split_texts(
+        public,
+        num_public,
+        derive_seed(config.seed, "public-text"),
+        lambda text: engine.base.tokenizer(text, add_special_tokens=False)["input_ids"],
+    )
     train, held_out = (
         _encoded(texts, engine.base.tokenizer, config.distill.max_tokens)
         for texts in (split.train, split.held_out)

@@ -4,7 +4,8 @@ What stands in `distill.text` is read when a run starts, so that a file that can
 before its first round and not after its last.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -17,9 +18,9 @@ from fedllm.data.example import Example
 from fedllm.data.fields import Fields, RowProblem, detect_fields, to_example
 from fedllm.data.partition import parse_partition, row_label
 from fedllm.data.rows import Rows, read_rows
-from fedllm.errors import DataError, NoDataError
+from fedllm.errors import DataError, MissingExtraError, NoDataError
+from fedllm.originality.duplicates import contaminated
 from fedllm.seeds import derive_seed
-from strategies.distillation.contamination import near_copies, needs_datasketch
 
 SYNTHETIC = "synthetic"
 HELD_OUT_SHARE = 0.25  # held-out texts for each text that is distilled on
@@ -64,7 +65,7 @@ def read_public(source: str, data: DataConfig) -> tuple[PublicText, ...]:
         NoDataError: no row can be used.
         MissingExtraError: the library that finds near copies is absent.
     """
-    needs_datasketch()
+    _check_extra()
     try:
         rows = read_rows(source, split=data.split, on_bad_row=data.on_bad_row)
         texts = tuple(_texts(rows, data)) if rows.rows else ()
@@ -75,6 +76,14 @@ def read_public(source: str, data: DataConfig) -> tuple[PublicText, ...]:
     if len({text.document for text in texts}) == 1:
         raise DataError(f"distill.text: {source}: holds one document, and one is held out; name more")
     return texts
+
+
+def _check_extra() -> None:
+    if importlib.util.find_spec("datasketch") is None:
+        raise MissingExtraError(
+            "distill.text names public text, whose near copies datasketch finds:"
+            " pip install 'fedllm[distill]', or set distill.text = synthetic"
+        )
 
 
 def _texts(rows: Rows, data: DataConfig) -> Iterator[PublicText]:
@@ -99,11 +108,17 @@ def _fields(columns: Sequence[str], data: DataConfig) -> Fields:
     return detect_fields(columns, prompt_column=names[0], response_column=names[1], text_column=names[2])
 
 
-def split_texts(texts: Sequence[PublicText], num_texts: int, seed: int) -> Split:
+def split_texts(
+    texts: Sequence[PublicText], num_texts: int, seed: int, tokens_of: Callable[[str], Sequence[int]]
+) -> Split:
     """Return `num_texts` texts at most, a quarter as many held out, of all domains alike.
 
-    No document is in both parts, and no text is near a copy of a held-out one (`contamination`). A domain
-    with a single document gives it to the first part, unless every domain has only one.
+    No document is in both parts, and no text nearly repeats a held-out one (`fedllm.originality.duplicates`,
+    over the tokens that `tokens_of` makes of it). A domain with a single document gives it to the first part,
+    unless every domain has only one.
+
+    Raises:
+        NoDataError: every text nearly repeats a held-out one.
     """
     number = max(1, round(HELD_OUT_SHARE * num_texts))
     by_domain: dict[str, dict[str, list[PublicText]]] = {}
@@ -123,7 +138,8 @@ def split_texts(texts: Sequence[PublicText], num_texts: int, seed: int) -> Split
         train.append([text for name in names[count:] for text in documents[name]])
     kept = _in_turn(held_out)[:number]
     wanted = _in_turn(train)
-    copies = near_copies([words_of(text) for text in wanted], [words_of(text) for text in kept])
+    tokens, held_out_tokens = ([tokens_of(words_of(text)) for text in part] for part in (wanted, kept))
+    copies = contaminated(tokens, held_out_tokens)
     clean = [text for text, is_copy in zip(wanted, copies, strict=True) if not is_copy]
     if not clean:
         raise NoDataError("distill.text: every text is nearly a copy of one that is held out; name more text")
