@@ -134,6 +134,9 @@ def _written(
     They begin, in this order, with the prompts of the public texts that are distilled on; the run's public
     prompts; where the clients' rows are known to be plain text, as every text begins; else with questions
     that the adapters write first (after Magpie, arXiv 2406.08464). A prompt is at most half a text long.
+
+    Raises:
+        NoDataError: every prompt is longer.
     """
     tokenizer, numbers = engine.base.tokenizer, config.distill
     most = int(numbers.max_tokens * _PROMPT_SHARE)
@@ -161,9 +164,24 @@ def _written(
         words = [tokenizer.decode(_learnt(row), skip_special_tokens=True).strip() for row, _ in questions]
         begins = [(Turn("user", question),) for question in words if question]
     prompts = [_tokens(tokenizer, chat_text(tokenizer, turns, prompt_answer=True)) for turns in begins]
-    prompts = [prompt for prompt in prompts if 0 < len(prompt) <= most] or [_begin(tokenizer)]
+    prompts = _short_enough([prompt for prompt in prompts if prompt], most) or [_begin(tokenizer)]
     texts = write(prompts, numbers.max_tokens - max(map(len, prompts)), "synthetic-text")
     return [(row, writer) for row, writer in texts if row.num_supervised]
+
+
+def _short_enough(prompts: Sequence[tuple[int, ...]], most: int) -> list[tuple[int, ...]]:
+    """Return the prompts of at most `most` tokens.
+
+    Raises:
+        NoDataError: there are prompts, and all are longer.
+    """
+    kept = [prompt for prompt in prompts if len(prompt) <= most]
+    if prompts and not kept:
+        raise NoDataError(
+            f"distill.max-tokens: the shortest prompt of synthetic text has {min(map(len, prompts))} tokens"
+            f" and may take {most}, half of a text; raise it"
+        )
+    return kept
 
 
 def _learnt(row: Encoded) -> list[int]:

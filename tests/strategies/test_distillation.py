@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForCausalLM
 
 from clients.client_app import app
@@ -18,14 +20,17 @@ from fedllm.config import RunConfig
 from fedllm.errors import ConfigError, DataError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import ClientUpdate, DistilRecord, RoundRecord
+from fedllm.wire.stock import read_plain, write_plain
 from scripts.local_grid import local_grid
 from strategies.distillation.gate import ask_clients, judged
+from strategies.distillation.material import make_material
 from strategies.distillation.step import distilled, is_due, server_engine
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.distillation.words import in_short, sentence
 from strategies.rounds import next_round
-from strategies.run import run_federation
+from strategies.run import open_session, run_federation
 from strategies.session import Watch
+from strategies.strategy import FederatedLora
 
 FORMS = {
     "anna": "Return the {} of a {}.",
@@ -390,6 +395,61 @@ def test_public_text_in_no_clients_support_weighs_all_clients_alike_and_says_so(
     for weights in step.weights.values():
         assert list(weights.values()) == pytest.approx([0.25] * 4)
     assert not step.kept or step.after < step.before
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [{}, {"evaluation.prompts": "sum of? || list it?"}, {"data.text-column": "text"}],
+    ids=["questions first", "public prompts", "plain text"],
+)
+def test_synthetic_text_begins_with_what_there_is(flat: dict[str, str], trained: Callable) -> None:
+    session, _, _, adapters = trained()
+    config = session.config.override({**CHEAP, **FEW, **flat})
+    material = make_material(config, (), server_engine(session), adapters, 1)
+    again = make_material(config, (), server_engine(session), adapters, 1)
+    assert material == again != make_material(config, (), server_engine(session), adapters, 2)
+    tokenizer = server_engine(session).base.tokenizer
+    begins = {tokenizer.decode(row.tokens)[:8] for row in material.rows}
+    if "data.text-column" in flat:
+        assert all(row.labels[0] == -100 for row in material.rows)
+        assert begins != {"<|user|>"}
+    else:
+        assert begins == {"<|user|>"}
+        assert all("<|assistant|>" in tokenizer.decode(row.tokens) for row in material.rows)
+    assert not {row.tokens for row in material.rows} & {row.tokens for row in material.held_out}
+    assert set(material.domains) <= set(NAMES)
+    assert all(len(row.tokens) <= 48 for row in (*material.rows, *material.held_out))
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(trained: Callable) -> None:
+    session, before, after, adapters = trained()
+    flat = {**CHEAP, "distill.max-tokens": 8, "evaluation.prompts": "a prompt longer than the whole text is"}
+    adapter, step = distilled(replace(session, config=session.config.override(flat)), before, after, adapters)
+    assert adapter is after.adapter
+    assert "distill.max-tokens: the shortest prompt" in step.reason
+
+
+def test_flowers_own_loop_has_the_step_too(make_config: Callable) -> None:
+    """`configure_train` and `aggregate_train` end a round as our own loop does."""
+    flat = {**CHEAP, **FEW, "wire.codec": "fp32", "train.token-budget": 1}
+    config = make_config({**flat, "federation.num-rounds": 1})
+    heard: list[str] = []
+    strategy = FederatedLora(config, Watch(notice=heard.append))
+    grid = local_grid(config, app, num_nodes=2)
+    session = open_session(config, grid)
+    arrays = write_plain(session.initial)
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+    answer, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
+    state, record = next_round(session, ServerState(0, session.initial))
+    assert read_plain(answer, session.layout).digest == state.adapter.digest
+    assert record.distil is not None
+    assert [line for line in heard if line.startswith("round 1: ")]
+
+
+def test_a_stock_strategy_and_a_step_are_refused_together(make_config: Callable) -> None:
+    config = make_config({**CHEAP, "aggregation.read-out": "factor-mean"})
+    with pytest.raises(ConfigError, match=r"set distill\.when = never"):
+        open_session(config, local_grid(config, app), stock=FedAvg())
 
 
 @pytest.mark.parametrize("teacher", ["uniform", "logit-mean"])
