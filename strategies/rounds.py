@@ -257,6 +257,7 @@ def finish(
         state,
         round_num=plan.round_num,
         adapter=aggregate.adapter,
+        undistilled=None,
         num_drawn={**state.num_drawn, **counts},
         drift=aggregate.drift,
         optimizer=aggregate.optimizer,
@@ -283,7 +284,9 @@ def distil(
     Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
     """
     adapter, outcome = distilled(session, before, after, teachers.without(record.silenced))
-    state, held_out = replace(after, adapter=adapter), None
+    is_last = session.config.distill.when == "last"
+    undistilled = after.adapter if is_last and outcome.kept else None
+    state, held_out = replace(after, adapter=adapter, undistilled=undistilled), None
     if outcome.kept and session.config.distill.gate == "clients":
         asked = ask_clients(session, after, state, outcome)
         state, outcome, held_out = asked.state, asked.record, asked.held_out

@@ -19,7 +19,7 @@ from fedllm.runs.folder import describe_run, open_run_folder, write_result, writ
 from fedllm.runs.spread import described
 from fedllm.types import RoundRecord
 from strategies.aggregation.stock import check_stock
-from strategies.distillation.step import open_public_text
+from strategies.distillation.step import open_public_text, undistilled
 from strategies.evaluation import evaluate
 from strategies.joining import join_clients
 from strategies.publish import publish_adapter
@@ -133,7 +133,7 @@ def _first_state(session: Session, folder: Path, start: AdapterState | None) -> 
     for line in passed_over:
         session.watch.notice(line)
     session.watch.notice(f"resuming after round {state.round_num}")
-    return state
+    return undistilled(state) if state.round_num < session.config.federation.num_rounds else state
 
 
 def _rounds(session: Session, state: ServerState, folder: Path) -> ServerState:

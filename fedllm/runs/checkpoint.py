@@ -26,6 +26,7 @@ from fedllm.types import OptimizerState, RoundRecord
 NUM_KEPT = 2
 # there only where they hold something
 DRIFT, OPTIMIZER, CONTROL = "drift.safetensors", "optimizer.safetensors", "control.safetensors"
+UNDISTILLED = "undistilled.safetensors"
 
 # Keys that may differ between a run and its continuation: they change where, how long or how loudly it
 # runs, never what a round computes.
@@ -45,7 +46,8 @@ class ServerState:
 
     `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none);
     `drift` is what the base model has gained (left out: nothing); `norms` are the median norms of the last
-    rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one.
+    rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one;
+    `undistilled` is what the last round aggregated, where distilling it gave `adapter`.
     """
 
     round_num: int
@@ -56,6 +58,7 @@ class ServerState:
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     norms: tuple[float, ...] = ()
     control: AdapterState | None = None
+    undistilled: AdapterState | None = None
 
     def __post_init__(self) -> None:
         if cast(Drift | None, self.drift) is None:
@@ -88,6 +91,8 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
                 save_named(building / OPTIMIZER, moments)
             if state.control is not None:
                 save_tensors(building / CONTROL, state.control)
+            if state.undistilled is not None:
+                save_tensors(building / UNDISTILLED, state.undistilled)
     except (OSError, FedLLMError) as error:
         raise CheckpointError(f"round {state.round_num} could not be saved in {folder}: {error}") from None
     for old in _rounds(folder)[NUM_KEPT:]:
@@ -110,7 +115,8 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
             drift = _load_drift(path / DRIFT, saved_layout)
             optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
-            control = _load_control(path / CONTROL, saved_layout)
+            control = _load_adapter(path / CONTROL, saved_layout)
+            undistilled = _load_adapter(path / UNDISTILLED, saved_layout)
         except (FedLLMError, OSError, ValueError, KeyError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue
@@ -129,6 +135,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
                 optimizer=optimizer,
                 norms=tuple(content.get("norms", ())),
                 control=control,
+                undistilled=undistilled,
             ),
             passed_over,
         )
@@ -144,7 +151,7 @@ def _drift_tensors(drift: Drift) -> dict[str, torch.Tensor]:
     }
 
 
-def _load_control(file: Path, layout: AdapterLayout) -> AdapterState | None:
+def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
     return load_tensors(file, layout).checked_finite() if file.exists() else None
 
 
@@ -168,8 +175,7 @@ def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
 
 def _check_same(saved: Mapping[str, Scalar], config: RunConfig) -> None:
     free = RESUMABLE_KEYS
-    # A schedule stretches over the number of rounds, and the last of them may be one that distils.
-    if config.train.schedule == "cosine" or config.distill.when == "last":
+    if config.train.schedule == "cosine":  # the schedule stretches over the number of rounds
         free = free - {"federation.num-rounds"}
     if config.distill.when != "never":  # they begin its synthetic texts
         free = free - {"evaluation.prompts"}

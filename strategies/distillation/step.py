@@ -68,6 +68,18 @@ def teachers_of(config: RunConfig, state: ServerState, round_num: int) -> Teache
     return Teachers(state.adapter, round_num, config.distill.max_teachers)
 
 
+def undistilled(state: ServerState) -> ServerState:
+    """Return the state as it was before a distillation after what is no longer the last round.
+
+    So a run that goes on with more rounds has the bits of one that was planned with them.
+    """
+    if state.undistilled is None:
+        return state
+    *earlier, last = state.records
+    last = replace(last, distil=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={})
+    return replace(state, adapter=state.undistilled, undistilled=None, records=(*earlier, last))
+
+
 def distilled(
     session: Session, before: ServerState, after: ServerState, adapters: Sequence[ClientAdapter]
 ) -> tuple[AdapterState, DistilRecord]:

@@ -284,11 +284,26 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert [timeless(record) for record in resumed.records] == [timeless(record) for record in whole.records]
 
 
-def test_a_run_that_distils_at_its_end_cannot_be_made_longer(run: Callable) -> None:
+def test_a_run_with_more_rounds_goes_on_from_what_was_aggregated(run: Callable) -> None:
+    flat = {**CHEAP, **FEW, "distill.when": "last", "distill.learning-rate": 1e-3}
+    whole, _ = run("whole", **flat, **{"federation.num-rounds": 3})
+    short, _ = run("longer", **flat)
+    assert short.records[-1].distil.kept
+    assert short.undistilled.digest != short.adapter.digest
+    longer, _ = run("longer", **flat, **{"run.resume": True, "federation.num-rounds": 3})
+    assert longer.adapter.digest == whole.adapter.digest
+    assert [timeless(record)["distil"] for record in longer.records] == [
+        timeless(record)["distil"] for record in whole.records
+    ]
+    assert [record.adapter for record in longer.records] == [record.adapter for record in whole.records]
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_distilled_adapter(run: Callable) -> None:
     flat = {**CHEAP, **FEW, "distill.when": "last"}
-    run("short", **flat)
-    with pytest.raises(ConfigError, match=r"federation\.num-rounds was 2, now 3"):
-        run("short", **flat, **{"run.resume": True, "federation.num-rounds": 3})
+    done, _ = run("done", **flat)
+    again, _ = run("done", **flat, **{"run.resume": True})
+    assert again.adapter.digest == done.adapter.digest
+    assert again.records[-1].distil == done.records[-1].distil
 
 
 def test_in_a_local_run_the_server_has_the_engine_of_its_clients(
