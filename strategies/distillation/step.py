@@ -44,6 +44,17 @@ class _Taught:
     ensemble: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Learnt:
+    """The student, held-out losses before and after its training, and that of the control if asked for."""
+
+    adapter: AdapterState
+    before: Loss
+    after: Loss
+    num_tokens: int
+    control: float | None = None
+
+
 def is_due(config: RunConfig, round_num: int) -> bool:
     """Return whether a round ends with a distillation step."""
     when = config.distill.when
@@ -123,22 +134,10 @@ def _step(
     base = loss_of(engine, nothing, material.held_out, material.held_out_domains).mean
     with drifted(engine.base, before.drift):
         taught = _taught(config, engine, adapters, material, base)
-    targets = taught.targets
+    targets, clients = taught.targets, [adapter.client_id for adapter in adapters]
     with drifted(engine.base, after.drift):
-        old = loss_of(engine, after.adapter, material.held_out, material.held_out_domains)
-        training = student_training(config, after.round_num)
-        student, new, num_tokens = after.adapter, Loss(math.nan, {}), 0
-        with suppress(NonFiniteError):  # a student that diverged has no loss, and its gate says so
-            result = distil(engine, after.adapter, targets, training)
-            student, num_tokens = result.adapter, result.num_tokens
-            new = loss_of(engine, student, material.held_out, material.held_out_domains)
-        control = None
-        if config.distill.control:
-            with suppress(NonFiniteError):
-                tuned = supervised(engine, after.adapter, material.rows, training).adapter
-                control = loss_of(engine, tuned, material.held_out, material.held_out_domains).mean
-    kept, reason = judged(old.mean, new.mean, material.held_out_text)
-    clients = [adapter.client_id for adapter in adapters]
+        learnt = _learnt(config, engine, after, material, targets)
+    kept, reason = judged(learnt.before.mean, learnt.after.mean, material.held_out_text)
     record = DistilRecord(
         kept=kept,
         reason=f"{reason}{taught.note}",
@@ -150,18 +149,41 @@ def _step(
         num_held_out=len(material.held_out),
         num_removed=material.num_removed,
         base=base,
-        before=old.mean,
-        after=new.mean,
+        before=learnt.before.mean,
+        after=learnt.after.mean,
         ensemble=taught.ensemble,
-        control=control,
+        control=learnt.control,
         entropy=targets.entropy,
         weights=weights_by_domain(targets.weights_NK, clients, material.rows, material.domains),
-        domains_before=old.domains,
-        domains_after=new.domains,
-        num_tokens=num_tokens,
+        domains_before=learnt.before.domains,
+        domains_after=learnt.after.domains,
+        num_tokens=learnt.num_tokens,
         target_bytes=targets.num_bytes,
     )
-    return student if kept else after.adapter, record
+    return learnt.adapter if kept else after.adapter, record
+
+
+def _learnt(
+    config: RunConfig, engine: Engine, after: ServerState, material: Material, targets: Targets
+) -> _Learnt:
+    """Return what the aggregate learns from the targets, with its losses on held-out rows before and after.
+
+    A student that diverged has no loss, and the gate will say so.
+    """
+
+    def measured(adapter: AdapterState) -> Loss:
+        return loss_of(engine, adapter, material.held_out, material.held_out_domains)
+
+    training, before = student_training(config, after.round_num), measured(after.adapter)
+    learnt = _Learnt(after.adapter, before, Loss(math.nan, {}), 0)
+    with suppress(NonFiniteError):
+        result = distil(engine, after.adapter, targets, training)
+        learnt = _Learnt(result.adapter, before, measured(result.adapter), result.num_tokens)
+    if config.distill.control:
+        with suppress(NonFiniteError):
+            tuned = supervised(engine, after.adapter, material.rows, training).adapter
+            learnt = replace(learnt, control=measured(tuned).mean)
+    return learnt
 
 
 def _taught(
