@@ -78,6 +78,12 @@ NOTES = {
     " too; what leaves is named in privacy.json",
     "personal.mode": "dual = shared and personal adapter add up; ditto = the same, pulled to the shared one",
     "personal.rank": "rank of the personal adapter",
+    "distill.when": "in no round, after the last or after every one",
+    "distill.teacher": "posterior = the mixture of the clients' models, each weighed by how well it foretold"
+    " the text so far; uniform = all alike; logit-mean = FedDF",
+    "distill.learning-rate": "of AdamW",
+    "distill.gate": "what must improve for the step to be kept: the loss on held-out texts; besides that, the"
+    " clients' own held-out loss must not worsen",
     "wire.codec": "4, 2 or 1 + 2/64 bytes a value",
     "wire.node-sum": "one packet up for each node",
     "evaluation.max-new-tokens": "length of an answer at most",

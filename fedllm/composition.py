@@ -30,6 +30,8 @@ def check_combinations(config: "RunConfig", rule: "AggregationRule", cohort_size
     if config.train.control_variates:
         _check_control_variates(config, rule)
     check_privacy(config, rule)
+    if config.distill.when != "never":
+        _check_distillation(config, rule)
     if config.personal.mode != "none" and rule.local_b:
         raise ConfigError(
             f"personal.mode = {config.personal.mode!r}: under aggregation.read-out = 'local-b' every client"
@@ -104,4 +106,28 @@ def _check_control_variates(config: "RunConfig", rule: "AggregationRule") -> Non
         raise ConfigError(
             f"train.control-variates cannot go with aggregation.robust = {rule.robust!r}: what it leaves"
             " out of the adapter would still enter the control variates; leave one of them out"
+        )
+
+
+def _check_distillation(config: "RunConfig", rule: "AggregationRule") -> None:
+    key = f"distill.when = {config.distill.when!r}"
+    if not config.distill.text.strip():
+        raise ConfigError(
+            "distill.text is empty: without public text and without synthetic text there is nothing to distil"
+            " on; set it to synthetic, to a source such as data.source takes, or to synthetic+SOURCE"
+        )
+    if rule.node_sum:
+        raise ConfigError(
+            f"{key} cannot go with wire.node-sum: the teachers are the clients' own adapters, and a sum hides"
+            " them; leave one of them out"
+        )
+    if rule.local_b:
+        raise ConfigError(
+            f"{key} cannot go with aggregation.read-out = 'local-b': the server never sees a B, so it has no"
+            " client's adapter to learn from; use another read-out"
+        )
+    if config.distill.gate == "clients" and not config.data.held_out_fraction * config.data.max_held_out:
+        raise ConfigError(
+            "distill.gate = 'clients' needs rows that clients keep for evaluation: set data.held-out-fraction"
+            " and data.max-held-out above 0, or use public"
         )

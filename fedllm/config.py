@@ -142,6 +142,26 @@ class PersonalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """The clients' adapters taught back into the aggregated one, at the server."""
+
+    when: str = "never"  # never | last | every
+    teacher: str = "posterior"  # posterior | uniform | logit-mean
+    text: str = "synthetic"  # synthetic | public text as in data.source | both: "synthetic+SOURCE"
+    num_texts: int = 64  # texts to distil on; a quarter as many more are held out
+    max_tokens: int = 128  # of a text
+    steps: int = 50  # optimizer steps of the student
+    batch_size: int = 8  # texts of a step
+    learning_rate: float = 5e-4
+    top_k: int = 64  # tokens of a prediction whose probability is kept one by one
+    temper: float = 1.0  # beta of the posterior: below 1 a client's own certainty counts less
+    pull: float = 0.0  # strength mu of the pull back to the aggregate; 0 = off
+    max_teachers: int = 8  # the heaviest clients of the round; memory grows with them
+    control: bool = False  # also fine-tune on the same texts, to compare with
+    gate: str = "public"  # public | clients
+
+
+@dataclass(frozen=True, kw_only=True)
 class WireConfig:
     """How a delta travels."""
 
@@ -185,6 +205,7 @@ class RunConfig:
     aggregation: AggregationConfig = _section(AggregationConfig)
     privacy: PrivacyConfig = _section(PrivacyConfig)
     personal: PersonalConfig = _section(PersonalConfig)
+    distill: DistillConfig = _section(DistillConfig)
     wire: WireConfig = _section(WireConfig)
     evaluation: EvaluationConfig = _section(EvaluationConfig)
 
@@ -287,6 +308,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "privacy.trust": plan.TRUSTS,
     "privacy.metrics": plan.METRICS,
     "personal.mode": ("none", "dual", "ditto"),
+    "distill.when": ("never", "last", "every"),
+    "distill.teacher": ("posterior", "uniform", "logit-mean"),
+    "distill.gate": ("public", "clients"),
     "wire.codec": ("fp32", "bf16", "int8"),
 }
 
@@ -336,6 +360,15 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "personal.rank": (1, 4096, False),
     "personal.steps": (1, 1_000_000, False),
     "personal.pull": (0, math.inf, False),
+    "distill.num-texts": (2, 10_000_000, False),
+    "distill.max-tokens": (8, 10_000_000, False),
+    "distill.steps": (1, 1_000_000, False),
+    "distill.batch-size": (1, 1_000_000, False),
+    "distill.learning-rate": (0, math.inf, True),
+    "distill.top-k": (1, 1_000_000, False),
+    "distill.temper": (0, 100, False),
+    "distill.pull": (0, math.inf, False),
+    "distill.max-teachers": (1, 100_000, False),
     "evaluation.every": (0, 1_000_000, False),
     "evaluation.max-new-tokens": (0, 100_000, False),
 }

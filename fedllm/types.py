@@ -201,6 +201,47 @@ class OptimizerState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistilRecord:
+    """What the distillation step of a round did (`strategies.distillation`).
+
+    Losses are in nats per token of the texts held out from it; a number is None where it was not measured.
+    The other way round of `kept` is that the aggregate stayed as it was, and `reason` says why.
+    """
+
+    kept: bool
+    reason: str
+    teacher: str = ""  # posterior | uniform | logit-mean: the one that taught
+    text: str = ""  # synthetic | public | both: what it taught on
+    held_out_text: str = ""  # synthetic | public: what the losses are measured on
+    num_teachers: int = 0
+    num_texts: int = 0
+    num_held_out: int = 0
+    num_removed: int = 0  # texts left out, being copies or near copies of held-out ones
+    base: float | None = None  # loss of the base model
+    before: float | None = None  # of the aggregate
+    after: float | None = None  # of the distilled adapter
+    ensemble: float | None = None  # of the teacher itself: the ceiling
+    control: float | None = None  # of the aggregate fine-tuned on the same texts for as many tokens
+    entropy: float | None = None  # of the teacher's predictions, mean in nats
+    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # domain -> client -> mean
+    domains_before: Mapping[str, float] = field(default_factory=dict)  # domain -> loss of the aggregate
+    domains_after: Mapping[str, float] = field(default_factory=dict)  # and of the distilled adapter
+    clients_before: float | None = None  # mean held-out loss that clients report of the aggregate
+    clients_after: float | None = None
+    num_tokens: int = 0  # that the student learnt from
+    target_bytes: int = 0  # of the teacher's predictions in memory
+    seconds: float = 0.0
+
+    @property
+    def gap_closed(self) -> float | None:
+        """Share of the way from the aggregate to the ensemble that the student went; None where unknown."""
+        if self.before is None or self.after is None or self.ensemble is None:
+            return None
+        gap = self.before - self.ensemble
+        return (self.before - self.after) / gap if gap > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord:
     """What a round did; one line of `rounds.jsonl`. Losses are in nats per supervised token."""
 
@@ -228,6 +269,7 @@ class RoundRecord:
     largest_rho: float | None = None  # the same of the worst single matrix
     kept_energy: float | None = None  # share of the exact mean's squared norm that the read-out keeps
     silenced: tuple[str, ...] = ()  # clients to whom the robust rule left less than a tenth of their weight
+    distil: DistilRecord | None = None  # the distillation step, in rounds that have one
     adapter: str = ""  # digest of the adapter after this round
     epsilon: float | None = None  # spent by the run so far, of the unit that spent most; None = no privacy
     noise_multiplier: float | None = None  # of this round; the largest where clients differ

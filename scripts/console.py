@@ -13,9 +13,13 @@ from rich.table import Table
 from fedllm.config import RunConfig
 from fedllm.runs.spread import spread_of
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
+from strategies.distillation.words import in_short
 from strategies.session import Watch
 
-_COLUMNS = ("round", "train loss", "held-out", "clients", "lost", "up", "down", "rho", "kept", "time", "left")
+_COLUMNS = (
+    *("round", "train loss", "held-out", "clients", "lost", "up", "down"),
+    *("rho", "kept", "distilled", "time", "left"),
+)
 
 
 class Console:
@@ -122,6 +126,7 @@ class RunView:
             "" if is_base else f"{record.bytes_down / 1e6:.2f} MB",
             _number(record.rho, 3),
             "" if record.kept_energy is None else f"{record.kept_energy:.1%}",
+            in_short(record.distil),
             f"{record.seconds:.1f} s" if record.seconds else "",
             left,
             *spent,

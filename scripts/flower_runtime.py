@@ -30,6 +30,7 @@ from fedllm.models.files import is_local_model
 from fedllm.runs.folder import run_folder, to_toml
 from fedllm.runs.records import record_from_dict
 from scripts.console import RunView
+from strategies.distillation.text import public_source
 
 APP = Path(__file__).parents[1]
 _START_SECONDS = 60.0
@@ -233,11 +234,19 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the config with every local path absolute: Flower's processes start in another folder."""
     changes: dict[str, Scalar] = {"run.output": str(run_folder(config).parent)}
     if is_local(config.data.source):
-        parts = [part.strip() for part in config.data.source.split(",")]
-        changes["data.source"] = ",".join(str(Path(part).expanduser().absolute()) for part in parts)
+        changes["data.source"] = _absolute(config.data.source)
+    public = public_source(config.distill.text)
+    if public and is_local(public):
+        before = config.distill.text.strip().removesuffix(public)
+        changes["distill.text"] = before + _absolute(public)
     if is_local_model(config.model.name):
         changes["model.name"] = str(Path(config.model.name).expanduser().absolute())
     return config.override(changes)
+
+
+def _absolute(source: str) -> str:
+    """Return a path, or paths parted by commas, from the root."""
+    return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in source.split(","))
 
 
 def simulation_size(config: RunConfig) -> dict[str, Scalar]:

@@ -104,7 +104,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ({up:.1f} MB up as {config.wire.codec} deltas, {down:.1f} MB down).
 LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 {train.local_steps} local AdamW steps of {train.batch_size} rows at learning rate {train.learning_rate:g};
-{_rule_text(config)}; seed {config.seed}.{_drift_note(state)}{_local_note(config)}
+{_rule_text(config)}; seed {config.seed}.{_drift_note(state)}{_local_note(config)}{_distil_note(state)}
 
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
@@ -142,6 +142,25 @@ def _local_note(config: RunConfig) -> str:
     return (
         "\nEvery data holder keeps a B of its own, which the server never saw. Here B is zero, so this"
         " adapter changes nothing by itself; the losses below are those under the holders' own B."
+    )
+
+
+def _distil_note(state: ServerState) -> str:
+    """Return what distillation steps did: numbers alone, since domains may be data holders or files."""
+    steps = [record.distil for record in state.records if record.distil]
+    kept = [step for step in steps if step.kept and step.before is not None and step.after is not None]
+    if not steps:
+        return ""
+    if not kept:
+        return "\nA distillation step at the server did not pass its gate, so it changed nothing."
+    last = kept[-1]
+    closed = "" if last.gap_closed is None else f", {last.gap_closed:.0%} of the gap to it closed"
+    return (
+        f"\nThe server distilled the data holders' adapters back into this one ({len(kept)} of {len(steps)}"
+        f" steps kept). In the last, {last.num_teachers} adapters taught on {last.num_texts}"
+        f" {'synthetic and public' if last.text == 'both' else last.text} texts: held-out"
+        f" {last.held_out_text} loss {last.before:.4f} before, {last.after:.4f} after, {last.ensemble:.4f}"
+        f" for their ensemble{closed}."
     )
 
 

@@ -28,7 +28,11 @@ from strategies.aggregation.stock import stock_change
 from strategies.answers import Answer, first_updates, in_order
 from strategies.control_variates import ControlSum, control_of, empty_sum
 from strategies.delivered import travelling_part
-from strategies.evaluation import evaluate
+from strategies.distillation.gate import ask_clients
+from strategies.distillation.step import distilled, teachers_of
+from strategies.distillation.teachers import Teachers
+from strategies.distillation.words import sentence
+from strategies.evaluation import HeldOut, evaluate
 from strategies.joining import rejoin
 from strategies.privacy import (
     NoisedSum,
@@ -100,8 +104,11 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     sums = open_sums(session, state, plan)
     record, mixture = fold(session, state, plan, answers, sums)  # 7 validate and combine
     after, record = finish(session, state, plan, record, mixture, sums)  # 8 finish
+    held_out = None
+    if sums.teachers is not None and record.accepted and record.applied:
+        after, record, held_out = distil(session, state, after, record, sums.teachers)
     if record.applied and _is_evaluated(session.config, plan.round_num):
-        held_out = evaluate(session, after)
+        held_out = held_out or evaluate(session, after)
         record = replace(record, held_out=held_out.shared, personal_held_out=held_out.personal)
     record = replace(
         record,
@@ -181,16 +188,20 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
 
 @dataclass(frozen=True, eq=False)
 class RoundSums:
-    """What a round sums besides its mixture: changes of control variates, updates under central noise."""
+    """What a round keeps besides its mixture: changes of control variates, updates under central noise, and
+    the adapters a distillation step learns from.
+    """
 
     controls: ControlSum | None = None
     noised: NoisedSum | None = None
+    teachers: Teachers | None = None
 
 
 def open_sums(session: Session, state: ServerState, plan: RoundPlan) -> RoundSums:
     """Return the empty sums of a round."""
     controls = empty_sum(session.layout) if session.config.train.control_variates else None
-    return RoundSums(controls, empty_noised(session.privacy, state, session.layout, plan.returned))
+    noised = empty_noised(session.privacy, state, session.layout, plan.returned)
+    return RoundSums(controls, noised, teachers_of(session.config, state, plan.round_num))
 
 
 NO_SUMS = RoundSums()
@@ -218,8 +229,8 @@ def fold(
 ) -> tuple[RoundRecord, combine.Mixture]:
     """Combine the answers on arrival; return what happened and the mixture of the accepted updates.
 
-    Changes of control variates are added to `sums`, and so are updates that are to be noised as a sum: those
-    are in no mixture.
+    Changes of control variates are added to `sums`, and so are updates whom a distillation step learns from,
+    and those that are to be noised as a sum: these are in no mixture.
     """
     config, mixture = session.config, open_mixture(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
@@ -235,6 +246,8 @@ def fold(
                 mixture = combine.add(mixture, update)
             if sums.controls is not None:
                 sums.controls.add(update)
+            if sums.teachers is not None:
+                sums.teachers.add(update)
             for member in update.members or (update,):  # numbers only
                 accepted[member.client_id] = replace(member, delta=member.delta[:0], control_delta=None)
     late = sorted(accepted.keys() - set(plan.asked))
@@ -290,6 +303,7 @@ def finish(
         state,
         round_num=plan.round_num,
         adapter=aggregate.adapter,
+        undistilled=None,
         num_drawn={**state.num_drawn, **counts},
         drift=aggregate.drift,
         optimizer=aggregate.optimizer,
@@ -329,6 +343,24 @@ def _released(
     if release is None:
         return state, record, mixture
     return replace(state, clip=release.clip), record, combine.add(mixture, release.update)
+
+
+def distil(
+    session: Session, before: ServerState, after: ServerState, record: RoundRecord, teachers: Teachers
+) -> tuple[ServerState, RoundRecord, HeldOut | None]:
+    """Let the clients' adapters teach the aggregate; it stays where the step fails or a gate refuses.
+
+    Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
+    """
+    adapter, outcome = distilled(session, before, after, teachers.without(record.silenced))
+    is_last = session.config.distill.when == "last"
+    undistilled = after.adapter if is_last and outcome.kept else None
+    state, held_out = replace(after, adapter=adapter, undistilled=undistilled), None
+    if outcome.kept and session.config.distill.gate == "clients":
+        asked = ask_clients(session, after, state, outcome)
+        state, outcome, held_out = asked.state, asked.record, asked.held_out
+    session.watch.notice(f"round {record.round_num}: {sentence(outcome)}")
+    return state, replace(record, distil=outcome, adapter=state.adapter.digest), held_out
 
 
 def _is_evaluated(config: RunConfig, round_num: int) -> bool:

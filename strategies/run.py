@@ -20,6 +20,7 @@ from fedllm.runs.folder import describe_run, open_run_folder, write_result, writ
 from fedllm.runs.spread import described
 from fedllm.types import RoundRecord
 from strategies.aggregation.stock import check_stock
+from strategies.distillation.step import open_public_text, undistilled
 from strategies.evaluation import evaluate
 from strategies.joining import join_clients
 from strategies.privacy import open_privacy, with_journal
@@ -80,24 +81,28 @@ def open_session(
 
     Raises:
         ModelError, RunFailedError: the base model is absent, or too few clients join.
-        ConfigError: `stock` is given and the run's rule is no plain mean of factors, or its server is to add
-            noise.
-        CheckpointError, MissingExtraError: the noise secret cannot be kept, or dp-accounting is missing.
+        ConfigError: `stock` is given and the run's rule is no plain mean of factors, or the run distils
+            or its server is to add noise.
+        DataError: the run distils, and its public text cannot be used.
+        CheckpointError, MissingExtraError: the noise secret cannot be kept, or a library is missing.
     """
     privacy = open_privacy(config, private)
     if privacy is not None:
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
-        check_stock(aggregation_rule(config))
+        check_stock(aggregation_rule(config), distils=config.distill.when != "never")
         if privacy is not None and privacy.plan.is_central:
             raise ConfigError("a stock Flower strategy adds no noise; use privacy.trust = local without it")
+    public_text = open_public_text(config)
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
-    return Session(config, layout, transport, clients, watch, stock=stock, privacy=privacy)
+    return Session(
+        config, layout, transport, clients, watch, stock=stock, privacy=privacy, public_text=public_text
+    )
 
 
 def first_state(session: Session, start: AdapterState | None = None) -> ServerState:
@@ -148,6 +153,8 @@ def _first_state(session: Session, folder: Path, start: AdapterState | None) -> 
     for line in passed_over:
         session.watch.notice(line)
     session.watch.notice(f"resuming after round {state.round_num}")
+    if state.round_num < session.config.federation.num_rounds:
+        state = undistilled(state)
     return with_journal(session.privacy, state)
 
 

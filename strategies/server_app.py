@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedllm.config import RunConfig, Scalar
 from fedllm.errors import FedLLMError
 from fedllm.types import RoundRecord
+from strategies.distillation.words import in_short
 from strategies.session import Watch
 from strategies.strategy import FederatedLora
 
@@ -33,11 +34,13 @@ def main(grid: Grid, context: Context) -> None:
 def _log_record(record: RoundRecord) -> None:
     loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
     held_out = "" if record.mean_held_out is None else f" · held-out {record.mean_held_out:.4f}"
+    distilled = f" · distilled {in_short(record.distil)}" if record.distil else ""
     _logger.info(
-        "round %d · loss %s%s · %d/%d clients · %.2f MB up · %.1f s",
+        "round %d · loss %s%s%s · %d/%d clients · %.2f MB up · %.1f s",
         record.round_num,
         loss,
         held_out,
+        distilled,
         len(record.accepted),
         len(record.asked),
         record.bytes_up / 1e6,

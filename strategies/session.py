@@ -12,6 +12,7 @@ from fedllm.config import RunConfig
 from fedllm.rule import AggregationRule, aggregation_rule, init_a_of
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
 from strategies.delivered import Delivered
+from strategies.distillation.text import PublicText
 from strategies.privacy import ServerPrivacy
 from strategies.transport import Transport
 
@@ -41,6 +42,7 @@ class Session:
     delivered: Delivered = field(default_factory=Delivered)
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
     privacy: ServerPrivacy | None = None
+    public_text: tuple[PublicText, ...] = ()  # what distillation steps may read besides synthetic text
 
     @cached_property
     def rule(self) -> AggregationRule:

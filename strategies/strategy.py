@@ -23,7 +23,7 @@ from fedllm.wire.stock import read_plain, write_plain
 from strategies.evaluation import evaluate_requests, read_evaluations
 from strategies.privacy import check_budget
 from strategies.receiving import read_reply
-from strategies.rounds import finish, fold, open_sums, plan_round, train_requests
+from strategies.rounds import distil, finish, fold, open_sums, plan_round, train_requests
 from strategies.run import open_session, run_federation
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import reply_of
@@ -117,6 +117,8 @@ class FederatedLora(Strategy):
         if not record.applied:
             self._state = after
             return None, None
+        if sums.teachers is not None and record.accepted:
+            after, record, _ = distil(session, state, after, record, sums.teachers)
         self._state = replace(after, records=(*state.records, record))
         return write_plain(self._state.adapter), _train_metrics(record)
 

@@ -22,7 +22,11 @@ def check_privacy(config: "RunConfig", rule: "AggregationRule") -> None:
         for reason in _without_plan(config):
             raise ConfigError(reason)
         return
-    for reasons in (_of_every_plan(config, rule), _of_unit(config, rule, plan)):
+    for reasons in (
+        _of_every_plan(config, rule),
+        _of_distillation(config, plan),
+        _of_unit(config, rule, plan),
+    ):
         for reason in reasons:
             raise ConfigError(reason)
 
@@ -60,6 +64,20 @@ def _of_every_plan(config: "RunConfig", rule: "AggregationRule") -> Iterator[str
         yield (
             f"federation.selection = {config.federation.selection!r} cannot go with privacy.epsilon: it"
             " chooses by losses, which are private; use uniform or poisson"
+        )
+
+
+def _of_distillation(config: "RunConfig", plan: PrivacyPlan) -> Iterator[str]:
+    if config.distill.when != "never" and plan.is_central:
+        yield (
+            f"distill.when = {config.distill.when!r} cannot go with privacy.trust = 'central': a step would"
+            " learn from every client's own adapter, and only their noised sum may leave the round; use never,"
+            " or privacy.trust = local"
+        )
+    if config.distill.when != "never" and config.distill.gate == "clients" and plan.metrics == "withheld":
+        yield (
+            "distill.gate = 'clients' asks for held-out losses, which privacy.metrics = 'withheld' keeps with"
+            " the clients; use distill.gate = public, or privacy.metrics = held-out"
         )
 
 

@@ -27,6 +27,7 @@ from fedllm.types import OptimizerState, RoundRecord
 NUM_KEPT = 2
 # there only where they hold something
 DRIFT, OPTIMIZER, CONTROL = "drift.safetensors", "optimizer.safetensors", "control.safetensors"
+UNDISTILLED = "undistilled.safetensors"
 
 # Keys that may differ between a run and its continuation: they change where, how long or how loudly it
 # runs, never what a round computes.
@@ -48,7 +49,7 @@ class ServerState:
     `drift` is what the base model has gained (left out: nothing); `norms` are the median norms of the last
     rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one; `ledger`
     is what was given away under a privacy plan, `clip` the norm that an adaptive clip has come to (0 = the
-    plan's own).
+    plan's own); `undistilled` is what the last round aggregated, where distilling it gave `adapter`.
     """
 
     round_num: int
@@ -61,6 +62,7 @@ class ServerState:
     control: AdapterState | None = None
     ledger: Ledger = Ledger()
     clip: float = 0.0
+    undistilled: AdapterState | None = None
 
     def __post_init__(self) -> None:
         if cast(Drift | None, self.drift) is None:
@@ -95,6 +97,8 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
                 save_named(building / OPTIMIZER, moments)
             if state.control is not None:
                 save_tensors(building / CONTROL, state.control)
+            if state.undistilled is not None:
+                save_tensors(building / UNDISTILLED, state.undistilled)
     except (OSError, FedLLMError) as error:
         raise CheckpointError(f"round {state.round_num} could not be saved in {folder}: {error}") from None
     for old in _rounds(folder)[NUM_KEPT:]:
@@ -117,7 +121,8 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
             drift = _load_drift(path / DRIFT, saved_layout)
             optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
-            control = _load_control(path / CONTROL, saved_layout)
+            control = _load_adapter(path / CONTROL, saved_layout)
+            undistilled = _load_adapter(path / UNDISTILLED, saved_layout)
             spent = ledger_from_dict(content.get("ledger", ()))
         except (FedLLMError, OSError, ValueError, KeyError, TypeError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
@@ -139,6 +144,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
                 control=control,
                 ledger=spent,
                 clip=content.get("clip", 0.0),
+                undistilled=undistilled,
             ),
             passed_over,
         )
@@ -154,7 +160,7 @@ def _drift_tensors(drift: Drift) -> dict[str, torch.Tensor]:
     }
 
 
-def _load_control(file: Path, layout: AdapterLayout) -> AdapterState | None:
+def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
     return load_tensors(file, layout).checked_finite() if file.exists() else None
 
 
@@ -182,6 +188,8 @@ def _check_same(saved: Mapping[str, Scalar], config: RunConfig) -> None:
         free = free - {"federation.num-rounds"}
     if config.privacy.epsilon and not config.privacy.noise_multiplier:  # the noise was made for that number
         free = free - {"federation.num-rounds"}
+    if config.distill.when != "never":  # they begin its synthetic texts
+        free = free - {"evaluation.prompts"}
     now: dict[str, Any] = config.to_flat()
     changed = [key for key in now if key not in free and saved.get(key) != now[key]]
     if changed:

@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from fedllm.types import RoundRecord
+from fedllm.types import DistilRecord, RoundRecord
 
 
 def record_to_dict(record: RoundRecord) -> dict[str, Any]:
@@ -19,7 +19,10 @@ def record_from_dict(values: dict[str, Any]) -> RoundRecord:
     fields = {name: value for name, value in values.items() if name not in {"round", "mean_held_out"}}
     for name in {"asked", "accepted", "silenced"} & fields.keys():
         fields[name] = tuple(fields[name])
-    return RoundRecord(round_num=values["round"], **fields)
+    distil = fields.pop("distil", None)
+    return RoundRecord(
+        round_num=values["round"], distil=None if distil is None else DistilRecord(**distil), **fields
+    )
 
 
 def record_to_line(record: RoundRecord) -> str:

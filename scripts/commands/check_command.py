@@ -60,8 +60,21 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
         "tokens a round": tokens,
         "tokens of the run": tokens * config.federation.num_rounds,
         **_bytes(config, layout, [client.client_id for client in clients]),
+        "distillation": _distillation(config),
         "privacy": summary_line(privacy) if privacy else "no differential privacy; updates are not masked",
     }
+
+
+def _distillation(config: RunConfig) -> str:
+    """Return what the server will distil, in a line."""
+    numbers = config.distill
+    if numbers.when == "never":
+        return "none"
+    when = "after the last round" if numbers.when == "last" else "after every round"
+    return (
+        f"{when}: at most {numbers.max_teachers} clients teach on {numbers.num_texts} texts of up to"
+        f" {numbers.max_tokens} tokens ({numbers.text}); {numbers.steps} steps of {numbers.batch_size}"
+    )
 
 
 def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> dict[str, int]:

@@ -31,13 +31,18 @@ class _Nodes:
         return list(range(1, self.number + 1))
 
 
-def check_stock(rule: AggregationRule) -> None:
+def check_stock(rule: AggregationRule, *, distils: bool = False) -> None:
     """Refuse a run whose rule leaves nothing for a stock strategy to do, or not what it expects.
 
     Raises:
-        ConfigError: another read-out, robust rule, optimizer or weighting than a stock strategy's own, or
-            clients without common factors.
+        ConfigError: another read-out, robust rule, optimizer or weighting than a stock strategy's own,
+            clients without common factors, or a distillation step after it.
     """
+    if distils:
+        raise ConfigError(
+            "a stock Flower strategy may leave clients out of its mean and does not say whom, so they cannot"
+            " teach: set distill.when = never beside it"
+        )
     has_own = rule.read_out != "factor-mean" or rule.robust != "none" or not rule.optimizer.is_plain
     if has_own or rule.weighting == "product-norm" or rule.mixed_ranks or rule.node_sum:
         raise ConfigError(

@@ -106,6 +106,24 @@ def test_an_adapter_that_is_not_finite_writes_nothing(make_engine: Callable, mak
         sample_texts(engine, [bad], torch.ones(1), PROMPTS, number=1, max_tokens=2, seed=0)
 
 
+def test_an_adapter_that_overflows_has_its_texts_left_out(
+    make_engine: Callable, make_teacher: Callable
+) -> None:
+    engine = make_engine("llama", "float32")
+    teacher = make_teacher(engine)
+    first, _, last = teacher.adapters
+    wild = torch.full_like(first, 1e30)  # finite, its products are not
+    whole = drawn(40, engine, teacher)
+    found = sample_texts(engine, [first, wild, last], PRIORS, PROMPTS, number=40, max_tokens=9, seed=0)
+    kept = [n for n, writer in enumerate(whole.writers) if writer != 1]
+    assert 0 < len(kept) < 40
+    assert found.rows == tuple(whole.rows[n] for n in kept)
+    assert found.writers == tuple(whole.writers[n] for n in kept)
+    assert found.prompts == tuple(whole.prompts[n] for n in kept)
+    with pytest.raises(NonFiniteError):
+        sample_texts(engine, [wild], torch.ones(1), PROMPTS, number=3, max_tokens=9, seed=0)
+
+
 def test_prompts_are_learnt_where_asked(make_engine: Callable, make_teacher: Callable) -> None:
     engine = make_engine("llama", "float32")
     for row in drawn(4, engine, make_teacher(engine), learn_prompts=True).rows:

@@ -111,6 +111,8 @@ REFUSED = [
     ({**POISSON, "privacy.max-participations": 2}, "is not the coin that was counted"),
     ({**LOCAL, "privacy.adaptive-clip": True}, "only a trusted server can noise"),
     ({**LOCAL, "privacy.weight-cap": 10.0}, "under a central client-level sum only"),
+    ({**CLIENT, "distill.when": "last"}, "learn from every client's own adapter"),
+    ({**LOCAL, "distill.when": "last", "distill.gate": "clients"}, "keeps with the clients"),
     ({**CLIENT, "privacy.weight-cap": 9.0, "aggregation.weighting": "uniform"}, "needs aggregation.w"),
 ]  # fmt: skip
 
@@ -133,6 +135,8 @@ ALLOWED = [
     {**EXAMPLE, "federation.over-selection": 1.5, "federation.selection": "weighted"},
     {**LOCAL, "aggregation.preset": "flexlora"},
     {**EXAMPLE, "wire.node-sum": True},
+    {**EXAMPLE, "distill.when": "last", "distill.gate": "clients"},
+    {**LOCAL, "distill.when": "last"},
 ]
 
 

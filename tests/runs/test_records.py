@@ -6,12 +6,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.runs.records import record_from_dict, record_to_dict, record_to_line
-from fedllm.types import ClientEvaluation, RoundRecord
+from fedllm.types import ClientEvaluation, DistilRecord, RoundRecord
 
 names = st.text(min_size=1, max_size=8)
 numbers = st.floats(-1e9, 1e9)
 name_lists = st.lists(names, max_size=4).map(tuple)
 by_name = st.dictionaries(names, numbers, max_size=4)
+steps = st.builds(
+    DistilRecord,
+    kept=st.booleans(),
+    reason=st.text(max_size=20),
+    teacher=st.sampled_from(["", "posterior", "uniform"]),
+    num_teachers=st.integers(0, 99),
+    base=st.none() | numbers,
+    before=st.none() | numbers,
+    after=st.none() | numbers,
+    ensemble=st.none() | numbers,
+    weights=st.dictionaries(names, by_name, max_size=3),
+    domains_before=by_name,
+    domains_after=by_name,
+    clients_after=st.none() | numbers,
+    num_tokens=st.integers(0, 10**12),
+    seconds=numbers,
+)
 records = st.builds(
     RoundRecord,
     round_num=st.integers(0, 99),
@@ -35,6 +52,7 @@ records = st.builds(
     delta_norm=numbers,
     rho=st.none() | numbers,
     kept_energy=st.none() | numbers,
+    distil=st.none() | steps,
     adapter=st.text("0123456789abcdef", max_size=64),
 )
 
@@ -66,3 +84,28 @@ def test_the_mean_held_out_loss_is_over_clients_and_absent_where_none_was_measur
 def test_perplexity_is_the_exponential_of_the_loss(loss: float, expected: float) -> None:
     evaluation = ClientEvaluation(client_id="a", loss=loss, num_tokens=1, num_rows=1)
     assert evaluation.perplexity == pytest.approx(expected)
+
+
+def test_a_record_of_an_earlier_release_has_no_distillation() -> None:
+    values = json.loads(record_to_line(RoundRecord(round_num=1)))
+    del values["distil"]
+    assert record_from_dict(values) == RoundRecord(round_num=1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ensemble", "closed"),
+    [
+        (3.0, 2.5, 2.0, 0.5),
+        (3.0, 3.5, 2.0, -0.5),
+        (3.0, 2.0, 2.0, 1.0),
+        (2.0, 1.9, 2.0, None),
+        (2.0, 1.9, 2.5, None),
+        (2.0, None, 1.0, None),
+        (None, None, None, None),
+    ],
+)
+def test_the_gap_closed_is_the_share_of_the_way_from_aggregate_to_ensemble(
+    before: float | None, after: float | None, ensemble: float | None, closed: float | None
+) -> None:
+    step = DistilRecord(kept=True, reason="", before=before, after=after, ensemble=ensemble)
+    assert step.gap_closed == (closed if closed is None else pytest.approx(closed))

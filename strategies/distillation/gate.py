@@ -1,0 +1,53 @@
+"""Whether a distilled adapter takes the aggregate's place: only where the loss it is judged by says so."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from fedllm.runs.checkpoint import ServerState
+from fedllm.types import DistilRecord
+from strategies.evaluation import HeldOut, evaluate
+from strategies.session import Session
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What clients say of the adapter that was kept: the step's record, and their losses under it."""
+
+    state: ServerState
+    record: DistilRecord
+    held_out: HeldOut
+
+
+def judged(before: float, after: float, text: str) -> tuple[bool, str]:
+    """Return whether a loss on held-out text of a kind has improved, and that in words."""
+    if not math.isfinite(after):
+        return False, "the student diverged; lower distill.learning-rate"
+    if after < before:
+        return True, f"the held-out {text} loss improved"
+    return False, f"the held-out {text} loss did not improve"
+
+
+def ask_clients(
+    session: Session, aggregate: ServerState, distilled: ServerState, record: DistilRecord
+) -> Asked:
+    """Let clients measure both adapters on rows they keep back; keep the distilled one if it is not worse.
+
+    The mean is over clients that answer for both. Where none does, nothing speaks for the distilled adapter
+    and the aggregate stays.
+    """
+    before, after = evaluate(session, aggregate), evaluate(session, distilled)
+    both = sorted(before.shared.keys() & after.shared.keys())
+    if not both:
+        reason = "no client measured both adapters"
+        return Asked(aggregate, replace(record, kept=False, reason=reason), before)
+    old, new = (_mean({client: held.shared[client] for client in both}) for held in (before, after))
+    record = replace(record, clients_before=old, clients_after=new)
+    if new > old:
+        reason = f"the clients' own held-out loss would rise from {old:.4f} to {new:.4f}"
+        return Asked(aggregate, replace(record, kept=False, reason=reason), before)
+    return Asked(distilled, replace(record, reason=f"{record.reason}, the clients' own is not worse"), after)
+
+
+def _mean(losses: Mapping[str, float]) -> float:
+    return sum(losses.values()) / len(losses)

@@ -1,0 +1,226 @@
+"""The distillation step: a round's clients teach the adapter that was made of them, or it stays as it is.
+
+The teacher is the mixture of the clients' adapters, which the server holds anyway; the student is the
+aggregate; the loss is the forward KL of `fedllm.distillation`. The base model is opened when a step is due
+and not before. Whatever goes wrong here costs the step and never the round.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedllm.adapters.layout import AdapterState
+from fedllm.config import RunConfig
+from fedllm.distillation.student import StudentTraining, distil, supervised
+from fedllm.distillation.targets import Targets
+from fedllm.distillation.teacher import Teacher, teach
+from fedllm.errors import FedLLMError, NonFiniteError, RunFailedError
+from fedllm.models.base import load_base
+from fedllm.models.drifted import drifted
+from fedllm.models.files import first_line
+from fedllm.runs.checkpoint import ServerState
+from fedllm.seeds import derive_seed
+from fedllm.training.engine import Engine, resident_engine
+from fedllm.types import DistilRecord
+from strategies.distillation.gate import judged
+from strategies.distillation.material import PUBLIC, Material, make_material
+from strategies.distillation.measure import Loss, loss_of, weights_by_domain
+from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
+from strategies.distillation.text import PublicText, public_source, read_public
+from strategies.session import Session
+
+
+@dataclass(frozen=True, eq=False)
+class _Taught:
+    """What the teacher said: its targets for the rows and its own loss on held-out ones."""
+
+    targets: Targets
+    teacher: str
+    note: str  # where another teacher than the chosen one was used, why
+    ensemble: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Learnt:
+    """The student, held-out losses before and after its training, and that of the control if asked for."""
+
+    adapter: AdapterState
+    before: Loss
+    after: Loss
+    num_tokens: int
+    control: float | None = None
+
+
+def is_due(config: RunConfig, round_num: int) -> bool:
+    """Return whether a round ends with a distillation step."""
+    when = config.distill.when
+    return when == "every" or (when == "last" and round_num == config.federation.num_rounds)
+
+
+def open_public_text(config: RunConfig) -> tuple[PublicText, ...]:
+    """Return the public text that a run's steps use, none where they use none.
+
+    Raises:
+        DataError: it cannot be read or is too little.
+        MissingExtraError: the library that finds near copies is absent.
+    """
+    source = public_source(config.distill.text)
+    return read_public(source, config.data) if config.distill.when != "never" and source else ()
+
+
+def teachers_of(config: RunConfig, state: ServerState, round_num: int) -> Teachers | None:
+    """Return where the teachers of a round are kept, None where it has no step."""
+    if not is_due(config, round_num):
+        return None
+    return Teachers(state.adapter, round_num, config.distill.max_teachers)
+
+
+def undistilled(state: ServerState) -> ServerState:
+    """Return the state as it was before a distillation after what is no longer the last round.
+
+    So a run that goes on with more rounds has the bits of one that was planned with them.
+    """
+    if state.undistilled is None:
+        return state
+    *earlier, last = state.records
+    last = replace(last, distil=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={})
+    return replace(state, adapter=state.undistilled, undistilled=None, records=(*earlier, last))
+
+
+def distilled(
+    session: Session, before: ServerState, after: ServerState, adapters: Sequence[ClientAdapter]
+) -> tuple[AdapterState, DistilRecord]:
+    """Return the adapter a round ends with and what the step did.
+
+    `before` is the state the clients started from, `after` the aggregate of their updates, which stays where
+    the step fails or its gate refuses.
+    """
+    began = time.perf_counter()
+    try:
+        adapter, record = _step(session, before, after, adapters)
+    except FedLLMError as error:
+        adapter, record = after.adapter, DistilRecord(kept=False, reason=str(error))
+    except (MemoryError, torch.OutOfMemoryError):
+        reason = "out of memory even with one teacher a pass; lower distill.max-tokens or distill.batch-size"
+        adapter, record = after.adapter, DistilRecord(kept=False, reason=reason)
+    except (RuntimeError, OSError) as error:  # what torch and the disk raise
+        adapter, record = after.adapter, DistilRecord(kept=False, reason=f"it failed: {first_line(error)}")
+    return adapter, replace(record, seconds=time.perf_counter() - began)
+
+
+def server_engine(session: Session) -> Engine:
+    """Return the engine on this process's base model: in a local run that of its clients, and no second one.
+
+    Raises:
+        ModelError, LayoutError: this machine has no such base model.
+    """
+    config = session.config
+    return resident_engine(load_base(config.model), session.layout, config.train.token_budget)
+
+
+def _step(
+    session: Session, before: ServerState, after: ServerState, adapters: Sequence[ClientAdapter]
+) -> tuple[AdapterState, DistilRecord]:
+    if not adapters:
+        raise RunFailedError("no client of the round is left to teach")
+    config, engine = session.config, server_engine(session)
+    with drifted(engine.base, before.drift):  # what the clients' adapters were trained on
+        material = make_material(config, session.public_text, engine, adapters, after.round_num)
+    nothing = AdapterState(session.layout, torch.zeros(session.layout.size))
+    base = loss_of(engine, nothing, material.held_out, material.held_out_domains).mean
+    with drifted(engine.base, before.drift):
+        taught = _taught(config, engine, adapters, material, base)
+    targets, clients = taught.targets, [adapter.client_id for adapter in adapters]
+    with drifted(engine.base, after.drift):
+        learnt = _learnt(config, engine, after, material, targets)
+    kept, reason = judged(learnt.before.mean, learnt.after.mean, material.held_out_text)
+    record = DistilRecord(
+        kept=kept,
+        reason=f"{reason}{taught.note}",
+        teacher=taught.teacher,
+        text=material.text,
+        held_out_text=material.held_out_text,
+        num_teachers=len(adapters),
+        num_texts=len(material.rows),
+        num_held_out=len(material.held_out),
+        num_removed=material.num_removed,
+        base=base,
+        before=learnt.before.mean,
+        after=learnt.after.mean,
+        ensemble=taught.ensemble,
+        control=learnt.control,
+        entropy=targets.entropy,
+        weights=weights_by_domain(targets.weights_NK, clients, material.rows, material.domains),
+        domains_before=learnt.before.domains,
+        domains_after=learnt.after.domains,
+        num_tokens=learnt.num_tokens,
+        target_bytes=targets.num_bytes,
+    )
+    return learnt.adapter if kept else after.adapter, record
+
+
+def _learnt(
+    config: RunConfig, engine: Engine, after: ServerState, material: Material, targets: Targets
+) -> _Learnt:
+    """Return what the aggregate learns from the targets, with its losses on held-out rows before and after.
+
+    A student that diverged has no loss, and the gate will say so.
+    """
+
+    def measured(adapter: AdapterState) -> Loss:
+        return loss_of(engine, adapter, material.held_out, material.held_out_domains)
+
+    training, before = student_training(config, after.round_num), measured(after.adapter)
+    learnt = _Learnt(after.adapter, before, Loss(math.nan, {}), 0)
+    with suppress(NonFiniteError):
+        result = distil(engine, after.adapter, targets, training)
+        learnt = _Learnt(result.adapter, before, measured(result.adapter), result.num_tokens)
+    if config.distill.control:
+        with suppress(NonFiniteError):
+            tuned = supervised(engine, after.adapter, material.rows, training).adapter
+            learnt = replace(learnt, control=measured(tuned).mean)
+    return learnt
+
+
+def _taught(
+    config: RunConfig, engine: Engine, adapters: Sequence[ClientAdapter], material: Material, base: float
+) -> _Taught:
+    """Return what the chosen teacher says, or the uniform one where public text is in no client's support.
+
+    Posterior weights on text that no client models are noise that looks certain: where the mixture's own loss
+    is above the base model's loss `base`, all teachers count alike.
+    """
+    numbers = config.distill
+    teacher = Teacher(
+        adapters=tuple(adapter.vector for adapter in adapters),
+        layout=engine.layout,
+        priors=priors_of(adapters),
+        kind=numbers.teacher,
+        temper=numbers.temper,
+    )
+    ensemble, note = teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss, ""
+    if teacher.kind == "posterior" and material.held_out_text == PUBLIC and not ensemble <= base:
+        note = (
+            f" (the public text is in no client's support: posterior {ensemble:.3f} is worse than the base"
+            f" model's {base:.3f}, so all clients weighed alike)"
+        )
+        teacher = replace(teacher, kind="uniform")
+        ensemble = teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss
+    targets = teach(engine, teacher, material.rows, top_k=numbers.top_k)
+    return _Taught(targets, teacher.kind, note, ensemble)
+
+
+def student_training(config: RunConfig, round_num: int) -> StudentTraining:
+    """Return how the student of a round is trained."""
+    numbers = config.distill
+    return StudentTraining(
+        steps=numbers.steps,
+        batch_size=numbers.batch_size,
+        learning_rate=numbers.learning_rate,
+        pull=numbers.pull,
+        seed=derive_seed(config.seed, "distillation", round_num),
+    )

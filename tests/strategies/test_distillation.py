@@ -1,0 +1,561 @@
+"""The distillation step beside the round loop: what it keeps, what it refuses, what it leaves as it was."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import FedAvg
+from transformers import AutoModelForCausalLM
+
+from clients.client_app import app
+from clients.holder import open_holder
+from fedllm.adapters.layout import AdapterState, at_rank, with_rank
+from fedllm.config import RunConfig
+from fedllm.errors import ConfigError, DataError
+from fedllm.runs.checkpoint import ServerState
+from fedllm.types import ClientUpdate, DistilRecord, RoundRecord
+from fedllm.wire.stock import read_plain, write_plain
+from scripts.local_grid import local_grid
+from strategies.distillation.gate import ask_clients, judged
+from strategies.distillation.material import make_material
+from strategies.distillation.step import distilled, is_due, server_engine
+from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
+from strategies.distillation.words import in_short, sentence
+from strategies.rounds import next_round
+from strategies.run import open_session, run_federation
+from strategies.session import Watch
+from strategies.strategy import FederatedLora
+
+FORMS = {
+    "anna": "Return the {} of a {}.",
+    "ben": "open every {} near my {}!",
+    "cleo": "NEVER SORT {} BEFORE {}",
+    "dora": "(raise) {} => {} (fails)",
+}
+NAMES = tuple(FORMS)
+WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "index", "key", "name", "order")
+
+CHEAP = {
+    "distill.when": "every",
+    "distill.num-texts": 24,
+    "distill.max-tokens": 48,
+    "distill.steps": 20,
+    "distill.batch-size": 4,
+    "distill.learning-rate": 0.005,
+    "distill.top-k": 64,
+}
+FEW = {"distill.num-texts": 8, "distill.steps": 3, "train.local-steps": 4}
+STEP = DistilRecord(kept=True, reason="the held-out public loss improved", before=3.0, after=2.5)
+
+
+@pytest.fixture(scope="module")
+def model_folder(make_model_folder: Callable, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Write a tiny model that can be sure of something: with small embeddings its laws are nearly even."""
+    folder = tmp_path_factory.mktemp("sure")
+    shutil.copytree(make_model_folder(), folder, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_input_embeddings().weight.data *= 12
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make_config(make_config: Callable, model_folder: str, private_file: str) -> Callable[..., RunConfig]:
+    """Return a function (flat overrides) -> the tiny federation on that model, trained so that it learns."""
+
+    def make(overrides: dict[str, Any] | None = None) -> RunConfig:
+        learning = {
+            "model.name": model_folder,
+            "data.source": private_file,
+            "lora.rank": 4,
+            "lora.target-modules": "all-linear",
+            "train.local-steps": 20,
+            "train.learning-rate": 0.02,
+        }
+        config: RunConfig = make_config({**learning, **(overrides or {})})
+        return config
+
+    return make
+
+
+def write_rows(path: Path, number: int, first: int) -> str:
+    """Write rows of four clients who have learnt to answer in four ways."""
+    lines = []
+    for client, form in FORMS.items():
+        for row in range(first, first + number):
+            words = WORDS[row % 12], WORDS[(row // 12 + 5 * row + 1) % 12]
+            line = {"instruction": f"{words[0]} {words[1]}?", "output": form.format(*words), "client": client}
+            lines.append(json.dumps(line) + "\n")
+    path.write_text("".join(lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def private_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_rows(tmp_path_factory.mktemp("private") / "private.jsonl", 24, 0)
+
+
+@pytest.fixture(scope="module")
+def public_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Write public rows of the clients' four kinds, which no client has."""
+    return write_rows(tmp_path_factory.mktemp("public") / "public.jsonl", 12, 24)
+
+
+@pytest.fixture
+def run(make_config: Callable, tmp_path: Path) -> Callable[..., tuple[ServerState, list[str]]]:
+    """Return a function (name, hook on every record, **flat overrides) that does a run of two rounds."""
+
+    def do(name: str, hook: Callable[[RoundRecord], None] = lambda record: None, **flat: Any) -> Any:
+        notices: list[str] = []
+        fixed = {"run.output": str(tmp_path), "run.name": name, "federation.num-rounds": 2}
+        config = make_config({**fixed, "train.token-budget": 1, **flat})
+        watch = Watch(notice=notices.append, record=hook)
+        return run_federation(config, local_grid(config, app, num_nodes=2), watch), notices
+
+    return do
+
+
+@pytest.fixture
+def trained(make_config: Callable, open_run: Callable) -> Callable[..., Any]:
+    """Return a function (**flat) -> a session, the states around its first round, the clients' adapters."""
+
+    def do(**flat: Any) -> Any:
+        opened = open_run(make_config({**CHEAP, **flat, "distill.when": "never"}))
+        teachers = Teachers(opened.state.adapter, 1, 8)
+        original = opened.session.watch
+        session = replace(
+            opened.session, watch=replace(original, client=lambda number, update: teachers.add(update))
+        )
+        after, record = next_round(session, opened.state)
+        assert record.accepted == NAMES
+        return session, opened.state, after, teachers.without(())
+
+    return do
+
+
+def steps_of(state: ServerState) -> list[DistilRecord]:
+    return [record.distil for record in state.records if record.distil]
+
+
+def timeless(record: RoundRecord) -> dict[str, Any]:
+    values = {**asdict(record), "seconds": 0, "client_seconds": {}}
+    return {**values, "distil": values["distil"] and {**values["distil"], "seconds": 0}}
+
+
+@pytest.mark.parametrize(("when", "expected"), [("never", []), ("last", [3]), ("every", [1, 2, 3])])
+def test_a_step_is_due_never_in_the_last_round_or_in_every_one(when: str, expected: list[int]) -> None:
+    config = RunConfig.from_flat({"distill.when": when})
+    assert [number for number in (1, 2, 3) if is_due(config, number)] == expected
+
+
+def update(
+    client: str, weight: float, delta: torch.Tensor, rank: int = 4, round_num: int = 1
+) -> ClientUpdate:
+    return ClientUpdate(
+        client_id=client,
+        round_num=round_num,
+        rank=rank,
+        delta=delta,
+        weight=weight,
+        num_tokens=1,
+        train_loss=1.0,
+    )
+
+
+def test_the_heaviest_clients_teach_and_of_equal_ones_the_first(trained: Callable) -> None:
+    _, before, _, _ = trained()
+    start = before.adapter
+    delta = torch.ones(start.layout.size)
+    teachers = Teachers(start, 1, 2)
+    for client, weight in (("a", 1.0), ("b", 3.0), ("c", 1.0), ("d", 3.0), ("e", 2.0), ("f", 3.0)):
+        teachers.add(update(client, weight, delta))
+        assert len(teachers.kept) <= 2
+    assert [kept.client_id for kept in teachers.kept] == ["b", "d"]
+    assert [kept.client_id for kept in teachers.without({"b"})] == ["d"]
+    assert torch.equal(teachers.kept[0].vector, start.vector + delta)
+    assert priors_of(teachers.kept).tolist() == [0.5, 0.5]
+
+
+def test_a_teacher_of_a_lower_rank_is_what_its_client_has_and_a_late_one_does_not_teach(
+    trained: Callable,
+) -> None:
+    _, before, _, _ = trained()
+    layout = before.adapter.layout
+    low = at_rank(layout, 1)
+    delta = torch.randn(low.size, generator=torch.Generator().manual_seed(1))
+    teachers = Teachers(before.adapter, 2, 8)
+    teachers.add(update("late", 9.0, torch.ones(layout.size), round_num=1))
+    teachers.add(update("low", 1.0, delta, rank=1, round_num=2))
+    (kept,) = teachers.kept
+    own = with_rank(before.adapter.vector, layout, 1) + delta
+    for (a, b), (own_a, own_b) in zip(layout.factors(kept.vector), low.factors(own), strict=True):
+        torch.testing.assert_close(layout.scale * b @ a, low.scale * own_b @ own_a)
+
+
+def test_a_step_that_is_kept_changes_the_adapter_and_says_what_it_did(run: Callable, tmp_path: Path) -> None:
+    plain, _ = run("plain", **{"federation.num-rounds": 1})
+    state, notices = run("distilled", **{**CHEAP, "distill.when": "last", "federation.num-rounds": 1})
+    (step,) = steps_of(state)
+    assert step.kept, step
+    assert step.after < step.before
+    assert state.records[-1].adapter == state.adapter.digest != plain.adapter.digest
+    assert (step.teacher, step.text, step.held_out_text) == ("posterior", "synthetic", "synthetic")
+    assert (step.num_teachers, step.num_held_out) == (4, 6)
+    assert 0 < step.num_texts <= 24
+    assert step.control is None
+    assert step.num_tokens > 0
+    assert step.target_bytes > 0
+    for weights in step.weights.values():
+        assert set(weights) == set(NAMES)
+        assert sum(weights.values()) == pytest.approx(1, abs=1e-4)
+    (line,) = [line for line in notices if "distilled" in line]
+    assert line == f"round 1: {sentence(step)}"
+    assert "held-out texts synthetic too" in line
+    written = json.loads((tmp_path / "distilled" / "rounds.jsonl").read_text().splitlines()[-1])
+    assert written["distil"]["after"] == step.after
+    card = (tmp_path / "distilled" / "adapter" / "README.md").read_text()
+    assert f"{step.before:.4f} before, {step.after:.4f} after" in card
+    assert not any(name in card for name in NAMES), "a card names no data holder"
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e30])
+def test_a_harmful_step_is_refused_and_the_aggregate_stays(
+    rate: float, run: Callable, public_file: str
+) -> None:
+    plain, _ = run("plain", **{"federation.num-rounds": 1})
+    absurd = {**CHEAP, "distill.text": public_file, "distill.learning-rate": rate, "federation.num-rounds": 1}
+    state, notices = run("absurd", **absurd)
+    (step,) = steps_of(state)
+    assert not step.kept
+    assert "did not improve" in step.reason or "diverged" in step.reason
+    assert state.adapter.digest == plain.adapter.digest == state.records[-1].adapter
+    assert state.records[-1].held_out == plain.records[-1].held_out
+    assert any("not distilled" in line for line in notices)
+
+
+def test_public_text_is_held_out_by_document_and_the_control_has_equal_tokens(
+    run: Callable, public_file: str
+) -> None:
+    for text, kind in ((public_file, "public"), (f"synthetic+{public_file}", "both")):
+        flat = {**CHEAP, "distill.text": text, "distill.control": True, "federation.num-rounds": 1}
+        state, notices = run(kind, **flat)
+        (step,) = steps_of(state)
+        assert (step.text, step.held_out_text) == (kind, "public")
+        assert step.num_held_out == (6 if kind == "public" else 3)
+        assert set(step.domains_before) <= set(NAMES)
+        assert step.control is not None
+        assert any("fine-tuning on the same texts" in line for line in notices)
+
+
+@pytest.mark.parametrize("read_out", ["residual", "stack"])
+def test_the_student_learns_on_the_base_the_round_leaves(
+    read_out: str, run: Callable, public_file: str
+) -> None:
+    """It is another than the teachers'; were it not, the loss before would not be the aggregate's."""
+    flat = {**CHEAP, "aggregation.read-out": read_out, "distill.text": public_file}
+    state, _ = run(read_out, **flat)
+    first, second = steps_of(state)
+    assert first.base == second.base, "the base model is the same in every round"
+    assert first.kept
+    assert first.after < first.before < first.base
+
+
+@pytest.mark.parametrize("stopped_in", [1, 2])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    stopped_in: int, run: Callable, public_file: str
+) -> None:
+    def stop(record: RoundRecord) -> None:
+        if record.round_num == stopped_in:
+            raise KeyboardInterrupt
+
+    flat = {**CHEAP, **FEW, "distill.text": f"synthetic+{public_file}"}
+    whole, _ = run("whole", **flat)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop, **flat)
+    resumed, _ = run("stopped", **flat, **({"run.resume": True} if stopped_in > 1 else {}))
+    assert len(steps_of(whole)) == 2
+    assert resumed.adapter.digest == whole.adapter.digest
+    assert [timeless(record) for record in resumed.records] == [timeless(record) for record in whole.records]
+
+
+def test_a_run_with_more_rounds_goes_on_from_what_was_aggregated(run: Callable) -> None:
+    flat = {**CHEAP, **FEW, "distill.when": "last", "distill.learning-rate": 1e-3}
+    whole, _ = run("whole", **flat, **{"federation.num-rounds": 3})
+    short, _ = run("longer", **flat)
+    assert short.records[-1].distil.kept
+    assert short.undistilled.digest != short.adapter.digest
+    longer, _ = run("longer", **flat, **{"run.resume": True, "federation.num-rounds": 3})
+    assert longer.adapter.digest == whole.adapter.digest
+    assert [timeless(record)["distil"] for record in longer.records] == [
+        timeless(record)["distil"] for record in whole.records
+    ]
+    assert [record.adapter for record in longer.records] == [record.adapter for record in whole.records]
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_distilled_adapter(run: Callable) -> None:
+    flat = {**CHEAP, **FEW, "distill.when": "last"}
+    done, _ = run("done", **flat)
+    again, _ = run("done", **flat, **{"run.resume": True})
+    assert again.adapter.digest == done.adapter.digest
+    assert again.records[-1].distil == done.records[-1].distil
+
+
+def test_in_a_local_run_the_server_has_the_engine_of_its_clients(
+    make_config: Callable, open_run: Callable
+) -> None:
+    opened = open_run(make_config(CHEAP))
+    next_round(opened.session, opened.state)
+    context = next(iter(opened.grid._contexts.values()))
+    assert server_engine(opened.session) is open_holder(context.run_config, context.node_config).engine
+
+
+def test_a_step_that_cannot_open_the_base_model_costs_no_round(trained: Callable) -> None:
+    session, before, after, adapters = trained()
+    elsewhere = replace(session, config=session.config.override({"model.name": "/nowhere"}))
+    adapter, step = distilled(elsewhere, before, after, adapters)
+    assert adapter is after.adapter
+    assert not step.kept
+    assert step.before is None
+    assert "\n" not in sentence(step)
+    assert sentence(step).startswith("not distilled: ")
+    assert sentence(step).endswith("the aggregate stays")
+    assert in_short(step) == "refused"
+
+
+def test_without_a_teacher_the_aggregate_stays(trained: Callable) -> None:
+    session, before, after, _ = trained()
+    adapter, step = distilled(session, before, after, ())
+    assert adapter is after.adapter
+    assert "no client of the round is left to teach" in step.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "out of memory"),
+        (RuntimeError("first line\nsecond"), "it failed: first line"),
+    ],
+)
+def test_whatever_fails_in_a_step_is_one_line(
+    error: Exception, words: str, trained: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*unused: Any, **also_unused: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("strategies.distillation.step.distil", fail)
+    session, before, after, adapters = trained()
+    adapter, step = distilled(session, before, after, adapters)
+    assert adapter is after.adapter
+    assert words in step.reason
+    assert "\n" not in sentence(step)
+
+
+def with_public(session: Any, source: str, **flat: Any) -> Any:
+    from strategies.distillation.step import open_public_text
+
+    config = session.config.override({**CHEAP, "distill.text": source, **flat})
+    return replace(session, config=config, public_text=open_public_text(config))
+
+
+def test_every_client_is_heard_where_its_own_text_is(trained: Callable, public_file: str) -> None:
+    session, before, after, adapters = trained()
+    adapter, step = distilled(with_public(session, public_file), before, after, adapters)
+    assert set(step.weights) == set(NAMES)
+    for domain, weights in step.weights.items():
+        assert weights[domain] > 0.7
+    assert step.kept
+    assert step.ensemble < step.after < step.before < step.base
+    assert 0 < step.gap_closed < 1
+    assert adapter.digest != after.adapter.digest
+
+
+def test_a_garbage_client_loses_its_weight(trained: Callable, public_file: str) -> None:
+    session, before, after, adapters = trained()
+    noise = torch.randn(after.adapter.layout.size, generator=torch.Generator().manual_seed(0))
+    garbage = ClientAdapter("mallory", sum(adapter.weight for adapter in adapters), 2.0 * noise)
+    _, step = distilled(with_public(session, public_file), before, after, (*adapters, garbage))
+    assert step.teacher == "posterior"
+    for weights in step.weights.values():
+        assert weights["mallory"] < 0.2, "before the first token it has half of all weight"
+    assert step.kept
+
+
+def unlearnt(adapter: AdapterState) -> torch.Tensor:
+    """Return an adapter [P] that expects what was learnt less than the base model does: B turned round."""
+    turned = adapter.vector.clone()
+    for _, b in adapter.layout.factors(turned):
+        b *= -0.2
+    return turned
+
+
+def test_public_text_in_no_clients_support_weighs_all_clients_alike_and_says_so(
+    trained: Callable, make_model_folder: Callable, public_file: str
+) -> None:
+    session, before, after, adapters = trained(**{"model.name": str(make_model_folder())})
+    layout = after.adapter.layout
+    lost = [
+        replace(adapter, vector=unlearnt(AdapterState(layout, adapter.vector)), weight=1.0 + number)
+        for number, adapter in enumerate(adapters)
+    ]
+    _, step = distilled(with_public(session, public_file), before, after, lost)
+    assert step.teacher == "uniform"
+    assert "in no client's support" in step.reason
+    for weights in step.weights.values():
+        assert list(weights.values()) == pytest.approx([0.25] * 4)
+    assert not step.kept or step.after < step.before
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [{}, {"evaluation.prompts": "sum of? || list it?"}, {"data.text-column": "text"}],
+    ids=["questions first", "public prompts", "plain text"],
+)
+def test_synthetic_text_begins_with_what_there_is(flat: dict[str, str], trained: Callable) -> None:
+    session, _, _, adapters = trained()
+    config = session.config.override({**CHEAP, **FEW, **flat})
+    material = make_material(config, (), server_engine(session), adapters, 1)
+    again = make_material(config, (), server_engine(session), adapters, 1)
+    assert material == again != make_material(config, (), server_engine(session), adapters, 2)
+    tokenizer = server_engine(session).base.tokenizer
+    begins = {tokenizer.decode(row.tokens)[:8] for row in material.rows}
+    if "data.text-column" in flat:
+        assert all(row.labels[0] == -100 for row in material.rows)
+        assert begins != {"<|user|>"}
+    else:
+        assert begins == {"<|user|>"}
+        assert all("<|assistant|>" in tokenizer.decode(row.tokens) for row in material.rows)
+    assert not {row.tokens for row in material.rows} & {row.tokens for row in material.held_out}
+    assert set(material.domains) <= set(NAMES)
+    assert all(len(row.tokens) <= 48 for row in (*material.rows, *material.held_out))
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_refused(trained: Callable) -> None:
+    session, before, after, adapters = trained()
+    flat = {**CHEAP, "distill.max-tokens": 8, "evaluation.prompts": "a prompt longer than the whole text is"}
+    adapter, step = distilled(replace(session, config=session.config.override(flat)), before, after, adapters)
+    assert adapter is after.adapter
+    assert "distill.max-tokens: the shortest prompt" in step.reason
+
+
+def test_flowers_own_loop_has_the_step_too(make_config: Callable) -> None:
+    """`configure_train` and `aggregate_train` end a round as our own loop does."""
+    flat = {**CHEAP, **FEW, "wire.codec": "fp32", "train.token-budget": 1}
+    config = make_config({**flat, "federation.num-rounds": 1})
+    heard: list[str] = []
+    strategy = FederatedLora(config, Watch(notice=heard.append))
+    grid = local_grid(config, app, num_nodes=2)
+    session = open_session(config, grid)
+    arrays = write_plain(session.initial)
+    messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
+    answer, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
+    state, record = next_round(session, ServerState(0, session.initial))
+    assert read_plain(answer, session.layout).digest == state.adapter.digest
+    assert record.distil is not None
+    assert [line for line in heard if line.startswith("round 1: ")]
+
+
+def test_a_stock_strategy_and_a_step_are_refused_together(make_config: Callable) -> None:
+    config = make_config({**CHEAP, "aggregation.read-out": "factor-mean"})
+    with pytest.raises(ConfigError, match=r"set distill\.when = never"):
+        open_session(config, local_grid(config, app), stock=FedAvg())
+
+
+@pytest.mark.parametrize("teacher", ["uniform", "logit-mean"])
+def test_other_teachers_teach_as_they_are_named(teacher: str, trained: Callable, public_file: str) -> None:
+    session, before, after, adapters = trained()
+    changed = with_public(session, public_file, **{"distill.teacher": teacher})
+    _, step = distilled(changed, before, after, adapters)
+    assert step.teacher == teacher
+    assert step.ensemble is not None
+
+
+def test_one_teacher_that_is_the_aggregate_closes_no_gap(trained: Callable, public_file: str) -> None:
+    """The student starts where its only teacher stands: there is nothing to learn."""
+    session, before, after, _ = trained()
+    alone = (ClientAdapter("anna", 1.0, after.adapter.vector),)
+    _, step = distilled(with_public(session, public_file), before, after, alone)
+    assert step.ensemble == pytest.approx(step.before, abs=1e-4)
+    assert step.after == pytest.approx(step.before, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("after", "kept"), [(2.0, True), (3.0, False), (3.1, False), (float("nan"), False), (float("inf"), False)]
+)
+def test_the_gate_wants_a_lower_loss(after: float, kept: bool) -> None:
+    assert judged(3.0, after, "public")[0] is kept
+
+
+def test_clients_roll_back_what_would_worsen_their_own_loss(trained: Callable) -> None:
+    session, _, after, _ = trained()
+    noise = torch.randn(after.adapter.layout.size, generator=torch.Generator().manual_seed(0))
+    worse = replace(after, adapter=AdapterState(after.adapter.layout, 2.0 * noise))
+    asked = ask_clients(session, after, worse, STEP)
+    assert asked.state is after
+    assert not asked.record.kept
+    assert asked.record.clients_after > asked.record.clients_before
+    assert "would rise" in asked.record.reason
+    turned = ask_clients(session, worse, after, STEP)
+    assert turned.state is after
+    assert turned.record.kept
+    assert turned.held_out == asked.held_out, "the losses are those of the adapter that is kept"
+
+
+def test_clients_who_measure_nothing_accept_nothing(make_config: Callable, open_run: Callable) -> None:
+    opened = open_run(make_config({"data.held-out-fraction": 0.0}))
+    asked = ask_clients(opened.session, opened.state, replace(opened.state), STEP)
+    assert asked.state is opened.state
+    assert not asked.record.kept
+
+
+def test_the_gate_of_clients_measures_in_the_round_itself(run: Callable, public_file: str) -> None:
+    plain, _ = run("plain", **{"evaluation.every": 1, "federation.num-rounds": 1})
+    flat = {**CHEAP, "distill.text": public_file, "distill.gate": "clients", "evaluation.every": 1}
+    state, _ = run("gated", **flat)
+    for record in state.records[1:]:
+        step = record.distil
+        assert step is not None
+        if step.clients_after is not None:
+            kept = step.clients_after if step.kept else step.clients_before
+            assert record.mean_held_out == pytest.approx(kept)
+            assert step.kept is (step.clients_after <= step.clients_before)
+    first = state.records[1].distil
+    assert first is not None
+    assert first.clients_before == pytest.approx(plain.records[1].mean_held_out)
+
+
+def test_public_text_that_cannot_be_read_ends_a_run_before_its_first_round(run: Callable) -> None:
+    heard: list[RoundRecord] = []
+    with pytest.raises(DataError, match=r"^distill\.text: /no/such/file\.jsonl: no such file"):
+        run("unread", heard.append, **{**CHEAP, "distill.text": "/no/such/file.jsonl"})
+    assert heard == []
+
+
+@pytest.mark.parametrize(
+    ("flat", "words"),
+    [
+        ({"distill.text": " "}, "distill.text is empty"),
+        ({"wire.node-sum": True, "aggregation.read-out": "factor-mean"}, "a sum hides them"),
+        ({"aggregation.preset": "fedsa"}, "never sees a B"),
+        ({"distill.gate": "clients", "data.held-out-fraction": 0.0}, "rows that clients keep"),
+        ({"distill.gate": "clients", "data.max-held-out": 0}, "rows that clients keep"),
+    ],
+)
+def test_what_a_step_cannot_go_with_is_refused_with_the_reason(flat: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_flat({"distill.when": "last", **flat})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    RunConfig.from_flat(flat)  # where nothing is distilled it may stand
+
+
+def test_the_table_says_how_the_loss_changed_or_that_a_step_was_refused() -> None:
+    assert in_short(None) == ""
+    assert in_short(STEP) == "-0.500"
+    assert in_short(replace(STEP, kept=False)) == "refused"
