@@ -7,7 +7,7 @@ from one that asks about its own texts.
 """
 
 from clients.holder import Holder
-from fedllm.errors import QueryLimitError
+from fedllm.errors import QueryLimitError, WithheldError
 from fedllm.originality.overlap import Overlap, OverlapRequest, most, overlaps, private_hashes
 
 
@@ -25,7 +25,13 @@ def check_limit(request: OverlapRequest, last_round: int, num_rounds: int) -> No
 
 
 def answer_overlap(holder: Holder, request: OverlapRequest) -> tuple[Overlap, ...]:
-    """Return for every text the most that any client of this node has of it, in all rows it keeps."""
+    """Return for every text the most that any client of this node has of it, in all rows it keeps.
+
+    Raises:
+        WithheldError: the run has a privacy plan, and a count is a number that nothing noises.
+    """
+    if holder.privacy is not None:
+        raise WithheldError("privacy.epsilon is set: counts of private text stay with the clients")
     answers = []
     for client in holder.clients.values():
         rows = (row.tokens for row in (*client.train, *client.held_out))

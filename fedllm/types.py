@@ -217,9 +217,13 @@ class DistilRecord:
     num_texts: int = 0
     num_held_out: int = 0
     num_removed: int = 0  # texts left out, being copies or near copies of held-out ones
+    num_written: int = 0  # synthetic texts that the clients' adapters wrote to distil on
+    num_refused: int = 0  # of these, by a gate of originality
     base: float | None = None  # loss of the base model
     before: float | None = None  # of the aggregate
     after: float | None = None  # of the distilled adapter
+    own_before: float | None = None  # of the aggregate on texts of the clients' adapters, beside public text
+    own_after: float | None = None
     ensemble: float | None = None  # of the teacher itself: the ceiling
     control: float | None = None  # of the aggregate fine-tuned on the same texts for as many tokens
     entropy: float | None = None  # of the teacher's predictions, mean in nats

@@ -43,7 +43,6 @@ def screen(
 
     Raises:
         DataError: there are more texts, or longer ones, than a query may ask about.
-        MissingExtraError: datasketch is not installed.
     """
     if not texts:
         return ()

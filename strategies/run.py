@@ -47,7 +47,7 @@ def run_federation(
     """
     folder = open_run_folder(config)
     try:
-        session = open_session(config, grid, watch, stock, private=folder / "private" / "server")
+        session = open_session(config, grid, watch, stock, folder=folder)
         state = _first_state(session, folder, start)
         describe_run(folder, config)
         state, stopped = _rounds(session, state, folder)
@@ -72,12 +72,12 @@ def open_session(
     watch: Watch = SILENT,
     stock: Strategy | None = None,
     *,
-    private: Path | None = None,
+    folder: Path | None = None,
 ) -> Session:
     """Return a session over the clients that join on `grid`.
 
-    `private` is the folder for the noise secret and the ledger of a private run; without one they live as
-    long as the session.
+    `folder` is the run's: it holds the noise secret and the ledger of a private run, which otherwise live as
+    long as the session, and the verdicts on synthetic text.
 
     Raises:
         ModelError, RunFailedError: the base model is absent, or too few clients join.
@@ -86,7 +86,7 @@ def open_session(
         DataError: the run distils, and its public text cannot be used.
         CheckpointError, MissingExtraError: the noise secret cannot be kept, or a library is missing.
     """
-    privacy = open_privacy(config, private)
+    privacy = open_privacy(config, folder / "private" / "server" if folder else None)
     if privacy is not None:
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
@@ -101,7 +101,15 @@ def open_session(
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
     return Session(
-        config, layout, transport, clients, watch, stock=stock, privacy=privacy, public_text=public_text
+        config,
+        layout,
+        transport,
+        clients,
+        watch,
+        stock=stock,
+        privacy=privacy,
+        folder=folder,
+        public_text=public_text,
     )
 
 

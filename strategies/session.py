@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from flwr.serverapp.strategy import Strategy
 
@@ -42,6 +43,7 @@ class Session:
     delivered: Delivered = field(default_factory=Delivered)
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
     privacy: ServerPrivacy | None = None
+    folder: Path | None = None  # of the run, for what is kept beside its records
     public_text: tuple[PublicText, ...] = ()  # what distillation steps may read besides synthetic text
 
     @cached_property

@@ -36,7 +36,7 @@ privacy.noise-multiplier privacy.max-participations privacy.weight-cap privacy.m
 personal.mode personal.rank personal.steps personal.pull
 distill.when distill.teacher distill.text distill.num-texts distill.max-tokens distill.steps
 distill.batch-size distill.learning-rate distill.top-k distill.temper distill.pull distill.max-teachers
-distill.control distill.gate
+distill.originality distill.licence distill.control distill.gate
 wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """

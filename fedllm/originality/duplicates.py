@@ -1,15 +1,13 @@
 """Near duplicates: MinHash with locality-sensitive hashing proposes, the exact Jaccard index decides.
 
 Two texts are near duplicates where their sets of 5-token shingles have a Jaccard index of at least 0.7
-(Broder 1997; arXiv 2107.06499). The index of candidates is datasketch's, in the extra `distill`.
+(Broder 1997; arXiv 2107.06499). The index of candidates is datasketch's.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-from fedllm.errors import MissingExtraError
 
 SHINGLE = 5  # tokens
 NUM_PERMUTATIONS = 128
@@ -32,11 +30,7 @@ def jaccard(one: Shingles, other: Shingles) -> float:
 
 
 def near_duplicates(texts: Sequence[Tokens], threshold: float = JACCARD) -> tuple[int | None, ...]:
-    """Return of every text the first kept text before it that it nearly repeats; None where it is kept.
-
-    Raises:
-        MissingExtraError: datasketch is not installed.
-    """
+    """Return of every text the first kept text before it that it nearly repeats; None where it is kept."""
     index, kept = _index(threshold), dict[int, Shingles]()
     found: list[int | None] = []
     for number, tokens in enumerate(texts):
@@ -53,11 +47,7 @@ def near_duplicates(texts: Sequence[Tokens], threshold: float = JACCARD) -> tupl
 def contaminated(
     texts: Sequence[Tokens], public: Sequence[Tokens], threshold: float = JACCARD
 ) -> tuple[bool, ...]:
-    """Return whether every text nearly repeats one of `public`, such as a set it will be measured on.
-
-    Raises:
-        MissingExtraError: datasketch is not installed.
-    """
+    """Return whether every text nearly repeats one of `public`, such as a set it will be measured on."""
     index, known = _index(threshold), dict(enumerate(map(shingles, public)))
     for number, one in known.items():
         index.insert(number, _sketch(one))
@@ -72,22 +62,16 @@ def _matches(
 
 
 def _index(threshold: float) -> Any:
+    from datasketch import MinHashLSH  # takes scipy with it, which is slow to import
+
     # A missed pair stays in the set, a false one only costs the exact comparison: weigh them so.
-    return _datasketch().MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
+    return MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
 
 
 def _sketch(own: Shingles) -> Any:
-    sketch = _datasketch().MinHash(num_perm=NUM_PERMUTATIONS)
+    from datasketch import MinHash
+
+    sketch = MinHash(num_perm=NUM_PERMUTATIONS)
     if own:
         sketch.update_batch(sorted(own))
     return sketch
-
-
-def _datasketch() -> Any:
-    try:
-        import datasketch
-    except ImportError:
-        raise MissingExtraError(
-            "near duplicates of synthetic text need datasketch: pip install 'fedllm[distill]'"
-        ) from None
-    return datasketch

@@ -71,8 +71,14 @@ def _of_distillation(config: "RunConfig", plan: PrivacyPlan) -> Iterator[str]:
     if config.distill.when != "never" and plan.is_central:
         yield (
             f"distill.when = {config.distill.when!r} cannot go with privacy.trust = 'central': a step would"
-            " learn from every client's own adapter, and only their noised sum may leave the round; use never,"
-            " or privacy.trust = local"
+            " learn from every client's own adapter, and only their noised sum may leave the round; use"
+            " never, or privacy.trust = local"
+        )
+    is_screened = config.distill.originality and config.distill.text.strip().startswith("synthetic")
+    if config.distill.when != "never" and is_screened:
+        yield (
+            "distill.originality asks data holders how much of a text they have, counts that nothing noises;"
+            " set it to false, as what private adapters write is private already, or use public text"
         )
     if config.distill.when != "never" and config.distill.gate == "clients" and plan.metrics == "withheld":
         yield (

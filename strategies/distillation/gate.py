@@ -19,13 +19,22 @@ class Asked:
     held_out: HeldOut
 
 
-def judged(before: float, after: float, text: str) -> tuple[bool, str]:
-    """Return whether a loss on held-out text of a kind has improved, and that in words."""
+def judged(
+    before: float, after: float, text: str, own: tuple[float, float] | None = None
+) -> tuple[bool, str]:
+    """Return whether a loss on held-out text of a kind has improved, and that in words.
+
+    `own` is the loss before and after on texts that the clients' adapters write, which must not rise: public
+    text may lie where no client is.
+    """
     if not math.isfinite(after):
         return False, "the student diverged; lower distill.learning-rate"
-    if after < before:
-        return True, f"the held-out {text} loss improved"
-    return False, f"the held-out {text} loss did not improve"
+    if after >= before:
+        return False, f"the held-out {text} loss did not improve"
+    if own is not None and not own[1] <= own[0]:
+        rise = f"from {own[0]:.4f} to {own[1]:.4f}"
+        return False, f"the loss on texts that the clients' adapters write would rise {rise}"
+    return True, f"the held-out {text} loss improved"
 
 
 def ask_clients(

@@ -31,6 +31,7 @@ from strategies.distillation.material import PUBLIC, Material, make_material
 from strategies.distillation.measure import Loss, loss_of, weights_by_domain
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.distillation.text import PublicText, public_source, read_public
+from strategies.distillation.writing import Gates, anything
 from strategies.session import Session
 
 
@@ -46,12 +47,16 @@ class _Taught:
 
 @dataclass(frozen=True, eq=False)
 class _Learnt:
-    """The student, held-out losses before and after its training, and that of the control if asked for."""
+    """The student, its losses before and after its training, and that of the control if asked for.
+
+    `own` are the losses on texts that the clients' adapters write, where those are not the held-out ones.
+    """
 
     adapter: AdapterState
     before: Loss
     after: Loss
     num_tokens: int
+    own: tuple[float, float] | None = None
     control: float | None = None
 
 
@@ -66,7 +71,6 @@ def open_public_text(config: RunConfig) -> tuple[PublicText, ...]:
 
     Raises:
         DataError: it cannot be read or is too little.
-        MissingExtraError: the library that finds near copies is absent.
     """
     source = public_source(config.distill.text)
     return read_public(source, config.data) if config.distill.when != "never" and source else ()
@@ -129,7 +133,9 @@ def _step(
         raise RunFailedError("no client of the round is left to teach")
     config, engine = session.config, server_engine(session)
     with drifted(engine.base, before.drift):  # what the clients' adapters were trained on
-        material = make_material(config, session.public_text, engine, adapters, after.round_num)
+        gates = Gates(session, engine, adapters, after.round_num, session.folder)
+        screen = gates if config.distill.originality else anything
+        material = make_material(config, session.public_text, engine, adapters, after.round_num, screen)
     nothing = AdapterState(session.layout, torch.zeros(session.layout.size))
     base = loss_of(engine, nothing, material.held_out, material.held_out_domains).mean
     with drifted(engine.base, before.drift):
@@ -137,7 +143,8 @@ def _step(
     targets, clients = taught.targets, [adapter.client_id for adapter in adapters]
     with drifted(engine.base, after.drift):
         learnt = _learnt(config, engine, after, material, targets)
-    kept, reason = judged(learnt.before.mean, learnt.after.mean, material.held_out_text)
+    kept, reason = judged(learnt.before.mean, learnt.after.mean, material.held_out_text, learnt.own)
+    own_before, own_after = learnt.own or (None, None)
     record = DistilRecord(
         kept=kept,
         reason=f"{reason}{taught.note}",
@@ -148,9 +155,13 @@ def _step(
         num_texts=len(material.rows),
         num_held_out=len(material.held_out),
         num_removed=material.num_removed,
+        num_written=material.num_written,
+        num_refused=material.num_refused,
         base=base,
         before=learnt.before.mean,
         after=learnt.after.mean,
+        own_before=own_before,
+        own_after=own_after,
         ensemble=taught.ensemble,
         control=learnt.control,
         entropy=targets.entropy,
@@ -178,12 +189,24 @@ def _learnt(
     learnt = _Learnt(after.adapter, before, Loss(math.nan, {}), 0)
     with suppress(NonFiniteError):
         result = distil(engine, after.adapter, targets, training)
-        learnt = _Learnt(result.adapter, before, measured(result.adapter), result.num_tokens)
+        own = own_losses(engine, material, after.adapter, result.adapter)
+        learnt = _Learnt(result.adapter, before, measured(result.adapter), result.num_tokens, own)
     if config.distill.control:
         with suppress(NonFiniteError):
             tuned = supervised(engine, after.adapter, material.rows, training).adapter
             learnt = replace(learnt, control=measured(tuned).mean)
     return learnt
+
+
+def own_losses(
+    engine: Engine, material: Material, before: AdapterState, after: AdapterState
+) -> tuple[float, float] | None:
+    """Return the losses of two adapters on the clients' own texts, None where there are none apart."""
+    if not material.own:
+        return None
+    names = ("",) * len(material.own)
+    old, new = (loss_of(engine, adapter, material.own, names).mean for adapter in (before, after))
+    return old, new
 
 
 def _taught(

@@ -6,6 +6,7 @@ adapter it was made from is gone.
 Tensor suffixes: K teachers, P flat adapter.
 """
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -59,3 +60,8 @@ def priors_of(adapters: Collection[ClientAdapter]) -> torch.Tensor:
     """Return the teachers' shares [K] of their weight, in float64; they add up to 1."""
     weights_K = torch.tensor([adapter.weight for adapter in adapters], dtype=torch.float64)
     return weights_K / weights_K.sum()
+
+
+def digest_of(adapter: ClientAdapter) -> str:
+    """Return the SHA-256 (hex) of a teacher's values."""
+    return hashlib.sha256(adapter.vector.float().contiguous().numpy().tobytes()).hexdigest()

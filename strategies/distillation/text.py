@@ -4,7 +4,6 @@ What stands in `distill.text` is read when a run starts, so that a file that can
 before its first round and not after its last.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -18,7 +17,7 @@ from fedllm.data.example import Example
 from fedllm.data.fields import Fields, RowProblem, detect_fields, to_example
 from fedllm.data.partition import parse_partition, row_label
 from fedllm.data.rows import Rows, read_rows
-from fedllm.errors import DataError, MissingExtraError, NoDataError
+from fedllm.errors import DataError, NoDataError
 from fedllm.originality.duplicates import contaminated
 from fedllm.seeds import derive_seed
 
@@ -63,9 +62,7 @@ def read_public(source: str, data: DataConfig) -> tuple[PublicText, ...]:
     Raises:
         DataError: nothing is there, it cannot be read, or it is one text alone.
         NoDataError: no row can be used.
-        MissingExtraError: the library that finds near copies is absent.
     """
-    _check_extra()
     try:
         rows = read_rows(source, split=data.split, on_bad_row=data.on_bad_row)
         texts = tuple(_texts(rows, data)) if rows.rows else ()
@@ -76,14 +73,6 @@ def read_public(source: str, data: DataConfig) -> tuple[PublicText, ...]:
     if len({text.document for text in texts}) == 1:
         raise DataError(f"distill.text: {source}: holds one document, and one is held out; name more")
     return texts
-
-
-def _check_extra() -> None:
-    if importlib.util.find_spec("datasketch") is None:
-        raise MissingExtraError(
-            "distill.text names public text, whose near copies datasketch finds:"
-            " pip install 'fedllm[distill]', or set distill.text = synthetic"
-        )
 
 
 def _texts(rows: Rows, data: DataConfig) -> Iterator[PublicText]:

@@ -44,4 +44,5 @@ def _texts(record: DistilRecord) -> str:
     kind = {"both": "synthetic and public"}.get(record.text, record.text)
     held_out = "" if record.held_out_text == "public" else ", held-out texts synthetic too"
     removed = f", {record.num_removed} copies left out" if record.num_removed else ""
-    return f"{kind} texts{held_out}{removed}"
+    refused = f", {record.num_refused} of {record.num_written} written refused as not original"
+    return f"{kind} texts{held_out}{removed}{refused if record.num_refused else ''}"

@@ -1,11 +1,7 @@
 """Near duplicates: an edited copy is found, fresh text is kept, the exact index decides."""
 
-import sys
 from collections.abc import Callable
 
-import pytest
-
-from fedllm.errors import MissingExtraError
 from fedllm.originality.duplicates import contaminated, jaccard, near_duplicates, shingles
 
 
@@ -23,29 +19,20 @@ def test_the_jaccard_index_of_an_edit_is_what_its_shingles_say() -> None:
 
 
 def test_an_edited_copy_is_found_and_fresh_text_is_kept(random_texts: Callable) -> None:
-    pytest.importorskip("datasketch", reason="the extra distill")
     texts = random_texts([120] * 40)
     copy = edited(texts[7], (30, 90))
     assert near_duplicates([*texts, copy, texts[3]]) == (None,) * 40 + (7, 3)
 
 
 def test_a_chain_of_copies_names_the_one_that_is_kept(random_texts: Callable) -> None:
-    pytest.importorskip("datasketch", reason="the extra distill")
     (text,) = random_texts([120])
     assert near_duplicates([text, edited(text, (10,)), edited(text, (60,))]) == (None, 0, 0)
 
 
 def test_the_exact_index_refuses_what_the_sketch_only_resembles(random_texts: Callable) -> None:
-    pytest.importorskip("datasketch", reason="the extra distill")
     first, second = random_texts([120, 120])
     for cut in range(60, 120, 5):
         mixed = first[:cut] + second[cut:]
         is_copy = jaccard(shingles(first), shingles(mixed)) >= 0.7
         assert contaminated([mixed], [first]) == (is_copy,) or is_copy  # a miss near the line is possible
     assert contaminated([edited(first, (5, 70)), second], [first]) == (True, False)
-
-
-def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasketch", None)
-    with pytest.raises(MissingExtraError, match=r"fedllm\[distill\]"):
-        near_duplicates([(1, 2, 3)])

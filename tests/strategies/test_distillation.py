@@ -17,7 +17,10 @@ from clients.client_app import app
 from clients.holder import open_holder
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
 from fedllm.config import RunConfig
+from fedllm.data.example import Example, Turn
 from fedllm.errors import ConfigError, DataError
+from fedllm.models.chat import encode
+from fedllm.originality.verdict import read_screening
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import ClientUpdate, DistilRecord, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
@@ -27,6 +30,7 @@ from strategies.distillation.material import make_material
 from strategies.distillation.step import distilled, is_due, server_engine
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.distillation.words import in_short, sentence
+from strategies.distillation.writing import Gates
 from strategies.rounds import next_round
 from strategies.run import open_session, run_federation
 from strategies.session import Watch
@@ -49,6 +53,7 @@ CHEAP = {
     "distill.batch-size": 4,
     "distill.learning-rate": 0.005,
     "distill.top-k": 64,
+    "distill.originality": False,  # so few words make every sentence one that somebody has
 }
 FEW = {"distill.num-texts": 8, "distill.steps": 3, "train.local-steps": 4}
 STEP = DistilRecord(kept=True, reason="the held-out public loss improved", before=3.0, after=2.5)
@@ -490,6 +495,53 @@ def test_one_teacher_that_is_the_aggregate_closes_no_gap(trained: Callable, publ
 )
 def test_the_gate_wants_a_lower_loss(after: float, kept: bool) -> None:
     assert judged(3.0, after, "public")[0] is kept
+
+
+def test_the_gate_refuses_what_forgets_the_clients_own_texts() -> None:
+    assert judged(3.0, 2.0, "public", own=(2.5, 2.5))[0]
+    kept, reason = judged(3.0, 2.0, "public", own=(2.5, 2.6))
+    assert not kept
+    assert reason == "the loss on texts that the clients' adapters write would rise from 2.5000 to 2.6000"
+
+
+def test_beside_public_text_the_clients_own_texts_are_measured(trained: Callable, public_file: str) -> None:
+    session, before, after, adapters = trained()
+    _, step = distilled(with_public(session, public_file), before, after, adapters)
+    assert step.own_before is not None
+    assert step.own_after is not None
+    assert step.kept is (step.after < step.before and step.own_after <= step.own_before)
+
+
+def test_texts_that_data_holders_have_do_not_pass_and_the_verdicts_are_kept(
+    trained: Callable, private_file: str, tmp_path: Path
+) -> None:
+    session, _, _, adapters = trained()
+    engine = server_engine(session)
+    lines = [json.loads(line) for line in Path(private_file).read_text().splitlines()[::24]]
+    theirs = [
+        encode(
+            Example((Turn("user", line["instruction"]), Turn("assistant", line["output"]))),
+            engine.base.tokenizer,
+            256,
+        )
+        for line in lines
+    ]
+    written = make_material(session.config, (), engine, adapters, 1).rows
+    passed = Gates(session, engine, adapters, 1, tmp_path)([*theirs, *written], [])
+    assert not any(passed[: len(theirs)])
+    assert any(passed[len(theirs) :])
+    screening = read_screening(tmp_path / "synthetic.json")
+    assert [verdict.passed for verdict in screening.verdicts] == list(passed)
+    assert len(screening.provenance.adapters) == len(NAMES)
+    assert screening.provenance.licence.startswith("not stated")
+
+
+def test_a_step_learns_from_screened_texts_alone(trained: Callable) -> None:
+    session, before, after, adapters = trained()
+    screened = replace(session, config=session.config.override({**CHEAP, "distill.originality": True}))
+    _, step = distilled(screened, before, after, adapters)
+    assert step.num_written == 24 + 6
+    assert step.num_texts + step.num_held_out + step.num_removed + step.num_refused == step.num_written
 
 
 def test_clients_roll_back_what_would_worsen_their_own_loss(trained: Callable) -> None:

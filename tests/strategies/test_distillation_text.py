@@ -1,6 +1,5 @@
 """Public text of a distillation step: what a document is, how it is parted, which copies are left out."""
 
-import importlib.util
 import json
 import zlib
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 from fedllm.config import DataConfig
 from fedllm.data.example import Example
-from fedllm.errors import DataError, MissingExtraError, NoDataError
+from fedllm.errors import DataError, NoDataError
 from fedllm.originality.duplicates import jaccard, shingles
 from strategies.distillation.text import (
     PublicText,
@@ -103,15 +102,6 @@ def test_text_that_cannot_be_used_is_one_line_that_names_the_key(
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "alone" not in str(caught.value)
-
-
-def test_without_datasketch_public_text_is_refused_with_the_cure(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    source = write_rows(tmp_path / "rows.jsonl", [{"text": "first"}, {"text": "second"}])
-    with pytest.raises(MissingExtraError, match=r"pip install 'fedllm\[distill\]'"):
-        read_public(source, DataConfig())
 
 
 def test_no_document_is_in_both_parts_and_the_parts_have_the_sizes_asked_for() -> None:

@@ -21,8 +21,6 @@ from fedllm.training.jobs import Job
 from fedllm.types import LocalTraining
 from strategies.originality import known_to_one, screen
 
-pytest.importorskip("datasketch", reason="the extra distill")
-
 
 @pytest.fixture
 def encode_text(make_config: Callable) -> Callable[..., Encoded]:
