@@ -49,13 +49,13 @@ def sample_texts(
 
     `prompts` are beginnings of at least one token each; only what follows them is learnt, unless
     `learn_prompts`. `adapters` [P] are of the engine's layout, or of `layout`. One that is not finite writes
-    nothing: the others take its share.
+    nothing: the others take its share. The texts of one that gives numbers that are not finite are left out.
 
     Raises:
         ConfigError: the temperature is not above 0, or number or length is below 1.
         LayoutError: an adapter does not fit the layout, or has no prior.
         NoDataError: there is no prompt, or an empty one.
-        NonFiniteError: no adapter is finite.
+        NonFiniteError: no adapter is finite, or all texts were left out.
     """
     layout = layout or engine.layout
     if not (temperature > 0 and number >= 1 and max_tokens >= 1 and at_once >= 1):
@@ -74,13 +74,19 @@ def sample_texts(
     for begin in range(0, number, at_once):
         batch = order[begin : begin + at_once]
         beginnings = [tuple(prompts[which[n]]) for n in batch]
-        choose = _Ancestral(tuple(drawn[n] for n in batch), temperature)
+        choose = _Ancestral([drawn[n] for n in batch], temperature)
         vectors = [adapters[writers[n]] for n in batch]
         continued = engine.continue_rows(layout, vectors, beginnings, max_tokens, choose)
-        for n, beginning, tokens in zip(batch, beginnings, continued, strict=True):
-            context = beginning if learn_prompts else (IGNORED,) * len(beginning)
-            rows[n] = Encoded(beginning + tokens, context + tokens)
-    return Samples(tuple(rows[n] for n in range(number)), tuple(writers), tuple(which))
+        for place, (n, beginning) in enumerate(zip(batch, beginnings, strict=True)):
+            if place not in choose.lawless:
+                context = beginning if learn_prompts else (IGNORED,) * len(beginning)
+                rows[n] = Encoded(beginning + continued[place], context + continued[place])
+    kept = sorted(rows)
+    if not kept:
+        raise NonFiniteError("sampling: no client's adapter gives finite numbers, so there is no text")
+    return Samples(
+        tuple(rows[n] for n in kept), tuple(writers[n] for n in kept), tuple(which[n] for n in kept)
+    )
 
 
 def _shares(adapters: Sequence[torch.Tensor], priors: torch.Tensor, dtype: torch.dtype) -> list[float]:
@@ -93,19 +99,23 @@ def _shares(adapters: Sequence[torch.Tensor], priors: torch.Tensor, dtype: torch
     return shares
 
 
-@dataclass(frozen=True, eq=False)
 class _Ancestral:
-    """Draws the next token of every row from its law, by the row's own random numbers."""
+    """Draws the next token of every row from its law, by the row's own random numbers.
 
-    generators: tuple[np.random.Generator, ...]
-    temperature: float
+    `lawless` are the rows whose law was not finite at some token; they go on with an even one.
+    """
+
+    def __init__(self, generators: Sequence[np.random.Generator], temperature: float):
+        self.generators = generators
+        self.temperature = temperature
+        self.lawless: set[int] = set()
 
     def __call__(self, number: int, logits_BV: torch.Tensor) -> torch.Tensor:
         """Return the tokens [B]; row b takes the first token at which the sum of probabilities passes u_b."""
         law_BV = (logits_BV.double() / self.temperature).softmax(dim=1)
-        # An adapter that overflowed has no law; an even one keeps the batch going.
-        law_BV = torch.where(law_BV.isfinite().all(dim=1, keepdim=True), law_BV, 1.0)
-        sums_BV = law_BV.cumsum(dim=1)
-        u_B1 = torch.tensor([[g.random()] for g in self.generators], device=logits_BV.device)
-        places_B1 = torch.searchsorted(sums_BV, u_B1.double() * sums_BV[:, -1:], right=True)
+        lawful_B = law_BV.isfinite().all(dim=1)
+        self.lawless |= set((~lawful_B).nonzero()[:, 0].tolist())
+        sums_BV = torch.where(lawful_B[:, None], law_BV, 1.0).cumsum(dim=1)
+        u_B1 = torch.tensor([[g.random()] for g in self.generators], dtype=torch.float64).to(sums_BV.device)
+        places_B1 = torch.searchsorted(sums_BV, u_B1 * sums_BV[:, -1:], right=True)
         return places_B1[:, 0].clamp(max=law_BV.shape[1] - 1)

@@ -16,6 +16,7 @@ from fedllm.distillation.divergence import TaughtBy, jensen_shannon
 from fedllm.distillation.sample import sample_texts
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
+from fedllm.distillation.unlike import TaughtByUnlike
 from fedllm.errors import ConfigError, NoDataError
 from fedllm.models.chat import Encoded
 from fedllm.seeds import derive_seed
@@ -91,6 +92,17 @@ def supervised(
     if not taught:
         raise NoDataError("distillation: no row of its text has a token to learn; give it longer texts")
     return _train(engine, start, taught, training, None)
+
+
+def distil_unlike(
+    engine: Engine, start: AdapterState, objective: TaughtByUnlike, training: StudentTraining
+) -> DistilResult:
+    """Return `start` taught by a teacher with another tokenizer (`fedllm.distillation.unlike`).
+
+    Raises:
+        NonFiniteError: training diverged.
+    """
+    return _train(engine, start, list(objective.pairs), training, objective)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,11 @@ def laws_of(targets: Targets) -> torch.Tensor:
     return torch.zeros_like(targets.log_probs_Nk).scatter(1, ids, targets.log_probs_Nk)
 
 
-def assert_same(first: Targets, second: Targets, tolerance: float = 1e-11) -> None:
-    exact = {"rtol": 0, "atol": tolerance}
+def assert_same(first: Targets, second: Targets) -> None:
     assert first.rows == second.rows
-    torch.testing.assert_close(laws_of(first), laws_of(second), **exact)
-    torch.testing.assert_close(first.weights_NK, second.weights_NK, **exact)
-    torch.testing.assert_close(first.entropy_N, second.entropy_N, **exact)
+    torch.testing.assert_close(laws_of(first), laws_of(second), **EXACT)
+    torch.testing.assert_close(first.weights_NK, second.weights_NK, **EXACT)
+    torch.testing.assert_close(first.entropy_N, second.entropy_N, **EXACT)
     assert first.loss == pytest.approx(second.loss, rel=1e-11)
 
 
@@ -48,14 +47,12 @@ def test_the_teacher_and_its_plain_twin_say_the_same(
     targets = teach(engine, teacher, rows, top_k=WHOLE, dtype=torch.float64)
     plain = teach_plainly(engine.base, teacher, rows)
     laws, weights = (torch.cat(parts) for parts in zip(*plain, strict=True))
-    # gemma2's capped logits go through float32 in transformers
-    exact = EXACT if kind != "gemma2" else {"rtol": 0, "atol": 1e-4}
-    torch.testing.assert_close(laws_of(targets), laws, **exact)
-    torch.testing.assert_close(targets.weights_NK, weights, **exact)
-    torch.testing.assert_close(targets.entropy_N, -(laws.exp() * laws).sum(dim=1), **exact)
+    torch.testing.assert_close(laws_of(targets), laws, **EXACT)
+    torch.testing.assert_close(targets.weights_NK, weights, **EXACT)
+    torch.testing.assert_close(targets.entropy_N, -(laws.exp() * laws).sum(dim=1), **EXACT)
     tokens = torch.tensor([label for row in rows for label in row.labels[1:] if label != IGNORED])
     ceiling = -laws.gather(1, tokens[:, None]).mean()
-    assert targets.loss == pytest.approx(float(ceiling), rel=1e-4 if kind == "gemma2" else 1e-11)
+    assert targets.loss == pytest.approx(float(ceiling), rel=1e-11)
     if not choices:
         assert float((weights - weights[0]).abs().max()) > 0.1, "the weights move along a row"
 
