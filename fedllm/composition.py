@@ -18,6 +18,11 @@ def check_combinations(config: "RunConfig", rule: "AggregationRule", cohort_size
     Raises:
         ConfigError: naming the keys and why they cannot go together.
     """
+    if rule.train == "a":
+        raise ConfigError(
+            "aggregation.train = 'a': a run starts from B = 0, where the gradient of A is 0 and stays so, and"
+            " nothing would ever be learnt; use alternate, which trains both in turn, or b"
+        )
     _check_selection(config, cohort_size)
     if config.federation.max_staleness:
         _check_staleness(config, rule)

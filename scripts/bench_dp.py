@@ -35,9 +35,9 @@ from fedllm.training.engine import Engine
 from fedllm.training.jobs import Job
 from fedllm.types import LocalTraining
 from scripts.benchmarks.compare import TOLERANCES, compare
-from scripts.benchmarks.models import REAL, TINY, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.models import TINY, add_model_options, bench_base, random_rows, vocabulary_of
 from scripts.benchmarks.peers.opacus import OpacusTrainer, quiet_hooks, require_opacus
-from scripts.benchmarks.plots import bars, plot_file
+from scripts.benchmarks.plots import bars
 from scripts.benchmarks.tools import (
     Goal,
     bench_parser,
@@ -205,10 +205,7 @@ def plot(path: Path, name: str, found: Mapping[str, Any]) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = bench_parser("DP-SGD's gradients per example: fedllm beside Opacus.", "few rows, twice")
-    parser.add_argument("--model", default=REAL, help="after the tiny one: a base model, or random-1.5b")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--targets", default="all-linear", help="adapted layers, as lora.target-modules")
-    parser.add_argument("--plot", type=plot_file, help="draw the base model's ratios to this SVG or PNG file")
+    add_model_options(parser)
     return parser.parse_args(arguments)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check of the project: linters, types, import contracts, tests. Words go to pytest.
+# Every check of the project: linters, types, import contracts, tests, one process a core. Words go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/install.sh
@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-exec pytest "$@"
+exec pytest -n auto --maxprocesses 8 "$@"

@@ -282,6 +282,11 @@ def test_a_value_outside_its_choices_is_named_with_all_of_them(key: str) -> None
             " the adapter would still enter the control variates; leave one of them out",
         ),
         (
+            {"aggregation.train": "a", "aggregation.read-out": "factor-mean"},
+            "aggregation.train = 'a': a run starts from B = 0, where the gradient of A is 0 and stays so, and"
+            " nothing would ever be learnt; use alternate, which trains both in turn, or b",
+        ),
+        (
             {"personal.mode": "dual", "aggregation.preset": "fedsa"},
             "personal.mode = 'dual': under aggregation.read-out = 'local-b' every client has a B of its own,"
             " so no adapter is shared that a personal one could go on top of; use none",

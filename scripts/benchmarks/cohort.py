@@ -19,6 +19,7 @@ from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.engine import Engine
 from fedllm.training.jobs import Job
+from scripts.benchmarks.models import TINY, random_llama
 from scripts.benchmarks.peers.shared import checked_difference
 from scripts.benchmarks.tools import alternate, costs, spreads_table
 from scripts.benchmarks.workloads import LORA, SHORT, make_workload
@@ -38,25 +39,12 @@ class Cohort:
 
 def tiny_model(vocabulary: int, dtype: torch.dtype = torch.float32) -> Any:
     """Return a random Llama of four layers of width 256, the same every time."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    return random_llama(TINY, vocab_size=vocabulary).to(dtype)
 
 
 def tiny_engine(base: BaseModel, vocabulary: int, dtype: torch.dtype = torch.float32) -> Engine:
     """Return an engine on a tiny model, with the tokenizer of `base`."""
-    model = tiny_model(vocabulary, dtype).eval()
+    model = tiny_model(vocabulary, dtype)
     tiny = replace(base, model=model, fingerprint=f"tiny-{vocabulary}", dtype=dtype)
     return Engine(tiny, layout_of(model, LORA, tiny.fingerprint))
 

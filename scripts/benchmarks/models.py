@@ -6,6 +6,7 @@ for them and nothing is saved.
 
 import hashlib
 import random
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fedllm.config import ModelConfig
 from fedllm.models.base import BaseModel, choose_device, choose_dtype, load_base
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles
+from scripts.benchmarks.plots import plot_file
 
 TINY, REAL = "tiny", EMBEDDED_ALIAS
 
@@ -41,6 +43,14 @@ SHAPES = {
 }
 
 
+def add_model_options(parser: ArgumentParser) -> None:
+    """Add the options of a benchmark of the tiny model and one other."""
+    parser.add_argument("--model", default=REAL, help="after the tiny one: a base model, or random-1.5b")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--targets", default="all-linear", help="adapted layers, as lora.target-modules")
+    parser.add_argument("--plot", type=plot_file, help="draw the base model's ratios to this SVG or PNG file")
+
+
 def bench_base(name: str, device: str = "auto", dtype: str = "auto") -> BaseModel:
     """Return the random model of that shape, or else load the base model of that name.
 
@@ -53,15 +63,19 @@ def bench_base(name: str, device: str = "auto", dtype: str = "auto") -> BaseMode
     return random_base(name, chosen, choose_dtype(dtype, chosen))
 
 
-def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> BaseModel:
-    """Return a frozen random Llama of a shape of `SHAPES`, the same every time; it has no tokenizer."""
+def random_llama(name: str, **shape: int) -> Any:
+    """Return a frozen random Llama of a shape of `SHAPES`; `shape` replaces numbers of it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SHAPES[name], tie_word_embeddings=True)
+    config = LlamaConfig(**{**SHAPES[name], **shape}, tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = LlamaForCausalLM(config)
-    model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        return LlamaForCausalLM(config).requires_grad_(False).eval()
+
+
+def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> BaseModel:
+    """Return `random_llama` as a base model; it has no tokenizer."""
+    model = random_llama(name).to(device=device, dtype=dtype)
     fingerprint = hashlib.sha256(repr((name, SHAPES[name])).encode()).hexdigest()
     return BaseModel(model, None, ModelFiles(Path(), name), fingerprint, device, dtype)
 

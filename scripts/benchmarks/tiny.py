@@ -10,22 +10,20 @@ from pathlib import Path
 import torch
 
 from fedllm.models.files import quiet_transformers
+from scripts.benchmarks.tokenizer import byte_tokenizer
 
 _VERBS = ("Return", "Open", "Sort", "Raise", "Convert", "Read", "Count", "Close")
 _NOUNS = ("the list", "a file", "two numbers", "the string", "an error", "the value", "its lines")
-_CHAT = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     """Write a random Llama of two layers and its tokenizer to `folder`, and return it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary = _save_tokenizer(folder)
+    tokenizer = byte_tokenizer([answer for _, answer in _sentences()], 400)
+    tokenizer.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -40,25 +38,6 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-def _save_tokenizer(folder: Path) -> int:
-    """Write a byte-level tokenizer trained on the rows' own words, and return the size of its vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE(unk_token=None))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    core.train_from_iterator([answer for _, answer in _sentences()], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=special[0], pad_token=special[1], chat_template=_CHAT
-    )
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
 
 
 def write_rows(path: Path, num_clients: int, rows_per_client: int) -> Path:

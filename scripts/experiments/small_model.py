@@ -33,12 +33,8 @@ from fedllm.data.packages import Package, installed_packages, source_files
 from fedllm.errors import DataError, ModelError
 from fedllm.models.files import cache_folder, quiet_transformers
 from fedllm.seeds import derive_seed
+from scripts.benchmarks.tokenizer import ASSISTANT, END, USER, byte_tokenizer
 
-_END, _PAD, _USER, _ASSISTANT, _SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
-_CHAT = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 _MOST_BYTES_OF_FILE = 60_000  # longer ones are mostly tables
 _HELD_OUT_EVERY = 20  # documents
 _LETTER_DOCUMENTS, _LETTERS, _NEIGHBOURS = 600, 30, 500  # how many, of how many letters, from how near
@@ -113,7 +109,7 @@ def _make(folder: Path, recipe: Recipe, text: _Text) -> None:
     except OSError as error:
         raise ModelError(f"cannot write the model cache: {error.strerror}; set FEDLLM_CACHE") from None
     try:
-        tokenizer = _train_tokenizer(recipe, text)
+        tokenizer = byte_tokenizer(text.train, recipe.vocabulary)
         tokenizer.save_pretrained(building)
         model, figures = _pretrain(recipe, _stream(tokenizer, text.train), _stream(tokenizer, text.held_out))
         with quiet_transformers():
@@ -143,10 +139,10 @@ def _documents(package: Package, most_chars: int) -> Iterator[str]:
     num_chars = 0
     for file in source_files(package):
         for name, docstring in _docstrings(file):
-            yield docstring + _END
+            yield docstring + END
             sentence = first_sentence(docstring)
             if sentence:
-                yield f"{_USER}What does {name} do?{_END}{_ASSISTANT}{sentence}{_END}"
+                yield f"{USER}What does {name} do?{END}{ASSISTANT}{sentence}{END}"
             num_chars += len(docstring)
             if num_chars > most_chars:
                 return
@@ -158,7 +154,7 @@ def _letters(seed: int) -> Iterator[str]:
     generator = random.Random(derive_seed(seed, "letters"))
     for _ in range(_LETTER_DOCUMENTS):
         begin = generator.randrange(len(letters) - _NEIGHBOURS)
-        yield "".join(generator.choices(letters[begin : begin + _NEIGHBOURS], k=_LETTERS)) + _END
+        yield "".join(generator.choices(letters[begin : begin + _NEIGHBOURS], k=_LETTERS)) + END
 
 
 def _docstrings(file: Path) -> list[tuple[str, str]]:
@@ -178,24 +174,6 @@ def _docstrings(file: Path) -> list[tuple[str, str]]:
             if docstring.isascii() and len(docstring) >= 40:
                 found.append((node.name, docstring))
     return found
-
-
-def _train_tokenizer(recipe: Recipe, text: _Text) -> Any:
-    """Return a byte-level BPE tokenizer with a chat template; every text has tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE(unk_token=None))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocabulary,
-        special_tokens=[_END, _PAD, _USER, _ASSISTANT, _SYSTEM],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(text.train, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=_END, pad_token=_PAD, chat_template=_CHAT)
 
 
 def _stream(tokenizer: Any, documents: Sequence[str]) -> torch.Tensor:

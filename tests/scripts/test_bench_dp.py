@@ -18,20 +18,12 @@ from fedllm.training.jobs import Job
 from scripts import bench_dp
 from scripts.bench_dp import FEDLLM, HOOKS, NOT_PRIVATE, Bench, goals_of, main, make_job, open_bench
 from scripts.benchmarks.compare import delta_difference
-from scripts.benchmarks.models import SHAPES, TINY, random_rows
+from scripts.benchmarks.models import TINY, random_rows
 from scripts.benchmarks.peers import opacus as bench_opacus
 from scripts.benchmarks.peers.opacus import OpacusTrainer, pad
 from scripts.benchmarks.tools import Spread
 
 CPU = torch.device("cpu")
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 needs_opacus = pytest.mark.skipif(
     importlib.util.find_spec("opacus") is None, reason="needs Opacus: pip install 'fedllm[bench]'"
@@ -40,8 +32,7 @@ quiet = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarn
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, TINY, SMALL)
+def _small(small_shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_dp, "ROWS", {"docstrings": ((11, 5, 7), 0.25), "full rows": ((12,), 1.0)})
 
 

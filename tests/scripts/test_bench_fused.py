@@ -9,23 +9,12 @@ import torch
 
 from scripts import bench_fused
 from scripts.bench_fused import cells, goals_of, main, make_jobs, open_bench, row_lengths
-from scripts.benchmarks.models import REAL, SHAPES, TINY, random_base, random_rows
+from scripts.benchmarks.models import REAL, TINY, random_base, random_rows
 from scripts.benchmarks.tools import Spread
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+pytestmark = pytest.mark.usefixtures("small_shapes")
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, TINY, SMALL)
 
 
 @pytest.mark.parametrize("num_tokens", [25, 100, 101, 200, 250])

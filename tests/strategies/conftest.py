@@ -1,7 +1,7 @@
 """A federation of four tiny data holders in this process, one node each."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
+from clients import drifts
 from clients.client_app import app
 from clients.holder import open_holder
 from fedllm.config import RunConfig
@@ -115,3 +116,12 @@ def open_run() -> Callable[..., Run]:
         return Run(session, state, grid, notices, records)
 
     return start
+
+
+@pytest.fixture
+def own_drifts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep the drifts of a test apart from those of others."""
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
+    drifts._store.cache_clear()
+    yield
+    drifts._store.cache_clear()

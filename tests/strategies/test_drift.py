@@ -1,8 +1,7 @@
 """Rounds on a base model that has drifted: who holds what, what is sent, and that all have the same bits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,15 +18,9 @@ from fedllm.wire import codec
 from strategies.evaluation import evaluate
 from strategies.rounds import next_round, run_round
 
+pytestmark = pytest.mark.usefixtures("own_drifts")
+
 NAMES = ("anna", "ben", "cleo", "dora")
-
-
-@pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
-    drifts._store.cache_clear()
-    yield
-    drifts._store.cache_clear()
 
 
 def forget_everything() -> None:

@@ -1,14 +1,13 @@
 """Whole rounds by every method: the state a checkpoint keeps is all that the next round needs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from clients import drifts
 from fedllm.adapters.drift import with_drift
 from fedllm.adapters.folder import load_adapter
 from fedllm.models.files import resolve_model
@@ -18,14 +17,7 @@ from fedllm.runs.records import record_to_line
 from strategies.publish import publish_adapter
 from strategies.rounds import next_round
 
-
-@pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
-    drifts._store.cache_clear()
-    yield
-    drifts._store.cache_clear()
-
+pytestmark = pytest.mark.usefixtures("own_drifts")
 
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"aggregation.preset": name} for name in PRESETS},
