@@ -1,7 +1,7 @@
 """Plots of the studies; matplotlib comes with the extra `bench` and is imported when a plot is drawn."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,29 @@ def method_dots(figures: Figures, part: str, path: Path) -> None:
     axes.set_xlabel("held-out loss after the run (nats per token)")
     axes.set_title(f"Methods, clients by {part}")
     axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def dots(groups: Mapping[str, Mapping[str, Figures]], path: Path, label: str) -> None:
+    """Draw means with standard deviations, one line per group and one colour per name in it."""
+    figure, axes = _figure()
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    for colour, name in enumerate(names):
+        places = [place for place, group in enumerate(groups.values()) if name in group]
+        found = [group[name] for group in groups.values() if name in group]
+        axes.errorbar(
+            [one["mean"] for one in found],
+            [place + 0.12 * (colour - len(names) / 2) for place in places],
+            xerr=[one["sd"] for one in found],
+            fmt=_MARKERS[colour % len(_MARKERS)],
+            color=_COLOURS[colour % len(_COLOURS)],
+            capsize=3,
+            label=name,
+        )
+    axes.axvline(0.0, color="0.6", linewidth=1)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_xlabel(label)
+    axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 

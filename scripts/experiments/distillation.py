@@ -1,0 +1,228 @@
+"""What distilling the clients' ensemble back into one adapter gains, and where it harms.
+
+Clients of seven domains train a few rounds. From the last round's aggregate and adapters every teacher
+(posterior, uniform, logit mean) and a control that is tuned on the same rows as plain text start alike, on
+each text: public text like the clients' own, like that of three of them, unlike any, and synthetic text.
+
+    python -m scripts.experiments.distillation --quick --json
+    python -m scripts.experiments.distillation --data ../shared/data --output docs/results/distillation.json
+
+Losses are on rows that the clients hold out. The learning rate of a student is chosen on the texts its gate
+looks at, never on those. A gap is closed by 1 where a student is as good as the posterior ensemble itself.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no cell asks the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every process
+
+from rich.console import Console
+
+from fedllm.config import Scalar
+from fedllm.errors import FedLLMError
+from scripts.benchmarks.tools import Goal, emit, report
+from scripts.experiments.cells import Cell, Figures, Kinds, open_pool
+from scripts.experiments.controls import pooled
+from scripts.experiments.corpus import Corpus, Row, read_corpus, write_rows
+from scripts.experiments.distilled import distilled
+from scripts.experiments.distilled_tables import draw_gaps, losses_table, summary
+from scripts.experiments.methods import Do
+from scripts.experiments.plots import check_matplotlib
+from scripts.experiments.small_model import Recipe
+from scripts.experiments.workshop import experiment_parser, open_workshop, parse_options
+from strategies.distillation.contamination import near_copies
+
+SMALL, EMBEDDED = "small", "smollm2-135m-instruct"
+KINDS: Kinds = {"distilled": distilled, "pooled": pooled}
+UNLIKE = "shakespeare.train.jsonl"
+PUBLIC_EVERY = 4  # of the rows of a domain one in so many is public
+GOAL_GAP = 0.35  # of the aggregate-to-ensemble gap, with synthetic text alone
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One size of the experiment; the first of `seeds` draws everything where it is the only one."""
+
+    flat: dict[str, Scalar]
+    rows_of_domain: int
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    recipe: Recipe | None = None
+
+
+_FLAT: dict[str, Scalar] = {
+    "model.device": "cpu",
+    "model.num-threads": 1,
+    "lora.rank": 8,
+    "lora.alpha": 16.0,
+    "federation.num-clients": 7,
+    "data.partition": "column:domain",
+    "data.held-out-fraction": 0.2,
+    "train.max-length": 128,
+    "train.batch-size": 4,
+    "distill.when": "last",
+    "distill.max-tokens": 128,
+}
+FULL = Scale(
+    flat={
+        **_FLAT,
+        "federation.num-rounds": 4,
+        "train.local-steps": 10,
+        "train.learning-rate": 1e-2,
+        "data.max-rows": 160,
+        "data.max-held-out": 24,
+        "distill.num-texts": 256,
+        "distill.steps": 100,
+        "distill.batch-size": 8,
+    },
+    rows_of_domain=320,
+    seeds=(1, 2, 3),
+    rates=(1e-3, 3e-3, 1e-2),
+    recipe=Recipe(),
+)
+QUICK = Scale(
+    flat={
+        **_FLAT,
+        "federation.num-rounds": 2,
+        "train.local-steps": 3,
+        "train.learning-rate": 1e-2,
+        "data.max-rows": 32,
+        "data.max-held-out": 4,
+        "train.max-length": 96,
+        "distill.max-tokens": 64,
+        "distill.num-texts": 16,
+        "distill.steps": 4,
+        "distill.batch-size": 4,
+    },
+    rows_of_domain=64,
+    seeds=(1,),
+    rates=(3e-3,),
+    recipe=Recipe(steps=100),
+)
+SMOLLM2 = Scale(
+    flat={
+        **_FLAT,
+        "federation.num-rounds": 3,
+        "train.local-steps": 4,
+        "train.learning-rate": 1e-3,
+        "data.max-rows": 64,
+        "data.max-held-out": 4,
+        "distill.max-tokens": 96,
+        "distill.num-texts": 32,
+        "distill.steps": 12,
+        "distill.batch-size": 4,
+    },
+    rows_of_domain=240,
+    seeds=(1,),
+    rates=(5e-4,),
+)
+
+
+def part_public(corpus: Corpus) -> tuple[Corpus, Corpus]:
+    """Return the clients' rows and public rows of the same domains, of which none is nearly a client's."""
+    seen = dict.fromkeys(corpus.domains, 0)
+    private: list[Row] = []
+    public: list[Row] = []
+    for row in corpus.rows:
+        seen[row["domain"]] += 1
+        (public if seen[row["domain"]] % PUBLIC_EVERY == 0 else private).append(row)
+    words = [[f"{row['prompt']} {row['response']}" for row in rows] for rows in (public, private)]
+    copies = near_copies(*words)
+    fresh = tuple(row for row, is_copy in zip(public, copies, strict=True) if not is_copy)
+    return Corpus(corpus.name, tuple(private)), Corpus(f"{corpus.name}, public", fresh)
+
+
+def texts_of(public: Corpus, folder: Path, data: Path) -> dict[str, str]:
+    """Return `distill.text` for every choice of text, writing public rows to `folder`.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    name = public.digest[:16]
+    three = public.domains[::3]
+    some = tuple(row for row in public.rows if row["domain"] in three)
+    texts = {
+        "in domain": str(write_rows(folder / f"public-{name}.jsonl", public.rows)),
+        f"{len(three)} of {len(public.domains)} domains": str(
+            write_rows(folder / f"some-{name}.jsonl", some)
+        ),
+        "synthetic": "synthetic",
+    }
+    if (data / UNLIKE).is_file():
+        texts["out of domain"] = str(data / UNLIKE)
+    return texts
+
+
+def study(scale: Scale, texts: dict[str, str], do: Do, console: Console) -> Figures:
+    """Do every cell, print the table and return the figures."""
+    options: dict[str, Scalar] = {f"text:{name}": text for name, text in texts.items()}
+    options["rates"] = ",".join(f"{rate:g}" for rate in scale.rates)
+    cells = [
+        Cell("distillation", kind, {"kind": kind, "seed": seed}, {"seed": seed}, options if taught else {})
+        for seed in scale.seeds
+        for kind, taught in (("distilled", True), ("pooled", False))
+    ]
+    outcomes = do(cells)
+    for outcome in outcomes:
+        if not outcome.is_done:
+            console.print(f"{outcome.cell.labels}: {outcome.reason}")
+    figures = summary(outcomes)
+    console.print("\n", losses_table(figures))
+    return figures
+
+
+def goals_of(figures: Figures) -> dict[str, Goal]:
+    """Return the goals: the gap that synthetic text closes, and that no kept student harms the clients."""
+    taught = figures["texts"]["synthetic"]["posterior"]
+    return {
+        "gap_closed_by_synthetic_text": Goal(taught["gap_closed"]["mean"], GOAL_GAP),
+        "harm_of_the_worst_kept_student": Goal(figures["worst_kept_harm"], 0.0, at_most=True),
+    }
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    return parse_options(
+        experiment_parser(
+            "distillation", "The gain of distillation, by teacher and text.", (SMALL, EMBEDDED)
+        ),
+        arguments,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do the experiment, print and keep its figures."""
+    options = parse(arguments)
+    console = Console(stderr=options.json, highlight=False)
+    notice = partial(console.print, soft_wrap=True)
+    scale = SMOLLM2 if options.model == EMBEDDED else QUICK if options.quick else FULL
+    try:
+        if options.plot:
+            check_matplotlib()
+        corpus = read_corpus(
+            options.data, scale.rows_of_domain, keep_instructions=scale.recipe is None, notice=notice
+        )
+        private, public = part_public(corpus)
+        texts = texts_of(public, options.work, options.data)
+        with open_pool(options.processes) as pool:
+            workshop, shared = open_workshop(
+                options, private, scale.flat, KINDS, notice, pool, recipe=scale.recipe
+            )
+            figures = study(scale, texts, workshop, console)
+        if options.plot:
+            draw_gaps(figures, options.plot / "distillation.svg")
+    except FedLLMError as error:
+        sys.exit(f"error: {error}")
+    settings = {"quick": options.quick, "flat": scale.flat, "seeds": scale.seeds, "rates": scale.rates}
+    result = report("distillation", {**shared, "settings": settings, **figures}, goals_of(figures))
+    emit(result, as_json=options.json, output=options.output)
+
+
+if __name__ == "__main__":
+    main()
