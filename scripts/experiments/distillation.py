@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no cell asks the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every process
@@ -26,6 +27,7 @@ from rich.console import Console
 
 from fedllm.config import Scalar
 from fedllm.errors import FedLLMError
+from fedllm.originality.duplicates import contaminated
 from scripts.benchmarks.tools import Goal, emit, report
 from scripts.experiments.cells import Cell, Figures, Kinds, open_pool
 from scripts.experiments.controls import pooled
@@ -36,7 +38,6 @@ from scripts.experiments.methods import Do
 from scripts.experiments.plots import check_matplotlib
 from scripts.experiments.small_model import Recipe
 from scripts.experiments.workshop import experiment_parser, open_workshop, parse_options
-from strategies.distillation.contamination import near_copies
 
 SMALL, EMBEDDED = "small", "smollm2-135m-instruct"
 KINDS: Kinds = {"distilled": distilled, "pooled": pooled}
@@ -132,10 +133,14 @@ def part_public(corpus: Corpus) -> tuple[Corpus, Corpus]:
     for row in corpus.rows:
         seen[row["domain"]] += 1
         (public if seen[row["domain"]] % PUBLIC_EVERY == 0 else private).append(row)
-    words = [[f"{row['prompt']} {row['response']}" for row in rows] for rows in (public, private)]
-    copies = near_copies(*words)
+    copies = contaminated([_words(row) for row in public], [_words(row) for row in private])
     fresh = tuple(row for row, is_copy in zip(public, copies, strict=True) if not is_copy)
     return Corpus(corpus.name, tuple(private)), Corpus(f"{corpus.name}, public", fresh)
+
+
+def _words(row: Row) -> list[int]:
+    """Return the words of a row as numbers."""
+    return [crc32(word.encode()) for word in f"{row['prompt']} {row['response']}".split()]
 
 
 def texts_of(public: Corpus, folder: Path, data: Path) -> dict[str, str]:

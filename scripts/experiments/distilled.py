@@ -27,9 +27,11 @@ from strategies import rounds
 from strategies.distillation.gate import judged
 from strategies.distillation.material import Material, make_material
 from strategies.distillation.measure import loss_of
-from strategies.distillation.step import open_public_text, server_engine, student_training
+from strategies.distillation.step import open_public_text, own_losses, server_engine, student_training
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
+from strategies.distillation.writing import Gates
 from strategies.receiving import receive
+from strategies.session import Session
 
 TEACHERS = ("posterior", "uniform", "logit-mean")
 TUNED = "tuned on the text"  # the control: the same rows as plain text
@@ -39,6 +41,7 @@ TUNED = "tuned on the text"  # the control: the same rows as plain text
 class Round:
     """A federation's last round: the aggregate and the adapters it was made of."""
 
+    session: Session
     engine: Engine
     aggregate: AdapterState
     clients: tuple[ClientAdapter, ...]
@@ -84,10 +87,10 @@ def last_round(config: RunConfig) -> Round:
     plan = rounds.plan_round(session, before, 1)
     answers = receive(session, plan, rounds.train_requests(session, before, plan))
     teachers = Teachers(before.adapter, plan.round_num, config.distill.max_teachers)
-    record, mixture = rounds.fold(session, before, plan, answers, teachers=teachers)
+    record, mixture = rounds.fold(session, before, plan, answers, rounds.RoundSums(teachers=teachers))
     after, record = rounds.finish(session, before, plan, record, mixture)
     clients = teachers.without(record.silenced)
-    return Round(server_engine(session), after.adapter, clients)
+    return Round(session, server_engine(session), after.adapter, clients)
 
 
 @dataclass(frozen=True)
@@ -123,13 +126,17 @@ def _ensemble(last: Round, holder: Holder, kind: str) -> Losses:
 def _variants(last: Round, holder: Holder, config: RunConfig, rates: Sequence[float]) -> Figures:
     """Return what every teacher, and the control, makes of the aggregate with one choice of text."""
     public = open_public_text(config)
-    material = make_material(config, public, last.engine, last.clients, config.federation.num_rounds)
+    round_num = config.federation.num_rounds
+    gates = Gates(last.session, last.engine, last.clients, round_num)
+    material = make_material(config, public, last.engine, last.clients, round_num, gates)
     nothing = AdapterState(last.engine.layout, torch.zeros(last.engine.layout.size))
     before = _at_gate(last.engine, last.aggregate, material)
     found: Figures = {
         "rows": len(material.rows),
         "tokens": sum(row.num_supervised for row in material.rows),
         "removed": material.num_removed,
+        "written": material.num_written,
+        "refused": material.num_refused,
         "held_out": len(material.held_out),
         "held_out_text": material.held_out_text,
         "gate_base": _at_gate(last.engine, nothing, material),
@@ -143,12 +150,14 @@ def _variants(last: Round, holder: Holder, config: RunConfig, rates: Sequence[fl
             targets = teach(last.engine, teacher, material.rows, top_k=top_k)
         tried = [_student(last, config, material, targets, rate) for rate in rates]
         after, rate, adapter = min(tried, key=lambda one: one[0])
-        kept, reason = judged(before, after, material.held_out_text)
+        own = own_losses(last.engine, material, last.aggregate, adapter)
+        kept, reason = judged(before, after, material.held_out_text, own)
         found[name] = {
             **asdict(_on_clients(holder, adapter)),
             "rate": rate,
             "gate_ensemble": gate_ensemble,
             "gate_after": after if math.isfinite(after) else None,
+            "own": own,
             "kept": kept,
             "reason": reason,
         }
