@@ -78,6 +78,7 @@ def poison_study(grid: PoisonGrid, do: Do) -> Figures:
         "backdoors": backdoors,
         "tokens": statistics.median(tokens) if tokens else 0,
         "worst": worst(tables),
+        "worst_bounded": worst(tables, (HUGE_FLIP,)),
     }
 
 
@@ -144,7 +145,9 @@ def honest_losses(attacked: Figures, clean: Figures) -> tuple[float, float, floa
     return after, best, base
 
 
-def worst(tables: Mapping[str, Mapping[str, Mapping[str, Figures]]]) -> dict[str, float]:
+def worst(
+    tables: Mapping[str, Mapping[str, Mapping[str, Figures]]], judged: Sequence[str] = JUDGED
+) -> dict[str, float]:
     """Return per rule the smallest clean loss over attacked loss of the attacks judged; 0 where a run failed.
 
     Rules that the configuration refused are left out.
@@ -152,7 +155,7 @@ def worst(tables: Mapping[str, Mapping[str, Mapping[str, Figures]]]) -> dict[str
     found: dict[str, float] = {}
     for by_attack in tables.values():
         for name, by_rule in by_attack.items():
-            if name.rpartition(" x")[0] not in JUDGED:
+            if name.rpartition(" x")[0] not in judged:
                 continue
             for rule, entry in by_rule.items():
                 if entry.get("reason", "").startswith("refused"):
@@ -163,9 +166,15 @@ def worst(tables: Mapping[str, Mapping[str, Mapping[str, Figures]]]) -> dict[str
 
 
 def goals(figures: Figures) -> dict[str, Goal]:
-    """Return one goal per rule: in the worst case judged, the clean loss is 98 % of the attacked one."""
+    """Return two goals per rule: in the worst case judged, the clean loss is 98 % of the attacked one.
+
+    One is over all attacks judged, with those that know the server's bound on updates or meet none; the other
+    over updates scaled by a million and flipped, as a run meets them.
+    """
+    named = {"clean_over_attacked": figures["worst"], "clean_over_huge_flip": figures["worst_bounded"]}
     return {
-        f"clean_over_attacked_{rule}": Goal(value, GOAL)
-        for rule, value in figures["worst"].items()
+        f"{name}_{rule}": Goal(value, GOAL)
+        for name, by_rule in named.items()
+        for rule, value in by_rule.items()
         if rule != NO_RULE
     }

@@ -200,6 +200,8 @@ def test_the_goal_of_a_rule_is_its_worst_judged_attack() -> None:
     assert {name: goal.met for name, goal in goals(found).items()} == {
         "clean_over_attacked_good": True,
         "clean_over_attacked_poor": False,
+        "clean_over_huge_flip_good": True,
+        "clean_over_huge_flip_poor": False,
     }
     assert found["tables"]["iid"]["huge flip x2"]["none"] == {"reason": "failed: destroyed"}
     good, poor = (found["backdoors"]["iid"]["backdoor x1"][rule] for rule in ("good", "poor"))
