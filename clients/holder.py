@@ -4,6 +4,7 @@ The only code that turns private text into tokens. Everything is kept resident f
 so a simulation's worker reads, tokenises and loads once.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from fedllm.models.base import layout_of, load_base, load_tokenizer
 from fedllm.models.chat import Encoded, encode
 from fedllm.models.files import ModelFiles, fingerprint, is_local_model, resolve_model
 from fedllm.models.policy import load_policy
+from fedllm.privacy.plan import PrivacyPlan, plan_of
+from fedllm.rule import init_a_of
 from fedllm.training.engine import Engine, resident_engine
 
 _logger = logging.getLogger("fedllm.clients")
@@ -35,6 +38,14 @@ class ClientTokens:
     client_id: str
     train: tuple[Encoded, ...]
     held_out: tuple[Encoded, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the training rows' tokens and labels, which never leaves this machine."""
+        hasher = hashlib.sha256()
+        for row in self.train:
+            hasher.update(repr((row.tokens, row.labels)).encode())
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +78,11 @@ class Holder:
         digest = self.engine.layout.digest
         return PrivateStore(self.state_path / f"{self.config.run.name}-{digest[:16]}", digest)
 
+    @cached_property
+    def privacy(self) -> PrivacyPlan | None:
+        """The privacy plan of this run, by the configuration this node was given."""
+        return plan_of(self.config)
+
     @property
     def personal(self) -> PersonalTraining | None:
         """The numbers of personal adapters, or None where clients have none."""
@@ -79,7 +95,7 @@ class Holder:
     @cached_property
     def initial(self) -> AdapterState:
         """The adapter that the run's seed gives, of which a server may leave out what it has not changed."""
-        return initial_adapter(self.engine.layout, self.config.seed, self.config.lora.init_a)
+        return initial_adapter(self.engine.layout, self.config.seed, init_a_of(self.config))
 
 
 def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> Holder:

@@ -10,12 +10,13 @@ from clients.control_variates import change_of, changed, corrected
 from clients.drifts import drift_store
 from clients.holder import ClientTokens, Holder
 from clients.personal import local_training, train_personal, with_personal
+from clients.privacy import charge_clients, private_job, protection_of, request_key, secret_of
 from clients.private import CONTROL, LOCAL_B, PERSONAL, keep_vectors, kept_vectors
 from clients.protect import protect
 from fedllm.adapters.layout import at_rank, with_rank
 from fedllm.adapters.parts import part_of, whole_of
 from fedllm.data.shards import draw_rows
-from fedllm.errors import NonFiniteError
+from fedllm.errors import NonFiniteError, WithheldError
 from fedllm.models.chat import Encoded
 from fedllm.models.drifted import drifted
 from fedllm.seeds import derive_seed
@@ -60,9 +61,13 @@ def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFa
         for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
         if client_id in holder.clients and holder.clients[client_id].train
     }
+    if holder.privacy is not None and not holder.privacy.is_central:
+        spent = charge_clients(holder, holder.privacy, request, drawn)
+        answers.update(spent)
+        drawn = {name: number for name, number in drawn.items() if name not in spent}
     kept = kept_vectors(holder, request, drawn)
     with drifted(holder.engine.base, drift_store().keep(request.drift)):
-        jobs = _jobs(holder, request, drawn, kept)
+        jobs = _private(holder, request, _jobs(holder, request, drawn, kept))
         for job, result in zip(jobs, holder.engine.train(jobs), strict=True):
             answers[job.client_id] = _answer(holder, request, job, result, kept[job.client_id])
         updates = {name: answer for name, answer in answers.items() if isinstance(answer, ClientUpdate)}
@@ -96,6 +101,19 @@ def _jobs(
     return [corrected(job, control_P, own_control(kept[job.client_id], control_P)) for job in jobs]
 
 
+def _private(holder: Holder, request: TrainRequest, jobs: list[Job]) -> list[Job]:
+    """Return jobs as the privacy plan has them trained; it changes those of DP-SGD only."""
+    plan = holder.privacy
+    if plan is None or not plan.is_by_example:
+        return jobs
+    secret = secret_of(holder)
+    clients = [holder.clients[job.client_id] for job in jobs]
+    return [
+        private_job(job, client, plan, request_key(request, client, secret))
+        for job, client in zip(jobs, clients, strict=True)
+    ]
+
+
 def _answer(
     holder: Holder,
     request: TrainRequest,
@@ -107,15 +125,17 @@ def _answer(
     change_P = None
     if result.gradient is not None:
         change_P = change_of(result, own_control(kept, result.gradient))
+    rank = request.ranks[request.client_ids.index(job.client_id)]
     try:
         return protect(
             result,
             [row for batch in job.batches for row in batch],
-            rank=request.ranks[request.client_ids.index(job.client_id)],
+            rank=rank,
             round_num=request.round_num,
             weighting=request.weighting,
             num_train=len(holder.clients[job.client_id].train),
             control_delta=change_P,
+            protection=protection_of(holder, holder.privacy, request, at_rank(request.adapter.layout, rank)),
         )
     except NonFiniteError as error:
         _logger.warning("%s", error)
@@ -222,7 +242,13 @@ def make_job(
 
 
 def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation | ClientFailure]:
-    """Return the held-out loss of every client the request names, in its order."""
+    """Return the held-out loss of every client the request names, in its order.
+
+    Raises:
+        WithheldError: the privacy plan keeps held-out losses with the clients.
+    """
+    if holder.privacy is not None and holder.privacy.metrics == "withheld":
+        raise WithheldError("privacy.metrics = 'withheld': held-out losses stay with the clients")
     answers: dict[str, ClientEvaluation | ClientFailure] = {
         client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
     }

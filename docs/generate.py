@@ -69,6 +69,13 @@ NOTES = {
     "aggregation.server-learning-rate": "of the server optimizer",
     "aggregation.server-momentum": "share of the earlier rounds' direction that is kept",
     "aggregation.second-moment": "share of the earlier rounds' squares that is kept,",
+    "privacy.epsilon": "budget",
+    "privacy.unit": "what is hidden: one row of a client, or all a client sends",
+    "privacy.trust": "who adds the noise: the server or each client",
+    "privacy.clip": "C: largest norm",
+    "privacy.noise-multiplier": "z:",
+    "privacy.metrics": "what leaves a client besides its delta: nothing, held-out losses, or training numbers"
+    " too; what leaves is named in privacy.json",
     "personal.mode": "dual = shared and personal adapter add up; ditto = the same, pulled to the shared one",
     "personal.rank": "rank of the personal adapter",
     "wire.codec": "4, 2 or 1 + 2/64 bytes a value",
@@ -76,7 +83,15 @@ NOTES = {
     "evaluation.max-new-tokens": "length of an answer at most",
 }
 _JOINED_BY_SPACE = frozenset(
-    {"train.clip-norm", "train.max-length", "aggregation.max-malicious", "aggregation.second-moment"}
+    {
+        "privacy.epsilon",
+        "privacy.clip",
+        "privacy.noise-multiplier",
+        "train.clip-norm",
+        "train.max-length",
+        "aggregation.max-malicious",
+        "aggregation.second-moment",
+    }
 )
 # Notes that stand without the comment.
 _WHOLE = frozenset({"federation.max-failure-rate", "train.schedule", "aggregation.robust"})

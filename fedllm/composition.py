@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from fedllm.errors import ConfigError
+from fedllm.privacy.refusals import check_privacy
 
 if TYPE_CHECKING:
     from fedllm.config import RunConfig
@@ -23,6 +24,7 @@ def check_combinations(config: "RunConfig", rule: "AggregationRule", cohort_size
         _check_staleness(config, rule)
     if config.train.control_variates:
         _check_control_variates(config, rule)
+    check_privacy(config, rule)
     if config.personal.mode != "none" and rule.local_b:
         raise ConfigError(
             f"personal.mode = {config.personal.mode!r}: under aggregation.read-out = 'local-b' every client"

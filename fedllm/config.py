@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from fedllm import rule
 from fedllm.composition import check_combinations
 from fedllm.errors import ConfigError
+from fedllm.privacy import plan
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -38,7 +39,7 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     target_modules: str = "all-linear"  # or a comma-separated list: "q_proj,v_proj"
-    init_a: str = "kaiming"  # kaiming | orthonormal
+    init_a: str = "auto"  # auto | kaiming | orthonormal (auto = kaiming, orthonormal under privacy)
     client_ranks: str = ""  # empty = lora.rank; "4,8,16" dealt in turn over sorted client ids; "anna:4,ben:8"
     dropout: float = 0.0  # share of the adapters' inputs dropped while training
 
@@ -115,6 +116,22 @@ class AggregationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """Differential privacy; `privacy.epsilon` alone turns it on (docs/privacy.md)."""
+
+    epsilon: float = 0.0  # budget of the run; 0 = no differential privacy
+    delta: float = 1e-5  # probability with which the bound may fail; well below 1 / number of units
+    unit: str = "example"  # example | client
+    trust: str = "auto"  # auto | central | local | distributed (auto: central for clients, else local)
+    clip: float = 1.0  # of a client's update, or of one row's gradient
+    adaptive_clip: bool = False  # follow the median norm of the clients' updates, from clip on
+    noise_multiplier: float = 0.0  # deviation of the noise over the clip; 0 = the least that epsilon allows
+    max_participations: int = 0  # rounds that a client takes part in at most; 0 = all
+    weight_cap: float = 0.0  # rows from which a client counts fully; 0 = no weights by rows
+    metrics: str = "auto"  # auto | withheld | held-out | all (auto = held-out for examples, else withheld)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PersonalConfig:
     """An adapter of a client's own on top of the shared one; it never leaves the client."""
 
@@ -166,6 +183,7 @@ class RunConfig:
     federation: FederationConfig = _section(FederationConfig)
     train: TrainConfig = _section(TrainConfig)
     aggregation: AggregationConfig = _section(AggregationConfig)
+    privacy: PrivacyConfig = _section(PrivacyConfig)
     personal: PersonalConfig = _section(PersonalConfig)
     wire: WireConfig = _section(WireConfig)
     evaluation: EvaluationConfig = _section(EvaluationConfig)
@@ -257,7 +275,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.on-bad-row": ("skip", "stop"),
     "federation.selection": ("uniform", "weighted", "poisson", "power-of-choice", "oort"),
     "train.schedule": ("constant", "cosine"),
-    "lora.init-a": ("kaiming", "orthonormal"),
+    "lora.init-a": ("auto", "kaiming", "orthonormal"),
     "aggregation.preset": ("", *rule.PRESETS),
     "aggregation.train": rule.TRAIN,
     "aggregation.read-out": rule.READ_OUTS,
@@ -265,6 +283,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "aggregation.robust": rule.ROBUST_RULES,
     "aggregation.optimizer": rule.OPTIMIZERS,
     "train.proximal-space": ("factor", "product"),
+    "privacy.unit": plan.UNITS,
+    "privacy.trust": plan.TRUSTS,
+    "privacy.metrics": plan.METRICS,
     "personal.mode": ("none", "dual", "ditto"),
     "wire.codec": ("fp32", "bf16", "int8"),
 }
@@ -306,6 +327,12 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "aggregation.second-moment": (0, 0.9999, False),
     "aggregation.adaptivity": (0, math.inf, True),
     "aggregation.staleness-exponent": (0, 100, False),
+    "privacy.epsilon": (0, 1e6, False),
+    "privacy.delta": (0, 0.5, True),
+    "privacy.clip": (0, math.inf, True),
+    "privacy.noise-multiplier": (0, 1e6, False),
+    "privacy.max-participations": (0, 1_000_000, False),
+    "privacy.weight-cap": (0, math.inf, False),
     "personal.rank": (1, 4096, False),
     "personal.steps": (1, 1_000_000, False),
     "personal.pull": (0, math.inf, False),

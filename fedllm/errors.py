@@ -83,6 +83,18 @@ class RunFailedError(FedLLMError, RuntimeError):
     code = "run-failed"
 
 
+class BudgetSpentError(FedLLMError, RuntimeError):
+    """One more round would exceed the privacy budget; what has been trained is kept."""
+
+    code = "budget-spent"
+
+
+class WithheldError(FedLLMError, PermissionError):
+    """A number is asked for that the privacy plan keeps with the client."""
+
+    code = "withheld"
+
+
 class MissingExtraError(FedLLMError, ImportError):
     """An optional package is needed; the message names the install command."""
 
@@ -103,6 +115,8 @@ CLIENT_ERROR_CODES = frozenset(
         QueryLimitError.code,
         NonFiniteError.code,
         CheckpointError.code,
+        BudgetSpentError.code,
+        WithheldError.code,
         MissingExtraError.code,
         "out-of-memory",
         "internal",

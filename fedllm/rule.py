@@ -49,6 +49,10 @@ PRESETS: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+PRIVATE_PRESET = "ffa"  # of a run with differential privacy that names no rule of its own
+_DEFAULT_AXES = ("both", "svd", "")  # train, read-out and preset where none is named
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerOptimizer:
     """What the server does with a round's change (`strategies/aggregation/optimizers.py`).
@@ -195,15 +199,32 @@ def _contradictions(rule: AggregationRule) -> Iterator[str]:
         yield f"{weighting} counts a client more the larger its update, which {robust} exists to prevent"
 
 
+def init_a_of(config: "RunConfig") -> str:
+    """Return how A is drawn: as `lora.init-a` says, or orthonormal under privacy, where noise on B then has
+    the same norm in the product B A.
+    """
+    if config.lora.init_a != "auto":
+        return config.lora.init_a
+    return "orthonormal" if config.privacy.epsilon else "kaiming"
+
+
 def aggregation_rule(config: "RunConfig") -> AggregationRule:
     """Return the aggregation rule of a run, its preset resolved.
+
+    Under privacy the rule of a recipe that names none is FFA-LoRA: with A fixed the noise on B enters the
+    product once and linearly, while noise on both factors would be multiplied with one another.
 
     Raises:
         ConfigError: the preset contradicts an axis, or the rule itself.
     """
     given = config.aggregation
+    preset, asked_weighting = given.preset, given.weighting
+    if config.privacy.epsilon and (given.train, given.read_out, preset) == _DEFAULT_AXES:
+        preset = PRIVATE_PRESET
+        is_capped = config.privacy.weight_cap > 0 or config.privacy.unit == "example"
+        asked_weighting = asked_weighting if is_capped or asked_weighting != "examples" else "uniform"
     train, read_out, weighting = preset_axes(
-        given.preset, train=given.train, read_out=given.read_out, weighting=given.weighting
+        preset, train=given.train, read_out=given.read_out, weighting=asked_weighting
     )
     optimizer = ServerOptimizer(
         name=given.optimizer,

@@ -44,7 +44,8 @@ class TrainRequest:
     first `ranks[i]` ranks of `adapter`, on the base model with `drift` added. With `local_b` every client
     starts from a B of its own, which never leaves it. With `node_sum` the node answers with one weighted
     mean of its clients' deltas. `control` is SCAFFOLD's c, where it is used
-    (`fedllm.training.control_variates`).
+    (`fedllm.training.control_variates`). `clip` is the norm to which clients clip what they send, where the
+    server noises their sum; else 0.
     """
 
     round_num: int
@@ -61,6 +62,7 @@ class TrainRequest:
     weighting: str
     seed: int
     control: AdapterState | None = None
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         number, full = len(self.client_ids), self.adapter.layout.rank
@@ -227,6 +229,9 @@ class RoundRecord:
     kept_energy: float | None = None  # share of the exact mean's squared norm that the read-out keeps
     silenced: tuple[str, ...] = ()  # clients to whom the robust rule left less than a tenth of their weight
     adapter: str = ""  # digest of the adapter after this round
+    epsilon: float | None = None  # spent by the run so far, of the unit that spent most; None = no privacy
+    noise_multiplier: float | None = None  # of this round; the largest where clients differ
+    clip: float | None = None  # norm to which updates, or the gradients of rows, were clipped
 
     @property
     def mean_held_out(self) -> float | None:

@@ -73,6 +73,23 @@ def evaluate(
 
 
 @app.command()
+def privacy(
+    words: Words = None,
+    noise: Annotated[
+        float, typer.Option(min=0.0, help="Epsilon of this noise multiplier; 0 = noise for the budget.")
+    ] = 0.0,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Training rows of a client, where one is the unit.")
+    ] = 1000,
+    json: Json = False,
+) -> None:
+    """Plan differential privacy: epsilon for a noise, noise for an epsilon, over rounds and cohort sizes."""
+    from scripts.commands import privacy_command
+
+    privacy_command.privacy(words or [], noise=noise, rows=rows, as_json=json)
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run folder.")],
     second: Annotated[Path, typer.Argument(help="Another run folder.")],

@@ -39,7 +39,7 @@ class Console:
             f" {federation.num_rounds} rounds of {train.local_steps} steps of {train.batch_size} rows,"
             f" {runtime} runtime"
         )
-        view = RunView(self, config.federation.num_rounds)
+        view = RunView(self, config.federation.num_rounds, config.privacy.epsilon)
         if not self.rich.is_terminal or self.quiet:
             yield view
             return
@@ -62,12 +62,14 @@ class Console:
 class RunView:
     """Progress of one run, in whichever form the console can show."""
 
-    def __init__(self, console: Console, num_rounds: int):
+    def __init__(self, console: Console, num_rounds: int, budget: float = 0.0):
         self.console = console
         self.num_rounds = num_rounds
+        self.budget = budget  # epsilon; 0 = no differential privacy
+        self.columns = (*_COLUMNS, "epsilon") if budget else _COLUMNS
         self.live: Live | None = None
         self.began = time.monotonic()
-        self.table = Table(*_COLUMNS, box=None, header_style="bold", pad_edge=False)
+        self.table = Table(*self.columns, box=None, header_style="bold", pad_edge=False)
         self.answered = 0
 
     def watch(self) -> Watch:
@@ -100,7 +102,7 @@ class RunView:
         cells = self._cells(record)
         self.table.add_row(*cells)
         if self.live is None:
-            shown = (f"{name} {cell}" for name, cell in zip(_COLUMNS, cells, strict=True) if cell)
+            shown = (f"{name} {cell}" for name, cell in zip(self.columns, cells, strict=True) if cell)
             self.console.line("  " + " · ".join(shown))
 
     def _cells(self, record: RoundRecord) -> tuple[str, ...]:
@@ -109,6 +111,7 @@ class RunView:
             elapsed = time.monotonic() - self.began
             left = f"{elapsed / record.round_num * (self.num_rounds - record.round_num):.0f} s"
         is_base = record.round_num == 0
+        spent = (f"{record.epsilon or 0.0:.2f}/{self.budget:g}",) if self.budget else ()
         return (
             f"{record.round_num}/{self.num_rounds}",
             _number(record.train_loss),
@@ -121,6 +124,7 @@ class RunView:
             "" if record.kept_energy is None else f"{record.kept_energy:.1%}",
             f"{record.seconds:.1f} s" if record.seconds else "",
             left,
+            *spent,
         )
 
 

@@ -44,7 +44,12 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
 
 
 def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordDict]:
-    """Return one message per free node, naming its clients that keep held-out rows."""
+    """Return one message per free node, naming its clients that keep held-out rows.
+
+    There is none where the privacy plan keeps held-out losses with the clients.
+    """
+    if session.privacy is not None and session.privacy.plan.metrics == "withheld":
+        return {}
     holders = [client.client_id for client in session.clients.values() if client.num_held_out]
     free = set(session.transport.node_ids())
     part = travelling_part(session.rule, state.adapter, session.initial)

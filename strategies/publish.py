@@ -1,12 +1,16 @@
 """The result of a run as a folder anyone can load, with a card that says how it was made."""
 
+import json
 from pathlib import Path
 
 from fedllm.adapters.drift import with_drift
 from fedllm.adapters.folder import save_adapter
 from fedllm.config import RunConfig
 from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles
+from fedllm.privacy.plan import plan_of
+from fedllm.privacy.statement import in_words, statement_of
 from fedllm.rule import aggregation_rule
+from fedllm.runs.atomic import write_file
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment
 from fedllm.runs.spread import spread_of
@@ -33,6 +37,34 @@ def publish_adapter(folder: Path, config: RunConfig, files: ModelFiles, state: S
         card=model_card(config, files, state),
     )
     return target
+
+
+def publish_privacy(folder: Path, config: RunConfig, state: ServerState) -> dict[str, object]:
+    """Write `folder`/privacy.json under a privacy plan; return what `result.json` says of it."""
+    statement = _statement(config, state)
+    if statement is None:
+        return {}
+    write_file(folder / "privacy.json", json.dumps(statement, indent=1, allow_nan=False) + "\n")
+    return {"privacy": {key: statement[key] for key in ("unit", "epsilon", "delta", "budget", "trust")}}
+
+
+def _statement(config: RunConfig, state: ServerState) -> dict[str, object] | None:
+    plan = plan_of(config)
+    if plan is None:
+        return None
+    num_clients = config.federation.num_clients
+    return statement_of(plan, state.ledger, num_clients=num_clients, num_rounds=state.round_num)
+
+
+def _privacy_text(config: RunConfig, state: ServerState) -> str:
+    """Return the section of a card on privacy."""
+    plan, statement = plan_of(config), _statement(config, state)
+    if plan is None or statement is None:
+        return (
+            "## What is not claimed\n\nNo differential privacy was applied, so parts of the training text may"
+            " be recoverable from this adapter."
+        )
+    return f"## Differential privacy\n\n{in_words(plan, statement)}\n## What is not claimed\n"
 
 
 def _target_names(config: RunConfig, state: ServerState) -> list[str]:
@@ -77,9 +109,7 @@ LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
 {_loss_table(state)}
-## What is not claimed
-
-No differential privacy was applied, so parts of the training text may be recoverable from this adapter.
+{_privacy_text(config, state)}
 The held-out numbers come from the data holders' own rows and say nothing about other tasks.
 
 Made with {versions}.

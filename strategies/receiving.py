@@ -10,6 +10,7 @@ from fedllm.training.optimizer import largest_move
 from fedllm.types import ClientFailure, RoundPlan
 from fedllm.wire import replies
 from strategies.answers import Answer, members_of
+from strategies.privacy import largest_noise
 from strategies.session import Session
 from strategies.staleness import late_refusal
 from strategies.transport import Reply
@@ -104,7 +105,7 @@ def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answ
             member.client_id: largest_weight(session.clients[member.client_id], session.config)
             for member in members_of(answer)
         },
-        largest_move=largest_move(plan.training, plan.largest_start),
+        largest_move=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
         largest_control=2 * plan.training.clip_norm,
     )
     if not reason:

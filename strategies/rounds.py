@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from flwr.app import RecordDict
@@ -11,6 +11,7 @@ from fedllm.adapters.layout import initial_adapter
 from fedllm.adapters.parts import returned_part
 from fedllm.config import RunConfig
 from fedllm.errors import RunFailedError
+from fedllm.rule import init_a_of
 from fedllm.runs.checkpoint import ServerState
 from fedllm.seeds import derive_seed
 from fedllm.training.numbers import local_training
@@ -29,6 +30,17 @@ from strategies.control_variates import ControlSum, control_of, empty_sum
 from strategies.delivered import travelling_part
 from strategies.evaluation import evaluate
 from strategies.joining import rejoin
+from strategies.privacy import (
+    NoisedSum,
+    charged,
+    check_budget,
+    clip_of,
+    cohort_seed,
+    described,
+    empty_noised,
+    release_of,
+    who_can_afford,
+)
 from strategies.receiving import receive
 from strategies.selection import choose_clients, selection_of
 from strategies.session import Session
@@ -42,9 +54,11 @@ def next_round(session: Session, state: ServerState) -> tuple[ServerState, Round
 
     Raises:
         RunFailedError: the round failed more often than `federation.max-retries` allows.
+        BudgetSpentError: another attempt would exceed the privacy budget.
     """
     federation = session.config.federation
     for attempt in range(1, federation.max_retries + 2):
+        check_budget(session.privacy, state, session.clients, attempt=attempt, least=federation.min_clients)
         if attempt > 1:
             wait_for_nodes(session)
         state, record = run_round(session, state, attempt)
@@ -83,9 +97,9 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     answers = receive(session, plan, contents)
     if len(plan.asked) > plan.cohort_size or transport.keeps_late:
         answers = first_updates(answers, plan.cohort_size)
-    controls = empty_sum(session.layout) if session.config.train.control_variates else None
-    record, mixture = fold(session, state, plan, answers, controls)  # 7 validate and combine
-    after, record = finish(session, state, plan, record, mixture, controls)  # 8 finish
+    sums = open_sums(session, state, plan)
+    record, mixture = fold(session, state, plan, answers, sums)  # 7 validate and combine
+    after, record = finish(session, state, plan, record, mixture, sums)  # 8 finish
     if record.applied and _is_evaluated(session.config, plan.round_num):
         held_out = evaluate(session, after)
         record = replace(record, held_out=held_out.shared, personal_held_out=held_out.personal)
@@ -95,7 +109,7 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
         bytes_up=transport.bytes_up - up,
         seconds=time.perf_counter() - began,
     )
-    return (replace(after, records=(*state.records, record)) if record.applied else state), record
+    return (replace(after, records=(*state.records, record)) if record.applied else after), record
 
 
 def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
@@ -105,13 +119,16 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     """
     config, round_num = session.config, state.round_num + 1
     free = set(session.transport.node_ids()) - {reply.node_id for reply in session.transport.overdue}
-    available = [client for client in session.clients.values() if client.node_id in free]
+    able = who_can_afford(
+        session.privacy, state.ledger, session.clients, round_num=round_num, attempt=attempt
+    )
+    available = [c for c in session.clients.values() if c.node_id in free and c.client_id in able]
     selection = selection_of(config)
     asked = choose_clients(
         available,
         state.records,
         selection=selection,
-        seed=config.seed,
+        seed=cohort_seed(session.privacy, config.seed),
         round_num=round_num,
         attempt=attempt,
     )
@@ -155,16 +172,34 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
             weighting=session.rule.weighting,
             seed=config.seed,
             control=control_of(state) if config.train.control_variates else None,
+            clip=clip_of(session.privacy, state),
         )
         sending = session.delivered.sending(node, part, state.drift.digest)
         contents[node] = requests.write_train_request(request, sending)
     return contents
 
 
+@dataclass(frozen=True, eq=False)
+class RoundSums:
+    """What a round sums besides its mixture: changes of control variates, updates under central noise."""
+
+    controls: ControlSum | None = None
+    noised: NoisedSum | None = None
+
+
+def open_sums(session: Session, state: ServerState, plan: RoundPlan) -> RoundSums:
+    """Return the empty sums of a round."""
+    controls = empty_sum(session.layout) if session.config.train.control_variates else None
+    return RoundSums(controls, empty_noised(session.privacy, state, session.layout, plan.returned))
+
+
+NO_SUMS = RoundSums()
+
+
 def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combine.Mixture:
     """Return the empty mixture of a round."""
     seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
-    init_a = session.config.lora.init_a
+    init_a = init_a_of(session.config)
     return combine.init(
         session.rule,
         state,
@@ -179,11 +214,12 @@ def fold(
     state: ServerState,
     plan: RoundPlan,
     answers: Iterable[Answer],
-    controls: ControlSum | None = None,
+    sums: RoundSums = NO_SUMS,
 ) -> tuple[RoundRecord, combine.Mixture]:
     """Combine the answers on arrival; return what happened and the mixture of the accepted updates.
 
-    Changes of control variates are added to `controls`.
+    Changes of control variates are added to `sums`, and so are updates that are to be noised as a sum: those
+    are in no mixture.
     """
     config, mixture = session.config, open_mixture(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
@@ -193,9 +229,12 @@ def fold(
             lost[answer.client_id] = answer.reason or answer.code
         else:
             update = discounted(answer, plan.round_num, config.aggregation.staleness_exponent)
-            mixture = combine.add(mixture, update)
-            if controls is not None:
-                controls.add(update)
+            if sums.noised is not None:
+                sums.noised.add(update)
+            else:
+                mixture = combine.add(mixture, update)
+            if sums.controls is not None:
+                sums.controls.add(update)
             for member in update.members or (update,):  # numbers only
                 accepted[member.client_id] = replace(member, delta=member.delta[:0], control_delta=None)
     late = sorted(accepted.keys() - set(plan.asked))
@@ -231,12 +270,17 @@ def finish(
     plan: RoundPlan,
     record: RoundRecord,
     mixture: combine.Mixture,
-    controls: ControlSum | None = None,
+    sums: RoundSums = NO_SUMS,
 ) -> tuple[ServerState, RoundRecord]:
-    """Read the mixture out into the next state; a round that is not applied changes nothing."""
+    """Read the mixture out into the next state; a round that is not applied changes nothing but the ledger.
+
+    Raises:
+        BudgetSpentError, CheckpointError: a release would exceed the privacy budget, or cannot be recorded.
+    """
+    state, record, mixture = _released(session, state, plan, record, mixture, sums.noised)
     if not record.applied:
         return state, record
-    if not record.accepted:  # coins that chose nobody
+    if not record.accepted and sums.noised is None:  # coins that chose nobody
         return replace(state, round_num=plan.round_num), record
     aggregate = combine.finish(mixture)
     num_clients = session.config.federation.num_clients
@@ -250,7 +294,7 @@ def finish(
         drift=aggregate.drift,
         optimizer=aggregate.optimizer,
         norms=aggregate.norms,
-        control=None if controls is None else controls.added_to(control_of(state), num_clients),
+        control=None if sums.controls is None else sums.controls.added_to(control_of(state), num_clients),
     )
     record = replace(
         record,
@@ -261,7 +305,30 @@ def finish(
         delta_norm=aggregate.delta_norm,
         adapter=aggregate.adapter.digest,
     )
+    if sums.noised is not None:  # of one noised sum nobody can tell what its clients disagreed on
+        record = replace(record, rho=None, largest_rho=None, kept_energy=None)
     return after, record
+
+
+def _released(
+    session: Session,
+    state: ServerState,
+    plan: RoundPlan,
+    record: RoundRecord,
+    mixture: combine.Mixture,
+    noised: NoisedSum | None,
+) -> tuple[ServerState, RoundRecord, combine.Mixture]:
+    """Charge the round under its privacy plan, and put the noised sum, if there is one, in the mixture."""
+    privacy = session.privacy
+    if privacy is None:
+        return state, record, mixture
+    release = release_of(privacy, plan, noised) if noised is not None and record.applied else None
+    state = charged(privacy, state, plan, session.clients, release.name if release else "")
+    clients = [session.clients[client] for client in plan.asked]
+    record = described(privacy, state, record, clients, noised)
+    if release is None:
+        return state, record, mixture
+    return replace(state, clip=release.clip), record, combine.add(mixture, release.update)
 
 
 def _is_evaluated(config: RunConfig, round_num: int) -> bool:

@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import Strategy
 from fedllm.adapters.layout import AdapterState
 from fedllm.adapters.ranks import named_clients
 from fedllm.config import RunConfig
-from fedllm.errors import CheckpointError, FedLLMError
+from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError, FedLLMError
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
 from fedllm.rule import aggregation_rule
@@ -21,7 +21,8 @@ from fedllm.types import RoundRecord
 from strategies.aggregation.stock import check_stock
 from strategies.evaluation import evaluate
 from strategies.joining import join_clients
-from strategies.publish import publish_adapter
+from strategies.privacy import open_privacy, with_journal
+from strategies.publish import publish_adapter, publish_privacy
 from strategies.rounds import check_failure_rate, next_round
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import Transport
@@ -44,13 +45,14 @@ def run_federation(
     """
     folder = open_run_folder(config)
     try:
-        session = open_session(config, grid, watch, stock)
+        session = open_session(config, grid, watch, stock, private=folder / "private" / "server")
         state = _first_state(session, folder, start)
         describe_run(folder, config)
-        state = _rounds(session, state, folder)
+        state, stopped = _rounds(session, state, folder)
         files = resolve_model(config.model.name, config.model.revision)
         adapter = publish_adapter(folder, config, files, state)
-        write_result(folder, summary(state, adapter))
+        ended = {"stopped": stopped} if stopped else {}
+        write_result(folder, {**summary(state, adapter), **ended, **publish_privacy(folder, config, state)})
     except FedLLMError as error:
         _write_failure(folder, str(error))
         raise
@@ -63,23 +65,36 @@ def run_federation(
 
 
 def open_session(
-    config: RunConfig, grid: Grid, watch: Watch = SILENT, stock: Strategy | None = None
+    config: RunConfig,
+    grid: Grid,
+    watch: Watch = SILENT,
+    stock: Strategy | None = None,
+    *,
+    private: Path | None = None,
 ) -> Session:
     """Return a session over the clients that join on `grid`.
 
+    `private` is the folder for the noise secret and the ledger of a private run; without one they live as
+    long as the session.
+
     Raises:
         ModelError, RunFailedError: the base model is absent, or too few clients join.
-        ConfigError: `stock` is given and the run's rule is no plain mean of factors.
+        ConfigError: `stock` is given and the run's rule is no plain mean of factors, or its server is to add
+            noise.
+        CheckpointError: the noise secret cannot be kept.
     """
+    privacy = open_privacy(config, private)
     if stock is not None:
         check_stock(aggregation_rule(config))
+        if privacy is not None and privacy.plan.is_central:
+            raise ConfigError("a stock Flower strategy adds no noise; use privacy.trust = local without it")
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
-    return Session(config, layout, transport, clients, watch, stock=stock)
+    return Session(config, layout, transport, clients, watch, stock=stock, privacy=privacy)
 
 
 def first_state(session: Session, start: AdapterState | None = None) -> ServerState:
@@ -125,19 +140,28 @@ def _write_failure(folder: Path, reason: str) -> None:
 
 def _first_state(session: Session, folder: Path, start: AdapterState | None) -> ServerState:
     if not session.config.run.resume:
-        return first_state(session, start)
+        return with_journal(session.privacy, first_state(session, start))
     state, passed_over = load_checkpoint(folder / "checkpoints", session.config, session.layout)
     for line in passed_over:
         session.watch.notice(line)
     session.watch.notice(f"resuming after round {state.round_num}")
-    return state
+    return with_journal(session.privacy, state)
 
 
-def _rounds(session: Session, state: ServerState, folder: Path) -> ServerState:
-    """Do the rounds that are left; save after each, and once more at the end if the last save failed."""
-    is_saved = True
+def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerState, str]:
+    """Do the rounds that are left; save after each, and once more at the end if the last save failed.
+
+    Returns (the last state, why it is not that of the last round: a spent privacy budget, or "").
+    """
+    is_saved, stopped = True, ""
     while state.round_num < session.config.federation.num_rounds:
-        state, _ = next_round(session, state)
+        try:
+            state, _ = next_round(session, state)
+        except BudgetSpentError as error:
+            stopped = str(error)
+            session.watch.notice(stopped)
+            state, is_saved = _measured(session, state), False
+            break
         try:
             _save(session, state, folder)
             is_saved = True
@@ -147,7 +171,16 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> ServerState:
         check_failure_rate(state, session.config.federation.max_failure_rate)
     if not is_saved:
         _save(session, state, folder)
-    return state
+    return state, stopped
+
+
+def _measured(session: Session, state: ServerState) -> ServerState:
+    """Return the state with the held-out losses of a run that has ended before its last round."""
+    if not state.records or state.records[-1].held_out:
+        return state
+    held_out = evaluate(session, state)
+    last = replace(state.records[-1], held_out=held_out.shared, personal_held_out=held_out.personal)
+    return replace(state, records=(*state.records[:-1], last))
 
 
 def _save(session: Session, state: ServerState, folder: Path) -> None:

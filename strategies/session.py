@@ -9,9 +9,10 @@ from flwr.serverapp.strategy import Strategy
 from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
 from fedllm.adapters.ranks import deal_ranks
 from fedllm.config import RunConfig
-from fedllm.rule import AggregationRule, aggregation_rule
+from fedllm.rule import AggregationRule, aggregation_rule, init_a_of
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
 from strategies.delivered import Delivered
+from strategies.privacy import ServerPrivacy
 from strategies.transport import Transport
 
 
@@ -39,6 +40,7 @@ class Session:
     watch: Watch = SILENT
     delivered: Delivered = field(default_factory=Delivered)
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
+    privacy: ServerPrivacy | None = None
 
     @cached_property
     def rule(self) -> AggregationRule:
@@ -48,7 +50,7 @@ class Session:
     @cached_property
     def initial(self) -> AdapterState:
         """The adapter that the run's seed gives."""
-        return initial_adapter(self.layout, self.config.seed, self.config.lora.init_a)
+        return initial_adapter(self.layout, self.config.seed, init_a_of(self.config))
 
     def ranks(self) -> dict[str, int]:
         """Return every client's rank: what `lora.client-ranks` deals it, at most its machine's limit."""

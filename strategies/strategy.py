@@ -20,10 +20,9 @@ from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
-from strategies.control_variates import empty_sum
 from strategies.evaluation import evaluate_requests, read_evaluations
 from strategies.receiving import read_reply
-from strategies.rounds import finish, fold, plan_round, train_requests
+from strategies.rounds import finish, fold, open_sums, plan_round, train_requests
 from strategies.run import open_session, run_federation
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import reply_of
@@ -105,10 +104,11 @@ class FederatedLora(Strategy):
             for reply in map(reply_of, replies)
             for answer in read_reply(session, plan, reply, asked.get(reply.node_id, []))
         )
-        controls = empty_sum(session.layout) if self.config.train.control_variates else None
-        record, mixture = fold(session, state, plan, answers, controls)
-        after, record = finish(session, state, plan, record, mixture, controls)
+        sums = open_sums(session, state, plan)
+        record, mixture = fold(session, state, plan, answers, sums)
+        after, record = finish(session, state, plan, record, mixture, sums)
         if not record.applied:
+            self._state = after
             return None, None
         self._state = replace(after, records=(*state.records, record))
         return write_plain(self._state.adapter), _train_metrics(record)

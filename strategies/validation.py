@@ -70,9 +70,12 @@ def _number_fault(update: ClientUpdate, largest_weight: float) -> str:
 def largest_weight(joined: JoinedClient, config: RunConfig) -> float:
     """Return the most a client may declare to weigh: its rows, the tokens a round can hold, or 1.
 
-    Under product-norm the server itself measures what a client counts.
+    Under product-norm the server itself measures what a client counts; under privacy.weight-cap it is at
+    most 1.
     """
     train = config.train
+    if config.privacy.weight_cap:
+        return 1.0
     return {
         "examples": float(joined.num_train),
         "tokens": float(train.local_steps * train.batch_size * train.max_length),

@@ -31,6 +31,8 @@ train.proximal train.proximal-space train.control-variates train.max-length trai
 aggregation.preset aggregation.train aggregation.read-out aggregation.weighting aggregation.robust
 aggregation.max-malicious aggregation.optimizer aggregation.server-learning-rate aggregation.server-momentum
 aggregation.second-moment aggregation.adaptivity aggregation.staleness-exponent
+privacy.epsilon privacy.delta privacy.unit privacy.trust privacy.clip privacy.adaptive-clip
+privacy.noise-multiplier privacy.max-participations privacy.weight-cap privacy.metrics
 personal.mode personal.rank personal.steps personal.pull
 wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens

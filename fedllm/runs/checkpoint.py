@@ -19,6 +19,7 @@ from fedllm.adapters.folder import load_named, load_tensors, save_named, save_te
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config import RunConfig, Scalar
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
+from fedllm.privacy.ledger import Ledger, ledger_from_dict, ledger_to_dict
 from fedllm.runs.atomic import complete_folder, verify_manifest
 from fedllm.runs.records import record_from_dict, record_to_dict
 from fedllm.types import OptimizerState, RoundRecord
@@ -45,7 +46,9 @@ class ServerState:
 
     `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none);
     `drift` is what the base model has gained (left out: nothing); `norms` are the median norms of the last
-    rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one.
+    rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one; `ledger`
+    is what was given away under a privacy plan, `clip` the norm that an adaptive clip has come to (0 = the
+    plan's own).
     """
 
     round_num: int
@@ -56,6 +59,8 @@ class ServerState:
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     norms: tuple[float, ...] = ()
     control: AdapterState | None = None
+    ledger: Ledger = Ledger()
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         if cast(Drift | None, self.drift) is None:
@@ -76,6 +81,8 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
         "layout": state.adapter.layout.to_dict(),
         "norms": list(state.norms),
         "num_steps": state.optimizer.num_steps,
+        "ledger": ledger_to_dict(state.ledger),
+        "clip": state.clip,
     }
     try:
         with complete_folder(_path(folder, state.round_num)) as building:
@@ -111,7 +118,8 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             drift = _load_drift(path / DRIFT, saved_layout)
             optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
             control = _load_control(path / CONTROL, saved_layout)
-        except (FedLLMError, OSError, ValueError, KeyError) as error:
+            spent = ledger_from_dict(content.get("ledger", ()))
+        except (FedLLMError, OSError, ValueError, KeyError, TypeError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue
         _check_same(content["config"], config)
@@ -129,6 +137,8 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
                 optimizer=optimizer,
                 norms=tuple(content.get("norms", ())),
                 control=control,
+                ledger=spent,
+                clip=content.get("clip", 0.0),
             ),
             passed_over,
         )
@@ -169,6 +179,8 @@ def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
 def _check_same(saved: Mapping[str, Scalar], config: RunConfig) -> None:
     free = RESUMABLE_KEYS
     if config.train.schedule == "cosine":  # the schedule stretches over the number of rounds
+        free = free - {"federation.num-rounds"}
+    if config.privacy.epsilon and not config.privacy.noise_multiplier:  # the noise was made for that number
         free = free - {"federation.num-rounds"}
     now: dict[str, Any] = config.to_flat()
     changed = [key for key in now if key not in free and saved.get(key) != now[key]]

@@ -6,7 +6,9 @@ runs/NAME/partition.json    which rows each client had, with a hash (written by 
 runs/NAME/rounds.jsonl      one record a round
 runs/NAME/checkpoints/      the newest two
 runs/NAME/adapter/          the published PEFT folder
-runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters
+runs/NAME/privacy.json      what may be said of its privacy, under a privacy plan (docs/privacy.md)
+runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters; in
+                            server/ the noise secret and the ledger of a private run
 runs/NAME/result.json       held-out loss before and after, and how the run ended
 """
 

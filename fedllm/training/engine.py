@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -25,6 +25,7 @@ from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
 from fedllm.training.control_variates import Correction, correction_of
+from fedllm.training.example_gradients import add_noise, clip_factors, drop_diverged
 from fedllm.training.generate import Choice, answers, continuations
 from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
@@ -89,7 +90,7 @@ class Engine:
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
         ordered = [jobs[place] for place in order]
         losses_SC, rows, moved_CP, correction = self._train_rows(ordered)
-        seconds = (time.perf_counter() - began) / sum(map(_num_tokens, jobs))
+        seconds = (time.perf_counter() - began) / max(1, sum(map(_num_tokens, jobs)))
         results = {}
         for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
             delta = rows.whole(row, moved_CP[row])
@@ -121,6 +122,7 @@ class Engine:
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
                 grads, losses = self._step(active, step)
+                add_noise(rows, grads, step)
                 if correction is not None:
                     correction.apply(grads)
                 if pull is not None:
@@ -141,6 +143,7 @@ class Engine:
                 seed = row_seed(job, step, number) if dropout else 0
                 items.append(Item(row, client, client, weight, dropout, seed))
         num_supervised_A = torch.tensor([sum(row.num_supervised for row in batch) for batch in batches])
+        num_supervised_A.clamp_(min=1)  # a batch drawn by coins may be empty
         if any(job.example_clip for job in jobs):
             grad_AP, losses_A = self._clipped_gradients(jobs, items)
             return grad_AP, losses_A / num_supervised_A
@@ -165,12 +168,15 @@ class Engine:
         for part in parts:
             self.bank.reserve(max(map(len, parts)))
             slots = [replace(item, slot=slot) for slot, item in enumerate(part)]
-            sums = self.passes.losses(slots, backward=True, objective=jobs[0].objective)
-            losses_A.index_add_(0, _owners(part), sums)
+            sums_B = self.passes.losses(slots, backward=True, objective=jobs[0].objective)
             grad_SP = self.bank.grad_SP[: len(part)]
+            norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
+            owners = [item.client for item in part]
+            drop_diverged(jobs, owners, grad_SP, norms_S, sums_B)
+            losses_A.index_add_(0, _owners(part), sums_B)
             # One product reads the gradients once. It also mixes 0 times a diverged client's gradient into
             # its neighbours', which are then trained again alone (`_train_group`).
-            total_AP.addmm_(_clip_factors(jobs, part, grad_SP), grad_SP)
+            total_AP.addmm_(clip_factors(jobs, owners, norms_S), grad_SP)
         return total_AP, losses_A
 
     # --- passes -------------------------------------------------------------------------------------------
@@ -305,24 +311,6 @@ class Engine:
 def _owners(items: Sequence[Item]) -> torch.Tensor:
     """Return the client of every sample, [B]."""
     return torch.tensor([item.client for item in items])
-
-
-def _clip_factors(jobs: Sequence[Job], items: Sequence[Item], grad_SP: torch.Tensor) -> torch.Tensor:
-    """Return what every slot's gradient is multiplied by in its own job's mean, [A, S], zero in the others'.
-
-    Jobs that are not clipped have the mean in their rows' weights already: 1.
-    """
-    owners = [jobs[item.client] for item in items]
-    new = partial(torch.tensor, device=grad_SP.device, dtype=grad_SP.dtype)
-    clip_S = new([job.example_clip or float("inf") for job in owners])
-    size_S = new([job.training.batch_size if job.example_clip else 1 for job in owners])
-    norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
-    factors_AS = grad_SP.new_zeros(len(jobs), len(items))
-    columns = torch.arange(len(items), device=grad_SP.device)
-    factors_AS[_owners(items).to(grad_SP.device), columns] = (clip_S / norms_S.clamp(min=1e-30)).clamp(
-        max=1.0
-    ) / size_S
-    return factors_AS
 
 
 def _num_tokens(job: Job) -> int:

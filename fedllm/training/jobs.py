@@ -21,6 +21,14 @@ class Objective(Protocol):
         """Return the criterion for all supervised tokens of `rows`, in order."""
 
 
+@dataclass(frozen=True)
+class StepNoise:
+    """Gaussian noise on the mean gradient of every step, of `deviation`, drawn from the secret `key`."""
+
+    key: bytes
+    deviation: float
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """One client's work: `batches[i]` are the rows of local step i, `start` [P] the adapter before it.
@@ -28,7 +36,9 @@ class Job:
     `layout` is given where the client's rank differs from the engine's. `trained` is "both" factors, or "a"
     or "b" alone (fedllm.adapters.parts): the other keeps its bits, and the delta has zeros there. With
     `example_clip` above 0 every row's own gradient is clipped to that norm before the rows are averaged
-    (DP-SGD, arXiv 1607.00133, without its noise); 0 takes the gradient of the batch's mean token loss.
+    and `noise`, if any, is added to their mean (DP-SGD, arXiv 1607.00133). The mean is the sum over
+    `training.batch_size`, the number of rows a batch is expected to have: a batch that was drawn by coins has
+    more or fewer, or none. `example_clip` 0 takes the gradient of the batch's mean token loss.
     `seed` is where LoRA dropout draws from, row by row (`row_seed`). FedProx pulls to `anchor` [P], where it
     is not given to `start`. `movable` [P] says which values may move, if not all. `correction` [P] is added
     to every gradient (SCAFFOLD, `fedllm.training.control_variates`). `objective` replaces the cross-entropy
@@ -47,6 +57,7 @@ class Job:
     movable: torch.Tensor | None = None
     correction: torch.Tensor | None = None
     objective: Objective | None = None
+    noise: StepNoise | None = None
 
 
 def row_seed(job: Job, step: int, row: int) -> int:

@@ -57,6 +57,7 @@ def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
             "codec": request.codec,
             "weighting": request.weighting,
             "seed": request.seed,
+            "clip": request.clip,
             **{f"train.{name}": getattr(training, name) for name in _TRAINING_FIELDS},
         },
     )
@@ -145,6 +146,7 @@ def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Hold
         weighting=scalar_field(config, "weighting", str),
         seed=scalar_field(config, "seed", int),
         control=_read_control(content, layout),
+        clip=scalar_field(config, "clip", float),
     )
 
 

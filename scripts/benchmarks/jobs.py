@@ -6,7 +6,7 @@ from clients.holder import Holder
 from clients.work import make_job
 from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import initial_adapter
-from fedllm.rule import aggregation_rule
+from fedllm.rule import aggregation_rule, init_a_of
 from fedllm.training.jobs import Job
 from fedllm.training.numbers import local_training
 from fedllm.types import TrainRequest
@@ -28,7 +28,7 @@ def round_jobs(holder: Holder, *, round_num: int, steps: int) -> list[Job]:
         client_ids=tuple(clients),
         num_drawn=(drawn,) * len(clients),
         ranks=(layout.rank,) * len(clients),
-        adapter=initial_adapter(layout, config.seed, config.lora.init_a),
+        adapter=initial_adapter(layout, config.seed, init_a_of(config)),
         drift=no_drift(layout),
         trained=rule.trained_in(round_num),
         local_b=False,

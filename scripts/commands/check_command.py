@@ -12,6 +12,8 @@ from fedllm.adapters.parts import part_size, returned_part
 from fedllm.adapters.ranks import deal_ranks
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.models.base import describe_layout
+from fedllm.privacy.plan import plan_of as plan_of_privacy
+from fedllm.privacy.statement import summary_line
 from fedllm.rule import aggregation_rule
 from fedllm.wire.codec import payload_bytes
 from scripts.commands.words import config_of
@@ -45,6 +47,7 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
     supervised = sum(row.num_supervised for row in rows) / max(1, sum(len(row.tokens) for row in rows))
     cohort, train = cohort_size_of(config), config.train
     tokens = round(mean_tokens * train.local_steps * train.batch_size * cohort)
+    privacy = plan_of_privacy(config)
     sizes = sorted(len(client.train) for client in clients)
     return {
         "base model": f"{config.model.name} (fingerprint {layout.fingerprint[:16]})",
@@ -57,7 +60,7 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
         "tokens a round": tokens,
         "tokens of the run": tokens * config.federation.num_rounds,
         **_bytes(config, layout, [client.client_id for client in clients]),
-        "privacy": "no differential privacy; updates are not masked",
+        "privacy": summary_line(privacy) if privacy else "no differential privacy; updates are not masked",
     }
 
 

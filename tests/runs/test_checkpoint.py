@@ -155,6 +155,9 @@ def another(config: RunConfig, key: str) -> Any:
         "federation.cohort-fraction": 0.5,
         "federation.min-clients": 2,
         "federation.over-selection": 1.3,
+        "privacy.unit": "client",
+        "privacy.trust": "local",
+        "privacy.metrics": "all",
     }
     if key in choices:
         return choices[key]
@@ -176,7 +179,13 @@ evaluation.every evaluation.prompts evaluation.max-new-tokens
 
 @pytest.mark.parametrize("key", list(CONFIG.to_flat()))
 def test_a_run_continues_only_with_the_configuration_it_began_with(key: str, folder: Path) -> None:
-    config = CONFIG.override({key: another(CONFIG, key)})
+    changes = {key: another(CONFIG, key)}
+    if key in ("privacy.noise-multiplier", "privacy.adaptive-clip"):  # they need a budget, which comes first
+        config = CONFIG.override({**changes, "privacy.epsilon": 8.0, "privacy.unit": "client"})
+        with pytest.raises(ConfigError, match=key):
+            load(folder, config)
+        return
+    config = CONFIG.override(changes)
     if key in FREE.split():
         assert load(folder, config)[0].round_num == 3
     else:

@@ -1,0 +1,1 @@
+"""Differential privacy: one plan owns the guarantee; clipping, noise, accounting and words serve it."""

@@ -1,0 +1,69 @@
+"""The secret of a run: 32 random bytes of this machine from which its noise and its coins are derived.
+
+Noise that anyone can draw again is no noise, so none of it comes from the run's public seed. The secret is
+drawn once by the operating system's generator and kept in a file that only its owner can read; a resumed run
+reads it and gives the same bits. Who reads the file can subtract the noise: it belongs to what is never
+published.
+
+Every use has a key of its own, which names what the noise is for *and what it hides* (as RFC 6979 does for
+signatures): the same sum gets the same noise again, so repeating a round reveals nothing new, and another sum
+gets noise that is independent, so two attempts at a round cannot be subtracted from one another.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+import torch
+
+from fedllm.errors import CheckpointError
+
+NUM_BYTES = 32
+
+
+def new_secret() -> bytes:
+    """Return a fresh secret."""
+    return secrets.token_bytes(NUM_BYTES)
+
+
+def kept_secret(path: Path) -> bytes:
+    """Return the secret in `path`; on first use it is drawn and written with mode 0600.
+
+    Raises:
+        CheckpointError: the file cannot be read or written, or is no secret.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except FileExistsError:
+            found = path.read_bytes()
+            if len(found) != NUM_BYTES:
+                raise CheckpointError(f"{path} is no noise secret; restore it, or start a new run") from None
+            return found
+        with os.fdopen(descriptor, "wb") as file:
+            secret = new_secret()
+            file.write(secret)
+            file.flush()
+            os.fsync(file.fileno())
+        return secret
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the noise secret {path} cannot be kept: {error.strerror}") from None
+
+
+def derived_key(secret: bytes, *names: str | int) -> bytes:
+    """Return the 32-byte key of one use (HMAC-SHA256); uses that differ in any name have unrelated keys."""
+    text = "\x1f".join(f"{type(name).__name__}:{name}" for name in names)
+    return hmac.new(secret, text.encode(), hashlib.sha256).digest()
+
+
+def digest_of(*vectors: torch.Tensor) -> str:
+    """Return the SHA-256 (hex) of the bits of vectors: what the noise on them is bound to."""
+    hasher = hashlib.sha256()
+    for vector in vectors:
+        hasher.update(vector.detach().cpu().contiguous().numpy().tobytes())
+    return hasher.hexdigest()

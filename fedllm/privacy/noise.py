@@ -1,0 +1,106 @@
+"""Noise from a cryptographic stream: Gaussian, discrete Gaussian, and fair coins of any bias.
+
+A stream is ChaCha20 (RFC 8439) under a key of `fedllm.privacy.keys`, so that nobody without the key can tell
+it from chance, however much of it they see. Statistical generators give no such promise: the state of a
+Mersenne Twister follows from 624 of its outputs.
+
+Continuous noise is computed in float64 from 53-bit uniforms. Like every sampler of floating-point numbers it
+is no exact Gaussian in the last bits (Mironov 2012). Sums of updates are noised in float64 and rounded to
+float32 afterwards, far above those bits; the gradients of DP-SGD are float32, and an attack on their last
+bits is not covered. The discrete Gaussian is exact.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
+_CHUNK = 1 << 20  # pairs of values that are drawn at once
+
+
+class SecretStream:
+    """The keystream of a 32-byte key; it has a position, and every draw moves it on."""
+
+    def __init__(self, key: bytes):
+        self._cipher = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+
+    def integers(self, number: int) -> np.ndarray:
+        """Return `number` uniform 64-bit integers."""
+        return np.frombuffer(self._cipher.update(bytes(8 * number)), dtype="<u8")
+
+    def below(self, bound: int) -> int:
+        """Return a uniform whole number from 0 to bound - 1, exactly: draws that do not fit are repeated."""
+        num_bits = max(1, (bound - 1).bit_length())
+        num_bytes = (num_bits + 7) // 8
+        while True:
+            drawn = int.from_bytes(self._cipher.update(bytes(num_bytes)), "little") >> (
+                8 * num_bytes - num_bits
+            )
+            if drawn < bound:
+                return drawn
+
+
+def gaussian(stream: SecretStream, size: int, deviation: float) -> torch.Tensor:
+    """Return float64 noise [size] of N(0, deviation^2), independent values (Box & Muller 1958)."""
+    noise = np.empty(size + size % 2)
+    pairs = noise.reshape(-1, 2)
+    for begin in range(0, len(pairs), _CHUNK):
+        part = pairs[begin : begin + _CHUNK]
+        bits = stream.integers(2 * len(part)).reshape(2, -1) >> 11
+        radius = np.sqrt(-2.0 * np.log((bits[0] + 1.0) * 2.0**-53)) * deviation
+        angle = bits[1] * (2.0**-53 * 2.0 * math.pi)
+        np.multiply(radius, np.cos(angle), out=part[:, 0])
+        np.multiply(radius, np.sin(angle), out=part[:, 1])
+    return torch.from_numpy(noise[:size])
+
+
+def coins(stream: SecretStream, number: int, rate: float) -> list[bool]:
+    """Return `number` independent coins, each true with probability `rate` (to 2^-64)."""
+    return [int(drawn) < rate * 2.0**64 for drawn in stream.integers(number)]
+
+
+def discrete_gaussian(stream: SecretStream, size: int, variance: Fraction) -> list[int]:
+    """Return whole numbers with P(x) in proportion to exp(-x^2 / (2 variance)), exactly.
+
+    Algorithms 1 to 3 of Canonne, Kamath & Steinke 2020 (arXiv 2004.00010), in rational arithmetic: no
+    floating point comes near the law. For sums that are masked, whose values are whole.
+    """
+    return [_one_discrete(stream, variance) for _ in range(size)]
+
+
+def _one_discrete(stream: SecretStream, variance: Fraction) -> int:
+    scale = math.isqrt(variance.numerator // variance.denominator) + 1
+    while True:
+        drawn = _discrete_laplace(stream, scale)
+        gap = Fraction(abs(drawn)) - variance / scale
+        if _bernoulli_exp(stream, gap * gap / (2 * variance)):
+            return drawn
+
+
+def _discrete_laplace(stream: SecretStream, scale: int) -> int:
+    while True:
+        small = stream.below(scale)
+        if not _bernoulli_exp(stream, Fraction(small, scale)):
+            continue
+        whole = 0
+        while _bernoulli_exp(stream, Fraction(1)):
+            whole += 1
+        size = small + scale * whole
+        negative = stream.below(2) == 1
+        if size or not negative:
+            return -size if negative else size
+
+
+def _bernoulli_exp(stream: SecretStream, rate: Fraction) -> bool:
+    """Return true with probability exp(-rate)."""
+    while rate > 1:
+        if not _bernoulli_exp(stream, Fraction(1)):
+            return False
+        rate -= 1
+    count = 1
+    while stream.below(rate.denominator * count) < rate.numerator:
+        count += 1
+    return count % 2 == 1

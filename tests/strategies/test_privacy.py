@@ -1,0 +1,513 @@
+"""The real round under a privacy plan: noise, sensitivity, broken variants, audit, ledger, budget, resume."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import clients.protect as protecting
+import strategies.privacy as serving
+from clients.client_app import app
+from clients.protect import Protection, protect
+from fedllm.adapters.layout import AdapterLayout, LoraMatrix
+from fedllm.adapters.parts import part_of, part_size
+from fedllm.config import RunConfig
+from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError
+from fedllm.privacy.accounting import gaussian_epsilon
+from fedllm.privacy.clipping import clipped
+from fedllm.privacy.ledger import Ledger
+from fedllm.runs.checkpoint import ServerState, load_checkpoint
+from fedllm.training.jobs import Result
+from fedllm.types import ClientUpdate, RoundRecord
+from scripts.local_grid import local_grid
+from strategies.privacy import NoisedSum, ServerPrivacy
+from strategies.rounds import finish as finish_round
+from strategies.rounds import fold, next_round, open_sums, plan_round, run_round
+from strategies.run import run_federation
+from strategies.session import Watch
+
+CLIENT = {
+    "privacy.epsilon": 1e5,
+    "privacy.unit": "client",
+    "privacy.noise-multiplier": 2.0,
+    "privacy.clip": 0.5,
+    "wire.codec": "fp32",
+}
+LOCAL = {**CLIENT, "privacy.trust": "local"}
+EXAMPLE = {"privacy.epsilon": 1e5, "privacy.noise-multiplier": 1.0, "wire.codec": "fp32"}
+LAYOUT = AdapterLayout((LoraMatrix("m.a", 5, 7), LoraMatrix("m.b", 3, 4)), rank=2, alpha=4.0, fingerprint="f")
+NOWHERE = settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def privacy_of(**changes: Any) -> ServerPrivacy:
+    flat = {**CLIENT, "federation.num-clients": 4, **changes}
+    found = serving.open_privacy(RunConfig.from_flat(flat))
+    assert found is not None
+    return found
+
+
+def update_of(delta: torch.Tensor, client: str = "anna", weight: float = 1.0) -> ClientUpdate:
+    return ClientUpdate(
+        client_id=client, round_num=1, rank=2, delta=delta, weight=weight, num_tokens=0, train_loss=0.0
+    )
+
+
+# --- the noise of the real path --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(make_config: Callable, open_run: Callable) -> Callable[[int], torch.Tensor]:
+    """Return a function (number) -> what as many rounds of zero updates add to B, [number, values]."""
+    run = open_run(make_config(CLIENT))
+    first = plan_round(run.session, run.state, 1)
+    layout = run.session.layout
+
+    def release(number: int) -> torch.Tensor:
+        changes = []
+        for round_num in range(1, number + 1):
+            plan = replace(first, round_num=round_num)
+            answers = [update_of(torch.zeros(layout.size), client) for client in plan.asked]
+            sums = open_sums(run.session, run.state, plan)
+            record, mixture = fold(run.session, run.state, plan, answers, sums)
+            after, _ = finish_round(run.session, run.state, plan, record, mixture, sums)
+            changes.append(part_of(layout, after.adapter.vector - run.state.adapter.vector, "b"))
+            assert not part_of(layout, after.adapter.vector - run.state.adapter.vector, "a").any()
+        return torch.stack(changes).double()
+
+    return release
+
+
+def check_noise(changes: torch.Tensor, deviation: float) -> None:
+    """Assert that values are independent N(0, deviation^2), all at 99.9 %."""
+    standard = changes / deviation
+    number, z = standard.numel(), 3.3
+    assert abs(float(standard.square().mean()) - 1) < z * math.sqrt(2 / number)
+    assert abs(float(standard.mean())) < z / math.sqrt(number)
+    assert abs(float((standard**4).mean()) - 3) < z * math.sqrt(96 / number)
+    for first, second in ((standard[1:], standard[:-1]), (standard[:, 1:], standard[:, :-1])):
+        assert abs(float((first * second).mean())) < z / math.sqrt(first.numel())
+
+
+def test_a_thousand_rounds_of_zero_updates_are_the_noise_that_is_claimed(released: Callable) -> None:
+    changes = released(1000)
+    check_noise(changes, 2.0 * 0.5 / 4)
+    per_value = changes.square().mean(dim=0) / (2.0 * 0.5 / 4) ** 2
+    assert float((per_value - 1).abs().max()) < 5 * math.sqrt(2 / 1000)  # no value has less
+
+
+def test_a_local_update_is_clipped_and_then_noised_in_full() -> None:
+    deltas = []
+    for number in range(300):
+        result = Result("anna", torch.full((LAYOUT.size,), 0.3), 1.0, 1, 1, 0.1)
+        protection = Protection(LAYOUT, "both", clip=0.5, deviation=2.0 * 0.5, key=bytes(32))
+        deltas.append(protect(result, (), rank=2, round_num=number, weighting="uniform", num_train=1,
+                              protection=protection).delta)  # fmt: skip
+    expected = clipped(torch.full((LAYOUT.size,), 0.3), 0.5)
+    check_noise(torch.stack(deltas).double() - expected, 2.0 * 0.5)
+
+
+# --- sensitivity -----------------------------------------------------------------------------------------
+
+odd_weights = st.sampled_from([1.0, 0.25, 0.0, -2.0, 7.0, 1e30, math.nan, math.inf])
+nasty = st.sampled_from([0.0, 1.0, -3.0, 1e-30, 1e30, -1e30, math.nan, math.inf, -math.inf])
+
+
+def check_sensitivity(updates: list[ClientUpdate], clip: float, part: str = "b") -> None:
+    """Assert that no client moves the sum by more than the clip: present, or missing."""
+
+    def total(present: list[ClientUpdate]) -> torch.Tensor:
+        noised = NoisedSum(LAYOUT, part, clip)
+        for update in present:
+            noised.add(update)
+        return noised.sum_Q
+
+    whole = total(updates)
+    assert bool(torch.isfinite(whole).all())
+    for missing in range(len(updates)):
+        moved = whole - total(updates[:missing] + updates[missing + 1 :])
+        assert float(moved.norm()) <= clip * (1 + 1e-12)
+
+
+@NOWHERE
+@given(
+    rows=st.lists(st.lists(nasty, min_size=LAYOUT.size, max_size=LAYOUT.size), min_size=1, max_size=4),
+    weights=st.lists(odd_weights, min_size=4, max_size=4),
+    clip=st.floats(0.01, 10),
+)  # fmt: skip
+def test_no_client_moves_the_sum_by_more_than_the_clip(
+    rows: list[list[float]], weights: list[float], clip: float
+) -> None:
+    updates = [update_of(torch.tensor(row), f"c{number}", weights[number]) for number, row in enumerate(rows)]
+    check_sensitivity(updates, clip, "both")
+
+
+def test_the_denominator_is_fixed_whoever_is_missing() -> None:
+    privacy = privacy_of(**{"privacy.noise-multiplier": 1e-6})
+    noised = NoisedSum(LAYOUT, "both", 0.5)
+    noised.add(update_of(torch.full((LAYOUT.size,), 9.0)))
+    delta = serving.release_of(privacy, _plan(), noised).update.delta
+    assert float(delta.norm()) == pytest.approx(0.5 / 4, rel=1e-4)
+
+
+def _plan(round_num: int = 1, attempt: int = 1) -> Any:
+    class Plan:
+        pass
+
+    plan = Plan()
+    plan.round_num, plan.attempt = round_num, attempt  # type: ignore[attr-defined]
+    return plan
+
+
+# --- broken on purpose: each is caught by a check that the real code passes ------------------------------
+
+
+def loud() -> list[ClientUpdate]:
+    return [update_of(torch.full((LAYOUT.size,), 5.0), name) for name in ("anna", "ben")]
+
+
+def test_no_noise_is_caught(released: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_noise(released(60), 0.25)
+    monkeypatch.setattr(serving, "gaussian", lambda stream, size, deviation: torch.zeros(size).double())
+    with pytest.raises(AssertionError):
+        check_noise(released(60), 0.25)
+
+
+def test_noise_divided_by_the_root_of_the_cohort_is_caught(
+    released: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = serving.gaussian
+    monkeypatch.setattr(serving, "gaussian", lambda stream, size, d: real(stream, size, d / math.sqrt(4)))
+    with pytest.raises(AssertionError):
+        check_noise(released(60), 0.25)
+
+
+def test_noise_before_the_clip_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = protecting._protected_delta
+
+    def noise_first(result: Result, protection: Protection | None, round_num: int) -> torch.Tensor:
+        assert protection is not None
+        wide = real(result, replace(protection, clip=1e9), round_num)
+        return clipped(wide, protection.clip)
+
+    monkeypatch.setattr(protecting, "_protected_delta", noise_first)
+    with pytest.raises(AssertionError):
+        test_a_local_update_is_clipped_and_then_noised_in_full()
+
+
+def test_weights_by_size_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    heavy = [replace(update, weight=100.0) for update in loud()]
+    check_sensitivity(heavy, 0.5)
+    monkeypatch.setattr(serving, "bounded_weight", lambda weight: weight)
+    with pytest.raises(AssertionError):
+        check_sensitivity(heavy, 0.5)
+
+
+def test_clipping_tensor_by_tensor_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_sensitivity(loud(), 0.5)
+    half = part_size(LAYOUT, "b") // 2
+    by_tensor = lambda v, clip: torch.cat([clipped(v[:half], clip), clipped(v[half:], clip)])  # noqa: E731
+    monkeypatch.setattr(serving, "clipped", by_tensor)
+    with pytest.raises(AssertionError):
+        check_sensitivity(loud(), 0.5)
+
+
+# --- audit of the mechanism ------------------------------------------------------------------------------
+
+
+def lower_epsilon(present: torch.Tensor, absent: torch.Tensor, delta: float) -> float:
+    """Return a 95 % lower bound on epsilon from a test at the middle of both worlds.
+
+    Clopper-Pearson bounds on both error rates give the least mu of a Gaussian trade-off that explains them
+    (Nasr et al. 2023, arXiv 2302.07956), and that mu an epsilon.
+    """
+    beta = pytest.importorskip("scipy.stats").beta
+    threshold = (present.mean() + absent.mean()) / 2
+    number = len(present)
+
+    def upper(errors: int) -> float:
+        return float(beta.ppf(1 - 0.025, errors + 1, number - errors))
+
+    normal = NormalDist()
+    false_positive = upper(int((absent > threshold).sum()))
+    false_negative = upper(int((present <= threshold).sum()))
+    mu = normal.inv_cdf(1 - false_positive) - normal.inv_cdf(false_negative)
+    return gaussian_epsilon(max(mu, 0.0), delta)
+
+
+def canary_rounds(privacy: ServerPrivacy, number: int, *, is_present: bool) -> torch.Tensor:
+    """Return how far rounds go along the canary's direction: as loud as it can be, or missing."""
+    size = part_size(LAYOUT, "both")
+    direction = torch.ones(size) / math.sqrt(size)
+    found = []
+    for round_num in range(number):
+        noised = NoisedSum(LAYOUT, "both", 0.5)
+        noised.add(update_of(torch.zeros(LAYOUT.size), "ben"))
+        if is_present:
+            noised.add(update_of(direction * 1e6))
+        delta = serving.release_of(privacy, _plan(round_num), noised).update.delta
+        found.append(float(delta @ direction))
+    return torch.tensor(found)
+
+
+def test_an_attack_finds_no_more_than_is_claimed_and_nearly_all_of_it() -> None:
+    privacy = privacy_of(**{"privacy.noise-multiplier": 1.0})
+    worlds = [canary_rounds(privacy, 4000, is_present=present) for present in (True, False)]
+    claim = gaussian_epsilon(1.0, 1e-5)
+    found = lower_epsilon(worlds[0], worlds[1], 1e-5)
+    assert 0.7 * claim <= found <= claim
+
+
+def test_the_attack_finds_too_much_where_there_is_too_little_noise() -> None:
+    privacy = privacy_of(**{"privacy.noise-multiplier": 0.5})  # half of what the claim below assumes
+    worlds = [canary_rounds(privacy, 1000, is_present=present) for present in (True, False)]
+    assert lower_epsilon(worlds[0], worlds[1], 1e-5) > gaussian_epsilon(1.0, 1e-5)
+
+
+# --- noise is bound to what it hides ---------------------------------------------------------------------
+
+
+def test_the_same_sum_gets_the_same_noise_and_another_sum_or_attempt_unrelated_noise() -> None:
+    privacy = privacy_of()
+
+    def noise(delta: float, attempt: int = 1, secret: bytes = privacy.secret) -> torch.Tensor:
+        noised = NoisedSum(LAYOUT, "both", 0.5)
+        noised.add(update_of(torch.full((LAYOUT.size,), delta)))
+        release = serving.release_of(replace(privacy, secret=secret), _plan(1, attempt), noised)
+        return release.update.delta.double() * 4 - noised.sum_Q
+
+    first = noise(0.01)
+    assert torch.equal(first, noise(0.01))
+    for other in (noise(0.02), noise(0.01, attempt=2), noise(0.01, secret=bytes(32))):
+        assert float((other - first).abs().max()) > 0.1
+
+
+# --- rounds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [CLIENT, LOCAL, EXAMPLE, {**CLIENT, "privacy.weight-cap": 8.0}])
+def test_rounds_are_charged_and_numbers_withheld(
+    flat: dict[str, Any], make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    run = open_run(make_config({**flat, "run.output": str(tmp_path)}))
+    state, spent = run.state, 0.0
+    for _ in range(2):
+        state, record = next_round(run.session, state)
+        assert record.epsilon is not None
+        assert record.epsilon > spent
+        spent = record.epsilon
+        assert (record.train_loss, record.train_losses, record.num_tokens) == (None, {}, 0)
+        assert record.noise_multiplier == flat["privacy.noise-multiplier"]
+        assert record.clip == flat.get("privacy.clip", 1.0)
+    assert bool(torch.isfinite(state.adapter.vector).all())
+    assert len(state.ledger.entries) == 2
+    weights = dict(sorted(record.weights.items()))
+    if "privacy.weight-cap" in flat:
+        assert weights == {"anna": 0.5, "ben": 0.75, "cleo": 1.0, "dora": 1.0}
+
+
+def test_coins_charge_everybody_a_little_and_release_noise_even_for_nobody(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("dp_accounting", reason="the extra dp is not installed")
+    flat = {**CLIENT, "federation.selection": "poisson", "federation.cohort-size": 1}
+    run = open_run(make_config(flat))
+    monkeypatch.setattr("strategies.rounds.choose_clients", lambda *args, **kwargs: ())
+    state, record = run_round(run.session, run.state)
+    assert record.asked == ()
+    assert state.adapter.digest != run.state.adapter.digest  # silence would say that nobody was drawn
+    (entry,) = state.ledger.entries
+    assert {name: charge.rate for name, charge in entry.charges.items()} == {"federation": 0.25}
+
+
+def test_coins_come_from_the_secret_and_not_from_the_seed() -> None:
+    poisson = {"federation.selection": "poisson", "federation.cohort-size": 2}
+    seeds = {serving.cohort_seed(privacy_of(**poisson), 0) for _ in range(5)}
+    assert len(seeds) == 5
+    assert serving.cohort_seed(privacy_of(), 7) == 7
+    assert serving.cohort_seed(None, 7) == 7
+
+
+def test_an_adaptive_clip_follows_the_norms(make_config: Callable, open_run: Callable) -> None:
+    few = {**CLIENT, "privacy.adaptive-clip": True}
+    run = open_run(make_config(few))
+    with pytest.raises(ConfigError, match=r"at least 21 clients a round"):
+        next_round(run.session, run.state)
+    quiet = {**few, "privacy.noise-multiplier": 0.3, "privacy.clip": 1e-3, "federation.num-rounds": 9}
+    run = open_run(make_config(quiet))
+    state, clips = run.state, []
+    for _ in range(4):
+        state, record = next_round(run.session, state)
+        clips.append(record.clip)
+    assert clips[0] == 1e-3
+    assert clips[-1] > clips[0]  # all are clipped, so it grows, whatever the noise on the count
+    assert state.clip != clips[-1]
+
+
+def test_a_repeated_attempt_is_charged_twice(make_config: Callable, open_run: Callable) -> None:
+    left = [1]
+
+    def tamper(reply: Any) -> list[Any]:
+        if reply.metadata.message_type == "train" and left[0]:
+            left[0] -= 1
+            reply.content = RecordDict()
+        return [reply]
+
+    run = open_run(make_config({**CLIENT, "federation.min-clients": 4}), tamper=tamper)
+    state, record = next_round(run.session, run.state)
+    assert record.attempt == 2
+    assert [entry.attempt for entry in state.ledger.entries] == [1, 2]
+    assert {sums[0].count for sums in state.ledger.accounts.values()} == {2}
+
+
+def test_zero_updates_and_lost_clients_never_end_a_run(make_config: Callable, open_run: Callable) -> None:
+    run = open_run(make_config({**CLIENT, "train.learning-rate": 1e-30}), absent=[3])
+    state, record = next_round(run.session, run.state)
+    assert record.applied
+    assert bool(torch.isfinite(state.adapter.vector).all())
+
+
+# --- budget, journal, resume -----------------------------------------------------------------------------
+
+
+def four_rounds(flat: dict[str, Any], make_config: Callable, output: Path) -> RunConfig:
+    return make_config(
+        {
+            **flat,
+            "run.output": str(output),
+            "federation.num-rounds": 4,
+            "train.token-budget": 1,
+            "evaluation.prompts": "",
+        }
+    )
+
+
+def test_a_run_ends_before_its_budget_and_keeps_its_result(make_config: Callable, tmp_path: Path) -> None:
+    two = gaussian_epsilon(math.sqrt(2) / 2.0, 1e-5)
+    flat = {**CLIENT, "privacy.epsilon": two * 1.01, "privacy.metrics": "held-out"}
+    config = four_rounds(flat, make_config, tmp_path)
+    notices: list[str] = []
+    state = run_federation(config, local_grid(config, app), Watch(notice=notices.append))
+    assert state.round_num == 2
+    folder = tmp_path / "run"
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["rounds"]) == ("completed", 2)
+    assert result["stopped"].startswith("the privacy budget is spent: epsilon")
+    assert sum("budget is spent" in line for line in notices) == 1
+    assert result["held_out"]["after"]["clients"]
+    statement = json.loads((folder / "privacy.json").read_text())
+    assert two <= statement["epsilon"] <= two + 1e-4
+    card = (folder / "adapter" / "README.md").read_text()
+    assert f"({statement['epsilon']:g}, 1e-05)-differentially private" in card
+    assert "No differential privacy" not in card
+    published = [path for path in (folder / "adapter").rglob("*") if path.is_file()]
+    secret = (folder / "private" / "server" / "noise-secret").read_bytes()
+    assert all(secret not in path.read_bytes() for path in published)
+
+
+class Killed(BaseException):
+    """A process that is gone."""
+
+
+@pytest.mark.parametrize("flat", [CLIENT, LOCAL, EXAMPLE])
+def test_a_private_run_that_was_killed_goes_on_with_equal_bits_and_an_equal_ledger(
+    flat: dict[str, Any], make_config: Callable, tmp_path: Path
+) -> None:
+    whole = four_rounds(flat, make_config, tmp_path / "whole")
+    expected = run_federation(whole, local_grid(whole, app))
+    config = four_rounds(flat, make_config, tmp_path / "killed")
+    for secret in (tmp_path / "whole" / "run" / "private").rglob("noise-secret"):  # or both draw their own
+        copy = tmp_path / "killed" / secret.relative_to(tmp_path / "whole")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(secret.read_bytes())
+
+    def kill(record: RoundRecord) -> None:
+        if record.round_num == 3:  # released and in the journal, not in a checkpoint
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_federation(config, local_grid(config, app), Watch(record=kill))
+    layout = expected.adapter.layout
+    saved, _ = load_checkpoint(tmp_path / "killed" / "run" / "checkpoints", config, layout)
+    assert saved.round_num == 2
+    assert len(saved.ledger.entries) == 2
+    resumed = config.override({"run.resume": True})
+    state = run_federation(resumed, local_grid(resumed, app))
+    assert torch.equal(state.adapter.vector, expected.adapter.vector)
+    assert state.ledger == expected.ledger
+    assert [r.epsilon for r in state.records] == [r.epsilon for r in expected.records]
+
+
+def test_a_release_that_differs_after_a_resume_is_charged_again(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    config = make_config({**CLIENT, "run.output": str(tmp_path)})
+    run = open_run(config)
+    journal = tmp_path / "server"
+    privacy = serving.open_privacy(config, journal)
+    session = replace(run.session, privacy=privacy)
+    next_round(session, run.state)  # and then the process is gone, and a client with it
+    fewer = open_run(config, absent=[3])
+    again = replace(fewer.session, privacy=serving.open_privacy(config, journal))
+    state = serving.with_journal(again.privacy, fewer.state)
+    assert len(state.ledger.entries) == 1
+    state, _ = next_round(again, state)
+    assert [entry.name[:2] for entry in state.ledger.entries] == [(1, 1), (1, 1)]
+    assert state.ledger.of("anna")[0].count == 2
+    (journal / "privacy-ledger.json").write_text("[{}]")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        serving.with_journal(again.privacy, fewer.state)
+
+
+def test_a_second_release_of_a_round_does_not_exceed_the_budget(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    one = gaussian_epsilon(0.5, 1e-5)
+    config = make_config({**CLIENT, "privacy.epsilon": one * 1.01, "run.output": str(tmp_path)})
+    run, fewer = open_run(config), open_run(config, absent=[3])
+    session = replace(run.session, privacy=serving.open_privacy(config, tmp_path / "server"))
+    next_round(session, run.state)
+    again = replace(fewer.session, privacy=serving.open_privacy(config, tmp_path / "server"))
+    state = serving.with_journal(again.privacy, fewer.state)
+    with pytest.raises(BudgetSpentError, match="not released again"):
+        next_round(again, state)
+
+
+def test_clients_that_took_part_as_often_as_allowed_are_not_asked_again(
+    make_config: Callable, open_run: Callable
+) -> None:
+    flat = {**CLIENT, "privacy.max-participations": 1, "federation.cohort-size": 2}
+    run = open_run(make_config(flat))
+    state, first = next_round(run.session, run.state)
+    state, second = next_round(run.session, state)
+    assert set(first.asked) | set(second.asked) == {"anna", "ben", "cleo", "dora"}
+    with pytest.raises(BudgetSpentError, match="the adapter of round 2 is the result"):
+        next_round(run.session, state)
+
+
+def test_withheld_losses_are_not_asked_for(make_config: Callable, open_run: Callable) -> None:
+    from strategies.evaluation import evaluate
+
+    run = open_run(make_config(CLIENT))
+    assert evaluate(run.session, run.state).shared == {}
+    open_one = open_run(make_config({**CLIENT, "privacy.metrics": "held-out"}))
+    assert len(evaluate(open_one.session, open_one.state).shared) == 4
+
+
+def test_without_a_plan_there_is_no_ledger(make_config: Callable, open_run: Callable) -> None:
+    run = open_run(make_config())
+    state, record = next_round(run.session, run.state)
+    assert run.session.privacy is None
+    assert state.ledger == Ledger()
+    assert (record.epsilon, record.noise_multiplier, record.clip) == (None, None, None)
+    assert isinstance(state, ServerState)
