@@ -28,6 +28,8 @@ from fedllm.privacy.plan import PrivacyPlan, plan_of
 from fedllm.rule import init_a_of
 from fedllm.training.engine import Engine, resident_engine
 
+LARGEST_DELTA = 1e-5  # of a run where the machine's policy limits epsilon
+
 _logger = logging.getLogger("fedllm.clients")
 
 
@@ -111,6 +113,7 @@ def open_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scal
 def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[str, Scalar], ...]) -> Holder:
     config, node = RunConfig.from_flat(dict(run_config)), dict(node_config)
     _check_paths(config, node)
+    _check_privacy(plan_of(config))
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
         config = config.override({"model.name": str(node["model-path"]), "model.revision": ""})
     files = resolve_model(config.model.name, config.model.revision)
@@ -172,6 +175,19 @@ def _check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
         raise ModelError(
             "model.name is a local path, and this node does not open paths a server names;"
             " start it with model-path in its node config, or set server-paths = true in its policy"
+        )
+
+
+def _check_privacy(plan: PrivacyPlan | None) -> None:
+    """Refuse a run that gives away more than this machine's owner allows, or leaves the noise to a server."""
+    limit = load_policy().max_epsilon
+    if not limit:
+        return
+    if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > LARGEST_DELTA:
+        has = "none" if plan is None else f"{plan.epsilon:g} at delta {plan.delta:g} with trust {plan.trust}"
+        raise ConfigError(
+            f"this machine's policy wants noise of its own clients, up to privacy.epsilon = {limit:g} at"
+            f" delta {LARGEST_DELTA:g}; the run has {has}"
         )
 
 

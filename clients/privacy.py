@@ -35,6 +35,16 @@ def secret_of(holder: Holder) -> bytes:
     return kept_secret(holder.store.folder / "noise-secret")
 
 
+def check_request(plan: PrivacyPlan | None, request: TrainRequest) -> None:
+    """Refuse, before any work, a request whose answer nobody would make private.
+
+    Raises:
+        ConfigError: the server is to add the noise and names no clip, so it is not a server that does.
+    """
+    if plan is not None and plan.is_central and not request.clip > 0:
+        raise ConfigError("privacy.trust = 'central' needs a fedllm server, which adds the noise to the sum")
+
+
 def charge_clients(
     holder: Holder, plan: PrivacyPlan, request: TrainRequest, clients: Iterable[str]
 ) -> dict[str, ClientFailure]:
@@ -115,15 +125,9 @@ def _drawn(rows: tuple[Encoded, ...], stream: SecretStream, rate: float) -> tupl
 def protection_of(
     holder: Holder, plan: PrivacyPlan | None, request: TrainRequest, layout: AdapterLayout
 ) -> Protection | None:
-    """Return what the plan asks of what a client sends.
-
-    Raises:
-        ConfigError: the server is to add the noise and names no clip, so it is not a server that does.
-    """
+    """Return what the plan asks of what a client sends."""
     if plan is None:
         return None
-    if plan.is_central and not request.clip > 0:
-        raise ConfigError("privacy.trust = 'central' needs a fedllm server, which adds the noise to the sum")
     clip = request.clip if plan.is_central else plan.clip
     return Protection(
         layout=layout,

@@ -10,7 +10,7 @@ from clients.control_variates import change_of, changed, corrected
 from clients.drifts import drift_store
 from clients.holder import ClientTokens, Holder
 from clients.personal import local_training, train_personal, with_personal
-from clients.privacy import charge_clients, private_job, protection_of, request_key, secret_of
+from clients.privacy import charge_clients, check_request, private_job, protection_of, request_key, secret_of
 from clients.private import CONTROL, LOCAL_B, PERSONAL, keep_vectors, kept_vectors
 from clients.protect import protect
 from fedllm.adapters.layout import at_rank, with_rank
@@ -61,6 +61,7 @@ def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFa
         for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
         if client_id in holder.clients and holder.clients[client_id].train
     }
+    check_request(holder.privacy, request)
     if holder.privacy is not None and not holder.privacy.is_central:
         spent = charge_clients(holder, holder.privacy, request, drawn)
         answers.update(spent)
@@ -266,7 +267,7 @@ def evaluate(holder: Holder, request: EvaluateRequest) -> list[ClientEvaluation 
     with drifted(holder.engine.base, drift_store().keep(request.drift)):
         shared = {answer.client_id: answer for answer in holder.engine.evaluate(jobs)}
         answers.update(shared)
-        if holder.personal is not None:
+        if holder.personal is not None and (holder.privacy is None or holder.privacy.metrics == "all"):
             layout, numbers = request.adapter.layout, holder.personal
             wide = [
                 with_personal(job, kept[job.client_id][PERSONAL], layout, numbers)

@@ -20,7 +20,7 @@ from fedllm.adapters.layout import AdapterLayout, at_rank, with_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.config import RunConfig
 from fedllm.errors import BudgetSpentError, CheckpointError, FedLLMError
-from fedllm.privacy.accounting import Charge
+from fedllm.privacy.accounting import Charge, check_installed
 from fedllm.privacy.clipping import clipped, is_within, next_clip
 from fedllm.privacy.keys import derived_key, digest_of, kept_secret, new_secret
 from fedllm.privacy.ledger import Entry, Ledger, ledger_from_dict, ledger_to_dict
@@ -49,10 +49,16 @@ def open_privacy(config: RunConfig, private: Path | None = None) -> ServerPrivac
 
     Raises:
         CheckpointError: the secret cannot be kept.
+        ConfigError: the clip is adaptive and the cohort too small for it.
+        MissingExtraError: the plan counts on sampling, and dp-accounting is not installed.
     """
     plan = plan_of(config)
     if plan is None:
         return None
+    if plan.is_by_example or plan.rate < 1:
+        check_installed()
+    if plan.adaptive:
+        plan.split_noise(plan.multiplier())
     if private is None:
         return ServerPrivacy(plan, new_secret())
     return ServerPrivacy(plan, kept_secret(private / SECRET), private / JOURNAL)
@@ -198,11 +204,7 @@ def clip_of(privacy: ServerPrivacy | None, state: ServerState) -> float:
 
 
 def release_of(privacy: ServerPrivacy, plan: RoundPlan, noised: NoisedSum) -> Release:
-    """Return the sum with noise of deviation z * clip, over the fixed denominator; equal sums, equal bits.
-
-    Raises:
-        ConfigError: the clip is adaptive and the cohort too small for it.
-    """
+    """Return the sum with noise of deviation z * clip, over the fixed denominator; equal sums, equal bits."""
     guarantee, z = privacy.plan, privacy.plan.multiplier()
     sum_multiplier, count_deviation = guarantee.split_noise(z) if guarantee.adaptive else (z, 0.0)
     name = digest_of(noised.sum_Q, torch.tensor([noised.num_within, noised.clip], dtype=torch.float64))

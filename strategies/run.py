@@ -13,6 +13,7 @@ from fedllm.config import RunConfig
 from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError, FedLLMError
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
+from fedllm.privacy.statement import summary_line
 from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from fedllm.runs.folder import describe_run, open_run_folder, write_result, write_rounds
@@ -81,9 +82,11 @@ def open_session(
         ModelError, RunFailedError: the base model is absent, or too few clients join.
         ConfigError: `stock` is given and the run's rule is no plain mean of factors, or its server is to add
             noise.
-        CheckpointError: the noise secret cannot be kept.
+        CheckpointError, MissingExtraError: the noise secret cannot be kept, or dp-accounting is missing.
     """
     privacy = open_privacy(config, private)
+    if privacy is not None:
+        watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
         check_stock(aggregation_rule(config))
         if privacy is not None and privacy.plan.is_central:

@@ -21,6 +21,7 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
 from strategies.evaluation import evaluate_requests, read_evaluations
+from strategies.privacy import check_budget
 from strategies.receiving import read_reply
 from strategies.rounds import finish, fold, open_sums, plan_round, train_requests
 from strategies.run import open_session, run_federation
@@ -83,11 +84,17 @@ class FederatedLora(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the train messages of a round that starts from `arrays` (named PEFT tensors)."""
+        """Return the train messages of a round that starts from `arrays` (named PEFT tensors).
+
+        Raises:
+            BudgetSpentError: the round would exceed the privacy budget.
+        """
         session = self._open(grid)
         before = self._state or ServerState(0, session.initial)
         adapter = read_plain(arrays, session.layout)
         self._state = replace(before, round_num=server_round - 1, adapter=adapter)
+        least = self.config.federation.min_clients
+        check_budget(session.privacy, self._state, session.clients, attempt=1, least=least)
         self._plan = plan_round(session, self._state, attempt=1)
         return _messages(train_requests(session, self._state, self._plan), "train", server_round)
 

@@ -5,6 +5,7 @@ The policy is a TOML file on the local machine: $FEDLLM_POLICY, else `~/.config/
     trust-remote-code = ["org/model"]     # models whose own Python code may run here
     server-paths = false                  # may a server name a local file as the data source?
     state-path = "/private/fedllm"        # where clients keep what never leaves; else the user's state folder
+    max-epsilon = 8.0                     # only runs whose clients noise for themselves, up to this budget
 """
 
 import os
@@ -22,6 +23,7 @@ class SitePolicy:
     trust_remote_code: tuple[str, ...] = ()
     server_paths: bool = False
     state_path: str = ""
+    max_epsilon: float = 0.0  # 0 = runs without privacy too
 
 
 def load_policy() -> SitePolicy:
@@ -37,7 +39,7 @@ def load_policy() -> SitePolicy:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file ({type(error).__name__})") from None
-    unknown = values.keys() - {"trust-remote-code", "server-paths", "state-path"}
+    unknown = values.keys() - {"trust-remote-code", "server-paths", "state-path", "max-epsilon"}
     if unknown:
         raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}")
     models, paths = values.get("trust-remote-code", []), values.get("server-paths", False)
@@ -48,4 +50,12 @@ def load_policy() -> SitePolicy:
     state_path = values.get("state-path", "")
     if not isinstance(state_path, str):
         raise ConfigError(f"{path}: state-path must be the name of a folder")
-    return SitePolicy(trust_remote_code=tuple(models), server_paths=paths, state_path=state_path)
+    epsilon = values.get("max-epsilon", 0.0)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not epsilon >= 0:
+        raise ConfigError(f"{path}: max-epsilon must be a number, 0 for no limit")
+    return SitePolicy(
+        trust_remote_code=tuple(models),
+        server_paths=paths,
+        state_path=state_path,
+        max_epsilon=float(epsilon),
+    )

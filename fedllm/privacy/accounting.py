@@ -85,6 +85,14 @@ def renyi_epsilon(charges: Iterable[Charge], delta: float) -> float:
     return _renyi(merged(charges), delta)
 
 
+def renyi_check(charges: Iterable[Charge], delta: float) -> float | None:
+    """Return `renyi_epsilon`, or None where dp-accounting is not installed."""
+    try:
+        return renyi_epsilon(charges, delta)
+    except MissingExtraError:
+        return None
+
+
 @lru_cache(maxsize=4096)
 def _renyi(charges: tuple[Charge, ...], delta: float, orders: Sequence[int] | None = None) -> float:
     if not charges:
@@ -208,6 +216,15 @@ def accountant_name(charges: Iterable[Charge]) -> str:
         return f"privacy loss distributions, dp-accounting {version('dp-accounting')}"
     except PackageNotFoundError:
         return "privacy loss distributions, dp-accounting"
+
+
+def check_installed() -> None:
+    """Find out before a run whether sampled releases can be counted.
+
+    Raises:
+        MissingExtraError: dp-accounting is not installed.
+    """
+    _library()
 
 
 def _composed(accountant: Any, charges: tuple[Charge, ...]) -> Any:

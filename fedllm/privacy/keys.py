@@ -14,6 +14,8 @@ import hashlib
 import hmac
 import os
 import secrets
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -36,23 +38,28 @@ def kept_secret(path: Path) -> bytes:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        except FileExistsError:
-            found = path.read_bytes()
-            if len(found) != NUM_BYTES:
-                raise CheckpointError(f"{path} is no noise secret; restore it, or start a new run") from None
-            return found
-        with os.fdopen(descriptor, "wb") as file:
-            secret = new_secret()
+        if not path.exists():
+            _write_new(path, new_secret())
+        found = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"the noise secret {path} cannot be kept: {error.strerror}") from None
+    if len(found) != NUM_BYTES:
+        raise CheckpointError(f"{path} is no noise secret; restore it, or start a new run")
+    return found
+
+
+def _write_new(path: Path, secret: bytes) -> None:
+    """Write a file that is whole or absent, unless another process of this machine was first."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(handle, "wb") as file:
             file.write(secret)
             file.flush()
             os.fsync(file.fileno())
-        return secret
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"the noise secret {path} cannot be kept: {error.strerror}") from None
+        with suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def derived_key(secret: bytes, *names: str | int) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from fedllm.privacy.accounting import Charge, epsilon_of, merged, renyi_epsilon
+from fedllm.privacy.accounting import Charge, epsilon_of, merged, renyi_check
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Ledger:
         worst = sorted(self.distinct, key=_limit_mu, reverse=True)[:3]
         return max((epsilon_of(charges, delta) for charges in worst), default=0.0)
 
-    def renyi_epsilon(self, delta: float) -> float:
-        """Return the same by Renyi accounting: the check."""
-        worst = sorted(self.distinct, key=_limit_mu, reverse=True)[:3]
-        return max((renyi_epsilon(charges, delta) for charges in worst), default=0.0)
+    def renyi_check(self, delta: float) -> float | None:
+        """Return the same by Renyi accounting, None where dp-accounting is not installed."""
+        worst = max(self.distinct, key=_limit_mu, default=())
+        return renyi_check(worst, delta)
 
     def affords(self, account: str, charge: Charge, *, epsilon: float, delta: float, planned: int) -> bool:
         """Return whether an account may be charged once more within the budget.

@@ -18,7 +18,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
-_CHUNK = 1 << 20  # pairs of values that are drawn at once
+_CHUNK = 1 << 16  # pairs of values that are drawn at once: what a cache holds
 
 
 class SecretStream:
@@ -45,16 +45,17 @@ class SecretStream:
 
 def gaussian(stream: SecretStream, size: int, deviation: float) -> torch.Tensor:
     """Return float64 noise [size] of N(0, deviation^2), independent values (Box & Muller 1958)."""
-    noise = np.empty(size + size % 2)
-    pairs = noise.reshape(-1, 2)
+    noise = torch.empty(size + size % 2, dtype=torch.float64)
+    pairs = noise.view(-1, 2)
     for begin in range(0, len(pairs), _CHUNK):
         part = pairs[begin : begin + _CHUNK]
-        bits = stream.integers(2 * len(part)).reshape(2, -1) >> 11
-        radius = np.sqrt(-2.0 * np.log((bits[0] + 1.0) * 2.0**-53)) * deviation
-        angle = bits[1] * (2.0**-53 * 2.0 * math.pi)
-        np.multiply(radius, np.cos(angle), out=part[:, 0])
-        np.multiply(radius, np.sin(angle), out=part[:, 1])
-    return torch.from_numpy(noise[:size])
+        bits = (stream.integers(2 * len(part)) >> 11).astype(np.float64)
+        uniform = torch.from_numpy(bits).view(2, -1)
+        radius = uniform[0].add_(1.0).mul_(2.0**-53).log_().mul_(-2.0).sqrt_().mul_(deviation)
+        angle = uniform[1].mul_(2.0**-53 * 2.0 * math.pi)
+        torch.mul(radius, angle.cos(), out=part[:, 0])
+        torch.mul(radius, angle.sin(), out=part[:, 1])
+    return noise[:size]
 
 
 def coins(stream: SecretStream, number: int, rate: float) -> list[bool]:

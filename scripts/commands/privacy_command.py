@@ -11,7 +11,7 @@ from rich.table import Table
 from fedllm.adapters.parts import part_size
 from fedllm.config import RunConfig
 from fedllm.models.base import describe_layout
-from fedllm.privacy.accounting import Charge, accountant_name, epsilon_of, renyi_epsilon
+from fedllm.privacy.accounting import Charge, accountant_name, epsilon_of, renyi_check
 from fedllm.privacy.plan import PrivacyPlan, plan_of
 from fedllm.privacy.statement import summary_line
 from fedllm.rule import aggregation_rule
@@ -53,7 +53,7 @@ def report_of(config: RunConfig, plan: PrivacyPlan, rows: int) -> dict[str, Any]
         "delta": plan.delta,
         "budget": plan.epsilon,
         "epsilon": epsilon_of(spent, plan.delta),
-        "epsilon_renyi_check": renyi_epsilon(spent, plan.delta),
+        "epsilon_renyi_check": renyi_check(spent, plan.delta),
         "accountant": accountant_name(spent),
         "noise_multiplier": plan.multiplier(rows),
         "sampling_rate": charge.rate,
@@ -129,9 +129,11 @@ def table_of(config: RunConfig, plan: PrivacyPlan, rows: int) -> list[dict[str, 
 
 def _print(console: Console, plan: PrivacyPlan, report: dict[str, Any]) -> None:
     console.line(summary_line(plan))
+    check = report["epsilon_renyi_check"]
+    checked = "" if check is None else f"Renyi check {check:.3g}; "
     console.line(
         f"noise multiplier {report['noise_multiplier']:.3g} -> epsilon {report['epsilon']:.3g}"
-        f" (Renyi check {report['epsilon_renyi_check']:.3g}; {report['accountant']});"
+        f" ({checked}{report['accountant']});"
         f" {report['participations']} rounds of {report['steps']} releases,"
         f" sampling rate {report['sampling_rate']:.3g}"
     )

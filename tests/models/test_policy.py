@@ -22,6 +22,7 @@ def test_without_a_file_nothing_is_permitted(policy_file: Path) -> None:
         ("", SitePolicy()),
         ("server-paths = true", SitePolicy(server_paths=True)),
         ('state-path = "/private/state"', SitePolicy(state_path="/private/state")),
+        ("max-epsilon = 8", SitePolicy(max_epsilon=8.0)),
         ('trust-remote-code = ["org/a", "org/b"]', SitePolicy(trust_remote_code=("org/a", "org/b"))),
     ],
 )
@@ -39,6 +40,9 @@ def test_a_file_permits_what_it_names(text: str, expected: SitePolicy, policy_fi
         ("[server-paths]\nallow = true", "server-paths must be true or false"),
         ('server-paths = "true"', "server-paths must be true or false"),
         ("server-paths = 1", "server-paths must be true or false"),
+        ("max-epsilon = -1", "max-epsilon must be a number"),
+        ("max-epsilon = true", "max-epsilon must be a number"),
+        ('max-epsilon = "8"', "max-epsilon must be a number"),
         ("state-path = 1", "state-path must be the name of a folder"),
         ("trust-remote-code = true", "trust-remote-code must be a list"),
         ('trust-remote-code = "org/a"', "trust-remote-code must be a list"),

@@ -1,15 +1,17 @@
 """Epsilon against numbers that others have published or computed in other ways."""
 
 import math
+import sys
 from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, MissingExtraError
 from fedllm.privacy.accounting import (
     Charge,
+    check_installed,
     epsilon_of,
     gaussian_delta,
     gaussian_epsilon,
@@ -124,6 +126,15 @@ def test_charges_of_equal_noise_add_up() -> None:
     charges = [Charge(1.0, 0.5, 2), Charge(2.0, 1.0, 1), Charge(1.0, 0.5, 3), Charge(3.0, 1.0, 0)]
     assert merged(charges) == (Charge(1.0, 0.5, 5), Charge(2.0, 1.0, 1))
     assert merged(reversed(charges)) == merged(charges)
+
+
+def test_without_the_extra_one_line_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    for ask in (check_installed, lambda: epsilon_of([Charge(1.25, 0.5, 1)], 1e-5)):
+        with pytest.raises(MissingExtraError, match=r"pip install 'fedllm\[dp\]'") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    assert epsilon_of([Charge(1.25, 1.0, 1)], 1e-5) > 0  # nothing sampled, nothing needed
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ REFUSED = [
     ({**POISSON, "privacy.max-participations": 2}, "is not the coin that was counted"),
     ({**LOCAL, "privacy.adaptive-clip": True}, "only a trusted server can noise"),
     ({**LOCAL, "privacy.weight-cap": 10.0}, "under a central client-level sum only"),
-    ({**CLIENT, "privacy.weight-cap": 10.0, "aggregation.weighting": "uniform"}, "needs aggregation.weighting"),
+    ({**CLIENT, "privacy.weight-cap": 9.0, "aggregation.weighting": "uniform"}, "needs aggregation.w"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from fedllm.adapters.drift import Drift
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
 from fedllm.config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
+from fedllm.privacy.accounting import Charge
+from fedllm.privacy.ledger import Entry, Ledger
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from fedllm.types import OptimizerState, RoundRecord
 
@@ -177,15 +180,17 @@ evaluation.every evaluation.prompts evaluation.max-new-tokens
 """
 
 
+PRIVATE = {"privacy.epsilon": 8.0, "privacy.unit": "client", "aggregation.weighting": "uniform"}
+
+
 @pytest.mark.parametrize("key", list(CONFIG.to_flat()))
 def test_a_run_continues_only_with_the_configuration_it_began_with(key: str, folder: Path) -> None:
-    changes = {key: another(CONFIG, key)}
-    if key in ("privacy.noise-multiplier", "privacy.adaptive-clip"):  # they need a budget, which comes first
-        config = CONFIG.override({**changes, "privacy.epsilon": 8.0, "privacy.unit": "client"})
-        with pytest.raises(ConfigError, match=key):
-            load(folder, config)
-        return
-    config = CONFIG.override(changes)
+    before = CONFIG
+    if key in ("privacy.noise-multiplier", "privacy.adaptive-clip"):  # they need a budget
+        before = CONFIG.override(PRIVATE)
+        shutil.rmtree(folder)
+        save_checkpoint(folder, state_of(3), before)
+    config = before.override({key: another(before, key)})
     if key in FREE.split():
         assert load(folder, config)[0].round_num == 3
     else:
@@ -201,6 +206,24 @@ def test_a_cosine_run_keeps_its_number_of_rounds(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, state_of(1), cosine)
     with pytest.raises(ConfigError, match=r"federation\.num-rounds was 3, now 5"):
         load(tmp_path, cosine.override({"federation.num-rounds": 5}))
+
+
+def test_noise_that_was_calibrated_for_a_number_of_rounds_keeps_it(tmp_path: Path) -> None:
+    private = RunConfig.from_flat({"privacy.epsilon": 8.0})
+    save_checkpoint(tmp_path / "a", state_of(1), private)
+    with pytest.raises(ConfigError, match=r"federation\.num-rounds was 3, now 5"):
+        load(tmp_path / "a", private.override({"federation.num-rounds": 5}))
+    given = private.override({"privacy.noise-multiplier": 2.0})
+    save_checkpoint(tmp_path / "b", state_of(1), given)
+    assert load(tmp_path / "b", given.override({"federation.num-rounds": 5}))[0].round_num == 1
+
+
+def test_the_ledger_and_the_clip_come_back(tmp_path: Path) -> None:
+    entry = Entry(1, 2, "digest", {"anna": Charge(1.5, 0.25, 7)})
+    state = replace(state_of(1), ledger=Ledger((entry,)), clip=0.375)
+    save_checkpoint(tmp_path, state, CONFIG)
+    found, _ = load(tmp_path)
+    assert (found.ledger, found.clip) == (state.ledger, 0.375)
 
 
 @pytest.mark.parametrize("changes", [{"fingerprint": "0" * 64}, {"rank": 3}, {"alpha": 1.0}])

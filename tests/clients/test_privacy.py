@@ -1,0 +1,218 @@
+"""A client under a privacy plan: its own ledger, its secret, its coins, what it refuses."""
+
+import json
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict
+
+from clients import work
+from clients.holder import Holder, open_holder
+from clients.privacy import private_job, request_key
+from clients.stock import train_for_stock
+from fedllm.adapters.drift import no_drift
+from fedllm.adapters.layout import initial_adapter
+from fedllm.errors import ConfigError, WithheldError
+from fedllm.privacy.accounting import Charge, epsilon_of
+from fedllm.privacy.plan import plan_of
+from fedllm.types import ClientFailure, ClientUpdate, EvaluateRequest, LocalTraining, TrainRequest
+from fedllm.wire.stock import write_plain
+
+EXAMPLE = {"privacy.epsilon": 1e4, "privacy.noise-multiplier": 1.0}
+CLIENT = {"privacy.epsilon": 1e4, "privacy.noise-multiplier": 1.0, "privacy.unit": "client"}
+LOCAL = {**CLIENT, "privacy.trust": "local", "privacy.clip": 0.1}
+
+
+@pytest.fixture
+def open_one(write_rows: Callable, make_config: Callable, tmp_path: Path) -> Callable[..., Holder]:
+    """Return a function (rows of anna, **flat) -> a holder of two clients with a state folder of its own."""
+
+    def start(number: int = 12, **flat: Any) -> Holder:
+        file = write_rows(f"rows{number}.jsonl", {"anna": number, "ben": 6})
+        config = make_config(file, **{"run.name": f"r{number}", **flat})
+        return open_holder(config.to_flat(), {"server-paths": True, "state-path": str(tmp_path / "state")})
+
+    return start
+
+
+def request(holder: Holder, **changes: Any) -> TrainRequest:
+    layout = holder.engine.layout
+    values: dict[str, Any] = {
+        "round_num": 1,
+        "client_ids": ("anna", "ben"),
+        "num_drawn": (0, 0),
+        "ranks": (layout.rank, layout.rank),
+        "adapter": initial_adapter(layout, 0),
+        "drift": no_drift(layout),
+        "trained": "b",
+        "local_b": False,
+        "node_sum": False,
+        "training": LocalTraining(steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0),
+        "codec": "fp32",
+        "weighting": "examples",
+        "seed": 0,
+    }
+    return TrainRequest(**{**values, **changes})
+
+
+def deltas(answers: Any) -> dict[str, torch.Tensor]:
+    assert all(isinstance(answer, ClientUpdate) for answer in answers)
+    return {answer.client_id: answer.delta for answer in answers}
+
+
+@pytest.mark.parametrize("flat", [EXAMPLE, LOCAL])
+def test_a_request_that_comes_again_gets_the_same_answer_and_is_charged_once(
+    flat: dict[str, Any], open_one: Callable
+) -> None:
+    holder = open_one(**flat)
+    first, again = (deltas(work.train(holder, request(holder))) for _ in range(2))
+    other = deltas(work.train(holder, request(holder, round_num=2)))
+    ledger = holder.store.folder / "anna" / "privacy-ledger.json"
+    for name in ("anna", "ben"):
+        assert torch.equal(first[name], again[name])
+        assert not torch.allclose(first[name], other[name], rtol=0.1)
+    assert len(json.loads(ledger.read_text())) == 2
+    secret = holder.store.folder / "noise-secret"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+def test_another_secret_gives_another_answer(open_one: Callable) -> None:
+    holder = open_one(**EXAMPLE)
+    first = deltas(work.train(holder, request(holder)))
+    (holder.store.folder / "noise-secret").write_bytes(bytes(32))
+    second = deltas(work.train(holder, request(holder)))
+    assert not torch.allclose(first["anna"], second["anna"], rtol=0.1)
+
+
+def test_a_client_refuses_once_its_own_budget_is_spent_whatever_is_asked(open_one: Callable) -> None:
+    one = epsilon_of([Charge(0.5, 1.0, 1)], 1e-5)  # local: opposite updates are two clips apart
+    holder = open_one(**{**LOCAL, "privacy.epsilon": one * 1.01})
+    deltas(work.train(holder, request(holder)))
+    answers = work.train(holder, request(holder, round_num=2))
+    assert answers == [
+        ClientFailure(client_id="anna", code="budget-spent"),
+        ClientFailure(client_id="ben", code="budget-spent"),
+    ]
+    deltas(work.train(holder, request(holder)))  # what was paid for may be asked for again
+
+
+def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable) -> None:
+    holder = open_one(**EXAMPLE)
+    deltas(work.train(holder, request(holder)))
+    (holder.store.folder / "anna" / "privacy-ledger.json").write_text("{")
+    answers = work.train(holder, request(holder, round_num=2))
+    assert answers[0] == ClientFailure(client_id="anna", code="checkpoint")
+    assert isinstance(answers[1], ClientUpdate)
+
+
+def test_rows_are_drawn_by_coins_at_the_rate_that_is_counted(open_one: Callable) -> None:
+    holder = open_one(60, **EXAMPLE)
+    client, plan = holder.clients["anna"], plan_of(holder.config)
+    assert plan is not None
+    asked = request(holder)
+    job = replace(work.make_job(client, asked, 0, 2), batches=((),) * 3000)
+    private = private_job(job, client, plan, request_key(asked, client, bytes(32)))
+    sizes = torch.tensor([float(len(batch)) for batch in private.batches])
+    rate = plan.sampling_rate(len(client.train))
+    number = len(client.train)
+    assert rate == 2 / number
+    assert float(sizes.mean()) == pytest.approx(2.0, abs=3.3 * (2 * (1 - rate) / 3000) ** 0.5)
+    assert float(sizes.var()) == pytest.approx(number * rate * (1 - rate), rel=0.12)
+    assert 0 in sizes
+    assert private.example_clip < plan.clip
+    assert private.noise is not None
+    assert private.noise.deviation == pytest.approx(plan.multiplier() * plan.clip / 2)
+    assert private.training.clip_norm == 0.0
+    assert plan.charge(number).rate >= rate
+
+
+@pytest.mark.parametrize("flat", [EXAMPLE, LOCAL, {**CLIENT, "privacy.clip": 0.05}])
+def test_what_leaves_is_clipped_and_says_nothing_else(flat: dict[str, Any], open_one: Callable) -> None:
+    holder = open_one(**flat)
+    asked = request(holder, clip=0.05 if flat.get("privacy.clip") == 0.05 else 0.0)
+    for answer in work.train(holder, asked):
+        assert isinstance(answer, ClientUpdate)
+        assert (answer.train_loss, answer.num_tokens, answer.num_truncated, answer.seconds) == (0, 0, 0, 0)
+        if asked.clip:
+            assert float(answer.delta.double().norm()) <= 0.05
+    loud = open_one(**{**flat, "privacy.metrics": "all", "run.name": "loud"})
+    answer = work.train(loud, replace(asked, clip=asked.clip))[0]
+    assert isinstance(answer, ClientUpdate)
+    assert answer.train_loss > 0
+
+
+def test_a_central_plan_needs_a_server_that_names_its_clip(open_one: Callable) -> None:
+    holder = open_one(**CLIENT)
+    with pytest.raises(ConfigError, match="needs a fedllm server, which adds the noise"):
+        work.train(holder, request(holder))
+    content = RecordDict({"arrays": write_plain(initial_adapter(holder.engine.layout, 0, "orthonormal"))})
+    with pytest.raises(ConfigError, match="needs a fedllm server"):
+        train_for_stock(holder, content, 1)
+
+
+def test_a_stock_strategy_gets_updates_that_are_private_already(open_one: Callable) -> None:
+    holder = open_one(**EXAMPLE)
+    start = initial_adapter(holder.engine.layout, 0, "orthonormal")
+    reply = train_for_stock(holder, RecordDict({"arrays": write_plain(start)}), 1)
+    assert reply.metric_records["metrics"]["train-loss"] == 0.0
+    assert (holder.store.folder / "ben" / "privacy-ledger.json").exists()
+
+
+def test_held_out_losses_stay_where_they_are_withheld(open_one: Callable) -> None:
+    holder = open_one(**CLIENT)
+    layout = holder.engine.layout
+    adapter = initial_adapter(layout, 0)
+    asked = EvaluateRequest(
+        round_num=1, client_ids=("anna",), adapter=adapter, drift=no_drift(layout), local_b=False
+    )
+    with pytest.raises(WithheldError, match="stay with the clients"):
+        work.evaluate(holder, asked)
+
+
+def test_the_key_of_an_answer_depends_on_all_it_answers(open_one: Callable) -> None:
+    holder, more = open_one(12, **EXAMPLE), open_one(13, **EXAMPLE)
+    asked, client = request(holder), holder.clients["anna"]
+    keys = {
+        request_key(asked, client, bytes(32)),
+        request_key(asked, client, bytes(31) + b"1"),
+        request_key(asked, holder.clients["ben"], bytes(32)),
+        request_key(asked, more.clients["anna"], bytes(32)),
+        request_key(replace(asked, round_num=2), client, bytes(32)),
+        request_key(replace(asked, seed=1), client, bytes(32)),
+        request_key(replace(asked, trained="both"), client, bytes(32)),
+        request_key(replace(asked, adapter=initial_adapter(holder.engine.layout, 1)), client, bytes(32)),
+        request_key(replace(asked, training=replace(asked.training, learning_rate=0.02)), client, bytes(32)),
+    }
+    assert len(keys) == 9
+
+
+@pytest.mark.parametrize(
+    ("flat", "is_allowed"),
+    [
+        ({}, False),
+        (CLIENT, False),
+        (EXAMPLE, False),
+        ({"privacy.epsilon": 2.0}, True),
+        ({"privacy.epsilon": 2.0, "privacy.delta": 0.1}, False),
+    ],
+)
+def test_a_machine_may_demand_noise_of_its_own(
+    flat: dict[str, Any],
+    is_allowed: bool,
+    open_one: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("max-epsilon = 4.0")
+    monkeypatch.setenv("FEDLLM_POLICY", str(policy))
+    if is_allowed:
+        assert open_one(14, **flat).clients
+    else:
+        with pytest.raises(ConfigError, match=r"up to privacy.epsilon = 4 at delta 1e-05; the run has"):
+            open_one(14, **flat)
