@@ -18,7 +18,7 @@ from scripts.auditing.opening import Case, sampled
 RANK = 16  # at least
 MEMBERS, OTHERS, CANARIES = 16, 64, 64  # at most
 BATCH = 4
-LEARNING_RATE = 3e-3  # at least
+LEARNING_RATE = 3e-3  # of AdamW; much more and nothing is learnt by heart
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,9 @@ class Control:
 
 def overfit(case: Case, epochs: int) -> Control:
     """Train the control on the client with most rows, half of them left out, `epochs` times over.
+
+    It starts from the base model and has the layers and the scale of the run, but steps of its own: those of
+    the run may be too few, or too long, to learn anything by heart.
 
     Raises:
         NoDataError: no client has two rows.
@@ -74,7 +77,7 @@ def _trained(case: Case, engine: Engine, texts: tuple[Encoded, ...], epochs: int
     training = LocalTraining(
         steps=len(batches),
         batch_size=BATCH,
-        learning_rate=max(LEARNING_RATE, case.config.train.learning_rate),
+        learning_rate=LEARNING_RATE,
         weight_decay=0.0,
         clip_norm=1.0,
     )

@@ -18,7 +18,8 @@ def draw(report: Mapping[str, Any], curves: Mapping[str, Sequence[tuple[float, f
     _draw_bars(right, report)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="upper center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -45,7 +46,7 @@ def _draw_bars(axes: Any, report: Mapping[str, Any]) -> None:
         spots = [number + (place - 1) * 0.27 for number in range(len(groups))]
         axes.bar(spots, heights, width=0.25, color=_COLOURS[kind], label=_NAMES[kind])
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.set_ylim(0, 1.05)
+    axes.set_ylim(0, 1.15)
     axes.set_title("Attacks and their controls")
 
 

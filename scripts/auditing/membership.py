@@ -1,5 +1,6 @@
 """Which rows were trained on, and which can be got back whole, by what the adapter says of them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,6 +70,11 @@ def membership_report(scores: Scored) -> dict[str, Any]:
             ),
         }
     return report
+
+
+def null_deviation(num_members: int, num_others: int) -> float:
+    """Return the standard deviation of the area where there is no signal (Mann and Whitney 1947)."""
+    return math.sqrt((num_members + num_others + 1) / (12 * num_members * num_others))
 
 
 def _of_base(name: str, scores: Scored) -> dict[str, Any] | None:

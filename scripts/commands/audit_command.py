@@ -14,7 +14,14 @@ from fedllm.runs.atomic import write_file
 from scripts.auditing.canaries import canary_report
 from scripts.auditing.control import overfit
 from scripts.auditing.figure import draw
-from scripts.auditing.membership import SHOWN, curves, extraction_report, membership_report, scored
+from scripts.auditing.membership import (
+    SHOWN,
+    curves,
+    extraction_report,
+    membership_report,
+    null_deviation,
+    scored,
+)
 from scripts.auditing.messages import inversion_report
 from scripts.auditing.opening import Case, open_case
 from scripts.console import Console, shown_path
@@ -71,6 +78,7 @@ def report_of(
         "adapter": case.adapter.digest,
         "num_members": len(case.members),
         "num_others": len(case.others),
+        "null_deviation": null_deviation(len(case.members), len(case.others)),
         "membership": membership_report(scores),
         "extraction": extraction_report(case, control, prefix=prefix, suffix=suffix),
         "inversion": inversion_report(case, control),
@@ -143,6 +151,10 @@ def _canary_rows(canaries: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _words(case: Case, report: Mapping[str, Any]) -> Iterator[str]:
     """Yield what belongs below the table."""
+    yield (
+        f"AUC: {report['num_members']} training rows against {report['num_others']} held-out ones; without"
+        f" any signal it is 0.50, give or take {2 * report['null_deviation']:.2f}"
+    )
     if "skipped" in report["inversion"]:
         yield f"messages: {report['inversion']['skipped']}"
     else:
