@@ -50,11 +50,12 @@ NOWHERE = settings(
 )
 
 
-def privacy_of(**changes: Any) -> ServerPrivacy:
+def privacy_of(secret: bytes = bytes(32), **changes: Any) -> ServerPrivacy:
+    """Return the server's half of a plan; with a known secret, so that no test fails by chance."""
     flat = {**CLIENT, "federation.num-clients": 4, **changes}
     found = serving.open_privacy(RunConfig.from_flat(flat))
     assert found is not None
-    return found
+    return replace(found, secret=secret)
 
 
 def update_of(delta: torch.Tensor, client: str = "anna", weight: float = 1.0) -> ClientUpdate:
@@ -70,17 +71,18 @@ def update_of(delta: torch.Tensor, client: str = "anna", weight: float = 1.0) ->
 def released(make_config: Callable, open_run: Callable) -> Callable[[int], torch.Tensor]:
     """Return a function (number) -> what as many rounds of zero updates add to B, [number, values]."""
     run = open_run(make_config(CLIENT))
-    first = plan_round(run.session, run.state, 1)
-    layout = run.session.layout
+    session = replace(run.session, privacy=privacy_of())
+    first = plan_round(session, run.state, 1)
+    layout = session.layout
 
     def release(number: int) -> torch.Tensor:
         changes = []
         for round_num in range(1, number + 1):
             plan = replace(first, round_num=round_num)
             answers = [update_of(torch.zeros(layout.size), client) for client in plan.asked]
-            sums = open_sums(run.session, run.state, plan)
-            record, mixture = fold(run.session, run.state, plan, answers, sums)
-            after, _ = finish_round(run.session, run.state, plan, record, mixture, sums)
+            sums = open_sums(session, run.state, plan)
+            record, mixture = fold(session, run.state, plan, answers, sums)
+            after, _ = finish_round(session, run.state, plan, record, mixture, sums)
             changes.append(part_of(layout, after.adapter.vector - run.state.adapter.vector, "b"))
             assert not part_of(layout, after.adapter.vector - run.state.adapter.vector, "a").any()
         return torch.stack(changes).double()
@@ -280,7 +282,7 @@ def test_the_attack_finds_too_much_where_there_is_too_little_noise() -> None:
 def test_the_same_sum_gets_the_same_noise_and_another_sum_or_attempt_unrelated_noise() -> None:
     privacy = privacy_of()
 
-    def noise(delta: float, attempt: int = 1, secret: bytes = privacy.secret) -> torch.Tensor:
+    def noise(delta: float, attempt: int = 1, secret: bytes = bytes(32)) -> torch.Tensor:
         noised = NoisedSum(LAYOUT, "both", 0.5)
         noised.add(update_of(torch.full((LAYOUT.size,), delta)))
         release = serving.release_of(replace(privacy, secret=secret), _plan(1, attempt), noised)
@@ -288,7 +290,7 @@ def test_the_same_sum_gets_the_same_noise_and_another_sum_or_attempt_unrelated_n
 
     first = noise(0.01)
     assert torch.equal(first, noise(0.01))
-    for other in (noise(0.02), noise(0.01, attempt=2), noise(0.01, secret=bytes(32))):
+    for other in (noise(0.02), noise(0.01, attempt=2), noise(0.01, secret=bytes(range(32)))):
         assert float((other - first).abs().max()) > 0.1
 
 
@@ -332,7 +334,7 @@ def test_coins_charge_everybody_a_little_and_release_noise_even_for_nobody(
 
 def test_coins_come_from_the_secret_and_not_from_the_seed() -> None:
     poisson = {"federation.selection": "poisson", "federation.cohort-size": 2}
-    seeds = {serving.cohort_seed(privacy_of(**poisson), 0) for _ in range(5)}
+    seeds = {serving.cohort_seed(privacy_of(bytes([n]) * 32, **poisson), 0) for n in range(5)}
     assert len(seeds) == 5
     assert serving.cohort_seed(privacy_of(), 7) == 7
     assert serving.cohort_seed(None, 7) == 7
