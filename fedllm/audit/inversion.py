@@ -134,8 +134,12 @@ def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Te
         raise ValueError("the update to invert holds NaN or infinity")
     _, values, rows_RD = torch.linalg.svd(update_RD.double(), full_matrices=False)
     basis_RD = rows_RD[values > SMALLEST * values[0]] if bool(values[0] > 0) else rows_RD[:0]
-    inside_VD = (inputs_VD @ basis_RD.T) @ basis_RD
-    outside_V = torch.linalg.vector_norm(inputs_VD - inside_VD, dim=1)
+    outside_V = torch.cat(
+        [
+            torch.linalg.vector_norm(part_VD - (part_VD @ basis_RD.T) @ basis_RD, dim=1)
+            for part_VD in inputs_VD.split(BATCH)  # a vocabulary's inputs are large enough once
+        ]
+    )
     whole_V = torch.linalg.vector_norm(inputs_VD, dim=1)
     return torch.where(whole_V > 0, outside_V / whole_V, 1.0)
 

@@ -98,7 +98,7 @@ def leaving_message(case: Case) -> Message:
         RunFailedError: the client cannot do the round.
     """
     holder, layout = case.holder, case.holder.engine.layout
-    request = _request(case)
+    request = request_of(case)
     answers = train(holder, request)
     numbers = {"layout": layout, "part": request.returned}
     if request.node_sum:
@@ -131,7 +131,7 @@ def leaving_message(case: Case) -> Message:
     )
 
 
-def _request(case: Case) -> TrainRequest:
+def request_of(case: Case) -> TrainRequest:
     """Return what the run's server would ask of the client, from the finished adapter on."""
     config, holder = case.config, case.holder
     rule, plan = aggregation_rule(config), plan_of(config)

@@ -10,7 +10,7 @@ import torch
 
 from clients.holder import open_holder
 from clients.work import make_job, train
-from scripts.auditing.messages import _request, leaving_message
+from scripts.auditing.messages import leaving_message, request_of
 from scripts.auditing.opening import Case, open_case
 from scripts.commands.words import own_rows
 
@@ -41,7 +41,7 @@ def make_case(finished: Callable[..., Path], tmp_path: Path) -> Callable[..., Ca
 
 def test_without_protection_it_is_the_change_that_training_gives(make_case: Callable) -> None:
     case = make_case()
-    message, request = leaving_message(case), _request(case)
+    message, request = leaving_message(case), request_of(case)
     (name,) = message.clients
     job = make_job(case.holder.clients[name], request, 0, request.ranks[0])
     (result,) = case.holder.engine.train([job])
@@ -70,7 +70,7 @@ def test_under_local_privacy_its_noise_is_another_one_for_every_audit(make_case:
 def test_under_dp_sgd_its_rows_are_those_that_the_coins_drew(make_case: Callable) -> None:
     case = make_case(EXAMPLE)
     message = leaving_message(case)
-    (update,) = train(case.holder, _request(case))  # the same request has the same coins
+    (update,) = train(case.holder, request_of(case))  # the same request has the same coins
     assert update.num_tokens == sum(len(row.tokens) for row in message.rows) > 0
     assert torch.equal(update.delta, message.vectors["update"])
     assert message.part == "b"
