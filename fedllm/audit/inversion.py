@@ -137,7 +137,7 @@ def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Te
     outside_V = torch.cat(
         [
             torch.linalg.vector_norm(part_VD - (part_VD @ basis_RD.T) @ basis_RD, dim=1)
-            for part_VD in inputs_VD.split(BATCH)  # a vocabulary's inputs are large enough once
+            for part_VD in torch.split(inputs_VD, BATCH)  # a vocabulary's inputs are large enough once
         ]
     )
     whole_V = torch.linalg.vector_norm(inputs_VD, dim=1)
