@@ -111,25 +111,24 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     kinds = ("run", "held_out", "base", "positive_control")
     for name in SHOWN:
         found = report["membership"][name]
-        yield f"membership by {name}: AUC", *(_number(found[kind], "area") for kind in kinds)
-        yield "  found at 1 % false alarms", *(_share(found[kind], "caught") for kind in kinds)
+        yield f"AUC, {name}", *(_number(found[kind], "area") for kind in kinds)
+        yield "  found at 1 % FPR", *(_share(found[kind], "caught") for kind in kinds)
     taken = report["extraction"]
-    label = f"extracted: {taken['suffix']} tokens after {taken['prefix']}"
-    yield label, *(_counted(taken[kind]) for kind in kinds)
+    yield "texts given back", *(_counted(taken[kind]) for kind in kinds)
     yield from _inversion_rows(report["inversion"])
     yield from _canary_rows(report["canaries"])
 
 
 def _inversion_rows(inversion: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if "skipped" in inversion:
-        yield "tokens read from a message", "-", "", "", ""
         return
     control = inversion["positive_control"]
     for name, found in inversion["run"].items():
         others = inversion["held_out"][name]
         for guess in ("closest", "spanned"):
             cells = (found[guess], others[guess], None, control[guess])
-            yield f"tokens read from the {name}, {guess}: F1", *(_number(cell, "f1") for cell in cells)
+            label = "tokens read" if name == "update" else name
+            yield f"{label}, {guess}", *(_number(cell, "f1") for cell in cells)
 
 
 def _canary_rows(canaries: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -140,11 +139,11 @@ def _canary_rows(canaries: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         largest = group["run"]["largest_exposure"]
         cells = (group["run"], None, group["base"], control)
         yield (
-            f"canaries x {repeats}: mean exposure in bits, {largest:.1f} at most",
+            f"exposure x {repeats} (max {largest:.1f})",
             *(_number(cell, "mean_exposure") for cell in cells),
         )
         yield (
-            f"canaries x {repeats}: epsilon is at least",
+            f"epsilon x {repeats}, at least",
             *(_number(cell, "epsilon_lower_bound") for cell in cells),
         )
 
@@ -155,16 +154,24 @@ def _words(case: Case, report: Mapping[str, Any]) -> Iterator[str]:
         f"AUC: {report['num_members']} training rows against {report['num_others']} held-out ones; without"
         f" any signal it is 0.50, give or take {2 * report['null_deviation']:.2f}"
     )
+    taken = report["extraction"]
+    yield (
+        f"texts given back: {taken['suffix']} tokens after the first {taken['prefix']}; bounds in brackets"
+        " hold with 95 % confidence"
+    )
     if "skipped" in report["inversion"]:
-        yield f"messages: {report['inversion']['skipped']}"
+        yield f"tokens read: {report['inversion']['skipped']}"
     else:
         message = report["inversion"]
         yield (
-            f"message: part {message['part']} as {message['codec']}, {message['num_rows']} rows,"
-            f" {message['num_tokens']} tokens, from {', '.join(message['clients'])}"
+            f"tokens read: F1 on part {message['part']} as {message['codec']}, trained on"
+            f" {message['num_rows']} rows of {message['num_tokens']} tokens by"
+            f" {', '.join(message['clients'])}"
         )
     if "skipped" in report["canaries"]:
         yield f"canaries: {report['canaries']['skipped']}"
+    else:
+        yield "exposure in bits, and the epsilon refuted, of canaries that stood so often among the rows"
     for repeats, group in report["canaries"].get("repeats", {}).items():
         if group["claimed"]:
             claimed, bound = group["claimed"], group["run"]["epsilon_lower_bound"]
@@ -186,10 +193,14 @@ def _number(found: Mapping[str, Any] | None, key: str) -> str:
 def _share(found: Mapping[str, Any] | None, key: str) -> str:
     if found is None:
         return "-"
-    return f"{found[key]:.0%} [{found['low']:.0%}, {found['high']:.0%}]"
+    return f"{found[key]:.0%} {_bounds(found)}"
 
 
 def _counted(found: Mapping[str, Any]) -> str:
     if not found["number"]:
-        return "no text so long"
-    return f"{found['extracted']}/{found['number']} [{found['low']:.0%}, {found['high']:.0%}]"
+        return "none so long"
+    return f"{found['extracted']}/{found['number']} {_bounds(found)}"
+
+
+def _bounds(found: Mapping[str, Any]) -> str:
+    return f"({100 * found['low']:.0f}-{100 * found['high']:.0f})"

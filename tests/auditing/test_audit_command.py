@@ -104,6 +104,16 @@ def test_a_private_run_keeps_its_claim_where_its_positive_control_gives_all_away
     assert control["mean_exposure"] > group["run"]["mean_exposure"]
 
 
+def test_a_claim_that_is_false_is_refuted(copied: Callable, command: Callable) -> None:
+    folder = copied("learnt", {**OVERFITTED, "audit.canaries": 40})  # no noise at all
+    said = {"unit": "example", "trust": "local", "epsilon": 0.1, "delta": 1e-6}
+    (folder / "privacy.json").write_text(json.dumps(said))
+    assert "refutes it" in command(str(folder))
+    group = json.loads((folder / REPORT).read_text())["canaries"]["repeats"]["1"]
+    assert group["run"]["epsilon_lower_bound"] > 0.1
+    assert group["base"]["epsilon_lower_bound"] < 0.1  # a base model that has seen no canary refutes nothing
+
+
 def test_less_is_read_from_a_protected_message_than_from_its_control(
     finished: Callable, command: Callable
 ) -> None:
@@ -123,12 +133,12 @@ def test_one_table_says_it_all_and_the_same_stands_in_a_file(finished: Callable,
         "held-out",
         "base model",
         "positive control",
-        "membership by min-k++",
-        "found at 1 % false alarms",
-        "extracted: 50 tokens after 50",
-        "no text so long",
-        "tokens read from the update",
-        "canaries x 1: epsilon is at least",
+        "AUC, min-k++",
+        "found at 1 % FPR",
+        "50 tokens after the first 50",
+        "none so long",
+        "tokens read, closest",
+        "epsilon x 1, at least",
         "does not refute it",
         "a lower bound is not a guarantee",
     ):
