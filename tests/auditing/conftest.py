@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from clients.canaries import canary_file
 from clients.client_app import app
 from fedllm.config import RunConfig
 from fedllm.runs.folder import run_folder
@@ -16,6 +17,7 @@ from strategies.run import run_federation
 
 CLIENTS = ("anna", "ben")
 NUM_ROWS = 24  # of a client
+SECRET = bytes(range(32))
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -65,6 +67,10 @@ def finished(
                 "evaluation.prompts": "",
             }
             config = RunConfig.from_flat({**values, **(overrides or {})})
+            secret = canary_file(run_folder(config) / "private", name)
+            if config.audit.canaries:  # a known one: a test that tosses coins fails now and then
+                secret.parent.mkdir(parents=True)
+                secret.write_bytes(SECRET)
             run_federation(config, local_grid(config, app))
             done[name] = run_folder(config)
         return done[name]

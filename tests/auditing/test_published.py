@@ -54,7 +54,6 @@ def test_neither_canaries_nor_coins_leave(finished: Callable, tmp_path: Path) ->
     for canary in case.canaries:
         private += forms_of(canary, tokenizer)
     assert len(private) == 3 + 7 * 24
-    assert secret_file.stat().st_mode & 0o777 == 0o600
 
     config = case.config.override({"run.name": "again", "run.output": str(tmp_path)})
     plain = local_grid(config, app)
