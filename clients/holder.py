@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from clients.canaries import planted
 from clients.personal import PersonalTraining
 from clients.store import PrivateStore, default_state_path
 from fedllm.adapters.layout import AdapterState, initial_adapter
@@ -117,11 +118,13 @@ def _open(run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[s
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
         config = config.override({"model.name": str(node["model-path"]), "model.revision": ""})
     files = resolve_model(config.model.name, config.model.revision)
-    clients = {
-        rows.client_id: encode_client(rows, files, config.train.max_length)
-        for rows in hosted_rows(config, node)
-    }
-    return Holder(config, files, clients, _max_rank(node), _state_path(node))
+    state_path = _state_path(node)
+    clients = {}
+    for rows in hosted_rows(config, node):
+        client = encode_client(rows, files, config.train.max_length)
+        extra = planted(config, files, client.client_id, state_path) if client.train else ()
+        clients[client.client_id] = replace(client, train=(*client.train, *extra))
+    return Holder(config, files, clients, _max_rank(node), state_path)
 
 
 def _max_rank(node: Mapping[str, Scalar]) -> int:

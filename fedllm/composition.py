@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from fedllm.audit.repeats import parse_repeats
 from fedllm.errors import ConfigError
 from fedllm.privacy.refusals import check_privacy
 
@@ -32,10 +33,20 @@ def check_combinations(config: "RunConfig", rule: "AggregationRule", cohort_size
     check_privacy(config, rule)
     if config.distill.when != "never":
         _check_distillation(config, rule)
+    _check_canaries(config)
     if config.personal.mode != "none" and rule.local_b:
         raise ConfigError(
             f"personal.mode = {config.personal.mode!r}: under aggregation.read-out = 'local-b' every client"
             " has a B of its own, so no adapter is shared that a personal one could go on top of; use none"
+        )
+
+
+def _check_canaries(config: "RunConfig") -> None:
+    parse_repeats(config.audit.canary_repeats)
+    if config.audit.canaries and config.audit.canary_tokens > config.train.max_length:
+        raise ConfigError(
+            f"audit.canary-tokens = {config.audit.canary_tokens} is above train.max-length ="
+            f" {config.train.max_length}: a canary is a row like any other; make it shorter"
         )
 
 

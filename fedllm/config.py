@@ -132,6 +132,15 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """What a run plants for its own audit (docs/audit.md): texts of random tokens among clients' rows."""
+
+    canaries: int = 0  # texts a client draws; each is put among its rows by its own fair coin
+    canary_tokens: int = 16  # length of one
+    canary_repeats: str = "1"  # how often one stands among the rows; "1,4,16" dealt in turn
+
+
+@dataclass(frozen=True, kw_only=True)
 class PersonalConfig:
     """An adapter of a client's own on top of the shared one; it never leaves the client."""
 
@@ -206,6 +215,7 @@ class RunConfig:
     train: TrainConfig = _section(TrainConfig)
     aggregation: AggregationConfig = _section(AggregationConfig)
     privacy: PrivacyConfig = _section(PrivacyConfig)
+    audit: AuditConfig = _section(AuditConfig)
     personal: PersonalConfig = _section(PersonalConfig)
     distill: DistillConfig = _section(DistillConfig)
     wire: WireConfig = _section(WireConfig)
@@ -359,6 +369,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "privacy.noise-multiplier": (0, 1e6, False),
     "privacy.max-participations": (0, 1_000_000, False),
     "privacy.weight-cap": (0, math.inf, False),
+    "audit.canaries": (0, 100_000, False),
+    "audit.canary-tokens": (2, 10_000_000, False),
     "personal.rank": (1, 4096, False),
     "personal.steps": (1, 1_000_000, False),
     "personal.pull": (0, math.inf, False),

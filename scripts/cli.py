@@ -90,6 +90,24 @@ def privacy(
 
 
 @app.command()
+def audit(
+    target: Annotated[Path, typer.Argument(help="A run folder, on the machine that has its clients' rows.")],
+    rows: Annotated[int, typer.Option(min=1, help="Rows of training and of held-out text at most.")] = 500,
+    prefix: Annotated[int, typer.Option(min=1, help="Tokens given, in the extraction test.")] = 50,
+    suffix: Annotated[int, typer.Option(min=1, help="Tokens to be given back.")] = 50,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of the positive control over its rows.")] = 12,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result: a .png, .svg or .pdf file.")] = None,
+    json: Json = False,
+) -> None:
+    """Attack a finished run beside its rows, with controls: membership, extraction, inversion, canaries."""
+    from scripts.commands import audit_command
+
+    audit_command.audit(
+        target, rows=rows, prefix=prefix, suffix=suffix, epochs=epochs, plot=plot, as_json=json
+    )
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run folder.")],
     second: Annotated[Path, typer.Argument(help="Another run folder.")],

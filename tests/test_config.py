@@ -33,6 +33,7 @@ aggregation.max-malicious aggregation.optimizer aggregation.server-learning-rate
 aggregation.second-moment aggregation.adaptivity aggregation.staleness-exponent
 privacy.epsilon privacy.delta privacy.unit privacy.trust privacy.clip privacy.adaptive-clip
 privacy.noise-multiplier privacy.max-participations privacy.weight-cap privacy.metrics
+audit.canaries audit.canary-tokens audit.canary-repeats
 personal.mode personal.rank personal.steps personal.pull
 distill.when distill.teacher distill.text distill.num-texts distill.max-tokens distill.steps
 distill.batch-size distill.learning-rate distill.top-k distill.temper distill.pull distill.max-teachers

@@ -6,14 +6,20 @@ a model that has seen neither (The Secret Sharer, arXiv 1802.08232). Those that 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedllm.audit.one_run import Guesses, guess
+from fedllm.audit.repeats import parse_repeats
 from fedllm.models.chat import Encoded
 from fedllm.originality.memorisation import exposure
 from fedllm.originality.scores import whole
+from fedllm.privacy.keys import derived_key
 from fedllm.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from fedllm.config import AuditConfig
 
 REPEATS = (1, 4, 16, 64)  # how often an included canary stands among a client's rows
 
@@ -53,6 +59,32 @@ def draw_canaries(
         Canary(client_id, tuple(int(vocabulary[i]) for i in row), bool(coin), repeats[place % len(repeats)])
         for place, (row, coin) in enumerate(zip(tokens, coins, strict=True))
     )
+
+
+def secret_canaries(
+    section: "AuditConfig", tokenizer: Any, *, client_id: str, secret: bytes
+) -> tuple[Canary, ...]:
+    """Return the canaries of one client of a run, none where the run plants none.
+
+    Tokens and coins come from `secret`, never from the run's seed, which is published: whoever could draw the
+    coins again would know what an attack is to find out.
+    """
+    if not section.canaries:
+        return ()
+    return draw_canaries(
+        plain_vocabulary(tokenizer),
+        client_id=client_id,
+        number=section.canaries,
+        length=section.canary_tokens,
+        seed=int.from_bytes(derived_key(secret, "canaries")[:8], "big") >> 1,
+        repeats=parse_repeats(section.canary_repeats),
+    )
+
+
+def plain_vocabulary(tokenizer: Any) -> list[int]:
+    """Return the ids of a tokenizer's ordinary tokens, sorted."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(set(tokenizer.get_vocab().values()) - special)
 
 
 def _stream(seed: int, name: str, client_id: str) -> np.random.Generator:

@@ -20,6 +20,9 @@ from fedllm.models.base import BaseModel
 
 SMALLEST = 1e-6  # singular values below this share of the largest are taken for rounding
 BATCH = 1024  # tokens fed at a time
+PROJECTIONS = frozenset(
+    {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "query", "key", "value", "Wqkv"}
+)  # what the architectures call them
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,50 @@ def a_factor(layout: AdapterLayout, vector_P: torch.Tensor, matrix: int = 0) -> 
     return layout.factors(vector_P)[matrix][0]
 
 
+def first_projections(layout: AdapterLayout) -> tuple[int, ...]:
+    """Return which matrices of a layout project the input of the first layer; none if none is adapted.
+
+    They are its query, key and value, or the one matrix of all three: all have the same input.
+    """
+    found: dict[int, list[int]] = {}
+    for number, matrix in enumerate(layout.matrices):
+        *path, name = matrix.module.split(".")
+        depth = next((int(part) for part in path if part.isdecimal()), None)
+        if name in PROJECTIONS and depth is not None:
+            found.setdefault(depth, []).append(number)
+    return tuple(found.get(0, ()))
+
+
+def message_residuals(
+    inputs_VD: torch.Tensor,
+    layout: AdapterLayout,
+    start_P: torch.Tensor,
+    delta_P: torch.Tensor,
+    matrices: Collection[int],
+) -> torch.Tensor:
+    """Return how badly every token fits a whole message, [V] from 0 to 1: what an attacker makes of it.
+
+    Where A was trained, the rows of all its changes together span the inputs. Where B alone was, the rows of
+    its change span A x, which the attacker can compute of every token since A is known: less, as only R
+    numbers of an input are left. A message that holds neither says nothing.
+    """
+    starts, changes = layout.factors(start_P), layout.factors(delta_P)
+    of_a = [unit(changes[number][0]) for number in matrices if bool(changes[number][0].any())]
+    if of_a:
+        return span_residuals(inputs_VD, torch.cat(of_a))
+    of_b = [
+        span_residuals(inputs_VD @ starts[number][0].double().T, changes[number][1])
+        for number in matrices
+        if bool(changes[number][1].any())
+    ]
+    return torch.stack(of_b).mean(dim=0) if of_b else torch.ones(len(inputs_VD), dtype=torch.float64)
+
+
+def unit(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix in float64 and at norm 1, so that no larger one hides its span."""
+    return torch.nn.functional.normalize(matrix.double().flatten(), dim=0).view(matrix.shape)
+
+
 def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Tensor:
     """Return how much of every token's input lies outside the rows of an update, [V] from 0 to 1.
 
@@ -87,8 +134,12 @@ def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Te
         raise ValueError("the update to invert holds NaN or infinity")
     _, values, rows_RD = torch.linalg.svd(update_RD.double(), full_matrices=False)
     basis_RD = rows_RD[values > SMALLEST * values[0]] if bool(values[0] > 0) else rows_RD[:0]
-    inside_VD = (inputs_VD @ basis_RD.T) @ basis_RD
-    outside_V = torch.linalg.vector_norm(inputs_VD - inside_VD, dim=1)
+    outside_V = torch.cat(
+        [
+            torch.linalg.vector_norm(part_VD - (part_VD @ basis_RD.T) @ basis_RD, dim=1)
+            for part_VD in torch.split(inputs_VD, BATCH)  # a vocabulary's inputs are large enough once
+        ]
+    )
     whole_V = torch.linalg.vector_norm(inputs_VD, dim=1)
     return torch.where(whole_V > 0, outside_V / whole_V, 1.0)
 

@@ -111,6 +111,19 @@ def separation(
     )
 
 
+def roc(members: Sequence[float], others: Sequence[float]) -> list[tuple[float, float]]:
+    """Return the ROC curve: (share of false alarms, share of members caught) at every threshold, from (0, 0).
+
+    Straight lines between the points enclose the area of `separation`.
+    """
+    values_M, values_O = torch.tensor(members).double(), torch.tensor(others).double()
+    points = [(0.0, 0.0)]
+    for threshold in sorted({*members, *others}, reverse=True):
+        caught, alarms = (values_M >= threshold).double().mean(), (values_O >= threshold).double().mean()
+        points.append((float(alarms), float(caught)))
+    return points
+
+
 def leads(adapters: Sequence[Sequence[float]], base: Sequence[float]) -> tuple[float, ...]:
     """Return of every text by how much one client's adapter is ahead, in nats per token.
 

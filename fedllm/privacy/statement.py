@@ -12,6 +12,10 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.plan import PrivacyPlan
 
 _UNITS = {"example": "one row of one data holder", "client": "everything one data holder ever sends"}
+AUDIT = (
+    "an audit (fedllm audit) gives a lower bound: what it finds refutes a claim, what it does not find proves"
+    " nothing; the lower bound is not a guarantee, epsilon above is"
+)
 _NOISED_BY = {
     "central": "the server adds the noise and sees every clipped update: it is trusted",
     "local": "every data holder adds the noise beside its rows: the server is not trusted",
@@ -47,6 +51,7 @@ def statement_of(plan: PrivacyPlan, ledger: Ledger, *, num_clients: int, num_rou
         "noise_source": "ChaCha20 under a secret of the operating system's, which is not published",
         "covers": "the published adapter, and every adapter the run passed through",
         "does_not_cover": not_covered(plan),
+        "audit": AUDIT,
         "num_accounts": len(ledger.accounts),
     }
 
@@ -81,6 +86,8 @@ def in_words(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
         f" noise multiplier {deviations}, {statement['releases_of_a_unit']} releases of a unit at most;"
         f" {statement['sampling']}.",
         f"Trust: {statement['trust_in_words']}. Accountant: {statement['accountant']}.",
+        "",
+        f"Audits: {AUDIT}.",
         "",
         "Not covered:",
         "",

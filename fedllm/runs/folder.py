@@ -9,6 +9,7 @@ runs/NAME/adapter/          the published PEFT folder
 runs/NAME/privacy.json      what may be said of its privacy, under a privacy plan (docs/privacy.md)
 runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters; in
                             server/ the noise secret and the ledger of a private run
+runs/NAME/audit.json        what attacks found, written by `fedllm audit` (docs/audit.md); not for publication
 runs/NAME/result.json       held-out loss before and after, and how the run ended
 """
 
@@ -23,9 +24,10 @@ from typing import Any
 from fedllm.config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.runs.atomic import write_file
-from fedllm.runs.records import record_to_line
+from fedllm.runs.records import record_from_dict, record_to_line
 from fedllm.types import RoundRecord
 
+ROUNDS = "rounds.jsonl"
 _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")
 
 
@@ -63,7 +65,19 @@ def describe_run(folder: Path, config: RunConfig) -> None:
 
 def write_rounds(folder: Path, records: Sequence[RoundRecord]) -> None:
     """Write `rounds.jsonl` whole, so that a resumed run repeats no line."""
-    write_file(folder / "rounds.jsonl", "".join(record_to_line(record) + "\n" for record in records))
+    write_file(folder / ROUNDS, "".join(record_to_line(record) + "\n" for record in records))
+
+
+def read_rounds(folder: Path) -> list[RoundRecord]:
+    """Return the records that `write_rounds` wrote.
+
+    Raises:
+        ConfigError: there are none, or they are damaged.
+    """
+    try:
+        return [record_from_dict(json.loads(line)) for line in (folder / ROUNDS).read_text().splitlines()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}: not a run folder ({ROUNDS}: {type(error).__name__})") from None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

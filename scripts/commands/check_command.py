@@ -16,14 +16,14 @@ from fedllm.privacy.plan import plan_of as plan_of_privacy
 from fedllm.privacy.statement import summary_line
 from fedllm.rule import aggregation_rule
 from fedllm.wire.codec import payload_bytes
-from scripts.commands.words import config_of
+from scripts.commands.words import config_of, own_rows
 from scripts.console import Console
 
 
 def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
     """Print what the run that `words` describe would do: sizes, tokens, bytes a round, and every key."""
     config = config_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
-    holder = open_holder(config.to_flat(), {"server-paths": True})
+    holder = open_holder(own_rows(config).to_flat(), {"server-paths": True})
     plan = plan_of(config, holder)
     if as_json:
         print(json.dumps({"plan": plan, "config": config.to_flat()}))

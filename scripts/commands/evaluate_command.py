@@ -22,6 +22,7 @@ from fedllm.training.engine import Engine, resident_engine
 from fedllm.training.jobs import EvaluationJob
 from fedllm.types import ClientEvaluation
 from scripts.commands.run_command import Answers, compare_answers
+from scripts.commands.words import own_rows
 from scripts.console import Console, one_line
 
 
@@ -78,7 +79,7 @@ def _trained_clients(run: Path) -> list[str]:
 def _clients(config: RunConfig, data: str, trained: Iterable[str]) -> dict[str, ClientTokens]:
     """Return each client with the rows to evaluate on as its held-out rows."""
     if not data:
-        holder = open_holder(config.to_flat(), {"server-paths": True})
+        holder = open_holder(own_rows(config).to_flat(), {"server-paths": True})
         if not set(trained) <= holder.clients.keys():
             raise NoDataError("the run's clients keep their rows elsewhere; give some with --data")
         return {name: client for name, client in holder.clients.items() if client.held_out}

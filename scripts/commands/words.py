@@ -28,6 +28,11 @@ def config_of(words: Sequence[str], extra: Sequence[str] = ()) -> RunConfig:
     return build_config(recipe, [*overrides, *extra])
 
 
+def own_rows(config: RunConfig) -> RunConfig:
+    """Return the configuration without the canaries that a run plants for its audit: clients' rows alone."""
+    return config.override({"audit.canaries": 0})
+
+
 def prompts_of(config: RunConfig) -> list[str]:
     """Return the public prompts of a run, answered before and after."""
     return [prompt.strip() for prompt in config.evaluation.prompts.split("||") if prompt.strip()]

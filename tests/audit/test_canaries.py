@@ -6,8 +6,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fedllm.audit.canaries import REPEATS, canary_rows, draw_canaries, exposures, guesses_of
+from fedllm.audit.canaries import (
+    REPEATS,
+    canary_rows,
+    draw_canaries,
+    exposures,
+    guesses_of,
+    plain_vocabulary,
+    secret_canaries,
+)
 from fedllm.audit.one_run import epsilon_lower_bound
+from fedllm.config import AuditConfig
+from fedllm.models.base import BaseModel
 from fedllm.originality.membership import likelihood
 from fedllm.originality.scores import no_adapter, score, whole
 from fedllm.training.jobs import Job
@@ -80,3 +90,23 @@ def test_an_adapter_trained_on_canaries_is_caught_and_one_that_was_not_is_not(ma
     assert epsilon_lower_bound(control) < 0.5
     high, low = (exposures(canaries, losses)[1] for losses in (trained, untrained))
     assert sum(high) / len(high) > 2 * sum(low) / len(low)
+
+
+def test_canaries_of_a_run_come_from_its_secret(load_tiny: Callable[..., BaseModel]) -> None:
+    tokenizer = load_tiny().tokenizer
+    section = AuditConfig(canaries=20, canary_tokens=6, canary_repeats="1,4")
+    first = secret_canaries(section, tokenizer, client_id="anna", secret=b"x" * 32)
+    assert first == secret_canaries(section, tokenizer, client_id="anna", secret=b"x" * 32)
+    assert [(len(one.tokens), one.repeats) for one in first[:3]] == [(6, 1), (6, 4), (6, 1)]
+    for other in ({"client_id": "ben", "secret": b"x" * 32}, {"client_id": "anna", "secret": b"y" * 32}):
+        drawn = secret_canaries(section, tokenizer, **other)
+        assert not {one.tokens for one in first} & {one.tokens for one in drawn}
+    assert secret_canaries(AuditConfig(), tokenizer, client_id="anna", secret=b"x" * 32) == ()
+
+
+def test_no_canary_holds_a_special_token(load_tiny: Callable[..., BaseModel]) -> None:
+    tokenizer = load_tiny().tokenizer
+    plain = plain_vocabulary(tokenizer)
+    assert plain == sorted(set(plain))
+    assert set(plain).isdisjoint(tokenizer.all_special_ids)
+    assert len(plain) > 300

@@ -8,6 +8,8 @@ import torch
 from fedllm.audit.inversion import (
     a_factor,
     closest_tokens,
+    first_projections,
+    message_residuals,
     recovery,
     span_residuals,
     spanned_tokens,
@@ -100,3 +102,41 @@ def test_recovery_counts_each_token_once() -> None:
 def test_an_update_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         span_residuals(torch.ones(3, 2), torch.full((2, 2), torch.nan))
+
+
+def test_only_projections_of_the_first_layers_input_are_attacked(make_engine: Callable) -> None:
+    assert first_projections(make_engine(targets="q_proj,v_proj").layout) == (0, 1)
+    assert first_projections(make_engine(targets="all-linear").layout) == (0, 1, 2)
+    assert first_projections(make_engine(targets="o_proj,down_proj").layout) == ()
+
+
+def test_the_changes_of_several_matrices_span_more_together(make_engine: Callable) -> None:
+    engine = make_engine(rank=4, targets="q_proj,k_proj,v_proj")
+    layout, start = engine.layout, start_of(engine)
+    inputs, change = token_inputs(engine.base, layout.matrices[0].module), gradient(engine, start)
+    alone = message_residuals(inputs, layout, start, change, (2,))
+    together = message_residuals(inputs, layout, start, change, first_projections(layout))
+    torch.testing.assert_close(alone, span_residuals(inputs, layout.factors(change)[2][0]))
+    true = set(TEXT[:-1])  # a value has a gradient at the first token too
+    assert recovery(spanned_tokens(alone), true).f1 == 0
+    assert recovery(spanned_tokens(together), true).f1 > 0.8
+
+
+def test_a_change_of_b_gives_tokens_away_where_they_are_fewer_than_ranks(make_engine: Callable) -> None:
+    engine = make_engine(rank=16, targets="v_proj")
+    layout, start = engine.layout, start_of(engine)
+    change = gradient(engine, start)
+    for a, _ in layout.factors(change):
+        a.zero_()  # as where B alone is trained
+    inputs = token_inputs(engine.base, layout.matrices[0].module)
+    residuals = message_residuals(inputs, layout, start, change, first_projections(layout))
+    true = set(TEXT[:-1])
+    assert recovery(closest_tokens(residuals, len(true)), true).f1 == 1
+
+
+def test_a_message_of_zeros_says_nothing(make_engine: Callable) -> None:
+    engine = make_engine()
+    start = start_of(engine)
+    inputs = torch.ones(5, 32, dtype=torch.float64)
+    found = message_residuals(inputs, engine.layout, start, torch.zeros_like(start), (0,))
+    assert found.tolist() == [1.0] * 5

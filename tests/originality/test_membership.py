@@ -1,11 +1,14 @@
 """Membership: signals are their formulas, separation is counted by hand, an overfitted client stands out."""
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedllm.binomial import clopper_pearson
 from fedllm.originality.membership import (
@@ -16,6 +19,7 @@ from fedllm.originality.membership import (
     min_k,
     min_k_plus_plus,
     outliers,
+    roc,
     separation,
     zlib_likelihood,
 )
@@ -123,3 +127,15 @@ def test_a_text_that_one_client_alone_knows_stands_out(
     flags = outliers(leads(means, [likelihood(one) for one in base]))
     assert flags[0]
     assert not any(flags[1:])
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=20), st.lists(st.integers(0, 6), min_size=1, max_size=20)
+)
+def test_the_roc_curve_encloses_the_area(members: list[int], others: list[int]) -> None:
+    points = roc(members, others)
+    assert points[0] == (0.0, 0.0)
+    assert points[-1] == (1.0, 1.0)
+    assert points == sorted(points)
+    enclosed = sum((x - a) * (y + b) / 2 for (a, b), (x, y) in itertools.pairwise(points))
+    assert enclosed == pytest.approx(separation(members, others).area)

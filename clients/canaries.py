@@ -1,0 +1,32 @@
+"""Canaries of an audited run: texts of random tokens that a client trains on beside its own, or not.
+
+Which of them by fair coins from a secret of this machine's. Neither coins nor texts leave it; the number of
+training rows a client declares includes those that were put in. `fedllm audit` reads the secret again.
+"""
+
+from pathlib import Path
+
+from fedllm.audit.canaries import canary_rows, secret_canaries
+from fedllm.config import RunConfig
+from fedllm.models.base import load_tokenizer
+from fedllm.models.chat import Encoded
+from fedllm.models.files import ModelFiles
+from fedllm.privacy.keys import kept_secret
+
+
+def canary_file(state_path: Path, run_name: str) -> Path:
+    """Return where the secret of a run's canaries lies, with mode 0600."""
+    return state_path / f"{run_name}-canary-secret"
+
+
+def planted(config: RunConfig, files: ModelFiles, client_id: str, state_path: Path) -> tuple[Encoded, ...]:
+    """Return the rows that a client of this node adds to its own; none unless the run plants canaries.
+
+    Raises:
+        CheckpointError: the secret cannot be kept.
+    """
+    if not config.audit.canaries:
+        return ()
+    secret = kept_secret(canary_file(state_path, config.run.name))
+    tokenizer = load_tokenizer(files)
+    return canary_rows(secret_canaries(config.audit, tokenizer, client_id=client_id, secret=secret))

@@ -1,0 +1,1 @@
+"""What `fedllm audit` measures: one attack a module, each with its controls."""

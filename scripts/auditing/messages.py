@@ -1,0 +1,216 @@
+"""Which tokens can be read from the very message that leaves a client after its protection.
+
+One client's round is done again with the run's configuration: through `clients.work`, its protection and the
+codec of the wire. Secrets and budgets are the audit's own, in a folder that is thrown away: the noise is
+another draw of the same law, and no ledger of the run is charged. It starts from the finished adapter, since
+from B = 0 the first step leaves no trace in A, which protects round 1 only.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from clients.holder import Holder
+from clients.privacy import private_job, request_key, secret_of
+from clients.protect import node_mean
+from clients.work import make_job, train
+from fedllm.adapters.drift import no_drift
+from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_rank
+from fedllm.adapters.ranks import deal_ranks
+from fedllm.audit.inversion import (
+    closest_tokens,
+    first_projections,
+    message_residuals,
+    recovery,
+    spanned_tokens,
+    token_inputs,
+)
+from fedllm.errors import RunFailedError
+from fedllm.models.chat import Encoded
+from fedllm.originality.scores import whole
+from fedllm.privacy.plan import plan_of
+from fedllm.rule import aggregation_rule
+from fedllm.runs.checkpoint import load_checkpoint
+from fedllm.training.engine import Engine
+from fedllm.training.jobs import Job
+from fedllm.training.numbers import local_training
+from fedllm.types import ClientFailure, ClientUpdate, LocalTraining, TrainRequest
+from fedllm.wire import replies
+from scripts.auditing.control import Control
+from scripts.auditing.opening import Case
+
+CONTROL_TOKENS = 16  # of the one row whose gradient the positive control gives away
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """What a server read: vectors [P] of `layout` by what they are, and the rows that were trained on."""
+
+    clients: tuple[str, ...]
+    part: str
+    layout: AdapterLayout
+    start: torch.Tensor
+    vectors: Mapping[str, torch.Tensor]
+    rows: tuple[Encoded, ...]
+
+
+def inversion_report(case: Case, control: Control) -> dict[str, Any]:
+    """Return token precision, recall and F1 of the span check on a message and on its positive control.
+
+    `closest` takes as many tokens as there are, which an attacker may know; `spanned` those that fit. The
+    same guesses are compared with a client's held-out rows (`held_out`): common tokens are guessed right
+    there too. The positive control is the gradient of one row of 16 tokens, unprotected, at rank 16 or more.
+    """
+    layout = case.holder.engine.layout
+    if not first_projections(layout):
+        return {"skipped": "no query, key or value of the first layer is trained, so nothing can be tested"}
+    message = leaving_message(case)
+    inputs_VD = _inputs(case.holder.engine)
+    held_out = [row for name in message.clients for row in case.holder.clients[name].held_out] or list(
+        case.others
+    )
+    return {
+        "clients": list(message.clients),
+        "part": message.part,
+        "codec": case.config.wire.codec,
+        "num_rows": len(message.rows),
+        "num_tokens": sum(len(row.tokens) for row in message.rows),
+        "run": {
+            name: _recovered(inputs_VD, message, vector_P, _tokens_of(message.rows))
+            for name, vector_P in message.vectors.items()
+        },
+        "held_out": {
+            name: _recovered(inputs_VD, message, vector_P, _tokens_of(held_out), _tokens_of(message.rows))
+            for name, vector_P in message.vectors.items()
+        },
+        "positive_control": _control_report(control, inputs_VD),
+    }
+
+
+def leaving_message(case: Case) -> Message:
+    """Return what leaves one client in a round, as a server reads it, or a node where it sends one sum.
+
+    It is the client with fewest rows, whose message hides least.
+
+    Raises:
+        RunFailedError: the client cannot do the round.
+    """
+    holder, layout = case.holder, case.holder.engine.layout
+    request = request_of(case)
+    answers = train(holder, request)
+    numbers = {"layout": layout, "part": request.returned}
+    if request.node_sum:
+        mean_P = node_mean([one for one in answers if isinstance(one, ClientUpdate)])
+        content = replies.write_sum(answers, mean_P, payload=request.codec, **numbers)  # type: ignore[arg-type]
+        update = replies.read_sum(content, round_num=request.round_num, **numbers)[0]  # type: ignore[arg-type]
+    else:
+        content = replies.write_updates(answers, payload=request.codec, **numbers)  # type: ignore[arg-type]
+        ranks = dict(zip(request.client_ids, request.ranks, strict=True))
+        (update,) = replies.read_updates(
+            content,
+            ranks=ranks,
+            round_num=request.round_num,
+            with_controls=request.control is not None,
+            **numbers,  # type: ignore[arg-type]
+        )
+    if isinstance(update, ClientFailure):
+        raise RunFailedError(f"client {update.client_id} cannot do a round again: {update.code}")
+    vectors = {"update": update.delta}
+    if update.control_delta is not None:
+        vectors["control variate"] = update.control_delta
+    rank = request.ranks[0]
+    return Message(
+        clients=request.client_ids,
+        part=request.returned,
+        layout=at_rank(layout, rank),
+        start=with_rank(request.adapter.vector, layout, rank),
+        vectors=vectors,
+        rows=tuple(_trained_rows(holder, request)),
+    )
+
+
+def request_of(case: Case) -> TrainRequest:
+    """Return what the run's server would ask of the client, from the finished adapter on."""
+    config, holder = case.config, case.holder
+    rule, plan = aggregation_rule(config), plan_of(config)
+    able = [name for name, client in holder.clients.items() if client.train]
+    smallest = min(able, key=lambda name: (len(holder.clients[name].train), name))
+    names = tuple(able) if rule.node_sum else (smallest,)
+    ranks = deal_ranks(config.lora.client_ranks, holder.clients, config.lora.rank)
+    adapter, drift = case.adapter, no_drift(case.adapter.layout)
+    layout = holder.engine.layout
+    if adapter.layout != layout:  # the run added to the base model, and the published adapter has that too
+        state, _ = load_checkpoint(case.folder / "checkpoints", config, layout)
+        adapter, drift = state.adapter, state.drift
+    round_num = next((number for number in (1, 2) if rule.trained_in(number) != "b"), 1)
+    with_controls = config.train.control_variates
+    return TrainRequest(
+        round_num=round_num,
+        client_ids=names,
+        num_drawn=(0,) * len(names),
+        ranks=tuple(ranks[name] for name in names),
+        adapter=adapter,
+        drift=drift,
+        training=local_training(config, round_num),
+        trained=rule.trained_in(round_num),
+        local_b=False,
+        node_sum=rule.node_sum,
+        codec=config.wire.codec,
+        weighting=rule.weighting,
+        seed=config.seed,
+        control=AdapterState(layout, torch.zeros(layout.size)) if with_controls else None,
+        clip=plan.clip if plan is not None and plan.is_central else 0.0,
+    )
+
+
+def _trained_rows(holder: Holder, request: TrainRequest) -> Iterator[Encoded]:
+    """Yield the rows that the clients of a request train on, as they draw them."""
+    for name, rank in zip(request.client_ids, request.ranks, strict=True):
+        client, plan = holder.clients[name], holder.privacy
+        job = make_job(client, request, 0, rank)
+        if plan is not None and plan.is_by_example:
+            job = private_job(job, client, plan, request_key(request, client, secret_of(holder)))
+        yield from (row for batch in job.batches for row in batch)
+
+
+def _inputs(engine: Engine) -> torch.Tensor:
+    number = first_projections(engine.layout)[0]
+    return token_inputs(engine.base, engine.layout.matrices[number].module)
+
+
+def _tokens_of(rows: tuple[Encoded, ...] | list[Encoded]) -> frozenset[int]:
+    """Return the tokens that a model reads in training: nothing is predicted from a row's last."""
+    return frozenset(token for row in rows for token in row.tokens[:-1])
+
+
+def _recovered(
+    inputs_VD: torch.Tensor,
+    message: Message,
+    vector_P: torch.Tensor,
+    true: frozenset[int],
+    known: frozenset[int] | None = None,
+) -> dict[str, Any]:
+    """Return how well `true` is recovered by an attacker who knows how many tokens there are in `known`."""
+    matrices = first_projections(message.layout)
+    residuals_V = message_residuals(inputs_VD, message.layout, message.start, vector_P, matrices)
+    number = len(true if known is None else known)
+    return {
+        "closest": asdict(recovery(closest_tokens(residuals_V, number), true)),
+        "spanned": asdict(recovery(spanned_tokens(residuals_V), true)),
+        "chance": number / len(residuals_V),
+    }
+
+
+def _control_report(control: Control, inputs_VD: torch.Tensor) -> dict[str, Any]:
+    layout = control.engine.layout
+    row = whole(control.others[0].tokens[:CONTROL_TOKENS])
+    training = LocalTraining(steps=1, batch_size=1, learning_rate=1e-3, weight_decay=0.0, clip_norm=0.0)
+    job = Job("control", control.vector, ((row,),), training)
+    # A correction of zero changes nothing, and makes the job tell its gradient.
+    (result,) = control.engine.train([replace(job, correction=torch.zeros_like(control.vector))])
+    assert result.gradient is not None
+    message = Message((), "both", layout, control.vector, {}, (row,))
+    found = _recovered(inputs_VD, message, result.gradient.float(), _tokens_of([row]))
+    return {**found, "rank": layout.rank, "num_tokens": len(row.tokens)}

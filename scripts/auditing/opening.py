@@ -1,0 +1,163 @@
+"""Opening a finished run for its audit: adapter, base model and the rows of its clients, on their machine."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clients.canaries import canary_file
+from clients.holder import ClientTokens, Holder, open_holder, partition_of
+from fedllm.adapters.folder import load_adapter
+from fedllm.adapters.layout import AdapterState
+from fedllm.audit.canaries import Canary, canary_rows, secret_canaries
+from fedllm.config import RunConfig
+from fedllm.data.partition import load_partition
+from fedllm.data.shards import draw_rows
+from fedllm.errors import ConfigError, DataError, NoDataError
+from fedllm.models.base import load_base, load_tokenizer
+from fedllm.models.chat import Encoded
+from fedllm.privacy.keys import kept_secret
+from fedllm.privacy.plan import plan_of
+from fedllm.rule import aggregation_rule
+from fedllm.runs.folder import read_rounds
+from fedllm.seeds import derive_seed
+from fedllm.training.engine import Engine, resident_engine
+from fedllm.types import RoundRecord
+from scripts.commands.evaluate_command import find_adapter
+from scripts.commands.run_command import PARTITION
+from scripts.commands.words import own_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A run under audit.
+
+    `holder` has the clients' own rows, without canaries, and a state folder of the audit's own: nothing that
+    the run's clients keep is read or charged. `engine` is that of the published adapter, whose rank may be
+    larger. `members` are rows that were trained on, `others` held-out ones. `statement` is `privacy.json`,
+    empty for a run without privacy.
+    """
+
+    folder: Path
+    config: RunConfig
+    holder: Holder
+    adapter: AdapterState
+    engine: Engine
+    members: tuple[Encoded, ...]
+    others: tuple[Encoded, ...]
+    canaries: tuple[Canary, ...]
+    statement: Mapping[str, Any]
+
+
+def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
+    """Open a run folder; of members and of others `max_rows` are taken at most, drawn by the run's seed.
+
+    Raises:
+        ConfigError: there is no finished run, or its adapter changes nothing by itself.
+        NoDataError, DataError: the rows of its clients are not on this machine, or no longer the same.
+        LayoutError, ModelError: the base model on this machine is another one.
+    """
+    adapter_folder, config = find_adapter(target)
+    if config is None:
+        raise ConfigError(f"{target}: an adapter without its run; name the run folder, where its rows are")
+    if aggregation_rule(config).local_b:
+        raise ConfigError(
+            f"{target}: under aggregation.read-out = 'local-b' the published adapter changes nothing by"
+            " itself, so there is nothing to audit in it"
+        )
+    folder = adapter_folder.parent
+    published = load_adapter(adapter_folder)
+    engine = resident_engine(load_base(config.model), published.state.layout, config.train.token_budget)
+    own = own_rows(config).override({"personal.mode": "none"})
+    holder = open_holder(own.to_flat(), {"server-paths": True, "state-path": str(scratch)})
+    records = read_rounds(folder)
+    _check_rows(folder, config, records, holder)
+    canaries = _canaries(folder, config, holder)
+    members = [
+        row
+        for client in holder.clients.values()
+        for row in _trained(client, config, records, [c for c in canaries if c.client_id == client.client_id])
+    ]
+    others = [row for client in holder.clients.values() for row in client.held_out]
+    if not members or not others:
+        raise NoDataError(
+            f"{target}: an audit compares rows that were trained on with held-out ones, and this run has none"
+            " of the latter; set data.held-out-fraction"
+        )
+    return Case(
+        folder=folder,
+        config=config,
+        holder=holder,
+        adapter=published.state,
+        engine=engine,
+        members=sampled(members, max_rows, config.seed, "members"),
+        others=sampled(others, max_rows, config.seed, "others"),
+        canaries=canaries,
+        statement=_statement(folder),
+    )
+
+
+def sampled(rows: Sequence[Encoded], number: int, seed: int, name: str) -> tuple[Encoded, ...]:
+    """Return `number` rows at most in a random order of their own."""
+    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "audit", name)))
+    return tuple(rows[index] for index in generator.permutation(len(rows))[:number])
+
+
+def _check_rows(folder: Path, config: RunConfig, records: Sequence[RoundRecord], holder: Holder) -> None:
+    """Refuse where this machine has other rows than the run trained on."""
+    trained = {client for record in records for client in record.accepted}
+    if not trained <= holder.clients.keys():
+        raise NoDataError(
+            f"{folder}: the run's clients keep their rows elsewhere; a data holder audits where its rows are"
+        )
+    saved = folder / PARTITION
+    if saved.exists() and load_partition(saved) != partition_of(config):
+        raise DataError(f"the rows are no longer those of {saved}; restore the data")
+
+
+def _canaries(folder: Path, config: RunConfig, holder: Holder) -> tuple[Canary, ...]:
+    """Return the canaries of all clients, with their coins."""
+    if not config.audit.canaries:
+        return ()
+    file = canary_file(folder / "private", config.run.name)
+    if not file.exists():  # a new secret would have other coins
+        raise NoDataError(f"{file}: the secret of the run's canaries is not there; audit where it was kept")
+    secret, tokenizer = kept_secret(file), load_tokenizer(holder.files)
+    return tuple(
+        canary
+        for name in holder.clients
+        for canary in secret_canaries(config.audit, tokenizer, client_id=name, secret=secret)
+    )
+
+
+def _trained(
+    client: ClientTokens, config: RunConfig, records: Sequence[RoundRecord], canaries: Sequence[Canary]
+) -> list[Encoded]:
+    """Return which of a client's own rows were trained on, as far as can be told.
+
+    DP-SGD draws rows by secret coins, so there every row of a client that took part counts as trained on.
+    """
+    number = sum(client.client_id in record.accepted for record in records)
+    if not number:
+        return []
+    plan = plan_of(config)
+    if plan is not None and plan.is_by_example:
+        return list(client.train)
+    drawn = draw_rows(
+        len(client.train) + len(canary_rows(canaries)),
+        seed=config.seed,
+        client_id=client.client_id,
+        start=0,
+        count=number * config.train.local_steps * config.train.batch_size,
+    )
+    return [client.train[index] for index in sorted(set(drawn)) if index < len(client.train)]
+
+
+def _statement(folder: Path) -> Mapping[str, Any]:
+    try:
+        return dict(json.loads((folder / "privacy.json").read_text()))
+    except (OSError, ValueError):
+        return {}

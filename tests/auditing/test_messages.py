@@ -1,0 +1,100 @@
+"""The message that is attacked is the one that leaves: the run's training, its protection and its codec."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clients.holder import open_holder
+from clients.work import make_job, train
+from scripts.auditing.messages import leaving_message, request_of
+from scripts.auditing.opening import Case, open_case
+from scripts.commands.words import own_rows
+
+CENTRAL = {
+    "privacy.epsilon": 8.0,
+    "privacy.unit": "client",
+    "privacy.clip": 0.01,
+    "aggregation.preset": "fedit",
+    "aggregation.weighting": "uniform",
+}
+LOCAL = {**CENTRAL, "privacy.trust": "local"}
+EXAMPLE = {"privacy.epsilon": 8.0, "privacy.metrics": "all", "train.batch-size": 6}
+
+
+@pytest.fixture
+def make_case(finished: Callable[..., Path], tmp_path: Path) -> Callable[..., Case]:
+    """Return a function (**overrides) -> the plain run, opened as if it had been made with them."""
+
+    def make(overrides: dict[str, Any] | None = None, scratch: str = "state") -> Case:
+        folder = tmp_path / scratch
+        case = open_case(finished("plain"), max_rows=100, scratch=folder)
+        config = case.config.override({"wire.codec": "fp32", **(overrides or {})})
+        node = {"server-paths": True, "state-path": str(folder)}
+        return replace(case, config=config, holder=open_holder(own_rows(config).to_flat(), node))
+
+    return make
+
+
+def test_without_protection_it_is_the_change_that_training_gives(make_case: Callable) -> None:
+    case = make_case()
+    message, request = leaving_message(case), request_of(case)
+    (name,) = message.clients
+    job = make_job(case.holder.clients[name], request, 0, request.ranks[0])
+    (result,) = case.holder.engine.train([job])
+    assert torch.equal(message.vectors["update"], result.delta.float())
+    assert message.rows == tuple(row for batch in job.batches for row in batch)
+
+
+def test_the_codec_of_the_run_is_on_it(make_case: Callable) -> None:
+    whole, short = (leaving_message(make_case({"wire.codec": codec})) for codec in ("fp32", "bf16"))
+    expected = whole.vectors["update"].bfloat16().float()
+    assert torch.equal(short.vectors["update"], expected)
+
+
+def test_under_central_privacy_it_is_clipped(make_case: Callable) -> None:
+    message = leaving_message(make_case(CENTRAL))
+    norm = float(message.vectors["update"].norm())
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_under_local_privacy_its_noise_is_another_one_for_every_audit(make_case: Callable) -> None:
+    first, second = (leaving_message(make_case(LOCAL, scratch)) for scratch in "ab")
+    gap = first.vectors["update"] - second.vectors["update"]
+    assert float(gap.norm()) > 1  # the clip is 0.01: all of it is noise
+
+
+def test_under_dp_sgd_its_rows_are_those_that_the_coins_drew(make_case: Callable) -> None:
+    case = make_case(EXAMPLE)
+    message = leaving_message(case)
+    (update,) = train(case.holder, request_of(case))  # the same request has the same coins
+    assert update.num_tokens == sum(len(row.tokens) for row in message.rows) > 0
+    assert torch.equal(update.delta, message.vectors["update"])
+    assert message.part == "b"
+
+
+def test_with_one_sum_a_node_it_is_the_sum_over_all_clients(make_case: Callable) -> None:
+    message = leaving_message(make_case({"wire.node-sum": True, "aggregation.read-out": "factor-mean"}))
+    assert message.clients == ("anna", "ben")
+    assert len(message.rows) == 2 * 2 * 2
+
+
+def test_a_change_of_a_control_variate_is_a_message_too(make_case: Callable) -> None:
+    overrides = {"train.control-variates": True, "aggregation.read-out": "factor-mean"}
+    message = leaving_message(make_case(overrides))
+    assert set(message.vectors) == {"update", "control variate"}
+    assert bool(message.vectors["control variate"].any())
+
+
+def test_where_factors_alternate_the_round_that_trains_a_is_attacked(make_case: Callable) -> None:
+    assert leaving_message(make_case({"aggregation.preset": "rolora"})).part == "a"
+    assert leaving_message(make_case({"aggregation.preset": "ffa"})).part == "b"
+
+
+def test_clients_of_smaller_rank_send_less(make_case: Callable) -> None:
+    message = leaving_message(make_case({"lora.client-ranks": "anna:2,ben:4"}))
+    assert message.layout.rank == 2
+    assert message.vectors["update"].shape == (message.layout.size,) == message.start.shape
