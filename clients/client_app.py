@@ -18,7 +18,7 @@ from clients.protect import node_mean
 from clients.stock import evaluate_for_stock, train_for_stock
 from fedllm.errors import FedLLMError
 from fedllm.types import ClientUpdate
-from fedllm.wire import packets, replies, requests
+from fedllm.wire import overlaps, packets, replies, requests
 
 app = ClientApp()
 _logger = logging.getLogger("fedllm.clients")
@@ -72,12 +72,12 @@ def _evaluate(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
 
 
 def _overlap(state: RecordDict, holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
-    request = requests.read_overlap_request(content)
+    request = overlaps.read_overlap_request(content)
     # Flower keeps a node's state for the length of a run, even where every message has a new process.
     last = state.config_records.get("overlap", ConfigRecord({"round": 0}))
     check_limit(request, packets.scalar_field(last, "round", int), holder.config.federation.num_rounds)
     state["overlap"] = ConfigRecord({"round": request.round_num})
-    return replies.write_overlaps(answer_overlap(holder, request))
+    return overlaps.write_overlaps(answer_overlap(holder, request))
 
 
 def _holding(holder: Holder) -> requests.Holding:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # started as a script, only this folder is on the path
     sys.path.insert(0, str(ROOT))
 
-from fedllm import config  # noqa: E402
+from fedllm import config, limits  # noqa: E402
 from fedllm.runs.checkpoint import RESUMABLE_KEYS  # noqa: E402
 
 ROOMS = ("fedllm", "clients", "strategies", "scripts")
@@ -143,11 +143,11 @@ def _section(name: str, intro: str, keys: list[tuple[str, config.Scalar]], comme
 
 def _allowed(key: str) -> str:
     """Return the values a key may take, where the configuration restricts them."""
-    if key in config._CHOICES:
-        return ", ".join(choice for choice in config._CHOICES[key] if choice)
-    if key not in config._RANGES:
+    if key in limits.CHOICES:
+        return ", ".join(choice for choice in limits.CHOICES[key] if choice)
+    if key not in limits.RANGES:
         return ""
-    low, high, is_open = config._RANGES[key]
+    low, high, is_open = limits.RANGES[key]
     lowest, highest = _number(low), _number(high)
     if math.isinf(high) or high >= 2**62:
         return f"above {lowest}" if is_open else f"{lowest} or more"
@@ -161,7 +161,7 @@ def _number(value: float) -> str:
 def _meaning(key: str, comments: dict[str, str]) -> str:
     """Return the note and the comment of a key; choices that the comment repeats are left out."""
     comment = "" if key in _WHOLE else comments.get(key, "")
-    choices = " | ".join(config._CHOICES.get(key, ()))
+    choices = " | ".join(limits.CHOICES.get(key, ()))
     if choices and comment.startswith(choices):
         comment = comment.removeprefix(choices).strip(" ()")
     joint = " " if key in _JOINED_BY_SPACE else "; "

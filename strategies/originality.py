@@ -17,8 +17,7 @@ from fedllm.originality.overlap import SALT_BYTES, Overlap, OverlapRequest, most
 from fedllm.originality.scores import no_adapter, score
 from fedllm.originality.verdict import Verdict, digest_of
 from fedllm.training.engine import Engine
-from fedllm.wire.replies import read_overlaps
-from fedllm.wire.requests import write_overlap_request
+from fedllm.wire.overlaps import read_overlaps, write_overlap_request
 from strategies.session import Session
 
 

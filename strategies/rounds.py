@@ -28,11 +28,10 @@ from strategies.aggregation.stock import stock_change
 from strategies.answers import Answer, first_updates, in_order
 from strategies.control_variates import ControlSum, control_of, empty_sum
 from strategies.delivered import travelling_part
-from strategies.distillation.gate import ask_clients
-from strategies.distillation.step import distilled, teachers_of
+from strategies.distillation.ending import distil
+from strategies.distillation.step import teachers_of
 from strategies.distillation.teachers import Teachers
-from strategies.distillation.words import sentence
-from strategies.evaluation import HeldOut, evaluate
+from strategies.evaluation import evaluate
 from strategies.joining import rejoin
 from strategies.privacy import (
     NoisedSum,
@@ -343,24 +342,6 @@ def _released(
     if release is None:
         return state, record, mixture
     return replace(state, clip=release.clip), record, combine.add(mixture, release.update)
-
-
-def distil(
-    session: Session, before: ServerState, after: ServerState, record: RoundRecord, teachers: Teachers
-) -> tuple[ServerState, RoundRecord, HeldOut | None]:
-    """Let the clients' adapters teach the aggregate; it stays where the step fails or a gate refuses.
-
-    Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
-    """
-    adapter, outcome = distilled(session, before, after, teachers.without(record.silenced))
-    is_last = session.config.distill.when == "last"
-    undistilled = after.adapter if is_last and outcome.kept else None
-    state, held_out = replace(after, adapter=adapter, undistilled=undistilled), None
-    if outcome.kept and session.config.distill.gate == "clients":
-        asked = ask_clients(session, after, state, outcome)
-        state, outcome, held_out = asked.state, asked.record, asked.held_out
-    session.watch.notice(f"round {record.round_num}: {sentence(outcome)}")
-    return state, replace(record, distil=outcome, adapter=state.adapter.digest), held_out
 
 
 def _is_evaluated(config: RunConfig, round_num: int) -> bool:

@@ -20,10 +20,11 @@ from fedllm.rule import aggregation_rule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
+from strategies.distillation.ending import distil
 from strategies.evaluation import evaluate_requests, read_evaluations
 from strategies.privacy import check_budget
 from strategies.receiving import read_reply
-from strategies.rounds import distil, finish, fold, open_sums, plan_round, train_requests
+from strategies.rounds import finish, fold, open_sums, plan_round, train_requests
 from strategies.run import open_session, run_federation
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import reply_of

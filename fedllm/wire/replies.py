@@ -16,7 +16,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
-from fedllm.originality.overlap import Overlap, Probe
 from fedllm.types import (
     EVALUATION_METRICS,
     UPDATE_METRICS,
@@ -30,7 +29,6 @@ from fedllm.wire.packets import list_field, packet_of, to_array
 
 _OK = "ok"
 _JOIN_NUMBERS = ("num_train", "num_held_out", "max_rank")
-_OVERLAP_NUMBERS = ("matched", "verbatim")
 _RESULT_RECORDS: dict[str, type] = {"clients": ConfigRecord, "metrics": MetricRecord}
 
 
@@ -142,34 +140,6 @@ def write_joined(clients: Sequence[JoinedClient]) -> RecordDict:
                 {name: [getattr(client, name) for client in clients] for name in _JOIN_NUMBERS}
             ),
         }
-    )
-
-
-def write_overlaps(overlaps: Sequence[Overlap]) -> RecordDict:
-    """Return the reply to an overlap query: two whole numbers a text, of the whole node."""
-    columns = ([one.num_matched for one in overlaps], [int(one.verbatim) for one in overlaps])
-    return RecordDict({"metrics": MetricRecord(dict(zip(_OVERLAP_NUMBERS, columns, strict=True)))})
-
-
-def read_overlaps(content: RecordDict, probes: Sequence[Probe]) -> tuple[Overlap, ...]:
-    """Return what a node says of the texts it was asked about.
-
-    Raises:
-        WireError: the reply is malformed, reports an error or counts more than was asked.
-    """
-    _refuse_error(content)
-    _check_records(content, {"metrics": MetricRecord})
-    record = content.metric_records.get("metrics", MetricRecord())
-    if set(record) != set(_OVERLAP_NUMBERS):
-        raise WireError("an overlap reply has other numbers than the shingles and runs that matched")
-    matched, verbatim = (list_field(record, name, int) for name in _OVERLAP_NUMBERS)
-    if not len(matched) == len(verbatim) == len(probes) or not {*verbatim} <= {0, 1}:
-        raise WireError("an overlap reply does not answer for every text once")
-    if any(not 0 <= count <= len(one.shingles) for count, one in zip(matched, probes, strict=True)):
-        raise WireError("an overlap reply counts more shingles than a text has")
-    return tuple(
-        Overlap(len(one.shingles), count, bool(found))
-        for one, count, found in zip(probes, matched, verbatim, strict=True)
     )
 
 
@@ -316,8 +286,8 @@ def read_joined(content: RecordDict, node_id: int) -> list[JoinedClient]:
     """
     if read_error(content) == "no-data":
         return []
-    _refuse_error(content)
-    _check_records(content, _RESULT_RECORDS)
+    refuse_error(content)
+    check_records(content, _RESULT_RECORDS)
     record = content.config_records.get("clients", ConfigRecord())
     sizes = content.metric_records.get("metrics", MetricRecord())
     if set(record) != {"ids", "fingerprints"} or set(sizes) != set(_JOIN_NUMBERS):
@@ -348,7 +318,8 @@ def read_error(content: RecordDict) -> str | None:
     return code if isinstance(code, str) and code in CLIENT_ERROR_CODES else "internal"
 
 
-def _refuse_error(content: RecordDict) -> None:
+def refuse_error(content: RecordDict) -> None:
+    """Return where a reply reports no error; raises WireError with its code."""
     code = read_error(content)
     if code is not None:
         raise WireError(f"client reports {code}")
@@ -359,7 +330,8 @@ def _count(value: float) -> int:
     return int(value) if 0 <= value < 2**53 else 0
 
 
-def _check_records(content: RecordDict, allowed: Mapping[str, type]) -> None:
+def check_records(content: RecordDict, allowed: Mapping[str, type]) -> None:
+    """Return where a reply has no records but those allowed; raises WireError else."""
     if any(type(record) is not allowed.get(name) for name, record in content.items()):
         raise WireError("the reply carries records that are not on the list")
 
@@ -368,8 +340,8 @@ def _read_results(
     content: RecordDict, allowed: Mapping[str, type], metric_names: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     """Return (client -> code, client -> metrics) of a reply, checked against the allow-list."""
-    _refuse_error(content)
-    _check_records(content, allowed)
+    refuse_error(content)
+    check_records(content, allowed)
     record = content.config_records.get("clients", ConfigRecord())
     ids, codes = list_field(record, "ids", str), list_field(record, "codes", str)
     if set(record) != {"ids", "codes"} or len(ids) != len(codes) or len(set(ids)) != len(ids):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -17,7 +16,6 @@ from fedllm.adapters.drift import Drift, no_drift
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.parts import PARTS, part_of, part_size, whole_of
 from fedllm.errors import NonFiniteError, NotHeldError, WireError
-from fedllm.originality.overlap import OverlapRequest, Probe
 from fedllm.types import EvaluateRequest, LocalTraining, TrainRequest
 from fedllm.wire import codec
 from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
@@ -71,18 +69,6 @@ def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
 def write_evaluate_request(request: EvaluateRequest, sending: Sending) -> RecordDict:
     """Return the message content of an evaluate request."""
     return _write(request, sending, {})
-
-
-def write_overlap_request(request: OverlapRequest) -> RecordDict:
-    """Return the message content of an overlap query: hashes of the server's own texts, 8 bytes each."""
-    columns = [hashes for probe in request.probes for hashes in (probe.shingles, probe.runs)]
-    data = np.concatenate(columns).astype("<u8").tobytes()
-    config: dict[str, Any] = {
-        "round": request.round_num,
-        "salt": request.salt,
-        "num-hashes": [len(hashes) for hashes in columns],  # shingles and runs of each text in turn
-    }
-    return RecordDict({"request": ConfigRecord(config), "hashes": ArrayRecord({"hashes": to_array(data)})})
 
 
 def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: dict[str, Any]) -> RecordDict:
@@ -153,28 +139,6 @@ def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Hold
 def read_evaluate_request(content: RecordDict, layout: AdapterLayout, holding: Holding) -> EvaluateRequest:
     """Return the request in `content`; raises as `read_train_request`."""
     return EvaluateRequest(**_read_common(content, layout, holding))
-
-
-def read_overlap_request(content: RecordDict) -> OverlapRequest:
-    """Return the overlap query in `content`.
-
-    Raises:
-        WireError: a field is missing or of the wrong kind, or the hashes do not match their numbers.
-        DataError: it asks about more than a query may.
-    """
-    config = content.config_records.get("request", ConfigRecord())
-    numbers, record = list_field(config, "num-hashes", int), content.array_records.get("hashes")
-    if record is None or list(record) != ["hashes"] or len(numbers) % 2 or min(numbers) < 0:
-        raise WireError("an overlap query carries the hashes of every text, and how many there are")
-    data = packet_of(record["hashes"])
-    if len(data) != 8 * sum(numbers):
-        raise WireError("the hashes of an overlap query are not as many as it says")
-    hashes = np.split(np.frombuffer(data, "<u8").astype(np.uint64), np.cumsum(numbers)[:-1])
-    return OverlapRequest(
-        round_num=scalar_field(config, "round", int),
-        salt=scalar_field(config, "salt", bytes),
-        probes=tuple(map(Probe, hashes[0::2], hashes[1::2])),
-    )
 
 
 def _read_common(content: RecordDict, layout: AdapterLayout, holding: Holding) -> dict[str, Any]:

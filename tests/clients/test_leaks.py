@@ -21,7 +21,7 @@ from fedllm.models.base import describe_layout, load_tokenizer
 from fedllm.models.files import resolve_model
 from fedllm.originality.overlap import OverlapRequest, probe
 from fedllm.types import EVALUATION_METRICS, UPDATE_METRICS, EvaluateRequest, LocalTraining, TrainRequest
-from fedllm.wire import codec, replies, requests
+from fedllm.wire import codec, overlaps, replies, requests
 from fedllm.wire.stock import write_plain
 from scripts.local_grid import local_grid
 
@@ -63,7 +63,7 @@ def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
             ),
             requests.Sending(),
         ),
-        "query.overlap": requests.write_overlap_request(
+        "query.overlap": overlaps.write_overlap_request(
             OverlapRequest(1, bytes(16), (probe(range(40), bytes(16)), probe(range(9), bytes(16))))
         ),
     }

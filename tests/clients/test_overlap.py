@@ -11,7 +11,7 @@ from clients.holder import Holder, open_holder
 from clients.overlap import check_limit
 from fedllm.errors import QueryLimitError
 from fedllm.originality.overlap import OverlapRequest, probe
-from fedllm.wire import replies, requests
+from fedllm.wire import overlaps, replies
 from scripts.local_grid import LocalGrid, local_grid
 
 SALT = bytes(range(16))
@@ -30,7 +30,7 @@ def node(write_rows: Callable, make_config: Callable) -> tuple[LocalGrid, Holder
 
 def ask(grid: LocalGrid, texts: list[tuple[int, ...]], round_num: int = 1) -> Message:
     request = OverlapRequest(round_num, SALT, tuple(probe(text, SALT) for text in texts))
-    content = requests.write_overlap_request(request)
+    content = overlaps.write_overlap_request(request)
     (node_id,) = grid.get_node_ids()
     (reply,) = grid.send_and_receive([grid.create_message(content, "query.overlap", node_id, group_id="1")])
     return reply
@@ -42,7 +42,7 @@ def test_a_copy_of_any_client_is_found_and_fresh_text_is_not(node: tuple[LocalGr
     copies += [client.held_out[0].tokens for client in holder.clients.values() if client.held_out]
     texts = [*copies, FRESH]
     probes = [probe(text, SALT) for text in texts]
-    *found, fresh = replies.read_overlaps(ask(grid, texts).content, probes)
+    *found, fresh = overlaps.read_overlaps(ask(grid, texts).content, probes)
     assert all(one.num_matched == one.num_shingles > 0 and not one.is_original for one in found)
     assert (fresh.num_matched, fresh.is_original) == (0, True)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm import config as config_module
+from fedllm import limits
 from fedllm.types import JoinedClient, RoundRecord
 from strategies.rounds import next_round
 from strategies.selection import DATA_INDEPENDENT, RULES, Selection, choose_clients
@@ -44,7 +44,7 @@ def record(round_num: int, losses: dict[str, float], seconds: float | dict[str, 
 
 
 def test_every_rule_can_be_configured_and_two_look_at_no_data() -> None:
-    assert set(RULES) == set(config_module._CHOICES["federation.selection"])
+    assert set(RULES) == set(limits.CHOICES["federation.selection"])
     assert {"uniform", "poisson"} == DATA_INDEPENDENT
 
 

@@ -9,7 +9,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from fedllm.errors import DataError, WireError
 from fedllm.originality.overlap import Overlap, OverlapRequest, Probe, probe
-from fedllm.wire import packets, replies, requests
+from fedllm.wire import overlaps, packets, replies
 
 SALT = bytes(range(16))
 TEXTS = [tuple(range(60)), tuple(range(100, 110)), (1, 2, 3)]
@@ -18,11 +18,11 @@ ANSWERS = (Overlap(48, 7, True), Overlap(3, 0, False), Overlap(0, 0, False))
 
 
 def query() -> RecordDict:
-    return requests.write_overlap_request(OverlapRequest(3, SALT, PROBES))
+    return overlaps.write_overlap_request(OverlapRequest(3, SALT, PROBES))
 
 
 def test_a_query_comes_back_as_it_was() -> None:
-    got = requests.read_overlap_request(recorddict_from_proto(recorddict_to_proto(query())))
+    got = overlaps.read_overlap_request(recorddict_from_proto(recorddict_to_proto(query())))
     assert (got.round_num, got.salt, len(got.probes)) == (3, SALT, 3)
     for mine, theirs in zip(PROBES, got.probes, strict=True):
         assert np.array_equal(mine.shingles, theirs.shingles)
@@ -76,23 +76,23 @@ def test_a_malformed_query_is_refused(damage: Callable[[RecordDict], None]) -> N
     content = query()
     damage(content)
     with pytest.raises(WireError):
-        requests.read_overlap_request(content)
+        overlaps.read_overlap_request(content)
 
 
 def test_a_query_beyond_its_bounds_is_refused_when_read() -> None:
     content = query()
     content["request"]["salt"] = b"short"
     with pytest.raises(DataError, match="16 bytes"):
-        requests.read_overlap_request(content)
+        overlaps.read_overlap_request(content)
 
 
 def reply() -> RecordDict:
-    return replies.write_overlaps(ANSWERS)
+    return overlaps.write_overlaps(ANSWERS)
 
 
 def test_a_reply_comes_back_as_it_was_and_has_two_numbers_a_text() -> None:
     content = recorddict_from_proto(recorddict_to_proto(reply()))
-    assert replies.read_overlaps(content, PROBES) == ANSWERS
+    assert overlaps.read_overlaps(content, PROBES) == ANSWERS
     assert list(content) == ["metrics"]
     assert dict(content["metrics"]) == {"matched": [7, 0, 0], "verbatim": [1, 0, 0]}
 
@@ -111,19 +111,19 @@ def test_a_reply_comes_back_as_it_was_and_has_two_numbers_a_text() -> None:
 )
 def test_a_malformed_reply_is_refused(metrics: dict) -> None:
     with pytest.raises(WireError):
-        replies.read_overlaps(RecordDict({"metrics": MetricRecord(metrics)}), PROBES)
+        overlaps.read_overlaps(RecordDict({"metrics": MetricRecord(metrics)}), PROBES)
 
 
 def test_a_reply_with_text_or_an_error_is_refused() -> None:
     content = reply()
     content["note"] = ConfigRecord({"text": "private"})
     with pytest.raises(WireError, match="not on the list"):
-        replies.read_overlaps(content, PROBES)
+        overlaps.read_overlaps(content, PROBES)
     with pytest.raises(WireError, match="client reports query-limit"):
-        replies.read_overlaps(replies.write_error("query-limit"), PROBES)
+        overlaps.read_overlaps(replies.write_error("query-limit"), PROBES)
 
 
 def test_a_probe_may_have_nothing_to_ask() -> None:
     nothing = np.empty(0, np.uint64)
-    content = requests.write_overlap_request(OverlapRequest(1, SALT, (Probe(nothing, nothing),)))
-    assert len(requests.read_overlap_request(content).probes[0].shingles) == 0
+    content = overlaps.write_overlap_request(OverlapRequest(1, SALT, (Probe(nothing, nothing),)))
+    assert len(overlaps.read_overlap_request(content).probes[0].shingles) == 0
