@@ -3,8 +3,8 @@
 Five variants train the same rows from the same adapter with the same AdamW, base model resident and frozen:
 
 - **not private**: `Engine.train`, the gradient of the batch's mean loss.
-- **fedllm**: `Engine.train` as a private client calls it: every row's own gradient clipped
-  (`Job.example_clip`), Gaussian noise from a cryptographic stream on their mean (`Job.noise`, arXiv 1607.00133).
+- **fedllm**: `Engine.train` as a private client calls it (arXiv 1607.00133): every row's own gradient clipped
+  (`Job.example_clip`), and Gaussian noise from a cryptographic stream on their mean (`Job.noise`).
 - **without noise**: the same but for the noise.
 - **Opacus hooks**: `GradSampleModule` around PEFT's LoRA model.
 - **Opacus ghost**: `GradSampleModuleFastGradientClipping`, norms without gradients, a second backward pass.
