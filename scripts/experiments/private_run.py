@@ -5,11 +5,13 @@ run, since a private run may withhold them. The noise comes from a secret of the
 the seed, so a cell that is done again has another draw of it.
 """
 
+import math
 from collections.abc import Mapping
 from tempfile import TemporaryDirectory
 
 from clients.holder import Holder, open_holder
 from fedllm.config import RunConfig, Scalar
+from fedllm.errors import NonFiniteError
 from fedllm.training.engine import Engine
 from scripts.auditing.membership import CURVE, null_deviation, scored_rows, separations
 from scripts.auditing.opening import sampled, trained_rows
@@ -24,6 +26,9 @@ def private(cell: Cell, setting: Setting) -> Figures:
     """Return the losses of a run, what it spent and, with the option `audit_rows`, its membership figures.
 
     `audit_rows` is how many trained rows, and how many held-out ones, are looked at.
+
+    Raises:
+        FedLLMError: the run cannot be done, or its adapter diverged.
     """
     with TemporaryDirectory() as folder:  # a client's ledger belongs to a run: no two cells share one
         config = setting.config(cell, {"run.output": folder})
@@ -34,6 +39,8 @@ def private(cell: Cell, setting: Setting) -> Figures:
             evaluate(holder, dict.fromkeys(holder.clients, start)),
             evaluate(holder, dict.fromkeys(holder.clients, adapter)),
         )
+        if not math.isfinite(figures["mean_after"]):
+            raise NonFiniteError("the adapter diverged: its held-out loss is not a number")
         figures["privacy"] = spent(state, config)
         num_rows = int(cell.options.get("audit_rows", 0))
         if num_rows:
@@ -59,12 +66,15 @@ def membership(state: LocalState, holder: Holder, config: RunConfig, num_rows: i
     """Return how well rows that were trained on are told from held-out ones, with the base model's control.
 
     `area` and `caught` (at 1 % false alarms) are of the ratio of losses to the base model; `base` is the area
-    of the base model's own losses. All signals are those of `scripts/auditing/membership.py`.
+    of the base model's own losses. All signals are those of `scripts/auditing/membership.py`. There are no
+    figures where coins drew no client at all.
     """
     members = [
         row for client in holder.clients.values() for row in trained_rows(client, config, state.records)
     ]
     others = [row for client in holder.clients.values() for row in client.held_out]
+    if not members or not others:
+        return {}
     engine: Engine = holder.engine
     vector = state.adapter.vector
     found = separations(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedllm.config import Scalar
 from scripts.experiments.cells import Cell, Figures
 from scripts.experiments.methods import Do
-from scripts.experiments.private_tables import CLIPPED, NONE, base_of, rows_of
+from scripts.experiments.private_tables import BY_HEART, CLIPPED, NONE, UNBUDGETED, base_of, rows_of
 
 Tuned = tuple[float, float]  # (learning rate, clip); clip 0 where nothing is clipped for privacy
 
@@ -16,8 +16,9 @@ Tuned = tuple[float, float]  # (learning rate, clip); clip 0 where nothing is cl
 class Part:
     """One unit of privacy: `flat` holds the keys of all its runs, `private` those that privacy adds.
 
-    `clipped` are the keys of a run that is clipped and not noised, empty where there is none. Rates and clips
-    are tuned on `tuning_seed` at `tuning_epsilon`; a single one of each is taken as it is.
+    `clipped` are the keys of a run that is clipped and not noised, `by_heart` those of one without privacy,
+    of the first preset, that learns a few rows by heart: an attack must find it. None where there is none.
+    Rates and clips are tuned on `tuning_seed` at `tuning_epsilon`; a single one of each is taken as it is.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Part:
     private_rates: tuple[float, ...]
     clips: tuple[float, ...]
     clipped: Mapping[str, Scalar] | None = None
+    by_heart: Mapping[str, Scalar] | None = None
     tuning_epsilon: float = 3.0
     tuning_seed: int = 0
     audit_rows: int = 0
@@ -38,12 +40,10 @@ class Part:
 def study(part: Part, do: Do) -> Figures:
     """Do every cell of a part and return its figures: what was tuned, and a row per preset and epsilon."""
     tuned, tuning = tune(part, do)
-    conditions = [*part.epsilons, *([CLIPPED] if part.clipped is not None else []), NONE]
     wanted = [
-        _cell(part, preset, epsilon, tuned[preset, epsilon != NONE], seed, audited=True)
-        for preset in part.presets
-        for epsilon in conditions
-        if (preset, epsilon != NONE) in tuned
+        _cell(part, preset, epsilon, tuned[preset, epsilon not in UNBUDGETED], seed, audited=True)
+        for preset, epsilon in _conditions(part)
+        if (preset, epsilon not in UNBUDGETED) in tuned
         for seed in part.seeds
     ]
     outcomes = do(wanted)
@@ -55,6 +55,13 @@ def study(part: Part, do: Do) -> Figures:
         "rows": rows_of(outcomes),
         "reasons": sorted({outcome.reason for outcome in outcomes if outcome.reason}),
     }
+
+
+def _conditions(part: Part) -> list[tuple[str, float]]:
+    """Return the (preset, epsilon) that are reported, controls last."""
+    epsilons = [*part.epsilons, *([CLIPPED] if part.clipped is not None else []), NONE]
+    found = [(preset, epsilon) for preset in part.presets for epsilon in epsilons]
+    return [*found, *([(part.presets[0], BY_HEART)] if part.by_heart is not None else [])]
 
 
 def tune(part: Part, do: Do) -> tuple[dict[tuple[str, bool], Tuned], list[Figures]]:
@@ -118,10 +125,12 @@ def _cell(part: Part, preset: str, epsilon: float, tuned: Tuned, seed: int, *, a
         "train.learning-rate": rate,
         "seed": seed,
     }
-    if epsilon != NONE:
+    if epsilon not in UNBUDGETED:
         keys |= {**part.private, "privacy.epsilon": epsilon, "privacy.clip": clip}
     if epsilon == CLIPPED:
         keys |= part.clipped or {}
+    if epsilon == BY_HEART:
+        keys |= part.by_heart or {}
     labels: dict[str, Scalar] = {
         "part": part.name,
         "preset": preset,

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -13,7 +13,10 @@ from scripts.experiments.cells import Figures, Outcome
 from scripts.experiments.methods import mean_and_sd
 from scripts.experiments.plots import levels
 
-NONE, CLIPPED = 0.0, 1e6  # epsilon of no privacy, and of noise too small to matter: clipping alone
+# Epsilon of no privacy, of noise too small to matter (clipping alone), and in place of one the control of
+# the attack: a run without privacy that learns a few rows by heart.
+NONE, CLIPPED, BY_HEART = 0.0, 1e6, -1.0
+UNBUDGETED = (NONE, BY_HEART)
 
 
 def rows_of(outcomes: Sequence[Outcome]) -> list[Figures]:
@@ -54,14 +57,14 @@ def _row(
     kept = [
         _gain(outcome) / open_gains[preset, outcome.cell.labels["seed"]]
         for outcome in group
-        if open_gains.get((preset, outcome.cell.labels["seed"]), 0.0) > 0
+        if epsilon != BY_HEART and open_gains.get((preset, outcome.cell.labels["seed"]), 0.0) > 0
     ]
     if kept:
         row["kept"] = mean_and_sd(kept)
-    if epsilon != NONE:
+    if epsilon not in UNBUDGETED:
         row["epsilon"] = max(one["privacy"]["epsilon"] for one in figures)
         row["noise_multiplier"] = max(one["privacy"]["noise_multiplier"] for one in figures)
-    attacks = [one["membership"] for one in figures if "membership" in one]
+    attacks = [one["membership"] for one in figures if one.get("membership")]
     if attacks:
         row |= {name: mean_and_sd([one[name] for one in attacks]) for name in ("area", "caught", "base")}
         row["null_deviation"] = max(one["null_deviation"] for one in attacks)
@@ -71,7 +74,11 @@ def _row(
 
 def base_of(outcomes: Sequence[Outcome]) -> Figures:
     """Return the loss of the base model, one value a seed."""
-    by_seed = {o.cell.labels["seed"]: o.figures for o in outcomes if o.is_done}
+    by_seed = {
+        o.cell.labels["seed"]: o.figures
+        for o in outcomes
+        if o.is_done and o.cell.labels["epsilon"] != BY_HEART  # whose rows are others
+    }
     if not by_seed:
         return {}
     figures = list(by_seed.values())
@@ -97,37 +104,42 @@ def goals_of(parts: Mapping[str, Figures]) -> dict[str, Goal]:
             (row["area"]["mean"] - audited[preset, NONE]["area"]["mean"])
             / (2 * math.sqrt(2) * row["null_deviation"] / math.sqrt(row["seeds"]))
             for (preset, budget), row in audited.items()
-            if budget not in (NONE, CLIPPED) and (preset, NONE) in audited
+            if budget not in (*UNBUDGETED, CLIPPED) and (preset, NONE) in audited
         ]
         if rises:
             goals[f"rise_of_auc_by_privacy_over_its_error, {name}"] = Goal(max(rises), 1.0, at_most=True)
     return goals
 
 
-_COLUMNS = ("mean loss", "worst client", "gain kept", "spent", "noise", "AUC", "at 1 % FPR")
+_COLUMNS = ("mean loss", "worst client", "kept", "spent", "noise", "AUC", "TPR")
 
 
-def privacy_table(parts: Mapping[str, Figures]) -> Table:
-    """Return the table: one row per part, preset and epsilon; below it what the attack gives on the base."""
-    rows: dict[str, list[str]] = {}
+def privacy_tables(parts: Mapping[str, Figures]) -> Iterator[Table]:
+    """Yield one table per part: a row for the base model and one for every preset and epsilon.
+
+    `kept` is the share of the gain without privacy, `spent` the epsilon of the ledger, TPR at 1 % FPR.
+    """
     for name, figures in parts.items():
-        if figures["base"]:
-            losses = [_spread(figures["base"][key]) for key in ("mean_after", "worst_after")]
-            base = [row["base"]["mean"] for row in figures["rows"] if "base" in row]
-            area = f"{statistics.fmean(base):.3f}" if base else "-"
-            rows[f"{name}: base model"] = [*losses, "-", "-", "-", area, "-"]
+        rows = {"base model": _base_cells(figures)} if figures["base"] else {}
         for row in figures["rows"]:
-            rows[f"{name}: {row['preset']}, {condition(row['budget'])}"] = _cells(row)
-    return figures_table("privacy and utility: mean and sd over seeds", _COLUMNS, rows)
+            rows[f"{row['preset']}, {condition(row['budget'])}"] = _cells(row)
+        yield figures_table(f"{name}: held-out loss and membership, mean and sd over seeds", _COLUMNS, rows)
+
+
+def _base_cells(figures: Figures) -> list[str]:
+    losses = [_spread(figures["base"][key]) for key in ("mean_after", "worst_after")]
+    areas = [row["base"]["mean"] for row in figures["rows"] if "base" in row and row["budget"] != BY_HEART]
+    return [*losses, "-", "-", "-", f"{statistics.fmean(areas):.3f}" if areas else "-", "-"]
 
 
 def _cells(row: Figures) -> list[str]:
+    is_control = row["budget"] == BY_HEART  # its losses are on other rows
     return [
-        _spread(row["mean_after"]),
-        _spread(row["worst_after"]),
+        "-" if is_control else _spread(row["mean_after"]),
+        "-" if is_control else _spread(row["worst_after"]),
         f"{row['kept']['mean']:.0%}" if "kept" in row else "-",
-        f"{row['epsilon']:.4g}" if "epsilon" in row else "-",
-        f"{row['noise_multiplier']:.3g}" if "noise_multiplier" in row else "-",
+        f"{row['epsilon']:.3f}" if row.get("epsilon", CLIPPED) < CLIPPED / 2 else "-",
+        f"{row['noise_multiplier']:.3f}" if "noise_multiplier" in row else "-",
         f"{row['area']['mean']:.3f}" if "area" in row else "-",
         f"{row['caught']['mean']:.1%}" if "caught" in row else "-",
     ]
@@ -135,13 +147,13 @@ def _cells(row: Figures) -> list[str]:
 
 def condition(budget: float) -> str:
     """Return an epsilon in words."""
-    named = {NONE: "not private", CLIPPED: "clipped alone"}
+    named = {NONE: "not private", CLIPPED: "clipped alone", BY_HEART: "by heart"}
     return named.get(budget, f"epsilon {budget:g}")
 
 
 def draw_utility(figures: Figures, title: str, path: Path) -> None:
     """Draw the held-out loss over epsilon, one line per preset, with the base model's loss."""
-    rows = [row for row in figures["rows"] if row["budget"] != CLIPPED]
+    rows = [row for row in figures["rows"] if row["budget"] not in (CLIPPED, BY_HEART)]
     series: dict[str, dict[str, Figures]] = {}
     for row in sorted(rows, key=lambda one: one["budget"] or math.inf):
         series.setdefault(row["preset"], {})[condition(row["budget"])] = row["mean_after"]
@@ -155,4 +167,4 @@ def draw_utility(figures: Figures, title: str, path: Path) -> None:
 
 
 def _spread(value: Figures) -> str:
-    return f"{value['mean']:.4f} ±{value['sd']:.4f}"
+    return f"{value['mean']:.3f} ±{value['sd']:.3f}"
