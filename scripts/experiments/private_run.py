@@ -1,4 +1,4 @@
-"""The cell of the privacy experiment: one federation, what its ledger says and what an attack finds of it.
+"""The cells of the privacy experiment: one federation, what its ledger says and what an attack finds of it.
 
 Everything is done in one process as the product does it. Losses are measured beside the rows and not by the
 run, since a private run may withhold them. The noise comes from a secret of the operating system, never from
@@ -7,16 +7,18 @@ the seed, so a cell that is done again has another draw of it.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from clients.holder import Holder, open_holder
 from fedllm.config import RunConfig, Scalar
 from fedllm.errors import NonFiniteError
 from fedllm.training.engine import Engine
+from scripts.auditing.control import overfit
 from scripts.auditing.membership import CURVE, null_deviation, scored_rows, separations
-from scripts.auditing.opening import sampled, trained_rows
+from scripts.auditing.opening import Case, sampled, trained_rows
 from scripts.experiments.cells import Cell, Figures, Setting
-from scripts.experiments.controls import evaluate
+from scripts.experiments.controls import evaluate, holder_of
 from scripts.experiments.runs import losses, run
 from scripts.local import LocalState
 from scripts.local_grid import node_config_of
@@ -81,11 +83,41 @@ def membership(state: LocalState, holder: Holder, config: RunConfig, num_rows: i
         scored_rows(engine, vector, sampled(members, num_rows, config.seed, "members")),
         scored_rows(engine, vector, sampled(others, num_rows, config.seed, "others")),
     )
-    judged, base = found[CURVE]["run"], found["loss"]["base"]
+    return _told(found)
+
+
+def by_heart(cell: Cell, setting: Setting) -> Figures:
+    """Return what the same attack finds where there is something to find: the positive control of an audit.
+
+    One client's rows are learnt by heart without a federation and without privacy, as often as the option
+    `epochs` says (`scripts/auditing/control.py`).
+    """
+    config = setting.config(cell)
+    holder = holder_of(config)
+    case = Case(
+        folder=Path(),
+        config=config,
+        holder=holder,
+        adapter=holder.initial,
+        engine=holder.engine,
+        members=(),
+        others=(),
+        canaries=(),
+        statement={},
+    )
+    control = overfit(case, int(cell.options["epochs"]))
+    members, others = (
+        scored_rows(control.engine, control.vector, rows) for rows in (control.members, control.others)
+    )
+    return {"membership": _told(separations(members, others))}
+
+
+def _told(found: Figures) -> Figures:
+    judged = found[CURVE]["run"]
     return {
         "area": judged["area"],
         "caught": judged["caught"],
-        "base": base["area"],
+        "base": found["loss"]["base"]["area"],
         "null_deviation": null_deviation(judged["num_members"], judged["num_others"]),
         "signals": found,
     }

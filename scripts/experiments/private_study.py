@@ -16,9 +16,9 @@ Tuned = tuple[float, float]  # (learning rate, clip); clip 0 where nothing is cl
 class Part:
     """One unit of privacy: `flat` holds the keys of all its runs, `private` those that privacy adds.
 
-    `clipped` are the keys of a run that is clipped and not noised, `by_heart` those of one without privacy,
-    of the first preset, that learns a few rows by heart: an attack must find it. None where there is none.
-    Rates and clips are tuned on `tuning_seed` at `tuning_epsilon`; a single one of each is taken as it is.
+    `clipped` are the keys of a run that is clipped and not noised, None where there is none. Rates and clips
+    are tuned on `tuning_seed` at `tuning_epsilon`; a single one of each is taken as it is. `audit_rows`
+    bounds the rows that an attack looks at. With `epochs` above 0 the attack has its positive control.
     """
 
     name: str
@@ -31,10 +31,10 @@ class Part:
     private_rates: tuple[float, ...]
     clips: tuple[float, ...]
     clipped: Mapping[str, Scalar] | None = None
-    by_heart: Mapping[str, Scalar] | None = None
     tuning_epsilon: float = 3.0
     tuning_seed: int = 0
     audit_rows: int = 0
+    epochs: int = 0
 
 
 def study(part: Part, do: Do) -> Figures:
@@ -61,7 +61,7 @@ def _conditions(part: Part) -> list[tuple[str, float]]:
     """Return the (preset, epsilon) that are reported, controls last."""
     epsilons = [*part.epsilons, *([CLIPPED] if part.clipped is not None else []), NONE]
     found = [(preset, epsilon) for preset in part.presets for epsilon in epsilons]
-    return [*found, *([(part.presets[0], BY_HEART)] if part.by_heart is not None else [])]
+    return [*found, *([(part.presets[0], BY_HEART)] if part.epochs else [])]
 
 
 def tune(part: Part, do: Do) -> tuple[dict[tuple[str, bool], Tuned], list[Figures]]:
@@ -129,8 +129,6 @@ def _cell(part: Part, preset: str, epsilon: float, tuned: Tuned, seed: int, *, a
         keys |= {**part.private, "privacy.epsilon": epsilon, "privacy.clip": clip}
     if epsilon == CLIPPED:
         keys |= part.clipped or {}
-    if epsilon == BY_HEART:
-        keys |= part.by_heart or {}
     labels: dict[str, Scalar] = {
         "part": part.name,
         "preset": preset,
@@ -139,5 +137,7 @@ def _cell(part: Part, preset: str, epsilon: float, tuned: Tuned, seed: int, *, a
         "clip": clip,
         "seed": seed,
     }
+    if epsilon == BY_HEART:
+        return Cell("privacy", "by heart", labels, keys, {"epochs": part.epochs})
     options: dict[str, Scalar] = {"audit_rows": part.audit_rows} if audited and part.audit_rows else {}
     return Cell("privacy", "private", labels, keys, options)

@@ -14,7 +14,7 @@ from scripts.experiments.methods import mean_and_sd
 from scripts.experiments.plots import levels
 
 # Epsilon of no privacy, of noise too small to matter (clipping alone), and in place of one the control of
-# the attack: a run without privacy that learns a few rows by heart.
+# the attack: one client's rows learnt by heart.
 NONE, CLIPPED, BY_HEART = 0.0, 1e6, -1.0
 UNBUDGETED = (NONE, BY_HEART)
 
@@ -52,7 +52,11 @@ def _row(
         "seeds": len(group),
         "rate": labels["rate"],
         "clip": labels["clip"],
-        **{name: mean_and_sd([one[name] for one in figures]) for name in ("mean_after", "worst_after")},
+        **{
+            name: mean_and_sd([one[name] for one in figures])
+            for name in ("mean_after", "worst_after")
+            if epsilon != BY_HEART
+        },
     }
     kept = [
         _gain(outcome) / open_gains[preset, outcome.cell.labels["seed"]]
@@ -77,7 +81,7 @@ def base_of(outcomes: Sequence[Outcome]) -> Figures:
     by_seed = {
         o.cell.labels["seed"]: o.figures
         for o in outcomes
-        if o.is_done and o.cell.labels["epsilon"] != BY_HEART  # whose rows are others
+        if o.is_done and o.cell.labels["epsilon"] != BY_HEART
     }
     if not by_seed:
         return {}
@@ -133,10 +137,8 @@ def _base_cells(figures: Figures) -> list[str]:
 
 
 def _cells(row: Figures) -> list[str]:
-    is_control = row["budget"] == BY_HEART  # its losses are on other rows
     return [
-        "-" if is_control else _spread(row["mean_after"]),
-        "-" if is_control else _spread(row["worst_after"]),
+        *(_spread(row[name]) if name in row else "-" for name in ("mean_after", "worst_after")),
         f"{row['kept']['mean']:.0%}" if "kept" in row else "-",
         f"{row['epsilon']:.3f}" if row.get("epsilon", CLIPPED) < CLIPPED / 2 else "-",
         f"{row['noise_multiplier']:.3f}" if "noise_multiplier" in row else "-",
@@ -147,7 +149,7 @@ def _cells(row: Figures) -> list[str]:
 
 def condition(budget: float) -> str:
     """Return an epsilon in words."""
-    named = {NONE: "not private", CLIPPED: "clipped alone", BY_HEART: "by heart"}
+    named = {NONE: "not private", CLIPPED: "clipped alone", BY_HEART: "learnt by heart"}
     return named.get(budget, f"epsilon {budget:g}")
 
 

@@ -26,7 +26,7 @@ from scripts.experiments.privacy import (
     do_parts,
     draw,
 )
-from scripts.experiments.private_run import private
+from scripts.experiments.private_run import by_heart, private
 from scripts.experiments.private_study import Part, study
 from scripts.experiments.private_tables import (
     BY_HEART,
@@ -71,8 +71,8 @@ TINY = Scale(
             rates=(0.01,),
             private_rates=(0.01,),
             clips=(1.0,),
-            by_heart={"data.max-rows": 6, "data.held-out-fraction": 0.5},
             audit_rows=4,
+            epochs=2,
         ),
         Part(
             CLIENTS,
@@ -114,6 +114,8 @@ def figures_of(cell: Cell) -> Figures:
         "worst_after": max(after.values()),
         "privacy": {"budget": epsilon, "epsilon": 0.9 * epsilon, "noise_multiplier": 2 * price},
     }
+    if cell.kind == "by heart":
+        return {"membership": {"area": 1.0, "caught": 1.0, "base": 0.5, "null_deviation": 0.1}}
     if cell.options:
         area = 0.6 if epsilon else 0.7
         found["membership"] = {"area": area, "caught": 0.02, "base": 0.5, "null_deviation": 0.05}
@@ -185,15 +187,15 @@ def test_clipping_alone_is_no_budget_and_takes_what_was_tuned_for_noise() -> Non
 
 def test_the_control_of_the_attack_has_its_area_and_no_part_in_losses_and_goals() -> None:
     do = Do()
-    found = study(replace(PART, by_heart={"data.max-rows": 8}), do)
+    found = study(replace(PART, epochs=3), do)
     plain = study(PART, Do())
     control = found["rows"].pop()
     assert (control["preset"], control["budget"]) == ("ffa", BY_HEART)
     assert "area" in control
-    assert not {"kept", "epsilon"} & control.keys()
+    assert not {"kept", "epsilon", "mean_after"} & control.keys()
     assert found == plain
-    by_heart = [cell for cell in do.cells if "data.max-rows" in cell.flat]
-    assert [cell.labels["seed"] for cell in by_heart] == [1, 2]
+    by_heart = [cell for cell in do.cells if cell.kind == "by heart"]
+    assert [(cell.labels["seed"], cell.options["epochs"]) for cell in by_heart] == [(1, 3), (2, 3)]
     assert not any("privacy.epsilon" in cell.flat for cell in by_heart)
 
 
@@ -288,6 +290,15 @@ def test_without_privacy_nothing_is_spent_and_the_seed_decides_everything(tiny_s
     assert first == again
     assert first["privacy"] == {}
     assert first["membership"]["null_deviation"] == pytest.approx(math.sqrt((6 + 6 + 1) / (12 * 6 * 6)))
+
+
+def test_what_is_learnt_by_heart_is_found(tiny_setting: Setting) -> None:
+    keys: dict[str, Scalar] = {"lora.target-modules": "all-linear"}
+    cells = [replace(tiny(0.0, **keys), kind="by heart", options={"epochs": epochs}) for epochs in (1, 60)]
+    once, often = (by_heart(cell, tiny_setting)["membership"] for cell in cells)
+    assert often["area"] > once["area"]
+    assert often["area"] > 0.9
+    assert once["base"] == often["base"]
 
 
 def test_clipping_alone_is_nearly_free_of_noise(tiny_setting: Setting) -> None:
