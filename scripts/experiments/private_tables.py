@@ -149,7 +149,7 @@ def _cells(row: Figures) -> list[str]:
 
 def condition(budget: float) -> str:
     """Return an epsilon in words."""
-    named = {NONE: "not private", CLIPPED: "clipped alone", BY_HEART: "learnt by heart"}
+    named = {NONE: "no privacy", CLIPPED: "clipped alone", BY_HEART: "by heart"}
     return named.get(budget, f"epsilon {budget:g}")
 
 

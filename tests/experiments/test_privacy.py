@@ -333,7 +333,7 @@ def test_both_parts_have_their_rows_their_goals_and_their_tables(
         "epsilon_spent_over_budget",
         *(f"rise_of_auc_by_privacy_over_its_error, {name}" for name in (SILOS, CLIENTS)),
     }
-    for words in ("base model", "ffa, epsilon 8", "ffa, clipped alone", "ffa, not private"):
+    for words in ("base model", "ffa, epsilon 8", "ffa, clipped alone", "ffa, no privacy"):
         assert words in printed
     json.dumps(report("privacy", {"parts": parts}, goals), allow_nan=False)
 
