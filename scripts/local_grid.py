@@ -89,20 +89,24 @@ def local_grid(config: RunConfig, client_app: ClientApp, num_nodes: int = 1) -> 
     clients keep for themselves lies in the run folder.
     """
     flat: dict[str, Scalar] = config.to_flat()
-    private = str(run_folder(config) / "private")  # so that a resumed run finds it
     contexts = {
         node_id: Context(
             run_id=1,
             node_id=node_id,
-            node_config={
-                "partition-id": index,
-                "num-partitions": num_nodes,
-                "server-paths": True,
-                "state-path": private,
-            },
+            node_config=node_config_of(config, index, num_nodes),
             state=RecordDict(),
             run_config=flat,
         )
         for index, node_id in enumerate(range(SERVER_NODE + 1, SERVER_NODE + 1 + num_nodes))
     }
     return LocalGrid(client_app, contexts)
+
+
+def node_config_of(config: RunConfig, index: int = 0, num_nodes: int = 1) -> dict[str, Scalar]:
+    """Return how node `index` of a local grid is started."""
+    return {
+        "partition-id": index,
+        "num-partitions": num_nodes,
+        "server-paths": True,
+        "state-path": str(run_folder(config) / "private"),  # so that a resumed run finds it
+    }

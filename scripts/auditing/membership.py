@@ -34,14 +34,15 @@ class Scored:
 def scored(case: Case, control: Control) -> Scored:
     """Return the token scores that every membership signal is made of."""
     return Scored(
-        members=_pair(case.engine, case.adapter.vector, case.members),
-        others=_pair(case.engine, case.adapter.vector, case.others),
-        learnt=_pair(control.engine, control.vector, control.members),
-        unseen=_pair(control.engine, control.vector, control.others),
+        members=scored_rows(case.engine, case.adapter.vector, case.members),
+        others=scored_rows(case.engine, case.adapter.vector, case.others),
+        learnt=scored_rows(control.engine, control.vector, control.members),
+        unseen=scored_rows(control.engine, control.vector, control.others),
     )
 
 
-def _pair(engine: Engine, vector: torch.Tensor, rows: Sequence[Encoded]) -> Pair:
+def scored_rows(engine: Engine, vector: torch.Tensor, rows: Sequence[Encoded]) -> Pair:
+    """Return the token scores of rows under the adapter `vector` [P] and under the base model alone."""
     adapter, base = score(engine, [vector, no_adapter(engine)], rows)
     return adapter, base
 
@@ -53,21 +54,34 @@ def _signals(name: str, pair: Pair) -> list[float]:
 def membership_report(scores: Scored) -> dict[str, Any]:
     """Return for every signal how well it separates, with its controls.
 
-    `run` is members against held-out rows under the adapter; `held_out` one half of the held-out rows against
-    the other, `base` the base model in place of the adapter: both should be near 0.5. `positive_control` must
-    not be. A control that cannot be measured is null.
+    To what `separations` gives it adds `positive_control`, which must not be near 0.5.
     """
-    report: dict[str, Any] = {}
-    for name in SHOWN:
-        members, others = _signals(name, scores.members), _signals(name, scores.others)
-        half = len(others) // 2
-        report[name] = {
-            "run": asdict(separation(members, others)),
-            "held_out": asdict(separation(others[:half], others[half:])) if half else None,
-            "base": _of_base(name, scores),
+    return {
+        name: {
+            **found,
             "positive_control": asdict(
                 separation(_signals(name, scores.learnt), _signals(name, scores.unseen))
             ),
+        }
+        for name, found in separations(scores.members, scores.others).items()
+    }
+
+
+def separations(members: Pair, others: Pair) -> dict[str, dict[str, Any]]:
+    """Return for every signal how well it tells members from held-out rows, with two controls.
+
+    `run` is members against held-out rows under the adapter; `held_out` one half of the held-out rows against
+    the other, `base` the base model in place of the adapter: both should be near 0.5. A control that cannot
+    be measured is null.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for name in SHOWN:
+        found, unseen = _signals(name, members), _signals(name, others)
+        half = len(unseen) // 2
+        report[name] = {
+            "run": asdict(separation(found, unseen)),
+            "held_out": asdict(separation(unseen[:half], unseen[half:])) if half else None,
+            "base": _of_base(name, members, others),
         }
     return report
 
@@ -77,12 +91,12 @@ def null_deviation(num_members: int, num_others: int) -> float:
     return math.sqrt((num_members + num_others + 1) / (12 * num_members * num_others))
 
 
-def _of_base(name: str, scores: Scored) -> dict[str, Any] | None:
+def _of_base(name: str, members: Pair, others: Pair) -> dict[str, Any] | None:
     """Return how the base model alone separates; its ratio to itself says nothing."""
     if name == "loss-ratio":
         return None
-    (_, members), (_, others) = scores.members, scores.others
-    return asdict(separation(_signals(name, (members, members)), _signals(name, (others, others))))
+    (_, found), (_, unseen) = members, others
+    return asdict(separation(_signals(name, (found, found)), _signals(name, (unseen, unseen))))
 
 
 def curves(scores: Scored) -> dict[str, list[tuple[float, float]]]:

@@ -79,7 +79,9 @@ def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
     members = [
         row
         for client in holder.clients.values()
-        for row in _trained(client, config, records, [c for c in canaries if c.client_id == client.client_id])
+        for row in trained_rows(
+            client, config, records, [c for c in canaries if c.client_id == client.client_id]
+        )
     ]
     others = [row for client in holder.clients.values() for row in client.held_out]
     if not members or not others:
@@ -133,8 +135,11 @@ def _canaries(folder: Path, config: RunConfig, holder: Holder) -> tuple[Canary, 
     )
 
 
-def _trained(
-    client: ClientTokens, config: RunConfig, records: Sequence[RoundRecord], canaries: Sequence[Canary]
+def trained_rows(
+    client: ClientTokens,
+    config: RunConfig,
+    records: Sequence[RoundRecord],
+    canaries: Sequence[Canary] = (),
 ) -> list[Encoded]:
     """Return which of a client's own rows were trained on, as far as can be told.
 

@@ -129,6 +129,35 @@ def dots(groups: Mapping[str, Mapping[str, Figures]], path: Path, label: str) ->
     _save(figure, path)
 
 
+def levels(
+    series: Mapping[str, Mapping[str, Figures]],
+    path: Path,
+    *,
+    title: str,
+    label: str,
+    reference: tuple[str, float],
+) -> None:
+    """Draw means with standard deviations over named levels, one line per series, and a level line."""
+    figure, axes = _figure()
+    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    for place, (series_name, values) in enumerate(series.items()):
+        axes.errorbar(
+            [names.index(name) for name in values],
+            [one["mean"] for one in values.values()],
+            yerr=[one["sd"] for one in values.values()],
+            marker=_MARKERS[place % len(_MARKERS)],
+            color=_COLOURS[place % len(_COLOURS)],
+            capsize=3,
+            label=series_name,
+        )
+    axes.axhline(reference[1], color="0.6", linewidth=1, linestyle=":", label=reference[0])
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel(label)
+    axes.set_title(title)
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def _values(points: Sequence[Figures], name: str) -> list[Any]:
     return sorted({point[name] for point in points})
 

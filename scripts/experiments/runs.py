@@ -18,13 +18,13 @@ def federation(cell: Cell, setting: Setting) -> Figures:
     return figures_of(run(setting.config(cell)).records)
 
 
-def run(config: RunConfig) -> LocalState:
-    """Return a federation after all its rounds.
+def run(config: RunConfig, num_nodes: int = 0) -> LocalState:
+    """Return a federation after all its rounds, on so many nodes; 0 = one for every client.
 
     Raises:
         FedLLMError: it cannot start or go on.
     """
-    state = init(config, num_nodes=config.federation.num_clients)
+    state = init(config, num_nodes=num_nodes or config.federation.num_clients)
     for _ in range(config.federation.num_rounds):
         state, _ = step(state)
     return state

@@ -16,7 +16,18 @@ from fedllm.models.chat import IGNORED
 from fedllm.training.engine import Engine
 from fedllm.training.jobs import Job
 from scripts import bench_dp
-from scripts.bench_dp import FEDLLM, HOOKS, NOT_PRIVATE, Bench, goals_of, main, make_job, open_bench
+from scripts.bench_dp import (
+    FEDLLM,
+    HOOKS,
+    NOISELESS,
+    NOT_PRIVATE,
+    Bench,
+    goals_of,
+    main,
+    make_job,
+    noised,
+    open_bench,
+)
 from scripts.benchmarks.compare import delta_difference
 from scripts.benchmarks.models import TINY, random_rows
 from scripts.benchmarks.peers import opacus as bench_opacus
@@ -45,7 +56,10 @@ def test_rows_are_padded_at_the_right_and_learn_nothing_there() -> None:
 
 def test_goals_are_the_worst_of_all_workloads() -> None:
     def workload(over_plain: float, over_hooks: float) -> dict[str, Any]:
-        variants = {FEDLLM: {"seconds_over_not_private": Spread(0.5, over_plain, 9.0)}}
+        variants = {
+            name: {"seconds_over_not_private": Spread(0.5, value, 9.0)}
+            for name, value in ((FEDLLM, over_plain), (NOISELESS, 0.1))  # of which only the first is judged
+        }
         return {"variants": variants, "fedllm_over_hooks": Spread(0.1, over_hooks, 9.0)}
 
     goals = goals_of({"a": workload(1.0, 0.5), "b": workload(1.06, 0.99)})
@@ -123,6 +137,19 @@ def test_the_comparison_of_deltas_notices_that_nothing_was_clipped(bench: Bench)
 
 @needs_opacus
 @quiet
+def test_the_variant_that_is_judged_trains_with_the_noise_of_a_private_client(bench: Bench) -> None:
+    """The deviation is z * clip / batch; without it the same job is the one that Opacus agrees with."""
+    job = make_job(bench, 4, "docstrings")
+    private = noised(job, bench.seed)
+    assert private.noise is not None
+    assert private.noise.deviation == pytest.approx(bench_dp.NOISE_MULTIPLIER * job.example_clip / 4)
+    without = bench_dp.train(bench.engine, job)
+    assert delta_difference(bench_dp.train(bench.engine, private), without, 0.95) > 1e-2
+    assert torch.equal(bench_dp.train(bench.engine, replace(private, noise=None)), without)
+
+
+@needs_opacus
+@quiet
 def test_opacus_leaves_the_engines_base_model_alone(bench: Bench) -> None:
     job = make_job(bench, 2, "docstrings")
     model = bench.engine.base.model
@@ -148,4 +175,4 @@ def test_a_run_on_the_tiny_model_ends_in_one_json_object(
     assert set(workloads) == {"docstrings, batch 4", "docstrings, batch 16"}
     for figures in workloads.values():
         assert 0 <= figures["delta_difference"] <= 1e-3
-        assert list(figures["variants"])[:3] == [NOT_PRIVATE, FEDLLM, HOOKS]
+        assert list(figures["variants"])[:4] == [NOT_PRIVATE, FEDLLM, NOISELESS, HOOKS]
