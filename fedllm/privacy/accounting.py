@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from statistics import NormalDist
 from typing import Any
 
 from fedllm.errors import ConfigError, MissingExtraError
@@ -23,7 +22,6 @@ from fedllm.errors import ConfigError, MissingExtraError
 _RATE_STEP = 1.05  # rates are rounded up to powers of it, so that few differ
 _LARGEST_NOISE = 1e6
 _WHOLE_ORDERS = (*range(2, 64), 128, 256, 512)  # Renyi orders that are quick to compute
-_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,14 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
     """Return the delta of one Gaussian release of sensitivity mu and deviation 1 at `epsilon`."""
-    second = _NORMAL.cdf(-mu / 2 - epsilon / mu)
+    second = _normal_cdf(-mu / 2 - epsilon / mu)
     weighted = math.exp(epsilon + math.log(second)) if second > 0 else 0.0
-    return max(0.0, _NORMAL.cdf(mu / 2 - epsilon / mu) - weighted)
+    return max(0.0, _normal_cdf(mu / 2 - epsilon / mu) - weighted)
+
+
+def _normal_cdf(x: float) -> float:
+    """Return Phi(x), exact far out too: `statistics` takes 1 + erf there, which cancels."""
+    return 0.5 * math.erfc(-x / math.sqrt(2.0))
 
 
 def _bisected(holds: Callable[[float], bool], *, low: float, high: float) -> float:

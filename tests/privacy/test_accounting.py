@@ -5,7 +5,7 @@ import sys
 from statistics import NormalDist
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedllm.errors import ConfigError, MissingExtraError
@@ -84,6 +84,7 @@ def test_an_independent_accountant_agrees_to_half_a_percent(rate: float, noise: 
 
 
 @laws
+@example(mu=6.394730154648072, delta=0.1730232230608851)  # far out in the tail, where erf cancels
 @given(mu=st.floats(0.01, 20), delta=st.floats(1e-9, 0.4))
 def test_epsilon_of_a_gaussian_solves_its_equation_from_above(mu: float, delta: float) -> None:
     epsilon = gaussian_epsilon(mu, delta)
