@@ -165,7 +165,7 @@ class DistillConfig:
     temper: float = 1.0  # beta of the posterior: below 1 a client's own certainty counts less
     pull: float = 0.0  # strength mu of the pull back to the aggregate; 0 = off
     max_teachers: int = 8  # the heaviest clients of the round; memory grows with them
-    originality: bool = True  # screen synthetic texts: no private text verbatim, no copies, none known to one
+    originality: str = "auto"  # auto | on | off: screen synthetic texts (auto = without privacy.epsilon)
     licence: str = ""  # of synthetic text, in your words; stands in synthetic.json
     control: bool = False  # also fine-tune on the same texts, to compare with
     gate: str = "public"  # public | clients

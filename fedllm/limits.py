@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "personal.mode": ("none", "dual", "ditto"),
     "distill.when": ("never", "last", "every"),
     "distill.teacher": ("posterior", "uniform", "logit-mean"),
+    "distill.originality": ("auto", "on", "off"),
     "distill.gate": ("public", "clients"),
     "wire.codec": ("fp32", "bf16", "int8"),
 }

@@ -74,11 +74,10 @@ def _of_distillation(config: "RunConfig", plan: PrivacyPlan) -> Iterator[str]:
             " learn from every client's own adapter, and only their noised sum may leave the round; use"
             " never, or privacy.trust = local"
         )
-    is_screened = config.distill.originality and config.distill.text.strip().startswith("synthetic")
-    if config.distill.when != "never" and is_screened:
+    if config.distill.when != "never" and config.distill.originality == "on":
         yield (
-            "distill.originality asks data holders how much of a text they have, counts that nothing noises;"
-            " set it to false, as what private adapters write is private already, or use public text"
+            "distill.originality = 'on' asks data holders how much of a text they have, counts that nothing"
+            " noises; use auto, as what private adapters write is private already"
         )
     if config.distill.when != "never" and config.distill.gate == "clients" and plan.metrics == "withheld":
         yield (

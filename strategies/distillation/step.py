@@ -66,6 +66,12 @@ def is_due(config: RunConfig, round_num: int) -> bool:
     return when == "every" or (when == "last" and round_num == config.federation.num_rounds)
 
 
+def is_screened(config: RunConfig) -> bool:
+    """Return whether synthetic text passes gates of originality; what private adapters write needs none."""
+    wanted = config.distill.originality
+    return wanted == "on" or (wanted == "auto" and not config.privacy.epsilon)
+
+
 def open_public_text(config: RunConfig) -> tuple[PublicText, ...]:
     """Return the public text that a run's steps use, none where they use none.
 
@@ -134,7 +140,7 @@ def _step(
     config, engine = session.config, server_engine(session)
     with drifted(engine.base, before.drift):  # what the clients' adapters were trained on
         gates = Gates(session, engine, adapters, after.round_num, session.folder)
-        screen = gates if config.distill.originality else anything
+        screen = gates if is_screened(config) else anything
         material = make_material(config, session.public_text, engine, adapters, after.round_num, screen)
     nothing = AdapterState(session.layout, torch.zeros(session.layout.size))
     base = loss_of(engine, nothing, material.held_out, material.held_out_domains).mean

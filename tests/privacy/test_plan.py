@@ -112,9 +112,8 @@ REFUSED = [
     ({**LOCAL, "privacy.adaptive-clip": True}, "only a trusted server can noise"),
     ({**LOCAL, "privacy.weight-cap": 10.0}, "under a central client-level sum only"),
     ({**CLIENT, "distill.when": "last"}, "learn from every client's own adapter"),
-    ({**LOCAL, "distill.when": "last", "distill.gate": "clients",
-      "distill.originality": False}, "keeps with the clients"),
-    ({**LOCAL, "distill.when": "last"}, "counts that nothing noises"),
+    ({**LOCAL, "distill.when": "last", "distill.gate": "clients"}, "keeps with the clients"),
+    ({**LOCAL, "distill.when": "last", "distill.originality": "on"}, "counts that nothing noises"),
     ({**CLIENT, "privacy.weight-cap": 9.0, "aggregation.weighting": "uniform"}, "needs aggregation.w"),
 ]  # fmt: skip
 
@@ -137,8 +136,8 @@ ALLOWED = [
     {**EXAMPLE, "federation.over-selection": 1.5, "federation.selection": "weighted"},
     {**LOCAL, "aggregation.preset": "flexlora"},
     {**EXAMPLE, "wire.node-sum": True},
-    {**EXAMPLE, "distill.when": "last", "distill.gate": "clients", "distill.originality": False},
-    {**LOCAL, "distill.when": "last", "distill.text": "public.jsonl"},
+    {**EXAMPLE, "distill.when": "last", "distill.gate": "clients"},
+    {**LOCAL, "distill.when": "last"},
 ]
 
 

@@ -29,7 +29,13 @@ def test_a_budget_alone_makes_a_private_run_with_a_statement(tiny_run, fedllm, t
 
 @pytest.mark.slow
 def test_a_plan_says_what_a_noise_costs_and_that_few_clients_get_nothing(tiny_run, fedllm):
-    words = [*tiny_run, "privacy.unit=client", "federation.num-rounds=20", "privacy.delta=1e-3"]
+    words = [
+        *tiny_run,
+        "distill.when=never",
+        "privacy.unit=client",
+        "federation.num-rounds=20",
+        "privacy.delta=1e-3",
+    ]
     done = json.loads(fedllm("privacy", *words, "--noise", "4", "--json").stdout)
     assert done["epsilon"] == pytest.approx(3.6051, abs=1e-4)
     assert "buys nothing with 4 clients a round" in done["verdict"]

@@ -53,7 +53,7 @@ CHEAP = {
     "distill.batch-size": 4,
     "distill.learning-rate": 0.005,
     "distill.top-k": 64,
-    "distill.originality": False,  # so few words make every sentence one that somebody has
+    "distill.originality": "off",  # so few words make every sentence one that somebody has
 }
 FEW = {"distill.num-texts": 8, "distill.steps": 3, "train.local-steps": 4}
 STEP = DistilRecord(kept=True, reason="the held-out public loss improved", before=3.0, after=2.5)
@@ -538,7 +538,7 @@ def test_texts_that_data_holders_have_do_not_pass_and_the_verdicts_are_kept(
 
 def test_a_step_learns_from_screened_texts_alone(trained: Callable) -> None:
     session, before, after, adapters = trained()
-    screened = replace(session, config=session.config.override({**CHEAP, "distill.originality": True}))
+    screened = replace(session, config=session.config.override({**CHEAP, "distill.originality": "on"}))
     _, step = distilled(screened, before, after, adapters)
     assert step.num_written == 24 + 6
     assert step.num_texts + step.num_held_out + step.num_removed + step.num_refused == step.num_written
