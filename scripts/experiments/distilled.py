@@ -24,7 +24,6 @@ from scripts.experiments.cells import Cell, Figures, Setting
 from scripts.experiments.controls import holder_of
 from scripts.local import init, step
 from strategies import rounds
-from strategies.distillation.gate import judged
 from strategies.distillation.material import Material, make_material
 from strategies.distillation.measure import loss_of
 from strategies.distillation.step import open_public_text, own_losses, server_engine, student_training
@@ -151,15 +150,12 @@ def _variants(last: Round, holder: Holder, config: RunConfig, rates: Sequence[fl
         tried = [_student(last, config, material, targets, rate) for rate in rates]
         after, rate, adapter = min(tried, key=lambda one: one[0])
         own = own_losses(last.engine, material, last.aggregate, adapter)
-        kept, reason = judged(before, after, material.held_out_text, own)
         found[name] = {
             **asdict(_on_clients(holder, adapter)),
             "rate": rate,
             "gate_ensemble": gate_ensemble,
             "gate_after": after if math.isfinite(after) else None,
             "own": own,
-            "kept": kept,
-            "reason": reason,
         }
     return found
 

@@ -1,5 +1,6 @@
 """The figures of the distillation experiment: means over seeds, a table and a plot."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from scripts.experiments.cells import Figures, Outcome
 from scripts.experiments.distilled import TEACHERS, TUNED
 from scripts.experiments.methods import mean_and_sd
 from scripts.experiments.plots import dots
+from strategies.distillation.gate import judged
 
 ENSEMBLE = "posterior"  # the one whose loss is the ceiling
 
@@ -40,8 +42,8 @@ def summary(outcomes: Sequence[Outcome]) -> Figures:
     texts: Figures = {
         text: {name: _taught(seeds, text, name) for name in (*TEACHERS, TUNED)} for text in seeds[0]["texts"]
     }
-    judged = [
-        (text, name, one["texts"][text][name]["mean"] - one["aggregate"]["mean"], one["texts"][text][name])
+    students = [
+        (text, name, one["texts"][text][name]["mean"] - one["aggregate"]["mean"], is_kept(one, text, name))
         for one in seeds
         for text in one["texts"]
         for name in TEACHERS
@@ -50,14 +52,25 @@ def summary(outcomes: Sequence[Outcome]) -> Figures:
         "seeds": len(seeds),
         "lines": lines,
         "texts": texts,
-        "worst_kept_harm": max((rise for *_, rise, cell in judged if cell["kept"]), default=0.0),
+        "worst_kept_harm": max((rise for *_, rise, kept in students if kept), default=0.0),
         "harmful": [
-            {"text": text, "teacher": name, "rise": rise, "kept": cell["kept"]}
-            for text, name, rise, cell in judged
+            {"text": text, "teacher": name, "rise": rise, "kept": kept}
+            for text, name, rise, kept in students
             if rise > 0
         ],
         "cells": seeds,
     }
+
+
+def is_kept(seed: Figures, text: str, name: str) -> bool:
+    """Return whether the gate keeps a student, as the product's would."""
+    found, cell = seed["texts"][text], seed["texts"][text][name]
+    after = math.nan if cell["gate_after"] is None else cell["gate_after"]
+    own = tuple(cell["own"]) if cell["own"] else None
+    kept, _ = judged(
+        found["gate_before"], after, found["held_out_text"], teacher=cell["gate_ensemble"], own=own
+    )
+    return kept
 
 
 def _losses(found: Sequence[Figures]) -> Figures:
@@ -74,7 +87,7 @@ def _taught(seeds: Sequence[Figures], text: str, name: str) -> Figures:
     return {
         **_losses(cells),
         "gap_closed": mean_and_sd(gaps),
-        "kept": sum(cell["kept"] for cell in cells),
+        "kept": sum(is_kept(one, text, name) for one in seeds),
         "rates": [cell["rate"] for cell in cells],
     }
 

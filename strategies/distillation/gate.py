@@ -20,15 +20,23 @@ class Asked:
 
 
 def judged(
-    before: float, after: float, text: str, own: tuple[float, float] | None = None
+    before: float,
+    after: float,
+    text: str,
+    *,
+    teacher: float | None = None,
+    own: tuple[float, float] | None = None,
 ) -> tuple[bool, str]:
     """Return whether a loss on held-out text of a kind has improved, and that in words.
 
-    `own` is the loss before and after on texts that the clients' adapters write, which must not rise: public
-    text may lie where no client is.
+    `teacher` is the teacher's own loss there: one that knows the text no better than its student has nothing
+    to teach, whatever the student made of it. `own` is the loss before and after on texts that the clients'
+    adapters write, which must not rise: public text may lie where no client is.
     """
     if not math.isfinite(after):
         return False, "the student diverged; lower distill.learning-rate"
+    if teacher is not None and not teacher < before:
+        return False, f"the teacher knows the held-out {text} text no better than the aggregate"
     if after >= before:
         return False, f"the held-out {text} loss did not improve"
     if own is not None and not own[1] <= own[0]:

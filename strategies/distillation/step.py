@@ -149,7 +149,13 @@ def _step(
     targets, clients = taught.targets, [adapter.client_id for adapter in adapters]
     with drifted(engine.base, after.drift):
         learnt = _learnt(config, engine, after, material, targets)
-    kept, reason = judged(learnt.before.mean, learnt.after.mean, material.held_out_text, learnt.own)
+    kept, reason = judged(
+        learnt.before.mean,
+        learnt.after.mean,
+        material.held_out_text,
+        teacher=taught.ensemble,
+        own=learnt.own,
+    )
     own_before, own_after = learnt.own or (None, None)
     record = DistilRecord(
         kept=kept,

@@ -497,6 +497,14 @@ def test_the_gate_wants_a_lower_loss(after: float, kept: bool) -> None:
     assert judged(3.0, after, "public")[0] is kept
 
 
+def test_a_teacher_that_knows_no_more_than_its_student_is_not_followed() -> None:
+    assert judged(3.0, 2.0, "public", teacher=2.9)[0]
+    for teacher in (3.0, 3.5, float("nan")):
+        kept, reason = judged(3.0, 2.0, "public", teacher=teacher)
+        assert not kept
+        assert "no better than the aggregate" in reason
+
+
 def test_the_gate_refuses_what_forgets_the_clients_own_texts() -> None:
     assert judged(3.0, 2.0, "public", own=(2.5, 2.5))[0]
     kept, reason = judged(3.0, 2.0, "public", own=(2.5, 2.6))
