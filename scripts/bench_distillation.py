@@ -13,7 +13,7 @@ Peak memory is that of the step beyond what the process held before; what target
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -71,7 +71,7 @@ class Size:
     tokens: int = 96
 
 
-QUICK = Size(rows_of_client=4, texts=8, steps=2, tokens=48)
+QUICK = Size(rows_of_client=4, texts=4, steps=1, tokens=32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     worst = max(row["seconds_over_flop"] for row in chosen.values())
     goals = {"seconds_over_flop_of_step_over_round": Goal(worst, GOAL_ARITHMETIC, at_most=True)}
-    settings = {"seed": options.seed, "repetitions": repetitions, "size": size, "targets": options.targets}
+    settings = {
+        "seed": options.seed,
+        "repetitions": repetitions,
+        "size": asdict(size),
+        "targets": options.targets,
+    }
     figures = {"environment": machine, "settings": settings, "models": models}
     emit(report("bench_distillation", figures, goals), as_json=options.json, output=options.output)
 
