@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-exec pytest -n auto --maxprocesses 8 "$@"
+exec pytest -n auto --maxprocesses 8 --dist worksteal "$@"
