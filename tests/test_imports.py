@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("fedllm", "clients", "strategies", "scripts")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 FLOWER = ("flwr", "ray")
-RECORDS = ("packets", "replies", "requests", "stock")  # where values become Flower records
+RECORDS = ("overlaps", "packets", "replies", "requests", "stock")  # where values become Flower records
 FORBIDDEN = {
     "fedllm": ("clients", "strategies", "scripts", *FLOWER),
     "clients": ("strategies", "scripts"),
