@@ -33,6 +33,7 @@ from fedllm.models.base import target_modules
 from fedllm.models.chat import Encoded
 
 T = TypeVar("T")
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc: mallopt(3), malloc.h
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,20 @@ def peak_memory(work: Callable[[], T], device: torch.device) -> tuple[T, int | N
         before = torch.cuda.memory_allocated(device)
         return work(), torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed pages go back, or work would find them and need no new ones
+        allocator = ctypes.CDLL(None)
+        allocator.malloc_trim(0)  # freed pages go back, or work would find them and need no new ones
+        # Large blocks get pages of their own: one freed within the heap may be a few bytes too short for the
+        # next tensor of its size, and both would be counted.
+        allocator.mallopt(MMAP_THRESHOLD, 2**20)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here: proc(5)
     except (OSError, AttributeError):
         return work(), None
     resident = _process_bytes("VmRSS")
-    return work(), max(0, _process_bytes("VmHWM") - resident)
+    value = work()
+    peak = _process_bytes("VmHWM")
+    allocator.mallopt(MMAP_THRESHOLD, 32 * 2**20)  # where it comes to by itself with large tensors
+    allocator.mallopt(TRIM_THRESHOLD, 64 * 2**20)
+    return value, max(0, peak - resident)
 
 
 def _process_bytes(name: str) -> int:

@@ -155,6 +155,7 @@ def another(config: RunConfig, key: str) -> Any:
         "personal.mode": "ditto",
         "distill.when": "every",
         "distill.teacher": "uniform",
+        "distill.originality": "on",
         "distill.gate": "clients",
         "wire.codec": "int8",
         "federation.selection": "oort",
