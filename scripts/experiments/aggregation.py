@@ -34,9 +34,9 @@ from scripts.experiments.methods import DOMAIN, methods_study
 from scripts.experiments.poison import goals, poison_study
 from scripts.experiments.rho_map import map_study
 from scripts.experiments.runs import federation
-from scripts.experiments.scales import EMBEDDED, SMALL, Scale, scale_of
+from scripts.experiments.scales import FULL, QUICK, SMOLLM2, Scale
 from scripts.experiments.tables import map_table, methods_tables, poison_tables
-from scripts.experiments.workshop import experiment_parser, open_workshop, parse_options
+from scripts.experiments.workshop import experiment_parser, open_workshop, parse_options, scale_of
 
 KINDS: Kinds = {"federation": federation, "pooled": pooled, "alone": alone, "attacked": attacked}
 
@@ -70,7 +70,7 @@ def draw(figures: Figures, folder: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     description = "Three studies of aggregation; see the module's docstring."
-    parser = experiment_parser("aggregation", description, (SMALL, EMBEDDED))
+    parser = experiment_parser("aggregation", description)
     parser.add_argument("--study", choices=("a", "b", "c", "all"), default="all")
     return parse_options(parser, arguments)
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     console = Console(stderr=options.json, highlight=False)
     notice = partial(console.print, soft_wrap=True)
-    scale = scale_of(options.model, quick=options.quick)
+    scale = scale_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
     try:
         if options.plot:
             plots.check_matplotlib()

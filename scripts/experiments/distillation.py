@@ -37,9 +37,14 @@ from scripts.experiments.distilled_tables import draw_gaps, losses_table, summar
 from scripts.experiments.methods import Do
 from scripts.experiments.plots import check_matplotlib
 from scripts.experiments.small_model import Recipe
-from scripts.experiments.workshop import experiment_parser, open_workshop, parse_options
+from scripts.experiments.workshop import (
+    ONE_THREAD,
+    experiment_parser,
+    open_workshop,
+    parse_options,
+    scale_of,
+)
 
-SMALL, EMBEDDED = "small", "smollm2-135m-instruct"
 KINDS: Kinds = {"distilled": distilled, "pooled": pooled}
 UNLIKE = "shakespeare.train.jsonl"
 PUBLIC_EVERY = 4  # of the rows of a domain one in so many is public
@@ -58,8 +63,7 @@ class Scale:
 
 
 _FLAT: dict[str, Scalar] = {
-    "model.device": "cpu",
-    "model.num-threads": 1,
+    **ONE_THREAD,
     "lora.rank": 8,
     "lora.alpha": 16.0,
     "federation.num-clients": 7,
@@ -115,13 +119,13 @@ SMOLLM2 = Scale(
         "data.max-rows": 64,
         "data.max-held-out": 4,
         "distill.max-tokens": 96,
-        "distill.num-texts": 32,
-        "distill.steps": 12,
+        "distill.num-texts": 48,
+        "distill.steps": 24,
         "distill.batch-size": 4,
     },
     rows_of_domain=240,
     seeds=(1,),
-    rates=(5e-4,),
+    rates=(1e-3, 3e-3),
 )
 
 
@@ -194,9 +198,7 @@ def goals_of(figures: Figures) -> dict[str, Goal]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     return parse_options(
-        experiment_parser(
-            "distillation", "The gain of distillation, by teacher and text.", (SMALL, EMBEDDED)
-        ),
+        experiment_parser("distillation", "The gain of distillation, by teacher and text."),
         arguments,
     )
 
@@ -206,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     console = Console(stderr=options.json, highlight=False)
     notice = partial(console.print, soft_wrap=True)
-    scale = SMOLLM2 if options.model == EMBEDDED else QUICK if options.quick else FULL
+    scale = scale_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
     try:
         if options.plot:
             check_matplotlib()

@@ -14,9 +14,8 @@ learnt by heart: where they find nothing there, their other figures say nothing.
 The learning rate and the clip of a preset, private or not, are chosen on a seed that is not reported; looking
 at those runs is not charged to any epsilon. A is orthonormal everywhere, so runs of a preset differ by
 clipping, noise, sampling and what was tuned. A finished cell is a line of `cells.jsonl` in the folder --work;
-noise comes from the operating system, so a cell that is done again gives another draw. The full run has 99
-cells and should take 20 to 30 minutes of CPU, half of that on two idle cores: an estimate from single cells
-on a busy machine.
+noise comes from the operating system, so a cell that is done again gives another draw. The full run has 117
+cells.
 """
 
 import argparse
@@ -44,9 +43,14 @@ from scripts.experiments.private_run import by_heart, private
 from scripts.experiments.private_study import Part, study
 from scripts.experiments.private_tables import draw_utility, goals_of, privacy_tables
 from scripts.experiments.small_model import Recipe
-from scripts.experiments.workshop import experiment_parser, open_workshop, parse_options
+from scripts.experiments.workshop import (
+    ONE_THREAD,
+    experiment_parser,
+    open_workshop,
+    parse_options,
+    scale_of,
+)
 
-SMALL, EMBEDDED = "small", "smollm2-135m-instruct"
 KINDS: Kinds = {"private": private, "by heart": by_heart}
 SILOS, CLIENTS = "silos", "clients"
 PRESETS = ("ffa", "fedit", "rolora")
@@ -63,8 +67,7 @@ class Scale:
 
 
 _FLAT: dict[str, Scalar] = {
-    "model.device": "cpu",
-    "model.num-threads": 1,
+    **ONE_THREAD,
     "lora.rank": 4,
     "lora.alpha": 8.0,
     "lora.init-a": "orthonormal",  # as under privacy, so that it is not what differs
@@ -122,7 +125,7 @@ FULL = Scale(
             },
             private=_BY_CLIENT,
             presets=PRESETS,
-            epsilons=(8.0,),
+            epsilons=(1.0, 3.0, 8.0),
             seeds=(1, 2, 3),
             rates=(1e-2, 3e-2),
             private_rates=(3e-2,),
@@ -233,7 +236,7 @@ def draw(parts: Mapping[str, Figures], folder: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     description = "Utility and membership attacks over epsilon, by preset."
-    return parse_options(experiment_parser("privacy", description, (SMALL, EMBEDDED)), arguments)
+    return parse_options(experiment_parser("privacy", description), arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -241,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     console = Console(stderr=options.json, highlight=False)
     notice = partial(console.print, soft_wrap=True)
-    scale = SMOLLM2 if options.model == EMBEDDED else QUICK if options.quick else FULL
+    scale = scale_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
     try:
         check_installed()
         if options.plot:

@@ -11,8 +11,7 @@ from scripts.experiments.methods import LOCAL_ONLY, METHODS, MethodsGrid
 from scripts.experiments.poison import HUGE_FLIP, RULES, UNGUARDED, PoisonGrid
 from scripts.experiments.rho_map import DOMAIN, IID, MapGrid
 from scripts.experiments.small_model import Recipe
-
-SMALL, EMBEDDED = "small", "smollm2-135m-instruct"
+from scripts.experiments.workshop import ONE_THREAD
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ _TEN: dict[str, Scalar] = {
     "aggregation.weighting": "uniform",
 }
 _FLAT: dict[str, Scalar] = {
-    "model.device": "cpu",
-    "model.num-threads": 1,
+    **ONE_THREAD,
     "lora.rank": 8,
     "lora.alpha": 16.0,
     "data.max-rows": 160,
@@ -152,10 +150,3 @@ SMOLLM2 = Scale(
     ),
     poison=None,
 )
-
-
-def scale_of(model: str, *, quick: bool) -> Scale:
-    """Return the scale for a model; the 135M model has one only."""
-    if model == EMBEDDED:
-        return SMOLLM2
-    return QUICK if quick else FULL

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedllm.config import Scalar
 from fedllm.models.files import fingerprint, resolve_model
@@ -16,12 +16,15 @@ from scripts.experiments.small_model import Recipe, small_model
 
 PACKAGES = ("fedllm", "flwr", "torch", "transformers", "peft", "tokenizers", "numpy")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SMALL, EMBEDDED = "small", "smollm2-135m-instruct"
+ONE_THREAD: dict[str, Scalar] = {"model.device": "cpu", "model.num-threads": 1}
+S = TypeVar("S")
 
 
-def experiment_parser(name: str, description: str, models: Sequence[str]) -> argparse.ArgumentParser:
-    """Return a parser of the options that every experiment has; the first model is the default."""
+def experiment_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that every experiment has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", choices=models, default=models[0])
+    parser.add_argument("--model", choices=(SMALL, EMBEDDED), default=SMALL)
     parser.add_argument("--quick", action="store_true", help="a tiny grid; under 3 minutes on two cores")
     parser.add_argument("--data", type=Path, default=SHARED, help="folder of the seven instruction domains")
     parser.add_argument(
@@ -51,6 +54,13 @@ def parse_options(
     if options.processes < 1:
         parser.error(f"--processes {options.processes}: expected at least 1")
     return options
+
+
+def scale_of(options: argparse.Namespace, *, full: S, quick: S, embedded: S) -> S:
+    """Return the scale that the options ask for; the embedded model has one only."""
+    if options.model == EMBEDDED:
+        return embedded
+    return quick if options.quick else full
 
 
 def open_workshop(

@@ -16,7 +16,8 @@ from scripts.experiments.cells import Setting, Workshop, open_pool
 from scripts.experiments.methods import METHODS, MethodsGrid
 from scripts.experiments.poison import PoisonGrid, goals
 from scripts.experiments.rho_map import MapGrid
-from scripts.experiments.scales import FULL, QUICK, SMOLLM2, Scale, scale_of
+from scripts.experiments.scales import FULL, QUICK, SMOLLM2, Scale
+from scripts.experiments.workshop import scale_of
 
 THREE = {
     "federation.num-clients": 3,
@@ -120,9 +121,12 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(
 
 
 def test_the_scales_hold_every_method_and_keep_the_tuning_seed_apart() -> None:
-    assert scale_of("small", quick=False) is FULL
-    assert scale_of("small", quick=True) is QUICK
-    assert scale_of("smollm2-135m-instruct", quick=True) is SMOLLM2
+    for words, scale in {
+        "": FULL,
+        "--quick": QUICK,
+        "--model smollm2-135m-instruct --quick": SMOLLM2,
+    }.items():
+        assert scale_of(parse(words.split()), full=FULL, quick=QUICK, embedded=SMOLLM2) is scale
     for scale in (FULL, QUICK, SMOLLM2):
         assert scale.methods.tuning_seed not in scale.methods.seeds
     assert set(FULL.methods.methods) == set(METHODS)
