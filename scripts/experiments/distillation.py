@@ -125,7 +125,7 @@ SMOLLM2 = Scale(
     },
     rows_of_domain=240,
     seeds=(1,),
-    rates=(1e-3, 3e-3),
+    rates=(2e-4, 6e-4),
 )
 
 
