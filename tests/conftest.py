@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 
 import warnings
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,31 @@ CHAT_TEMPLATE = (
 def pytest_configure(config: pytest.Config) -> None:
     """Let PEFT be used: it reads a deprecated name of transformers."""
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deal the stories, which mostly wait for processes of their own, out among the modules that compute.
+
+    Each of several test processes begins with a stretch of this order.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    number = config.workerinput["workercount"]
+    stories = [item for item in items if _is_story(item)]
+    stories = [item for start in range(number) for item in stories[start::number]]
+    others = [item for item in items if not _is_story(item)]
+    items[:] = []
+    placed, seen = 0, 0
+    for _, module in groupby(others, key=lambda item: item.path):  # whole, for the fixtures that it shares
+        due = -(-len(stories) * (seen + 1) // len(others))  # rounded up: one comes first
+        before, placed = stories[placed:due], due
+        items += [*before, *module]
+        seen = len(items) - placed
+    items += stories[placed:]
+
+
+def _is_story(item: pytest.Item) -> bool:
+    return "stories" in item.path.parts
 
 
 def _train_tokenizer(folder: Path) -> int:
