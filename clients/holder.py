@@ -226,7 +226,7 @@ def _report(bad: tuple[BadRow, ...]) -> None:
 
 
 def encode_client(rows: ClientRows, files: ModelFiles, max_length: int) -> ClientTokens:
-    """Return a client's rows as tokens; rows that lose their whole answer to `max_length` are left out."""
+    """Return a client's rows as tokens; those without an answer within `max_length` are left out."""
     tokenizer = load_tokenizer(files)
 
     def kept(examples: tuple[Example, ...]) -> tuple[Encoded, ...]:
@@ -239,8 +239,8 @@ def encode_client(rows: ClientRows, files: ModelFiles, max_length: int) -> Clien
     num_cut = sum(row.num_cut > 0 for row in usable)
     if num_lost or num_cut:
         _logger.warning(
-            "client %s: at train.max-length %d, %d rows lose their whole answer and are skipped,"
-            " %d are truncated",
+            "client %s: at train.max-length %d, %d rows lose their whole answer, or are none that the model's"
+            " chat template takes, and are skipped, %d are truncated",
             rows.client_id,
             max_length,
             num_lost,

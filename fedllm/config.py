@@ -329,3 +329,8 @@ def cohort_size_of(config: RunConfig) -> int:
     if federation.cohort_size:
         return federation.cohort_size
     return max(1, round(federation.cohort_fraction * federation.num_clients))
+
+
+def prompts_of(config: RunConfig) -> list[str]:
+    """Return the public prompts of a run, answered before and after."""
+    return [prompt.strip() for prompt in config.evaluation.prompts.split("||") if prompt.strip()]

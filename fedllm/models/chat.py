@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from fedllm.data.example import Example, Turn
+from fedllm.errors import DataError
 
 IGNORED = -100
 
@@ -37,8 +40,14 @@ class Encoded:
 
 
 def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
-    """Return the row of `example`, cut to `max_length` tokens; None where no answer token is left."""
-    text, spans = _render(example, tokenizer)
+    """Return the row of `example`, cut to `max_length` tokens.
+
+    None where no answer token is left, or the model's chat template takes no such conversation.
+    """
+    try:
+        text, spans = _render(example, tokenizer)
+    except DataError:
+        return None
     # A chat template writes its own special tokens; a plain text or the Alpaca form does not.
     templated = bool(example.turns) and bool(tokenizer.chat_template)
     encoding = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
@@ -86,14 +95,21 @@ def _render(example: Example, tokenizer: Any) -> tuple[str, list[tuple[int, int]
 
 
 def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt_answer: bool = False) -> str:
-    """Return a conversation as text; `prompt_answer` adds the header of the answer to come."""
+    """Return a conversation as text; `prompt_answer` adds the header of the answer to come.
+
+    Raises:
+        DataError: the model's chat template refuses it: some take no system turn, or no two of one role.
+    """
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     template = None if tokenizer.chat_template else ALPACA_TEMPLATE
-    return str(
-        tokenizer.apply_chat_template(
+    try:
+        text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=prompt_answer
         )
-    )
+    except TemplateError:  # whose message may quote a turn
+        roles = ", ".join(turn.role for turn in turns)
+        raise DataError(f"the model's chat template refuses a conversation of {roles}") from None
+    return str(text)
 
 
 def form_tokens(tokenizer: Any) -> tuple[int, ...]:

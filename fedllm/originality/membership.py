@@ -128,21 +128,26 @@ def leads(adapters: Sequence[Sequence[float]], base: Sequence[float]) -> tuple[f
     """Return of every text by how much one client's adapter is ahead, in nats per token.
 
     `adapters[k][n]` and `base[n]` are mean log-probabilities of text n. The lead is the best client's over
-    the best of all others and the base: one client alone knows the text.
+    the best of all others and the base: one client alone knows the text. A number that is not finite leaves
+    the lead unknown: infinite.
     """
     table = torch.tensor([*adapters, base]).double()
     best = table.topk(min(2, len(table)), dim=0)
     lead_N = best.values[0] - best.values[-1]
-    return tuple(torch.where(best.indices[0] == len(adapters), 0.0, lead_N).tolist())
+    lead_N = torch.where(best.indices[0] == len(adapters), 0.0, lead_N)
+    return tuple(torch.where(table.isfinite().all(dim=0), lead_N, torch.inf).tolist())
 
 
 def outliers(leads_: Sequence[float], limit: float = OUTLIER, least: float = LEAST_LEAD) -> tuple[bool, ...]:
     """Return which texts' leads stand out of the set: by their modified z-score, and by at least `least`.
 
     Clients of other domains lead on their own texts, so only a lead far beyond the set's is a sign that one
-    client's adapter repeats what it was trained on.
+    client's adapter repeats what it was trained on. One that is not known stands out.
     """
     lead_N = torch.tensor(leads_).double()
-    middle = lead_N.quantile(0.5)
-    spread = (lead_N - middle).abs().quantile(0.5)
+    known_M = lead_N[lead_N.isfinite()]
+    if not len(known_M):
+        return (True,) * len(lead_N)
+    middle = known_M.quantile(0.5)
+    spread = (known_M - middle).abs().quantile(0.5)
     return tuple(((0.6745 * (lead_N - middle) > limit * spread) & (lead_N >= least)).tolist())

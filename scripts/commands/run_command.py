@@ -10,14 +10,14 @@ from typing import Any
 from clients.holder import partition_of
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config import RunConfig
+from fedllm.config import RunConfig, prompts_of
 from fedllm.data.partition import Partition, load_partition, save_partition
 from fedllm.errors import ConfigError
 from fedllm.models.base import load_base
 from fedllm.models.files import needs_conversion
 from fedllm.runs.folder import run_folder
 from fedllm.training.engine import resident_engine
-from scripts.commands.words import config_of, prompts_of
+from scripts.commands.words import config_of
 from scripts.console import Console, RunView
 
 PARTITION = "partition.json"

@@ -31,8 +31,3 @@ def config_of(words: Sequence[str], extra: Sequence[str] = ()) -> RunConfig:
 def own_rows(config: RunConfig) -> RunConfig:
     """Return the configuration without the canaries that a run plants for its audit: clients' rows alone."""
     return config.override({"audit.canaries": 0})
-
-
-def prompts_of(config: RunConfig) -> list[str]:
-    """Return the public prompts of a run, answered before and after."""
-    return [prompt.strip() for prompt in config.evaluation.prompts.split("||") if prompt.strip()]

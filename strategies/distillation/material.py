@@ -61,29 +61,30 @@ def make_material(
     """
     if not public:
         return _synthetic_alone(config, engine, adapters, round_num, screen)
-    number = config.distill.num_texts
+    number, most = config.distill.num_texts, config.distill.max_tokens
     is_mixed = has_synthetic(config.distill.text)
     num_public = max(1, number // 2) if is_mixed else number
     split = split_texts(
         public,
         num_public,
         derive_seed(config.seed, "public-text"),
-        lambda text: engine.base.tokenizer(text, add_special_tokens=False)["input_ids"],
+        # As far as it is read, or texts that begin alike would be copies that are not found.
+        lambda text: engine.base.tokenizer(text, add_special_tokens=False)["input_ids"][:most],
     )
-    train, held_out = (
-        _encoded(texts, engine.base.tokenizer, config.distill.max_tokens)
-        for texts in (split.train, split.held_out)
+    wanted, held_out = (
+        _encoded(texts, engine.base.tokenizer, most) for texts in (split.train, split.held_out)
     )
+    train = _without(wanted, held_out)
     own = written(config, split, engine, adapters, held_out_number(number), round_num, "measured")
     texts: list[Text] = []
     if is_mixed:
         texts = written(config, split, engine, adapters, number - num_public, round_num)
     kept = _passed(texts, screen, [row for row, _ in held_out])
-    material = _material([*train, *kept], held_out, "both" if is_mixed else PUBLIC, PUBLIC)
+    material = _material([*train, *kept], held_out, "both" if kept else PUBLIC, PUBLIC)
     return replace(
         material,
         own=tuple(row for row, _ in own),
-        num_removed=split.num_removed,
+        num_removed=split.num_removed + len(wanted) - len(train),
         num_written=len(texts),
         num_refused=len(texts) - len(kept),
     )
@@ -105,9 +106,14 @@ def _synthetic_alone(
     num_held_out = held_out_number(number)
     texts = written(config, None, engine, adapters, number + num_held_out, round_num)
     kept = _passed(texts, screen, [])
-    held_out = kept[:num_held_out]
-    known = {row.tokens for row, _ in held_out}
-    train = [(row, writer) for row, writer in kept[num_held_out:] if row.tokens not in known]
+    if not kept:
+        raise NoDataError(
+            f"distill.text: none of {len(texts)} synthetic texts is original: data holders have much of each"
+            " already, or could not be asked; raise distill.num-texts, or use public text"
+        )
+    share = HELD_OUT_SHARE / (1 + HELD_OUT_SHARE)  # of those that are left, however few
+    held_out = kept[: min(num_held_out, max(1, round(share * len(kept))))]
+    train = _without(kept[len(held_out) :], held_out)
     return replace(
         _material(train, held_out, SYNTHETIC, SYNTHETIC),
         num_removed=len(kept) - len(held_out) - len(train),
@@ -120,13 +126,12 @@ def _passed(texts: Sequence[Text], screen: Screen, public: Sequence[Encoded]) ->
     if not texts:
         return []
     verdicts = screen([row for row, _ in texts], public)
-    kept = [text for text, passed in zip(texts, verdicts, strict=True) if passed]
-    if not kept:
-        raise NoDataError(
-            f"distill.text: none of {len(texts)} synthetic texts is original: data holders have much of each"
-            " already, or could not be asked; raise distill.num-texts, or use public text"
-        )
-    return kept
+    return [text for text, passed in zip(texts, verdicts, strict=True) if passed]
+
+
+def _without(texts: Sequence[Text], held_out: Sequence[Text]) -> list[Text]:
+    known = {row.tokens for row, _ in held_out}
+    return [text for text in texts if text[0].tokens not in known]
 
 
 def _material(train: Sequence[Text], held_out: Sequence[Text], text: str, held_out_text: str) -> Material:
@@ -145,6 +150,6 @@ def _few(domains: Sequence[str]) -> tuple[str, ...]:
 
 
 def _encoded(texts: Sequence[PublicText], tokenizer: Any, max_tokens: int) -> list[tuple[Encoded, str]]:
-    """Return texts as tokens with their domains; those whose answer lies beyond the limit are left out."""
+    """Return texts as tokens with their domains; those of which no answer is left are left out."""
     rows = [(encode(text.example, tokenizer, max_tokens), text.domain) for text in texts]
     return [(row, domain) for row, domain in rows if row is not None]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.config import RunConfig
+from fedllm.config import RunConfig, prompts_of
 from fedllm.data.example import Turn
 from fedllm.distillation.sample import sample_texts
-from fedllm.errors import NoDataError
+from fedllm.errors import DataError, NoDataError
 from fedllm.models.chat import IGNORED, Encoded, chat_text, form_tokens
 from fedllm.originality.verdict import FILE, Provenance, Screening, write_screening
 from fedllm.seeds import derive_seed
@@ -86,8 +86,9 @@ def written(
     """Return up to `number` texts that the clients' adapters wrote, with the writer's id.
 
     They begin, in this order, with the prompts of the public texts that are distilled on; the run's public
-    prompts; where the clients' rows are known to be plain text, as every text begins; else with questions
-    that the adapters write first (after Magpie, arXiv 2406.08464). A prompt is at most half a text long.
+    prompts; where the clients' rows are known to be plain text, or the public texts are, as every text
+    begins; else with questions that the adapters write first (after Magpie, arXiv 2406.08464). A prompt is at
+    most half a text long.
     Other names give other texts.
 
     Raises:
@@ -109,16 +110,14 @@ def written(
         writers = (adapters[place].client_id for place in samples.writers)
         return list(zip(samples.rows, writers, strict=True))
 
-    asked = [prompt.strip() for prompt in config.evaluation.prompts.split("||") if prompt.strip()]
     begins = [text.example.turns[:-1] for text in split.train if text.example.turns] if split else []
-    if not split:
-        begins = [(Turn("user", prompt),) for prompt in asked]
-    if not split and not asked and not config.data.text_column:
+    begins = begins or [(Turn("user", prompt),) for prompt in prompts_of(config)]
+    if not begins and not split and not config.data.text_column:
         header = _tokens(tokenizer, chat_text(tokenizer, [Turn("user", _MARK)]).partition(_MARK)[0])
         questions = write([header or _begin(tokenizer)], most // 2, "question")
         words = [tokenizer.decode(_learnt(row), skip_special_tokens=True).strip() for row, _ in questions]
         begins = [(Turn("user", question),) for question in words if question]
-    prompts = [_tokens(tokenizer, chat_text(tokenizer, turns, prompt_answer=True)) for turns in begins]
+    prompts = [_prompt(tokenizer, turns) for turns in begins]
     prompts = _short_enough([prompt for prompt in prompts if prompt], most) or [_begin(tokenizer)]
     texts = write(prompts, numbers.max_tokens - max(map(len, prompts)), "text")
     return [(row, writer) for row, writer in texts if row.num_supervised]
@@ -141,6 +140,14 @@ def _short_enough(prompts: Sequence[tuple[int, ...]], most: int) -> list[tuple[i
 
 def _learnt(row: Encoded) -> list[int]:
     return [label for label in row.labels if label != IGNORED]
+
+
+def _prompt(tokenizer: Any, turns: Sequence[Turn]) -> tuple[int, ...]:
+    """Return what comes before an answer as tokens; none where the chat template refuses it."""
+    try:
+        return _tokens(tokenizer, chat_text(tokenizer, turns, prompt_answer=True))
+    except DataError:
+        return ()
 
 
 def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
