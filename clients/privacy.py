@@ -8,19 +8,19 @@ same noise and so the same answer, and is charged once; any other request is cha
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from clients.holder import ClientTokens, Holder
 from clients.protect import Protection
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.errors import CheckpointError, ConfigError, FedLLMError
+from fedllm.config import RunConfig
+from fedllm.errors import CheckpointError, ConfigError
 from fedllm.models.chat import Encoded
 from fedllm.privacy.keys import derived_key, kept_secret
-from fedllm.privacy.ledger import Entry, Ledger, ledger_from_dict, ledger_to_dict
+from fedllm.privacy.ledger import Entry, read_ledger, write_ledger
 from fedllm.privacy.noise import SecretStream, coins
 from fedllm.privacy.plan import PrivacyPlan
-from fedllm.runs.atomic import write_file
 from fedllm.training.jobs import Job, StepNoise
+from fedllm.training.numbers import local_training
 from fedllm.types import ClientFailure, TrainRequest
 
 ROUNDING = 1e-4  # by which gradients are clipped below C: more than float32 can lose in a norm
@@ -35,14 +35,26 @@ def secret_of(holder: Holder) -> bytes:
     return kept_secret(holder.store.folder / "noise-secret")
 
 
-def check_request(plan: PrivacyPlan | None, request: TrainRequest) -> None:
-    """Refuse, before any work, a request whose answer nobody would make private.
+def check_request(config: RunConfig, plan: PrivacyPlan | None, request: TrainRequest) -> None:
+    """Refuse, before any work, a request whose answer nobody would make private, or the plan did not count.
 
     Raises:
-        ConfigError: the server is to add the noise and names no clip, so it is not a server that does.
+        ConfigError: the server is to add the noise and names no clip, so it is not a server that does; or it
+            asks for another training or for more than the configuration of the run says.
     """
-    if plan is not None and plan.is_central and not request.clip > 0:
+    if plan is None:
+        return
+    if plan.is_central and not request.clip > 0:
         raise ConfigError("privacy.trust = 'central' needs a fedllm server, which adds the noise to the sum")
+    unplanned = {
+        "another training": request.training != local_training(config, request.round_num),
+        "control variates": request.control is not None,
+        "a local B": request.local_b,
+        "counts of tokens": request.weighting == "tokens",
+    }
+    if any(unplanned.values()):
+        asked = ", ".join(name for name, is_asked in unplanned.items() if is_asked)
+        raise ConfigError(f"privacy.epsilon: the plan does not cover what the server asks for: {asked}")
 
 
 def charge_clients(
@@ -63,47 +75,36 @@ def charge_clients(
 
 def _charge(holder: Holder, plan: PrivacyPlan, request: TrainRequest, client: ClientTokens) -> bool:
     file = holder.store.folder / client.client_id / "privacy-ledger.json"
-    ledger, charge = _read(file), plan.charge(len(client.train))
-    entry = Entry(request.round_num, 0, request_key(request, client, b"").hex(), {client.client_id: charge})
+    ledger, charge, name = read_ledger(file), plan.charge(len(client.train)), client.client_id
+    entry = Entry(request.round_num, 0, request_key(plan, request, client, b"").hex(), {name: charge})
     charged = ledger.with_entry(entry)
     if charged is ledger:
         return True
-    planned = 0 if plan.noise_multiplier else plan.participations * plan.steps
-    budget = {"epsilon": plan.epsilon, "delta": plan.delta, "planned": planned}
-    if not ledger.affords(client.client_id, charge, **budget):  # type: ignore[arg-type]
+    if not ledger.affords(name, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned):
         return False
-    try:
-        write_file(file, json.dumps(ledger_to_dict(charged)) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
+    write_ledger(file, charged)
     return True
 
 
-def _read(file: Path) -> Ledger:
-    """Return a client's ledger; a damaged one is no reason to start from nothing.
+def request_key(plan: PrivacyPlan, request: TrainRequest, client: ClientTokens, secret: bytes) -> bytes:
+    """Return the key of all chance in a client's answer to a request: what differs in anything has another.
 
-    Raises:
-        CheckpointError: it cannot be read.
+    What the plan does is part of it: the same noise in two amounts, on what is otherwise the same, cancels.
     """
-    try:
-        return ledger_from_dict(json.loads(file.read_text())) if file.exists() else Ledger()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, FedLLMError):
-        raise CheckpointError(f"{file} is damaged; what was spent is not known: restore it") from None
-
-
-def request_key(request: TrainRequest, client: ClientTokens, secret: bytes) -> bytes:
-    """Return the key of all chance in a client's answer to a request: other requests or rows, another key."""
-    numbers = json.dumps(asdict(request.training), sort_keys=True)
-    rank = request.ranks[request.client_ids.index(client.client_id)]
+    protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(len(client.train)), plan.batch_size)
+    numbers = json.dumps([protected, asdict(request.training)], sort_keys=True)
+    place = request.client_ids.index(client.client_id)
     names = (client.client_id, client.digest, request.round_num, request.adapter.digest, request.drift.digest)
-    return derived_key(secret, "train", *names, request.trained, rank, request.seed, numbers)
+    what = (request.trained, request.returned, request.ranks[place], request.num_drawn[place], request.seed)
+    return derived_key(secret, "train", *names, *what, numbers)
 
 
 def private_job(job: Job, client: ClientTokens, plan: PrivacyPlan, key: bytes) -> Job:
     """Return a job as DP-SGD: rows drawn by coins in every step, clipped one by one, and noised.
 
     AdamW divides by the size of its gradients, and what it makes of noised ones is post-processing; clipping
-    those again would only clip the noise.
+    those again would only clip the noise. Dropout is drawn from the secret as well: who knew the masks could
+    tell by them which place a row had in its step, and so whether an earlier one was there.
     """
     rate = plan.sampling_rate(len(client.train))
     stream = SecretStream(derived_key(key, "rows"))
@@ -113,6 +114,7 @@ def private_job(job: Job, client: ClientTokens, plan: PrivacyPlan, key: bytes) -
         job,
         batches=batches,
         training=replace(job.training, batch_size=plan.batch_size, clip_norm=0.0),
+        seed=int.from_bytes(derived_key(key, "dropout")[:8], "big") >> 1,
         example_clip=plan.clip * (1 - ROUNDING),
         noise=StepNoise(derived_key(key, "noise"), deviation),
     )

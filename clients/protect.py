@@ -101,7 +101,8 @@ def _protected_delta(result: Result, protection: Protection | None, round_num: i
     delta_P = clipped(result.delta, protection.clip)
     if not protection.deviation:
         return delta_P
-    key = derived_key(protection.key, "update", result.client_id, round_num, digest_of(delta_P))
+    amount = (protection.part, repr(protection.deviation))
+    key = derived_key(protection.key, "update", result.client_id, round_num, *amount, digest_of(delta_P))
     size = part_size(protection.layout, protection.part)
     noise = gaussian(SecretStream(key), size, protection.deviation)
     return (delta_P.double() + whole_of(protection.layout, noise, protection.part)).float()

@@ -61,7 +61,7 @@ def train(holder: Holder, request: TrainRequest) -> list[ClientUpdate | ClientFa
         for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
         if client_id in holder.clients and holder.clients[client_id].train
     }
-    check_request(holder.privacy, request)
+    check_request(holder.config, holder.privacy, request)
     if holder.privacy is not None and not holder.privacy.is_central:
         spent = charge_clients(holder, holder.privacy, request, drawn)
         answers.update(spent)
@@ -110,7 +110,7 @@ def _private(holder: Holder, request: TrainRequest, jobs: list[Job]) -> list[Job
     secret = secret_of(holder)
     clients = [holder.clients[job.client_id] for job in jobs]
     return [
-        private_job(job, client, plan, request_key(request, client, secret))
+        private_job(job, client, plan, request_key(plan, request, client, secret))
         for job, client in zip(jobs, clients, strict=True)
     ]
 

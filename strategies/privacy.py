@@ -9,24 +9,23 @@ forget it. See `fedllm.privacy.keys` for why a round that is done again gets the
 unrelated, but never the same noise over another sum.
 """
 
-import json
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from fedllm.adapters.layout import AdapterLayout, at_rank, with_rank
+from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.config import RunConfig
-from fedllm.errors import BudgetSpentError, CheckpointError, FedLLMError
+from fedllm.errors import BudgetSpentError
 from fedllm.privacy.accounting import Charge, check_installed
 from fedllm.privacy.clipping import clipped, is_within, next_clip
 from fedllm.privacy.keys import derived_key, digest_of, kept_secret, new_secret
-from fedllm.privacy.ledger import Entry, Ledger, ledger_from_dict, ledger_to_dict
+from fedllm.privacy.ledger import Entry, Ledger, read_ledger, write_ledger
 from fedllm.privacy.noise import SecretStream, gaussian
 from fedllm.privacy.plan import FEDERATION, PrivacyPlan, plan_of
-from fedllm.runs.atomic import write_file
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import ClientUpdate, JoinedClient, RoundPlan, RoundRecord
 
@@ -65,18 +64,14 @@ def open_privacy(config: RunConfig, private: Path | None = None) -> ServerPrivac
 
 
 def with_journal(privacy: ServerPrivacy | None, state: ServerState) -> ServerState:
-    """Return a resumed state with the releases of its ledger on disk that its checkpoint did not live to see.
+    """Return a state with the releases in the ledger on disk that it did not live to see.
 
     Raises:
         CheckpointError: the file is damaged, so what was spent is not known.
     """
-    if privacy is None or privacy.journal is None or not privacy.journal.exists():
+    if privacy is None or privacy.journal is None:
         return state
-    try:
-        known = ledger_from_dict(json.loads(privacy.journal.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, FedLLMError):
-        raise CheckpointError(f"{privacy.journal} is damaged; restore it from a copy") from None
-    return replace(state, ledger=state.ledger.with_all(known))
+    return replace(state, ledger=state.ledger.with_all(read_ledger(privacy.journal)))
 
 
 def cohort_seed(privacy: ServerPrivacy | None, seed: int) -> int:
@@ -110,13 +105,12 @@ def who_can_afford(
         return set(clients)
     plan = privacy.plan
     before = Ledger(tuple(entry for entry in ledger.entries if entry.name[:2] != (round_num, attempt)))
-    planned = 0 if plan.noise_multiplier else plan.participations * plan.steps
 
     def affords(account: str, client: JoinedClient | None) -> bool:
         charge, num_releases = charge_of(privacy, client), sum(c.count for c in before.of(account))
         if plan.limit and num_releases >= plan.limit * plan.steps:
             return False
-        return before.affords(account, charge, epsilon=plan.epsilon, delta=plan.delta, planned=planned)
+        return before.affords(account, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned)
 
     if plan.rate < 1:
         return set(clients) if affords(FEDERATION, None) else set()
@@ -149,15 +143,17 @@ def check_budget(
 
 @dataclass(eq=False)
 class NoisedSum:
-    """The running sum of a round's clipped updates, in float64, and how many were within the clip.
+    """The running sum of a round's clipped updates, in float64, and whether more were within the clip.
 
-    `add` in a fixed order gives fixed bits. Whatever an update holds, it moves the sum by at most `clip`.
+    `add` in a fixed order gives fixed bits. Whatever an update holds, it moves the sum by at most `clip`, and
+    `balance` by 1/2: up where it was within the clip, down where it was clipped. A client that is missing
+    moves neither.
     """
 
     layout: AdapterLayout
     part: str
     clip: float
-    num_within: int = 0
+    balance: float = 0.0
     sum_Q: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     def __post_init__(self) -> None:
@@ -168,7 +164,7 @@ class NoisedSum:
         """Add one client: its delta clipped, times its weight, which is at most 1."""
         whole_P = with_rank(update.delta, at_rank(self.layout, update.rank), self.layout.rank)
         delta_Q = part_of(self.layout, whole_P, self.part)
-        self.num_within += is_within(delta_Q, self.clip)
+        self.balance += 0.5 if is_within(delta_Q, self.clip) else -0.5
         self.sum_Q.add_(clipped(delta_Q, self.clip), alpha=bounded_weight(update.weight))
 
 
@@ -207,17 +203,17 @@ def release_of(privacy: ServerPrivacy, plan: RoundPlan, noised: NoisedSum) -> Re
     """Return the sum with noise of deviation z * clip, over the fixed denominator; equal sums, equal bits."""
     guarantee, z = privacy.plan, privacy.plan.multiplier()
     sum_multiplier, count_deviation = guarantee.split_noise(z) if guarantee.adaptive else (z, 0.0)
-    name = digest_of(noised.sum_Q, torch.tensor([noised.num_within, noised.clip], dtype=torch.float64))
+    name = digest_of(noised.sum_Q, torch.tensor([noised.balance, noised.clip], dtype=torch.float64))
 
     def noise(use: str, size: int, deviation: float) -> torch.Tensor:
-        key = derived_key(privacy.secret, use, plan.round_num, plan.attempt, name)
+        key = derived_key(privacy.secret, use, plan.round_num, plan.attempt, name, repr(deviation))
         return gaussian(SecretStream(key), size, deviation)
 
     total_Q = noised.sum_Q + noise("sum", noised.sum_Q.numel(), sum_multiplier * noised.clip)
     clip = noised.clip
     if guarantee.adaptive:
-        count = noised.num_within + float(noise("count", 1, count_deviation))
-        clip = next_clip(clip, count / guarantee.denominator)
+        balance = noised.balance + float(noise("count", 1, count_deviation))
+        clip = next_clip(clip, 0.5 + balance / guarantee.denominator)
     delta_Q = (total_Q / guarantee.denominator).float()
     update = ClientUpdate(
         client_id=FEDERATION,
@@ -240,7 +236,8 @@ def charged(
 ) -> ServerState:
     """Return the state with an attempt at a round in its ledger, which is on disk by then.
 
-    Everybody asked is charged: whether a client answered is not what the guarantee hides.
+    Everybody asked is charged: whether a client answered is not what the guarantee hides. `name` tells one
+    release from another; who is asked again for the same one is not charged again.
 
     Raises:
         BudgetSpentError: this release is another than the one made before the run was killed, and both
@@ -255,14 +252,19 @@ def charged(
     ledger = state.ledger.with_entry(entry)
     if ledger is state.ledger:
         return state
-    if any(known.name[:2] == entry.name[:2] for known in state.ledger.entries):
-        check_budget_of(privacy, state.ledger, charges)
+    known = [earlier for earlier in state.ledger.entries if earlier.name[:2] == entry.name[:2]]
+    if known:
+        paid = {account for earlier in known if earlier.name == entry.name for account in earlier.charges}
+        unpaid = {account: charge for account, charge in charges.items() if account not in paid}
+        check_budget_of(privacy, state.ledger, unpaid)
     if privacy.journal is not None:
-        try:
-            write_file(privacy.journal, json.dumps(ledger_to_dict(ledger)) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"{privacy.journal}: {error.strerror}") from None
+        write_ledger(privacy.journal, ledger)
     return replace(state, ledger=ledger)
+
+
+def request_name(plan: RoundPlan, adapter: AdapterState, seed: int) -> str:
+    """Return the name of a release that the clients make for themselves: what they were all asked for."""
+    return hashlib.sha256(f"{plan.round_num} {plan.attempt} {adapter.digest} {seed}".encode()).hexdigest()
 
 
 def check_budget_of(privacy: ServerPrivacy, ledger: Ledger, charges: Mapping[str, Charge]) -> None:

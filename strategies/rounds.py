@@ -42,6 +42,7 @@ from strategies.privacy import (
     described,
     empty_noised,
     release_of,
+    request_name,
     who_can_afford,
 )
 from strategies.receiving import receive
@@ -336,7 +337,8 @@ def _released(
     if privacy is None:
         return state, record, mixture
     release = release_of(privacy, plan, noised) if noised is not None and record.applied else None
-    state = charged(privacy, state, plan, session.clients, release.name if release else "")
+    name = release.name if release else request_name(plan, state.adapter, session.config.seed)
+    state = charged(privacy, state, plan, session.clients, name)
     clients = [session.clients[client] for client in plan.asked]
     record = described(privacy, state, record, clients, noised)
     if release is None:

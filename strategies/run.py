@@ -176,7 +176,7 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
         try:
             state, _ = next_round(session, state)
         except BudgetSpentError as error:
-            stopped = str(error)
+            stopped, state = str(error), with_journal(session.privacy, state)  # with what an attempt has cost
             session.watch.notice(stopped)
             state, is_saved = _measured(session, state), False
             break

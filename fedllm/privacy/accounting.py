@@ -83,6 +83,18 @@ def renyi_epsilon(charges: Iterable[Charge], delta: float) -> float:
     return _renyi(merged(charges), delta)
 
 
+def quick_bound(charges: Iterable[Charge], delta: float) -> float:
+    """Return a bound of `epsilon_of` from above that is quick to compute.
+
+    Raises:
+        MissingExtraError: a charge is sampled, and dp-accounting is not installed.
+    """
+    charges = merged(charges)
+    if all(charge.rate == 1 for charge in charges):
+        return _epsilon(charges, delta)
+    return _renyi(charges, delta, _WHOLE_ORDERS)
+
+
 def renyi_check(charges: Iterable[Charge], delta: float) -> float | None:
     """Return `renyi_epsilon`, or None where dp-accounting is not installed."""
     try:

@@ -6,13 +6,16 @@ is named by round, attempt and the digest of what its noise hides: the same rele
 is charged once, another attempt at a round, or other sums under the same number, twice.
 """
 
-import math
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, reduce
+from pathlib import Path
 from typing import Any
 
-from fedllm.privacy.accounting import Charge, epsilon_of, merged, renyi_check
+from fedllm.errors import CheckpointError, FedLLMError
+from fedllm.privacy.accounting import Charge, epsilon_of, merged, quick_bound, renyi_check
+from fedllm.runs.atomic import write_file
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,19 @@ class Ledger:
     entries: tuple[Entry, ...] = ()
 
     def with_entry(self, entry: Entry) -> "Ledger":
-        """Return the ledger with one more release; one that it has already is not added again."""
-        if any(known.name == entry.name for known in self.entries):
+        """Return the ledger with one more release; of one that it has, accounts not charged yet are added."""
+        known = next((known for known in self.entries if known.name == entry.name), None)
+        if known is None:
+            return Ledger((*self.entries, entry))
+        if entry.charges.keys() <= known.charges.keys():
             return self
-        return Ledger((*self.entries, entry))
+        wider = replace(known, charges={**entry.charges, **known.charges})
+        return Ledger(tuple(wider if one is known else one for one in self.entries))
 
     def with_all(self, other: "Ledger") -> "Ledger":
         """Return the ledger with the releases of another added that it has not, by round and attempt."""
-        known = {entry.name for entry in self.entries}
-        extra = [entry for entry in other.entries if entry.name not in known]
-        return Ledger(tuple(sorted((*self.entries, *extra), key=lambda entry: entry.name[:2])))
+        both = reduce(Ledger.with_entry, other.entries, self)
+        return Ledger(tuple(sorted(both.entries, key=lambda entry: entry.name[:2])))
 
     @cached_property
     def accounts(self) -> dict[str, tuple[Charge, ...]]:
@@ -69,16 +75,21 @@ class Ledger:
     def epsilon(self, delta: float) -> float:
         """Return the largest epsilon of any account, 0 where nothing was released.
 
-        It is computed for the three sums of charges that the central limit of privacy loss ranks highest
-        (Bu et al. 2020, arXiv 1911.11607): with many clients of many sizes each takes a second.
+        With sampling each takes a tenth of a second or more, so sums of charges are looked at in the order of
+        their Renyi bounds, until no bound is above what was found.
         """
-        worst = sorted(self.distinct, key=_limit_mu, reverse=True)[:3]
-        return max((epsilon_of(charges, delta) for charges in worst), default=0.0)
+        bounds = {charges: quick_bound(charges, delta) for charges in self.distinct}
+        largest = 0.0
+        for charges in sorted(bounds, key=lambda charges: bounds[charges], reverse=True):
+            if bounds[charges] <= largest:
+                break
+            largest = max(largest, epsilon_of(charges, delta))
+        return largest
 
     def renyi_check(self, delta: float) -> float | None:
         """Return the same by Renyi accounting, None where dp-accounting is not installed."""
-        worst = max(self.distinct, key=_limit_mu, default=())
-        return renyi_check(worst, delta)
+        found = [renyi_check(charges, delta) for charges in self.distinct] or [0.0]
+        return None if None in found else max(value for value in found if value is not None)
 
     def affords(self, account: str, charge: Charge, *, epsilon: float, delta: float, planned: int) -> bool:
         """Return whether an account may be charged once more within the budget.
@@ -92,9 +103,28 @@ class Ledger:
         return epsilon_of(total, delta) <= epsilon
 
 
-def _limit_mu(charges: tuple[Charge, ...]) -> float:
-    """Return mu^2 of the Gaussian that many sampled releases tend to."""
-    return sum(c.count * c.rate**2 * math.expm1(min(500.0, c.noise_multiplier**-2)) for c in charges)
+def read_ledger(file: Path) -> Ledger:
+    """Return the ledger in a file, empty where there is none; a damaged one is no reason to start afresh.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return ledger_from_dict(json.loads(file.read_text())) if file.exists() else Ledger()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, FedLLMError):
+        raise CheckpointError(f"{file} is damaged; what was spent is not known: restore it") from None
+
+
+def write_ledger(file: Path, ledger: Ledger) -> None:
+    """Write a ledger to its file, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        write_file(file, json.dumps(ledger_to_dict(ledger)) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
 
 
 def ledger_to_dict(ledger: Ledger) -> list[dict[str, Any]]:

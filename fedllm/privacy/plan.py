@@ -100,8 +100,7 @@ class PrivacyPlan:
         """
         if self.noise_multiplier:
             return self.noise_multiplier
-        count = self.participations * self.steps
-        needed = noise_for(self.epsilon, self.delta, rate=self._rate(num_rows), count=count)
+        needed = noise_for(self.epsilon, self.delta, rate=self._rate(num_rows), count=self.planned)
         return needed * self._sensitivity
 
     def charge(self, num_rows: int = 0) -> Charge:
@@ -123,8 +122,9 @@ class PrivacyPlan:
     def split_noise(self, z: float) -> tuple[float, float]:
         """Return (z of the sum, deviation of the count) where the clip is adaptive (arXiv 1905.03871).
 
-        The count of clients within the clip is a second release of sensitivity 1, with deviation D / 20. Both
-        together are one release of noise multiplier z.
+        The count of clients within the clip is a second release, with deviation D / 20: a client within adds
+        1/2 to it and one beyond takes 1/2 away, so its sensitivity is 1/2. Both together are one release of
+        noise multiplier z.
 
         Raises:
             ConfigError: the count alone would take more than the whole budget.
@@ -138,6 +138,11 @@ class PrivacyPlan:
                 f" {math.ceil(10 * z) + 1} clients a round, or a fixed privacy.clip"
             )
         return left**-0.5, count_deviation
+
+    @property
+    def planned(self) -> int:
+        """How many releases of a unit the noise was calibrated for, 0 where it was given."""
+        return 0 if self.noise_multiplier else self.participations * self.steps
 
     @property
     def _sensitivity(self) -> float:

@@ -171,7 +171,7 @@ def _trained_rows(holder: Holder, request: TrainRequest) -> Iterator[Encoded]:
         client, plan = holder.clients[name], holder.privacy
         job = make_job(client, request, 0, rank)
         if plan is not None and plan.is_by_example:
-            job = private_job(job, client, plan, request_key(request, client, secret_of(holder)))
+            job = private_job(job, client, plan, request_key(plan, request, client, secret_of(holder)))
         yield from (row for batch in job.batches for row in batch)
 
 

@@ -20,7 +20,8 @@ from fedllm.adapters.layout import initial_adapter
 from fedllm.errors import ConfigError, WithheldError
 from fedllm.privacy.accounting import Charge, epsilon_of
 from fedllm.privacy.plan import plan_of
-from fedllm.types import ClientFailure, ClientUpdate, EvaluateRequest, LocalTraining, TrainRequest
+from fedllm.training.numbers import local_training
+from fedllm.types import ClientFailure, ClientUpdate, EvaluateRequest, TrainRequest
 from fedllm.wire.stock import write_plain
 
 EXAMPLE = {"privacy.epsilon": 1e4, "privacy.noise-multiplier": 1.0}
@@ -52,7 +53,7 @@ def request(holder: Holder, **changes: Any) -> TrainRequest:
         "trained": "b",
         "local_b": False,
         "node_sum": False,
-        "training": LocalTraining(steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0),
+        "training": local_training(holder.config, 1),
         "codec": "fp32",
         "weighting": "examples",
         "seed": 0,
@@ -116,7 +117,7 @@ def test_rows_are_drawn_by_coins_at_the_rate_that_is_counted(open_one: Callable)
     assert plan is not None
     asked = request(holder)
     job = replace(work.make_job(client, asked, 0, 2), batches=((),) * 3000)
-    private = private_job(job, client, plan, request_key(asked, client, bytes(32)))
+    private = private_job(job, client, plan, request_key(plan, asked, client, bytes(32)))
     sizes = torch.tensor([float(len(batch)) for batch in private.batches])
     rate = plan.sampling_rate(len(client.train))
     number = len(client.train)
@@ -177,18 +178,24 @@ def test_held_out_losses_stay_where_they_are_withheld(open_one: Callable) -> Non
 def test_the_key_of_an_answer_depends_on_all_it_answers(open_one: Callable) -> None:
     holder, more = open_one(12, **EXAMPLE), open_one(13, **EXAMPLE)
     asked, client = request(holder), holder.clients["anna"]
+    plan, zeros, other = plan_of(holder.config), bytes(32), initial_adapter(holder.engine.layout, 1)
+    assert plan is not None
     keys = {
-        request_key(asked, client, bytes(32)),
-        request_key(asked, client, bytes(31) + b"1"),
-        request_key(asked, holder.clients["ben"], bytes(32)),
-        request_key(asked, more.clients["anna"], bytes(32)),
-        request_key(replace(asked, round_num=2), client, bytes(32)),
-        request_key(replace(asked, seed=1), client, bytes(32)),
-        request_key(replace(asked, trained="both"), client, bytes(32)),
-        request_key(replace(asked, adapter=initial_adapter(holder.engine.layout, 1)), client, bytes(32)),
-        request_key(replace(asked, training=replace(asked.training, learning_rate=0.02)), client, bytes(32)),
+        request_key(plan, asked, client, zeros),
+        request_key(plan, asked, client, bytes(31) + b"1"),
+        request_key(plan, asked, holder.clients["ben"], zeros),
+        request_key(plan, asked, more.clients["anna"], zeros),
+        request_key(plan, replace(asked, round_num=2), client, zeros),
+        request_key(plan, replace(asked, seed=1), client, zeros),
+        request_key(plan, replace(asked, trained="both"), client, zeros),
+        request_key(plan, replace(asked, adapter=other), client, zeros),
+        request_key(plan, replace(asked, training=replace(asked.training, steps=3)), client, zeros),
+        request_key(plan, replace(asked, num_drawn=(4, 0)), client, zeros),
+        request_key(replace(plan, clip=0.5), asked, client, zeros),
+        request_key(replace(plan, noise_multiplier=2.0), asked, client, zeros),
+        request_key(replace(plan, batch_size=3), asked, client, zeros),
     }
-    assert len(keys) == 9
+    assert len(keys) == 13
 
 
 @pytest.mark.parametrize(
