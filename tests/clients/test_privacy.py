@@ -111,6 +111,47 @@ def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable) -> None:
     assert isinstance(answers[1], ClientUpdate)
 
 
+@pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
+def test_other_noise_in_a_run_of_the_same_name_is_unrelated_and_charged(
+    flat: dict[str, Any], open_one: Callable
+) -> None:
+    """The same noise in two amounts could be subtracted: 2 r1 - r2 would be the update itself."""
+    answers = []
+    for noise in (1.0, 2.0):
+        holder = open_one(**{**flat, "privacy.noise-multiplier": noise})
+        answers.append(deltas(work.train(holder, request(holder)))["anna"])
+    difference = 2 * answers[0] - answers[1]
+    assert float(difference.norm()) > 0.5 * float(answers[1].norm())
+    assert len(json.loads((holder.store.folder / "anna" / "privacy-ledger.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
+def test_what_the_plan_did_not_count_is_refused(flat: dict[str, Any], open_one: Callable) -> None:
+    holder = open_one(**flat)
+    asked = request(holder)
+    more = replace(asked.training, steps=asked.training.steps + 1)
+    unplanned = {
+        "another training": {"training": more},
+        "control variates": {"control": asked.adapter},
+        "a local B": {"local_b": True, "trained": "both"},
+        "counts of tokens": {"weighting": "tokens"},
+    }
+    for name, changes in unplanned.items():
+        with pytest.raises(ConfigError, match=f"does not cover what the server asks for: {name}$"):
+            work.train(holder, request(holder, **changes))
+    assert not (holder.store.folder / "anna").exists()
+
+
+def test_masks_of_dropout_come_from_the_secret_under_dp_sgd(open_one: Callable) -> None:
+    holder = open_one(**EXAMPLE)
+    client, asked, plan = holder.clients["anna"], request(holder), plan_of(holder.config)
+    assert plan is not None
+    job = work.make_job(client, asked, 0, 2)
+    seeds = {private_job(job, client, plan, bytes([number]) * 32).seed for number in range(5)}
+    assert len(seeds) == 5
+    assert job.seed not in seeds
+
+
 def test_rows_are_drawn_by_coins_at_the_rate_that_is_counted(open_one: Callable) -> None:
     holder = open_one(60, **EXAMPLE)
     client, plan = holder.clients["anna"], plan_of(holder.config)

@@ -166,6 +166,27 @@ def test_the_ledger_reports_the_account_that_spent_most() -> None:
     assert Ledger().epsilon(1e-5) == 0.0
 
 
+def test_the_ledger_reports_the_largest_of_accounts_that_differ_in_noise_and_rate() -> None:
+    """A client of many rows with little noise may spend more than small ones whose loss varies more."""
+    pytest.importorskip("dp_accounting", reason="the extra dp is not installed")
+    large = Charge(0.42, 0.0016, 80)
+    small = {f"small {count}": Charge(4.15, 0.5, count) for count in (16, 24, 32)}
+    ledger = Ledger((Entry(1, 1, "", {**small, "large": large}),))
+    each = [epsilon_of([charge], 1e-5) for charge in (large, *small.values())]
+    assert max(each) == each[0] > 1.2 * each[-1]
+    assert ledger.epsilon(1e-5) == each[0]
+    check = ledger.renyi_check(1e-5)
+    assert check is not None
+    assert check >= each[0]
+
+
+def test_an_account_that_is_asked_again_for_a_release_is_not_charged_again_and_a_new_one_is() -> None:
+    ledger = Ledger().with_entry(entry(1, 1, "x", anna=1, ben=1)).with_entry(entry(1, 1, "x", ben=1, cleo=1))
+    assert [ledger.of(name)[0].count for name in ("anna", "ben", "cleo")] == [1, 1, 1]
+    assert len(ledger.entries) == 1
+    assert Ledger().with_all(ledger).with_all(ledger) == ledger
+
+
 def test_a_ledger_survives_its_json_and_joins_with_another() -> None:
     ledger = Ledger((entry(1, 1, "a", anna=3), entry(3, 1, "b", ben=1)))
     assert ledger_from_dict(ledger_to_dict(ledger)) == ledger

@@ -126,19 +126,20 @@ nasty = st.sampled_from([0.0, 1.0, -3.0, 1e-30, 1e30, -1e30, math.nan, math.inf,
 
 
 def check_sensitivity(updates: list[ClientUpdate], clip: float, part: str = "b") -> None:
-    """Assert that no client moves the sum by more than the clip: present, or missing."""
+    """Assert that no client moves the sum by more than its clip, and the count by more than 1/2."""
 
-    def total(present: list[ClientUpdate]) -> torch.Tensor:
+    def total(present: list[ClientUpdate]) -> NoisedSum:
         noised = NoisedSum(LAYOUT, part, clip)
         for update in present:
             noised.add(update)
-        return noised.sum_Q
+        return noised
 
     whole = total(updates)
-    assert bool(torch.isfinite(whole).all())
+    assert bool(torch.isfinite(whole.sum_Q).all())
     for missing in range(len(updates)):
-        moved = whole - total(updates[:missing] + updates[missing + 1 :])
-        assert float(moved.norm()) <= clip * (1 + 1e-12)
+        without = total(updates[:missing] + updates[missing + 1 :])
+        assert float((whole.sum_Q - without.sum_Q).norm()) <= clip * (1 + 1e-12)
+        assert abs(whole.balance - without.balance) <= 0.5
 
 
 @NOWHERE
@@ -468,6 +469,43 @@ def test_a_release_that_differs_after_a_resume_is_charged_again(
     (journal / "privacy-ledger.json").write_text("[{}]")
     with pytest.raises(CheckpointError, match="is damaged"):
         serving.with_journal(again.privacy, fewer.state)
+
+
+def test_who_is_asked_for_a_round_again_is_charged_once_and_a_newcomer_as_well(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    config = make_config({**LOCAL, "federation.cohort-size": 3, "run.output": str(tmp_path)})
+    journal, run = tmp_path / "server", open_run(config)
+    session = replace(run.session, privacy=serving.open_privacy(config, journal))
+    _, first = next_round(session, run.state)  # and then the process is gone, and a client with it
+    others = open_run(config, absent=[run.session.clients[first.asked[0]].node_id])
+    again = replace(others.session, privacy=serving.open_privacy(config, journal))
+    state, second = next_round(again, serving.with_journal(again.privacy, others.state))
+    assert set(first.asked) != set(second.asked)
+    everybody = {*first.asked, *second.asked}
+    assert {name: state.ledger.of(name)[0].count for name in everybody} == dict.fromkeys(everybody, 1)
+    assert serving.with_journal(again.privacy, others.state).ledger == state.ledger
+
+
+def test_an_attempt_that_failed_is_in_the_ledger_of_a_run_that_ends_with_it(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    """The last attempt in the budget gets too few answers; those that came were released all the same."""
+    two = gaussian_epsilon(math.sqrt(2) / 1.0, 1e-5)  # local: opposite updates are two clips apart
+    flat = {**LOCAL, "privacy.epsilon": two * 1.01, "federation.min-clients": 4}
+    config = four_rounds(flat, make_config, tmp_path)
+
+    def tamper(reply: Any) -> list[Any]:
+        if reply.metadata.message_type == "train" and seen and seen[-1].round_num == 1:
+            reply.content = RecordDict()
+        return [reply]
+
+    seen: list[RoundRecord] = []
+    state = run_federation(config, open_run(config, tamper=tamper).grid, Watch(record=seen.append))
+    assert state.round_num == 1
+    assert {sums[0].count for sums in state.ledger.accounts.values()} == {2}
+    statement = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert two <= statement["epsilon"] <= two + 1e-4
 
 
 def test_a_second_release_of_a_round_does_not_exceed_the_budget(
