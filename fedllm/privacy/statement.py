@@ -72,6 +72,9 @@ def not_covered(plan: PrivacyPlan) -> list[str]:
         found.append(rows if plan.is_by_example else "mean held-out losses, which are a data holder's own")
     if plan.is_by_example:
         found.append("all rows of a data holder together: the unit is one row, and rows that repeat add up")
+        found.append(
+            "which rows are held out: a row is one of those trained on, and the split is taken as given"
+        )
     return found
 
 
