@@ -192,6 +192,11 @@ def _check_privacy(plan: PrivacyPlan | None) -> None:
             f"this machine's policy wants noise of its own clients, up to privacy.epsilon = {limit:g} at"
             f" delta {LARGEST_DELTA:g}; the run has {has}"
         )
+    if plan.metrics == "all":
+        raise ConfigError(
+            "this machine's policy wants noise of its own clients, and under privacy.metrics = 'all' exact"
+            " training losses, token counts and seconds leave without any; use held-out or withheld"
+        )
 
 
 @lru_cache(maxsize=1)
