@@ -192,6 +192,11 @@ def _check_privacy(plan: PrivacyPlan | None) -> None:
             f"this machine's policy wants noise of its own clients, up to privacy.epsilon = {limit:g} at"
             f" delta {LARGEST_DELTA:g}; the run has {has}"
         )
+    if plan.metrics not in ("withheld", "held-out" if plan.is_by_example else "withheld"):
+        raise ConfigError(
+            "this machine's policy wants noise of its own clients, and under privacy.metrics ="
+            f" {plan.metrics!r} exact numbers of theirs leave without any; use withheld, or leave it at auto"
+        )
 
 
 @lru_cache(maxsize=1)

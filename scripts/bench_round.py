@@ -28,6 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a look
 from rich.console import Console
 
 from fedllm.config import RunConfig, Scalar
+from scripts.benchmarks.plots import lines, plot_file
 from scripts.benchmarks.runs import UNMEASURED, Run, check_same_work, run_cohort, run_simulation, run_worker
 from scripts.benchmarks.tiny import save_tiny_model, write_rows
 from scripts.benchmarks.tools import (
@@ -214,8 +215,6 @@ def show_cohorts(console: Console, cohorts: Mapping[str, Mapping[str, Any]]) -> 
 
 def plot(path: Path, cohorts: Mapping[str, Mapping[str, Any]]) -> None:
     """Write seconds a round over the number of clients, one line a read-out."""
-    from scripts.benchmarks.plots import lines
-
     series: dict[str, list[tuple[float, Spread]]] = {}
     for name, figures in cohorts.items():
         series.setdefault(name.partition(",")[0], []).append((figures["clients"], figures["round_s"]))
@@ -235,7 +234,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", default="10,100,1000", help="clients a round (default: 10,100,1000)")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     parser.add_argument("--output", type=Path, help="also keep the JSON object in this file")
-    parser.add_argument("--plot", type=Path, help="write seconds a round over clients to this file")
+    parser.add_argument("--plot", type=plot_file, help="draw seconds a round to this SVG or PNG file")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error("--rounds: expected at least 2, as the first is start-up")

@@ -32,6 +32,7 @@ from fedllm.config import RunConfig
 from fedllm.wire import codec
 from fedllm.wire.packets import packet_bytes
 from scripts.benchmarks.deltas import Case, case_figures, packed, train_case, unpacked
+from scripts.benchmarks.plots import lines, plot_file
 from scripts.benchmarks.tools import (
     Goal,
     Spread,
@@ -162,8 +163,6 @@ def show_case(console: Console, name: str, figures: Mapping[str, Any]) -> None:
 
 def plot(path: Path, cases: Mapping[str, Any]) -> None:
     """Write the relative error of lossy payloads over local steps."""
-    from scripts.benchmarks.plots import lines
-
     series: dict[str, list[tuple[float, Spread]]] = {}
     for name, case in cases.items():
         for payload in ("bf16", "int8"):
@@ -186,7 +185,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--source", default="docstrings", help="the clients' text")
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     parser.add_argument("--output", type=Path, help="also keep the JSON object in this file")
-    parser.add_argument("--plot", type=Path, help="write the relative errors to this file")
+    parser.add_argument("--plot", type=plot_file, help="draw the relative errors to this SVG or PNG file")
     return parser.parse_args(arguments)
 
 

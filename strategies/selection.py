@@ -2,7 +2,8 @@
 
 A rule sees the clients that are free, the records of past rounds and a seeded stream of random numbers, and
 nothing else: every runtime and a resumed run choose the same. Where the numbers come from decides what may be
-claimed under differential privacy: only the rules of `DATA_INDEPENDENT` draw without looking at any data.
+claimed under differential privacy: only uniform and poisson draw without looking at any data, and
+`fedllm.privacy.refusals` refuses the others where a guarantee would be false.
 
 uniform          without replacement, every client alike
 weighted         without replacement, each draw proportional to the declared rows. Weighting the updates by
@@ -24,9 +25,6 @@ from typing import TypeAlias
 from fedllm.config import RunConfig, cohort_size_of
 from fedllm.seeds import derive_seed
 from fedllm.types import JoinedClient, RoundRecord
-
-# Rules whose draw depends on no client's data: not on losses, and not on how many rows there are either.
-DATA_INDEPENDENT = frozenset({"uniform", "poisson"})
 
 # Oort's own numbers: the share of unknown clients in a round, the first, its decay and the least; the weight
 # of time since the last turn; the power of the penalty for being slow; the cut below the last chosen utility.

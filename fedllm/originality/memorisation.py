@@ -79,7 +79,8 @@ def exposure(canary: float, others: Sequence[float]) -> float:
     """Return log2 |R| - log2 rank of a canary among texts of its own kind that were not trained on.
 
     `canary` and `others` are losses; |R| counts all of them, rank 1 is the smallest loss and a tie counts
-    against exposure (Carlini et al., arXiv 1802.08232). At most log2 of |R|, near 0 to 1 if nothing is known.
+    against exposure (Carlini et al., arXiv 1802.08232). At most log2 of |R|. If nothing is known every
+    rank is as likely: log2 |R| - log2(|R|!) / |R| on average, 1.0 at |R| = 6, 1.4 at 100, never over 1.443.
     """
     rank = 1 + sum(other <= canary for other in others)
     return math.log2(len(others) + 1) - math.log2(rank)

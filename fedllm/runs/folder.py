@@ -21,9 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fedllm.config import RunConfig
+from fedllm.config import RunConfig, Scalar
 from fedllm.errors import ConfigError
 from fedllm.runs.atomic import write_file
+from fedllm.runs.recipe import read_recipe
 from fedllm.runs.records import record_from_dict, record_to_line
 from fedllm.types import RoundRecord
 
@@ -61,6 +62,18 @@ def describe_run(folder: Path, config: RunConfig) -> None:
     """Write configuration and environment, once it is certain that the run goes on with them."""
     write_file(folder / "config.toml", to_toml(config))
     write_file(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+
+
+def read_keys(folder: Path) -> dict[str, Scalar]:
+    """Return the flat keys of the configuration that `describe_run` wrote.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    try:
+        return read_recipe(folder / "config.toml")
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: not a run folder ({error})") from None
 
 
 def write_rounds(folder: Path, records: Sequence[RoundRecord]) -> None:

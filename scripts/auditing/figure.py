@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+FORMATS = (".png", ".svg", ".pdf")
 _COLOURS = {"run": "#0072b2", "positive_control": "#d55e00", "held_out": "#999999"}  # Okabe and Ito
 _NAMES = {"run": "this run", "positive_control": "positive control", "held_out": "held-out control"}
 

@@ -37,8 +37,8 @@ class Case:
 
     `holder` has the clients' own rows, without canaries, and a state folder of the audit's own: nothing that
     the run's clients keep is read or charged. `engine` is that of the published adapter, whose rank may be
-    larger. `members` are rows that were trained on, `others` held-out ones. `statement` is `privacy.json`,
-    empty for a run without privacy.
+    larger. `members` are rows that were trained on, `others` held-out ones. `statement` is the unit, trust,
+    epsilon and delta of `privacy.json`, empty for a run without privacy.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
     """Open a run folder; of members and of others `max_rows` are taken at most, drawn by the run's seed.
 
     Raises:
-        ConfigError: there is no finished run, or its adapter changes nothing by itself.
+        ConfigError: there is no finished run, a file of it is damaged, or its adapter changes nothing alone.
         NoDataError, DataError: the rows of its clients are not on this machine, or no longer the same.
         LayoutError, ModelError: the base model on this machine is another one.
     """
@@ -162,7 +162,19 @@ def trained_rows(
 
 
 def _statement(folder: Path) -> Mapping[str, Any]:
-    try:
-        return dict(json.loads((folder / "privacy.json").read_text()))
-    except (OSError, ValueError):
+    """Return what a run claims of its privacy; a damaged claim is not taken for none.
+
+    Raises:
+        ConfigError: privacy.json is damaged.
+    """
+    file = folder / "privacy.json"
+    if not file.exists():
         return {}
+    try:
+        found = json.loads(file.read_text())
+        return {
+            **{key: str(found[key]) for key in ("unit", "trust")},
+            **{key: float(found[key]) for key in ("epsilon", "delta")},
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: damaged ({type(error).__name__}); restore it") from None

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
-from fedllm.errors import CheckpointError, MissingExtraError
+from fedllm.errors import CheckpointError, ConfigError, MissingExtraError
 from fedllm.runs.atomic import write_file
 from scripts.auditing.canaries import canary_report
 from scripts.auditing.control import overfit
-from scripts.auditing.figure import draw
+from scripts.auditing.figure import FORMATS, draw
 from scripts.auditing.membership import (
     SHOWN,
     curves,
@@ -44,11 +44,11 @@ def audit(
     """Audit a run folder: print one table, write audit.json into it and draw a plot where one is wanted.
 
     Raises:
-        FedLLMError: the run, its rows or its base model are not here; matplotlib is absent and a plot wanted.
+        FedLLMError: the run, its rows or its base model are not here; a plot is wanted that cannot be drawn.
         CheckpointError: a file cannot be written.
     """
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("plots need matplotlib: pip install 'fedllm[bench]', or leave out --plot")
+    if plot is not None:
+        _check_plot(plot)
     with TemporaryDirectory() as scratch:
         case = open_case(target, max_rows=rows, scratch=Path(scratch))
         report, lines = report_of(case, prefix=prefix, suffix=suffix, epochs=epochs)
@@ -65,6 +65,14 @@ def audit(
     console.rich.print(table_of(report))
     for line in _words(case, report):
         console.line(line)
+
+
+def _check_plot(path: Path) -> None:
+    """Refuse a plot that could not be drawn, before minutes of work for it."""
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"--plot {str(path)!r} should end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("plots need matplotlib: pip install 'fedllm[bench]', or leave out --plot")
 
 
 def report_of(

@@ -34,8 +34,10 @@ def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
         table.add_row(name, value if isinstance(value, str) else f"{value:,}")
     console.rich.print(table)
     console.line("\nkeys (any of them as key=value, in a recipe, or in flwr run --run-config):")
+    resolved = resolved_axes(config)
     for key, value in config.to_flat().items():
-        console.line(f"  {key} = {value!r}" if isinstance(value, str) else f"  {key} = {value}")
+        instead = f" (in use: {resolved[key]!r})" if key in resolved else ""
+        console.line(f"  {key} = {value!r}{instead}" if isinstance(value, str) else f"  {key} = {value}")
 
 
 def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
@@ -60,9 +62,31 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
         "tokens a round": tokens,
         "tokens of the run": tokens * config.federation.num_rounds,
         **_bytes(config, layout, [client.client_id for client in clients]),
+        "aggregation": _aggregation(config),
         "distillation": _distillation(config),
         "privacy": summary_line(privacy) if privacy else "no differential privacy; updates are not masked",
     }
+
+
+def resolved_axes(config: RunConfig) -> dict[str, str]:
+    """Return the keys of the rule whose value a preset, or privacy, replaces, each with the value in use."""
+    rule, given = aggregation_rule(config), config.aggregation
+    in_use = {
+        "aggregation.train": (rule.train, given.train),
+        "aggregation.read-out": (rule.read_out, given.read_out),
+        "aggregation.weighting": (rule.weighting, given.weighting),
+    }
+    return {key: used for key, (used, named) in in_use.items() if used != named}
+
+
+def _aggregation(config: RunConfig) -> str:
+    """Return the rule as it is in use, in a line, and where it comes from if not from its keys."""
+    rule = aggregation_rule(config)
+    line = f"train {rule.train}, read-out {rule.read_out}, weighting {rule.weighting}"
+    if not resolved_axes(config):
+        return line
+    preset = config.aggregation.preset
+    return f"{line}; by {f'aggregation.preset = {preset!r}' if preset else 'privacy, as no preset is named'}"
 
 
 def _distillation(config: RunConfig) -> str:

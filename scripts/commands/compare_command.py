@@ -1,7 +1,6 @@
 """`fedllm compare`: two runs side by side, and whether they gave the same adapter."""
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ import typer
 from rich.table import Table
 
 from fedllm.adapters.folder import load_adapter
-from fedllm.errors import ConfigError
-from fedllm.runs.recipe import flatten
+from fedllm.runs.folder import read_keys
 from scripts.console import Console
 
 _UNIMPORTANT = {"run.name", "run.output", "run.resume"}
@@ -29,7 +27,7 @@ def compare(first: Path, second: Path, *, assert_equal: bool, as_json: bool) -> 
 
 def differences(first: Path, second: Path) -> dict[str, Any]:
     """Return what differs between two run folders: configuration keys, held-out losses, adapter values."""
-    configs = [_config(folder) for folder in (first, second)]
+    configs = [read_keys(folder) for folder in (first, second)]
     keys = sorted((configs[0].keys() | configs[1].keys()) - _UNIMPORTANT)
     changed = {
         key: [c.get(key) for c in configs] for key in keys if configs[0].get(key) != configs[1].get(key)
@@ -46,13 +44,6 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
         "held_out": [_held_out(folder) for folder in (first, second)],
         "adapter": adapter,
     }
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(flatten(tomllib.loads((folder / "config.toml").read_text())))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{folder}: not a run folder ({type(error).__name__})") from None
 
 
 def _held_out(folder: Path) -> float | None:

@@ -122,13 +122,16 @@ def disk_findings() -> Iterator[Finding]:
 
 
 def policy_finding() -> Finding:
-    """Say what this machine's owner permits beyond the default."""
+    """Say in what this machine's owner differs from the default."""
     try:
         policy = load_policy()
     except FedLLMError as error:
         return Finding("site policy", "fail", str(error), "correct the file")
-    permitted = [f"remote code of {name}" for name in policy.trust_remote_code]
-    permitted += ["local paths named by a server"] if policy.server_paths else []
-    return Finding(
-        "site policy", "ok", "permits " + ", ".join(permitted) if permitted else "the strict default"
-    )
+    said = [f"permits remote code of {name}" for name in policy.trust_remote_code]
+    if policy.server_paths:
+        said.append("permits local paths named by a server")
+    if policy.max_epsilon:
+        said.append(f"admits only runs whose clients add noise, up to epsilon {policy.max_epsilon:g}")
+    if policy.state_path:
+        said.append(f"keeps private state in {policy.state_path}")
+    return Finding("site policy", "ok", "; ".join(said) or "the strict default")

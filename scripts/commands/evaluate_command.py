@@ -1,7 +1,6 @@
 """`fedllm evaluate`: base against adapter on every client's held-out rows, or on a file of your own."""
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from fedllm.data.shards import load_one_client
 from fedllm.errors import ConfigError, NoDataError
 from fedllm.models.base import load_base
 from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID, resolve_model
-from fedllm.runs.recipe import flatten
+from fedllm.runs.folder import read_keys
 from fedllm.runs.spread import spread_of
 from fedllm.training.engine import Engine, resident_engine
 from fedllm.training.jobs import EvaluationJob
@@ -35,7 +34,7 @@ def evaluate(target: Path, *, data: str, as_json: bool) -> None:
             raise ConfigError(f"{target}: an adapter without its run needs rows: give some with --data")
         config = _bare_config(published)
     engine = resident_engine(load_base(config.model), published.state.layout, config.train.token_budget)
-    clients = _clients(config, data, _trained_clients(folder.parent))
+    clients = _clients(config, data, trained_clients(folder.parent))
     if not clients:
         raise NoDataError(f"{target}: the run keeps no held-out rows; give some with --data")
     before, after = _losses(engine, clients, published)
@@ -51,15 +50,14 @@ def find_adapter(target: Path) -> tuple[Path, RunConfig | None]:
     """Return the adapter folder that `target` is or holds, and the configuration of its run where known.
 
     Raises:
-        ConfigError: there is neither an adapter nor a finished run.
+        ConfigError: there is neither an adapter nor a finished run, or the run's configuration is damaged.
     """
     folder = target / "adapter" if (target / "adapter").is_dir() else target
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{target}: neither a finished run nor an adapter folder")
-    recipe = folder.parent / "config.toml"
-    if folder.name != "adapter" or not recipe.is_file():
+    if folder.name != "adapter" or not (folder.parent / "config.toml").is_file():
         return folder, None
-    return folder, RunConfig.from_flat(flatten(tomllib.loads(recipe.read_text())))
+    return folder, RunConfig.from_flat(read_keys(folder.parent))
 
 
 def _bare_config(published: PublishedAdapter) -> RunConfig:
@@ -68,11 +66,11 @@ def _bare_config(published: PublishedAdapter) -> RunConfig:
     return RunConfig.from_flat({"model.name": name, "model.revision": published.revision})
 
 
-def _trained_clients(run: Path) -> list[str]:
+def trained_clients(run: Path) -> list[str]:
     """Return the clients whose held-out losses a run recorded."""
     try:
         return list(json.loads((run / "result.json").read_text())["held_out"]["after"]["clients"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return []
 
 

@@ -46,6 +46,7 @@ def report_of(config: RunConfig, plan: PrivacyPlan, rows: int) -> dict[str, Any]
     spent = [replace(charge, count=charge.count * plan.participations)]
     layout = describe_layout(config.model, config.lora)
     num_values = part_size(layout, aggregation_rule(config).trained_in(1))
+    ratio = signal_to_noise(plan, plan.multiplier(rows), full_rounds(config, plan), num_values)
     return {
         "unit": plan.unit,
         "trust": plan.trust,
@@ -60,35 +61,44 @@ def report_of(config: RunConfig, plan: PrivacyPlan, rows: int) -> dict[str, Any]
         "participations": plan.participations,
         "steps": plan.steps,
         "num_values": num_values,
-        "signal_to_noise": signal_to_noise(plan, plan.multiplier(rows), plan.participations, num_values),
-        "verdict": verdict(plan, plan.multiplier(rows), num_values),
+        "signal_to_noise": ratio,
+        "verdict": verdict(plan, ratio),
         "table": table_of(config, plan, rows),
     }
+
+
+def full_rounds(config: RunConfig, plan: PrivacyPlan) -> int:
+    """Return how many rounds of a run have a whole cohort; clients that may not take part again run out."""
+    wanted = config.federation.num_rounds
+    if not plan.limit:
+        return wanted
+    return max(1, min(wanted, math.floor(config.federation.num_clients * plan.limit / plan.denominator)))
 
 
 def signal_to_noise(plan: PrivacyPlan, z: float, rounds: int, num_values: int) -> float:
     """Return the largest change that could be learnt over the noise that is learnt with it, as norms.
 
-    Updates that all point one way and are as long as the clip add up to `releases * clip`; independent noise
-    adds up to sqrt(releases * values) * z * clip / D, where D updates (or rows of a step) share it.
+    The change of `rounds` rounds is a sum of T releases: one a round, or one a local step where a row is the
+    unit. In each, D clients of a round (under coins: on average) move the mean by the clip C at most, all the
+    same way, and over T releases by T C. The noise of a release is z C long for every value and is divided by
+    D where the server adds it once, by sqrt(D) where D clients add one each; DP-SGD divides clip and noise by
+    the rows of a step, of which all B point one way. Independent noises add up to sqrt(T) of one.
     """
-    releases = rounds * plan.steps * (plan.rate if plan.is_central else 1.0)
-    sharing = {True: float(plan.batch_size), False: plan.denominator}[plan.is_by_example]
-    if plan.is_local_client:
-        sharing = math.sqrt(plan.denominator)
-    return math.sqrt(max(1.0, releases)) * sharing / (z * math.sqrt(num_values))
+    num_releases = rounds * plan.steps
+    shared_by = plan.denominator if plan.is_central else math.sqrt(plan.denominator)
+    rows = plan.batch_size if plan.is_by_example else 1
+    return math.sqrt(num_releases) * shared_by * rows / (z * math.sqrt(num_values))
 
 
-def verdict(plan: PrivacyPlan, z: float, num_values: int) -> str:
+def verdict(plan: PrivacyPlan, ratio: float) -> str:
     """Return what to expect of a plan, plainly.
 
     The ratio compares norms over all values. Learning needs few of their directions, so noise longer than the
     change does not rule it out; ten times as long, or with a handful of clients, nobody has seen a gain.
     """
-    ratio = signal_to_noise(plan, z, plan.participations, num_values)
     compared = f"the noise on the whole run's change is {1 / ratio:.2g} times as long as its largest change"
     if plan.is_by_example:
-        advice = "larger batches and more rounds share it" if ratio < 1 else "that leaves room to learn"
+        advice = "more rows, clients and rounds share it" if ratio < 1 else "that leaves room to learn"
         return f"one row of a client is hidden; {compared}: {advice}"
     if ratio < 0.1 or plan.denominator < 100:
         return (

@@ -185,6 +185,10 @@ def test_a_plot_is_drawn(ending: str, finished: Callable, command: Callable, tmp
     assert path.stat().st_size > 5000
 
 
+def test_a_plot_of_an_unknown_kind_is_refused_before_the_run_is_opened(refused: Callable) -> None:
+    assert "--plot 'x.foo' should end in .png, .svg or .pdf" in refused("nowhere", "--plot", "x.foo")
+
+
 def test_a_plot_without_matplotlib_names_the_extra(
     finished: Callable, refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +261,20 @@ def test_a_run_without_held_out_rows(finished: Callable, refused: Callable) -> N
 
 def test_an_adapter_that_changes_nothing_by_itself(finished: Callable, refused: Callable) -> None:
     assert "local-b" in refused(str(finished("fedsa", {"aggregation.preset": "fedsa"})))
+
+
+def test_a_damaged_configuration(copied: Callable, refused: Callable) -> None:
+    folder = copied("plain", PLAIN)
+    for damage in (b"seed = ", b"\xff"):
+        (folder / "config.toml").write_bytes(damage)
+        assert "not a run folder (recipe" in refused(str(folder))
+
+
+def test_a_damaged_claim_is_not_taken_for_none(copied: Callable, refused: Callable) -> None:
+    folder = copied("private", PRIVATE)
+    for damage in ("{", "5", '{"unit": "example"}'):
+        (folder / "privacy.json").write_text(damage)
+        assert "privacy.json: damaged" in refused(str(folder))
 
 
 def test_damaged_rounds(copied: Callable, refused: Callable) -> None:

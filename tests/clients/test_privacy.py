@@ -239,6 +239,24 @@ def test_the_key_of_an_answer_depends_on_all_it_answers(open_one: Callable) -> N
     assert len(keys) == 13
 
 
+def test_a_machine_that_demands_noise_lets_no_exact_numbers_leave(
+    open_one: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("max-epsilon = 4.0")
+    monkeypatch.setenv("FEDLLM_POLICY", str(policy))
+    budget = {"privacy.epsilon": 2.0}
+    with pytest.raises(ConfigError, match=r"privacy\.metrics = 'all' exact numbers .*; use withheld"):
+        open_one(15, **budget, **{"privacy.metrics": "all"})
+    local = {**budget, "privacy.unit": "client", "privacy.trust": "local"}
+    assert open_one(15, **local).clients
+    with pytest.raises(ConfigError, match=r"privacy\.metrics = 'held-out' exact numbers"):
+        open_one(15, **local, **{"privacy.metrics": "held-out"})
+    assert open_one(15, **budget, **{"privacy.metrics": "held-out"}).clients
+    policy.write_text("max-epsilon = 0.0")
+    assert open_one(15, **budget, **{"privacy.metrics": "all"}).clients
+
+
 @pytest.mark.parametrize(
     ("flat", "is_allowed"),
     [

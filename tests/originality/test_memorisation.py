@@ -81,3 +81,14 @@ def test_exposure_is_the_logarithm_of_the_rank() -> None:
     assert exposure(0.5, others) == 10.0  # the smallest of 1,024
     assert exposure(1.0, others) == 9.0  # a tie counts against it
     assert exposure(2000.0, others) == 0.0
+
+
+def test_exposure_of_a_text_that_nothing_is_known_of() -> None:
+    def mean_over_ranks(number: int) -> float:
+        others = [float(place) for place in range(1, number)]
+        return sum(exposure(place + 0.5, others) for place in range(number)) / number
+
+    assert mean_over_ranks(4) == pytest.approx((2 + 1 + math.log2(4 / 3) + 0) / 4)
+    assert mean_over_ranks(6) == pytest.approx(1.0, abs=0.01)
+    assert mean_over_ranks(100) == pytest.approx(1.4, abs=0.01)
+    assert 1.44 < mean_over_ranks(3000) < math.log2(math.e)

@@ -10,6 +10,7 @@ from fedllm.runs.folder import (
     describe_run,
     environment,
     open_run_folder,
+    read_keys,
     run_folder,
     to_toml,
     write_result,
@@ -32,7 +33,16 @@ def test_a_run_folder_holds_the_recipe_that_repeats_the_run(tmp_path: Path) -> N
     assert not (folder / "config.toml").exists(), "a resume that is refused leaves the earlier one"
     describe_run(folder, config)
     assert build_config(folder / "config.toml", []) == config
+    assert read_keys(folder) == config.to_flat()
     assert json.loads((folder / "environment.json").read_text()) == environment()
+
+
+@pytest.mark.parametrize("damage", [None, b"seed = ", b"\xff"])
+def test_a_configuration_that_is_damaged_or_absent_is_no_run(damage: bytes | None, tmp_path: Path) -> None:
+    if damage is not None:
+        (tmp_path / "config.toml").write_bytes(damage)
+    with pytest.raises(ConfigError, match="not a run folder"):
+        read_keys(tmp_path)
 
 
 def test_an_environment_names_versions_and_neither_host_nor_user_nor_path(tmp_path: Path) -> None:

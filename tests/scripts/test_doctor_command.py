@@ -1,0 +1,28 @@
+"""What `fedllm doctor` says of a machine's policy."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.commands.doctor_command import policy_finding
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the strict default"),
+        ("max-epsilon = 8.0", "admits only runs whose clients add noise, up to epsilon 8"),
+        ('state-path = "/private"', "keeps private state in /private"),
+        (
+            'server-paths = true\ntrust-remote-code = ["org/model"]',
+            "permits remote code of org/model; permits local paths named by a server",
+        ),
+    ],
+)
+def test_every_key_of_a_policy_is_named(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(text)
+    monkeypatch.setenv("FEDLLM_POLICY", str(policy))
+    assert policy_finding().detail == said
