@@ -163,9 +163,15 @@ def _meaning(key: str, comments: dict[str, str]) -> str:
     comment = "" if key in _WHOLE else comments.get(key, "")
     choices = " | ".join(limits.CHOICES.get(key, ()))
     if choices and comment.startswith(choices):
-        comment = comment.removeprefix(choices).strip(" ()")
+        comment = _unwrapped(comment.removeprefix(choices).lstrip(" :"))
     joint = " " if key in _JOINED_BY_SPACE else "; "
     return joint.join(part for part in (NOTES.get(key, ""), comment) if part)
+
+
+def _unwrapped(text: str) -> str:
+    """Return a text that stands in brackets as a whole without them."""
+    inner = text[1:-1]
+    return inner if text == f"({inner})" and not set("()") & set(inner) else text
 
 
 def _comments() -> dict[str, str]:

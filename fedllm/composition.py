@@ -4,7 +4,9 @@ import math
 from typing import TYPE_CHECKING
 
 from fedllm.audit.repeats import parse_repeats
+from fedllm.distillation.wanted import num_screened
 from fedllm.errors import ConfigError
+from fedllm.originality.overlap import MAX_SHINGLES, MAX_TEXTS
 from fedllm.privacy.refusals import check_privacy
 
 if TYPE_CHECKING:
@@ -12,10 +14,13 @@ if TYPE_CHECKING:
     from fedllm.rule import AggregationRule
 
 
-def check_combinations(config: "RunConfig", rule: "AggregationRule", cohort_size: int) -> None:
+def check_combinations(
+    config: "RunConfig", rule: "AggregationRule", cohort_size: int, screened: bool
+) -> None:
     """Refuse a config whose parts contradict each other, or would together not do what they say.
 
-    `rule` is the run's aggregation, which has been checked for itself.
+    `rule` is the run's aggregation, which has been checked for itself; `screened` says whether data holders
+    are asked about synthetic text (`fedllm.config.is_screened`).
 
     Raises:
         ConfigError: naming the keys and why they cannot go together.
@@ -33,6 +38,8 @@ def check_combinations(config: "RunConfig", rule: "AggregationRule", cohort_size
     check_privacy(config, rule)
     if config.distill.when != "never":
         _check_distillation(config, rule)
+        if screened:
+            _check_screening(config)
     _check_canaries(config)
     if config.personal.mode != "none" and rule.local_b:
         raise ConfigError(
@@ -141,4 +148,19 @@ def _check_distillation(config: "RunConfig", rule: "AggregationRule") -> None:
         raise ConfigError(
             "distill.gate = 'clients' needs rows that clients keep for evaluation: set data.held-out-fraction"
             " and data.max-held-out above 0, or use public"
+        )
+
+
+def _check_screening(config: "RunConfig") -> None:
+    """Refuse what one overlap query, all that a round has, cannot ask of the data holders."""
+    number, most = num_screened(config.distill.text, config.distill.num_texts), config.distill.max_tokens
+    if number > MAX_TEXTS:
+        raise ConfigError(
+            f"distill.num-texts = {config.distill.num_texts} has {number} synthetic texts written, and data"
+            f" holders can be asked about {MAX_TEXTS} a round; lower it, or set distill.originality = off"
+        )
+    if number and most > MAX_SHINGLES:
+        raise ConfigError(
+            f"distill.max-tokens = {most} is above the {MAX_SHINGLES} of which data holders can be asked in"
+            " one synthetic text; lower it, or set distill.originality = off"
         )

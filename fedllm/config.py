@@ -318,7 +318,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.min-clients = {config.federation.min_clients} is above the cohort of {cohort_size}"
         )
-    check_combinations(config, rule.aggregation_rule(config), cohort_size)
+    check_combinations(config, rule.aggregation_rule(config), cohort_size, is_screened(config))
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")
 
@@ -329,6 +329,12 @@ def cohort_size_of(config: RunConfig) -> int:
     if federation.cohort_size:
         return federation.cohort_size
     return max(1, round(federation.cohort_fraction * federation.num_clients))
+
+
+def is_screened(config: RunConfig) -> bool:
+    """Return whether synthetic text passes gates of originality; what private adapters write needs none."""
+    wanted = config.distill.originality
+    return wanted == "on" or (wanted == "auto" and not config.privacy.epsilon)
 
 
 def prompts_of(config: RunConfig) -> list[str]:

@@ -1,7 +1,8 @@
 """The distillation step beside the training round it follows: seconds, arithmetic and memory by teachers.
 
-For K clients the round is `Engine.train` on their jobs; the step is `teach` on as many synthetic-sized rows
-as the product's default asks of a CPU, then `distil` for its steps. Both run on one resident base model, the
+For K clients the round is `Engine.train` on their jobs; the step is `teach` on the rows of `Size`, then
+`distil` for its steps. Both are small beside the product's defaults: the step has 16 rows of 96 tokens and 4
+steps of 4, where those are 64 texts of 128 tokens and 50 steps of 8. Both run on one resident base model, the
 same rows for every K, alternated in one process. FLOP are counted: a teacher's pass is 2 per weight of the
 trunk and of the head and token, a training pass as in `scripts.benchmarks.tools.useful_flop`.
 

@@ -25,12 +25,12 @@ import torch
 
 from fedllm.config import RunConfig, Scalar
 from fedllm.data.rows import is_local
+from fedllm.distillation.wanted import public_source
 from fedllm.errors import RunFailedError
 from fedllm.models.files import is_local_model
 from fedllm.runs.folder import run_folder, to_toml
 from fedllm.runs.records import record_from_dict
 from scripts.console import RunView
-from strategies.distillation.text import public_source
 
 APP = Path(__file__).parents[1]
 _START_SECONDS = 60.0

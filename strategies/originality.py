@@ -29,7 +29,6 @@ def screen(
     clients: Collection[str] | None = None,
     boilerplate: Sequence[int] = (),
     public: Sequence[Encoded] = (),
-    close: Sequence[bool] | None = None,
     known: Sequence[bool] | None = None,
 ) -> tuple[Verdict, ...]:
     """Return the verdict on every text, in order. One call may be made in a round, counted from 1.
@@ -37,8 +36,8 @@ def screen(
     `clients` are those whose private text the texts may repeat, by default all of the session's: if the node
     of one does not answer, no text passes. `boilerplate` is what every text has by its form alone
     (`fedllm.models.chat.form_tokens`), `public` the texts none may repeat, such as those that results are
-    measured on. `close` and `known` say which texts the distance and membership gates refuse
-    (`fedllm.originality.distance.too_close`, `known_to_one`), where these were measured.
+    measured on. `known` says which texts the membership gate refuses (`known_to_one`), where that was
+    measured.
 
     Raises:
         DataError: there are more texts, or longer ones, than a query may ask about.
@@ -54,7 +53,6 @@ def screen(
             digest=digest_of(texts[number].tokens),
             overlap=None if found is None else found[number].is_original,
             duplicate=copies[number] is None and not repeats[number],
-            distance=None if close is None else not close[number],
             membership=None if known is None else not known[number],
             num_shingles=0 if found is None else found[number].num_shingles,
             num_matched=0 if found is None else found[number].num_matched,

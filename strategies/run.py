@@ -161,8 +161,6 @@ def _first_state(session: Session, folder: Path, start: AdapterState | None) -> 
     for line in passed_over:
         session.watch.notice(line)
     session.watch.notice(f"resuming after round {state.round_num}")
-    if state.round_num < session.config.federation.num_rounds:
-        state = undistilled(state)
     return with_journal(session.privacy, state)
 
 
@@ -174,10 +172,12 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
     is_saved, stopped = True, ""
     while state.round_num < session.config.federation.num_rounds:
         try:
-            state, _ = next_round(session, state)
+            # Where the round does not come about, the run ends with the adapter that was distilled.
+            state, _ = next_round(session, undistilled(state))
         except BudgetSpentError as error:
-            stopped, state = str(error), with_journal(session.privacy, state)  # with what an attempt has cost
+            stopped = f"{error}{_not_distilled(session.config)}"
             session.watch.notice(stopped)
+            state = with_journal(session.privacy, state)  # with what an attempt has cost
             state, is_saved = _measured(session, state), False
             break
         try:
@@ -190,6 +190,13 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
     if not is_saved:
         _save(session, state, folder)
     return state, stopped
+
+
+def _not_distilled(config: RunConfig) -> str:
+    """Return what a run that ends before its last round leaves undone, "" where nothing was planned."""
+    if config.distill.when != "last":
+        return ""
+    return f"; the distillation step planned after round {config.federation.num_rounds} is not done"
 
 
 def _measured(session: Session, state: ServerState) -> ServerState:

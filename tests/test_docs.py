@@ -187,6 +187,10 @@ def test_a_page_stands_on_its_own(page: Path) -> None:
 def test_configuration_page_is_the_generated_one() -> None:
     wanted = _generator().config_page()
     assert (ROOT / "docs" / "config.md").read_text() == wanted, "run `python docs/generate.py`"
+    for row in re.findall(r"^\| `.*\|$", wanted, re.MULTILINE):
+        meaning = row.strip("| ").rpartition(" | ")[2]
+        assert not meaning.startswith((":", ";", ")")), row
+        assert meaning.count("(") == meaning.count(")"), row
 
 
 def test_every_key_has_a_meaning_and_no_note_is_left_over() -> None:

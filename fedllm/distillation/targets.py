@@ -45,11 +45,6 @@ class Targets:
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
-    def mean_weights(self) -> tuple[float, ...]:
-        """Mean weight of every teacher over all tokens."""
-        return tuple(self.weights_NK.double().mean(dim=0).tolist())
-
-    @property
     def entropy(self) -> float:
         """Mean entropy of the teacher's law over all tokens, in nats."""
         return float(self.entropy_N.double().mean())

@@ -10,12 +10,14 @@ filled up with zeros. Of the teacher the k largest are kept and the sum of the r
 compared by their sums, which is at most their distance and the same where k is all.
 
 The paper pairs tokens by their number. Here a token of the student is paired where the teacher predicts after
-the very same text; where its tokenizer has no boundary there, cross-entropy alone is left.
+the very same text; where its tokenizer has no boundary there, or the token is predicted inside a character of
+several bytes, cross-entropy alone is left.
 Tensor suffixes: N student's learnt token, n those of a chunk, k kept rank, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class Pair:
     """One text as both tokenizers have it.
 
     `partners[i]` is the teacher's learnt token that is predicted after the same text as the student's learnt
-    token i, or -1.
+    token i, or -1. Both are predicted after whole characters.
     """
 
     student: Encoded
@@ -47,16 +49,21 @@ def pair_text(text: str, student_tokenizer: Any, teacher_tokenizer: Any, max_tok
     teacher, teacher_after = _encoded(text, teacher_tokenizer, max_tokens)
     if not (student.num_supervised and teacher.num_supervised):
         return None
-    places = {after: place for place, after in enumerate(teacher_after)}
-    return Pair(student, teacher, tuple(places.get(after, -1) for after in student_after))
+    places = {after: place for place, after in enumerate(teacher_after) if after is not None}
+    partners = (-1 if after is None else places.get(after, -1) for after in student_after)
+    return Pair(student, teacher, tuple(partners))
 
 
-def _encoded(text: str, tokenizer: Any, max_tokens: int) -> tuple[Encoded, list[int]]:
-    """Return the row of a text, and after how many characters each of its learnt tokens is predicted."""
+def _encoded(text: str, tokenizer: Any, max_tokens: int) -> tuple[Encoded, list[int | None]]:
+    """Return the row of a text, and after how many characters each of its learnt tokens is predicted.
+
+    None stands for a token that is predicted inside a character: a tokenizer says of each of its bytes that
+    it ends where the character does.
+    """
     encoding = tokenizer(text, return_offsets_mapping=True)
     tokens = tuple(encoding["input_ids"][:max_tokens])
     ends = [end for _, end in encoding["offset_mapping"][:max_tokens]]
-    return Encoded(tokens, tokens), ends[:-1]
+    return Encoded(tokens, tokens), [end if end != next_end else None for end, next_end in pairwise(ends)]
 
 
 @dataclass(frozen=True, eq=False)

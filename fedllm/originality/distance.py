@@ -1,5 +1,7 @@
 """Is synthetic text closer to the training text than unseen real text is?
 
+No gate of a run: whoever measures it holds both the private and the synthetic text. Between a server and data
+holders it has no form that would not show the text that one holder's adapter wrote to another.
 Distance to the closest record (DCR) between texts as mean-pooled hidden states of the frozen base model, so
 no further model is needed. Tensor suffixes: N texts asked about, M reference texts, D feature.
 """
@@ -86,5 +88,8 @@ def distance_ratio(
 def too_close(
     synthetic_N: torch.Tensor, held_out_N: torch.Tensor, share: float = TOO_CLOSE
 ) -> tuple[bool, ...]:
-    """Return which texts are closer to the training text than all but `share` of the held-out texts."""
+    """Return which texts are closer to the training text than all but `share` of the held-out texts.
+
+    For whoever holds both texts: no run asks it.
+    """
     return tuple((synthetic_N < held_out_N.quantile(share)).tolist())

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from fedllm.distillation.targets import learnt_tokens
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
-from fedllm.models.chat import IGNORED, Encoded
+from fedllm.models.chat import Encoded
 from fedllm.training.engine import Engine
 from fedllm.training.head import CHUNK
 from fedllm.training.passes import MAX_ADAPTERS, Item, packed
@@ -71,7 +72,7 @@ def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
     """Return the scores of the samples of one pass, in order; a chunk of tokens has logits at a time."""
     states_ND = engine.passes.states(items)
     targets_N = torch.tensor(
-        [label for item in items for label in item.row.labels[1:] if label != IGNORED],
+        [token for item in items for token in learnt_tokens(item.row)],
         device=states_ND.device,
         dtype=torch.int64,
     )

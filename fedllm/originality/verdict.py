@@ -13,23 +13,22 @@ import numpy as np
 from fedllm.errors import DataError, IntegrityError
 from fedllm.runs.atomic import write_file
 
-GATES = ("overlap", "duplicate", "distance", "membership")
+GATES = ("overlap", "duplicate", "membership")
 FILE = "synthetic.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the four gates say of one text: True passed, False refused, None not checked.
+    """What the three gates of a run say of one text: True passed, False refused, None not checked.
 
     `overlap`: not in any client's private text. `duplicate`: no near copy of an earlier text or of public
-    text it must not repeat. `distance`: no closer to training text than held-out text is. `membership`: no
-    single client's adapter knows it far better than all others. `digest` is `digest_of` its tokens.
+    text it must not repeat. `membership`: no single client's adapter knows it far better than all others.
+    `digest` is `digest_of` its tokens.
     """
 
     digest: str
     overlap: bool | None
     duplicate: bool | None = None
-    distance: bool | None = None
     membership: bool | None = None
     num_shingles: int = 0
     num_matched: int = 0  # the most that any node found in its private text

@@ -12,6 +12,7 @@ looks at, never on those. A gap is closed by 1 where a student is as good as the
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -182,15 +183,21 @@ def study(scale: Scale, texts: dict[str, str], do: Do, console: Console) -> Figu
         if not outcome.is_done:
             console.print(f"{outcome.cell.labels}: {outcome.reason}")
     figures = summary(outcomes)
+    for lost in figures["lost"]:
+        console.print(f"{lost['text']}, seed {lost['seed']}: {lost['reason']}")
     console.print("\n", losses_table(figures))
     return figures
 
 
 def goals_of(figures: Figures) -> dict[str, Goal]:
-    """Return the goals: the gap that synthetic text closes, and that no kept student harms the clients."""
-    taught = figures["texts"]["synthetic"]["posterior"]
+    """Return the goals: the gap that synthetic text closes, and that no kept student harms the clients.
+
+    What no cell has measured is not a number, and such a goal is not met.
+    """
+    by_teacher = figures["texts"].get("synthetic")
+    closed = by_teacher["posterior"]["gap_closed"]["mean"] if by_teacher else math.nan
     return {
-        "gap_closed_by_synthetic_text": Goal(taught["gap_closed"]["mean"], GOAL_GAP),
+        "gap_closed_by_synthetic_text": Goal(closed, GOAL_GAP),
         "harm_of_the_worst_kept_student": Goal(figures["worst_kept_harm"], 0.0, at_most=True),
     }
 

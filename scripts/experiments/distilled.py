@@ -13,11 +13,11 @@ import torch
 
 from clients.holder import Holder
 from fedllm.adapters.layout import AdapterState
-from fedllm.config import RunConfig
+from fedllm.config import RunConfig, Scalar
 from fedllm.distillation.student import distil, supervised
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
-from fedllm.errors import NonFiniteError
+from fedllm.errors import FedLLMError, NonFiniteError
 from fedllm.training.engine import Engine
 from fedllm.training.jobs import EvaluationJob
 from scripts.experiments.cells import Cell, Figures, Setting
@@ -56,6 +56,7 @@ def distilled(cell: Cell, setting: Setting) -> Figures:
 
     The options name the texts ("text:NAME" -> `distill.text`) and the students' learning rates ("rates",
     separated by commas): each variant takes the rate with the least loss on the texts its gate looks at.
+    A text that cannot be used is left out, with the reason under "lost".
     """
     config = setting.config(cell)
     last = last_round(config)
@@ -66,15 +67,7 @@ def distilled(cell: Cell, setting: Setting) -> Figures:
         "aggregate": asdict(_on_clients(holder, last.aggregate)),
         "ensembles": {kind: asdict(_ensemble(last, holder, kind)) for kind in TEACHERS},
     }
-    texts = {
-        name.partition(":")[2]: str(value) for name, value in cell.options.items() if name.startswith("text:")
-    }
-    rates = [float(rate) for rate in str(cell.options["rates"]).split(",")]
-    figures["texts"] = {
-        name: _variants(last, holder, config.override({"distill.text": text}), rates)
-        for name, text in texts.items()
-    }
-    return figures
+    return {**figures, **_on_texts(last, holder, config, cell.options)}
 
 
 def last_round(config: RunConfig) -> Round:
@@ -120,6 +113,22 @@ def _ensemble(last: Round, holder: Holder, kind: str) -> Losses:
     held_out = {name: client.held_out for name, client in holder.clients.items() if client.held_out}
     teacher = last.teacher(kind)
     return _losses({name: teach(last.engine, teacher, rows, top_k=1).loss for name, rows in held_out.items()})
+
+
+def _on_texts(last: Round, holder: Holder, config: RunConfig, options: Mapping[str, Scalar]) -> Figures:
+    """Return the variants of every text that the options name, and of those that failed the reason."""
+    rates = [float(rate) for rate in str(options["rates"]).split(",")]
+    texts: Figures = {}
+    lost: dict[str, str] = {}
+    for option, text in options.items():
+        kind, _, name = option.partition(":")
+        if kind != "text":
+            continue
+        try:
+            texts[name] = _variants(last, holder, config.override({"distill.text": text}), rates)
+        except FedLLMError as error:
+            lost[name] = str(error)
+    return {"texts": texts, "lost": lost}
 
 
 def _variants(last: Round, holder: Holder, config: RunConfig, rates: Sequence[float]) -> Figures:

@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from fedllm.config import RunConfig
+from fedllm.distillation.wanted import HELD_OUT_SHARE, SYNTHETIC, has_synthetic, held_out_number, num_public
 from fedllm.errors import NoDataError
 from fedllm.models.chat import Encoded, encode
 from fedllm.seeds import derive_seed
 from fedllm.training.engine import Engine
 from strategies.distillation.teachers import ClientAdapter
-from strategies.distillation.text import HELD_OUT_SHARE, PublicText, has_synthetic, split_texts
+from strategies.distillation.text import PublicText, split_texts
 from strategies.distillation.writing import Screen, anything, written
 
-PUBLIC, SYNTHETIC = "public", "synthetic"
+PUBLIC = "public"
 MOST_DOMAINS = 32
 
 Text: TypeAlias = tuple[Encoded, str]  # with the domain it counts in
@@ -62,11 +63,10 @@ def make_material(
     if not public:
         return _synthetic_alone(config, engine, adapters, round_num, screen)
     number, most = config.distill.num_texts, config.distill.max_tokens
-    is_mixed = has_synthetic(config.distill.text)
-    num_public = max(1, number // 2) if is_mixed else number
+    is_mixed, from_public = has_synthetic(config.distill.text), num_public(config.distill.text, number)
     split = split_texts(
         public,
-        num_public,
+        from_public,
         derive_seed(config.seed, "public-text"),
         # As far as it is read, or texts that begin alike would be copies that are not found.
         lambda text: engine.base.tokenizer(text, add_special_tokens=False)["input_ids"][:most],
@@ -78,7 +78,7 @@ def make_material(
     own = written(config, split, engine, adapters, held_out_number(number), round_num, "measured")
     texts: list[Text] = []
     if is_mixed:
-        texts = written(config, split, engine, adapters, number - num_public, round_num)
+        texts = written(config, split, engine, adapters, number - from_public, round_num)
     kept = _passed(texts, screen, [row for row, _ in held_out])
     material = _material([*train, *kept], held_out, "both" if kept else PUBLIC, PUBLIC)
     return replace(
@@ -88,11 +88,6 @@ def make_material(
         num_written=len(texts),
         num_refused=len(texts) - len(kept),
     )
-
-
-def held_out_number(number: int) -> int:
-    """Return how many texts are held out beside so many."""
-    return max(1, round(HELD_OUT_SHARE * number))
 
 
 def _synthetic_alone(

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.config import RunConfig
+from fedllm.config import RunConfig, is_screened
 from fedllm.distillation.student import StudentTraining, distil, supervised
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
+from fedllm.distillation.wanted import public_source
 from fedllm.errors import FedLLMError, NonFiniteError, RunFailedError
 from fedllm.models.base import load_base
 from fedllm.models.drifted import drifted
@@ -30,7 +31,7 @@ from strategies.distillation.gate import judged
 from strategies.distillation.material import PUBLIC, Material, make_material
 from strategies.distillation.measure import Loss, loss_of, weights_by_domain
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
-from strategies.distillation.text import PublicText, public_source, read_public
+from strategies.distillation.text import PublicText, read_public
 from strategies.distillation.writing import Gates, anything
 from strategies.session import Session
 
@@ -64,12 +65,6 @@ def is_due(config: RunConfig, round_num: int) -> bool:
     """Return whether a round ends with a distillation step."""
     when = config.distill.when
     return when == "every" or (when == "last" and round_num == config.federation.num_rounds)
-
-
-def is_screened(config: RunConfig) -> bool:
-    """Return whether synthetic text passes gates of originality; what private adapters write needs none."""
-    wanted = config.distill.originality
-    return wanted == "on" or (wanted == "auto" and not config.privacy.epsilon)
 
 
 def open_public_text(config: RunConfig) -> tuple[PublicText, ...]:
@@ -115,7 +110,7 @@ def distilled(
     except FedLLMError as error:
         adapter, record = after.adapter, DistilRecord(kept=False, reason=str(error))
     except (MemoryError, torch.OutOfMemoryError):
-        reason = "out of memory even with one teacher a pass; lower distill.max-tokens or distill.batch-size"
+        reason = "out of memory; lower distill.max-tokens or distill.batch-size"
         adapter, record = after.adapter, DistilRecord(kept=False, reason=reason)
     except (RuntimeError, OSError) as error:  # what torch and the disk raise
         adapter, record = after.adapter, DistilRecord(kept=False, reason=f"it failed: {first_line(error)}")

@@ -17,12 +17,10 @@ from fedllm.data.example import Example
 from fedllm.data.fields import Fields, RowProblem, detect_fields, to_example
 from fedllm.data.partition import parse_partition, row_label
 from fedllm.data.rows import Rows, read_rows
+from fedllm.distillation.wanted import HELD_OUT_SHARE, held_out_number
 from fedllm.errors import DataError, NoDataError
 from fedllm.originality.duplicates import contaminated
 from fedllm.seeds import derive_seed
-
-SYNTHETIC = "synthetic"
-HELD_OUT_SHARE = 0.25  # held-out texts for each text that is distilled on
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,6 @@ class Split:
     train: tuple[PublicText, ...]
     held_out: tuple[PublicText, ...]
     num_removed: int  # near copies of held-out texts, which are not distilled on
-
-
-def has_synthetic(text: str) -> bool:
-    """Return whether `distill.text` asks for synthetic text."""
-    return text.strip() == SYNTHETIC or text.strip().startswith(f"{SYNTHETIC}+")
-
-
-def public_source(text: str) -> str:
-    """Return the source of public text in `distill.text`, "" where it asks for none."""
-    return "" if text.strip() == SYNTHETIC else text.strip().removeprefix(f"{SYNTHETIC}+").strip()
 
 
 def read_public(source: str, data: DataConfig) -> tuple[PublicText, ...]:
@@ -109,7 +97,7 @@ def split_texts(
     Raises:
         NoDataError: every text nearly repeats a held-out one.
     """
-    number = max(1, round(HELD_OUT_SHARE * num_texts))
+    number = held_out_number(num_texts)
     by_domain: dict[str, dict[str, list[PublicText]]] = {}
     for text in texts:
         by_domain.setdefault(text.domain, {}).setdefault(text.document, []).append(text)

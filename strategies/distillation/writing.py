@@ -8,8 +8,9 @@ from typing import Any
 from fedllm.config import RunConfig, prompts_of
 from fedllm.data.example import Turn
 from fedllm.distillation.sample import sample_texts
+from fedllm.distillation.targets import learnt_tokens
 from fedllm.errors import DataError, NoDataError
-from fedllm.models.chat import IGNORED, Encoded, chat_text, form_tokens
+from fedllm.models.chat import Encoded, chat_text, form_tokens
 from fedllm.originality.verdict import FILE, Provenance, Screening, write_screening
 from fedllm.seeds import derive_seed
 from fedllm.training.engine import Engine
@@ -115,7 +116,9 @@ def written(
     if not begins and not split and not config.data.text_column:
         header = _tokens(tokenizer, chat_text(tokenizer, [Turn("user", _MARK)]).partition(_MARK)[0])
         questions = write([header or _begin(tokenizer)], most // 2, "question")
-        words = [tokenizer.decode(_learnt(row), skip_special_tokens=True).strip() for row, _ in questions]
+        words = [
+            tokenizer.decode(learnt_tokens(row), skip_special_tokens=True).strip() for row, _ in questions
+        ]
         begins = [(Turn("user", question),) for question in words if question]
     prompts = [_prompt(tokenizer, turns) for turns in begins]
     prompts = _short_enough([prompt for prompt in prompts if prompt], most) or [_begin(tokenizer)]
@@ -136,10 +139,6 @@ def _short_enough(prompts: Sequence[tuple[int, ...]], most: int) -> list[tuple[i
             f" and may take {most}, half of a text; raise it"
         )
     return kept
-
-
-def _learnt(row: Encoded) -> list[int]:
-    return [label for label in row.labels if label != IGNORED]
 
 
 def _prompt(tokenizer: Any, turns: Sequence[Turn]) -> tuple[int, ...]:

@@ -54,11 +54,20 @@ def test_partners_are_predicted_after_the_very_same_text(
         if partner >= 0:
             mine = tokenizer.decode(pair.student.tokens[: place + 1])
             theirs = bytes_tokenizer.decode(pair.teacher.tokens[: partner + 1], skip_special_tokens=True)
-            if "\ufffd" not in mine + theirs:
-                assert mine == theirs
+            assert mine == theirs
+            assert "\ufffd" not in mine, "nothing is paired inside a character"
             paired += 1
     # A byte tokenizer has a boundary wherever the other one has, characters of two bytes apart.
     assert paired >= len(pair.partners) - 2
+
+
+def test_no_token_is_paired_inside_a_character(bytes_tokenizer: Any) -> None:
+    pair = pair_text("a\u00ef\u4e2db", bytes_tokenizer, bytes_tokenizer, 200)  # of 1, 2, 3 and 1 bytes
+    assert pair is not None
+    assert pair.partners == (0, 1, -1, 3, -1, -1, 6)
+    cut = pair_text("a\u00ef\u4e2db", bytes_tokenizer, bytes_tokenizer, 6)
+    assert cut is not None
+    assert cut.partners == (0, 1, -1, 3, -1), "the last token kept ends inside a character"
 
 
 def test_a_text_of_nothing_has_no_pair(load_tiny: Callable, bytes_tokenizer: Any) -> None:

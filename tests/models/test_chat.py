@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from fedllm.data.example import Example, Turn
+from fedllm.errors import DataError
 from fedllm.models.chat import IGNORED, Encoded, chat_text, encode
 
 END = 0  # the id of <|end|>
@@ -16,6 +17,12 @@ UNCLOSED = "{% for message in messages %}{{ message['role'] }}: {{ message['cont
 FORGETFUL = (  # rewrites an answer once a later turn follows it
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{{ message['content'] if loop.last or message['role'] == 'user' else '...' }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+REFUSING = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('no system turn: ' + message['content']) }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -164,3 +171,15 @@ def test_a_prompt_ends_where_the_answer_would_begin(tokenizer: Any) -> None:
     prompt = chat_text(tokenizer, turns[:1], prompt_answer=True)
     assert prompt == "### Instruction:\nSum?\n\n### Response:\n"
     assert chat_text(tokenizer, turns).startswith(prompt)
+
+
+def test_a_conversation_that_the_template_refuses_is_no_row_and_is_named_by_its_roles(tokenizer: Any) -> None:
+    tokenizer.chat_template = REFUSING
+    turns = (Turn("system", "Be kind."), Turn("user", "Sum?"), Turn("assistant", "Three."))
+    assert encode(Example(turns=turns), tokenizer, 100) is None
+    assert encode(Example(turns=turns[1:]), tokenizer, 100) is not None
+    with pytest.raises(DataError) as caught:
+        chat_text(tokenizer, turns)
+    assert "system, user, assistant" in str(caught.value)
+    assert not any(turn.content in str(caught.value) for turn in turns)
+    assert caught.value.__suppress_context__, "the template's own message quotes a turn"

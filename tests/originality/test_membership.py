@@ -139,3 +139,16 @@ def test_the_roc_curve_encloses_the_area(members: list[int], others: list[int]) 
     assert points == sorted(points)
     enclosed = sum((x - a) * (y + b) / 2 for (a, b), (x, y) in itertools.pairwise(points))
     assert enclosed == pytest.approx(separation(members, others).area)
+
+
+@pytest.mark.parametrize("unknown", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_no_number_makes_its_text_stand_out_and_no_other(unknown: float) -> None:
+    base = [-3.0] * 9
+    adapters = [[-2.9, -2.8, -2.95, -2.85, -2.9, -2.8, -2.95, -0.1, -2.9], [-3.1] * 9]
+    expected = outliers(leads([row[1:] for row in adapters], base[1:]))
+    assert sum(expected) == 1
+    for row in (*adapters, base):
+        before, row[0] = row[0], unknown
+        assert outliers(leads(adapters, base)) == (True, *expected)
+        row[0] = before
+    assert outliers(leads([[unknown] * 9, *adapters[1:]], base)) == (True,) * 9

@@ -44,17 +44,17 @@ def test_one_gate_is_enough_to_refuse(gate: str) -> None:
 
 def test_only_the_overlap_must_have_been_checked() -> None:
     assert verdict().passed
-    assert not verdict(overlap=None, duplicate=True, distance=True, membership=True).passed
+    assert not verdict(overlap=None, duplicate=True, membership=True).passed
 
 
 def test_pass_rates_are_of_the_texts_that_a_gate_checked() -> None:
     verdicts = (verdict(duplicate=True), verdict(duplicate=False), verdict(overlap=False), verdict())
     rates = Screening(provenance(), verdicts).pass_rates
-    assert rates == {"overlap": 0.75, "duplicate": 0.5, "distance": None, "membership": None, "all": 0.5}
+    assert rates == {"overlap": 0.75, "duplicate": 0.5, "membership": None, "all": 0.5}
 
 
 def test_a_screening_comes_back_as_it_was(tmp_path: Path) -> None:
-    screening = Screening(provenance(), (verdict(), verdict(distance=False, membership=None)))
+    screening = Screening(provenance(), (verdict(), verdict(duplicate=False, membership=None)))
     write_screening(tmp_path / "synthetic.json", screening)
     assert read_screening(tmp_path / "synthetic.json") == screening
     assert [file.name for file in tmp_path.iterdir()] == ["synthetic.json"]

@@ -1,8 +1,9 @@
 """The distillation step beside the round loop: what it keeps, what it refuses, what it leaves as it was."""
 
 import json
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from clients.holder import open_holder
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
 from fedllm.config import RunConfig
 from fedllm.data.example import Example, Turn
-from fedllm.errors import ConfigError, DataError
-from fedllm.models.chat import encode
+from fedllm.errors import ConfigError, DataError, NoDataError
+from fedllm.models.chat import Encoded, encode
 from fedllm.originality.verdict import read_screening
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import ClientUpdate, DistilRecord, RoundRecord
@@ -56,6 +57,12 @@ CHEAP = {
     "distill.originality": "off",  # so few words make every sentence one that somebody has
 }
 FEW = {"distill.num-texts": 8, "distill.steps": 3, "train.local-steps": 4}
+PRIVATE = {
+    "privacy.epsilon": 8.0,
+    "privacy.unit": "client",
+    "privacy.trust": "local",
+    "aggregation.read-out": "factor-mean",
+}
 STEP = DistilRecord(kept=True, reason="the held-out public loss improved", before=3.0, after=2.5)
 
 
@@ -303,6 +310,39 @@ def test_a_run_with_more_rounds_goes_on_from_what_was_aggregated(run: Callable) 
     assert [record.adapter for record in longer.records] == [record.adapter for record in whole.records]
 
 
+@pytest.fixture
+def two_rounds(run: Callable) -> dict[str, Any]:
+    """Return the keys of a private run that distils last and whose budget is spent after two rounds."""
+    flat = {**CHEAP, **FEW, **PRIVATE, "distill.when": "last", "privacy.noise-multiplier": 2.0}
+    state, _ = run("probe", **{**flat, "distill.when": "never", "privacy.epsilon": 1e5})
+    return {**flat, "privacy.epsilon": 1.01 * state.ledger.epsilon(RunConfig().privacy.delta)}
+
+
+def test_a_run_whose_budget_is_spent_keeps_what_it_has_distilled(
+    run: Callable, two_rounds: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Under so much noise a student need not be better.
+    monkeypatch.setattr("strategies.distillation.step.judged", lambda *losses, **more: (True, "it is kept"))
+    done, notices = run("spent", **two_rounds)
+    assert not any("is not done" in line for line in notices)
+    again, notices = run("spent", **two_rounds, **{"run.resume": True, "federation.num-rounds": 3})
+    assert any("budget is spent" in line for line in notices)
+    assert again.round_num == 2
+    assert again.adapter.digest == done.adapter.digest != done.undistilled.digest
+    assert again.records[-1].distil == done.records[-1].distil is not None
+    assert again.records[-1].held_out == done.records[-1].held_out
+
+
+def test_a_run_that_ends_before_its_step_says_that_it_is_not_done(
+    run: Callable, two_rounds: dict[str, Any], tmp_path: Path
+) -> None:
+    state, notices = run("short", **two_rounds, **{"federation.num-rounds": 3})
+    assert steps_of(state) == []
+    (line,) = [line for line in notices if "budget is spent" in line]
+    assert line.endswith("; the distillation step planned after round 3 is not done")
+    assert json.loads((tmp_path / "short" / "result.json").read_text())["stopped"] == line
+
+
 def test_a_finished_run_that_is_resumed_keeps_its_distilled_adapter(run: Callable) -> None:
     flat = {**CHEAP, **FEW, "distill.when": "last"}
     done, _ = run("done", **flat)
@@ -414,7 +454,6 @@ def test_public_text_in_no_clients_support_weighs_all_clients_alike_and_says_so(
     assert "in no client's support" in step.reason
     for weights in step.weights.values():
         assert list(weights.values()) == pytest.approx([0.25] * 4)
-    assert not step.kept or step.after < step.before
 
 
 @pytest.mark.parametrize(
@@ -439,6 +478,74 @@ def test_synthetic_text_begins_with_what_there_is(flat: dict[str, str], trained:
     assert not {row.tokens for row in material.rows} & {row.tokens for row in material.held_out}
     assert set(material.domains) <= set(NAMES)
     assert all(len(row.tokens) <= 48 for row in (*material.rows, *material.held_out))
+
+
+def test_no_row_distilled_on_is_the_head_that_a_held_out_text_is_read_to(
+    trained: Callable, tmp_path: Path
+) -> None:
+    """Texts that differ beyond `distill.max-tokens` alone are one row, so copies."""
+    head = " ".join(WORDS * 4)
+    own = [{"text": f"{word} {other} " * 8} for word in WORDS for other in WORDS if word < other]
+    draw = random.Random(0)
+    tails = (" ".join(str(draw.getrandbits(40)) for _ in range(40)) for _ in range(60))
+    same = [{"text": f"{head} {tail}"} for tail in tails]
+    path = tmp_path / "public.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*own, *same)))
+    session, _, _, adapters = trained()
+    public = with_public(session, str(path), **{"distill.num-texts": 200})
+    material = make_material(public.config, public.public_text, server_engine(session), adapters, 1)
+    heads = [row.tokens for row in material.held_out if row.num_cut]
+    assert heads, "a held-out text has the head"
+    assert not {row.tokens for row in material.rows} & {row.tokens for row in material.held_out}
+    assert material.num_removed >= 40
+
+
+def test_where_few_synthetic_texts_pass_most_of_them_are_learnt_from(trained: Callable) -> None:
+    session, _, _, adapters = trained()
+    config = session.config.override({**CHEAP, "distill.num-texts": 40})
+
+    def strict(texts: Sequence[Encoded], public: Sequence[Encoded]) -> list[bool]:
+        return [number % 5 == 0 for number in range(len(texts))]
+
+    material = make_material(config, (), server_engine(session), adapters, 1, strict)
+    assert material.num_written - material.num_refused == 10
+    assert (len(material.rows) + material.num_removed, len(material.held_out)) == (8, 2)
+    assert material.rows
+    with pytest.raises(NoDataError, match="none of 50 synthetic texts is original"):
+        make_material(config, (), server_engine(session), adapters, 1, refuse_all)
+
+
+def refuse_all(texts: Sequence[Encoded], public: Sequence[Encoded]) -> list[bool]:
+    return [False] * len(texts)
+
+
+def test_where_no_synthetic_text_passes_the_public_ones_are_left(trained: Callable, public_file: str) -> None:
+    session, _, _, adapters = trained()
+    mixed = with_public(session, f"synthetic+{public_file}")
+    material = make_material(mixed.config, mixed.public_text, server_engine(session), adapters, 1, refuse_all)
+    assert (material.text, material.held_out_text, len(material.rows)) == ("public", "public", 12)
+    assert material.num_refused == material.num_written == 12
+
+
+def test_beside_plain_public_text_synthetic_text_begins_with_the_runs_prompts(
+    trained: Callable, tmp_path: Path
+) -> None:
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{one} of {one}"}) + "\n" for one in WORDS))
+    session, _, _, adapters = trained()
+    prompts = {"evaluation.prompts": "sum of? || list it?"}
+    mixed = with_public(session, f"synthetic+{path}", **prompts)
+    written: list[Encoded] = []
+
+    def listen(texts: Sequence[Encoded], public: Sequence[Encoded]) -> list[bool]:
+        written.extend(texts)
+        return [True] * len(texts)
+
+    engine = server_engine(session)
+    make_material(mixed.config, mixed.public_text, engine, adapters, 1, listen)
+    assert written
+    begins = tuple(f"<|user|>{prompt}<|end|><|assistant|>" for prompt in ("sum of?", "list it?"))
+    assert all(engine.base.tokenizer.decode(row.tokens).startswith(begins) for row in written)
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused(trained: Callable) -> None:
@@ -605,6 +712,10 @@ def test_public_text_that_cannot_be_read_ends_a_run_before_its_first_round(run: 
         ({"aggregation.preset": "fedsa"}, "never sees a B"),
         ({"distill.gate": "clients", "data.held-out-fraction": 0.0}, "rows that clients keep"),
         ({"distill.gate": "clients", "data.max-held-out": 0}, "rows that clients keep"),
+        ({"distill.num-texts": 3278}, "distill.num-texts = 3278 has 4098 synthetic texts written"),
+        ({"distill.num-texts": 8194, "distill.text": "synthetic+a.jsonl"}, "asked about 4096 a round"),
+        ({"distill.max-tokens": 4097, "distill.text": "synthetic+a.jsonl"}, "distill.max-tokens = 4097"),
+        ({"distill.max-tokens": 4097, "distill.originality": "on"}, "set distill.originality = off"),
     ],
 )
 def test_what_a_step_cannot_go_with_is_refused_with_the_reason(flat: dict[str, Any], words: str) -> None:
@@ -613,6 +724,23 @@ def test_what_a_step_cannot_go_with_is_refused_with_the_reason(flat: dict[str, A
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     RunConfig.from_flat(flat)  # where nothing is distilled it may stand
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {"distill.num-texts": 3276, "distill.max-tokens": 4096},  # 4,095 with those held out
+        {"distill.num-texts": 8192, "distill.text": "synthetic+a.jsonl"},
+        {"distill.num-texts": 9999, "distill.max-tokens": 9999, "distill.text": "a.jsonl"},
+        {"distill.num-texts": 9999, "distill.max-tokens": 9999, "distill.originality": "off"},
+        {"distill.num-texts": 9999, "distill.max-tokens": 9999, **PRIVATE},
+    ],
+    ids=["as many as fit", "half public", "public alone", "not screened", "private"],
+)
+def test_texts_of_which_data_holders_need_not_be_asked_more_than_they_answer_may_stand(
+    flat: dict[str, Any],
+) -> None:
+    RunConfig.from_flat({"distill.when": "last", **flat})
 
 
 def test_the_table_says_how_the_loss_changed_or_that_a_step_was_refused() -> None:

@@ -9,16 +9,10 @@ import pytest
 
 from fedllm.config import DataConfig
 from fedllm.data.example import Example
+from fedllm.distillation.wanted import has_synthetic, public_source
 from fedllm.errors import DataError, NoDataError
 from fedllm.originality.duplicates import jaccard, shingles
-from strategies.distillation.text import (
-    PublicText,
-    has_synthetic,
-    public_source,
-    read_public,
-    split_texts,
-    words_of,
-)
+from strategies.distillation.text import PublicText, read_public, split_texts, words_of
 
 WORDS = tuple(f"word{number}" for number in range(15))
 

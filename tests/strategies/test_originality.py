@@ -66,7 +66,7 @@ def test_a_copy_of_any_clients_row_is_refused_and_fresh_text_passes(
     assert [one.passed for one in verdicts] == [False] * 4 + [True] * 3
     assert [one.digest for one in verdicts] == [digest_of(row.tokens) for row in (*copies, *fresh)]
     assert all(one.num_matched == one.num_shingles for one in verdicts[:4])
-    assert all(one.distance is None and one.membership is None for one in verdicts)
+    assert all(one.membership is None for one in verdicts)
 
 
 def test_copies_in_the_set_and_of_public_text_and_flags_are_refused(
@@ -79,11 +79,9 @@ def test_copies_in_the_set_and_of_public_text_and_flags_are_refused(
         [fresh[0], fresh[0], fresh[1], fresh[2]],
         round_num=1,
         public=[fresh[1]],
-        close=[False] * 4,
         known=[False, False, False, True],
     )
     assert [one.duplicate for one in verdicts] == [True, False, False, True]
-    assert [one.distance for one in verdicts] == [True] * 4
     assert [one.membership for one in verdicts] == [True, True, True, False]
     assert [one.passed for one in verdicts] == [True, False, False, False]
 
