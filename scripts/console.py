@@ -27,11 +27,11 @@ class Console:
 
     def __init__(self, *, quiet: bool = False):
         self.quiet = quiet
-        self.rich = rich.console.Console(stderr=quiet, highlight=False)
+        self.rich = rich.console.Console(stderr=quiet, highlight=False, markup=False)
 
     def line(self, text: str) -> None:
         """Print one line."""
-        self.rich.print(text, markup=False, soft_wrap=True)
+        self.rich.print(text, soft_wrap=True)
 
     @contextmanager
     def watching(self, config: RunConfig, runtime: str) -> Iterator["RunView"]:

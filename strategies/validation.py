@@ -11,6 +11,8 @@ from fedllm.rule import aggregation_rule
 from fedllm.types import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 
 ROUNDING = 1.02  # what a lossy payload may add to a delta
+LARGEST_LOSS = 1e6  # nats per token: far above any even guess, and finite in sums and squares
+LARGEST_SECONDS = 1e9
 
 
 def find_fault(
@@ -62,8 +64,10 @@ def _number_fault(update: ClientUpdate, largest_weight: float) -> str:
         return f"the weight {update.weight:g} is not a positive number"
     if update.weight > largest_weight:
         return f"the weight {update.weight:g} is above the {largest_weight:g} declared at joining"
-    if not math.isfinite(update.train_loss) or update.train_loss < 0:
-        return "the training loss is not a finite positive number"
+    if not 0 <= update.train_loss <= LARGEST_LOSS:  # nor NaN, of which no comparison is true
+        return f"the training loss is no number from 0 to {LARGEST_LOSS:g}"
+    if not 0 <= update.seconds <= LARGEST_SECONDS:
+        return f"the seconds of its training are no number from 0 to {LARGEST_SECONDS:g}"
     return ""
 
 
@@ -87,8 +91,7 @@ def largest_weight(joined: JoinedClient, config: RunConfig) -> float:
 def check_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation | ClientFailure:
     """Return the evaluation where it is sound, else why it is refused."""
     losses = [loss for loss in (evaluation.loss, evaluation.personal_loss) if loss is not None]
-    if all(math.isfinite(loss) and loss >= 0 for loss in losses) and evaluation.num_tokens > 0:
+    if all(0 <= loss <= LARGEST_LOSS for loss in losses) and evaluation.num_tokens > 0:
         return evaluation
-    return ClientFailure(
-        client_id=evaluation.client_id, code="refused", reason="the held-out loss is not a finite number"
-    )
+    reason = f"the held-out loss is no number from 0 to {LARGEST_LOSS:g}, or is of no token"
+    return ClientFailure(client_id=evaluation.client_id, code="refused", reason=reason)

@@ -7,6 +7,7 @@ is strict: a reply of any other form raises `WireError`, a single bad client in 
 `ClientFailure` of that client alone.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
+from fedllm.data.partition import CLIENT_ID
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.types import (
     EVALUATION_METRICS,
@@ -28,6 +30,7 @@ from fedllm.wire import codec
 from fedllm.wire.packets import list_field, packet_of, to_array
 
 _OK = "ok"
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _JOIN_NUMBERS = ("num_train", "num_held_out", "max_rank")
 _RESULT_RECORDS: dict[str, type] = {"clients": ConfigRecord, "metrics": MetricRecord}
 
@@ -299,6 +302,10 @@ def read_joined(content: RecordDict, node_id: int) -> list[JoinedClient]:
         raise WireError("the lists of a join reply differ in length or name a client twice")
     if any(number < 0 for column in columns for number in column):
         raise WireError("a join reply declares a negative number")
+    if not all(CLIENT_ID.fullmatch(client_id) for client_id in ids):  # they are printed and written to files
+        raise WireError("a join reply names a client by other than 1 to 64 letters, digits, '.', '_' and '-'")
+    if not all(_FINGERPRINT.fullmatch(fingerprint) for fingerprint in fingerprints):
+        raise WireError("a join reply has a fingerprint that is not 64 hexadecimal digits")
     return [
         JoinedClient(
             client_id=client_id,
@@ -326,7 +333,7 @@ def refuse_error(content: RecordDict) -> None:
 
 
 def _count(value: float) -> int:
-    """Return a reported count; anything that is not a plausible count is 0 and refused by validation."""
+    """Return a reported count; anything that is not a plausible count is 0."""
     return int(value) if 0 <= value < 2**53 else 0
 
 

@@ -13,6 +13,7 @@ import torch
 import typer
 from packaging.requirements import Requirement
 from rich.table import Table
+from rich.text import Text
 
 from fedllm.errors import FedLLMError
 from fedllm.models.files import cache_folder, embedded_gguf, needs_conversion
@@ -45,8 +46,8 @@ def doctor() -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     styles = {"ok": "green", "warn": "yellow", "fail": "red"}
     for finding in findings:
-        style = styles[finding.verdict]
-        table.add_row(f"[{style}]{finding.verdict}[/]", finding.subject, finding.detail, finding.cure)
+        verdict = Text(finding.verdict, style=styles[finding.verdict])
+        table.add_row(verdict, finding.subject, finding.detail, finding.cure)
     Console().rich.print(table)
     if any(finding.verdict == "fail" for finding in findings):
         raise typer.Exit(1)

@@ -119,8 +119,9 @@ def finish(mixture: Mixture) -> Aggregate:
         mixture = _folded(mixture)
     rule, layout, state = mixture.rule, mixture.layout, mixture.state
     verdict, norms = _weigh(mixture)
-    is_single = mixture.folded is None and len(mixture.held) == 1
     # One client's own factors are already its exact read-out; refactoring them would only change the gauge.
+    # Not where a robust rule may shrink its change: a part of a product is not the product of parts.
+    is_single = mixture.folded is None and len(mixture.held) == 1 and rule.robust == "none"
     read_out = factor_mean if is_single and rule.read_out != "stack" else READ_OUTS[rule.read_out]
     vector_P, drift, measured = _read_out(mixture, verdict, read_out)
     moments = state.optimizer

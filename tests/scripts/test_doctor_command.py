@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import typer
 
-from scripts.commands.doctor_command import policy_finding
+from scripts.commands import doctor_command
+from scripts.commands.doctor_command import Finding, policy_finding
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,16 @@ def test_every_key_of_a_policy_is_named(
     policy.write_text(text)
     monkeypatch.setenv("FEDLLM_POLICY", str(policy))
     assert policy_finding().detail == said
+
+
+def test_a_cure_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Square brackets are an extra of a package, not a style."""
+    broken = Finding("Flower", "fail", "[/red] is no path", "pip install 'flwr[simulation]'")
+    monkeypatch.setattr(doctor_command, "flower_finding", lambda: broken)
+    with pytest.raises(typer.Exit):
+        doctor_command.doctor()
+    printed = "".join(capsys.readouterr().out.split())
+    assert "flwr[simulation]" in printed
+    assert "[/red]" in printed

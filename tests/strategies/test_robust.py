@@ -273,6 +273,18 @@ def test_a_rule_remembers_the_norms_of_earlier_rounds() -> None:
     assert moved[1] < 0.05 * moved[0]  # most rounds were small, so this one is taken for an attack
 
 
+@pytest.mark.parametrize("read_out", ["svd", "residual"])
+def test_a_single_change_that_is_shrunk_keeps_its_direction(read_out: str) -> None:
+    (one,) = honest_updates(1)
+    (whole,) = changes([one])
+    small = ServerState(1, start_adapter(), norms=(float(whole.norm()) / 6,) * 7)  # clipped to twice that
+    result = aggregate([one], small, robust="norm-clip", read_out=read_out)
+    moved = LAYOUT.scale * (model_change(result) - products(start_adapter().vector))
+    lost = 1 - float(moved @ whole / moved.norm() / whole.norm())
+    assert lost < (1e-9 if read_out == "residual" else 0.05)  # a shrunk change has more ranks with the start
+    assert 0.2 < float(moved.norm() / whole.norm()) < 0.5
+
+
 # --- every rule beside every reply that validation lets through -------------------------------------------
 
 

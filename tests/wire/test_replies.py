@@ -298,6 +298,26 @@ def test_an_error_reply_holds_a_code_of_the_list_only(code: str) -> None:
     assert written == (code if code in CLIENT_ERROR_CODES else "internal")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ids", "x\n2026-01-01 ERROR run failed"),
+        ("ids", "\x1b[2J"),
+        ("ids", "a" * 65),
+        ("ids", ""),
+        ("fingerprints", "f" * 63),
+        ("fingerprints", "\x1b[2J".ljust(64, "f")),
+    ],
+)
+def test_what_a_join_reply_names_can_be_printed(name: str, value: str) -> None:
+    content = joined_reply()
+    content["clients"][name][1] = value
+    with pytest.raises(WireError) as caught:
+        replies.read_joined(content, 9)
+    assert "\x1b" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("name", "value"), [("num_train", -1), ("num_held_out", -5), ("max_rank", -1)])
 def test_a_join_reply_declares_no_negative_size(name: str, value: int) -> None:
     content = joined_reply()
