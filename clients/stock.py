@@ -11,7 +11,7 @@ from clients.holder import Holder
 from clients.protect import node_mean
 from fedllm.adapters.drift import no_drift
 from fedllm.adapters.layout import AdapterState
-from fedllm.errors import NoDataError, WireError
+from fedllm.errors import ConfigError, NoDataError, WireError
 from fedllm.rule import aggregation_rule
 from fedllm.training.numbers import local_training
 from fedllm.types import (
@@ -27,9 +27,12 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
     """Return the node's new adapter and `num-examples`.
 
     Raises:
+        ConfigError: the run has personal adapters, which need to know in which rounds a client took part.
         WireError: the request does not hold exactly one adapter of this run's layout.
         NoDataError: no client of this node has an update.
     """
+    if holder.personal is not None:
+        raise ConfigError("personal.mode needs fedllm's own rounds: a stock strategy keeps no count of turns")
     config, start = holder.config, _read_adapter(holder, content)
     round_num = _round_of(content)
     training = local_training(config, round_num)

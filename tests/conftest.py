@@ -145,4 +145,6 @@ def load_tiny(make_model_folder: Callable[..., Path]) -> Callable[..., BaseModel
 @pytest.fixture(autouse=True)
 def _default_policy(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Test against the default site policy, whatever policy the machine's user has."""
-    monkeypatch.setenv("FEDLLM_POLICY", str(tmp_path_factory.getbasetemp() / "no-policy.toml"))
+    policy = tmp_path_factory.getbasetemp() / "empty-policy.toml"
+    policy.touch()
+    monkeypatch.setenv("FEDLLM_POLICY", str(policy))

@@ -140,13 +140,14 @@ def load_tensors(file: Path, layout: AdapterLayout) -> AdapterState:
     expected = {spec.name: spec for spec in layout.tensors}
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise IntegrityError(f"{file}: tensor {name!r} is {'missing' if name in expected else 'unexpected'}")
-    vector = torch.empty(layout.size)
-    for spec, view in layout.views(vector):
+    for spec in layout.tensors:  # before anything of the size that is claimed is allocated
         tensor = tensors[spec.name]
         if tensor.shape != spec.shape or tensor.dtype != torch.float32:
             shape = tuple(tensor.shape)
             raise IntegrityError(
                 f"{file}: {spec.name} is {tensor.dtype} {shape}, expected float32 {spec.shape}"
             )
-        view.copy_(tensor)
+    vector = torch.empty(layout.size)
+    for spec, view in layout.views(vector):
+        view.copy_(tensors[spec.name])
     return AdapterState(layout, vector)

@@ -17,6 +17,8 @@ import torch
 from fedllm.errors import LayoutError, NonFiniteError
 from fedllm.seeds import derive_seed
 
+_LARGEST_SIZE = 2**24  # of a matrix's side
+
 PEFT_PREFIX = "base_model.model."  # how PEFT names the wrapped model inside an adapter file
 KAIMING_ROW_NORM = 3**-0.5  # root of the mean squared norm of a row of D values uniform in ±1/sqrt(D)
 
@@ -145,14 +147,14 @@ def layout_from_dict(values: dict[str, object]) -> AdapterLayout:
             LoraMatrix(str(item["module"]), int(item["in_features"]), int(item["out_features"]))
             for item in values["matrices"]  # type: ignore[attr-defined]
         )
-        return AdapterLayout(
-            matrices,
-            int(values["rank"]),  # type: ignore[call-overload]
-            float(values["alpha"]),  # type: ignore[arg-type]
-            str(values["fingerprint"]),
-        )
+        rank, alpha = int(values["rank"]), float(values["alpha"])  # type: ignore[call-overload, arg-type]
+        layout = AdapterLayout(matrices, rank, alpha, str(values["fingerprint"]))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise LayoutError(f"not an adapter layout ({type(error).__name__})") from None
+    sizes = [rank, *(size for one in matrices for size in (one.in_features, one.out_features))]
+    if not (min(sizes) >= 1 and max(sizes) <= _LARGEST_SIZE and math.isfinite(alpha)):
+        raise LayoutError(f"not an adapter layout: its rank and sizes are not from 1 to {_LARGEST_SIZE:,}")
+    return layout
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,10 @@ _REQUIREMENTS = (
     "typer",
     "rich",
     "tomli-w",
+    "numpy",
+    "pyarrow",
+    "cryptography",
+    "datasketch",
 )
 _REQUIREMENT = re.compile(
     r"\s*(?P<name>[\w.-]+)\s*(\[(?P<extras>[^]]*)\])?[^;]*(;(?P<marker>.*))?", re.DOTALL

@@ -75,7 +75,8 @@ def is_local(source: str) -> bool:
         or Path(source).suffix.lower() in READERS
         or _GLOB_CHARACTERS.search(source) is not None
         or os.path.exists(source)
-        or _HUB_ID.fullmatch(source) is None  # commas, spaces and deeper paths are no hub id either
+        or (hub := _HUB_ID.fullmatch(source)) is None  # commas, spaces and deeper paths are no hub id either
+        or os.path.exists(hub["id"])
     )
 
 
@@ -135,8 +136,11 @@ def _hub_rows(source: str, split: str) -> Iterator[_Located]:
 
     name = _HUB_ID.fullmatch(source)
     assert name is not None  # is_local sent everything else elsewhere
+    if _is_local_reader(name["id"]):
+        raise DataError(f"data.source = {source!r}: no data set but a reader of local files; name the files")
     try:
-        loaded = datasets.load_dataset(name["id"], name["configuration"], split=split)
+        # With this prefix it is the hub and nothing else: without, a folder of that name here would be read.
+        loaded = datasets.load_dataset(f"hf://datasets/{name['id']}", name["configuration"], split=split)
         for number, row in enumerate(loaded, 1):
             yield source, number, dict(row)
     except (
@@ -154,6 +158,13 @@ def _hub_rows(source: str, split: str) -> Iterator[_Located]:
             f"({type(error).__name__}); check the network, data.split and id:configuration, "
             f"or name local {_ACCEPTED}"
         ) from None
+
+
+def _is_local_reader(name: str) -> bool:
+    """Return whether `datasets` takes a name for every file of a kind below the working directory: "json"."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    return name in _PACKAGED_DATASETS_MODULES
 
 
 def _collect(located: Iterable[_Located], files: tuple[str, ...], on_bad_row: str) -> Rows:

@@ -100,7 +100,7 @@ def _varlen(
     return output[None]  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # a pass has few, and those of long rows are megabytes
 def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     """Return who sees whom [queries, keys], the last query at the last key; None for plain causality.
 

@@ -41,7 +41,7 @@ def load_base(config: ModelConfig) -> BaseModel:
     return _load(files, device, dtype, config.quantization, config.gradient_checkpointing)
 
 
-@lru_cache(maxsize=1)  # one resident base per process: a second model replaces the first
+@lru_cache(maxsize=1)  # one resident base: a second model replaces the first for whoever asks from then on
 def _load(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, quantization: str, checkpointing: bool
 ) -> BaseModel:
@@ -119,8 +119,11 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ModelError(f"model.device = {name!r}: expected auto, cpu or cuda[:N]") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"model.device = {name!r}: no CUDA device here; use auto or cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"model.device = {name!r}: expected auto, cpu or cuda[:N]")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA devices here, counted from 0"
+        raise ModelError(f"model.device = {name!r}: {found}; use auto or cpu, or one of those")
     return device
 
 

@@ -27,16 +27,22 @@ class SitePolicy:
 
 
 def load_policy() -> SitePolicy:
-    """Return this machine's policy; an absent file is the default policy.
+    """Return this machine's policy; without $FEDLLM_POLICY an absent file is the default policy.
 
     Raises:
-        ConfigError: the file is not TOML or holds an unknown key or a value of the wrong kind.
+        ConfigError: the file cannot be read, is not TOML or holds an unknown key or a value of the wrong
+            kind; or $FEDLLM_POLICY names none: what its owner wanted is not known.
     """
-    path = Path(os.environ.get("FEDLLM_POLICY", "~/.config/fedllm/policy.toml")).expanduser()
-    if not path.is_file():
-        return SitePolicy()
+    named = os.environ.get("FEDLLM_POLICY")
+    path = Path(named or "~/.config/fedllm/policy.toml").expanduser()
     try:
         values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if named:
+            raise ConfigError(f"$FEDLLM_POLICY names {path}, which does not exist") from None
+        return SitePolicy()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file ({type(error).__name__})") from None
     unknown = values.keys() - {"trust-remote-code", "server-paths", "state-path", "max-epsilon"}

@@ -124,20 +124,22 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             control = _load_adapter(path / CONTROL, saved_layout)
             undistilled = _load_adapter(path / UNDISTILLED, saved_layout)
             spent = ledger_from_dict(content.get("ledger", ()))
+            records = tuple(record_from_dict(values) for values in content["records"])
+            round_num, num_drawn, saved = content["round"], content["num_drawn"], content["config"]
         except (FedLLMError, OSError, ValueError, KeyError, TypeError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue
-        _check_same(content["config"], config)
+        _check_same(saved, config)
         if saved_layout.digest != layout.digest:
             raise ConfigError(
                 f"{path} is of another base model or adapter layout; resume with the same model"
             )
         return (
             ServerState(
-                round_num=content["round"],
+                round_num=round_num,
                 adapter=adapter,
-                num_drawn=content["num_drawn"],
-                records=tuple(record_from_dict(values) for values in content["records"]),
+                num_drawn=num_drawn,
+                records=records,
                 drift=drift,
                 optimizer=optimizer,
                 norms=tuple(content.get("norms", ())),

@@ -25,7 +25,7 @@ from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.training.budget import measured_budget, remembered_budget
 from fedllm.training.control_variates import Correction, correction_of
-from fedllm.training.example_gradients import add_noise, clip_factors, drop_diverged
+from fedllm.training.example_gradients import add_noise, clip_factors, diverged, drop
 from fedllm.training.generate import Choice, answers, continuations
 from fedllm.training.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.training.optimizer import RowAdamW
@@ -165,14 +165,22 @@ class Engine:
         parts = list(self._split(items, self._limit))
         losses_A = torch.zeros(len(jobs), dtype=torch.float64)
         total_AP = torch.zeros_like(self.bank.theta_CP[: len(jobs)])
-        for part in parts:
-            self.bank.reserve(max(map(len, parts)))
+        most = max(map(len, parts), default=0)
+        while parts:
+            part = parts.pop(0)
+            self.bank.reserve(most)
             slots = [replace(item, slot=slot) for slot, item in enumerate(part)]
             sums_B = self.passes.losses(slots, backward=True, objective=jobs[0].objective)
             grad_SP = self.bank.grad_SP[: len(part)]
             norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
             owners = [item.client for item in part]
-            drop_diverged(jobs, owners, grad_SP, norms_S, sums_B)
+            lost_S = diverged(jobs, owners, norms_S, sums_B)
+            if len(part) > 1 and bool(lost_S.any()):
+                # Some kernels mix 0 times a row's gradient into its neighbours', and 0 times NaN is NaN: what
+                # one row is would decide about others, beyond its clip. Alone it can only lose itself.
+                parts[:0] = [[item] for item in part]
+                continue
+            drop(lost_S, grad_SP, norms_S, sums_B)
             losses_A.index_add_(0, _owners(part), sums_B)
             # One product reads the gradients once. It also mixes 0 times a diverged client's gradient into
             # its neighbours', which are then trained again alone (`_train_group`).

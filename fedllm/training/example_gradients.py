@@ -31,21 +31,22 @@ def clip_factors(jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tens
     return factors_AS
 
 
-def drop_diverged(
-    jobs: Sequence[Job],
-    owners: Sequence[int],
-    grad_SP: torch.Tensor,
-    norms_S: torch.Tensor,
-    sums_B: torch.Tensor,
-) -> None:
-    """Count a row of a private job whose gradient is no number as zero, in place.
-
-    It then moves its job by at most the clip, like any row: failing as a whole would tell that it is there.
-    """
+def diverged(
+    jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tensor, sums_B: torch.Tensor
+) -> torch.Tensor:
+    """Return which slots are rows of a private job whose gradient is no number, [S] on the CPU."""
     private_S = torch.tensor([jobs[owner].noise is not None for owner in owners])
     if not bool(private_S.any()):
-        return
-    lost_S = private_S & ~(torch.isfinite(norms_S).cpu() & torch.isfinite(sums_B))
+        return private_S
+    return private_S & ~(torch.isfinite(norms_S).cpu() & torch.isfinite(sums_B))
+
+
+def drop(lost_S: torch.Tensor, grad_SP: torch.Tensor, norms_S: torch.Tensor, sums_B: torch.Tensor) -> None:
+    """Count slots as zero, in place.
+
+    A row then moves its job by at most the clip, like any row: failing as a whole would tell that it is
+    there.
+    """
     if bool(lost_S.any()):
         grad_SP[lost_S.to(grad_SP.device)] = 0.0
         norms_S[lost_S.to(grad_SP.device)] = 0.0

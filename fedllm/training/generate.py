@@ -22,12 +22,15 @@ def answers(base: BaseModel, prompts: Sequence[str], max_new_tokens: int) -> lis
     special = not tokenizer.chat_template
     rows = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # Padding goes left, so that every row's next token comes last.
-    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(base.device)
+    inputs_Bt, mask_Bt = left_padded(rows, filler, base.device)
     output = base.model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=filler
+        input_ids=inputs_Bt,
+        attention_mask=mask_Bt,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=filler,
     )
-    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    new_tokens = output[:, inputs_Bt.shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
@@ -39,14 +42,8 @@ def continuations(
     A row ends with its first end token, which is part of it, or after `max_new_tokens`. The law it is chosen
     from is the model's own at temperature 1: no setting of the model's generation counts.
     """
-    device, ends = base.device, end_tokens(base)
-    length = max(map(len, beginnings))
-    padding = [length - len(beginning) for beginning in beginnings]
-    # Padding goes left, so that every row's next token comes last.
-    inputs_Bt = torch.tensor(
-        [[0] * pad + list(beginning) for pad, beginning in zip(padding, beginnings, strict=True)]
-    ).to(device)
-    mask_Bt = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding]).to(device)
+    ends = end_tokens(base)
+    inputs_Bt, mask_Bt = left_padded(beginnings, 0, base.device)
     positions_Bt = (mask_Bt.cumsum(dim=1) - 1).clamp(min=0)
     chosen: list[list[int]] = [[] for _ in beginnings]
     going, cache = [True] * len(beginnings), None
@@ -69,6 +66,20 @@ def continuations(
         inputs_Bt, positions_Bt = next_B[:, None], positions_Bt[:, -1:] + 1
         mask_Bt = torch.cat([mask_Bt, torch.ones_like(mask_Bt[:, :1])], dim=1)
     return [tuple(tokens) for tokens in chosen]
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], filler: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of tokens as one tensor and its attention mask, both [B, t].
+
+    Padding goes left, so that every row's next token comes last. A tokenizer that has no padding token would
+    refuse to do it.
+    """
+    length = max(map(len, rows))
+    inputs_Bt = torch.tensor([[filler] * (length - len(row)) + list(row) for row in rows], device=device)
+    mask_Bt = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return inputs_Bt, mask_Bt
 
 
 def end_tokens(base: BaseModel) -> frozenset[int]:

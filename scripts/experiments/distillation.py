@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from zlib import crc32
@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here 
 from rich.console import Console
 
 from fedllm.config import Scalar
-from fedllm.errors import FedLLMError
+from fedllm.errors import DataError, FedLLMError
 from fedllm.originality.duplicates import contaminated
 from scripts.benchmarks.tools import Goal, emit, report
 from scripts.experiments.cells import Cell, Figures, Kinds, open_pool
@@ -204,10 +204,30 @@ def goals_of(figures: Figures) -> dict[str, Goal]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    return parse_options(
-        experiment_parser("distillation", "The gain of distillation, by teacher and text."),
-        arguments,
-    )
+    parser = experiment_parser("distillation", "The gain of distillation, by teacher and text.")
+    parser.add_argument("--one-shot", action="store_true", help="all local steps in one round")
+    parser.add_argument("--texts", default="", help="these choices of text only, separated by commas")
+    return parse_options(parser, arguments)
+
+
+def one_shot(scale: Scale) -> Scale:
+    """Return the scale with the local steps of all rounds in one: clients move furthest apart."""
+    numbers = scale.flat
+    steps = int(numbers["federation.num-rounds"]) * int(numbers["train.local-steps"])
+    return replace(scale, flat={**numbers, "federation.num-rounds": 1, "train.local-steps": steps})
+
+
+def chosen(texts: dict[str, str], names: str) -> dict[str, str]:
+    """Return the choices of text that are named, all where none is.
+
+    Raises:
+        DataError: there is no such choice.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in texts:
+            raise DataError(f"--texts {name}: expected one of {', '.join(texts)}")
+    return {name: text for name, text in texts.items() if name in wanted or not wanted}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=options.json, highlight=False)
     notice = partial(console.print, soft_wrap=True)
     scale = scale_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
+    scale = one_shot(scale) if options.one_shot else scale
     try:
         if options.plot:
             check_matplotlib()
@@ -223,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.data, scale.rows_of_domain, keep_instructions=scale.recipe is None, notice=notice
         )
         private, public = part_public(corpus)
-        texts = texts_of(public, options.work, options.data)
+        texts = chosen(texts_of(public, options.work, options.data), options.texts)
         with open_pool(options.processes) as pool:
             workshop, shared = open_workshop(
                 options, private, scale.flat, KINDS, notice, pool, recipe=scale.recipe

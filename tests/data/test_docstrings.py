@@ -1,4 +1,6 @@
+import re
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
@@ -8,8 +10,15 @@ import pytest
 
 from fedllm.data import docstrings
 from fedllm.data.docstrings import docstring_rows, first_sentence
-from fedllm.data.packages import Package, installed_packages, source_files
+from fedllm.data.packages import _REQUIREMENTS, Package, installed_packages, source_files
 from fedllm.errors import DataError
+
+
+def test_what_is_required_without_metadata_is_what_the_project_requires() -> None:
+    """Flower runs the project from a bundle that has none, and nodes must deal the same rows."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = [re.match(r"[\w.-]+(\[[\w,-]+\])?", text) for text in project["dependencies"]]
+    assert sorted(_REQUIREMENTS) == sorted(name[0] for name in names if name)
 
 
 @pytest.fixture

@@ -96,6 +96,26 @@ def test_a_plain_id_is_not_local(source: str) -> None:
     assert not is_local(source)
 
 
+@pytest.mark.parametrize("source", ["json", "csv:default", "text", "parquet", "imagefolder"])
+def test_a_reader_of_local_files_is_no_data_set(
+    assert_refused: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """`datasets` would read whatever files of that kind lie below the working directory."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "private.json", line(text=SECRET))
+    assert_refused(source, "no data set but a reader of local files")
+
+
+@pytest.mark.parametrize("source", ["private", "private:default", "a/private", "a/private:default"])
+def test_a_folder_that_lies_here_is_local_whatever_follows_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / source.partition(":")[0]).mkdir(parents=True)
+    assert is_local(source)
+
+
 def test_a_hub_data_set_is_read_by_id_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked: list[Any] = []
@@ -106,7 +126,7 @@ def test_a_hub_data_set_is_read_by_id_configuration_and_split(monkeypatch: pytes
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = read_rows("owner/name:main", split="test")
-    assert asked == [(("owner/name", "main"), {"split": "test"})]
+    assert asked == [(("hf://datasets/owner/name", "main"), {"split": "test"})]
     assert rows.rows == ({"text": "a"}, {"text": "b"})
     assert rows.origins == (("owner/name:main", 1), ("owner/name:main", 2))
 

@@ -111,8 +111,11 @@ def test_devices_and_dtypes_are_chosen_by_name() -> None:
     assert choose_dtype("auto", CPU) == torch.float32
     assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert choose_dtype("float64", CPU) == torch.float64
-    with pytest.raises(ModelError, match="expected auto, cpu or cuda"):
-        choose_device("gpu7")
+    for name in ("gpu7", "mps", "meta"):
+        with pytest.raises(ModelError, match="expected auto, cpu or cuda"):
+            choose_device(name)
+    with pytest.raises(ModelError, match=r"CUDA devices here, counted from 0; use auto or cpu"):
+        choose_device(f"cuda:{torch.cuda.device_count()}")
 
 
 def test_quantization_without_a_gpu_or_its_package_says_what_is_needed(make_model_folder: Callable) -> None:

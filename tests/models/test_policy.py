@@ -12,8 +12,19 @@ def policy_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "policy.toml"
 
 
-def test_without_a_file_nothing_is_permitted(policy_file: Path) -> None:
+def test_without_a_file_nothing_is_permitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDLLM_POLICY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert load_policy() == SitePolicy(trust_remote_code=(), server_paths=False)
+
+
+def test_a_file_that_is_named_and_cannot_be_read_is_an_error(policy_file: Path) -> None:
+    """Its owner wanted limits; none would be the wrong guess."""
+    with pytest.raises(ConfigError, match=r"FEDLLM_POLICY names .*policy\.toml, which does not exist"):
+        load_policy()
+    policy_file.mkdir()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_policy()
 
 
 @pytest.mark.parametrize(

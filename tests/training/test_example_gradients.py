@@ -9,12 +9,14 @@ import torch
 
 from fedllm.adapters.layout import at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
+from fedllm.lora.kernels import LoopKernel, MaskedKernel
 from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
+from fedllm.models.chat import IGNORED, Encoded
 from fedllm.privacy.keys import derived_key
 from fedllm.privacy.noise import SecretStream, gaussian
 from fedllm.training.engine import Engine
-from fedllm.training.example_gradients import add_noise, clip_factors, drop_diverged
+from fedllm.training.example_gradients import add_noise, clip_factors, diverged, drop
 from fedllm.training.jobs import Job, StepNoise
 from fedllm.training.rows import rows_of
 
@@ -105,7 +107,7 @@ def test_a_row_whose_gradient_is_no_number_counts_as_zero(
     grad_SP = torch.tensor([[3.0, 4.0], [value, 1.0]])
     sums_B = torch.tensor([1.0, value], dtype=torch.float64)
     norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
-    drop_diverged(jobs, [0, 0], grad_SP, norms_S, sums_B)
+    drop(diverged(jobs, [0, 0], norms_S, sums_B), grad_SP, norms_S, sums_B)
     clipped = clip_factors(jobs, [0, 0], norms_S) @ grad_SP * jobs[0].training.batch_size
     expected = torch.tensor([[3.0, 4.0]]) / 5 * 0.3
     if value == 1e30:  # a float32 norm cannot hold it
@@ -114,12 +116,37 @@ def test_a_row_whose_gradient_is_no_number_counts_as_zero(
     assert bool(torch.isfinite(sums_B).all())
 
 
+@pytest.mark.parametrize("kernel", [LoopKernel(), MaskedKernel()], ids=["loop", "masked"])
+def test_a_row_that_diverges_loses_no_other_row_of_its_pass(
+    kernel: object, make_engine: Callable, make_job: Callable
+) -> None:
+    """The masked kernel mixes 0 times its gradient into its neighbours', and 0 times NaN is NaN."""
+    engine, poison = make_engine("llama"), 4
+    engine.bank.kernel = kernel
+    jobs = [private(make_job(engine.layout, name, seed), "both", (3,)) for seed, name in enumerate("ab")]
+    bad = Encoded((poison, 7, 8), (IGNORED, 7, 8))
+
+    def overflow(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == poison)[..., None], torch.inf)
+
+    def trained(rows: Any) -> list[torch.Tensor]:
+        asked = [replace(jobs[0], batches=((*jobs[0].batches[0], *rows),)), jobs[1]]
+        return [result.delta for result in engine.train(asked)]
+
+    handle = engine.base.model.get_input_embeddings().register_forward_hook(overflow)
+    try:
+        for with_it, without in zip(trained([bad]), trained([]), strict=True):
+            torch.testing.assert_close(with_it, without, rtol=1e-6, atol=1e-9)
+            assert without.any()
+    finally:
+        handle.remove()
+
+
 def test_a_plain_job_that_diverges_is_not_silenced(make_job: Callable, make_engine: Callable) -> None:
     layout = make_engine("llama").layout
     grad_SP = torch.tensor([[float("nan"), 1.0]])
     norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
-    drop_diverged([make_job(layout)], [0], grad_SP, norms_S, torch.ones(1))
-    assert bool(torch.isnan(grad_SP).any())
+    assert not diverged([make_job(layout)], [0], norms_S, torch.ones(1)).any()
 
 
 def test_noise_falls_on_what_a_job_trains_at_its_own_rank(make_engine: Callable, make_job: Callable) -> None:
