@@ -222,6 +222,7 @@ class DistilRecord:
     base: float | None = None  # loss of the base model
     before: float | None = None  # of the aggregate
     after: float | None = None  # of the distilled adapter
+    error: float | None = None  # standard error of that change, over the held-out texts
     own_before: float | None = None  # of the aggregate on texts of the clients' adapters, beside public text
     own_after: float | None = None
     ensemble: float | None = None  # of the teacher itself: the ceiling

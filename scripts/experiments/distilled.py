@@ -4,7 +4,6 @@ All but the last round are the product's own. The last is done step by step, so 
 at hand; then every variant starts from the same aggregate and the same adapters.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from scripts.experiments.controls import holder_of
 from scripts.local import init, step
 from strategies import rounds
 from strategies.distillation.material import Material, make_material
-from strategies.distillation.measure import loss_of
+from strategies.distillation.measure import Loss, error_of_gain, loss_of
 from strategies.distillation.step import open_public_text, own_losses, server_engine, student_training
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.distillation.writing import Gates
@@ -137,8 +136,12 @@ def _variants(last: Round, holder: Holder, config: RunConfig, rates: Sequence[fl
     round_num = config.federation.num_rounds
     gates = Gates(last.session, last.engine, last.clients, round_num)
     material = make_material(config, public, last.engine, last.clients, round_num, gates)
+
+    def at_gate(adapter: AdapterState) -> Loss:
+        return loss_of(last.engine, adapter, material.held_out, material.held_out_domains)
+
     nothing = AdapterState(last.engine.layout, torch.zeros(last.engine.layout.size))
-    before = _at_gate(last.engine, last.aggregate, material)
+    before = at_gate(last.aggregate)
     found: Figures = {
         "rows": len(material.rows),
         "tokens": sum(row.num_supervised for row in material.rows),
@@ -147,8 +150,8 @@ def _variants(last: Round, holder: Holder, config: RunConfig, rates: Sequence[fl
         "refused": material.num_refused,
         "held_out": len(material.held_out),
         "held_out_text": material.held_out_text,
-        "gate_base": _at_gate(last.engine, nothing, material),
-        "gate_before": before,
+        "gate_base": at_gate(nothing).mean,
+        "gate_before": before.mean,
     }
     for name in (*TEACHERS, TUNED):
         gate_ensemble, targets = None, None
@@ -156,35 +159,29 @@ def _variants(last: Round, holder: Holder, config: RunConfig, rates: Sequence[fl
             teacher, top_k = last.teacher(name), config.distill.top_k
             gate_ensemble = teach(last.engine, teacher, material.held_out, top_k=1).loss
             targets = teach(last.engine, teacher, material.rows, top_k=top_k)
-        tried = [_student(last, config, material, targets, rate) for rate in rates]
-        after, rate, adapter = min(tried, key=lambda one: one[0])
+        tried = [(rate, _student(last, config, material, targets, rate)) for rate in rates]
+        losses = [at_gate(adapter) for _, adapter in tried]
+        place = min(range(len(rates)), key=lambda place: losses[place].mean)
+        (rate, adapter), after = tried[place], losses[place]
         own = own_losses(last.engine, material, last.aggregate, adapter)
         found[name] = {
             **asdict(_on_clients(holder, adapter)),
             "rate": rate,
             "gate_ensemble": gate_ensemble,
-            "gate_after": after if math.isfinite(after) else None,
+            "gate_after": after.mean,
+            "gate_error": error_of_gain(before, after),
             "own": own,
         }
     return found
 
 
-def _at_gate(engine: Engine, adapter: AdapterState, material: Material) -> float:
-    return loss_of(engine, adapter, material.held_out, material.held_out_domains).mean
-
-
 def _student(
     last: Round, config: RunConfig, material: Material, targets: Targets | None, rate: float
-) -> tuple[float, float, AdapterState]:
-    """Return the loss that the gate sees, the learning rate and the adapter; a diverged one is the start.
-
-    Without targets it is tuned on the rows' own tokens.
-    """
+) -> AdapterState:
+    """Return a student, the start where it diverged; without targets it is tuned on the rows' own tokens."""
     training = replace(student_training(config, config.federation.num_rounds), learning_rate=rate)
     with suppress(NonFiniteError):
         if targets is None:
-            result = supervised(last.engine, last.aggregate, material.rows, training)
-        else:
-            result = distil(last.engine, last.aggregate, targets, training)
-        return _at_gate(last.engine, result.adapter, material), rate, result.adapter
-    return math.inf, rate, last.aggregate
+            return supervised(last.engine, last.aggregate, material.rows, training).adapter
+        return distil(last.engine, last.aggregate, targets, training).adapter
+    return last.aggregate

@@ -93,9 +93,13 @@ def is_kept(seed: Figures, text: str, name: str) -> bool:
     """Return whether the gate keeps that student, as the product's would."""
     found, cell = seed["texts"][text], student_of(seed, text, name)
     after = math.nan if cell["gate_after"] is None else cell["gate_after"]
-    own = tuple(cell["own"]) if cell["own"] else None
     kept, _ = judged(
-        found["gate_before"], after, found["held_out_text"], teacher=cell["gate_ensemble"], own=own
+        found["gate_before"],
+        after,
+        found["held_out_text"],
+        error=cell.get("gate_error", 0.0),
+        teacher=cell["gate_ensemble"],
+        own=tuple(cell["own"]) if cell["own"] else None,
     )
     return kept
 

@@ -24,14 +24,16 @@ def judged(
     after: float,
     text: str,
     *,
+    error: float = 0.0,
     teacher: float | None = None,
     own: tuple[float, float] | None = None,
 ) -> tuple[bool, str]:
     """Return whether a loss on held-out text of a kind has improved, and that in words.
 
-    `teacher` is the teacher's own loss there: one that knows the text no better than its student has nothing
-    to teach, whatever the student made of it. `own` is the loss before and after on texts that the clients'
-    adapters write, which must not rise: public text may lie where no client is.
+    `error` is the standard error of the change: a gain within it may be the choice of texts. `teacher` is the
+    teacher's own loss there: one that knows the text no better than its student has nothing to teach,
+    whatever the student made of it. `own` is the loss before and after on texts that the clients' adapters
+    write, which must not rise: public text may lie where no client is.
     """
     if not math.isfinite(after):
         return False, "the student diverged; lower distill.learning-rate"
@@ -39,6 +41,8 @@ def judged(
         return False, f"the teacher knows the held-out {text} text no better than the aggregate"
     if after >= before:
         return False, f"the held-out {text} loss did not improve"
+    if not before - after > error:
+        return False, f"the held-out {text} loss improved by no more than its standard error, {error:.4f}"
     if own is not None and not own[1] <= own[0]:
         rise = f"from {own[0]:.4f} to {own[1]:.4f}"
         return False, f"the loss on texts that the clients' adapters write would rise {rise}"

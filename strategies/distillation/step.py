@@ -29,7 +29,7 @@ from fedllm.training.engine import Engine, resident_engine
 from fedllm.types import DistilRecord
 from strategies.distillation.gate import judged
 from strategies.distillation.material import PUBLIC, Material, make_material
-from strategies.distillation.measure import Loss, loss_of, weights_by_domain
+from strategies.distillation.measure import Loss, error_of_gain, loss_of, weights_by_domain
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.distillation.text import PublicText, read_public
 from strategies.distillation.writing import Gates, anything
@@ -144,10 +144,12 @@ def _step(
     targets, clients = taught.targets, [adapter.client_id for adapter in adapters]
     with drifted(engine.base, after.drift):
         learnt = _learnt(config, engine, after, material, targets)
+    error = error_of_gain(learnt.before, learnt.after) if math.isfinite(learnt.after.mean) else None
     kept, reason = judged(
         learnt.before.mean,
         learnt.after.mean,
         material.held_out_text,
+        error=error or 0.0,
         teacher=taught.ensemble,
         own=learnt.own,
     )
@@ -167,6 +169,7 @@ def _step(
         base=base,
         before=learnt.before.mean,
         after=learnt.after.mean,
+        error=error,
         own_before=own_before,
         own_after=own_after,
         ensemble=taught.ensemble,

@@ -28,6 +28,7 @@ from fedllm.wire.stock import read_plain, write_plain
 from scripts.local_grid import local_grid
 from strategies.distillation.gate import ask_clients, judged
 from strategies.distillation.material import make_material
+from strategies.distillation.measure import Loss, error_of_gain
 from strategies.distillation.step import distilled, is_due, server_engine
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.distillation.words import in_short, sentence
@@ -602,6 +603,31 @@ def test_one_teacher_that_is_the_aggregate_closes_no_gap(trained: Callable, publ
 )
 def test_the_gate_wants_a_lower_loss(after: float, kept: bool) -> None:
     assert judged(3.0, after, "public")[0] is kept
+
+
+def test_a_gain_within_its_standard_error_is_not_followed() -> None:
+    assert judged(3.0, 2.9, "public", error=0.09)[0]
+    kept, reason = judged(3.0, 2.9, "public", error=0.11)
+    assert not kept
+    assert reason == "the held-out public loss improved by no more than its standard error, 0.1100"
+
+
+def test_the_standard_error_of_a_gain_is_that_of_a_ratio_over_texts() -> None:
+    """Equal lengths: the textbook standard error of a mean. Unequal ones: what many samples vary by."""
+    old, new = Loss(2.0, {}, ((20.0, 10), (22.0, 10), (18.0, 10))), Loss(1.9, {}, ((19.0, 10),) * 3)
+    changes = torch.tensor([-0.1, -0.3, 0.1])
+    assert error_of_gain(old, new) == pytest.approx(float(changes.std() / 3**0.5))
+    assert error_of_gain(Loss(2.0, {}, ((20.0, 10),)), Loss(1.9, {}, ((19.0, 10),))) == 0.0
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 40, (2000, 60), generator=generator)
+    gains = tokens * (0.05 + 0.2 * torch.randn(2000, 60, generator=generator))
+    errors = []
+    for sums, sizes in zip(gains[:200].tolist(), tokens[:200].tolist(), strict=True):
+        after, before = tuple(zip(sums, sizes, strict=True)), tuple((0.0, size) for size in sizes)
+        errors.append(error_of_gain(Loss(0.0, {}, before), Loss(0.0, {}, after)))
+    true = float((gains.sum(dim=1) / tokens.sum(dim=1)).std())
+    assert sum(errors) / len(errors) == pytest.approx(true, rel=0.06)
 
 
 def test_a_teacher_that_knows_no_more_than_its_student_is_not_followed() -> None:
