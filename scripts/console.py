@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from fedllm.config import RunConfig
-from fedllm.runs.spread import spread_of
+from fedllm.runs.spread import of_same_clients, spread_of
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
 from strategies.distillation.words import in_short
 from strategies.session import Watch
@@ -138,13 +138,13 @@ def loss_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
 
     The change is from the first column to the last.
     """
-    shown = {name: losses for name, losses in columns.items() if losses}
+    shown = of_same_clients(columns)
     table = Table("client", *shown, "change", box=None, header_style="bold", pad_edge=False)
-    both = sorted(set.intersection(*(set(losses) for losses in shown.values()))) if shown else []
-    for client in both:
+    clients = list(next(iter(shown.values()), ()))
+    for client in clients:
         _add_losses(table, client, [losses[client] for losses in shown.values()])
-    if both:
-        spreads = [spread_of({client: losses[client] for client in both}) for losses in shown.values()]
+    if clients:
+        spreads = [spread_of(losses) for losses in shown.values()]
         _add_losses(table, "mean", [spread.mean for spread in spreads], style="bold")
         _add_losses(table, "worst", [spread.worst for spread in spreads])
         _add_losses(table, "worst - best", [spread.spread for spread in spreads])

@@ -24,7 +24,7 @@ from strategies.distillation.step import open_public_text, undistilled
 from strategies.evaluation import evaluate
 from strategies.joining import join_clients
 from strategies.privacy import open_privacy, with_journal
-from strategies.publish import publish_adapter, publish_privacy
+from strategies.publish import measured_ends, publish_adapter, publish_privacy
 from strategies.rounds import check_failure_rate, next_round
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import Transport
@@ -130,10 +130,9 @@ def first_state(session: Session, start: AdapterState | None = None) -> ServerSt
 def summary(state: ServerState, adapter: Path) -> dict[str, object]:
     """Return the content of `result.json`: held-out losses before and after, and the adapter.
 
+    The losses are those of the clients that were measured both times; else there are none.
     Under "personal" are the losses with every client's personal adapter on top, where there are any.
     """
-    measured = [record for record in state.records if record.held_out]
-    ends = {"before": measured[0], "after": measured[-1]} if measured else {}
     return {
         "status": "completed",
         "rounds": state.round_num,
@@ -144,7 +143,7 @@ def summary(state: ServerState, adapter: Path) -> dict[str, object]:
                 **described(record.held_out),
                 **({"personal": described(record.personal_held_out)} if record.personal_held_out else {}),
             }
-            for name, record in ends.items()
+            for name, record in measured_ends(state).items()
         },
     }
 
