@@ -1,6 +1,5 @@
 """What a person sees: one live table of rounds, plain lines where there is no terminal, and a summary."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +71,7 @@ class RunView:
         self.budget = budget  # epsilon; 0 = no differential privacy
         self.columns = (*_COLUMNS, "epsilon") if budget else _COLUMNS
         self.live: Live | None = None
-        self.began = time.monotonic()
+        self.num_done, self.seconds = 0, 0.0  # rounds of this session, and how long they took
         self.table = Table(*self.columns, box=None, header_style="bold", pad_edge=False)
         self.answered = 0
 
@@ -103,17 +102,28 @@ class RunView:
         """Show a finished round."""
         self.answered = 0
         self.table.caption = None
-        cells = self._cells(record)
+        self.num_done += record.round_num > 0 and record.applied
+        self.seconds += record.seconds
+        self._show(record, self._left(record.round_num))
+
+    def replay(self, record: RoundRecord) -> None:
+        """Show a round of an earlier session, which says nothing of how long this one will take."""
+        self._show(record, "")
+
+    def _left(self, round_num: int) -> str:
+        """Return how long the rounds after this one will take, if they are like this session's."""
+        if not self.num_done or round_num >= self.num_rounds:
+            return ""
+        return f"{self.seconds / self.num_done * (self.num_rounds - round_num):.0f} s"
+
+    def _show(self, record: RoundRecord, left: str) -> None:
+        cells = self._cells(record, left)
         self.table.add_row(*cells)
         if self.live is None:
             shown = (f"{name} {cell}" for name, cell in zip(self.columns, cells, strict=True) if cell)
             self.console.line("  " + " · ".join(shown))
 
-    def _cells(self, record: RoundRecord) -> tuple[str, ...]:
-        left = ""
-        if 0 < record.round_num < self.num_rounds:
-            elapsed = time.monotonic() - self.began
-            left = f"{elapsed / record.round_num * (self.num_rounds - record.round_num):.0f} s"
+    def _cells(self, record: RoundRecord, left: str) -> tuple[str, ...]:
         is_base = record.round_num == 0
         spent = (f"{record.epsilon or 0.0:.2f}/{self.budget:g}",) if self.budget else ()
         return (
