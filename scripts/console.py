@@ -1,6 +1,5 @@
 """What a person sees: one live table of rounds, plain lines where there is no terminal, and a summary."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from fedllm.config import RunConfig
-from fedllm.runs.spread import spread_of
+from fedllm.runs.spread import of_same_clients, spread_of
 from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
 from strategies.distillation.words import in_short
 from strategies.session import Watch
@@ -72,7 +71,7 @@ class RunView:
         self.budget = budget  # epsilon; 0 = no differential privacy
         self.columns = (*_COLUMNS, "epsilon") if budget else _COLUMNS
         self.live: Live | None = None
-        self.began = time.monotonic()
+        self.num_done, self.seconds = 0, 0.0  # rounds of this session, and how long they took
         self.table = Table(*self.columns, box=None, header_style="bold", pad_edge=False)
         self.answered = 0
 
@@ -103,17 +102,28 @@ class RunView:
         """Show a finished round."""
         self.answered = 0
         self.table.caption = None
-        cells = self._cells(record)
+        self.num_done += record.round_num > 0 and record.applied
+        self.seconds += record.seconds
+        self._show(record, self._left(record.round_num))
+
+    def replay(self, record: RoundRecord) -> None:
+        """Show a round of an earlier session, which says nothing of how long this one will take."""
+        self._show(record, "")
+
+    def _left(self, round_num: int) -> str:
+        """Return how long the rounds after this one will take, if they are like this session's."""
+        if not self.num_done or round_num >= self.num_rounds:
+            return ""
+        return f"{self.seconds / self.num_done * (self.num_rounds - round_num):.0f} s"
+
+    def _show(self, record: RoundRecord, left: str) -> None:
+        cells = self._cells(record, left)
         self.table.add_row(*cells)
         if self.live is None:
             shown = (f"{name} {cell}" for name, cell in zip(self.columns, cells, strict=True) if cell)
             self.console.line("  " + " · ".join(shown))
 
-    def _cells(self, record: RoundRecord) -> tuple[str, ...]:
-        left = ""
-        if 0 < record.round_num < self.num_rounds:
-            elapsed = time.monotonic() - self.began
-            left = f"{elapsed / record.round_num * (self.num_rounds - record.round_num):.0f} s"
+    def _cells(self, record: RoundRecord, left: str) -> tuple[str, ...]:
         is_base = record.round_num == 0
         spent = (f"{record.epsilon or 0.0:.2f}/{self.budget:g}",) if self.budget else ()
         return (
@@ -138,13 +148,13 @@ def loss_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
 
     The change is from the first column to the last.
     """
-    shown = {name: losses for name, losses in columns.items() if losses}
+    shown = of_same_clients(columns)
     table = Table("client", *shown, "change", box=None, header_style="bold", pad_edge=False)
-    both = sorted(set.intersection(*(set(losses) for losses in shown.values()))) if shown else []
-    for client in both:
+    clients = list(next(iter(shown.values()), ()))
+    for client in clients:
         _add_losses(table, client, [losses[client] for losses in shown.values()])
-    if both:
-        spreads = [spread_of({client: losses[client] for client in both}) for losses in shown.values()]
+    if clients:
+        spreads = [spread_of(losses) for losses in shown.values()]
         _add_losses(table, "mean", [spread.mean for spread in spreads], style="bold")
         _add_losses(table, "worst", [spread.worst for spread in spreads])
         _add_losses(table, "worst - best", [spread.spread for spread in spreads])

@@ -28,7 +28,7 @@ from fedllm.data.rows import is_local
 from fedllm.distillation.wanted import public_source
 from fedllm.errors import RunFailedError
 from fedllm.models.files import is_local_model
-from fedllm.runs.folder import run_folder, to_toml
+from fedllm.runs.folder import ROUNDS, run_folder, to_toml
 from fedllm.runs.records import record_from_dict
 from scripts.console import RunView
 
@@ -222,9 +222,10 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
                     "state-path": private,
                 }
                 stack.enter_context(supernode(link, f"node-{index}", node))
+        num_old = len(_lines(run_folder(config) / ROUNDS))
         run_id = submit(link, config, federation)
         view.notice(f"Flower run {run_id} on {link.address}")
-        ended = follow(link, run_id, run_folder(config), view)
+        ended = follow(link, run_id, run_folder(config), view, num_old)
         if ended != "finished:completed":
             kept = keep_logs(link, run_id, run_folder(config))
             raise RunFailedError(f"Flower ended the run as {ended}: {_reason(run_folder(config), kept)}")
@@ -264,20 +265,23 @@ def simulation_size(config: RunConfig) -> dict[str, Scalar]:
     return size
 
 
-def follow(link: Link, run_id: str, folder: Path, view: RunView) -> str:
+def follow(link: Link, run_id: str, folder: Path, view: RunView, num_old: int = 0) -> str:
     """Show the rounds a run writes to its folder until Flower says that it has ended; return the status.
+
+    The first `num_old` of them are of a session before this one.
 
     Asking Flower costs a second of CPU, so it is asked when the run has left its result, and ever more rarely
     before: a run that dies without one is noticed within a minute.
     """
-    rounds, shown, seen = folder / "rounds.jsonl", 0, (0, 0)
+    rounds, shown, seen = folder / ROUNDS, 0, (0, 0)
     asked, pause = time.monotonic(), _FIRST_ASK_SECONDS
     while True:
         if rounds.exists() and _state(rounds) != seen:
             seen = _state(rounds)
-            lines = rounds.read_text().splitlines()
-            for line in lines[shown:]:
-                view.record(record_from_dict(json.loads(line)))
+            lines = _lines(rounds)
+            for place, line in enumerate(lines[shown:], shown):
+                show = view.replay if place < num_old else view.record
+                show(record_from_dict(json.loads(line)))
             shown = max(shown, len(lines))
         if (folder / "result.json").exists() or time.monotonic() > asked + pause:
             now = status(link, run_id)
@@ -285,6 +289,10 @@ def follow(link: Link, run_id: str, folder: Path, view: RunView) -> str:
                 return now
             asked, pause = time.monotonic(), min(2 * pause, _LONGEST_PAUSE_SECONDS)
         time.sleep(0.2)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
 
 
 def _state(file: Path) -> tuple[int, int]:

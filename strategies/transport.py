@@ -3,8 +3,10 @@
 Flower's own loop waits for all replies or an hour, and keeps offering a node that is still busy with an old
 message. Here a phase ends at its deadline or when its caller stops listening. What arrives later is counted
 and dropped, or kept for the next round that asks for late replies (`keeps_late`); its node is free again.
+Requests to join have no phase: their answers are taken whenever they come.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -39,7 +41,8 @@ class Transport:
         default_factory=dict
     )  # message id -> node, its round
     overdue: list[Reply] = field(default_factory=list)  # late replies that no round has taken yet
-    asked: set[int] = field(default_factory=set)  # nodes that were asked to join
+    asked: dict[int, float] = field(default_factory=dict)  # node asked to join -> when it may be again
+    joining: dict[str, int] = field(default_factory=dict)  # message id -> node that has not answered that
     num_stale: int = 0  # replies that came after their phase
     bytes_down: int = 0  # packet bytes sent and received so far
     bytes_up: int = 0
@@ -47,8 +50,22 @@ class Transport:
     def node_ids(self) -> list[int]:
         """Return connected nodes that are not busy with an earlier message."""
         self._collect_late()
-        busy = {node for node, _ in self.late.values()}
+        busy = {node for node, _ in self.late.values()} | set(self.joining.values())
         return sorted(node for node in self.grid.get_node_ids() if node not in busy)
+
+    def ask_to_join(self) -> set[str]:
+        """Ask the connected nodes that were not asked yet, or may be again; return the messages' ids."""
+        now = time.monotonic()
+        new = [node for node in self.node_ids() if self.asked.get(node, now) <= now]
+        self.asked.update(dict.fromkeys(new, math.inf))
+        sent = self._send({node: RecordDict() for node in new}, message_type="query.join", group="join")
+        self.joining.update(sent)
+        return set(sent)
+
+    def join_replies(self) -> Iterator[Reply]:
+        """Yield the answers to requests to join that have come since the last call."""
+        while replies := self._take(self.joining):
+            yield from replies
 
     def exchange(
         self,
@@ -65,12 +82,7 @@ class Transport:
         that belongs to a round, `plan`, also yields what was late for earlier ones, where that is kept.
         """
         wants_late = plan is not None and self.keeps_late
-        messages = [
-            Message(content, dst_node_id=node, message_type=message_type, group_id=group)
-            for node, content in contents.items()
-        ]
-        pending = dict(zip(self.grid.push_messages(messages), contents, strict=True))
-        self.bytes_down += sum(packet_bytes(content) for content in contents.values())
+        pending = self._send(contents, message_type=message_type, group=group)
         ends = time.monotonic() + deadline
         arrived: list[Reply] = self._take_overdue() if wants_late else []
         try:
@@ -88,6 +100,15 @@ class Transport:
             self.late.update({message_id: (node, plan) for message_id, node in pending.items()})
             if wants_late:  # the caller has stopped listening before it had them all
                 self.overdue += arrived
+
+    def _send(self, contents: Mapping[int, RecordDict], *, message_type: str, group: str) -> dict[str, int]:
+        """Send one message per node; return the node of each by the message's id."""
+        messages = [
+            Message(content, dst_node_id=node, message_type=message_type, group_id=group)
+            for node, content in contents.items()
+        ]
+        self.bytes_down += sum(packet_bytes(content) for content in contents.values())
+        return dict(zip(self.grid.push_messages(messages), contents, strict=True))
 
     def _take(self, pending: dict[str, int]) -> list[Reply]:
         """Return what has arrived, struck off `pending` at once: the caller may stop listening midway."""

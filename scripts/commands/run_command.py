@@ -11,11 +11,11 @@ from clients.holder import partition_of
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config import RunConfig, prompts_of
-from fedllm.data.partition import Partition, load_partition, save_partition
+from fedllm.data.partition import load_partition, save_partition
 from fedllm.errors import ConfigError
 from fedllm.models.base import load_base
 from fedllm.models.files import needs_conversion
-from fedllm.runs.folder import run_folder
+from fedllm.runs.folder import open_run_folder, read_keys, run_folder
 from fedllm.training.engine import resident_engine
 from scripts.commands.words import config_of
 from scripts.console import Console, RunView
@@ -58,7 +58,7 @@ def run(
 
 
 def _run_in(runtime: str, config: RunConfig, view: RunView) -> None:
-    partition = _same_partition(config)
+    _keep_partition(config)
     if runtime == "local":
         from clients.client_app import app
         from scripts.local_grid import local_grid
@@ -69,19 +69,32 @@ def _run_in(runtime: str, config: RunConfig, view: RunView) -> None:
         from scripts.flower_runtime import run_with_flower
 
         run_with_flower(config, view, is_simulation=runtime == "simulation")
-    save_partition(run_folder(config) / PARTITION, partition)
 
 
-def _same_partition(config: RunConfig) -> Partition:
-    """Return how the rows are dealt.
+def _keep_partition(config: RunConfig) -> None:
+    """Save how the rows are dealt before the run begins: a run that crashed goes on only with the same rows.
 
     Raises:
-        ConfigError: a finished run is to go on, and its clients no longer have the same rows.
+        ConfigError: a run is to go on, and its clients no longer have the same rows; or a new run is to begin
+            in the folder of an earlier one.
     """
-    partition, saved = partition_of(config), run_folder(config) / PARTITION
-    if config.run.resume and saved.exists() and load_partition(saved) != partition:
-        raise ConfigError(f"cannot resume: the rows are no longer those of {saved}; restore the data")
-    return partition
+    partition, folder = partition_of(config), run_folder(config)
+    saved = folder / PARTITION
+    if config.run.resume and saved.exists():
+        if load_partition(saved) != partition:
+            raise ConfigError(f"cannot resume: the rows are no longer those of {saved}; restore the data")
+    elif not config.run.resume or _is_dealt_alike(folder, config):
+        save_partition(open_run_folder(config) / PARTITION, partition)
+
+
+def _is_dealt_alike(folder: Path, config: RunConfig) -> bool:
+    """Return whether the run in `folder` deals its rows as `config` says; if not, it will refuse to go on."""
+    try:
+        begun = RunConfig.from_flat(read_keys(folder))
+    except ConfigError:
+        return False
+    ways = [(each.data, each.seed, each.federation.num_clients) for each in (begun, config)]
+    return ways[0] == ways[1]
 
 
 def compare_answers(config: RunConfig, adapter: Path) -> Answers:

@@ -66,3 +66,30 @@ def test_every_round_is_shown_once_and_the_result_ends_the_wait(clock, monkeypat
     assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:completed"
     assert shown == [0, 1, 2, 3]
     assert clock.now < 5
+
+
+def test_rounds_of_an_earlier_session_say_nothing_of_the_time_left(
+    clock, monkeypatch, tmp_path: Path, capsys
+):
+    records = [RoundRecord(round_num=number, seconds=100.0 if number < 3 else 7.0) for number in range(4)]
+    write_rounds(tmp_path, records[:3])
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        write_rounds(tmp_path, records)
+        (tmp_path / "result.json").write_text("{}")
+
+    clock.sleep = sleep  # type: ignore[method-assign]
+    monkeypatch.setattr(flower_runtime, "status", lambda link, run_id: "finished:completed")
+    follow(Link(tmp_path, 1), "7", tmp_path, RunView(Console(), 10), num_old=3)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "round" in line]
+    assert ["left" in line for line in shown] == [False, False, False, True]
+    assert shown[-1].endswith("left 49 s")
+
+
+def test_the_time_left_is_that_of_rounds_like_those_of_this_session(capsys):
+    view = RunView(Console(), 10)
+    for number in (6, 7):  # the run was resumed after round 5
+        view.record(RoundRecord(round_num=number, seconds=3.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("left ")[2] for line in lines] == ["12 s", "9 s"]

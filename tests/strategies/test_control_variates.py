@@ -80,6 +80,25 @@ def test_c_stays_the_mean_when_clients_take_turns_and_updates_are_lost(
     assert left == [0]
 
 
+def test_c_is_the_mean_of_all_that_trained_where_they_are_more_than_expected(
+    make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    flat = {**SCAFFOLD, "run.output": str(tmp_path)}
+    opened = open_run(make_config(flat))
+    fewer = make_config({**flat, "federation.num-clients": 2, "federation.cohort-size": 2})
+    object.__setattr__(opened.session, "config", fewer)  # as where four data holders came for two
+    state, numbers = opened.state, []
+    for _ in range(6):
+        state, _ = next_round(opened.session, state)
+        own = own_of(tmp_path / "run", dict(state.num_drawn))
+        assert state.control is not None
+        total = torch.stack(list(own.values())).double().sum(0)
+        torch.testing.assert_close(len(own) * state.control.vector.double(), total, rtol=1e-5, atol=1e-6)
+        numbers.append(len(own))
+    assert numbers[0] == 2
+    assert numbers[-1] > 2
+
+
 def test_the_corrections_change_what_is_learnt_from_the_second_round_on(run: Callable) -> None:
     flat = {"federation.num-rounds": 1}
     plain = {"train.control-variates": False}

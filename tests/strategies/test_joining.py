@@ -1,14 +1,19 @@
 """What a data holder may declare, and what becomes of one that declares nonsense."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from fedllm.errors import RunFailedError
+from fedllm.types import JoinedClient
+from strategies import joining
 from strategies.evaluation import evaluate
-from strategies.rounds import next_round
+from strategies.joining import join_clients, rejoin
+from strategies.rounds import next_round, wait_for_nodes
+from strategies.transport import Transport
 
 OFFENDER, NODE = "ben", 3
 SECRET = "xyzzy-private row of text"
@@ -131,6 +136,119 @@ def replace_node(context: Any, node_id: int) -> Any:
         state=RecordDict(),
         run_config=context.run_config,
     )
+
+
+class Nodes:
+    """The nodes of a run's grid: some are silent for now, some appear only once others are asked."""
+
+    def __init__(self, run: Any, monkeypatch: pytest.MonkeyPatch):
+        self.run, self.silent, self.late = run, set[int](), set[int]()
+        self.push, self.pull, self.ids = run.grid.push_messages, run.grid.pull_messages, run.grid.get_node_ids
+        for name in ("push_messages", "pull_messages", "get_node_ids"):
+            monkeypatch.setattr(run.grid, name, getattr(self, name))
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self.late = set()
+        return self.push(messages)
+
+    def pull_messages(self, ids: Iterable[str]) -> Iterable[Message]:
+        waiting = self.run.grid._waiting
+        return self.pull(
+            [i for i in ids if i in waiting and waiting[i].metadata.dst_node_id not in self.silent]
+        )
+
+    def get_node_ids(self) -> list[int]:
+        return [node for node in self.ids() if node not in self.late]
+
+    def join(self, config: Any) -> dict[str, JoinedClient]:
+        """Have the nodes join the run anew."""
+        transport = Transport(self.run.grid, poll_seconds=0.01)
+        object.__setattr__(self.run.session, "transport", transport)
+        joined = join_clients(transport, config, self.run.session.layout, self.run.notices.append)
+        object.__setattr__(self.run.session, "clients", joined)
+        return joined
+
+
+def test_a_node_that_hangs_holds_up_no_other(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config({"federation.min-clients": 3})
+    nodes = Nodes(open_run(config), monkeypatch)
+    nodes.silent, nodes.late = {NODE}, {2, 4, 5}  # it is the first, and the only one, to be asked
+    assert list(nodes.join(config)) == ["anna", "cleo", "dora"]
+    assert "node 3 has not answered yet; its clients take part once it does" in nodes.run.notices
+
+
+def test_an_answer_after_the_wait_counts_from_the_next_round_on(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    nodes = Nodes(open_run(config), monkeypatch)
+    nodes.silent = {NODE}
+    nodes.join(config)
+    state, record = next_round(nodes.run.session, nodes.run.state)
+    assert record.asked == ("anna", "cleo", "dora")
+    nodes.silent.clear()
+    _, record = next_round(nodes.run.session, state)
+    assert record.accepted == ("anna", "ben", "cleo", "dora")
+
+
+def test_a_new_node_that_hangs_holds_one_round_for_a_short_time(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "REJOIN_SECONDS", 0.3)
+    nodes, full = Nodes(open_run(make_config(), absent=[NODE]), monkeypatch), open_run(make_config())
+    session = nodes.run.session
+    object.__setattr__(session, "config", make_config({"federation.join-deadline": 30.0}))
+    nodes.run.grid._contexts[NODE] = full.grid._contexts[NODE]
+    nodes.silent = {NODE}
+    waits = []
+    for _ in range(2):
+        began = time.monotonic()
+        rejoin(session)
+        waits.append(time.monotonic() - began)
+    assert 0.3 <= waits[0] < 5
+    assert waits[1] < 0.3
+    assert "ben" not in session.clients
+    nodes.silent.clear()
+    rejoin(session)
+    assert session.clients["ben"].node_id == NODE
+
+
+def test_clients_that_join_while_a_round_waits_for_enough_of_them_end_the_wait(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config({"federation.min-clients": 3})
+    nodes = Nodes(open_run(config), monkeypatch)
+    nodes.silent = {NODE}
+    nodes.join(config)
+    del nodes.run.grid._contexts[5]
+    nodes.silent.clear()
+    wait_for_nodes(nodes.run.session)
+    assert set(nodes.run.session.clients) == {"anna", "ben", "cleo", "dora"}
+
+
+@pytest.mark.parametrize(("code", "is_asked_again"), [("out-of-memory", True), ("bad-data", False)])
+def test_a_node_is_asked_again_where_its_error_may_pass(
+    code: str,
+    is_asked_again: bool,
+    make_config: Callable,
+    open_run: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = [1]
+
+    def fail_once(content: RecordDict) -> RecordDict:
+        left[0] -= 1
+        return content if left[0] < 0 else RecordDict({"error": ConfigRecord({"code": code})})
+
+    run = open_run(make_config(), tamper=tampering("query.join", fail_once))
+    rejoin(run.session)
+    assert left == [0], "not at once"
+    later = time.monotonic() + joining.AGAIN_SECONDS
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    rejoin(run.session)
+    assert ("ben" in run.session.clients) is is_asked_again
 
 
 def losing(**fields: Any) -> Callable[[RecordDict], RecordDict]:

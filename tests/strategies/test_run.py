@@ -166,6 +166,22 @@ def test_a_disk_that_stays_full_ends_the_run_with_one_line_and_the_last_good_che
     assert resumed.adapter.digest == whole.adapter.digest
 
 
+def test_a_round_that_could_not_be_saved_is_kept_though_the_next_one_fails(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def hook(record: RoundRecord) -> None:
+        monkeypatch.setattr(os, "fsync", no_space if record.round_num == 2 else real)
+        if record.round_num == 3:
+            raise RunFailedError("round 3 failed")
+
+    with pytest.raises(RunFailedError, match="round 3 failed"):
+        run("kept", hook)
+    names = sorted(path.name for path in (tmp_path / "kept" / "checkpoints").iterdir())
+    assert names == ["round-00001", "round-00002"]
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a disk of 100 KiB, where that is permitted."""

@@ -77,7 +77,7 @@ def federate(num_rounds: int, *, is_corrected: bool, cohort_size: int = NUM_CLIE
             )
             total.add(update)
         x = theta.mean(0)
-        control = total.added_to(control, NUM_CLIENTS)
+        control = total.added_to(control, before=NUM_CLIENTS, after=NUM_CLIENTS)
     return x, control, own
 
 
