@@ -107,7 +107,8 @@ def _synthetic_alone(
             " already, or could not be asked; raise distill.num-texts, or use public text"
         )
     share = HELD_OUT_SHARE / (1 + HELD_OUT_SHARE)  # of those that are left, however few
-    held_out = kept[: min(num_held_out, max(1, round(share * len(kept))))]
+    least = 2 if len(kept) > 3 else 1  # a single text says nothing of chance
+    held_out = kept[: min(num_held_out, max(least, round(share * len(kept))))]
     train = _without(kept[len(held_out) :], held_out)
     return replace(
         _material(train, held_out, SYNTHETIC, SYNTHETIC),

@@ -49,7 +49,7 @@ WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "i
 
 CHEAP = {
     "distill.when": "every",
-    "distill.num-texts": 24,
+    "distill.num-texts": 48,
     "distill.max-tokens": 48,
     "distill.steps": 20,
     "distill.batch-size": 4,
@@ -219,8 +219,8 @@ def test_a_step_that_is_kept_changes_the_adapter_and_says_what_it_did(run: Calla
     assert step.after < step.before
     assert state.records[-1].adapter == state.adapter.digest != plain.adapter.digest
     assert (step.teacher, step.text, step.held_out_text) == ("posterior", "synthetic", "synthetic")
-    assert (step.num_teachers, step.num_held_out) == (4, 6)
-    assert 0 < step.num_texts <= 24
+    assert (step.num_teachers, step.num_held_out) == (4, 12)
+    assert 0 < step.num_texts <= 48
     assert step.control is None
     assert step.num_tokens > 0
     assert step.target_bytes > 0
