@@ -82,8 +82,9 @@ NOTES = {
     "distill.teacher": "posterior = the mixture of the clients' models, each weighed by how well it foretold"
     " the text so far; uniform = all alike; logit-mean = FedDF",
     "distill.learning-rate": "of AdamW",
-    "distill.gate": "what must improve for the step to be kept: the loss on held-out texts; besides that, the"
-    " clients' own held-out loss must not worsen",
+    "distill.gate": "what must improve for a step to be kept: public = the loss on held-out texts; clients ="
+    " besides that, the clients' own held-out loss must not worsen; auto = clients where there is no public"
+    " text and held-out losses may leave",
     "wire.codec": "4, 2 or 1 + 2/64 bytes a value",
     "wire.node-sum": "one packet up for each node",
     "evaluation.max-new-tokens": "length of an answer at most",

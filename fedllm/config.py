@@ -168,7 +168,7 @@ class DistillConfig:
     originality: str = "auto"  # auto | on | off: screen synthetic texts (auto = without privacy.epsilon)
     licence: str = ""  # of synthetic text, in your words; stands in synthetic.json
     control: bool = False  # also fine-tune on the same texts, to compare with
-    gate: str = "public"  # public | clients
+    gate: str = "auto"  # auto | public | clients
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "distill.when": ("never", "last", "every"),
     "distill.teacher": ("posterior", "uniform", "logit-mean"),
     "distill.originality": ("auto", "on", "off"),
-    "distill.gate": ("public", "clients"),
+    "distill.gate": ("auto", "public", "clients"),
     "wire.codec": ("fp32", "bf16", "int8"),
 }
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from fedllm.distillation.wanted import asks_clients
 from fedllm.runs.checkpoint import ServerState
 from fedllm.types import RoundRecord
 from strategies.distillation.gate import ask_clients
@@ -23,7 +24,7 @@ def distil(
     is_last = session.config.distill.when == "last"
     undistilled = after.adapter if is_last and outcome.kept else None
     state, held_out = replace(after, adapter=adapter, undistilled=undistilled), None
-    if outcome.kept and session.config.distill.gate == "clients":
+    if outcome.kept and asks_clients(session.config):
         asked = ask_clients(session, after, state, outcome)
         state, outcome, held_out = asked.state, asked.record, asked.held_out
     session.watch.notice(f"round {record.round_num}: {sentence(outcome)}")

@@ -19,6 +19,7 @@ from clients.holder import open_holder
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
 from fedllm.config import RunConfig
 from fedllm.data.example import Example, Turn
+from fedllm.distillation.wanted import asks_clients
 from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.models.chat import Encoded, encode
 from fedllm.originality.verdict import read_screening
@@ -55,6 +56,7 @@ CHEAP = {
     "distill.batch-size": 4,
     "distill.learning-rate": 0.005,
     "distill.top-k": 64,
+    "distill.gate": "public",
     "distill.originality": "off",  # so few words make every sentence one that somebody has
 }
 FEW = {"distill.num-texts": 8, "distill.steps": 3, "train.local-steps": 4}
@@ -722,6 +724,33 @@ def test_the_gate_of_clients_measures_in_the_round_itself(run: Callable, public_
     first = state.records[1].distil
     assert first is not None
     assert first.clients_before == pytest.approx(plain.records[1].mean_held_out)
+
+
+@pytest.mark.parametrize(
+    ("flat", "asked"),
+    [
+        ({}, True),
+        ({"distill.gate": "public"}, False),
+        ({"distill.text": "rows.jsonl"}, False),
+        ({"distill.text": "synthetic+rows.jsonl"}, False),
+        ({"distill.text": "rows.jsonl", "distill.gate": "clients"}, True),
+        ({"data.held-out-fraction": 0.0}, False),
+        ({"privacy.epsilon": 8.0}, True),  # of rows; those held out are nobody's training
+        (PRIVATE, False),
+    ],
+)
+def test_clients_judge_where_no_other_text_does_and_their_losses_may_leave(
+    flat: dict[str, Any], asked: bool
+) -> None:
+    assert asks_clients(RunConfig.from_flat({"distill.when": "last", **flat})) is asked
+
+
+def test_synthetic_text_alone_is_judged_by_the_clients_too(run: Callable) -> None:
+    state, _ = run("asked", **{**CHEAP, "distill.gate": "auto", "distill.when": "last"})
+    (step,) = steps_of(state)
+    assert step.clients_before is not None
+    assert step.clients_after is not None
+    assert step.kept is (step.clients_after <= step.clients_before)
 
 
 def test_public_text_that_cannot_be_read_ends_a_run_before_its_first_round(run: Callable) -> None:
