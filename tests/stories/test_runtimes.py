@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,12 @@ def _digest(folder: Path) -> str:
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "completed"
     return result["digest"]
+
+
+def _step(folder: Path) -> dict[str, Any]:
+    """Return what the last round's distillation did, but for its time; {} where there was none."""
+    record = json.loads((folder / "rounds.jsonl").read_text().splitlines()[-1])
+    return {key: value for key, value in (record["distil"] or {}).items() if key != "seconds"}
 
 
 def test_python_steps_equal_the_command(tiny_run, fedllm, tmp_path):
@@ -33,7 +40,11 @@ def test_python_steps_equal_the_command(tiny_run, fedllm, tmp_path):
 @pytest.mark.parametrize("runtime", ["simulation", "deployment"])
 @pytest.mark.parametrize(
     "changes",
-    [(), ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-ranks=4,2")],
+    [
+        # The originality of texts is asked about in a message of its own.
+        ("distill.when=last", "distill.num-texts=8", "distill.steps=2", "distill.max-tokens=48"),
+        ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-ranks=4,2"),
+    ],
     ids=["default", "ffa"],
 )
 def test_flower_runtime_equals_the_local_one(runtime, changes, tiny_run, fedllm, tmp_path):
@@ -41,6 +52,11 @@ def test_flower_runtime_equals_the_local_one(runtime, changes, tiny_run, fedllm,
     fedllm("run", *words, "run.name=local")
     fedllm("run", *words, f"run.name={runtime}", "--runtime", runtime)
     assert _digest(tmp_path / runtime) == _digest(tmp_path / "local")
+    steps = [_step(tmp_path / name) for name in ("local", runtime)]
+    assert steps[0] == steps[1]
+    assert bool(steps[0].get("num_texts")) is ("distill.when=last" in words), (
+        "texts were written and asked about"
+    )
     fedllm("compare", str(tmp_path / "local"), str(tmp_path / runtime), "--assert-equal")
 
 
