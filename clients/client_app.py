@@ -10,20 +10,22 @@ import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients import work
-from clients.drifts import drift_store
-from clients.holder import Holder, open_holder
-from clients.overlap import answer_overlap, check_limit
+from clients.base_deltas import base_delta_store
+from clients.data_holder import DataHolder, open_data_holder
+from clients.evaluate import evaluate_clients
+from clients.join import declare_clients
+from clients.originality import answer_overlap, check_limit
 from clients.protect import node_mean
 from clients.stock import evaluate_for_stock, train_for_stock
+from clients.train import train_clients
 from fedllm.errors import FedLLMError
-from fedllm.types import ClientUpdate
+from fedllm.messages import ClientUpdate
 from fedllm.wire import overlaps, packets, replies, requests
 
 app = ClientApp()
 _logger = logging.getLogger("fedllm.clients")
 
-Handler: TypeAlias = Callable[[Holder, RecordDict, int], RecordDict]
+Handler: TypeAlias = Callable[[DataHolder, RecordDict, int], RecordDict]
 
 
 @app.query("join")
@@ -52,38 +54,38 @@ def overlap(message: Message, context: Context) -> Message:
     return _answer(message, context, partial(_overlap, context.state))
 
 
-def _join(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
-    return replies.write_joined(work.join(holder, node_id))
+def _join(holder: DataHolder, content: RecordDict, node_id: int) -> RecordDict:
+    return replies.write_joined(declare_clients(holder, node_id))
 
 
-def _train(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+def _train(holder: DataHolder, content: RecordDict, node_id: int) -> RecordDict:
     layout = holder.engine.layout
     request = requests.read_train_request(content, layout, _holding(holder))
-    answers = work.train(holder, request)
+    answers = train_clients(holder, request)
     if request.node_sum:
         mean_P = node_mean([answer for answer in answers if isinstance(answer, ClientUpdate)])
         return replies.write_sum(answers, mean_P, layout=layout, part=request.returned, payload=request.codec)
     return replies.write_updates(answers, layout=layout, part=request.returned, payload=request.codec)
 
 
-def _evaluate(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+def _evaluate(holder: DataHolder, content: RecordDict, node_id: int) -> RecordDict:
     request = requests.read_evaluate_request(content, holder.engine.layout, _holding(holder))
-    return replies.write_evaluations(work.evaluate(holder, request))
+    return replies.write_evaluations(evaluate_clients(holder, request))
 
 
-def _overlap(state: RecordDict, holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+def _overlap(state: RecordDict, holder: DataHolder, content: RecordDict, node_id: int) -> RecordDict:
     request = overlaps.read_overlap_request(content)
     # Flower keeps a node's state for the length of a run, even where every message has a new process.
     last = state.config_records.get("overlap", ConfigRecord({"round": 0}))
-    check_limit(request, packets.scalar_field(last, "round", int), holder.config.federation.num_rounds)
+    check_limit(request, packets.scalar_field(last, "round", int), holder.plan.config.federation.num_rounds)
     state["overlap"] = ConfigRecord({"round": request.round_num})
     return overlaps.write_overlaps(answer_overlap(holder, request))
 
 
-def _holding(holder: Holder) -> requests.Holding:
+def _holding(holder: DataHolder) -> requests.Holding:
     layout = holder.engine.layout
     return requests.Holding(
-        initial=lambda: holder.initial, drift=lambda digest: drift_store().held(digest, layout)
+        initial=lambda: holder.initial, base_delta=lambda digest: base_delta_store().held(digest, layout)
     )
 
 
@@ -95,7 +97,7 @@ def _answer(message: Message, context: Context, handler: Handler, *, is_stock: b
     even there without the exception's own words.
     """
     try:
-        holder = open_holder(context.run_config, context.node_config)
+        holder = open_data_holder(context.run_config, context.node_config)
         return Message(handler(holder, message.content, context.node_id), reply_to=message)
     except FedLLMError as error:
         _logger.error("%s", error)

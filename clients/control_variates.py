@@ -1,4 +1,4 @@
-"""A client's half of SCAFFOLD (`fedllm.training.control_variates`): its own c_i, and how it changes.
+"""A client's half of SCAFFOLD (`fedllm.engine.gradient_terms`): its own c_i, and how it changes.
 
 c_i stays with the client. Its change travels as a second packet, in the codec of the round; the client adds
 to its own what the server will read from that packet, so that c stays the mean of all c_i whatever the codec.
@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from fedllm.training.jobs import Job, Result
-from fedllm.wire.codec import as_received
+from fedllm.engine.jobs import Job, Result
+from fedllm.wire.packets import as_received
 
 
 def corrected(job: Job, control_P: torch.Tensor, own_P: torch.Tensor) -> Job:

@@ -3,12 +3,12 @@
 A layer computes W x + s B_g A_g x + s B_p A_p x. After a client has trained the shared adapter of a round, it
 trains its personal one for some steps on the same stream of rows, with the shared adapter *as received*
 frozen underneath (the pattern of FDLoRA, arXiv 2406.07925, and FedDPA, arXiv 2403.19211). Both stand side by
-side in one adapter of the ranks' sum (`fedllm.adapters.columns`) of which only the second half may move.
+side in one adapter of the ranks' sum (`fedllm.adapters.side_by_side`) of which only the second half may move.
 
 dual    nothing holds the personal adapter back but the number of steps and weight decay
 ditto   it is pulled to the shared adapter as in Ditto (arXiv 2012.04221): min f(v) + pull/2 ||v - shared||^2,
         with the distance measured on what the layers do. v - shared is s B_p A_p, whose squared Frobenius
-        norm is the product form of FedProx (`fedllm.training.proximal`). It is a gradient, not a decay of
+        norm is the product form of FedProx (`fedllm.engine.gradient_terms`). It is a gradient, not a decay of
         the factors: it depends on their product alone, and Adam rescales it with the gradient of the loss
 
 AdamW starts afresh every round. A personal adapter that diverged stays as it was before the round.
@@ -16,27 +16,18 @@ AdamW starts afresh every round. A personal adapter that diverged stays as it wa
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from fedllm.adapters.columns import second_mask, second_of, side_by_side
 from fedllm.adapters.layout import AdapterLayout, at_rank, initial_adapter
+from fedllm.adapters.side_by_side import second_mask, second_of, side_by_side
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import EvaluationJob, Job, is_finite
+from fedllm.plan.training import PersonalTraining
 from fedllm.seeds import derive_seed
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import EvaluationJob, Job, is_finite
-from fedllm.types import LocalTraining
 
 _logger = logging.getLogger("fedllm.clients")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PersonalTraining:
-    """Numbers of the personal adapter; `pull` 0 is dual, above it Ditto."""
-
-    rank: int
-    steps: int
-    pull: float
 
 
 def personal_layout(layout: AdapterLayout, numbers: PersonalTraining) -> AdapterLayout:
@@ -55,11 +46,6 @@ def initial_personal(
     """Return the personal adapter a client begins with: its own random A, and B zero, so no effect yet."""
     own_seed = derive_seed(seed, "personal", client_id)
     return initial_adapter(personal_layout(layout, numbers), own_seed).vector
-
-
-def local_training(training: LocalTraining, numbers: PersonalTraining) -> LocalTraining:
-    """Return how the personal adapter is trained: like the shared one, but for its steps and its pull."""
-    return replace(training, steps=numbers.steps, proximal=numbers.pull, proximal_space="product")
 
 
 def personal_jobs(

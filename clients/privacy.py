@@ -9,24 +9,23 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
-from clients.holder import ClientTokens, Holder
+from clients.data_holder import ClientTokens, DataHolder
 from clients.protect import Protection
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.config import RunConfig
+from fedllm.engine.jobs import Job, StepNoise
 from fedllm.errors import CheckpointError, ConfigError
+from fedllm.messages import ClientFailure, TrainRequest
 from fedllm.models.chat import Encoded
+from fedllm.plan.privacy import PrivacyPlan
+from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.keys import derived_key, kept_secret
 from fedllm.privacy.ledger import Entry, read_ledger, write_ledger
 from fedllm.privacy.noise import SecretStream, coins
-from fedllm.privacy.plan import PrivacyPlan
-from fedllm.training.jobs import Job, StepNoise
-from fedllm.training.numbers import local_training
-from fedllm.types import ClientFailure, TrainRequest
 
 ROUNDING = 1e-4  # by which gradients are clipped below C: more than float32 can lose in a norm
 
 
-def secret_of(holder: Holder) -> bytes:
+def secret_of(holder: DataHolder) -> bytes:
     """Return the noise secret of this node's clients in this run.
 
     Raises:
@@ -35,19 +34,20 @@ def secret_of(holder: Holder) -> bytes:
     return kept_secret(holder.store.folder / "noise-secret")
 
 
-def check_request(config: RunConfig, plan: PrivacyPlan | None, request: TrainRequest) -> None:
+def check_request(run: RunPlan, request: TrainRequest) -> None:
     """Refuse, before any work, a request whose answer nobody would make private, or the plan did not count.
 
     Raises:
         ConfigError: the server is to add the noise and names no clip, so it is not a server that does; or it
             asks for another training or for more than the configuration of the run says.
     """
+    plan = run.privacy
     if plan is None:
         return
     if plan.is_central and not request.clip > 0:
         raise ConfigError("privacy.trust = 'central' needs a fedllm server, which adds the noise to the sum")
     unplanned = {
-        "another training": request.training != local_training(config, request.round_num),
+        "another training": request.training != run.training(request.round_num),
         "control variates": request.control is not None,
         "a local B": request.local_b,
         "counts of tokens": request.weighting == "tokens",
@@ -58,7 +58,7 @@ def check_request(config: RunConfig, plan: PrivacyPlan | None, request: TrainReq
 
 
 def charge_clients(
-    holder: Holder, plan: PrivacyPlan, request: TrainRequest, clients: Iterable[str]
+    holder: DataHolder, plan: PrivacyPlan, request: TrainRequest, clients: Iterable[str]
 ) -> dict[str, ClientFailure]:
     """Charge each client for its answer to a request; return those that cannot afford or record it."""
     failed = {}
@@ -73,7 +73,7 @@ def charge_clients(
     return failed
 
 
-def _charge(holder: Holder, plan: PrivacyPlan, request: TrainRequest, client: ClientTokens) -> bool:
+def _charge(holder: DataHolder, plan: PrivacyPlan, request: TrainRequest, client: ClientTokens) -> bool:
     file = holder.store.folder / client.client_id / "privacy-ledger.json"
     ledger, charge, name = read_ledger(file), plan.charge(len(client.train)), client.client_id
     entry = Entry(request.round_num, 0, request_key(plan, request, client, b"").hex(), {name: charge})
@@ -94,7 +94,13 @@ def request_key(plan: PrivacyPlan, request: TrainRequest, client: ClientTokens, 
     protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(len(client.train)), plan.batch_size)
     numbers = json.dumps([protected, asdict(request.training)], sort_keys=True)
     place = request.client_ids.index(client.client_id)
-    names = (client.client_id, client.digest, request.round_num, request.adapter.digest, request.drift.digest)
+    names = (
+        client.client_id,
+        client.digest,
+        request.round_num,
+        request.adapter.digest,
+        request.base_delta.digest,
+    )
     what = (request.trained, request.returned, request.ranks[place], request.num_drawn[place], request.seed)
     return derived_key(secret, "train", *names, *what, numbers)
 
@@ -125,7 +131,7 @@ def _drawn(rows: tuple[Encoded, ...], stream: SecretStream, rate: float) -> tupl
 
 
 def protection_of(
-    holder: Holder, plan: PrivacyPlan | None, request: TrainRequest, layout: AdapterLayout
+    holder: DataHolder, plan: PrivacyPlan | None, request: TrainRequest, layout: AdapterLayout
 ) -> Protection | None:
     """Return what the plan asks of what a client sends."""
     if plan is None:

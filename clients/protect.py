@@ -2,7 +2,7 @@
 
 A training result passes this chain and nothing else does, in an order the privacy plan fixes:
 
-    weight -> clip -> noise -> allow-list -> compress (`fedllm/wire/codec.py`; masking takes its place before)
+    weight -> clip -> noise -> allow-list -> compress (`fedllm/wire/packets.py`; masking takes its place before)
 
 What is returned is the whole of what the server learns: a delta, a weight and four numbers, which are zeros
 where the plan withholds them; and, where the run has control variates (SCAFFOLD), the change of the client's
@@ -17,13 +17,12 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size, whole_of
+from fedllm.engine.jobs import Result, is_finite
 from fedllm.errors import ConfigError, NonFiniteError
+from fedllm.messages import ClientUpdate
 from fedllm.models.chat import Encoded
-from fedllm.privacy.clipping import clipped
 from fedllm.privacy.keys import derived_key, digest_of
-from fedllm.privacy.noise import SecretStream, gaussian
-from fedllm.training.jobs import Result, is_finite
-from fedllm.types import ClientUpdate
+from fedllm.privacy.noise import SecretStream, clipped, gaussian
 
 
 @dataclass(frozen=True)

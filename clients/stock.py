@@ -6,24 +6,18 @@ answers with their weighted mean, which is what FedAvg over the clients would ha
 
 from flwr.app import MetricRecord, RecordDict
 
-from clients import work
-from clients.holder import Holder
+from clients.data_holder import DataHolder
+from clients.evaluate import evaluate_clients
 from clients.protect import node_mean
-from fedllm.adapters.drift import no_drift
+from clients.train import train_clients
+from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import ConfigError, NoDataError, WireError
-from fedllm.rule import aggregation_rule
-from fedllm.training.numbers import local_training
-from fedllm.types import (
-    ClientEvaluation,
-    ClientUpdate,
-    EvaluateRequest,
-    TrainRequest,
-)
+from fedllm.messages import ClientEvaluation, ClientUpdate, EvaluateRequest, TrainRequest
 from fedllm.wire.stock import read_plain, write_plain
 
 
-def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+def train_for_stock(holder: DataHolder, content: RecordDict, node_id: int) -> RecordDict:
     """Return the node's new adapter and `num-examples`.
 
     Raises:
@@ -31,11 +25,11 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
         WireError: the request does not hold exactly one adapter of this run's layout.
         NoDataError: no client of this node has an update.
     """
-    if holder.personal is not None:
+    if holder.plan.personal is not None:
         raise ConfigError("personal.mode needs fedllm's own rounds: a stock strategy keeps no count of turns")
-    config, start = holder.config, _read_adapter(holder, content)
+    plan, start = holder.plan, _read_adapter(holder, content)
     round_num = _round_of(content)
-    training = local_training(config, round_num)
+    training = plan.training(round_num)
     drawn = (round_num - 1) * training.steps * training.batch_size
     request = TrainRequest(
         round_num=round_num,
@@ -43,16 +37,16 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
         num_drawn=(drawn,) * len(holder.clients),
         ranks=(start.layout.rank,) * len(holder.clients),
         adapter=start,
-        drift=no_drift(start.layout),
-        trained=aggregation_rule(config).trained_in(round_num),
+        base_delta=no_base_delta(start.layout),
+        trained=plan.aggregation.trained_in(round_num),
         local_b=False,
         node_sum=False,
         training=training,
         codec="fp32",
         weighting="examples",
-        seed=config.seed,
+        seed=plan.config.seed,
     )
-    updates = [answer for answer in work.train(holder, request) if isinstance(answer, ClientUpdate)]
+    updates = [answer for answer in train_clients(holder, request) if isinstance(answer, ClientUpdate)]
     if not updates:
         raise NoDataError("no client of this node has an update")
     total = sum(update.weight for update in updates)
@@ -66,17 +60,17 @@ def train_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Record
     )
 
 
-def evaluate_for_stock(holder: Holder, content: RecordDict, node_id: int) -> RecordDict:
+def evaluate_for_stock(holder: DataHolder, content: RecordDict, node_id: int) -> RecordDict:
     """Return the node's mean held-out loss per token and `num-examples`; raises as `train_for_stock`."""
     start = _read_adapter(holder, content)
     request = EvaluateRequest(
         round_num=_round_of(content),
         client_ids=tuple(holder.clients),
         adapter=start,
-        drift=no_drift(start.layout),
+        base_delta=no_base_delta(start.layout),
         local_b=False,
     )
-    done = [answer for answer in work.evaluate(holder, request) if isinstance(answer, ClientEvaluation)]
+    done = [answer for answer in evaluate_clients(holder, request) if isinstance(answer, ClientEvaluation)]
     if not done:
         raise NoDataError("no client of this node keeps held-out rows")
     num_rows = sum(answer.num_rows for answer in done)
@@ -84,7 +78,7 @@ def evaluate_for_stock(holder: Holder, content: RecordDict, node_id: int) -> Rec
     return RecordDict({"metrics": MetricRecord({"num-examples": num_rows, "eval-loss": loss})})
 
 
-def _read_adapter(holder: Holder, content: RecordDict) -> AdapterState:
+def _read_adapter(holder: DataHolder, content: RecordDict) -> AdapterState:
     arrays = list(content.array_records.values())
     if len(arrays) != 1:
         raise WireError(f"a request carries exactly one adapter, not {len(arrays)}")

@@ -9,10 +9,11 @@ import rich.console
 from rich.live import Live
 from rich.table import Table
 
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
+from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
+from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import of_same_clients, spread_of
-from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
-from strategies.distillation.words import in_short
+from strategies.distillation.report import in_short
 from strategies.session import Watch
 
 _COLUMNS = (

@@ -1,14 +1,14 @@
 """Write every configuration key with its default into `[tool.flwr.app.config]` of pyproject.toml.
 
 Flower accepts an override only for a key that stands there. Run `python -m scripts.flower_keys` after a
-change of `fedllm/config.py`.
+change of `fedllm/config/keys.py`.
 """
 
 from pathlib import Path
 
 import tomli_w
 
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 HEADER = "[tool.flwr.app.config]\n"

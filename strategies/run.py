@@ -8,26 +8,26 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.adapters.ranks import named_clients
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError, FedLLMError
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
-from fedllm.privacy.statement import summary_line
-from fedllm.rule import aggregation_rule
+from fedllm.plan.dealt_numbers import named_clients
+from fedllm.plan.run_plan import RunPlan, resolve
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from fedllm.runs.folder import describe_run, open_run_folder, write_result, write_rounds
+from fedllm.runs.privacy_statement import summary_line
+from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import described
-from fedllm.types import RoundRecord
 from strategies.aggregation.stock import check_stock
 from strategies.distillation.step import open_public_text, undistilled
-from strategies.evaluation import evaluate
-from strategies.joining import join_clients
+from strategies.exchange.evaluation import evaluate
+from strategies.exchange.joining import join_clients
+from strategies.grid.transport import Transport
 from strategies.privacy import open_privacy, with_journal
 from strategies.publish import measured_ends, publish_adapter, publish_privacy
 from strategies.rounds import check_failure_rate, next_round
 from strategies.session import SILENT, Session, Watch
-from strategies.transport import Transport
 
 
 def run_federation(
@@ -45,16 +45,17 @@ def run_federation(
     Raises:
         FedLLMError: the run cannot start or go on; the message says why.
     """
+    plan = resolve(config)
     folder = open_run_folder(config)
     try:
-        session = open_session(config, grid, watch, stock, folder=folder)
+        session = open_session(plan, grid, watch, stock, folder=folder)
         state = _first_state(session, folder, start)
         describe_run(folder, config)
         state, stopped = _rounds(session, state, folder)
         files = resolve_model(config.model.name, config.model.revision)
-        adapter = publish_adapter(folder, config, files, state)
+        adapter = publish_adapter(folder, plan, files, state)
         ended = {"stopped": stopped} if stopped else {}
-        write_result(folder, {**summary(state, adapter), **ended, **publish_privacy(folder, config, state)})
+        write_result(folder, {**summary(state, adapter), **ended, **publish_privacy(folder, plan, state)})
     except FedLLMError as error:
         _write_failure(folder, str(error))
         raise
@@ -67,7 +68,7 @@ def run_federation(
 
 
 def open_session(
-    config: RunConfig,
+    plan: RunPlan,
     grid: Grid,
     watch: Watch = SILENT,
     stock: Strategy | None = None,
@@ -86,14 +87,15 @@ def open_session(
         DataError: the run distils, and its public text cannot be used.
         CheckpointError, MissingExtraError: the noise secret cannot be kept, or a library is missing.
     """
-    privacy = open_privacy(config, folder / "private" / "server" if folder else None)
+    config = plan.config
+    privacy = open_privacy(plan.privacy, folder / "private" / "server" if folder else None)
     if privacy is not None:
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
-        check_stock(aggregation_rule(config), distils=config.distill.when != "never")
+        check_stock(plan.aggregation, distils=plan.distillation is not None)
         if privacy is not None and privacy.plan.is_central:
             raise ConfigError("a stock Flower strategy adds no noise; use privacy.trust = local without it")
-    public_text = open_public_text(config)
+    public_text = open_public_text(plan)
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
@@ -101,7 +103,7 @@ def open_session(
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
     return Session(
-        config,
+        plan,
         layout,
         transport,
         clients,

@@ -6,12 +6,13 @@ import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedllm.config import RunConfig, Scalar
+from fedllm.config.key import Scalar
+from fedllm.config.keys import RunConfig
 from fedllm.errors import FedLLMError
-from fedllm.types import RoundRecord
-from strategies.distillation.words import in_short
+from fedllm.runs.records import RoundRecord
+from strategies.distillation.report import in_short
+from strategies.flower_strategy import FederatedLora
 from strategies.session import Watch
-from strategies.strategy import FederatedLora
 
 app = ServerApp()
 _logger = logging.getLogger("flwr")  # what `flwr log` and `flwr run --stream` show

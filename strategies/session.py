@@ -8,14 +8,16 @@ from pathlib import Path
 from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
-from fedllm.adapters.ranks import deal_ranks
-from fedllm.config import RunConfig
-from fedllm.rule import AggregationRule, aggregation_rule, init_a_of
-from fedllm.types import ClientFailure, ClientUpdate, JoinedClient, RoundRecord
-from strategies.delivered import Delivered
-from strategies.distillation.text import PublicText
+from fedllm.config.keys import RunConfig
+from fedllm.data.public_text import PublicText
+from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
+from fedllm.plan.aggregation import AggregationRule
+from fedllm.plan.dealt_numbers import deal_ranks
+from fedllm.plan.run_plan import RunPlan
+from fedllm.runs.records import RoundRecord
+from strategies.grid.transport import Transport
+from strategies.grid.what_nodes_hold import Delivered
 from strategies.privacy import ServerPrivacy
-from strategies.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ SILENT = Watch()
 class Session:
     """What stays the same from round to round, but for clients that join later."""
 
-    config: RunConfig
+    plan: RunPlan
     layout: AdapterLayout
     transport: Transport
     clients: dict[str, JoinedClient]
@@ -46,15 +48,20 @@ class Session:
     folder: Path | None = None  # of the run, for what is kept beside its records
     public_text: tuple[PublicText, ...] = ()  # what distillation steps may read besides synthetic text
 
-    @cached_property
+    @property
+    def config(self) -> RunConfig:
+        """The keys of the run."""
+        return self.plan.config
+
+    @property
     def rule(self) -> AggregationRule:
         """How the run's updates become one adapter."""
-        return aggregation_rule(self.config)
+        return self.plan.aggregation
 
     @cached_property
     def initial(self) -> AdapterState:
         """The adapter that the run's seed gives."""
-        return initial_adapter(self.layout, self.config.seed, init_a_of(self.config))
+        return initial_adapter(self.layout, self.config.seed, self.plan.init_a)
 
     def ranks(self) -> dict[str, int]:
         """Return every client's rank: what `lora.client-ranks` deals it, at most its machine's limit."""

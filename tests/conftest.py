@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.config import ModelConfig
+from fedllm.config.keys import ModelConfig
 from fedllm.models.base import BaseModel, load_base
 
 with warnings.catch_warnings():  # Flower's typer touches deprecated names of click when it is imported

@@ -15,7 +15,7 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.errors import FedLLMError, IntegrityError
-from fedllm.runs.atomic import complete_folder, verify_manifest
+from fedllm.files import complete_folder, verify_manifest
 
 WEIGHTS = "adapter_model.safetensors"
 DESCRIPTION = "fedllm.json"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedllm.data.docstrings import docstring_rows
-from fedllm.data.example import BadRow
+from fedllm.data.demo_corpus import docstring_rows
+from fedllm.data.fields import BadRow
 from fedllm.data.formats import READERS
 from fedllm.errors import ConfigError, DataError
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.config import DataConfig
-from fedllm.data.example import BadRow, ClientRows, Example
-from fedllm.data.fields import RowProblem, detect_fields, to_example
+from fedllm.config.keys import DataConfig
+from fedllm.data.fields import BadRow, ClientRows, Example, RowProblem, detect_fields, to_example
 from fedllm.data.partition import Partition, parse_partition, partition_rows, row_label
 from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
 from fedllm.errors import NoDataError

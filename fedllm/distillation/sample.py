@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.engine.engine import Engine
 from fedllm.errors import ConfigError, LayoutError, NoDataError, NonFiniteError
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.seeds import derive_seed
-from fedllm.training.engine import Engine
 
 TEXTS_AT_ONCE = 32
 

@@ -1,7 +1,7 @@
 """The student: one adapter that learns to say what the teacher says, on the engine that trains clients.
 
 A distillation is a training job whose objective is the divergence from cached targets: AdamW, clipping,
-passes and the pull to the start (mu/2 ||s (B A - B0 A0)||^2 by R x R products, `fedllm.training.proximal`)
+passes and the pull to the start (mu/2 ||s (B A - B0 A0)||^2 by R x R products, `fedllm.engine.gradient_terms`)
 are those of a client. The control is the same job without the targets, on the same batches.
 """
 
@@ -12,17 +12,16 @@ import numpy as np
 import torch
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.distillation.divergence import TaughtBy, jensen_shannon
+from fedllm.distillation.other_tokenizer import TaughtByUnlike
 from fedllm.distillation.sample import sample_texts
-from fedllm.distillation.targets import Targets
+from fedllm.distillation.targets import Targets, TaughtBy, jensen_shannon
 from fedllm.distillation.teacher import Teacher, teach
-from fedllm.distillation.unlike import TaughtByUnlike
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import Job, Objective
 from fedllm.errors import ConfigError, NoDataError
+from fedllm.messages import LocalTraining
 from fedllm.models.chat import Encoded
 from fedllm.seeds import derive_seed
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import Job, Objective
-from fedllm.types import LocalTraining
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def supervised(
 def distil_unlike(
     engine: Engine, start: AdapterState, objective: TaughtByUnlike, training: StudentTraining
 ) -> DistilResult:
-    """Return `start` taught by a teacher with another tokenizer (`fedllm.distillation.unlike`).
+    """Return `start` taught by a teacher with another tokenizer (`fedllm.distillation.other_tokenizer`).
 
     Raises:
         NonFiniteError: training diverged.

@@ -2,7 +2,7 @@
 
 All adapters read the same rows on the fused engine. What is kept of a pass is the hidden state where a token
 is predicted, a few kilobytes; the laws over the vocabulary are made from it for a few tokens at a time, mixed
-(`fedllm.distillation.mixture`) and cut down to what a student needs (`fedllm.distillation.targets`).
+(`fedllm.distillation.teacher`) and cut down to what a student needs (`fedllm.distillation.targets`).
 Tensor suffixes: K teacher, P flat adapter, N predicted token, T predicted token of one row, D feature.
 """
 
@@ -12,13 +12,117 @@ from dataclasses import dataclass
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.distillation.mixture import KINDS, Mixed, Mixing, mix
 from fedllm.distillation.targets import Targets, learnt_tokens
+from fedllm.engine.engine import Engine
+from fedllm.engine.head import CHUNK
+from fedllm.engine.passes import MAX_ADAPTERS, packed
 from fedllm.errors import ConfigError, LayoutError, NoDataError, NonFiniteError
 from fedllm.models.chat import Encoded
-from fedllm.training.engine import Engine
-from fedllm.training.head import CHUNK
-from fedllm.training.passes import MAX_ADAPTERS, packed
+
+KINDS = ("posterior", "uniform", "logit-mean")
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """How teachers are mixed, those left out by a prior of 0. See the module for the kinds.
+
+    `floor` is the share of all weight that is dealt evenly, so that nobody is ever out: w <- (1 - floor) w +
+    floor / K.
+    """
+
+    kind: str
+    log_priors_K: torch.Tensor  # float64; -inf leaves a teacher out
+    temper: float = 1.0
+    floor: float = 0.0
+
+    def without(self, dead_K: torch.Tensor) -> "Mixing":
+        """Return the same with teachers left out, on the device of `dead_K`."""
+        priors_K = self.log_priors_K.to(dead_K.device).masked_fill(dead_K, -torch.inf)
+        return Mixing(self.kind, priors_K, self.temper, self.floor)
+
+    def weights(self, log_probs_TK: torch.Tensor, evidence_K: torch.Tensor) -> torch.Tensor:
+        """Return the weights [T, K] in float64 for the next T tokens of a row.
+
+        `log_probs_TK` is what each teacher gave these tokens, `evidence_K` the sum over those before them.
+        """
+        if self.kind == "posterior":
+            return causal_weights(log_probs_TK, self.log_priors_K, self.temper, evidence_K, self.floor)
+        present_K = self.log_priors_K.isfinite().double()
+        return (present_K / present_K.sum()).expand(len(log_probs_TK), -1)
+
+
+def mixture_weights(
+    log_probs_NK: torch.Tensor,
+    log_priors_K: torch.Tensor,
+    temper: float = 1.0,
+    row_starts: Sequence[int] = (0,),
+    floor: float = 0.0,
+) -> torch.Tensor:
+    """Return the posterior weights [N, K] in float64 for tokens of rows that begin at `row_starts`."""
+    nothing_K = torch.zeros_like(log_priors_K, dtype=torch.float64)
+    ends = [*row_starts[1:], len(log_probs_NK)]
+    parts = [
+        causal_weights(log_probs_NK[begin:end], log_priors_K, temper, nothing_K, floor)
+        for begin, end in zip(row_starts, ends, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def causal_weights(
+    log_probs_TK: torch.Tensor,
+    log_priors_K: torch.Tensor,
+    temper: float,
+    evidence_K: torch.Tensor,
+    floor: float = 0.0,
+) -> torch.Tensor:
+    """Return the posterior weights [T, K] in float64 of one row's tokens, given those before them.
+
+    Where the text is impossible to every teacher the priors decide.
+    """
+    log_probs_TK, log_priors_K = log_probs_TK.double(), log_priors_K.double()
+    before_TK = log_probs_TK.cumsum(dim=0).roll(1, dims=0)
+    before_TK[:1] = 0.0
+    scores_TK = log_priors_K.expand_as(before_TK)
+    if temper:  # 0 * -inf is no number
+        scores_TK = scores_TK + temper * (before_TK + evidence_K)
+    impossible_T1 = scores_TK.isneginf().all(dim=1, keepdim=True)
+    weights_TK = torch.where(impossible_T1, log_priors_K, scores_TK).softmax(dim=1)
+    if floor:
+        present_K = log_priors_K.isfinite().double()
+        weights_TK = (1 - floor) * weights_TK + floor * present_K / present_K.sum()
+    return weights_TK
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """What an ensemble says of T tokens."""
+
+    law_TV: torch.Tensor  # probabilities
+    target_T: torch.Tensor  # log-probability of the token that follows
+    weights_TK: torch.Tensor  # float64
+    evidence_K: torch.Tensor  # float64, of the row up to and with these tokens
+
+
+def mix(logits_KTV: torch.Tensor, targets_T: torch.Tensor, mixing: Mixing, evidence_K: torch.Tensor) -> Mixed:
+    """Return what the ensemble says of the next T tokens of a row; the logits are overwritten.
+
+    Logits must be finite, those of teachers that are left out too.
+    """
+    index_KT1 = targets_T.expand(len(logits_KTV), -1)[:, :, None]
+    logits_KTV.sub_(logits_KTV.logsumexp(dim=2, keepdim=True))
+    said_TK = logits_KTV.gather(2, index_KT1)[:, :, 0].T.double()
+    weights_TK = mixing.weights(said_TK, evidence_K)
+    shares_TK = weights_TK.to(logits_KTV.dtype)
+    if (
+        mixing.kind == "logit-mean"
+    ):  # log-probabilities differ from logits by what the softmax takes out again
+        log_law_TV = torch.einsum("tk,ktv->tv", shares_TK, logits_KTV).log_softmax(dim=1)
+        law_TV, target_T = log_law_TV.exp(), log_law_TV.gather(1, targets_T[:, None])[:, 0]
+    else:
+        law_TV = torch.einsum("tk,ktv->tv", shares_TK, logits_KTV.exp_())
+        target_T = (said_TK + weights_TK.log()).logsumexp(dim=1)
+    return Mixed(law_TV, target_T, weights_TK, evidence_K + said_TK.sum(dim=0))
+
 
 STATE_BYTES = 128 * 2**20  # of all teachers' hidden states that are kept at a time
 ADAPTER_BYTES = 512 * 2**20  # of the adapters on the model at a time, where nobody says how many
@@ -26,7 +130,7 @@ ADAPTER_BYTES = 512 * 2**20  # of the adapters on the model at a time, where nob
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """K adapters [P] of one layout and how they are mixed; see `fedllm.distillation.mixture` for the kinds.
+    """K adapters [P] of one layout and how they are mixed; see `fedllm.distillation.teacher` for the kinds.
 
     `priors` [K] are weights of any sum, such as the clients' numbers of rows; only `posterior` uses them.
 

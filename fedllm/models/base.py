@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
-from fedllm.config import LoraConfig, ModelConfig
+from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.errors import MissingExtraError, ModelError
 from fedllm.models.files import ModelFiles, fingerprint, first_line, quiet_transformers, resolve_model
-from fedllm.models.policy import load_policy
+from fedllm.site_policy import load_policy
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from fedllm.data.example import Example, Turn
+from fedllm.data.fields import Example, Turn
 from fedllm.errors import DataError
 
 IGNORED = -100

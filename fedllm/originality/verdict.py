@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedllm.errors import DataError, IntegrityError
-from fedllm.runs.atomic import write_file
+from fedllm.files import write_file
 
 GATES = ("overlap", "duplicate", "membership")
 FILE = "synthetic.json"

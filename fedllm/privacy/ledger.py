@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import CheckpointError, FedLLMError
+from fedllm.files import write_file
 from fedllm.privacy.accounting import Charge, epsilon_of, merged, quick_bound, renyi_check
-from fedllm.runs.atomic import write_file
 
 
 @dataclass(frozen=True)

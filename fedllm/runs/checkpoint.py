@@ -14,19 +14,19 @@ from typing import Any, cast
 
 import torch
 
-from fedllm.adapters.drift import Drift, no_drift
+from fedllm.adapters.base_delta import BaseDelta, no_base_delta
 from fedllm.adapters.folder import load_named, load_tensors, save_named, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
-from fedllm.config import RunConfig, Scalar
+from fedllm.config.key import Scalar
+from fedllm.config.keys import RunConfig
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
+from fedllm.files import complete_folder, verify_manifest
 from fedllm.privacy.ledger import Ledger, ledger_from_dict, ledger_to_dict
-from fedllm.runs.atomic import complete_folder, verify_manifest
-from fedllm.runs.records import record_from_dict, record_to_dict
-from fedllm.types import OptimizerState, RoundRecord
+from fedllm.runs.records import OptimizerState, RoundRecord, record_from_dict, record_to_dict
 
 NUM_KEPT = 2
 # there only where they hold something
-DRIFT, OPTIMIZER, CONTROL = "drift.safetensors", "optimizer.safetensors", "control.safetensors"
+BASE_DELTA, OPTIMIZER, CONTROL = "base-delta.safetensors", "optimizer.safetensors", "control.safetensors"
 UNDISTILLED = "undistilled.safetensors"
 
 # Keys that may differ between a run and its continuation: they change where, how long or how loudly it
@@ -46,7 +46,7 @@ class ServerState:
     """What a server carries from round to round, and all a resumed run needs.
 
     `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none);
-    `drift` is what the base model has gained (left out: nothing); `norms` are the median norms of the last
+    `base_delta` is what the base model has gained (left out: nothing); `norms` are the median norms of the last
     rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one; `ledger`
     is what was given away under a privacy plan, `clip` the norm that an adaptive clip has come to (0 = the
     plan's own); `undistilled` is what the last round aggregated, where distilling it gave `adapter`.
@@ -56,7 +56,9 @@ class ServerState:
     adapter: AdapterState
     num_drawn: Mapping[str, int] = field(default_factory=dict)
     records: tuple[RoundRecord, ...] = ()
-    drift: Drift = cast(Drift, None)  # what is left out is filled in below, since it needs the layout
+    base_delta: BaseDelta = cast(
+        BaseDelta, None
+    )  # what is left out is filled in below, since it needs the layout
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     norms: tuple[float, ...] = ()
     control: AdapterState | None = None
@@ -65,8 +67,8 @@ class ServerState:
     undistilled: AdapterState | None = None
 
     def __post_init__(self) -> None:
-        if cast(Drift | None, self.drift) is None:
-            object.__setattr__(self, "drift", no_drift(self.adapter.layout))
+        if cast(BaseDelta | None, self.base_delta) is None:
+            object.__setattr__(self, "base_delta", no_base_delta(self.adapter.layout))
 
 
 def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None:
@@ -90,8 +92,8 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
         with complete_folder(_path(folder, state.round_num)) as building:
             (building / "state.json").write_text(json.dumps(content, allow_nan=False))
             save_tensors(building / "adapter.safetensors", state.adapter)
-            if state.drift.size:
-                save_named(building / DRIFT, _drift_tensors(state.drift))
+            if state.base_delta.size:
+                save_named(building / BASE_DELTA, _base_delta_tensors(state.base_delta))
             if state.optimizer.num_steps:
                 moments = {"first": state.optimizer.first, "second": state.optimizer.second}
                 save_named(building / OPTIMIZER, moments)
@@ -119,7 +121,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
             content = json.loads((path / "state.json").read_text())
             saved_layout = layout_from_dict(content["layout"])
             adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
-            drift = _load_drift(path / DRIFT, saved_layout)
+            base_delta = _load_base_delta(path / BASE_DELTA, saved_layout)
             optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
             control = _load_adapter(path / CONTROL, saved_layout)
             undistilled = _load_adapter(path / UNDISTILLED, saved_layout)
@@ -140,7 +142,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
                 adapter=adapter,
                 num_drawn=num_drawn,
                 records=records,
-                drift=drift,
+                base_delta=base_delta,
                 optimizer=optimizer,
                 norms=tuple(content.get("norms", ())),
                 control=control,
@@ -153,11 +155,11 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
     raise CheckpointError(f"no intact checkpoint in {folder}; start without --resume")
 
 
-def _drift_tensors(drift: Drift) -> dict[str, torch.Tensor]:
-    """Return the factors of a drift under the names of their modules."""
+def _base_delta_tensors(base_delta: BaseDelta) -> dict[str, torch.Tensor]:
+    """Return the factors of a base delta under the names of their modules."""
     return {
         f"{matrix.module}.{letter}": tensor
-        for matrix, pair in zip(drift.layout.matrices, drift.factors, strict=True)
+        for matrix, pair in zip(base_delta.layout.matrices, base_delta.factors, strict=True)
         for letter, tensor in zip("BA", pair, strict=True)
     }
 
@@ -166,12 +168,12 @@ def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
     return load_tensors(file, layout).checked_finite() if file.exists() else None
 
 
-def _load_drift(file: Path, layout: AdapterLayout) -> Drift:
+def _load_base_delta(file: Path, layout: AdapterLayout) -> BaseDelta:
     if not file.exists():  # the manifest has vouched for every file that was written
-        return no_drift(layout)
+        return no_base_delta(layout)
     tensors = load_named(file)
     pairs = [(tensors[f"{m.module}.B"], tensors[f"{m.module}.A"]) for m in layout.matrices]
-    return Drift(layout, tuple(pairs)).checked_finite()
+    return BaseDelta(layout, tuple(pairs)).checked_finite()
 
 
 def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:

@@ -21,12 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fedllm.config import RunConfig, Scalar
+from fedllm.config.key import Scalar
+from fedllm.config.keys import RunConfig
+from fedllm.config.recipe import read_recipe
 from fedllm.errors import ConfigError
-from fedllm.runs.atomic import write_file
-from fedllm.runs.recipe import read_recipe
-from fedllm.runs.records import record_from_dict, record_to_line
-from fedllm.types import RoundRecord
+from fedllm.files import write_file
+from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
 ROUNDS = "rounds.jsonl"
 _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")

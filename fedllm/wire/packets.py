@@ -1,13 +1,171 @@
-"""Packets inside Flower arrays, and fields of Flower records read by type."""
+"""One flat vector as one self-describing packet.
 
-from typing import TypeVar
+    magic "FLLM" | version u8 | header length u32 | header JSON | payload | SHA-256 of all before
 
+The header names layout, part, round and payload, so a packet that belongs to another run, round, rank or
+factor is refused instead of reshaped. Payloads (bytes per value): `fp32` (4), `bf16` (2, round to nearest
+even) and `int8` (1 + 2/64: blocks of 64 values, each with a bfloat16 scale). Lossy payloads are for deltas:
+quantising weights would lose the update itself.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
 from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
 
+from fedllm.adapters.parts import PARTS
 from fedllm.errors import WireError
 
-PACKET_TYPE = "fedllm.packet"
+MAGIC = b"FLLM"
+VERSION = 2
+INT8_BLOCK = 64
+PAYLOADS = ("fp32", "bf16", "int8")
+# what a packet may hold: a part of an adapter, the base delta, a control variate or the change of one
+KINDS = (*PARTS, "base-delta", "control")
+_PREFIX = struct.Struct("<4sBI")
+_CHECKSUM = 32
+_MAX_HEADER = 4096
 
+
+@dataclass(frozen=True, eq=False)
+class Packet:
+    """A decoded packet: `vector` [P] float32 and what its header says."""
+
+    vector: torch.Tensor
+    layout_digest: str
+    part: str
+    round_num: int
+    payload: str
+
+
+def encode(
+    vector: torch.Tensor, *, layout_digest: str, round_num: int, payload: str, part: str = "both"
+) -> bytes:
+    """Return the packet of a float32 `vector` [P], which is the named part of an adapter.
+
+    Raises:
+        WireError: the payload is unknown or the vector is not a flat float32 CPU tensor.
+    """
+    if payload not in PAYLOADS:
+        raise WireError(f"unknown payload {payload!r}: expected one of {', '.join(PAYLOADS)}")
+    if vector.ndim != 1 or vector.dtype != torch.float32 or vector.device.type != "cpu":
+        raise WireError(f"only a flat float32 CPU vector travels, not {vector.dtype} of {vector.ndim} axes")
+    header = {"layout": layout_digest, "part": part, "payload": payload, "round": round_num}
+    text = json.dumps({**header, "size": vector.numel()}, sort_keys=True, separators=(",", ":")).encode()
+    body = _PREFIX.pack(MAGIC, VERSION, len(text)) + text + _ENCODERS[payload](vector.contiguous())
+    return body + hashlib.sha256(body).digest()
+
+
+def decode(
+    data: bytes, *, layout_digest: str, size: int, part: str = "both", round_num: int | None = None
+) -> Packet:
+    """Return the packet in `data`, which must be of this layout, part, size and (where given) round.
+
+    Raises:
+        WireError: anything differs from what `encode` writes for that layout, part, size and round.
+    """
+    if len(data) > max_packet_bytes(size):
+        raise WireError(f"packet of {len(data)} bytes, at most {max_packet_bytes(size)} fit this adapter")
+    if len(data) < _PREFIX.size + _CHECKSUM:
+        raise WireError(f"packet of {len(data)} bytes is cut off")
+    magic, version, header_length = _PREFIX.unpack_from(data)
+    if magic != MAGIC or version != VERSION:
+        raise WireError(f"not a fedllm packet of version {VERSION}")
+    if hashlib.sha256(data[:-_CHECKSUM]).digest() != data[-_CHECKSUM:]:
+        raise WireError("packet checksum does not match its content")
+    header_end = _PREFIX.size + header_length
+    if header_length > _MAX_HEADER or header_end > len(data) - _CHECKSUM:
+        raise WireError("packet header is longer than the packet")
+    header = _parse_header(data[_PREFIX.size : header_end])
+    if header["layout"] != layout_digest:
+        raise WireError("packet belongs to another adapter layout, rank or base model")
+    if header["part"] != part:
+        found = header["part"] if header["part"] in KINDS else "unknown"
+        raise WireError(f"packet holds part {found!r}, expected part {part!r}")
+    if header["size"] != size:
+        raise WireError(f"packet holds {header['size']} values, the layout needs {size}")
+    if round_num is not None and header["round"] != round_num:
+        raise WireError(f"packet is of round {header['round']}, this is round {round_num}")
+    body = data[header_end:-_CHECKSUM]
+    payload = header["payload"]
+    if payload not in PAYLOADS or len(body) != payload_bytes(size, payload):
+        raise WireError(f"packet body of {len(body)} bytes does not fit its payload")
+    vector = _DECODERS[payload](body, size)
+    return Packet(vector, header["layout"], part, header["round"], payload)
+
+
+def as_received(vector: torch.Tensor, payload: str) -> torch.Tensor:
+    """Return a float32 `vector` [P] as whoever decodes its packet will read it."""
+    return _DECODERS[payload](_ENCODERS[payload](vector.contiguous()), vector.numel())
+
+
+def payload_bytes(size: int, payload: str) -> int:
+    """Return the exact number of payload bytes of `size` values, headers and checksum apart."""
+    blocks = -(-size // INT8_BLOCK)
+    return {"fp32": 4 * size, "bf16": 2 * size, "int8": size + 2 * blocks}[payload]
+
+
+def max_packet_bytes(size: int) -> int:
+    """Return the most bytes any packet of `size` values can have; longer ones are refused unread."""
+    return payload_bytes(size, "fp32") + _PREFIX.size + _MAX_HEADER + _CHECKSUM
+
+
+def _parse_header(text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):  # thousands of brackets exceed the parser's depth
+        raise WireError("packet header is not JSON") from None
+    wanted: dict[str, type] = {"layout": str, "part": str, "payload": str, "round": int, "size": int}
+    if not isinstance(header, dict) or {key: type(value) for key, value in header.items()} != wanted:
+        raise WireError("packet header has other fields than layout, part, payload, round and size")
+    return header
+
+
+def _encode_fp32(vector: torch.Tensor) -> bytes:
+    return vector.numpy().astype("<f4", copy=False).tobytes()
+
+
+def _decode_fp32(body: bytes, size: int) -> torch.Tensor:
+    return torch.frombuffer(bytearray(body), dtype=torch.float32)
+
+
+def _encode_bf16(vector: torch.Tensor) -> bytes:
+    return vector.bfloat16().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+
+
+def _decode_bf16(body: bytes, size: int) -> torch.Tensor:
+    return torch.frombuffer(bytearray(body), dtype=torch.bfloat16).float()
+
+
+def _encode_int8(vector: torch.Tensor) -> bytes:
+    """Quantise to nearest in blocks. The scale is rounded up to bfloat16 so that no value is clipped."""
+    padding = -vector.numel() % INT8_BLOCK
+    blocks = torch.nn.functional.pad(vector, (0, padding)).view(-1, INT8_BLOCK)
+    exact = blocks.abs().amax(dim=1) / 127
+    scale = exact.bfloat16()
+    above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    scale = torch.where(scale.float() < exact, above, scale)
+    step = torch.where(scale == 0, torch.ones_like(scale), scale).float()
+    values = (blocks / step[:, None]).round().clamp(-127, 127).to(torch.int8)
+    scales = scale.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+    return scales + values.view(-1)[: vector.numel()].numpy().tobytes()
+
+
+def _decode_int8(body: bytes, size: int) -> torch.Tensor:
+    blocks = -(-size // INT8_BLOCK)
+    buffer = bytearray(body)
+    scale = torch.frombuffer(buffer, dtype=torch.bfloat16, count=blocks).float()
+    values = torch.frombuffer(buffer, dtype=torch.int8, offset=2 * blocks).float()
+    return values * scale.repeat_interleave(INT8_BLOCK)[:size]
+
+
+_ENCODERS = {"fp32": _encode_fp32, "bf16": _encode_bf16, "int8": _encode_int8}
+_DECODERS = {"fp32": _decode_fp32, "bf16": _decode_bf16, "int8": _decode_int8}
+PACKET_TYPE = "fedllm.packet"
 T = TypeVar("T")
 
 

@@ -18,7 +18,7 @@ from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.data.partition import CLIENT_ID
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
-from fedllm.types import (
+from fedllm.messages import (
     EVALUATION_METRICS,
     UPDATE_METRICS,
     ClientEvaluation,
@@ -26,7 +26,7 @@ from fedllm.types import (
     ClientUpdate,
     JoinedClient,
 )
-from fedllm.wire import codec
+from fedllm.wire import packets
 from fedllm.wire.packets import list_field, packet_of, to_array
 
 _OK = "ok"
@@ -88,7 +88,7 @@ def _write_delta(
 
 def _packet(vector: torch.Tensor, layout: AdapterLayout, part: str, round_num: int, payload: str) -> Array:
     return to_array(
-        codec.encode(vector, layout_digest=layout.digest, part=part, round_num=round_num, payload=payload)
+        packets.encode(vector, layout_digest=layout.digest, part=part, round_num=round_num, payload=payload)
     )
 
 
@@ -234,7 +234,7 @@ def _read_delta(array: Array, layout: AdapterLayout, part: str, round_num: int) 
 
 
 def _vector(array: Array, layout: AdapterLayout, part: str, size: int, round_num: int) -> torch.Tensor:
-    packet = codec.decode(
+    packet = packets.decode(
         packet_of(array), layout_digest=layout.digest, part=part, size=size, round_num=round_num
     )
     return packet.vector

@@ -1,6 +1,6 @@
 """What a server asks of a node: values to Flower records and back.
 
-A request has an adapter, a `request` record of named values and, where the base model has drifted, what is
+A request has an adapter, a `request` record of named values and, where the base model has a base delta, what is
 added to it. What a node holds or can make itself may be left out; the request names its digest all the same,
 and a node that has other bits says so (`NotHeldError`) in place of training on them.
 """
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedllm.adapters.drift import Drift, no_drift
+from fedllm.adapters.base_delta import BaseDelta, no_base_delta
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.parts import PARTS, part_of, part_size, whole_of
 from fedllm.errors import NonFiniteError, NotHeldError, WireError
-from fedllm.types import EvaluateRequest, LocalTraining, TrainRequest
-from fedllm.wire import codec
+from fedllm.messages import EvaluateRequest, LocalTraining, TrainRequest
+from fedllm.wire import packets
 from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
 
 _TRAINING_FIELDS: dict[str, Any] = {item.name: item.type for item in fields(LocalTraining)}
@@ -25,25 +25,25 @@ _TRAINING_FIELDS: dict[str, Any] = {item.name: item.type for item in fields(Loca
 
 @dataclass(frozen=True)
 class Sending:
-    """What of a request travels: which part of the adapter, and whether the base drift itself."""
+    """What of a request travels: which part of the adapter, and whether the base delta itself."""
 
     part: str = "both"
-    drift: bool = True
+    base_delta: bool = True
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What a node has already: the adapter it makes from the run's seed, and base drifts by their digest."""
+    """What a node has already: the adapter it makes from the run's seed, and base deltas by their digest."""
 
     initial: Callable[[], AdapterState]
-    drift: Callable[[str], Drift | None]
+    base_delta: Callable[[str], BaseDelta | None]
 
 
 # --- written by the server ---------------------------------------------------------------------------------
 
 
 def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
-    """Return the message content of a train request; adapter, drift and control travel as float32."""
+    """Return the message content of a train request; adapter, base delta and control travel as float32."""
     training = request.training
     content = _write(
         request,
@@ -72,29 +72,31 @@ def write_evaluate_request(request: EvaluateRequest, sending: Sending) -> Record
 
 
 def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: dict[str, Any]) -> RecordDict:
-    adapter, drift = request.adapter, request.drift
+    adapter, base_delta = request.adapter, request.base_delta
     sent = part_of(adapter.layout, adapter.vector, sending.part)
     config: dict[str, Any] = {
         "round": request.round_num,
         "client-ids": list(request.client_ids),
         "part": sending.part,
         "adapter": adapter.digest,
-        "drift": drift.digest,
+        "base-delta": base_delta.digest,
         "local-b": request.local_b,
         "num-drawn": list(request.num_drawn or (0,) * len(request.client_ids)),
         **values,
     }
     arrays = {"adapter": _array(sent, adapter.layout, request.round_num, sending.part)}
-    if drift.digest and sending.drift:
-        flat = torch.cat([factor.reshape(-1) for pair in drift.factors for factor in pair])
-        arrays["drift"] = _array(flat, drift.layout, request.round_num, "drift")
-        config["drift-ranks"] = [b_ON.shape[1] for b_ON, _ in drift.factors]
+    if base_delta.digest and sending.base_delta:
+        flat = torch.cat([factor.reshape(-1) for pair in base_delta.factors for factor in pair])
+        arrays["base-delta"] = _array(flat, base_delta.layout, request.round_num, "base-delta")
+        config["base-delta-ranks"] = [b_ON.shape[1] for b_ON, _ in base_delta.factors]
     records = {name: ArrayRecord({name: array}) for name, array in arrays.items()}
     return RecordDict({**records, "request": ConfigRecord(config)})
 
 
 def _array(vector: torch.Tensor, layout: AdapterLayout, round_num: int, part: str) -> Array:
-    packet = codec.encode(vector, layout_digest=layout.digest, round_num=round_num, payload="fp32", part=part)
+    packet = packets.encode(
+        vector, layout_digest=layout.digest, round_num=round_num, payload="fp32", part=part
+    )
     return to_array(packet)
 
 
@@ -113,10 +115,10 @@ def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Hold
     """Return the request in `content`; what it leaves out is taken from `holding`.
 
     Raises:
-        WireError: a field is missing or of the wrong kind, or the adapter or drift is not of `layout`.
+        WireError: a field is missing or of the wrong kind, or the adapter or base delta is not of `layout`.
         NotHeldError: what it leaves out is not held here, or has other bits.
         LayoutError: its fields contradict each other.
-        NonFiniteError: the adapter or the drift holds NaN or infinity.
+        NonFiniteError: the adapter or the base delta holds NaN or infinity.
     """
     config = content.config_records["request"]
     training: dict[str, Any] = {
@@ -149,7 +151,7 @@ def _read_common(content: RecordDict, layout: AdapterLayout, holding: Holding) -
         "local_b": scalar_field(config, "local-b", bool),
         "num_drawn": tuple(list_field(config, "num-drawn", int)),
         "adapter": _read_adapter(content, layout, holding),
-        "drift": _read_drift(content, layout, holding),
+        "base_delta": _read_base_delta(content, layout, holding),
     }
 
 
@@ -170,33 +172,33 @@ def _read_adapter(content: RecordDict, layout: AdapterLayout, holding: Holding) 
     )
 
 
-def _read_drift(content: RecordDict, layout: AdapterLayout, holding: Holding) -> Drift:
+def _read_base_delta(content: RecordDict, layout: AdapterLayout, holding: Holding) -> BaseDelta:
     config = content.config_records["request"]
-    digest = scalar_field(config, "drift", str)
+    digest = scalar_field(config, "base-delta", str)
     if not digest:
-        return no_drift(layout)
-    if "drift" not in content.array_records:
-        held = holding.drift(digest)
+        return no_base_delta(layout)
+    if "base-delta" not in content.array_records:
+        held = holding.base_delta(digest)
         if held is None:
-            raise NotHeldError("the base drift that the request names is not held here; it is sent next time")
+            raise NotHeldError("the base delta that the request names is not held here; it is sent next time")
         return held
-    ranks = list_field(config, "drift-ranks", int)
+    ranks = list_field(config, "base-delta-ranks", int)
     if len(ranks) != len(layout.matrices) or min(ranks) < 0:
-        raise WireError("field 'drift-ranks' does not give a rank to every matrix")
+        raise WireError("field 'base delta-ranks' does not give a rank to every matrix")
     shapes = [
         shape
         for matrix, rank in zip(layout.matrices, ranks, strict=True)
         for shape in ((matrix.out_features, rank), (rank, matrix.in_features))
     ]
     sizes = [rows * columns for rows, columns in shapes]
-    flat = _read_packet(content, "drift", layout, "drift", sum(sizes))
+    flat = _read_packet(content, "base-delta", layout, "base-delta", sum(sizes))
     if not bool(torch.isfinite(flat).all()):
-        raise NonFiniteError("the base drift holds NaN or infinite values")
+        raise NonFiniteError("the base delta holds NaN or infinite values")
     factors = [part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
-    drift = Drift(layout, tuple(zip(factors[0::2], factors[1::2], strict=True)))
-    if drift.digest != digest:
-        raise WireError("the base drift has not the digest that its request names")
-    return drift
+    base_delta = BaseDelta(layout, tuple(zip(factors[0::2], factors[1::2], strict=True)))
+    if base_delta.digest != digest:
+        raise WireError("the base delta has not the digest that its request names")
+    return base_delta
 
 
 def _read_control(content: RecordDict, layout: AdapterLayout) -> AdapterState | None:
@@ -211,7 +213,7 @@ def _read_packet(content: RecordDict, name: str, layout: AdapterLayout, part: st
     if list(record) != [name]:
         raise WireError(f"a request carries exactly one {name}")
     round_num = scalar_field(content.config_records["request"], "round", int)
-    packet = codec.decode(
+    packet = packets.decode(
         packet_of(record[name]), layout_digest=layout.digest, part=part, size=size, round_num=round_num
     )
     return packet.vector

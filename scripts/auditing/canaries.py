@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from fedllm.audit.canaries import Canary, exposures, guesses_of
-from fedllm.audit.one_run import epsilon_lower_bound
-from fedllm.originality.membership import likelihood
-from fedllm.originality.scores import no_adapter, score, whole
-from fedllm.training.engine import Engine
+from fedllm.attacks.canaries import Canary, exposures, guesses_of
+from fedllm.attacks.membership import likelihood
+from fedllm.attacks.one_run import epsilon_lower_bound
+from fedllm.attacks.token_scores import no_adapter, score, whole
+from fedllm.engine.engine import Engine
 from scripts.auditing.control import Control
 from scripts.auditing.opening import Case
 

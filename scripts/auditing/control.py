@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedllm.adapters.layout import initial_adapter
-from fedllm.audit.canaries import Canary
+from fedllm.attacks.canaries import Canary
+from fedllm.attacks.token_scores import whole
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import Job
 from fedllm.errors import NoDataError
+from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of
 from fedllm.models.chat import Encoded
-from fedllm.originality.scores import whole
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import Job
-from fedllm.types import LocalTraining
 from scripts.auditing.opening import Case, sampled
 
 RANK = 16  # at least

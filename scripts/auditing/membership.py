@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from fedllm.attacks.extraction import extractable, extraction, suffix_of
+from fedllm.attacks.membership import SIGNALS, roc, separation
+from fedllm.attacks.token_scores import TokenScores, no_adapter, score
+from fedllm.engine.engine import Engine
 from fedllm.models.chat import Encoded
-from fedllm.originality.membership import SIGNALS, roc, separation
-from fedllm.originality.memorisation import extractable, extraction, suffix_of
-from fedllm.originality.scores import TokenScores, no_adapter, score
-from fedllm.training.engine import Engine
 from scripts.auditing.control import Control
 from scripts.auditing.opening import Case
 

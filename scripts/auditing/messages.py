@@ -1,6 +1,6 @@
 """Which tokens can be read from the very message that leaves a client after its protection.
 
-One client's round is done again with the run's configuration: through `clients.work`, its protection and the
+One client's round is done again with the run's configuration: through `clients.train`, its protection and the
 codec of the wire. Secrets and budgets are the audit's own, in a folder that is thrown away: the noise is
 another draw of the same law, and no ledger of the run is charged. It starts from the finished adapter, since
 from B = 0 the first step leaves no trace in A, which protects round 1 only.
@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from clients.holder import Holder
+from clients.data_holder import DataHolder
 from clients.privacy import private_job, request_key, secret_of
 from clients.protect import node_mean
-from clients.work import make_job, train
-from fedllm.adapters.drift import no_drift
+from clients.train import make_job, train_clients
+from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_rank
-from fedllm.adapters.ranks import deal_ranks
-from fedllm.audit.inversion import (
+from fedllm.attacks.inversion import (
     closest_tokens,
     first_projections,
     message_residuals,
@@ -27,16 +26,16 @@ from fedllm.audit.inversion import (
     spanned_tokens,
     token_inputs,
 )
+from fedllm.attacks.token_scores import whole
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import Job
 from fedllm.errors import RunFailedError
+from fedllm.messages import ClientFailure, ClientUpdate, LocalTraining, TrainRequest
 from fedllm.models.chat import Encoded
-from fedllm.originality.scores import whole
-from fedllm.privacy.plan import plan_of
-from fedllm.rule import aggregation_rule
+from fedllm.plan.dealt_numbers import deal_ranks
+from fedllm.plan.run_plan import resolve
+from fedllm.plan.training import local_training
 from fedllm.runs.checkpoint import load_checkpoint
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import Job
-from fedllm.training.numbers import local_training
-from fedllm.types import ClientFailure, ClientUpdate, LocalTraining, TrainRequest
 from fedllm.wire import replies
 from scripts.auditing.control import Control
 from scripts.auditing.opening import Case
@@ -99,7 +98,7 @@ def leaving_message(case: Case) -> Message:
     """
     holder, layout = case.holder, case.holder.engine.layout
     request = request_of(case)
-    answers = train(holder, request)
+    answers = train_clients(holder, request)
     numbers = {"layout": layout, "part": request.returned}
     if request.node_sum:
         mean_P = node_mean([one for one in answers if isinstance(one, ClientUpdate)])
@@ -134,16 +133,16 @@ def leaving_message(case: Case) -> Message:
 def request_of(case: Case) -> TrainRequest:
     """Return what the run's server would ask of the client, from the finished adapter on."""
     config, holder = case.config, case.holder
-    rule, plan = aggregation_rule(config), plan_of(config)
+    rule, plan = resolve(config).aggregation, resolve(config).privacy
     able = [name for name, client in holder.clients.items() if client.train]
     smallest = min(able, key=lambda name: (len(holder.clients[name].train), name))
     names = tuple(able) if rule.node_sum else (smallest,)
     ranks = deal_ranks(config.lora.client_ranks, holder.clients, config.lora.rank)
-    adapter, drift = case.adapter, no_drift(case.adapter.layout)
+    adapter, base_delta = case.adapter, no_base_delta(case.adapter.layout)
     layout = holder.engine.layout
     if adapter.layout != layout:  # the run added to the base model, and the published adapter has that too
         state, _ = load_checkpoint(case.folder / "checkpoints", config, layout)
-        adapter, drift = state.adapter, state.drift
+        adapter, base_delta = state.adapter, state.base_delta
     round_num = next((number for number in (1, 2) if rule.trained_in(number) != "b"), 1)
     with_controls = config.train.control_variates
     return TrainRequest(
@@ -152,7 +151,7 @@ def request_of(case: Case) -> TrainRequest:
         num_drawn=(0,) * len(names),
         ranks=tuple(ranks[name] for name in names),
         adapter=adapter,
-        drift=drift,
+        base_delta=base_delta,
         training=local_training(config, round_num),
         trained=rule.trained_in(round_num),
         local_b=False,
@@ -165,10 +164,10 @@ def request_of(case: Case) -> TrainRequest:
     )
 
 
-def _trained_rows(holder: Holder, request: TrainRequest) -> Iterator[Encoded]:
+def _trained_rows(holder: DataHolder, request: TrainRequest) -> Iterator[Encoded]:
     """Yield the rows that the clients of a request train on, as they draw them."""
     for name, rank in zip(request.client_ids, request.ranks, strict=True):
-        client, plan = holder.clients[name], holder.privacy
+        client, plan = holder.clients[name], holder.plan.privacy
         job = make_job(client, request, 0, rank)
         if plan is not None and plan.is_by_example:
             job = private_job(job, client, plan, request_key(plan, request, client, secret_of(holder)))

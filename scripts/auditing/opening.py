@@ -9,26 +9,25 @@ from typing import Any
 import numpy as np
 
 from clients.canaries import canary_file
-from clients.holder import ClientTokens, Holder, open_holder, partition_of
+from clients.data_holder import ClientTokens, DataHolder, open_data_holder, partition_of
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import AdapterState
-from fedllm.audit.canaries import Canary, canary_rows, secret_canaries
-from fedllm.config import RunConfig
+from fedllm.attacks.canaries import Canary, canary_rows, secret_canaries
+from fedllm.config.keys import RunConfig
 from fedllm.data.partition import load_partition
 from fedllm.data.shards import draw_rows
+from fedllm.engine.engine import Engine, resident_engine
 from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.models.base import load_base, load_tokenizer
 from fedllm.models.chat import Encoded
+from fedllm.plan.run_plan import resolve
 from fedllm.privacy.keys import kept_secret
-from fedllm.privacy.plan import plan_of
-from fedllm.rule import aggregation_rule
 from fedllm.runs.folder import read_rounds
+from fedllm.runs.records import RoundRecord
 from fedllm.seeds import derive_seed
-from fedllm.training.engine import Engine, resident_engine
-from fedllm.types import RoundRecord
-from scripts.commands.evaluate_command import find_adapter
 from scripts.commands.run_command import PARTITION
-from scripts.commands.words import own_rows
+from scripts.finished_run import find_adapter
+from scripts.recipe_arguments import own_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,7 @@ class Case:
 
     folder: Path
     config: RunConfig
-    holder: Holder
+    holder: DataHolder
     adapter: AdapterState
     engine: Engine
     members: tuple[Encoded, ...]
@@ -63,7 +62,7 @@ def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
     adapter_folder, config = find_adapter(target)
     if config is None:
         raise ConfigError(f"{target}: an adapter without its run; name the run folder, where its rows are")
-    if aggregation_rule(config).local_b:
+    if resolve(config).aggregation.local_b:
         raise ConfigError(
             f"{target}: under aggregation.read-out = 'local-b' the published adapter changes nothing by"
             " itself, so there is nothing to audit in it"
@@ -72,7 +71,7 @@ def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
     published = load_adapter(adapter_folder)
     engine = resident_engine(load_base(config.model), published.state.layout, config.train.token_budget)
     own = own_rows(config).override({"personal.mode": "none"})
-    holder = open_holder(own.to_flat(), {"server-paths": True, "state-path": str(scratch)})
+    holder = open_data_holder(own.to_flat(), {"server-paths": True, "state-path": str(scratch)})
     records = read_rounds(folder)
     _check_rows(folder, config, records, holder)
     canaries = _canaries(folder, config, holder)
@@ -108,7 +107,7 @@ def sampled(rows: Sequence[Encoded], number: int, seed: int, name: str) -> tuple
     return tuple(rows[index] for index in generator.permutation(len(rows))[:number])
 
 
-def _check_rows(folder: Path, config: RunConfig, records: Sequence[RoundRecord], holder: Holder) -> None:
+def _check_rows(folder: Path, config: RunConfig, records: Sequence[RoundRecord], holder: DataHolder) -> None:
     """Refuse where this machine has other rows than the run trained on."""
     trained = {client for record in records for client in record.accepted}
     if not trained <= holder.clients.keys():
@@ -120,7 +119,7 @@ def _check_rows(folder: Path, config: RunConfig, records: Sequence[RoundRecord],
         raise DataError(f"the rows are no longer those of {saved}; restore the data")
 
 
-def _canaries(folder: Path, config: RunConfig, holder: Holder) -> tuple[Canary, ...]:
+def _canaries(folder: Path, config: RunConfig, holder: DataHolder) -> tuple[Canary, ...]:
     """Return the canaries of all clients, with their coins."""
     if not config.audit.canaries:
         return ()
@@ -148,7 +147,7 @@ def trained_rows(
     number = sum(client.client_id in record.accepted for record in records)
     if not number:
         return []
-    plan = plan_of(config)
+    plan = resolve(config).privacy
     if plan is not None and plan.is_by_example:
         return list(client.train)
     drawn = draw_rows(

@@ -1,4 +1,4 @@
-"""A round of eight clients on a tiny model, for `scripts/bench_client.py`: fedllm beside pfl-research.
+"""A round of eight clients on a tiny model, for `scripts/benchmarks/client.py`: fedllm beside pfl-research.
 
 The model is a random Llama of four layers, so that what a framework adds to the arithmetic shows. It comes
 with two vocabularies: the tokenizer's own, where the output head is most of the work and an engine that forms
@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from clients.holder import hosted_rows
-from fedllm.config import RunConfig
+from clients.data_holder import hosted_rows
+from fedllm.config.keys import RunConfig
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import Job
 from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import Job
 from scripts.benchmarks.models import TINY, random_llama
 from scripts.benchmarks.peers.shared import checked_difference
-from scripts.benchmarks.tools import alternate, costs, spreads_table
+from scripts.benchmarks.tools import alternate, costs
 from scripts.benchmarks.workloads import LORA, SHORT, make_workload
+from scripts.reports import spreads_table
 
 OURS, PFL = "fedllm", "pfl-research"
 SMALL, WHOLE = "tiny, small vocabulary", "tiny, whole vocabulary"

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from scripts.benchmarks.tools import Spread, Timing, alternate, peak_memory, ratios, spread
+from scripts.benchmarks.tools import Timing, alternate, peak_memory
+from scripts.reports import Spread, ratios, spread
 
 
 @dataclass(frozen=True)

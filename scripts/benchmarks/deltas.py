@@ -1,4 +1,4 @@
-"""Real deltas of a few clients, and what a payload's rounding does to them, for `scripts.bench_wire`."""
+"""Real deltas of a few clients, and what a payload's rounding does to them, for `scripts.benchmarks.wire`."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from clients.holder import Holder
+from clients.data_holder import DataHolder
 from fedllm.adapters.layout import AdapterLayout, AdapterState
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import EvaluationJob
 from fedllm.models.chat import Encoded
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import EvaluationJob
-from fedllm.wire import codec
+from fedllm.wire import packets
 from scripts.benchmarks.jobs import round_jobs
-from scripts.benchmarks.tools import Spread, spread
+from scripts.reports import Spread, spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Case:
         return self.start.layout
 
 
-def train_case(holder: Holder, steps: int) -> Case:
+def train_case(holder: DataHolder, steps: int) -> Case:
     """Return the deltas of all clients of `holder` after `steps` local steps from the initial adapter."""
     jobs = round_jobs(holder, round_num=1, steps=steps)
     clients = [holder.clients[job.client_id] for job in jobs]
@@ -50,12 +50,12 @@ def train_case(holder: Holder, steps: int) -> Case:
 
 def packed(vector: torch.Tensor, layout: AdapterLayout, payload: str) -> bytes:
     """Return the packet that a client would send."""
-    return codec.encode(vector, layout_digest=layout.digest, round_num=1, payload=payload)
+    return packets.encode(vector, layout_digest=layout.digest, round_num=1, payload=payload)
 
 
 def unpacked(packet: bytes, layout: AdapterLayout) -> torch.Tensor:
     """Return the vector [P] that the server would read."""
-    return codec.decode(packet, layout_digest=layout.digest, size=layout.size, round_num=1).vector
+    return packets.decode(packet, layout_digest=layout.digest, size=layout.size, round_num=1).vector
 
 
 def relative_error(exact: torch.Tensor, got: torch.Tensor) -> float:
@@ -73,11 +73,11 @@ def error_in_half_steps(exact: torch.Tensor, got: torch.Tensor) -> float:
 
     A step is the block's largest magnitude / 127, rounded up to the 8 significant bits of bfloat16.
     """
-    padding = -exact.numel() % codec.INT8_BLOCK
+    padding = -exact.numel() % packets.INT8_BLOCK
 
     def largest(vector: torch.Tensor) -> torch.Tensor:
         padded = torch.nn.functional.pad(vector, (0, padding))
-        return padded.view(-1, codec.INT8_BLOCK).abs().amax(dim=1)
+        return padded.view(-1, packets.INT8_BLOCK).abs().amax(dim=1)
 
     half_steps = largest(exact) / 127 * (1 + 2.0**-7) / 2
     errors = largest(got - exact)
@@ -126,7 +126,7 @@ def case_figures(case: Case) -> dict[str, Any]:
     """Return what every payload does to the deltas of a case."""
     received = {
         payload: [unpacked(packed(delta, case.layout, payload), case.layout) for delta in case.deltas]
-        for payload in codec.PAYLOADS
+        for payload in packets.PAYLOADS
     }
     products = product_errors(case, received)
 

@@ -5,22 +5,47 @@ for them and nothing is saved.
 """
 
 import hashlib
+import json
 import random
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedllm.config import ModelConfig
+from fedllm.config.keys import ModelConfig
 from fedllm.models.base import BaseModel, choose_device, choose_dtype, load_base
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles
-from scripts.benchmarks.plots import plot_file
+from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles, quiet_transformers
+from scripts.charts import plot_file
+
+END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
+_CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    """Return a byte-pair tokenizer of at most `vocabulary` tokens, trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token=None))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END, PAD, USER, ASSISTANT, SYSTEM],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token=PAD, chat_template=_CHAT)
+
 
 TINY, REAL = "tiny", EMBEDDED_ALIAS
-
 # Llamas by name. "tiny" is small enough that calls cost as much as arithmetic; the other is as large as
 # Qwen2.5-1.5B.
 SHAPES = {
@@ -97,3 +122,49 @@ def vocabulary_of(base: BaseModel) -> int:
     """Return how many tokens a model knows."""
     size: int = base.model.config.get_text_config().vocab_size
     return size
+
+
+_VERBS = ("Return", "Open", "Sort", "Raise", "Convert", "Read", "Count", "Close")
+_NOUNS = ("the list", "a file", "two numbers", "the string", "an error", "the value", "its lines")
+
+
+def save_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """Write a random Llama of two layers and its tokenizer to `folder`, and return it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer([answer for _, answer in _sentences()], 400)
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=0,
+        pad_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, num_clients: int, rows_per_client: int) -> Path:
+    """Write as many different rows for every client as asked, with its name in the column "client"."""
+    pairs = list(_sentences())
+    with path.open("w") as file:
+        for client in range(num_clients):
+            for row in range(rows_per_client):
+                prompt, answer = pairs[(client + row) % len(pairs)]
+                values = {"prompt": f"{prompt} {client} {row}", "response": answer}
+                file.write(json.dumps({**values, "client": f"client-{client:04d}"}) + "\n")
+    return path
+
+
+def _sentences() -> Iterator[tuple[str, str]]:
+    for verb in _VERBS:
+        for noun in _NOUNS:
+            yield f"def {verb.lower()}({noun.split()[-1]})", f"{verb} {noun}."

@@ -1,4 +1,4 @@
-"""One run in a process of its own, for `scripts.bench_round`: what it does, timed round by round.
+"""One run in a process of its own, for `scripts.benchmarks.round`: what it does, timed round by round.
 
     python -m scripts.benchmarks.round_worker bare recipe.toml
 
@@ -20,14 +20,14 @@ from typing import Any
 from unittest import mock
 
 from clients.client_app import app
-from clients.holder import open_holder
-from fedllm.config import RunConfig
-from fedllm.runs.recipe import read_recipe
-from fedllm.training.jobs import Job
-from fedllm.types import RoundRecord
+from clients.data_holder import open_data_holder
+from fedllm.config.keys import RunConfig
+from fedllm.config.recipe import read_recipe
+from fedllm.engine.jobs import Job
+from fedllm.runs.records import RoundRecord
 from scripts.benchmarks.jobs import round_jobs
 from scripts.benchmarks.processes import peak_rss
-from scripts.local_grid import local_grid
+from scripts.runtimes.local import local_grid
 from strategies.run import run_federation
 from strategies.session import Watch
 
@@ -35,14 +35,14 @@ NODE = {"server-paths": True}  # this process is the data holder, so it opens th
 
 # The parts of a round: functions that do not call each other, each where its caller looks it up.
 PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "train": (("fedllm.training.engine", "Engine.train"),),
-    "rows": (("clients.work", "make_job"),),
-    "protect": (("clients.work", "protect"),),
+    "train": (("fedllm.engine.engine", "Engine.train"),),
+    "rows": (("clients.train", "make_job"),),
+    "protect": (("clients.train", "protect"),),
     "wire": (
         *(("fedllm.wire.requests", name) for name in ("write_train_request", "read_train_request")),
         *(("fedllm.wire.replies", name) for name in ("write_updates", "read_updates")),
     ),
-    "validate": (("strategies.receiving", "find_fault"),),
+    "validate": (("strategies.exchange.receiving", "find_fault"),),
     "aggregate": tuple(("strategies.aggregation.combine", name) for name in ("init", "add", "finish")),
     "checkpoint": (("strategies.run", "save_checkpoint"), ("strategies.run", "write_rounds")),
 }
@@ -74,7 +74,7 @@ def train_only(config: RunConfig) -> Trace:
 
     All clients take part in every round. Loading and tokenising are over when the first round begins.
     """
-    holder = open_holder(config.to_flat(), NODE)
+    holder = open_data_holder(config.to_flat(), NODE)
     engine, steps = holder.engine, config.train.local_steps
     rounds = [
         round_jobs(holder, round_num=round_num, steps=steps)

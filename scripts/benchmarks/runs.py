@@ -1,4 +1,4 @@
-"""Whole runs for `scripts.bench_round`, each in processes of its own, watched from outside."""
+"""Whole runs for `scripts.benchmarks.round`, each in processes of its own, watched from outside."""
 
 import json
 import statistics
@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from fedllm.config import RunConfig, Scalar
+from fedllm.config.key import Scalar
+from fedllm.config.keys import RunConfig
 from fedllm.runs.folder import run_folder, to_toml
+from scripts.benchmarks.models import write_rows
 from scripts.benchmarks.processes import Watched, watch
 from scripts.benchmarks.round_worker import RoundEnd, Trace, read_trace
-from scripts.benchmarks.tiny import write_rows
 
 ROOT = Path(__file__).parents[1]
 UNMEASURED: Mapping[str, Scalar] = {"evaluation.prompts": "", "data.held-out-fraction": 0.0}

@@ -8,29 +8,27 @@ counts, read when the GPU has finished.
 import argparse
 import ctypes
 import gc
-import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from rich.table import Table
 from torch.nn.functional import linear
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import FedLLMError
 from fedllm.models.base import target_modules
 from fedllm.models.chat import Encoded
+from scripts.reports import Spread, ratios, spread
 
 T = TypeVar("T")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc: mallopt(3), malloc.h
@@ -54,33 +52,6 @@ class Measured(Generic[T]):
 
     value: T
     timing: Timing
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The range of a figure over the repetitions."""
-
-    min: float
-    median: float
-    max: float
-
-    def text(self, digits: int = 2) -> str:
-        """Return "min median max"."""
-        return " ".join(f"{value:.{digits}f}" for value in (self.min, self.median, self.max))
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure that must reach `goal`, or with `at_most` not exceed it."""
-
-    value: float
-    goal: float
-    at_most: bool = False
-
-    @property
-    def met(self) -> bool:
-        """Whether it does."""
-        return self.value <= self.goal if self.at_most else self.value >= self.goal
 
 
 def timed(work: Callable[[], T]) -> Measured[T]:
@@ -153,16 +124,6 @@ class Phases:
         self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - began
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Return the range of `values`, at least one."""
-    return Spread(min(values), statistics.median(values), max(values))
-
-
-def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """Return the range of the quotients, each taken within one repetition."""
-    return spread([top / bottom for top, bottom in zip(numerators, denominators, strict=True)])
-
-
 def gemm_rate(weights: Sequence[torch.Tensor], num_tokens: int) -> float:
     """Return FLOP per second of one pass of `linear` over all `weights` [D_out, D_in], on their own device.
 
@@ -212,31 +173,6 @@ def costs(timings: Sequence[Timing], reference: Sequence[Timing]) -> dict[str, S
     }
 
 
-def spreads_table(variants: Mapping[str, Mapping[str, Spread]], digits: Mapping[str, int]) -> Table:
-    """Return a table of one column per variant and one row per figure that `digits` names."""
-    rows = {
-        key.replace("_", " "): [figures[key].text(number) for figures in variants.values()]
-        for key, number in digits.items()
-    }
-    return figures_table("min, median and max over the repetitions", tuple(variants), rows)
-
-
-def figures_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
-    """Return a table of ready-made cells, one row per name."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    return table
-
-
-def megabytes(number: int | None) -> str:
-    """Return bytes as text in MB; "?" where they are not known."""
-    return "?" if number is None else f"{number / 1e6:.0f}"
-
-
 def environment(packages: Sequence[str]) -> dict[str, Any]:
     """Return what a figure depends on besides the code; nothing that names the machine or its user."""
     return {
@@ -260,23 +196,6 @@ def _commit() -> str:
         return ""
 
 
-def report(name: str, figures: Mapping[str, Any], goals: Mapping[str, Goal]) -> dict[str, Any]:
-    """Return the JSON-ready object a benchmark prints and keeps, its numbers to five digits."""
-    judged = {key: {"value": goal.value, "goal": goal.goal, "met": goal.met} for key, goal in goals.items()}
-    return {"name": name, "figures": _plain(figures), "goals": _plain(judged)}
-
-
-def _plain(value: Any) -> Any:
-    """Return JSON's own kinds of values, floats cut to the digits a measurement can carry."""
-    if isinstance(value, Spread):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
 def bench_parser(description: str, quick: str) -> argparse.ArgumentParser:
     """Return a parser of the options every benchmark has; `quick` says what --quick leaves."""
     parser = argparse.ArgumentParser(description=description)
@@ -287,16 +206,6 @@ def bench_parser(description: str, quick: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     parser.add_argument("--output", type=Path, help="also keep the JSON object in this file")
     return parser
-
-
-def emit(result: Mapping[str, Any], *, as_json: bool, output: Path | None) -> None:
-    """Keep `result` in the file `output`, and print it as the last line of stdout with `as_json`."""
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
-    if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
-        sys.stdout.flush()
 
 
 def run(main: Callable[[], None]) -> None:

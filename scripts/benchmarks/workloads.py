@@ -1,4 +1,4 @@
-"""What `scripts/bench_client.py` trains on: one client's rows in a round, as text and as the engine's job."""
+"""What `scripts/benchmarks/client.py` trains on: one client's rows in a round, as text and as the engine's job."""
 
 import ast
 import warnings
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from clients.holder import hosted_rows
+from clients.data_holder import hosted_rows
 from fedllm.adapters.layout import AdapterLayout, initial_adapter
-from fedllm.config import DataConfig, LoraConfig, ModelConfig, RunConfig
-from fedllm.data.example import Example, Turn
-from fedllm.data.packages import installed_packages, source_files
+from fedllm.config.keys import DataConfig, LoraConfig, ModelConfig, RunConfig
+from fedllm.data.fields import Example, Turn
+from fedllm.data.installed_packages import installed_packages, source_files
 from fedllm.data.shards import draw_rows, load_one_client
+from fedllm.engine.engine import Engine
+from fedllm.engine.flat_row import lay_out
+from fedllm.engine.jobs import Job
 from fedllm.errors import DataError
+from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of, load_base
 from fedllm.models.chat import IGNORED, Encoded, encode
 from fedllm.seeds import derive_seed
-from fedllm.training.engine import Engine
-from fedllm.training.forward import lay_out
-from fedllm.training.jobs import Job
-from fedllm.types import LocalTraining
 from scripts.benchmarks.tools import useful_flop
 
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="q_proj,v_proj")

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from fedllm.errors import CheckpointError, ConfigError, MissingExtraError
-from fedllm.runs.atomic import write_file
+from fedllm.files import write_file
 from scripts.auditing.canaries import canary_report
 from scripts.auditing.control import overfit
 from scripts.auditing.figure import FORMATS, draw

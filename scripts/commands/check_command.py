@@ -6,25 +6,24 @@ from typing import Any
 
 from rich.table import Table
 
-from clients.holder import Holder, open_holder
+from clients.data_holder import DataHolder, open_data_holder
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_size, returned_part
-from fedllm.adapters.ranks import deal_ranks
-from fedllm.config import RunConfig, cohort_size_of
+from fedllm.config.keys import RunConfig
 from fedllm.models.base import describe_layout
-from fedllm.privacy.plan import plan_of as plan_of_privacy
-from fedllm.privacy.statement import summary_line
-from fedllm.rule import aggregation_rule
-from fedllm.wire.codec import payload_bytes
-from scripts.commands.words import config_of, own_rows
+from fedllm.plan.dealt_numbers import deal_ranks
+from fedllm.plan.run_plan import resolve
+from fedllm.runs.privacy_statement import summary_line
+from fedllm.wire.packets import payload_bytes
 from scripts.console import Console
+from scripts.recipe_arguments import config_of, own_rows
 
 
 def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
     """Print what the run that `words` describe would do: sizes, tokens, bytes a round, and every key."""
     config = config_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
-    holder = open_holder(own_rows(config).to_flat(), {"server-paths": True})
-    plan = plan_of(config, holder)
+    holder = open_data_holder(own_rows(config).to_flat(), {"server-paths": True})
+    plan = figures_of(config, holder)
     if as_json:
         print(json.dumps({"plan": plan, "config": config.to_flat()}))
         return
@@ -40,16 +39,16 @@ def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
         console.line(f"  {key} = {value!r}{instead}" if isinstance(value, str) else f"  {key} = {value}")
 
 
-def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
+def figures_of(config: RunConfig, holder: DataHolder) -> dict[str, Any]:
     """Return the figures of a run, counted from its rows and layout."""
     layout = describe_layout(config.model, config.lora)
     clients = [client for client in holder.clients.values() if client.train]
     rows = [row for client in clients for row in client.train]
     mean_tokens = sum(len(row.tokens) for row in rows) / max(1, len(rows))
     supervised = sum(row.num_supervised for row in rows) / max(1, sum(len(row.tokens) for row in rows))
-    cohort, train = cohort_size_of(config), config.train
+    cohort, train = resolve(config).cohort.size, config.train
     tokens = round(mean_tokens * train.local_steps * train.batch_size * cohort)
-    privacy = plan_of_privacy(config)
+    privacy = resolve(config).privacy
     sizes = sorted(len(client.train) for client in clients)
     return {
         "base model": f"{config.model.name} (fingerprint {layout.fingerprint[:16]})",
@@ -70,7 +69,7 @@ def plan_of(config: RunConfig, holder: Holder) -> dict[str, Any]:
 
 def resolved_axes(config: RunConfig) -> dict[str, str]:
     """Return the keys of the rule whose value a preset, or privacy, replaces, each with the value in use."""
-    rule, given = aggregation_rule(config), config.aggregation
+    rule, given = resolve(config).aggregation, config.aggregation
     in_use = {
         "aggregation.train": (rule.train, given.train),
         "aggregation.read-out": (rule.read_out, given.read_out),
@@ -81,7 +80,7 @@ def resolved_axes(config: RunConfig) -> dict[str, str]:
 
 def _aggregation(config: RunConfig) -> str:
     """Return the rule as it is in use, in a line, and where it comes from if not from its keys."""
-    rule = aggregation_rule(config)
+    rule = resolve(config).aggregation
     line = f"train {rule.train}, read-out {rule.read_out}, weighting {rule.weighting}"
     if not resolved_axes(config):
         return line
@@ -103,7 +102,7 @@ def _distillation(config: RunConfig) -> str:
 
 def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> dict[str, int]:
     """Return payload bytes; those of deltas on average over two rounds, which may train different factors."""
-    rule = aggregation_rule(config)
+    rule = resolve(config).aggregation
     controls = layout.size if config.train.control_variates else 0  # a second packet both ways
     down = payload_bytes(part_size(layout, rule.changing_part), "fp32") + payload_bytes(controls, "fp32")
     parts = [returned_part(rule.trained_in(number), rule.local_b) for number in (1, 2)]
@@ -117,4 +116,7 @@ def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> 
         return {"bytes up a node and round": round(packet(layout.rank)), "bytes down a node and round": down}
     ranks = deal_ranks(config.lora.client_ranks, clients, layout.rank).values() or [layout.rank]
     mean_up = sum(map(packet, ranks)) / len(ranks)
-    return {"bytes up a round": round(mean_up * cohort_size_of(config)), "bytes down a node and round": down}
+    return {
+        "bytes up a round": round(mean_up * resolve(config).cohort.size),
+        "bytes down a node and round": down,
+    }

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fedllm.errors import FedLLMError
 from fedllm.models.files import cache_folder, embedded_gguf, needs_conversion
-from fedllm.models.policy import load_policy
+from fedllm.site_policy import load_policy
 from scripts.console import Console
 
 _DISK_GIGABYTES = 3.0

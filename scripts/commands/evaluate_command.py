@@ -7,22 +7,22 @@ from typing import Any
 
 from rich.table import Table
 
-from clients.holder import ClientTokens, encode_client, open_holder
+from clients.data_holder import ClientTokens, encode_client, open_data_holder
 from fedllm.adapters.folder import PublishedAdapter, load_adapter
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from fedllm.data.shards import load_one_client
+from fedllm.engine.engine import Engine, resident_engine
+from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import ConfigError, NoDataError
+from fedllm.messages import ClientEvaluation
 from fedllm.models.base import load_base
-from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID, resolve_model
-from fedllm.runs.folder import read_keys
+from fedllm.models.files import resolve_model
 from fedllm.runs.spread import spread_of
-from fedllm.training.engine import Engine, resident_engine
-from fedllm.training.jobs import EvaluationJob
-from fedllm.types import ClientEvaluation
 from scripts.commands.run_command import Answers, compare_answers
-from scripts.commands.words import own_rows
 from scripts.console import Console, one_line
+from scripts.finished_run import bare_config, find_adapter, trained_clients
+from scripts.recipe_arguments import own_rows
 
 
 def evaluate(target: Path, *, data: str, as_json: bool) -> None:
@@ -32,7 +32,7 @@ def evaluate(target: Path, *, data: str, as_json: bool) -> None:
     if config is None:
         if not data:
             raise ConfigError(f"{target}: an adapter without its run needs rows: give some with --data")
-        config = _bare_config(published)
+        config = bare_config(published)
     engine = resident_engine(load_base(config.model), published.state.layout, config.train.token_budget)
     clients = _clients(config, data, trained_clients(folder.parent))
     if not clients:
@@ -46,38 +46,10 @@ def evaluate(target: Path, *, data: str, as_json: bool) -> None:
         _print(Console(), report, answers)
 
 
-def find_adapter(target: Path) -> tuple[Path, RunConfig | None]:
-    """Return the adapter folder that `target` is or holds, and the configuration of its run where known.
-
-    Raises:
-        ConfigError: there is neither an adapter nor a finished run, or the run's configuration is damaged.
-    """
-    folder = target / "adapter" if (target / "adapter").is_dir() else target
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{target}: neither a finished run nor an adapter folder")
-    if folder.name != "adapter" or not (folder.parent / "config.toml").is_file():
-        return folder, None
-    return folder, RunConfig.from_flat(read_keys(folder.parent))
-
-
-def _bare_config(published: PublishedAdapter) -> RunConfig:
-    """Return a configuration that loads the base model an adapter names."""
-    name = EMBEDDED_ALIAS if published.base_model == EMBEDDED_HUB_ID else published.base_model
-    return RunConfig.from_flat({"model.name": name, "model.revision": published.revision})
-
-
-def trained_clients(run: Path) -> list[str]:
-    """Return the clients whose held-out losses a run recorded."""
-    try:
-        return list(json.loads((run / "result.json").read_text())["held_out"]["after"]["clients"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
 def _clients(config: RunConfig, data: str, trained: Iterable[str]) -> dict[str, ClientTokens]:
     """Return each client with the rows to evaluate on as its held-out rows."""
     if not data:
-        holder = open_holder(own_rows(config).to_flat(), {"server-paths": True})
+        holder = open_data_holder(own_rows(config).to_flat(), {"server-paths": True})
         if not set(trained) <= holder.clients.keys():
             raise NoDataError("the run's clients keep their rows elsewhere; give some with --data")
         return {name: client for name, client in holder.clients.items() if client.held_out}

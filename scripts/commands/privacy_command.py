@@ -9,14 +9,14 @@ from typing import Any
 from rich.table import Table
 
 from fedllm.adapters.parts import part_size
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from fedllm.models.base import describe_layout
+from fedllm.plan.privacy import PrivacyPlan
+from fedllm.plan.run_plan import resolve
 from fedllm.privacy.accounting import Charge, accountant_name, epsilon_of, renyi_check
-from fedllm.privacy.plan import PrivacyPlan, plan_of
-from fedllm.privacy.statement import summary_line
-from fedllm.rule import aggregation_rule
-from scripts.commands.words import config_of
+from fedllm.runs.privacy_statement import summary_line
 from scripts.console import Console
+from scripts.recipe_arguments import config_of
 
 USUAL_EPSILON = 8.0  # planned for where neither the words nor their recipe name a budget
 FACTORS = (0.25, 1, 4, 16)  # of the rounds and of the cohort in the table
@@ -31,7 +31,7 @@ def privacy(words: Sequence[str], *, noise: float, rows: int, as_json: bool) -> 
     config = config_of(words)
     if not config.privacy.epsilon:
         config = config.override({"privacy.epsilon": USUAL_EPSILON})
-    plan = plan_of(config)
+    plan = resolve(config).privacy
     assert plan is not None
     report = report_of(config, replace(plan, noise_multiplier=noise or plan.noise_multiplier), rows)
     if as_json:
@@ -45,7 +45,7 @@ def report_of(config: RunConfig, plan: PrivacyPlan, rows: int) -> dict[str, Any]
     charge = plan.charge(rows)
     spent = [replace(charge, count=charge.count * plan.participations)]
     layout = describe_layout(config.model, config.lora)
-    num_values = part_size(layout, aggregation_rule(config).trained_in(1))
+    num_values = part_size(layout, resolve(config).aggregation.trained_in(1))
     ratio = signal_to_noise(plan, plan.multiplier(rows), full_rounds(config, plan), num_values)
     return {
         "unit": plan.unit,

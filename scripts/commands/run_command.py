@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.holder import partition_of
+from clients.data_holder import partition_of
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config import RunConfig, prompts_of
+from fedllm.config.keys import RunConfig
 from fedllm.data.partition import load_partition, save_partition
+from fedllm.engine.engine import resident_engine
 from fedllm.errors import ConfigError
 from fedllm.models.base import load_base
 from fedllm.models.files import needs_conversion
+from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import open_run_folder, read_keys, run_folder
-from fedllm.training.engine import resident_engine
-from scripts.commands.words import config_of
 from scripts.console import Console, RunView
+from scripts.recipe_arguments import config_of
 
 PARTITION = "partition.json"
 RUNTIMES = ("local", "simulation", "deployment")
@@ -61,12 +62,12 @@ def _run_in(runtime: str, config: RunConfig, view: RunView) -> None:
     _keep_partition(config)
     if runtime == "local":
         from clients.client_app import app
-        from scripts.local_grid import local_grid
+        from scripts.runtimes.local import local_grid
         from strategies.run import run_federation
 
         run_federation(config, local_grid(config, app), view.watch())
     else:
-        from scripts.flower_runtime import run_with_flower
+        from scripts.runtimes.flower import run_with_flower
 
         run_with_flower(config, view, is_simulation=runtime == "simulation")
 
@@ -99,7 +100,7 @@ def _is_dealt_alike(folder: Path, config: RunConfig) -> bool:
 
 def compare_answers(config: RunConfig, adapter: Path) -> Answers:
     """Return the greedy answers of base and adapter to the run's public prompts."""
-    prompts, length = prompts_of(config), config.evaluation.max_new_tokens
+    prompts, length = list(resolve(config).prompts), config.evaluation.max_new_tokens
     if not prompts or not length:
         return Answers([], [], [])
     state = load_adapter(adapter).state

@@ -16,7 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedllm.config import RunConfig, Scalar
+from fedllm.config.key import Scalar
+from fedllm.config.keys import RunConfig
 from fedllm.errors import ConfigError, DataError, FedLLMError
 
 Figures: TypeAlias = dict[str, Any]

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from clients.holder import ClientTokens, Holder, open_holder
-from fedllm.config import RunConfig
+from clients.data_holder import ClientTokens, DataHolder, open_data_holder
+from fedllm.config.keys import RunConfig
 from fedllm.data.shards import draw_rows
+from fedllm.engine.jobs import EvaluationJob, Job
+from fedllm.messages import LocalTraining
 from fedllm.models.chat import Encoded
-from fedllm.training.jobs import EvaluationJob, Job
-from fedllm.training.numbers import local_training
-from fedllm.types import LocalTraining
+from fedllm.plan.training import local_training
 from scripts.experiments.cells import Cell, Figures, Setting
 from scripts.experiments.runs import losses
 
@@ -61,9 +61,9 @@ def alone(cell: Cell, setting: Setting) -> Figures:
     return figures
 
 
-def holder_of(config: RunConfig) -> Holder:
+def holder_of(config: RunConfig) -> DataHolder:
     """Return a holder of all clients of a run."""
-    return open_holder(config.to_flat(), {"server-paths": True})
+    return open_data_holder(config.to_flat(), {"server-paths": True})
 
 
 def batches_of(client: ClientTokens, config: RunConfig) -> tuple[tuple[Encoded, ...], ...]:
@@ -81,7 +81,7 @@ def training_of(config: RunConfig, steps: int, batch_size: int) -> LocalTraining
     return replace(local_training(config, 1), steps=steps, batch_size=batch_size)
 
 
-def evaluate(holder: Holder, adapters: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def evaluate(holder: DataHolder, adapters: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Return the held-out loss of every client under its adapter [P]."""
     jobs: Sequence[EvaluationJob] = [
         EvaluationJob(client_id, vector, holder.clients[client_id].held_out)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedllm.data.docstrings import docstring_rows
-from fedllm.data.example import Example
-from fedllm.data.fields import RowProblem, detect_fields, to_example
+from fedllm.data.demo_corpus import docstring_rows
+from fedllm.data.fields import Example, RowProblem, detect_fields, to_example
 from fedllm.data.rows import read_local_rows
 from fedllm.errors import DataError
 

@@ -7,10 +7,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from fedllm.config import RunConfig
-from fedllm.types import RoundRecord
+from fedllm.config.keys import RunConfig
+from fedllm.runs.records import RoundRecord
 from scripts.experiments.cells import Cell, Figures, Setting
-from scripts.local import LocalState, init, step
+from scripts.runtimes.local import LocalState, init, step
 
 
 def federation(cell: Cell, setting: Setting) -> Figures:

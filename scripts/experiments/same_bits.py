@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from fedllm.adapters.folder import load_adapter
-from scripts.benchmarks.tiny import save_tiny_model, write_rows
+from scripts.benchmarks.models import save_tiny_model, write_rows
 
 ROOT = Path(__file__).parents[2]
 

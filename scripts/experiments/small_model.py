@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 
-from fedllm.data.docstrings import first_sentence
-from fedllm.data.packages import Package, installed_packages, source_files
+from fedllm.data.demo_corpus import first_sentence
+from fedllm.data.installed_packages import Package, installed_packages, source_files
 from fedllm.errors import DataError, ModelError
 from fedllm.models.files import cache_folder, quiet_transformers
 from fedllm.seeds import derive_seed
-from scripts.benchmarks.tokenizer import ASSISTANT, END, USER, byte_tokenizer
+from scripts.benchmarks.models import ASSISTANT, END, USER, byte_tokenizer
 
 _MOST_BYTES_OF_FILE = 60_000  # longer ones are mostly tables
 _HELD_OUT_EVERY = 20  # documents

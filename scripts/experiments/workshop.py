@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedllm.config import Scalar
+from fedllm.config.key import Scalar
 from fedllm.models.files import fingerprint, resolve_model
 from scripts.benchmarks.tools import environment
 from scripts.experiments.cells import Figures, Kinds, Setting, Workshop

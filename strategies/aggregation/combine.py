@@ -20,16 +20,17 @@ from typing import TypeAlias
 import torch
 
 from fedllm.adapters.algebra import Product, squared_norm
-from fedllm.adapters.drift import Drift
+from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
 from fedllm.adapters.parts import returned_part
 from fedllm.adapters.shapes import parts_of, put_factors, shape_groups
 from fedllm.errors import LayoutError
-from fedllm.rule import COORDINATE_RULES, AggregationRule
+from fedllm.messages import ClientUpdate
+from fedllm.plan.aggregation import COORDINATE_RULES, AggregationRule
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import ClientUpdate, OptimizerState
+from fedllm.runs.records import OptimizerState
 from strategies.aggregation import optimizers, robust, sums
-from strategies.aggregation.gauge import aligned
+from strategies.aggregation.optimizers import aligned
 from strategies.aggregation.readouts import READ_OUTS, Mean, ReadOut, factor_mean
 from strategies.aggregation.sums import Change, Held, Sums
 
@@ -67,7 +68,7 @@ class Aggregate:
     """
 
     adapter: AdapterState
-    drift: Drift
+    base_delta: BaseDelta
     optimizer: OptimizerState
     norms: tuple[float, ...]  # median norms of the last rounds, for robust rules
     rho: float | None
@@ -92,7 +93,7 @@ def init(
 def add(mixture: Mixture, update: ClientUpdate, scale: float | None = None) -> Mixture:
     """Return the mixture with one more client; `scale` is the client's own alpha / rank, else the run's.
 
-    The weight is taken as it is: a late update comes discounted (`strategies.staleness`).
+    The weight is taken as it is: a late update comes discounted (`strategies.cohort.late_updates`).
 
     Raises:
         LayoutError: the delta is no adapter of the layout at a rank from 1 to the run's.
@@ -123,7 +124,7 @@ def finish(mixture: Mixture) -> Aggregate:
     # Not where a robust rule may shrink its change: a part of a product is not the product of parts.
     is_single = mixture.folded is None and len(mixture.held) == 1 and rule.robust == "none"
     read_out = factor_mean if is_single and rule.read_out != "stack" else READ_OUTS[rule.read_out]
-    vector_P, drift, measured = _read_out(mixture, verdict, read_out)
+    vector_P, base_delta, measured = _read_out(mixture, verdict, read_out)
     moments = state.optimizer
     if not rule.optimizer.is_plain:
         target_P = vector_P
@@ -140,7 +141,7 @@ def finish(mixture: Mixture) -> Aggregate:
         measured = replace(measured, rho=None, largest_rho=None, kept_energy=None)
     return Aggregate(
         AdapterState(layout, vector_P).checked_finite(),
-        drift.checked_finite(),
+        base_delta.checked_finite(),
         moments,
         norms,
         measured.rho,
@@ -247,9 +248,9 @@ class _Measured:
 
 def _read_out(
     mixture: Mixture, verdict: robust.Verdict, read_out: Callable[[Mean], ReadOut]
-) -> tuple[torch.Tensor, Drift, _Measured]:
-    """Return the next adapter [P], the next drift and what was measured, shape by shape."""
-    layout, drift, start_P = mixture.layout, mixture.state.drift, mixture.state.adapter.vector
+) -> tuple[torch.Tensor, BaseDelta, _Measured]:
+    """Return the next adapter [P], the next base delta and what was measured, shape by shape."""
+    layout, base_delta, start_P = mixture.layout, mixture.state.base_delta, mixture.state.adapter.vector
     vector_P, energies = torch.empty(layout.size), []
     for place, part, change in _changes(mixture, verdict):
         indices = shape_groups(layout)[place].indices[part]
@@ -258,13 +259,13 @@ def _read_out(
         result = read_out(mean)
         put_factors(layout, vector_P, indices, result.a_LRI, result.b_LOR)
         if result.base is not None:
-            drift = drift.plus(dict(zip(indices, result.base.split(), strict=True)))
+            base_delta = base_delta.plus(dict(zip(indices, result.base.split(), strict=True)))
         energies.append(
             torch.stack([mean.residual_energy_L, mean.change_energy_L, result.lost_L, mean.energy_L])
         )
     if mixture.rule.read_out == "stack":
         vector_P = mixture.fresh().vector
-    return vector_P, drift, _measure(torch.cat(energies, dim=1), layout.scale)
+    return vector_P, base_delta, _measure(torch.cat(energies, dim=1), layout.scale)
 
 
 def _changes(mixture: Mixture, verdict: robust.Verdict) -> Iterator[tuple[int, slice, Change]]:

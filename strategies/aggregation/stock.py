@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import ConfigError, RunFailedError
-from fedllm.rule import AggregationRule
+from fedllm.plan.aggregation import AggregationRule
 from fedllm.wire.stock import read_plain, write_plain
 from strategies.aggregation.sums import Held
 

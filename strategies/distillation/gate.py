@@ -1,13 +1,73 @@
 """Whether a distilled adapter takes the aggregate's place: only where the loss it is judged by says so."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from fedllm.adapters.layout import AdapterState
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import EvaluationJob
+from fedllm.models.chat import Encoded
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import DistilRecord
-from strategies.evaluation import HeldOut, evaluate
+from fedllm.runs.records import DistilRecord
+from strategies.distillation.public_text import by_domain
+from strategies.exchange.evaluation import HeldOut, evaluate
 from strategies.session import Session
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A mean loss in nats per token, over all tokens and over those of each domain.
+
+    `texts` are the sum of the losses and the number of tokens of every text, in order.
+    """
+
+    mean: float
+    domains: Mapping[str, float]
+    texts: tuple[tuple[float, int], ...] = ()
+
+
+def loss_of(engine: Engine, adapter: AdapterState, rows: Sequence[Encoded], domains: Sequence[str]) -> Loss:
+    """Return the loss of an adapter on rows that each count in a domain."""
+    jobs = [EvaluationJob(domain, adapter.vector, (row,)) for domain, row in zip(domains, rows, strict=True)]
+    texts = tuple((each.loss * each.num_tokens, each.num_tokens) for each in engine.evaluate(jobs))
+    means = {name: _mean(found) for name, found in by_domain(domains, texts).items()}
+    return Loss(_mean(texts), means, texts)
+
+
+def _mean(texts: Sequence[tuple[float, int]]) -> float:
+    return sum(total for total, _ in texts) / sum(number for _, number in texts)
+
+
+def error_of_gain(before: Loss, after: Loss) -> float:
+    """Return the standard error of the change of a mean loss over the same texts, in nats per token.
+
+    That of a ratio of sums over texts (Cochran 1977, section 2.11). One text alone has none: 0.
+    """
+    number = len(before.texts)
+    if number < 2:
+        return 0.0
+    pairs = zip(before.texts, after.texts, strict=True)
+    changes = [(new - old, num_tokens) for (old, num_tokens), (new, _) in pairs]
+    mean = _mean(changes)
+    rest = sum((change - mean * num_tokens) ** 2 for change, num_tokens in changes)
+    return math.sqrt(rest * number / (number - 1)) / sum(num_tokens for _, num_tokens in changes)
+
+
+def weights_by_domain(
+    weights_NK: torch.Tensor,
+    clients: Sequence[str],
+    rows: Sequence[Encoded],
+    domains: Sequence[str],
+) -> dict[str, dict[str, float]]:
+    """Return the mean weight of every teacher over the predicted tokens of each domain's rows."""
+    by_row = torch.split(weights_NK.double(), [row.num_supervised for row in rows])
+    return {
+        domain: dict(zip(clients, torch.cat(found).mean(dim=0).tolist(), strict=True))
+        for domain, found in by_domain(domains, by_row).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -62,13 +122,9 @@ def ask_clients(
     if not both:
         reason = "no client measured both adapters"
         return Asked(aggregate, replace(record, kept=False, reason=reason), before)
-    old, new = (_mean({client: held.shared[client] for client in both}) for held in (before, after))
+    old, new = (sum(held.shared[client] for client in both) / len(both) for held in (before, after))
     record = replace(record, clients_before=old, clients_after=new)
     if new > old:
         reason = f"the clients' own held-out loss would rise from {old:.4f} to {new:.4f}"
         return Asked(aggregate, replace(record, kept=False, reason=reason), before)
     return Asked(distilled, replace(record, reason=f"{record.reason}, the clients' own is not worse"), after)
-
-
-def _mean(losses: Mapping[str, float]) -> float:
-    return sum(losses.values()) / len(losses)

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from fedllm.config import RunConfig
-from fedllm.distillation.wanted import HELD_OUT_SHARE, SYNTHETIC, has_synthetic, held_out_number, num_public
+from fedllm.data.public_text import PublicText
+from fedllm.engine.engine import Engine
 from fedllm.errors import NoDataError
 from fedllm.models.chat import Encoded, encode
+from fedllm.plan.distillation import HELD_OUT_SHARE, SYNTHETIC
+from fedllm.plan.run_plan import RunPlan, distillation_of
 from fedllm.seeds import derive_seed
-from fedllm.training.engine import Engine
+from strategies.distillation.public_text import split_texts
+from strategies.distillation.synthetic_text import Screen, anything, written
 from strategies.distillation.teachers import ClientAdapter
-from strategies.distillation.text import PublicText, split_texts
-from strategies.distillation.writing import Screen, anything, written
 
 PUBLIC = "public"
 MOST_DOMAINS = 32
@@ -48,7 +49,7 @@ class Material:
 
 
 def make_material(
-    config: RunConfig,
+    plan: RunPlan,
     public: Sequence[PublicText],
     engine: Engine,
     adapters: Sequence[ClientAdapter],
@@ -61,13 +62,13 @@ def make_material(
         NoDataError: nothing is left to distil on, or to measure on.
     """
     if not public:
-        return _synthetic_alone(config, engine, adapters, round_num, screen)
-    number, most = config.distill.num_texts, config.distill.max_tokens
-    is_mixed, from_public = has_synthetic(config.distill.text), num_public(config.distill.text, number)
+        return _synthetic_alone(plan, engine, adapters, round_num, screen)
+    wants = distillation_of(plan)
+    number, most, from_public = wants.numbers.num_texts, wants.numbers.max_tokens, wants.num_public
     split = split_texts(
         public,
         from_public,
-        derive_seed(config.seed, "public-text"),
+        derive_seed(plan.config.seed, "public-text"),
         # As far as it is read, or texts that begin alike would be copies that are not found.
         lambda text: engine.base.tokenizer(text, add_special_tokens=False)["input_ids"][:most],
     )
@@ -75,10 +76,10 @@ def make_material(
         _encoded(texts, engine.base.tokenizer, most) for texts in (split.train, split.held_out)
     )
     train = _without(wanted, held_out)
-    own = written(config, split, engine, adapters, held_out_number(number), round_num, "measured")
+    own = written(plan, split, engine, adapters, wants.num_held_out, round_num, "measured")
     texts: list[Text] = []
-    if is_mixed:
-        texts = written(config, split, engine, adapters, number - from_public, round_num)
+    if wants.has_synthetic:
+        texts = written(plan, split, engine, adapters, number - from_public, round_num)
     kept = _passed(texts, screen, [row for row, _ in held_out])
     material = _material([*train, *kept], held_out, "both" if kept else PUBLIC, PUBLIC)
     return replace(
@@ -91,15 +92,15 @@ def make_material(
 
 
 def _synthetic_alone(
-    config: RunConfig,
+    plan: RunPlan,
     engine: Engine,
     adapters: Sequence[ClientAdapter],
     round_num: int,
     screen: Screen,
 ) -> Material:
-    number = config.distill.num_texts
-    num_held_out = held_out_number(number)
-    texts = written(config, None, engine, adapters, number + num_held_out, round_num)
+    wants = distillation_of(plan)
+    num_held_out = wants.num_held_out
+    texts = written(plan, None, engine, adapters, wants.numbers.num_texts + num_held_out, round_num)
     kept = _passed(texts, screen, [])
     if not kept:
         raise NoDataError(

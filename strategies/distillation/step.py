@@ -14,25 +14,28 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.config import RunConfig, is_screened
+from fedllm.config.keys import RunConfig
+from fedllm.data.public_text import PublicText
 from fedllm.distillation.student import StudentTraining, distil, supervised
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
-from fedllm.distillation.wanted import public_source
+from fedllm.engine.engine import Engine, resident_engine
 from fedllm.errors import FedLLMError, NonFiniteError, RunFailedError
 from fedllm.models.base import load_base
-from fedllm.models.drifted import drifted
 from fedllm.models.files import first_line
+from fedllm.models.with_base_delta import with_base_delta
+from fedllm.plan.distillation import DistillationPlan
+from fedllm.plan.run_plan import RunPlan, distillation_of
 from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import DistilRecord, RoundRecord
 from fedllm.seeds import derive_seed
-from fedllm.training.engine import Engine, resident_engine
-from fedllm.types import DistilRecord
-from strategies.distillation.gate import judged
+from strategies.distillation.gate import Loss, ask_clients, error_of_gain, judged, loss_of, weights_by_domain
 from strategies.distillation.material import PUBLIC, Material, make_material
-from strategies.distillation.measure import Loss, error_of_gain, loss_of, weights_by_domain
+from strategies.distillation.public_text import read_public
+from strategies.distillation.report import sentence
+from strategies.distillation.synthetic_text import Gates, anything
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
-from strategies.distillation.text import PublicText, read_public
-from strategies.distillation.writing import Gates, anything
+from strategies.exchange.evaluation import HeldOut
 from strategies.session import Session
 
 
@@ -61,27 +64,23 @@ class _Learnt:
     control: float | None = None
 
 
-def is_due(config: RunConfig, round_num: int) -> bool:
-    """Return whether a round ends with a distillation step."""
-    when = config.distill.when
-    return when == "every" or (when == "last" and round_num == config.federation.num_rounds)
-
-
-def open_public_text(config: RunConfig) -> tuple[PublicText, ...]:
+def open_public_text(plan: RunPlan) -> tuple[PublicText, ...]:
     """Return the public text that a run's steps use, none where they use none.
 
     Raises:
         DataError: it cannot be read or is too little.
     """
-    source = public_source(config.distill.text)
-    return read_public(source, config.data) if config.distill.when != "never" and source else ()
+    distillation = plan.distillation
+    if distillation is None or not distillation.public_source:
+        return ()
+    return read_public(distillation.public_source, plan.config.data)
 
 
-def teachers_of(config: RunConfig, state: ServerState, round_num: int) -> Teachers | None:
+def teachers_of(plan: DistillationPlan | None, state: ServerState, round_num: int) -> Teachers | None:
     """Return where the teachers of a round are kept, None where it has no step."""
-    if not is_due(config, round_num):
+    if plan is None or not plan.is_due(round_num):
         return None
-    return Teachers(state.adapter, round_num, config.distill.max_teachers)
+    return Teachers(state.adapter, round_num, plan.numbers.max_teachers)
 
 
 def undistilled(state: ServerState) -> ServerState:
@@ -133,16 +132,17 @@ def _step(
     if not adapters:
         raise RunFailedError("no client of the round is left to teach")
     config, engine = session.config, server_engine(session)
-    with drifted(engine.base, before.drift):  # what the clients' adapters were trained on
+    plan = distillation_of(session.plan)
+    with with_base_delta(engine.base, before.base_delta):  # what the clients' adapters were trained on
         gates = Gates(session, engine, adapters, after.round_num, session.folder)
-        screen = gates if is_screened(config) else anything
-        material = make_material(config, session.public_text, engine, adapters, after.round_num, screen)
+        screen = gates if plan.is_screened else anything
+        material = make_material(session.plan, session.public_text, engine, adapters, after.round_num, screen)
     nothing = AdapterState(session.layout, torch.zeros(session.layout.size))
     base = loss_of(engine, nothing, material.held_out, material.held_out_domains).mean
-    with drifted(engine.base, before.drift):
+    with with_base_delta(engine.base, before.base_delta):
         taught = _taught(config, engine, adapters, material, base)
     targets, clients = taught.targets, [adapter.client_id for adapter in adapters]
-    with drifted(engine.base, after.drift):
+    with with_base_delta(engine.base, after.base_delta):
         learnt = _learnt(config, engine, after, material, targets)
     error = error_of_gain(learnt.before, learnt.after) if math.isfinite(learnt.after.mean) else None
     kept, reason = judged(
@@ -257,3 +257,21 @@ def student_training(config: RunConfig, round_num: int) -> StudentTraining:
         pull=numbers.pull,
         seed=derive_seed(config.seed, "distillation", round_num),
     )
+
+
+def end_with_distillation(
+    session: Session, before: ServerState, after: ServerState, record: RoundRecord, teachers: Teachers
+) -> tuple[ServerState, RoundRecord, HeldOut | None]:
+    """Let the clients' adapters teach the aggregate; it stays where the step fails or a gate refuses.
+
+    Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
+    """
+    adapter, outcome = distilled(session, before, after, teachers.without(record.silenced))
+    is_last = session.config.distill.when == "last"
+    undistilled = after.adapter if is_last and outcome.kept else None
+    state, held_out = replace(after, adapter=adapter, undistilled=undistilled), None
+    if outcome.kept and distillation_of(session.plan).asks_clients:
+        asked = ask_clients(session, after, state, outcome)
+        state, outcome, held_out = asked.state, asked.record, asked.held_out
+    session.watch.notice(f"round {record.round_num}: {sentence(outcome)}")
+    return state, replace(record, distil=outcome, adapter=state.adapter.digest), held_out

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
-from fedllm.types import ClientUpdate
+from fedllm.messages import ClientUpdate
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from fedllm.adapters.folder import DESCRIPTION, WEIGHTS, load_adapter, save_adapter
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
-from fedllm.config import LoraConfig
+from fedllm.config.keys import LoraConfig
+from fedllm.engine.adapter_bank import Bank
+from fedllm.engine.kernels import LoopKernel
+from fedllm.engine.layers import attached
 from fedllm.errors import IntegrityError, NonFiniteError
-from fedllm.lora.bank import Bank
-from fedllm.lora.kernels import LoopKernel
-from fedllm.lora.layers import attached
+from fedllm.files import MANIFEST, write_manifest
 from fedllm.models.base import layout_of
-from fedllm.runs.atomic import MANIFEST, write_manifest
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
 FIRST = LAYOUT.tensors[0].name

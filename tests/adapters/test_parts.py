@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix, at_rank, initial_adapter, with_rank
 from fedllm.adapters.parts import PARTS, other_part, part_of, part_size, whole_of
-from fedllm.adapters.ranks import deal_ranks, named_clients
 from fedllm.errors import ConfigError, LayoutError
+from fedllm.plan.dealt_numbers import deal_ranks, named_clients
 
 laws = settings(deadline=None, max_examples=40)
 

@@ -10,9 +10,9 @@ import pytest
 
 from clients.canaries import canary_file
 from clients.client_app import app
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from fedllm.runs.folder import run_folder
-from scripts.local_grid import local_grid
+from scripts.runtimes.local import local_grid
 from strategies.run import run_federation
 
 CLIENTS = ("anna", "ben")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from clients.holder import open_holder
-from clients.work import make_job, train
+from clients.data_holder import open_data_holder
+from clients.train import make_job, train_clients
 from scripts.auditing.messages import leaving_message, request_of
 from scripts.auditing.opening import Case, open_case
-from scripts.commands.words import own_rows
+from scripts.recipe_arguments import own_rows
 
 CENTRAL = {
     "privacy.epsilon": 8.0,
@@ -34,7 +34,7 @@ def make_case(finished: Callable[..., Path], tmp_path: Path) -> Callable[..., Ca
         case = open_case(finished("plain"), max_rows=100, scratch=folder)
         config = case.config.override({"wire.codec": "fp32", **(overrides or {})})
         node = {"server-paths": True, "state-path": str(folder)}
-        return replace(case, config=config, holder=open_holder(own_rows(config).to_flat(), node))
+        return replace(case, config=config, holder=open_data_holder(own_rows(config).to_flat(), node))
 
     return make
 
@@ -70,7 +70,7 @@ def test_under_local_privacy_its_noise_is_another_one_for_every_audit(make_case:
 def test_under_dp_sgd_its_rows_are_those_that_the_coins_drew(make_case: Callable) -> None:
     case = make_case(EXAMPLE)
     message = leaving_message(case)
-    (update,) = train(case.holder, request_of(case))  # the same request has the same coins
+    (update,) = train_clients(case.holder, request_of(case))  # the same request has the same coins
     assert update.num_tokens == sum(len(row.tokens) for row in message.rows) > 0
     assert torch.equal(update.delta, message.vectors["update"])
     assert message.part == "b"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 
 
 @pytest.fixture

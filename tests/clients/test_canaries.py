@@ -4,15 +4,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from clients import holder
+from clients import data_holder
 from clients.canaries import canary_file
-from clients.holder import Holder, open_holder
-from fedllm.config import RunConfig
+from clients.data_holder import DataHolder, open_data_holder
+from fedllm.config.keys import RunConfig
 
 
-def opened(config: RunConfig, state: Path) -> Holder:
-    holder._open.cache_clear()  # as in another process
-    return open_holder(config.to_flat(), {"server-paths": True, "state-path": str(state)})
+def opened(config: RunConfig, state: Path) -> DataHolder:
+    data_holder._open.cache_clear()  # as in another process
+    return open_data_holder(config.to_flat(), {"server-paths": True, "state-path": str(state)})
 
 
 def test_none_are_planted_unless_asked_for(
@@ -54,6 +54,6 @@ def test_a_client_without_rows_gets_none(make_config: Callable, tmp_path: Path) 
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     config = make_config(**{"audit.canaries": 30})
-    holder._open.cache_clear()
+    data_holder._open.cache_clear()
     node = {"data-path": str(empty), "client-id": "anna", "server-paths": True, "state-path": str(tmp_path)}
-    assert open_holder(config.to_flat(), node).clients["anna"].train == ()
+    assert open_data_holder(config.to_flat(), node).clients["anna"].train == ()

@@ -13,17 +13,23 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
 
-from clients import client_app, holder, work
-from fedllm.adapters.drift import no_drift
+from clients import client_app, data_holder, train
+from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import initial_adapter
 from fedllm.errors import NoDataError
+from fedllm.messages import (
+    EVALUATION_METRICS,
+    UPDATE_METRICS,
+    EvaluateRequest,
+    LocalTraining,
+    TrainRequest,
+)
 from fedllm.models.base import describe_layout, load_tokenizer
 from fedllm.models.files import resolve_model
 from fedllm.originality.overlap import OverlapRequest, probe
-from fedllm.types import EVALUATION_METRICS, UPDATE_METRICS, EvaluateRequest, LocalTraining, TrainRequest
-from fedllm.wire import codec, overlaps, replies, requests
+from fedllm.wire import overlaps, packets, replies, requests
 from fedllm.wire.stock import write_plain
-from scripts.local_grid import local_grid
+from scripts.runtimes.local import local_grid
 
 CANARY = "kq7Zr0vXw3-ünïcode"
 
@@ -46,7 +52,7 @@ def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
                 num_drawn=(0, 0),
                 ranks=(2, 2),
                 adapter=adapter,
-                drift=no_drift(layout),
+                base_delta=no_base_delta(layout),
                 trained="both",
                 local_b=False,
                 node_sum=False,
@@ -59,7 +65,11 @@ def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
         ),
         "evaluate": requests.write_evaluate_request(
             EvaluateRequest(
-                round_num=1, client_ids=clients, adapter=adapter, drift=no_drift(layout), local_b=False
+                round_num=1,
+                client_ids=clients,
+                adapter=adapter,
+                base_delta=no_base_delta(layout),
+                local_b=False,
             ),
             requests.Sending(),
         ),
@@ -98,9 +108,11 @@ def bytes_of(message: Message) -> bytes:
 def test_the_search_finds_what_it_is_meant_to_find(
     ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[holder.Holder] = []
-    join = work.join
-    monkeypatch.setattr(work, "join", lambda found, node: opened.append(found) or join(found, node))
+    opened: list[data_holder.DataHolder] = []
+    join = client_app.declare_clients
+    monkeypatch.setattr(
+        client_app, "declare_clients", lambda found, node: opened.append(found) or join(found, node)
+    )
     ask("query.join")
     row = opened[0].clients["anna"].train[0].tokens
     for dtype in ("<i4", "<i8", "<u2", "<f4"):
@@ -155,10 +167,10 @@ def test_replies_hold_exactly_the_records_and_fields_on_the_list(ask: Callable) 
 
 def test_a_train_reply_is_as_long_as_its_packets_and_a_few_numbers(ask: Callable) -> None:
     reply = ask("train")
-    packets = list(reply.content["updates"].values())
-    largest = codec.max_packet_bytes(2 * 2 * (32 + 32))  # two layers, rank 2, 32 features in and out
-    assert all(len(packet.data) < largest for packet in packets)
-    assert len(bytes_of(reply)) - sum(len(packet.data) for packet in packets) < 1500
+    sent = list(reply.content["updates"].values())
+    largest = packets.max_packet_bytes(2 * 2 * (32 + 32))  # two layers, rank 2, 32 features in and out
+    assert all(len(packet.data) < largest for packet in sent)
+    assert len(bytes_of(reply)) - sum(len(packet.data) for packet in sent) < 1500
 
 
 TEXT = f"cannot handle {CANARY}: Return 3."
@@ -171,7 +183,12 @@ def crash(error: Exception) -> Callable[..., Any]:
     return fail
 
 
-PLACES = [(holder, "encode"), (work, "draw_rows"), (work, "protect"), (client_app.replies, "write_updates")]
+PLACES = [
+    (data_holder, "encode"),
+    (train, "draw_rows"),
+    (train, "protect"),
+    (client_app.replies, "write_updates"),
+]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +225,7 @@ def test_an_exception_with_the_text_of_a_row_leaves_as_a_code_and_is_logged_with
 def test_every_kind_of_request_fails_without_a_word(
     kind: str, stock: bool, ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder, "encode", crash(RuntimeError(TEXT)))
+    monkeypatch.setattr(data_holder, "encode", crash(RuntimeError(TEXT)))
     reply = ask(kind, stock)
     assert leaks(bytes_of(reply)) == []
     if stock:
@@ -220,7 +237,7 @@ def test_every_kind_of_request_fails_without_a_word(
 def test_an_error_of_fedllm_leaves_as_its_code(
     ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "draw_rows", crash(NoDataError(TEXT)))
+    monkeypatch.setattr(train, "draw_rows", crash(NoDataError(TEXT)))
     reply = ask("train")
     assert replies.read_error(reply.content) == "no-data"
     assert leaks(bytes_of(reply)) == []

@@ -9,24 +9,23 @@ import pytest
 import torch
 
 from clients.personal import (
-    PersonalTraining,
     initial_personal,
-    local_training,
     personal_jobs,
     personal_layout,
     train_personal,
     wide_layout,
     with_personal,
 )
-from fedllm.adapters.columns import side_by_side
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.config import LoraConfig
+from fedllm.adapters.side_by_side import side_by_side
+from fedllm.config.keys import LoraConfig
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import EvaluationJob, Job
+from fedllm.engine.plain import train_plainly
+from fedllm.messages import LocalTraining
 from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import Encoded
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import EvaluationJob, Job
-from fedllm.training.plain import train_plainly
-from fedllm.types import LocalTraining
+from fedllm.plan.training import PersonalTraining
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 DUAL = PersonalTraining(rank=3, steps=4, pull=0.0)
@@ -73,7 +72,7 @@ def test_it_is_trained_as_if_the_shared_adapter_were_merged_into_the_base(
     numbers: PersonalTraining, base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     own_layout, start = personal_layout(layout, numbers), random_personal(layout, numbers)
-    training = local_training(TRAINING, numbers)
+    training = numbers.training(TRAINING)
     engine = Engine(base, layout, token_budget=512)
     job = replace(shared, training=training)
     found = train_personal(engine, [job], {"anna": start}, numbers=numbers, seed=0)
@@ -88,7 +87,7 @@ def test_in_float64_the_wide_engine_gives_the_delta_of_the_merged_base_exactly(
     base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     start = random_personal(layout, DITTO)
-    own = replace(shared, training=local_training(TRAINING, DITTO))
+    own = replace(shared, training=DITTO.training(TRAINING))
     (job,) = personal_jobs([own], [start], DITTO)
     (result,) = Engine(base, wide_layout(layout, DITTO), token_budget=512).train([job])
     assert not bool(result.delta[~job.movable].any()), "the shared half keeps its bits, weight decay or not"
@@ -103,7 +102,7 @@ def test_in_float64_the_wide_engine_gives_the_delta_of_the_merged_base_exactly(
 def test_without_a_pull_the_merged_base_agrees_with_the_plain_twin(
     base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
-    start, training = random_personal(layout, DUAL), local_training(TRAINING, DUAL)
+    start, training = random_personal(layout, DUAL), DUAL.training(TRAINING)
     engine = Engine(base, wide_layout(layout, DUAL), token_budget=512)
     (job,) = personal_jobs([replace(shared, training=training)], [start], DUAL)
     (result,) = engine.train([job])
@@ -120,7 +119,7 @@ def test_a_stronger_pull_leaves_less_of_the_personal_adapter(
     start, sizes = initial_personal(layout, DUAL, 0, "anna"), []
     for pull in (0.0, 1.0, 100.0):
         numbers = replace(DUAL, pull=pull)
-        job = replace(shared, training=local_training(TRAINING, numbers))
+        job = replace(shared, training=numbers.training(TRAINING))
         found = train_personal(engine, [job], {"anna": start}, numbers=numbers, seed=0)
         factors = personal_layout(layout, numbers).factors(found["anna"])
         sizes.append(sum(float((b @ a).square().sum()) for a, b in factors))
@@ -131,7 +130,7 @@ def test_fused_with_others_a_personal_adapter_is_trained_as_alone(
     base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     engine = Engine(base, wide_layout(layout, DITTO), token_budget=100_000)
-    jobs = [replace(shared, client_id=name, training=local_training(TRAINING, DITTO)) for name in "abc"]
+    jobs = [replace(shared, client_id=name, training=DITTO.training(TRAINING)) for name in "abc"]
     options: dict[str, Any] = {"numbers": DITTO, "seed": 0}
     together = train_personal(engine, jobs, {}, **options)
     for job in jobs:

@@ -11,17 +11,19 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
-from clients import work
-from clients.holder import Holder, open_holder
+from clients import train
+from clients.data_holder import DataHolder, open_data_holder
+from clients.evaluate import evaluate_clients
 from clients.privacy import private_job, request_key
 from clients.stock import train_for_stock
-from fedllm.adapters.drift import no_drift
+from clients.train import train_clients
+from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import initial_adapter
 from fedllm.errors import ConfigError, WithheldError
+from fedllm.messages import ClientFailure, ClientUpdate, EvaluateRequest, TrainRequest
+from fedllm.plan.run_plan import resolve
+from fedllm.plan.training import local_training
 from fedllm.privacy.accounting import Charge, epsilon_of
-from fedllm.privacy.plan import plan_of
-from fedllm.training.numbers import local_training
-from fedllm.types import ClientFailure, ClientUpdate, EvaluateRequest, TrainRequest
 from fedllm.wire.stock import write_plain
 
 EXAMPLE = {"privacy.epsilon": 1e4, "privacy.noise-multiplier": 1.0}
@@ -30,18 +32,20 @@ LOCAL = {**CLIENT, "privacy.trust": "local", "privacy.clip": 0.1}
 
 
 @pytest.fixture
-def open_one(write_rows: Callable, make_config: Callable, tmp_path: Path) -> Callable[..., Holder]:
+def open_one(write_rows: Callable, make_config: Callable, tmp_path: Path) -> Callable[..., DataHolder]:
     """Return a function (rows of anna, **flat) -> a holder of two clients with a state folder of its own."""
 
-    def start(number: int = 12, **flat: Any) -> Holder:
+    def start(number: int = 12, **flat: Any) -> DataHolder:
         file = write_rows(f"rows{number}.jsonl", {"anna": number, "ben": 6})
         config = make_config(file, **{"run.name": f"r{number}", **flat})
-        return open_holder(config.to_flat(), {"server-paths": True, "state-path": str(tmp_path / "state")})
+        return open_data_holder(
+            config.to_flat(), {"server-paths": True, "state-path": str(tmp_path / "state")}
+        )
 
     return start
 
 
-def request(holder: Holder, **changes: Any) -> TrainRequest:
+def request(holder: DataHolder, **changes: Any) -> TrainRequest:
     layout = holder.engine.layout
     values: dict[str, Any] = {
         "round_num": 1,
@@ -49,11 +53,11 @@ def request(holder: Holder, **changes: Any) -> TrainRequest:
         "num_drawn": (0, 0),
         "ranks": (layout.rank, layout.rank),
         "adapter": initial_adapter(layout, 0),
-        "drift": no_drift(layout),
+        "base_delta": no_base_delta(layout),
         "trained": "b",
         "local_b": False,
         "node_sum": False,
-        "training": local_training(holder.config, 1),
+        "training": local_training(holder.plan.config, 1),
         "codec": "fp32",
         "weighting": "examples",
         "seed": 0,
@@ -71,8 +75,8 @@ def test_a_request_that_comes_again_gets_the_same_answer_and_is_charged_once(
     flat: dict[str, Any], open_one: Callable
 ) -> None:
     holder = open_one(**flat)
-    first, again = (deltas(work.train(holder, request(holder))) for _ in range(2))
-    other = deltas(work.train(holder, request(holder, round_num=2)))
+    first, again = (deltas(train_clients(holder, request(holder))) for _ in range(2))
+    other = deltas(train_clients(holder, request(holder, round_num=2)))
     ledger = holder.store.folder / "anna" / "privacy-ledger.json"
     for name in ("anna", "ben"):
         assert torch.equal(first[name], again[name])
@@ -84,29 +88,29 @@ def test_a_request_that_comes_again_gets_the_same_answer_and_is_charged_once(
 
 def test_another_secret_gives_another_answer(open_one: Callable) -> None:
     holder = open_one(**EXAMPLE)
-    first = deltas(work.train(holder, request(holder)))
+    first = deltas(train_clients(holder, request(holder)))
     (holder.store.folder / "noise-secret").write_bytes(bytes(32))
-    second = deltas(work.train(holder, request(holder)))
+    second = deltas(train_clients(holder, request(holder)))
     assert not torch.allclose(first["anna"], second["anna"], rtol=0.1)
 
 
 def test_a_client_refuses_once_its_own_budget_is_spent_whatever_is_asked(open_one: Callable) -> None:
     one = epsilon_of([Charge(0.5, 1.0, 1)], 1e-5)  # local: opposite updates are two clips apart
     holder = open_one(**{**LOCAL, "privacy.epsilon": one * 1.01})
-    deltas(work.train(holder, request(holder)))
-    answers = work.train(holder, request(holder, round_num=2))
+    deltas(train_clients(holder, request(holder)))
+    answers = train_clients(holder, request(holder, round_num=2))
     assert answers == [
         ClientFailure(client_id="anna", code="budget-spent"),
         ClientFailure(client_id="ben", code="budget-spent"),
     ]
-    deltas(work.train(holder, request(holder)))  # what was paid for may be asked for again
+    deltas(train_clients(holder, request(holder)))  # what was paid for may be asked for again
 
 
 def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable) -> None:
     holder = open_one(**EXAMPLE)
-    deltas(work.train(holder, request(holder)))
+    deltas(train_clients(holder, request(holder)))
     (holder.store.folder / "anna" / "privacy-ledger.json").write_text("{")
-    answers = work.train(holder, request(holder, round_num=2))
+    answers = train_clients(holder, request(holder, round_num=2))
     assert answers[0] == ClientFailure(client_id="anna", code="checkpoint")
     assert isinstance(answers[1], ClientUpdate)
 
@@ -119,7 +123,7 @@ def test_other_noise_in_a_run_of_the_same_name_is_unrelated_and_charged(
     answers = []
     for noise in (1.0, 2.0):
         holder = open_one(**{**flat, "privacy.noise-multiplier": noise})
-        answers.append(deltas(work.train(holder, request(holder)))["anna"])
+        answers.append(deltas(train_clients(holder, request(holder)))["anna"])
     difference = 2 * answers[0] - answers[1]
     assert float(difference.norm()) > 0.5 * float(answers[1].norm())
     assert len(json.loads((holder.store.folder / "anna" / "privacy-ledger.json").read_text())) == 2
@@ -138,15 +142,15 @@ def test_what_the_plan_did_not_count_is_refused(flat: dict[str, Any], open_one: 
     }
     for name, changes in unplanned.items():
         with pytest.raises(ConfigError, match=f"does not cover what the server asks for: {name}$"):
-            work.train(holder, request(holder, **changes))
+            train_clients(holder, request(holder, **changes))
     assert not (holder.store.folder / "anna").exists()
 
 
 def test_masks_of_dropout_come_from_the_secret_under_dp_sgd(open_one: Callable) -> None:
     holder = open_one(**EXAMPLE)
-    client, asked, plan = holder.clients["anna"], request(holder), plan_of(holder.config)
+    client, asked, plan = holder.clients["anna"], request(holder), resolve(holder.plan.config).privacy
     assert plan is not None
-    job = work.make_job(client, asked, 0, 2)
+    job = train.make_job(client, asked, 0, 2)
     seeds = {private_job(job, client, plan, bytes([number]) * 32).seed for number in range(5)}
     assert len(seeds) == 5
     assert job.seed not in seeds
@@ -154,10 +158,10 @@ def test_masks_of_dropout_come_from_the_secret_under_dp_sgd(open_one: Callable) 
 
 def test_rows_are_drawn_by_coins_at_the_rate_that_is_counted(open_one: Callable) -> None:
     holder = open_one(60, **EXAMPLE)
-    client, plan = holder.clients["anna"], plan_of(holder.config)
+    client, plan = holder.clients["anna"], resolve(holder.plan.config).privacy
     assert plan is not None
     asked = request(holder)
-    job = replace(work.make_job(client, asked, 0, 2), batches=((),) * 3000)
+    job = replace(train.make_job(client, asked, 0, 2), batches=((),) * 3000)
     private = private_job(job, client, plan, request_key(plan, asked, client, bytes(32)))
     sizes = torch.tensor([float(len(batch)) for batch in private.batches])
     rate = plan.sampling_rate(len(client.train))
@@ -177,13 +181,13 @@ def test_rows_are_drawn_by_coins_at_the_rate_that_is_counted(open_one: Callable)
 def test_what_leaves_is_clipped_and_says_nothing_else(flat: dict[str, Any], open_one: Callable) -> None:
     holder = open_one(**flat)
     asked = request(holder, clip=0.05 if flat.get("privacy.clip") == 0.05 else 0.0)
-    for answer in work.train(holder, asked):
+    for answer in train_clients(holder, asked):
         assert isinstance(answer, ClientUpdate)
         assert (answer.train_loss, answer.num_tokens, answer.num_truncated, answer.seconds) == (0, 0, 0, 0)
         if asked.clip:
             assert float(answer.delta.double().norm()) <= 0.05
     loud = open_one(**{**flat, "privacy.metrics": "all", "run.name": "loud"})
-    answer = work.train(loud, replace(asked, clip=asked.clip))[0]
+    answer = train_clients(loud, replace(asked, clip=asked.clip))[0]
     assert isinstance(answer, ClientUpdate)
     assert answer.train_loss > 0
 
@@ -191,7 +195,7 @@ def test_what_leaves_is_clipped_and_says_nothing_else(flat: dict[str, Any], open
 def test_a_central_plan_needs_a_server_that_names_its_clip(open_one: Callable) -> None:
     holder = open_one(**CLIENT)
     with pytest.raises(ConfigError, match="needs a fedllm server, which adds the noise"):
-        work.train(holder, request(holder))
+        train_clients(holder, request(holder))
     content = RecordDict({"arrays": write_plain(initial_adapter(holder.engine.layout, 0, "orthonormal"))})
     with pytest.raises(ConfigError, match="needs a fedllm server"):
         train_for_stock(holder, content, 1)
@@ -210,16 +214,20 @@ def test_held_out_losses_stay_where_they_are_withheld(open_one: Callable) -> Non
     layout = holder.engine.layout
     adapter = initial_adapter(layout, 0)
     asked = EvaluateRequest(
-        round_num=1, client_ids=("anna",), adapter=adapter, drift=no_drift(layout), local_b=False
+        round_num=1, client_ids=("anna",), adapter=adapter, base_delta=no_base_delta(layout), local_b=False
     )
     with pytest.raises(WithheldError, match="stay with the clients"):
-        work.evaluate(holder, asked)
+        evaluate_clients(holder, asked)
 
 
 def test_the_key_of_an_answer_depends_on_all_it_answers(open_one: Callable) -> None:
     holder, more = open_one(12, **EXAMPLE), open_one(13, **EXAMPLE)
     asked, client = request(holder), holder.clients["anna"]
-    plan, zeros, other = plan_of(holder.config), bytes(32), initial_adapter(holder.engine.layout, 1)
+    plan, zeros, other = (
+        resolve(holder.plan.config).privacy,
+        bytes(32),
+        initial_adapter(holder.engine.layout, 1),
+    )
     assert plan is not None
     keys = {
         request_key(plan, asked, client, zeros),

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from clients.protect import protect
+from fedllm.engine.jobs import Result
 from fedllm.errors import ConfigError, NonFiniteError
+from fedllm.messages import ClientUpdate
 from fedllm.models.chat import Encoded
-from fedllm.training.jobs import Result
-from fedllm.types import ClientUpdate
 
 ROWS = (
     Encoded((5, 6, 7, 8), (-100, -100, 7, 8), num_cut=0),

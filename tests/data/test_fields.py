@@ -2,8 +2,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.data.example import Example, Turn
-from fedllm.data.fields import Fields, RowProblem, detect_fields, name_columns, to_example
+from fedllm.data.fields import Example, Fields, RowProblem, Turn, detect_fields, name_columns, to_example
 from fedllm.errors import ConfigError, DataError
 
 SECRET = "xyzzy-private"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.config import DataConfig
-from fedllm.data.example import ClientRows
+from fedllm.config.keys import DataConfig
+from fedllm.data.fields import ClientRows
 from fedllm.data.shards import draw_rows, load_one_client, load_shards
 from fedllm.errors import ConfigError, DataError, NoDataError
 

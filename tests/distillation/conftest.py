@@ -7,11 +7,11 @@ from functools import cache
 import pytest
 import torch
 
-from fedllm.config import LoraConfig
+from fedllm.config.keys import LoraConfig
 from fedllm.distillation.teacher import Teacher
+from fedllm.engine.engine import Engine
 from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.engine import Engine
 
 
 @pytest.fixture(scope="session")

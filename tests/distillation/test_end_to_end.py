@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 
 from fedllm.adapters.layout import AdapterState, initial_adapter
-from fedllm.config import LoraConfig
+from fedllm.config.keys import LoraConfig
 from fedllm.distillation.sample import sample_texts
 from fedllm.distillation.student import StudentTraining, distil, supervised
 from fedllm.distillation.teacher import Teacher, teach
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import EvaluationJob, Job
+from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of
 from fedllm.models.chat import Encoded
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import EvaluationJob, Job
-from fedllm.types import LocalTraining
 
 START = 5
 

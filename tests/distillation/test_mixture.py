@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from fedllm.distillation.mixture import Mixing, mix, mixture_weights
+from fedllm.distillation.teacher import Mixing, mix, mixture_weights
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 VOCABULARY, LENGTH = 3, 4

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fedllm.distillation.sample import Samples, sample_texts
+from fedllm.engine.generate import end_tokens
 from fedllm.errors import ConfigError, LayoutError, NoDataError, NonFiniteError
 from fedllm.models.chat import IGNORED
 from fedllm.seeds import derive_seed
-from fedllm.training.generate import end_tokens
 
 PROMPTS = [(7, 9), (11,), (20, 21, 22, 23, 24, 25)]
 PRIORS = torch.tensor([1.0, 2.0, 5.0])

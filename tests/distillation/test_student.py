@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.distillation.divergence import RESOLUTION, Buckets, TaughtBy, forward_kl, jensen_shannon
 from fedllm.distillation.plain import distil_plainly, teach_plainly
 from fedllm.distillation.student import (
     OnPolicy,
@@ -19,12 +18,13 @@ from fedllm.distillation.student import (
     student_batches,
     supervised,
 )
+from fedllm.distillation.targets import RESOLUTION, Buckets, TaughtBy, forward_kl, jensen_shannon
 from fedllm.distillation.teacher import Teacher, teach
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import Job
+from fedllm.engine.layers import attached
 from fedllm.errors import ConfigError, NoDataError, NonFiniteError
-from fedllm.lora.layers import attached
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import Job
 
 LENGTHS = [12, 3, 30, 7, 2, 19]
 WHOLE = 10**6

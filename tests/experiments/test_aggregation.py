@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from scripts.benchmarks.tools import report
-from scripts.experiments.aggregation import KINDS, do_studies, draw, main, parse
+from scripts.experiments.aggregation.main import KINDS, do_studies, draw, main, parse
+from scripts.experiments.aggregation.methods import METHODS, MethodsGrid
+from scripts.experiments.aggregation.poison import PoisonGrid, goals
+from scripts.experiments.aggregation.rho_map import MapGrid
+from scripts.experiments.aggregation.scales import FULL, QUICK, SMOLLM2, Scale
 from scripts.experiments.cells import Setting, Workshop, open_pool
-from scripts.experiments.methods import METHODS, MethodsGrid
-from scripts.experiments.poison import PoisonGrid, goals
-from scripts.experiments.rho_map import MapGrid
-from scripts.experiments.scales import FULL, QUICK, SMOLLM2, Scale
 from scripts.experiments.workshop import scale_of
+from scripts.reports import report
 
 THREE = {
     "federation.num-clients": 3,

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fedllm.data.example import Example, Turn
-from scripts.experiments.attacks import (
+from fedllm.data.fields import Example, Turn
+from scripts.experiments.aggregation.attacks import (
     at_bound,
     flip_labels,
     gaussian,

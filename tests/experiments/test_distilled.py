@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from fedllm.errors import NoDataError
-from scripts.experiments import distilled
 from scripts.experiments.cells import Cell, Figures, Outcome
-from scripts.experiments.distillation import goals_of
-from scripts.experiments.distilled_tables import is_kept, losses_table, student_of, summary
+from scripts.experiments.distillation import run
+from scripts.experiments.distillation.main import goals_of
+from scripts.experiments.distillation.tables import is_kept, losses_table, student_of, summary
 
 BEFORE = 4.0  # of the aggregate, on the clients' rows and at the gate
 
@@ -31,7 +31,7 @@ def text(held_out_text: str, posterior: Figures, base: float = 5.0) -> Figures:
         "posterior": posterior,
         "uniform": student(3.9, ensemble=3.8),
         "logit-mean": student(4.5, ensemble=4.1),
-        distilled.TUNED: student(3.7, ensemble=None),
+        run.TUNED: student(3.7, ensemble=None),
     }
 
 
@@ -112,7 +112,7 @@ def test_a_text_that_cannot_be_used_costs_no_other(monkeypatch: pytest.MonkeyPat
             raise NoDataError("no text is left")
         return {"rates": rates}
 
-    monkeypatch.setattr(distilled, "_variants", variants)
+    monkeypatch.setattr(run, "_variants", variants)
     options = {"text:a": "bad", "text:b": "good", "rates": "0.1,0.2"}
-    found = distilled._on_texts(None, None, RunConfig(), options)  # type: ignore[arg-type]
+    found = run._on_texts(None, None, RunConfig(), options)  # type: ignore[arg-type]
     assert found == {"texts": {"b": {"rates": [0.1, 0.2]}}, "lost": {"a": "no text is left"}}

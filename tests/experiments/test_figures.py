@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.rule import aggregation_rule
-from fedllm.types import RoundRecord
-from scripts.experiments.cells import Cell, Figures, Outcome, Setting
-from scripts.experiments.methods import (
+from fedllm.plan.run_plan import resolve
+from fedllm.runs.records import RoundRecord
+from scripts.experiments.aggregation.methods import (
     DIRICHLET,
     DOMAIN,
     ONE_SHOT,
@@ -17,10 +16,17 @@ from scripts.experiments.methods import (
     chosen_rates,
     methods_study,
 )
-from scripts.experiments.poison import JUDGED, PoisonGrid, goals, honest_losses, poison_study
-from scripts.experiments.rho_map import MapGrid, map_study, rank_correlation
+from scripts.experiments.aggregation.poison import (
+    JUDGED,
+    PoisonGrid,
+    goals,
+    honest_losses,
+    poison_study,
+)
+from scripts.experiments.aggregation.rho_map import MapGrid, map_study, rank_correlation
+from scripts.experiments.aggregation.scales import FULL, QUICK, SMOLLM2, Scale
+from scripts.experiments.cells import Cell, Figures, Outcome, Setting
 from scripts.experiments.runs import figures_of, mean_of
-from scripts.experiments.scales import FULL, QUICK, SMOLLM2, Scale
 
 BEST = {"x": 0.1, "y": 0.2, "local only": 0.2, "centralised": 0.1, ONE_SHOT: 0.1}
 
@@ -228,4 +234,4 @@ def test_no_cell_of_a_scale_is_refused_by_the_configuration(scale: Scale) -> Non
         poison_study(scale.poison, do)
     for cell in cells:
         config = setting.config(cell)  # raises where it is refused
-        aggregation_rule(config)
+        resolve(config)

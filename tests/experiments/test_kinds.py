@@ -2,9 +2,9 @@
 
 import pytest
 
+from scripts.experiments.aggregation.hostile import attacked
 from scripts.experiments.cells import Cell, Setting
 from scripts.experiments.controls import alone, pooled
-from scripts.experiments.hostile import attacked
 from scripts.experiments.runs import federation
 
 

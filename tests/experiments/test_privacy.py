@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedllm.config import Scalar
-from fedllm.privacy.plan import plan_of
-from fedllm.rule import aggregation_rule
-from scripts.benchmarks.tools import report
+from fedllm.config.key import Scalar
+from fedllm.plan.run_plan import resolve
 from scripts.experiments.cells import Cell, Figures, Outcome, Setting, Workshop
-from scripts.experiments.privacy import (
+from scripts.experiments.privacy.main import (
     CLIENTS,
     FULL,
     KINDS,
@@ -26,9 +24,9 @@ from scripts.experiments.privacy import (
     do_parts,
     draw,
 )
-from scripts.experiments.private_run import by_heart, private
-from scripts.experiments.private_study import Part, study
-from scripts.experiments.private_tables import (
+from scripts.experiments.privacy.run import by_heart, private
+from scripts.experiments.privacy.study import Part, study
+from scripts.experiments.privacy.tables import (
     BY_HEART,
     CLIPPED,
     NONE,
@@ -37,6 +35,7 @@ from scripts.experiments.private_tables import (
     privacy_tables,
     rows_of,
 )
+from scripts.reports import report
 
 PART = Part(
     "rows",
@@ -50,8 +49,6 @@ PART = Part(
     clips=(0.5, 1.0, 2.0),
     audit_rows=4,
 )
-
-
 TINY = Scale(
     flat={},
     rows_of_domain=12,
@@ -232,8 +229,8 @@ def test_no_cell_of_a_scale_is_refused_and_each_has_the_unit_of_its_part(scale: 
         study(part, do)
     for cell in do.cells:
         config = setting.config(cell)  # raises where it is refused
-        aggregation_rule(config)
-        plan = plan_of(config)
+        resolve(config)
+        plan = resolve(config).privacy
         assert (plan is None) == (cell.labels["epsilon"] in UNBUDGETED)
         if plan is not None:
             unit = {SILOS: ("example", "local"), CLIENTS: ("client", "central")}[str(cell.labels["part"])]

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.config import ModelConfig
-from fedllm.data.example import Example, Turn
-from fedllm.data.packages import installed_packages
+from fedllm.config.keys import ModelConfig
+from fedllm.data.fields import Example, Turn
+from fedllm.data.installed_packages import installed_packages
 from fedllm.models.base import load_base
 from fedllm.models.chat import encode
 from scripts.experiments.small_model import Recipe, small_model

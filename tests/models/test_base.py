@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedllm.config import LoraConfig, ModelConfig
+from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.errors import LayoutError, MissingExtraError, ModelError
 from fedllm.models.base import choose_device, choose_dtype, describe_layout, load_base, target_modules
 

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from fedllm.data.example import Example, Turn
+from fedllm.data.fields import Example, Turn
 from fedllm.errors import DataError
 from fedllm.models.chat import IGNORED, Encoded, chat_text, encode
 

@@ -1,17 +1,11 @@
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
-import torch
 
-from fedllm.config import LoraConfig
+from fedllm.config.keys import LoraConfig
+from fedllm.engine.engine import Engine
 from fedllm.models.base import BaseModel, layout_of
-from fedllm.models.chat import Encoded
-from fedllm.originality.scores import whole
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import Job
-from fedllm.types import LocalTraining
 
 
 @pytest.fixture(scope="session")
@@ -35,20 +29,3 @@ def random_texts() -> Callable[..., list[tuple[int, ...]]]:
         return [tuple(generator.randrange(5, 300) for _ in range(length)) for length in lengths]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def overfitted() -> Callable[..., torch.Tensor]:
-    """Return a function (engine, texts, steps) -> the adapter [P] of a client that saw little else."""
-
-    def train(engine: Engine, texts: Sequence[Sequence[int]], steps: int = 60) -> torch.Tensor:
-        rows: tuple[Encoded, ...] = tuple(map(whole, texts))
-        training: Any = LocalTraining(
-            steps=steps, batch_size=len(rows), learning_rate=0.02, weight_decay=0.0, clip_norm=1.0
-        )
-        generator = torch.Generator().manual_seed(0)
-        start = 0.1 * torch.randn(engine.layout.size, generator=generator)
-        (result,) = engine.train([Job("a", start, (rows,) * steps, training)])
-        return start + result.delta
-
-    return train

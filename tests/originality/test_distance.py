@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fedllm.attacks.token_scores import whole
 from fedllm.models.chat import Encoded
 from fedllm.originality.distance import closest, distance_ratio, mean_pooled, too_close
-from fedllm.originality.scores import whole
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from fedllm.privacy.clipping import clipped, is_within, next_clip
+from fedllm.privacy.noise import clipped, is_within, next_clip
 
 anything = arrays("float64", array_shapes(max_dims=1, max_side=20), elements=st.floats(width=64))
 

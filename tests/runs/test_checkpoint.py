@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.adapters.drift import Drift
+from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.privacy.accounting import Charge
 from fedllm.privacy.ledger import Entry, Ledger
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
-from fedllm.types import OptimizerState, RoundRecord
+from fedllm.runs.records import OptimizerState, RoundRecord
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
 # factor means, so that every other key may be changed alone
@@ -33,7 +33,7 @@ def state_of(round_num: int) -> ServerState:
         initial_adapter(LAYOUT, round_num),
         {"a": 4 * round_num, "b": 1},
         records,
-        drift=Drift(LAYOUT, (pair, (torch.zeros(2, 0), torch.zeros(0, 4)))),
+        base_delta=BaseDelta(LAYOUT, (pair, (torch.zeros(2, 0), torch.zeros(0, 4)))),
         optimizer=OptimizerState(torch.arange(LAYOUT.size) / 7, torch.ones(LAYOUT.size), round_num),
         norms=(0.1, 1 / 3, float(round_num)),
     )
@@ -57,19 +57,19 @@ def test_a_state_comes_back_bit_for_bit_and_two_checkpoints_are_kept(folder: Pat
     assert state.adapter.digest == state_of(3).adapter.digest
     expected = state_of(3)
     assert (state.round_num, state.num_drawn, state.records) == (3, {"a": 12, "b": 1}, expected.records)
-    assert state.drift.digest == expected.drift.digest != ""
+    assert state.base_delta.digest == expected.base_delta.digest != ""
     assert torch.equal(state.optimizer.first, expected.optimizer.first)
     assert state.optimizer.num_steps == 3
     assert state.norms == expected.norms
 
 
-def test_a_state_without_drift_or_moments_writes_no_file_for_them(tmp_path: Path) -> None:
+def test_a_state_without_base_delta_or_moments_writes_no_file_for_them(tmp_path: Path) -> None:
     plain = ServerState(1, initial_adapter(LAYOUT, 1))
     save_checkpoint(tmp_path, plain, CONFIG)
     names = {path.name for path in (tmp_path / "round-00001").iterdir()}
     assert names == {"state.json", "adapter.safetensors", "manifest.json"}
     state, _ = load(tmp_path)
-    assert (state.drift.digest, state.drift.size, state.norms) == ("", 0, ())
+    assert (state.base_delta.digest, state.base_delta.size, state.norms) == ("", 0, ())
     assert (state.optimizer.num_steps, state.optimizer.first.numel()) == (0, 0)
 
 
@@ -107,7 +107,7 @@ DAMAGES = [
     for name in (
         "state.json",
         "adapter.safetensors",
-        "drift.safetensors",
+        "base-delta.safetensors",
         "optimizer.safetensors",
         "manifest.json",
     )
@@ -183,8 +183,6 @@ federation.num-rounds federation.round-deadline federation.join-deadline
 federation.max-retries federation.max-failure-rate
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """
-
-
 PRIVATE = {"privacy.epsilon": 8.0, "privacy.unit": "client", "aggregation.weighting": "uniform"}
 
 
@@ -266,14 +264,14 @@ def test_an_adapter_that_is_not_finite_is_never_resumed_from(folder: Path) -> No
     "changes",
     [
         {
-            "drift": Drift(
+            "base_delta": BaseDelta(
                 LAYOUT,
                 ((torch.full((5, 1), torch.nan), torch.ones(1, 3)), (torch.zeros(2, 0), torch.zeros(0, 4))),
             )
         },
         {"optimizer": OptimizerState(torch.ones(3), torch.ones(3), 1)},
     ],
-    ids=["drift that is not finite", "moments of another adapter"],
+    ids=["base delta that is not finite", "moments of another adapter"],
 )
 def test_a_state_that_cannot_be_is_never_resumed_from(changes: dict[str, Any], folder: Path) -> None:
     save_checkpoint(folder, replace(state_of(4), **changes), CONFIG)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
+from fedllm.config.recipe import build_config, parse_overrides, read_recipe
 from fedllm.errors import ConfigError
 from fedllm.runs.folder import (
     describe_run,
@@ -16,8 +17,7 @@ from fedllm.runs.folder import (
     write_result,
     write_rounds,
 )
-from fedllm.runs.recipe import build_config, parse_overrides, read_recipe
-from fedllm.types import RoundRecord
+from fedllm.runs.records import RoundRecord
 
 
 def config_in(tmp_path: Path, **changes: Any) -> RunConfig:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.runs.records import record_from_dict, record_to_dict, record_to_line
-from fedllm.types import ClientEvaluation, DistilRecord, RoundRecord
+from fedllm.messages import ClientEvaluation
+from fedllm.runs.records import DistilRecord, RoundRecord, record_from_dict, record_to_dict, record_to_line
 
 names = st.text(min_size=1, max_size=8)
 numbers = st.floats(-1e9, 1e9)

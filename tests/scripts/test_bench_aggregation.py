@@ -4,9 +4,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedllm.rule import AggregationRule
-from scripts import bench_aggregation
-from scripts.bench_aggregation import Case, Model, Shape, aggregate, check, form_dense, make_case
+from fedllm.plan.aggregation import AggregationRule
+from scripts.benchmarks import aggregation
+from scripts.benchmarks.aggregation import (
+    Case,
+    Model,
+    Shape,
+    aggregate,
+    check,
+    form_dense,
+    make_case,
+)
 
 SHAPE = Shape(12, 20, 3)
 
@@ -25,12 +33,12 @@ def test_the_anchor_is_the_dense_mean_of_products() -> None:
 
 def test_rules_and_anchor_must_agree_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(SHAPE, 2, 5, 0)
-    check(case, bench_aggregation.RULES)
+    check(case, aggregation.RULES)
     other = replace(case.updates[0], weight=100.0)
     broken = Case(case.start, (other, *case.updates[1:]))
-    monkeypatch.setattr(bench_aggregation, "form_dense", lambda _: form_dense(broken))
+    monkeypatch.setattr(aggregation, "form_dense", lambda _: form_dense(broken))
     with pytest.raises(RuntimeError, match="factor-mean reports another change"):
-        check(case, bench_aggregation.RULES)
+        check(case, aggregation.RULES)
 
 
 def test_a_case_is_the_same_for_the_same_seed() -> None:
@@ -39,16 +47,16 @@ def test_a_case_is_the_same_for_the_same_seed() -> None:
 
 
 def test_a_total_counts_every_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = bench_aggregation.measure(SHAPE, 2, 3, 0, 1)
-    total = bench_aggregation.totals(Model(2, (SHAPE, replace(SHAPE, number=2))), [figures, figures])
+    figures = aggregation.measure(SHAPE, 2, 3, 0, 1)
+    total = aggregation.totals(Model(2, (SHAPE, replace(SHAPE, number=2))), [figures, figures])
     assert total["svd"] == pytest.approx(5 * figures["svd"]["cpu_s"].median)
 
 
 def test_the_benchmark_prints_one_object(capsys, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_aggregation, "MODELS", {"tiny": Model(2, (SHAPE, Shape(8, 6, 2)))})
-    monkeypatch.setattr(bench_aggregation, "MOST_HELD", 20)
+    monkeypatch.setattr(aggregation, "MODELS", {"tiny": Model(2, (SHAPE, Shape(8, 6, 2)))})
+    monkeypatch.setattr(aggregation, "MOST_HELD", 20)
     kept = tmp_path / "figures.json"
-    bench_aggregation.main(["--quick", "--repetitions", "1", "--json", "--output", str(kept)])
+    aggregation.main(["--quick", "--repetitions", "1", "--json", "--output", str(kept)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     counts = result["figures"]["models"]["tiny"]

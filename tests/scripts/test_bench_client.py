@@ -9,16 +9,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedllm.config import LoraConfig
-from fedllm.data.example import Example, Turn
+from fedllm.config.keys import LoraConfig
+from fedllm.data.fields import Example, Turn
+from fedllm.engine.engine import Engine
 from fedllm.errors import DataError
+from fedllm.messages import LocalTraining
 from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.engine import Engine
-from fedllm.types import LocalTraining
-from scripts import bench_client
-from scripts.bench_client import goals_of, measure, parse, train_resident
+from scripts.benchmarks import client
 from scripts.benchmarks import cohort as bench_cohort
+from scripts.benchmarks.client import goals_of, measure, parse, train_resident
 from scripts.benchmarks.cohort import Cohort, make_cohort, tiny_engine, tiny_model, train_round, within
 from scripts.benchmarks.peers.flowertune import train_afresh
 from scripts.benchmarks.peers.shared import TOLERANCE, checked_difference, missing_package, quiet_huggingface
@@ -200,7 +200,7 @@ def test_a_missing_peer_is_named_once_and_left_out(
     line = missing_package("no_such_peer")
     assert line == "no_such_peer is not installed, so its column is left out: pip install 'fedllm[bench]'"
     assert missing_package("torch") == ""
-    monkeypatch.setattr(bench_client, "missing_package", lambda name: line)
+    monkeypatch.setattr(client, "missing_package", lambda name: line)
     with quiet_huggingface():
         found = measure(bench, shortened(workload, 2), tmp_path, repetitions=1)
     assert list(found.clients) == ["fedllm", "FlowerTune-like", "no checkpointing"]
@@ -212,8 +212,8 @@ def test_quick_report_holds_all_peers_and_is_json(bench: Bench, monkeypatch: pyt
     """The whole command on a tiny model: timings mean nothing, the work is the real one."""
     _trl()
     pytest.importorskip("pfl", reason="the extra `bench` is not installed")
-    monkeypatch.setattr(bench_client, "open_bench", lambda client, seed: bench)
-    result = bench_client.compare(parse(["--quick"]), Console(quiet=True))
+    monkeypatch.setattr(client, "open_bench", lambda client, seed: bench)
+    result = client.compare(parse(["--quick"]), Console(quiet=True))
     figures = result["figures"]
     assert list(figures["rows"]) == ["first sentences"]
     assert list(figures["rows"]["first sentences"]["clients"]) == ["fedllm", "FlowerTune-like", "TRL"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.bench_distillation import QUICK, TEACHERS, main, open_bench, round_flop, step_flop
+from scripts.benchmarks.distillation import QUICK, TEACHERS, main, open_bench, round_flop, step_flop
 from scripts.benchmarks.models import TINY
 
 pytestmark = pytest.mark.usefixtures("small_shapes")

@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import Job
+from fedllm.engine.layers import attached
 from fedllm.errors import MissingExtraError
-from fedllm.lora.layers import attached
 from fedllm.models.attention import ragged
 from fedllm.models.chat import IGNORED
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import Job
-from scripts import bench_dp
-from scripts.bench_dp import (
+from scripts.benchmarks import private_training
+from scripts.benchmarks.compare import delta_difference
+from scripts.benchmarks.models import TINY, random_rows
+from scripts.benchmarks.peers import opacus as bench_opacus
+from scripts.benchmarks.peers.opacus import OpacusTrainer, pad
+from scripts.benchmarks.private_training import (
     FEDLLM,
     HOOKS,
     NOISELESS,
@@ -28,11 +32,7 @@ from scripts.bench_dp import (
     noised,
     open_bench,
 )
-from scripts.benchmarks.compare import delta_difference
-from scripts.benchmarks.models import TINY, random_rows
-from scripts.benchmarks.peers import opacus as bench_opacus
-from scripts.benchmarks.peers.opacus import OpacusTrainer, pad
-from scripts.benchmarks.tools import Spread
+from scripts.reports import Spread
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,9 @@ quiet = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarn
 
 @pytest.fixture(autouse=True)
 def _small(small_shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_dp, "ROWS", {"docstrings": ((11, 5, 7), 0.25), "full rows": ((12,), 1.0)})
+    monkeypatch.setattr(
+        private_training, "ROWS", {"docstrings": ((11, 5, 7), 0.25), "full rows": ((12,), 1.0)}
+    )
 
 
 def test_rows_are_padded_at_the_right_and_learn_nothing_there() -> None:
@@ -128,10 +130,10 @@ def test_the_engine_hooks_and_ghost_clipping_give_the_same_clipped_mean_gradient
 @quiet
 def test_the_comparison_of_deltas_notices_that_nothing_was_clipped(bench: Bench) -> None:
     job = make_job(bench, 4, "docstrings")
-    private = bench_dp.train(bench.engine, job)
+    private = private_training.train(bench.engine, job)
     assert delta_difference(bench.hooks.train(job)[None], private, 0.95) < 1e-4
     assert delta_difference(bench.ghost.train(job)[None], private, 0.95) < 1e-4
-    plain = bench_dp.train(bench.engine, replace(job, example_clip=0.0))
+    plain = private_training.train(bench.engine, replace(job, example_clip=0.0))
     assert delta_difference(plain, private, 0.95) > 1e-2
 
 
@@ -142,10 +144,10 @@ def test_the_variant_that_is_judged_trains_with_the_noise_of_a_private_client(be
     job = make_job(bench, 4, "docstrings")
     private = noised(job, bench.seed)
     assert private.noise is not None
-    assert private.noise.deviation == pytest.approx(bench_dp.NOISE_MULTIPLIER * job.example_clip / 4)
-    without = bench_dp.train(bench.engine, job)
-    assert delta_difference(bench_dp.train(bench.engine, private), without, 0.95) > 1e-2
-    assert torch.equal(bench_dp.train(bench.engine, replace(private, noise=None)), without)
+    assert private.noise.deviation == pytest.approx(private_training.NOISE_MULTIPLIER * job.example_clip / 4)
+    without = private_training.train(bench.engine, job)
+    assert delta_difference(private_training.train(bench.engine, private), without, 0.95) > 1e-2
+    assert torch.equal(private_training.train(bench.engine, replace(private, noise=None)), without)
 
 
 @needs_opacus

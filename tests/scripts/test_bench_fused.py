@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import bench_fused
-from scripts.bench_fused import cells, goals_of, main, make_jobs, open_bench, row_lengths
+from scripts.benchmarks import fused
+from scripts.benchmarks.fused import cells, goals_of, main, make_jobs, open_bench, row_lengths
 from scripts.benchmarks.models import REAL, TINY, random_base, random_rows
-from scripts.benchmarks.tools import Spread
+from scripts.reports import Spread
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
@@ -83,8 +83,8 @@ def test_fusing_is_judged_on_a_gpu_only_and_the_tiny_model_by_nothing() -> None:
 def test_a_run_on_the_tiny_model_ends_in_one_json_object(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_fused, "QUICK_CELLS", {10: (1, 3), 120: (2,)})
-    monkeypatch.setattr(bench_fused, "BUDGET_CLIENTS", 3)
+    monkeypatch.setattr(fused, "QUICK_CELLS", {10: (1, 3), 120: (2,)})
+    monkeypatch.setattr(fused, "BUDGET_CLIENTS", 3)
     kept = tmp_path / "new" / "figures.json"
     main(["--quick", "--model", "tiny", "--device", "cpu", "--json", "--output", str(kept)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from clients import work
-from fedllm.config import RunConfig
-from fedllm.training.engine import Engine
-from scripts import bench_round
-from scripts.bench_round import memory_per_client, part_figures
+from clients import train
+from fedllm.config.keys import RunConfig
+from fedllm.engine.engine import Engine
+from scripts.benchmarks import round
+from scripts.benchmarks.models import save_tiny_model, write_rows
 from scripts.benchmarks.processes import Change, ProcessTree, Sample, Watched, peak_rss
+from scripts.benchmarks.round import memory_per_client, part_figures
 from scripts.benchmarks.round_worker import (
     PARTS,
     RoundEnd,
@@ -26,8 +27,7 @@ from scripts.benchmarks.round_worker import (
     train_only,
 )
 from scripts.benchmarks.runs import UNMEASURED, Run, check_same_work, process_kind, trace_of
-from scripts.benchmarks.tiny import save_tiny_model, write_rows
-from scripts.benchmarks.tools import spread
+from scripts.reports import spread
 from strategies.aggregation import combine
 
 ROUNDS = 3
@@ -89,10 +89,10 @@ def test_the_parts_of_a_round_add_up_to_less_than_the_round(traces):
 
 
 def test_timing_leaves_the_functions_as_they_were():
-    before = (Engine.train, work.protect, combine.add)
+    before = (Engine.train, train.protect, combine.add)
     with timed_parts():
-        assert work.protect is not before[1]
-    assert (Engine.train, work.protect, combine.add) == before
+        assert train.protect is not before[1]
+    assert (Engine.train, train.protect, combine.add) == before
 
 
 def test_a_trace_survives_its_journey(traces):
@@ -192,7 +192,7 @@ def test_memory_grows_by_adapters_per_client():
 def test_the_benchmark_prints_one_object(capsys, tmp_path):
     kept = tmp_path / "figures.json"
     words = ["--quick", "--json", "--clients", "2", "--rounds", "3", "--sizes", "2", "--output", str(kept)]
-    bench_round.main(words)
+    round.main(words)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     assert set(result) == {"name", "figures", "goals"}

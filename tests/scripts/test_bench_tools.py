@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from fedllm.errors import MissingExtraError, ModelError
-from scripts.benchmarks import plots as bench_plots
+from scripts import charts as bench_plots
 from scripts.benchmarks.compare import Tolerance, checked_difference, compare, delta_difference
-from scripts.benchmarks.plots import bars, lines, plot_file
-from scripts.benchmarks.tools import Goal, Spread, Timing, megabytes, peak_memory, report, run
+from scripts.benchmarks.tools import Timing, peak_memory, run
+from scripts.charts import bars, lines, plot_file
+from scripts.reports import Goal, Spread, megabytes, report
 
 CPU = torch.device("cpu")
 LOOSE = Tolerance(1.0, 1e-3)

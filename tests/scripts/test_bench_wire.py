@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.holder import open_holder
+from clients.data_holder import open_data_holder
 from fedllm.adapters.algebra import Product, inner, squared_norm
 from fedllm.adapters.shapes import stack_factors
-from fedllm.config import RunConfig
-from fedllm.wire import codec
-from scripts import bench_wire
+from fedllm.config.keys import RunConfig
+from fedllm.wire import packets
+from scripts.benchmarks import wire
 from scripts.benchmarks.deltas import (
     Case,
     case_figures,
@@ -24,7 +24,7 @@ from scripts.benchmarks.deltas import (
     train_case,
     unpacked,
 )
-from scripts.benchmarks.tiny import save_tiny_model, write_rows
+from scripts.benchmarks.models import save_tiny_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def case(folder) -> Case:
             "lora.rank": 2,
         }
     )
-    return train_case(open_holder(config.to_flat(), {"server-paths": True}), steps=3)
+    return train_case(open_data_holder(config.to_flat(), {"server-paths": True}), steps=3)
 
 
 def _received(case: Case, payload: str) -> list[torch.Tensor]:
@@ -63,14 +63,14 @@ def test_errors_are_those_of_their_definitions():
 
 
 def test_half_steps_are_those_of_each_block():
-    exact = torch.zeros(3 * codec.INT8_BLOCK)
-    exact[0], exact[codec.INT8_BLOCK] = 1.0, 100.0
+    exact = torch.zeros(3 * packets.INT8_BLOCK)
+    exact[0], exact[packets.INT8_BLOCK] = 1.0, 100.0
     got = exact.clone()
-    got[codec.INT8_BLOCK + 1] = 0.1  # a quarter of a half step there, and 25 in the first block
+    got[packets.INT8_BLOCK + 1] = 0.1  # a quarter of a half step there, and 25 in the first block
     assert error_in_half_steps(exact, got) == pytest.approx(0.1 / (100 / 127 * (1 + 2**-7) / 2))
 
 
-@pytest.mark.parametrize("payload", codec.PAYLOADS)
+@pytest.mark.parametrize("payload", packets.PAYLOADS)
 def test_a_real_delta_keeps_the_promises_of_its_payload(case, payload):
     for delta, got in zip(case.deltas, _received(case, payload), strict=True):
         assert float(delta.norm()) > 0
@@ -108,7 +108,7 @@ def test_the_error_of_the_mean_product_is_that_of_factored_algebra(case):
 
 def test_a_case_reports_every_payload(case):
     figures = case_figures(case)
-    assert set(figures["payloads"]) == set(codec.PAYLOADS)
+    assert set(figures["payloads"]) == set(packets.PAYLOADS)
     losses = {payload: found["held_out_loss"] for payload, found in figures["payloads"].items()}
     assert losses["fp32"] < figures["held_out_loss_before"]
     assert losses["int8"] == pytest.approx(losses["fp32"], abs=1e-2)
@@ -116,7 +116,7 @@ def test_a_case_reports_every_payload(case):
 
 
 def test_sizes_are_exact(case):
-    sizes, number = bench_wire.sizes(case.start), case.layout.size
+    sizes, number = wire.sizes(case.start), case.layout.size
     beside = sizes["fp32"] - 4 * number
     assert sizes["bf16"] - 2 * number == beside == sizes["int8"] - number - 2 * math.ceil(number / 64) + 0
     assert min(sizes["safetensors"], sizes["Flower ArrayRecord"]) > 4 * number
@@ -126,7 +126,7 @@ def test_the_benchmark_prints_one_object(capsys, folder, tmp_path):
     kept = tmp_path / "figures.json"
     model, source = str(folder / "model"), str(folder / "rows.jsonl")
     words = ["--model", model, "--source", source, "--clients", "2", "--repetitions", "1", "--steps", "1,2"]
-    bench_wire.main([*words, "--quick", "--json", "--output", str(kept)])
+    wire.main([*words, "--quick", "--json", "--output", str(kept)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     assert set(result["figures"]["deltas"]) == {"q, v, 1 steps", "all linear, 1 steps"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from scripts.commands.check_command import resolved_axes
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.commands.evaluate_command import trained_clients
+from scripts.finished_run import trained_clients
 
 
 @pytest.mark.parametrize(

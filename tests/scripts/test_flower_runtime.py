@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fedllm.runs.folder import write_rounds
-from fedllm.types import RoundRecord
-from scripts import flower_runtime
+from fedllm.runs.records import RoundRecord
 from scripts.console import Console, RunView
-from scripts.flower_runtime import Link, follow
+from scripts.runtimes import flower
+from scripts.runtimes.flower import Link, follow
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(flower_runtime, "time", clock)
+    monkeypatch.setattr(flower, "time", clock)
     return clock
 
 
@@ -40,7 +40,7 @@ def test_a_run_that_dies_silently_is_noticed_within_a_minute(clock, monkeypatch,
         clock.asked.append(clock.now)
         return "finished:failed" if clock.now >= dies else "running"
 
-    monkeypatch.setattr(flower_runtime, "status", status)
+    monkeypatch.setattr(flower, "status", status)
     view = RunView(Console(quiet=True), 2)
     assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:failed"
     assert clock.asked == pytest.approx([10, 30, 70, 130, 190, 250], abs=2)
@@ -59,7 +59,7 @@ def test_every_round_is_shown_once_and_the_result_ends_the_wait(clock, monkeypat
         write(min(len(records), 1 + int(clock.now)))
 
     clock.sleep = sleep  # type: ignore[method-assign]
-    monkeypatch.setattr(flower_runtime, "status", lambda link, run_id: "finished:completed")
+    monkeypatch.setattr(flower, "status", lambda link, run_id: "finished:completed")
     shown: list[int] = []
     view = RunView(Console(quiet=True), 3)
     view.record = lambda record: shown.append(record.round_num)  # type: ignore[method-assign]
@@ -80,7 +80,7 @@ def test_rounds_of_an_earlier_session_say_nothing_of_the_time_left(
         (tmp_path / "result.json").write_text("{}")
 
     clock.sleep = sleep  # type: ignore[method-assign]
-    monkeypatch.setattr(flower_runtime, "status", lambda link, run_id: "finished:completed")
+    monkeypatch.setattr(flower, "status", lambda link, run_id: "finished:completed")
     follow(Link(tmp_path, 1), "7", tmp_path, RunView(Console(), 10), num_old=3)
     shown = [line for line in capsys.readouterr().out.splitlines() if "round" in line]
     assert ["left" in line for line in shown] == [False, False, False, True]

@@ -2,8 +2,9 @@
 
 import pytest
 
-from fedllm.config import RunConfig
-from fedllm.privacy.plan import PrivacyPlan, plan_of
+from fedllm.config.keys import RunConfig
+from fedllm.plan.privacy import PrivacyPlan
+from fedllm.plan.run_plan import resolve
 from scripts.commands.privacy_command import full_rounds, signal_to_noise
 
 NUM_VALUES = 10_000  # noise of deviation 1 on each is 100 long
@@ -21,7 +22,7 @@ def ratio(**fields: object) -> float:
         **fields,
     }
     config = RunConfig.from_flat(flat)
-    plan = plan_of(config)
+    plan = resolve(config).privacy
     assert isinstance(plan, PrivacyPlan)
     return signal_to_noise(plan, Z, full_rounds(config, plan), NUM_VALUES)
 

@@ -6,9 +6,9 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from scripts.flower_keys import PYPROJECT, with_keys
-from scripts.flower_runtime import flower_environment
+from scripts.runtimes.flower import flower_environment
 
 ROOT = PYPROJECT.parent
 

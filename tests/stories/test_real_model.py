@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedllm.models.files import embedded_gguf
-from scripts.commands.evaluate_command import find_adapter
+from scripts.finished_run import find_adapter
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,9 +36,9 @@ def _losses_through_peft(folder, config) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from clients.holder import open_holder
+    from clients.data_holder import open_data_holder
 
-    holder = open_holder(config.to_flat(), {})
+    holder = open_data_holder(config.to_flat(), {})
     base = AutoModelForCausalLM.from_pretrained(holder.files.folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
     losses = {}

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fedllm.config import RunConfig
-from scripts.commands.words import config_of
-from scripts.flower_runtime import status, submit, superlink, supernode
-from scripts.local import init, step
+from fedllm.config.keys import RunConfig
+from scripts.recipe_arguments import config_of
+from scripts.runtimes.flower import status, submit, superlink, supernode
+from scripts.runtimes.local import init, step
 
 
 def _digest(folder: Path) -> str:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from clients import drifts
+from clients import base_deltas
 from clients.client_app import app
-from clients.holder import open_holder
-from fedllm.config import RunConfig
+from clients.data_holder import open_data_holder
+from fedllm.config.keys import RunConfig
+from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import RoundRecord
-from scripts.local_grid import LocalGrid, local_grid
+from fedllm.runs.records import RoundRecord
+from scripts.runtimes.local import LocalGrid, local_grid
 from strategies.run import open_session
 from strategies.session import Session, Watch
 
@@ -107,10 +108,10 @@ def open_run() -> Callable[..., Run]:
         if tamper is not None:
             grid.tamper = tamper
         for context in contexts.values():  # a slow machine must not miss the short deadline for joining
-            assert open_holder(context.run_config, context.node_config).fingerprint
+            assert open_data_holder(context.run_config, context.node_config).fingerprint
         notices: list[str] = []
         records: list[RoundRecord] = []
-        session = open_session(config, grid, Watch(notice=notices.append, record=records.append))
+        session = open_session(resolve(config), grid, Watch(notice=notices.append, record=records.append))
         session.transport.poll_seconds = 0.01
         state = ServerState(0, session.initial)
         return Run(session, state, grid, notices, records)
@@ -119,9 +120,9 @@ def open_run() -> Callable[..., Run]:
 
 
 @pytest.fixture
-def own_drifts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep the drifts of a test apart from those of others."""
+def own_base_deltas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keep the base deltas of a test apart from those of others."""
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
-    drifts._store.cache_clear()
+    base_deltas._store.cache_clear()
     yield
-    drifts._store.cache_clear()
+    base_deltas._store.cache_clear()

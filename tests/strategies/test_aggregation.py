@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter, with_rank
 from fedllm.errors import LayoutError
-from fedllm.rule import AggregationRule
+from fedllm.messages import ClientUpdate
+from fedllm.plan.aggregation import AggregationRule
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import ClientUpdate
-from fedllm.wire import codec
+from fedllm.wire import packets
 from strategies.aggregation import combine as combining
 from strategies.aggregation import sums
 from strategies.aggregation.combine import Aggregate, Mixture
-from strategies.answers import in_order
+from strategies.exchange.receiving import in_order
 
 RANK = 3
 LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), RANK, 6.0, "f")
@@ -76,9 +76,9 @@ def dense(vector: torch.Tensor) -> list[torch.Tensor]:
 
 
 def model_change(result: Aggregate) -> list[torch.Tensor]:
-    """Return what a read-out adds to the base model in all: adapter and drift."""
-    drift = [b_ON.double() @ a_NI.double() for b_ON, a_NI in result.drift.factors]
-    return [a + b for a, b in zip(dense(result.adapter.vector), drift, strict=True)]
+    """Return what a read-out adds to the base model in all: adapter and base delta."""
+    base_delta = [b_ON.double() @ a_NI.double() for b_ON, a_NI in result.base_delta.factors]
+    return [a + b for a, b in zip(dense(result.adapter.vector), base_delta, strict=True)]
 
 
 def dense_mean(start: AdapterState, updates: list[ClientUpdate]) -> list[torch.Tensor]:
@@ -194,7 +194,7 @@ def test_a_single_client_keeps_its_own_factors_bit_for_bit(read_out: str, weight
     result = combine(start, [update("a", delta, weight)], read_out)
     assert torch.equal(result.adapter.vector, start.vector + delta)
     assert (result.rho, result.largest_rho, result.kept_energy) == (0.0, 0.0, 1.0)
-    assert result.drift.size == 0
+    assert result.base_delta.size == 0
 
 
 def test_identical_clients_lose_nothing_and_every_read_out_agrees() -> None:
@@ -213,10 +213,10 @@ def test_stack_starts_afresh_and_leaves_everything_in_the_base() -> None:
     result = combine(start, updates, "stack")
     assert result.adapter.digest == initial_adapter(LAYOUT, 7).digest
     assert norm(dense(result.adapter.vector)) == 0
-    assert result.drift.size > 0
+    assert result.base_delta.size > 0
 
 
-def test_drift_adds_up_over_rounds_and_stays_at_the_rank_that_holds_it() -> None:
+def test_base_delta_adds_up_over_rounds_and_stays_at_the_rank_that_holds_it() -> None:
     state, added = ServerState(0, initial_adapter(LAYOUT, 0)), [torch.zeros(12, 20), torch.zeros(17, 9)]
     for seed in range(4):
         rule = AggregationRule(read_out="residual")
@@ -227,10 +227,10 @@ def test_drift_adds_up_over_rounds_and_stays_at_the_rank_that_holds_it() -> None
         result = combining.finish(mixture)
         residual = difference(dense_mean(state.adapter, updates), dense(result.adapter.vector))
         added = [before + new for before, new in zip(added, residual, strict=True)]
-        state = ServerState(seed + 1, result.adapter, drift=result.drift)
-    kept = [b_ON.double() @ a_NI.double() for b_ON, a_NI in state.drift.factors]
+        state = ServerState(seed + 1, result.adapter, base_delta=result.base_delta)
+    kept = [b_ON.double() @ a_NI.double() for b_ON, a_NI in state.base_delta.factors]
     assert norm(difference(kept, added)) < 1e-6 * norm(added)
-    assert [b_ON.shape[1] for b_ON, _ in state.drift.factors] == [12, 9]  # full: no rank is wasted
+    assert [b_ON.shape[1] for b_ON, _ in state.base_delta.factors] == [12, 9]  # full: no rank is wasted
 
 
 @settings(deadline=None, max_examples=25)
@@ -242,7 +242,7 @@ def test_the_order_of_arrival_changes_no_bit(arrival: list[int], read_out: str) 
     arrived = [updates[index] for index in arrival]
     ordered = combine(start, list(in_order(iter(arrived), plan)), read_out)
     assert ordered.adapter.digest == expected.adapter.digest
-    assert ordered.drift.digest == expected.drift.digest
+    assert ordered.base_delta.digest == expected.base_delta.digest
     products = model_change(expected)
     unordered = difference(model_change(combine(start, arrived, read_out)), products)
     assert norm(unordered) < 1e-6 * norm(products)
@@ -335,8 +335,8 @@ def test_a_lossy_wire_moves_the_result_by_less_than_it_rounds(payload: str, read
     start, updates = trained_start(), random_updates()
     received = []
     for item in updates:
-        packet = codec.encode(item.delta, layout_digest="x", round_num=1, payload=payload)
-        vector = codec.decode(packet, layout_digest="x", size=LAYOUT.size).vector
+        packet = packets.encode(item.delta, layout_digest="x", round_num=1, payload=payload)
+        vector = packets.decode(packet, layout_digest="x", size=LAYOUT.size).vector
         received.append(update(item.client_id, vector, item.weight))
     exact, lossy = combine(start, updates, read_out), combine(start, received, read_out)
     rounding = {"bf16": 2.0**-8, "int8": 2.0**-5}[payload]  # of a delta's values, relative
@@ -355,7 +355,7 @@ def test_updates_of_zero_keep_the_adapter_trainable(read_out: str) -> None:
     expected = initial_adapter(LAYOUT, 7) if read_out == "stack" else start
     torch.testing.assert_close(result.adapter.vector, expected.vector, rtol=1e-6, atol=0)
     assert (result.rho, result.kept_energy, result.delta_norm) == (0.0, 1.0, 0.0)
-    assert result.drift.size == 0
+    assert result.base_delta.size == 0
 
 
 @pytest.mark.parametrize("size", [0, 1, LAYOUT.size - 1, LAYOUT.size + 1, LAYOUT.size // RANK * 4])

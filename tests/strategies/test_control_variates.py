@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from clients.client_app import app
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
-from fedllm.types import RoundRecord
-from fedllm.wire import codec, packets
-from scripts.local_grid import local_grid
+from fedllm.runs.records import RoundRecord
+from fedllm.wire import packets
+from scripts.runtimes.local import local_grid
 from strategies.rounds import next_round
 from strategies.run import run_federation
 from strategies.session import Watch
@@ -86,7 +87,7 @@ def test_c_is_the_mean_of_all_that_trained_where_they_are_more_than_expected(
     flat = {**SCAFFOLD, "run.output": str(tmp_path)}
     opened = open_run(make_config(flat))
     fewer = make_config({**flat, "federation.num-clients": 2, "federation.cohort-size": 2})
-    object.__setattr__(opened.session, "config", fewer)  # as where four data holders came for two
+    object.__setattr__(opened.session, "plan", resolve(fewer))  # as where four data holders came for two
     state, numbers = opened.state, []
     for _ in range(6):
         state, _ = next_round(opened.session, state)
@@ -148,12 +149,12 @@ def hostile(change: Callable[[torch.Tensor], torch.Tensor | None], layout: Adapt
     def tamper(reply: Message) -> list[Message]:
         if reply.metadata.src_node_id == BEN and reply.metadata.message_type == "train":
             data = reply.content["controls"]["ben"].data
-            honest = codec.decode(data, layout_digest=layout.digest, part="control", size=layout.size)
+            honest = packets.decode(data, layout_digest=layout.digest, part="control", size=layout.size)
             vector = change(honest.vector)
             if vector is None:
                 del reply.content["controls"]
             else:
-                packet = codec.encode(
+                packet = packets.encode(
                     vector, layout_digest=layout.digest, part="control", round_num=1, payload="fp32"
                 )
                 array = Array("uint8", (len(packet),), packets.PACKET_TYPE, packet)

@@ -15,29 +15,29 @@ from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForCausalLM
 
 from clients.client_app import app
-from clients.holder import open_holder
+from clients.data_holder import open_data_holder
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
-from fedllm.config import RunConfig
-from fedllm.data.example import Example, Turn
-from fedllm.distillation.wanted import asks_clients
+from fedllm.config.keys import RunConfig
+from fedllm.data.fields import Example, Turn
 from fedllm.errors import ConfigError, DataError, NoDataError
+from fedllm.messages import ClientUpdate
 from fedllm.models.chat import Encoded, encode
 from fedllm.originality.verdict import read_screening
+from fedllm.plan.run_plan import distillation_of, resolve
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import ClientUpdate, DistilRecord, RoundRecord
+from fedllm.runs.records import DistilRecord, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
-from scripts.local_grid import local_grid
-from strategies.distillation.gate import ask_clients, judged
+from scripts.runtimes.local import local_grid
+from strategies.distillation.gate import Loss, ask_clients, error_of_gain, judged
 from strategies.distillation.material import make_material
-from strategies.distillation.measure import Loss, error_of_gain
-from strategies.distillation.step import distilled, is_due, server_engine
+from strategies.distillation.report import in_short, sentence
+from strategies.distillation.step import distilled, server_engine
+from strategies.distillation.synthetic_text import Gates
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
-from strategies.distillation.words import in_short, sentence
-from strategies.distillation.writing import Gates
+from strategies.flower_strategy import FederatedLora
 from strategies.rounds import next_round
 from strategies.run import open_session, run_federation
 from strategies.session import Watch
-from strategies.strategy import FederatedLora
 
 FORMS = {
     "anna": "Return the {} of a {}.",
@@ -149,7 +149,8 @@ def trained(make_config: Callable, open_run: Callable) -> Callable[..., Any]:
         )
         after, record = next_round(session, opened.state)
         assert record.accepted == NAMES
-        return session, opened.state, after, teachers.without(())
+        distilling = resolve(session.config.override({"distill.when": CHEAP["distill.when"]}))
+        return replace(session, plan=distilling), opened.state, after, teachers.without(())
 
     return do
 
@@ -165,8 +166,8 @@ def timeless(record: RoundRecord) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("when", "expected"), [("never", []), ("last", [3]), ("every", [1, 2, 3])])
 def test_a_step_is_due_never_in_the_last_round_or_in_every_one(when: str, expected: list[int]) -> None:
-    config = RunConfig.from_flat({"distill.when": when})
-    assert [number for number in (1, 2, 3) if is_due(config, number)] == expected
+    plan = resolve(RunConfig.from_flat({"distill.when": when})).distillation
+    assert [number for number in (1, 2, 3) if plan is not None and plan.is_due(number)] == expected
 
 
 def update(
@@ -361,12 +362,12 @@ def test_in_a_local_run_the_server_has_the_engine_of_its_clients(
     opened = open_run(make_config(CHEAP))
     next_round(opened.session, opened.state)
     context = next(iter(opened.grid._contexts.values()))
-    assert server_engine(opened.session) is open_holder(context.run_config, context.node_config).engine
+    assert server_engine(opened.session) is open_data_holder(context.run_config, context.node_config).engine
 
 
 def test_a_step_that_cannot_open_the_base_model_costs_no_round(trained: Callable) -> None:
     session, before, after, adapters = trained()
-    elsewhere = replace(session, config=session.config.override({"model.name": "/nowhere"}))
+    elsewhere = replace(session, plan=resolve(session.config.override({"model.name": "/nowhere"})))
     adapter, step = distilled(elsewhere, before, after, adapters)
     assert adapter is after.adapter
     assert not step.kept
@@ -410,7 +411,7 @@ def with_public(session: Any, source: str, **flat: Any) -> Any:
     from strategies.distillation.step import open_public_text
 
     config = session.config.override({**CHEAP, "distill.text": source, **flat})
-    return replace(session, config=config, public_text=open_public_text(config))
+    return replace(session, plan=resolve(config), public_text=open_public_text(resolve(config)))
 
 
 def test_every_client_is_heard_where_its_own_text_is(trained: Callable, public_file: str) -> None:
@@ -468,9 +469,9 @@ def test_public_text_in_no_clients_support_weighs_all_clients_alike_and_says_so(
 def test_synthetic_text_begins_with_what_there_is(flat: dict[str, str], trained: Callable) -> None:
     session, _, _, adapters = trained()
     config = session.config.override({**CHEAP, **FEW, **flat})
-    material = make_material(config, (), server_engine(session), adapters, 1)
-    again = make_material(config, (), server_engine(session), adapters, 1)
-    assert material == again != make_material(config, (), server_engine(session), adapters, 2)
+    material = make_material(resolve(config), (), server_engine(session), adapters, 1)
+    again = make_material(resolve(config), (), server_engine(session), adapters, 1)
+    assert material == again != make_material(resolve(config), (), server_engine(session), adapters, 2)
     tokenizer = server_engine(session).base.tokenizer
     begins = {tokenizer.decode(row.tokens)[:8] for row in material.rows}
     if "data.text-column" in flat:
@@ -497,7 +498,7 @@ def test_no_row_distilled_on_is_the_head_that_a_held_out_text_is_read_to(
     path.write_text("".join(json.dumps(row) + "\n" for row in (*own, *same)))
     session, _, _, adapters = trained()
     public = with_public(session, str(path), **{"distill.num-texts": 200})
-    material = make_material(public.config, public.public_text, server_engine(session), adapters, 1)
+    material = make_material(public.plan, public.public_text, server_engine(session), adapters, 1)
     heads = [row.tokens for row in material.held_out if row.num_cut]
     assert heads, "a held-out text has the head"
     assert not {row.tokens for row in material.rows} & {row.tokens for row in material.held_out}
@@ -511,12 +512,12 @@ def test_where_few_synthetic_texts_pass_most_of_them_are_learnt_from(trained: Ca
     def strict(texts: Sequence[Encoded], public: Sequence[Encoded]) -> list[bool]:
         return [number % 5 == 0 for number in range(len(texts))]
 
-    material = make_material(config, (), server_engine(session), adapters, 1, strict)
+    material = make_material(resolve(config), (), server_engine(session), adapters, 1, strict)
     assert material.num_written - material.num_refused == 10
     assert (len(material.rows) + material.num_removed, len(material.held_out)) == (8, 2)
     assert material.rows
     with pytest.raises(NoDataError, match="none of 50 synthetic texts is original"):
-        make_material(config, (), server_engine(session), adapters, 1, refuse_all)
+        make_material(resolve(config), (), server_engine(session), adapters, 1, refuse_all)
 
 
 def refuse_all(texts: Sequence[Encoded], public: Sequence[Encoded]) -> list[bool]:
@@ -526,7 +527,7 @@ def refuse_all(texts: Sequence[Encoded], public: Sequence[Encoded]) -> list[bool
 def test_where_no_synthetic_text_passes_the_public_ones_are_left(trained: Callable, public_file: str) -> None:
     session, _, _, adapters = trained()
     mixed = with_public(session, f"synthetic+{public_file}")
-    material = make_material(mixed.config, mixed.public_text, server_engine(session), adapters, 1, refuse_all)
+    material = make_material(mixed.plan, mixed.public_text, server_engine(session), adapters, 1, refuse_all)
     assert (material.text, material.held_out_text, len(material.rows)) == ("public", "public", 12)
     assert material.num_refused == material.num_written == 12
 
@@ -546,7 +547,7 @@ def test_beside_plain_public_text_synthetic_text_begins_with_the_runs_prompts(
         return [True] * len(texts)
 
     engine = server_engine(session)
-    make_material(mixed.config, mixed.public_text, engine, adapters, 1, listen)
+    make_material(mixed.plan, mixed.public_text, engine, adapters, 1, listen)
     assert written
     begins = tuple(f"<|user|>{prompt}<|end|><|assistant|>" for prompt in ("sum of?", "list it?"))
     assert all(engine.base.tokenizer.decode(row.tokens).startswith(begins) for row in written)
@@ -555,7 +556,9 @@ def test_beside_plain_public_text_synthetic_text_begins_with_the_runs_prompts(
 def test_prompts_that_leave_no_room_for_an_answer_are_refused(trained: Callable) -> None:
     session, before, after, adapters = trained()
     flat = {**CHEAP, "distill.max-tokens": 8, "evaluation.prompts": "a prompt longer than the whole text is"}
-    adapter, step = distilled(replace(session, config=session.config.override(flat)), before, after, adapters)
+    adapter, step = distilled(
+        replace(session, plan=resolve(session.config.override(flat))), before, after, adapters
+    )
     assert adapter is after.adapter
     assert "distill.max-tokens: the shortest prompt" in step.reason
 
@@ -567,7 +570,7 @@ def test_flowers_own_loop_has_the_step_too(make_config: Callable) -> None:
     heard: list[str] = []
     strategy = FederatedLora(config, Watch(notice=heard.append))
     grid = local_grid(config, app, num_nodes=2)
-    session = open_session(config, grid)
+    session = open_session(resolve(config), grid)
     arrays = write_plain(session.initial)
     messages = strategy.configure_train(1, arrays, ConfigRecord(), grid)
     answer, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
@@ -580,7 +583,7 @@ def test_flowers_own_loop_has_the_step_too(make_config: Callable) -> None:
 def test_a_stock_strategy_and_a_step_are_refused_together(make_config: Callable) -> None:
     config = make_config({**CHEAP, "aggregation.read-out": "factor-mean"})
     with pytest.raises(ConfigError, match=r"set distill\.when = never"):
-        open_session(config, local_grid(config, app), stock=FedAvg())
+        open_session(resolve(config), local_grid(config, app), stock=FedAvg())
 
 
 @pytest.mark.parametrize("teacher", ["uniform", "logit-mean"])
@@ -670,7 +673,7 @@ def test_texts_that_data_holders_have_do_not_pass_and_the_verdicts_are_kept(
         )
         for line in lines
     ]
-    written = make_material(session.config, (), engine, adapters, 1).rows
+    written = make_material(session.plan, (), engine, adapters, 1).rows
     passed = Gates(session, engine, adapters, 1, tmp_path)([*theirs, *written], [])
     assert not any(passed[: len(theirs)])
     assert any(passed[len(theirs) :])
@@ -682,7 +685,7 @@ def test_texts_that_data_holders_have_do_not_pass_and_the_verdicts_are_kept(
 
 def test_a_step_learns_from_screened_texts_alone(trained: Callable) -> None:
     session, before, after, adapters = trained()
-    screened = replace(session, config=session.config.override({**CHEAP, "distill.originality": "on"}))
+    screened = replace(session, plan=resolve(session.config.override({**CHEAP, "distill.originality": "on"})))
     _, step = distilled(screened, before, after, adapters)
     assert step.num_written == 24 + 6
     assert step.num_texts + step.num_held_out + step.num_removed + step.num_refused == step.num_written
@@ -742,7 +745,8 @@ def test_the_gate_of_clients_measures_in_the_round_itself(run: Callable, public_
 def test_clients_judge_where_no_other_text_does_and_their_losses_may_leave(
     flat: dict[str, Any], asked: bool
 ) -> None:
-    assert asks_clients(RunConfig.from_flat({"distill.when": "last", **flat})) is asked
+    plan = resolve(RunConfig.from_flat({"distill.when": "last", **flat}))
+    assert distillation_of(plan).asks_clients is asked
 
 
 def test_synthetic_text_alone_is_judged_by_the_clients_too(run: Callable) -> None:
@@ -776,10 +780,10 @@ def test_public_text_that_cannot_be_read_ends_a_run_before_its_first_round(run: 
 )
 def test_what_a_step_cannot_go_with_is_refused_with_the_reason(flat: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        RunConfig.from_flat({"distill.when": "last", **flat})
+        resolve(RunConfig.from_flat({"distill.when": "last", **flat}))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-    RunConfig.from_flat(flat)  # where nothing is distilled it may stand
+    resolve(RunConfig.from_flat(flat))  # where nothing is distilled it may stand
 
 
 @pytest.mark.parametrize(

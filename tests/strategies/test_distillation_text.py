@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from fedllm.config import DataConfig
-from fedllm.data.example import Example
-from fedllm.distillation.wanted import has_synthetic, public_source
+from fedllm.config.keys import DataConfig, RunConfig
+from fedllm.data.fields import Example
+from fedllm.data.public_text import PublicText
 from fedllm.errors import DataError, NoDataError
 from fedllm.originality.duplicates import jaccard, shingles
-from strategies.distillation.text import PublicText, read_public, split_texts, words_of
+from fedllm.plan.run_plan import distillation_of, resolve
+from strategies.distillation.public_text import read_public, split_texts, words_of
 
 WORDS = tuple(f"word{number}" for number in range(15))
 
@@ -42,7 +43,8 @@ def texts_of(domain: str, number: int) -> list[PublicText]:
     ],
 )
 def test_the_key_names_synthetic_text_a_source_or_both(text: str, synthetic: bool, source: str) -> None:
-    assert (has_synthetic(text), public_source(text)) == (synthetic, source)
+    plan = distillation_of(resolve(RunConfig.from_flat({"distill.when": "last", "distill.text": text})))
+    assert (plan.has_synthetic, plan.public_source) == (synthetic, source)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -8,11 +8,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.adapters.algebra import Product, decompose
-from fedllm.adapters.drift import with_drift
+from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.rule import PRESETS, AggregationRule
+from fedllm.config.keys import PRESETS
+from fedllm.messages import ClientUpdate
+from fedllm.plan.aggregation import AggregationRule
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import ClientUpdate
 from strategies.aggregation import combine
 
 RANK, WEIGHTS = 3, (1.0, 2.0, 3.0, 4.0)
@@ -84,10 +85,10 @@ def conv1d(weight_OI: torch.Tensor) -> nn.Module:
 @pytest.mark.parametrize("make_layer", [linear, conv1d])
 @pytest.mark.parametrize(("num_in", "num_out"), [(20, 12), (12, 20), (16, 16)])
 @pytest.mark.parametrize("preset", ["fedex", "flora", "ffa", "rolora"])
-def test_the_layer_with_drift_and_adapter_computes_the_mean_of_the_clients(
+def test_the_layer_with_base_delta_and_adapter_computes_the_mean_of_the_clients(
     preset: str, num_in: int, num_out: int, make_layer: Callable[[torch.Tensor], nn.Module]
 ) -> None:
-    """I1, I2, I3: (W + s drift) x + s B A x = W x + s M x, wherever a transposed factor cannot hide."""
+    """I1, I2, I3: (W + s base delta) x + s B A x = W x + s M x, wherever a transposed factor cannot hide."""
     layout = layout_of(num_in, num_out)
     start = AdapterState(layout, 0.3 * gaussian(layout.size, seed=50))
     train, read_out, _, _ = PRESETS[preset]
@@ -95,7 +96,7 @@ def test_the_layer_with_drift_and_adapter_computes_the_mean_of_the_clients(
     updates = updates_of(layout, rule.trained_in(1))
     result = aggregate(ServerState(0, start), updates, rule)
     weight, x = gaussian(num_out, num_in, seed=60).double(), gaussian(7, num_in, seed=61)
-    ((b_ON, a_NI),) = result.drift.factors
+    ((b_ON, a_NI),) = result.base_delta.factors
     layer = make_layer(weight + layout.scale * b_ON.double() @ a_NI.double())
     ((a_RI, b_OR),) = layout.factors(result.adapter.vector)
     found = layer(x) + layout.scale * (x @ a_RI.T @ b_OR.T)
@@ -114,19 +115,19 @@ def test_averaging_both_factors_is_not_exact() -> None:
 
 
 @pytest.mark.parametrize("preset", ["fedex", "flora"])
-def test_a_published_adapter_holds_the_drift(preset: str) -> None:
+def test_a_published_adapter_holds_the_base_delta(preset: str) -> None:
     """The PEFT adapter for the base model everybody has does what the clients' changed base does."""
     layout = AdapterLayout((LoraMatrix("a", 20, 12), LoraMatrix("b", 6, 9)), RANK, 6.0, "f")
     state = ServerState(0, initial_adapter(layout, 0))
     for round_num in (1, 2):
         result = aggregate(state, updates_of(layout), AggregationRule(read_out=PRESETS[preset][1]), round_num)
-        state = ServerState(round_num, result.adapter, drift=result.drift)
-    whole = with_drift(state.adapter, state.drift)
-    assert whole.layout.rank == RANK + max(b_ON.shape[1] for b_ON, _ in state.drift.factors)
+        state = ServerState(round_num, result.adapter, base_delta=result.base_delta)
+    whole = adapter_with_base_delta(state.adapter, state.base_delta)
+    assert whole.layout.rank == RANK + max(b_ON.shape[1] for b_ON, _ in state.base_delta.factors)
     pairs = zip(
         whole.layout.factors(whole.vector),
         layout.factors(state.adapter.vector),
-        state.drift.factors,
+        state.base_delta.factors,
         strict=True,
     )
     for (a, b), (a_RI, b_OR), (b_ON, a_NI) in pairs:
@@ -144,7 +145,7 @@ def test_a_transposed_residual_would_be_worse_than_no_residual_at_all() -> None:
     updates = updates_of(layout, size=0.3)
     result = aggregate(ServerState(0, start), updates, AggregationRule(read_out="residual"))
     mean, adapter = mean_product(start, updates), product(layout, result.adapter.vector)
-    ((b_ON, a_NI),) = result.drift.factors
+    ((b_ON, a_NI),) = result.base_delta.factors
     residual = b_ON.double() @ a_NI.double()
     errors = {
         "ours": float((adapter + residual - mean).norm()),
@@ -255,10 +256,10 @@ def test_one_client_alone_trains_as_if_there_were_no_server(preset: str) -> None
             train_loss=0.5,
         )
         result = aggregate(state, [update], rule, round_num)
-        state = ServerState(round_num, result.adapter, drift=result.drift)
+        state = ServerState(round_num, result.adapter, base_delta=result.base_delta)
         central = central + gradient_step(layout, central, rows, part)
         assert torch.equal(state.adapter.vector, central)
-        assert state.drift.size == 0
+        assert state.base_delta.size == 0
 
 
 def test_an_svd_of_b_alone_never_leaves_the_first_row_space() -> None:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from clients import work
+from clients import train
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size
 from fedllm.runs.records import record_to_line
-from fedllm.wire import codec, packets
+from fedllm.wire import packets
 from strategies.rounds import next_round
 
 OFFENDER, NODE = "ben", 3
@@ -32,7 +32,7 @@ def as_packet(data: bytes, **changes: Any) -> Array:
 
 def delta_of(content: RecordDict, layout: AdapterLayout) -> torch.Tensor:
     data = content["updates"][OFFENDER].data
-    return codec.decode(data, layout_digest=layout.digest, size=layout.size).vector.clone()
+    return packets.decode(data, layout_digest=layout.digest, size=layout.size).vector.clone()
 
 
 def sends(content: RecordDict, data: bytes, **changes: Any) -> None:
@@ -40,7 +40,7 @@ def sends(content: RecordDict, data: bytes, **changes: Any) -> None:
 
 
 def encoded(vector: torch.Tensor, layout: AdapterLayout, round_num: int = 1) -> bytes:
-    return codec.encode(vector, layout_digest=layout.digest, round_num=round_num, payload="fp32")
+    return packets.encode(vector, layout_digest=layout.digest, round_num=round_num, payload="fp32")
 
 
 def one_value(value: float) -> Tampering:
@@ -63,7 +63,7 @@ def other_layout(**changes: Any) -> Tampering:
 def other_part(part: str) -> Tampering:
     def tamper(content: RecordDict, layout: AdapterLayout) -> None:
         vector = torch.zeros(part_size(layout, part))
-        data = codec.encode(vector, layout_digest=layout.digest, round_num=1, payload="fp32", part=part)
+        data = packets.encode(vector, layout_digest=layout.digest, round_num=1, payload="fp32", part=part)
         sends(content, data)
 
     return tamper
@@ -273,14 +273,14 @@ def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(
 def test_an_exception_beside_the_data_costs_only_its_client_and_none_of_its_words_travel(
     make_config: Callable, open_run: Callable, expected_digest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = work.make_job
+    honest = train.make_job
 
     def crash(client: Any, *rest: Any) -> Any:
         if client.client_id == OFFENDER:
             raise RuntimeError(f"cannot train on {SECRET}")
         return honest(client, *rest)
 
-    monkeypatch.setattr(work, "make_job", crash)
+    monkeypatch.setattr(train, "make_job", crash)
     run = open_run(make_config())
     state, record = next_round(run.session, run.state)
     assert state.adapter.digest == expected_digest

@@ -8,12 +8,13 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from fedllm.errors import RunFailedError
-from fedllm.types import JoinedClient
-from strategies import joining
-from strategies.evaluation import evaluate
-from strategies.joining import join_clients, rejoin
+from fedllm.messages import JoinedClient
+from fedllm.plan.run_plan import resolve
+from strategies.exchange import joining
+from strategies.exchange.evaluation import evaluate
+from strategies.exchange.joining import join_clients, rejoin
+from strategies.grid.transport import Transport
 from strategies.rounds import next_round, wait_for_nodes
-from strategies.transport import Transport
 
 OFFENDER, NODE = "ben", 3
 SECRET = "xyzzy-private row of text"
@@ -199,7 +200,7 @@ def test_a_new_node_that_hangs_holds_one_round_for_a_short_time(
     monkeypatch.setattr(joining, "REJOIN_SECONDS", 0.3)
     nodes, full = Nodes(open_run(make_config(), absent=[NODE]), monkeypatch), open_run(make_config())
     session = nodes.run.session
-    object.__setattr__(session, "config", make_config({"federation.join-deadline": 30.0}))
+    object.__setattr__(session, "plan", resolve(make_config({"federation.join-deadline": 30.0})))
     nodes.run.grid._contexts[NODE] = full.grid._contexts[NODE]
     nodes.silent = {NODE}
     waits = []

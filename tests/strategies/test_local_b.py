@@ -12,17 +12,19 @@ from flwr.app import Message, RecordDict
 from flwr.common.serde import message_to_proto
 from safetensors.torch import load_file
 
-from clients import work
+from clients import train
 from clients.client_app import app
-from clients.holder import open_holder
+from clients.data_holder import open_data_holder
+from clients.evaluate import evaluate_clients
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.parts import part_of, part_size, whole_of
+from fedllm.engine.jobs import EvaluationJob
+from fedllm.messages import ClientUpdate, EvaluateRequest, TrainRequest
 from fedllm.runs.checkpoint import ServerState
-from fedllm.training.jobs import EvaluationJob
-from fedllm.types import ClientUpdate, EvaluateRequest, RoundRecord, TrainRequest
-from fedllm.wire import codec
-from scripts.local_grid import local_grid
-from strategies.evaluation import evaluate
+from fedllm.runs.records import RoundRecord
+from fedllm.wire import packets
+from scripts.runtimes.local import local_grid
+from strategies.exchange.evaluation import evaluate
 from strategies.rounds import next_round, plan_round
 from strategies.run import run_federation
 from strategies.session import Watch
@@ -53,7 +55,7 @@ def test_a_round_goes_on_from_the_shared_a_and_the_b_of_the_round_before(
     next_round(run.session, first)
     for node, name in enumerate(NAMES, 2):
         context = run.grid._contexts[node]
-        holder = open_holder(context.run_config, context.node_config)
+        holder = open_data_holder(context.run_config, context.node_config)
         own_b = kept_b(tmp_path / "run", name, 4)
         assert float(own_b.abs().max()) > 0.01
         request = TrainRequest(
@@ -62,7 +64,7 @@ def test_a_round_goes_on_from_the_shared_a_and_the_b_of_the_round_before(
             num_drawn=(4,),
             ranks=(plan.ranks[name],),
             adapter=first.adapter,
-            drift=first.drift,
+            base_delta=first.base_delta,
             training=plan.training,
             trained="both",
             local_b=True,
@@ -71,7 +73,7 @@ def test_a_round_goes_on_from_the_shared_a_and_the_b_of_the_round_before(
             weighting="examples",
             seed=run.session.config.seed,
         )
-        job = work.make_job(holder.clients[name], request, 4, plan.ranks[name], own_b)
+        job = train.make_job(holder.clients[name], request, 4, plan.ranks[name], own_b)
         (alone,) = holder.engine.train([job])
         update = heard[2, name]
         own_layout = job.layout
@@ -91,7 +93,7 @@ def test_a_client_is_evaluated_with_its_own_b(
     assert found.personal == {}
     for node, name in enumerate(NAMES, 2):
         context = run.grid._contexts[node]
-        holder = open_holder(context.run_config, context.node_config)
+        holder = open_data_holder(context.run_config, context.node_config)
         vector = whole_of(layout, kept_b(tmp_path / "run", name, 4), "b", state.adapter.vector)
         (alone,) = holder.engine.evaluate([EvaluationJob(name, vector, holder.clients[name].held_out)])
         assert found.shared[name] == alone.loss
@@ -99,10 +101,10 @@ def test_a_client_is_evaluated_with_its_own_b(
             round_num=1,
             client_ids=(name,),
             adapter=state.adapter,
-            drift=state.drift,
+            base_delta=state.base_delta,
             local_b=False,
         )
-        (shared,) = work.evaluate(holder, request)
+        (shared,) = evaluate_clients(holder, request)
         assert shared.loss != alone.loss
 
 
@@ -154,7 +156,7 @@ def test_b_never_leaves_and_what_travels_is_an_a(
     for number in (1, 2):
         state, record = next_round(opened.session, state)
         assert record.accepted == NAMES
-        packet = codec.encode(
+        packet = packets.encode(
             torch.zeros(part_size(layout, "a")),
             layout_digest=layout.digest,
             part="a",

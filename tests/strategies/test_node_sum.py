@@ -9,13 +9,13 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from clients import work
+from clients import train
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size
 from fedllm.errors import NonFiniteError
+from fedllm.messages import ClientUpdate
 from fedllm.runs.records import record_to_line
-from fedllm.types import ClientUpdate
-from fedllm.wire import codec, packets
+from fedllm.wire import packets
 from strategies.rounds import next_round
 
 NAMES = ("anna", "ben", "cleo", "dora")
@@ -61,7 +61,7 @@ def test_bytes_up_do_not_grow_with_the_clients_of_a_node(make_config: Callable, 
         assert record.accepted == NAMES
         sizes[num_nodes] = record.bytes_up / num_nodes
     layout = run.session.layout
-    one = codec.encode(
+    one = packets.encode(
         torch.zeros(part_size(layout, "b")),
         layout_digest=layout.digest,
         part="b",
@@ -74,14 +74,14 @@ def test_bytes_up_do_not_grow_with_the_clients_of_a_node(make_config: Callable, 
 def test_a_client_that_diverges_is_left_out_of_its_nodes_sum(
     make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = work.protect
+    honest = train.protect
 
     def protect(result: Any, *rest: Any, **options: Any) -> ClientUpdate:
         if result.client_id == "cleo":
             raise NonFiniteError("client cleo: the loss is not finite")
         return honest(result, *rest, **options)
 
-    monkeypatch.setattr(work, "protect", protect)
+    monkeypatch.setattr(train, "protect", protect)
     vectors = []
     for changes in (LINEAR, SUMMED):
         run = open_run(make_config(changes), num_nodes=2)
@@ -118,7 +118,7 @@ def test_an_over_selected_cohort_closes_when_its_sums_are_of_enough_clients(
 
 def encoded(vector: torch.Tensor, layout: AdapterLayout, **changes: Any) -> Any:
     values = {"layout_digest": layout.digest, "round_num": 1, "payload": "fp32", **changes}
-    return packets.to_array(codec.encode(vector, **values))
+    return packets.to_array(packets.encode(vector, **values))
 
 
 def one_value(value: float) -> Tampering:

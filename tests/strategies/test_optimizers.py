@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.rule import OPTIMIZERS, AggregationRule, ServerOptimizer
+from fedllm.config.keys import OPTIMIZERS
+from fedllm.messages import ClientUpdate
+from fedllm.plan.aggregation import AggregationRule, ServerOptimizer
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import ClientUpdate, OptimizerState
+from fedllm.runs.records import OptimizerState
 from strategies.aggregation import combine
-from strategies.aggregation.gauge import aligned
-from strategies.aggregation.optimizers import step
+from strategies.aggregation.optimizers import aligned, step
 
 RANK, BETA, BETA2, TAU = 3, 0.8, 0.95, 1e-2
 LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), RANK, 6.0, "f")

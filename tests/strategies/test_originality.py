@@ -9,17 +9,17 @@ import torch
 from flwr.app import ConfigRecord, Message
 from flwr.common.serde import message_to_proto
 
-from clients.holder import open_holder
-from fedllm.data.example import Example, Turn
+from clients.data_holder import open_data_holder
+from fedllm.attacks.token_scores import whole
+from fedllm.data.fields import Example, Turn
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import Job
+from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of, load_base, load_tokenizer
 from fedllm.models.chat import Encoded, encode, form_tokens
 from fedllm.models.files import resolve_model
-from fedllm.originality.scores import whole
 from fedllm.originality.verdict import digest_of
-from fedllm.training.engine import Engine
-from fedllm.training.jobs import Job
-from fedllm.types import LocalTraining
-from strategies.originality import known_to_one, screen
+from strategies.distillation.originality import known_to_one, screen
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def private_rows(run: Any) -> dict[str, list[Encoded]]:
     """Return the rows of every client of a run, as its node holds them."""
     found = {}
     for context in run.grid._contexts.values():
-        for client in open_holder(context.run_config, context.node_config).clients.values():
+        for client in open_data_holder(context.run_config, context.node_config).clients.values():
             found[client.client_id] = [*client.train, *client.held_out]
     return found
 

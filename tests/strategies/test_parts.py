@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from clients import work
-from clients.holder import open_holder
-from fedllm.adapters.drift import no_drift
+from clients.data_holder import open_data_holder
+from clients.train import make_job
+from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import AdapterState, at_rank, initial_adapter, with_rank
 from fedllm.adapters.parts import other_part, part_of, part_size
 from fedllm.errors import ConfigError
-from fedllm.types import ClientUpdate, TrainRequest
-from fedllm.wire import codec
-from strategies.evaluation import evaluate
+from fedllm.messages import ClientUpdate, TrainRequest
+from fedllm.wire import packets
+from strategies.exchange.evaluation import evaluate
 from strategies.rounds import next_round, plan_round
 
 FFA = {"aggregation.train": "b", "aggregation.read-out": "factor-mean", "wire.codec": "fp32"}
@@ -26,7 +26,7 @@ def packet_size(layout: Any, part: str, payload: str = "fp32", round_num: int = 
     """Return the bytes of one packet of a part."""
     vector = torch.zeros(part_size(layout, part))
     return len(
-        codec.encode(vector, layout_digest=layout.digest, part=part, round_num=round_num, payload=payload)
+        packets.encode(vector, layout_digest=layout.digest, part=part, round_num=round_num, payload=payload)
     )
 
 
@@ -89,7 +89,7 @@ def test_a_machine_that_makes_other_bits_from_the_seed_is_sent_everything_the_ne
 ) -> None:
     run, honest = open_run(make_config(FFA)), open_run(make_config(FFA))
     context = run.grid._contexts[3]
-    holder = open_holder(context.run_config, context.node_config)
+    holder = open_data_holder(context.run_config, context.node_config)
     layout = run.session.layout
     own = holder.__dict__.get("initial")
     holder.__dict__["initial"] = initial_adapter(layout, 5)  # as a machine with another generator has it
@@ -150,10 +150,10 @@ def test_clients_train_and_send_at_their_own_ranks(
     assert record.bytes_up == sum(packet_size(at_rank(layout, rank), train) for rank in expected.values())
     for name, rank in expected.items():
         node = run.grid._contexts[run.session.clients[name].node_id]
-        holder = open_holder(node.run_config, node.node_config)
+        holder = open_data_holder(node.run_config, node.node_config)
         own = at_rank(layout, rank)
         assert own.scale == pytest.approx(layout.scale)
-        job = work.make_job(holder.clients[name], _request(run, name, rank, train), 0, rank)
+        job = make_job(holder.clients[name], _request(run, name, rank, train), 0, rank)
         assert torch.equal(job.start, with_rank(run.state.adapter.vector, layout, rank))
         (alone,) = holder.engine.train([job])
         assert torch.equal(alone.delta, seen[name].delta)
@@ -168,7 +168,7 @@ def _request(run: Any, name: str, rank: int, train: str) -> TrainRequest:
         num_drawn=(0,),
         ranks=(rank,),
         adapter=run.state.adapter,
-        drift=no_drift(run.session.layout),
+        base_delta=no_base_delta(run.session.layout),
         training=plan.training,
         trained=train,
         local_b=False,
@@ -191,7 +191,7 @@ def test_ranks_by_name_leave_the_others_as_they_are_and_unknown_names_are_notice
 def test_a_limit_that_is_no_rank_is_refused_by_its_node(limit: Any, make_config: Callable) -> None:
     node = {"partition-id": 0, "num-partitions": 4, "server-paths": True, "max-rank": limit}
     with pytest.raises(ConfigError, match=f"max-rank = {limit!r}"):
-        open_holder(make_config().to_flat(), node)
+        open_data_holder(make_config().to_flat(), node)
 
 
 def test_with_a_local_b_a_alone_travels(make_config: Callable, open_run: Callable) -> None:

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from clients.client_app import app
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import RoundRecord
+from fedllm.runs.records import RoundRecord
 from scripts.console import loss_table
-from scripts.local_grid import local_grid
+from scripts.runtimes.local import local_grid
 from strategies.rounds import next_round
 from strategies.run import run_federation
 from strategies.session import Watch

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.adapters.drift import with_drift
+from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.folder import load_adapter
+from fedllm.config.keys import PRESETS
 from fedllm.models.files import resolve_model
-from fedllm.rule import PRESETS
+from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import load_checkpoint, save_checkpoint
 from fedllm.runs.records import record_to_line
 from strategies.publish import publish_adapter
 from strategies.rounds import next_round
 
-pytestmark = pytest.mark.usefixtures("own_drifts")
+pytestmark = pytest.mark.usefixtures("own_base_deltas")
 
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"aggregation.preset": name} for name in PRESETS},
@@ -48,7 +49,7 @@ def test_a_run_continued_from_its_checkpoint_gives_the_bits_of_one_that_never_st
     assert passed_over == []
     state, resumed = next_round(again.session, state)
     assert state.adapter.digest == expected.adapter.digest
-    assert state.drift.digest == expected.drift.digest
+    assert state.base_delta.digest == expected.base_delta.digest
     assert state.norms == expected.norms
     assert torch.equal(state.optimizer.first, expected.optimizer.first)
     assert torch.equal(state.optimizer.second, expected.optimizer.second)
@@ -56,7 +57,7 @@ def test_a_run_continued_from_its_checkpoint_gives_the_bits_of_one_that_never_st
         numbers = json.loads(line)
         assert numbers["silenced"] == []
         assert (numbers["rho"] is None) == (method == "fedsa")
-    assert bool(expected.drift.size) == (method.split()[0] in ("fedex", "flora"))
+    assert bool(expected.base_delta.size) == (method.split()[0] in ("fedex", "flora"))
 
 
 @pytest.mark.parametrize("preset", ["fedex", "flora", "flexlora", "fedsa"])
@@ -67,9 +68,9 @@ def test_every_method_publishes_one_ordinary_adapter(
     run = open_run(config)
     state, _ = next_round(run.session, run.state)
     files = resolve_model(config.model.name, config.model.revision)
-    folder = publish_adapter(tmp_path, config, files, state)
+    folder = publish_adapter(tmp_path, resolve(config), files, state)
     published = load_adapter(folder).state
-    expected = with_drift(state.adapter, state.drift)
+    expected = adapter_with_base_delta(state.adapter, state.base_delta)
     assert published.digest == expected.digest
     card = (folder / "README.md").read_text()
     assert f"{preset}: read-out `{PRESETS[preset][1]}`" in card

@@ -20,15 +20,17 @@ from clients.client_app import app
 from clients.protect import Protection, protect
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.adapters.parts import part_of, part_size
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
+from fedllm.engine.jobs import Result
 from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError
+from fedllm.messages import ClientUpdate
+from fedllm.plan.run_plan import resolve
 from fedllm.privacy.accounting import gaussian_epsilon
-from fedllm.privacy.clipping import clipped
 from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.noise import clipped
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
-from fedllm.training.jobs import Result
-from fedllm.types import ClientUpdate, RoundRecord
-from scripts.local_grid import local_grid
+from fedllm.runs.records import RoundRecord
+from scripts.runtimes.local import local_grid
 from strategies.privacy import NoisedSum, ServerPrivacy
 from strategies.rounds import finish as finish_round
 from strategies.rounds import fold, next_round, open_sums, plan_round, run_round
@@ -53,7 +55,7 @@ NOWHERE = settings(
 def privacy_of(secret: bytes = bytes(32), **changes: Any) -> ServerPrivacy:
     """Return the server's half of a plan; with a known secret, so that no test fails by chance."""
     flat = {**CLIENT, "federation.num-clients": 4, **changes}
-    found = serving.open_privacy(RunConfig.from_flat(flat))
+    found = serving.open_privacy(resolve(RunConfig.from_flat(flat)).privacy)
     assert found is not None
     return replace(found, secret=secret)
 
@@ -456,11 +458,11 @@ def test_a_release_that_differs_after_a_resume_is_charged_again(
     config = make_config({**CLIENT, "run.output": str(tmp_path)})
     run = open_run(config)
     journal = tmp_path / "server"
-    privacy = serving.open_privacy(config, journal)
+    privacy = serving.open_privacy(resolve(config).privacy, journal)
     session = replace(run.session, privacy=privacy)
     next_round(session, run.state)  # and then the process is gone, and a client with it
     fewer = open_run(config, absent=[3])
-    again = replace(fewer.session, privacy=serving.open_privacy(config, journal))
+    again = replace(fewer.session, privacy=serving.open_privacy(resolve(config).privacy, journal))
     state = serving.with_journal(again.privacy, fewer.state)
     assert len(state.ledger.entries) == 1
     state, _ = next_round(again, state)
@@ -476,10 +478,10 @@ def test_who_is_asked_for_a_round_again_is_charged_once_and_a_newcomer_as_well(
 ) -> None:
     config = make_config({**LOCAL, "federation.cohort-size": 3, "run.output": str(tmp_path)})
     journal, run = tmp_path / "server", open_run(config)
-    session = replace(run.session, privacy=serving.open_privacy(config, journal))
+    session = replace(run.session, privacy=serving.open_privacy(resolve(config).privacy, journal))
     _, first = next_round(session, run.state)  # and then the process is gone, and a client with it
     others = open_run(config, absent=[run.session.clients[first.asked[0]].node_id])
-    again = replace(others.session, privacy=serving.open_privacy(config, journal))
+    again = replace(others.session, privacy=serving.open_privacy(resolve(config).privacy, journal))
     state, second = next_round(again, serving.with_journal(again.privacy, others.state))
     assert set(first.asked) != set(second.asked)
     everybody = {*first.asked, *second.asked}
@@ -514,9 +516,9 @@ def test_a_second_release_of_a_round_does_not_exceed_the_budget(
     one = gaussian_epsilon(0.5, 1e-5)
     config = make_config({**CLIENT, "privacy.epsilon": one * 1.01, "run.output": str(tmp_path)})
     run, fewer = open_run(config), open_run(config, absent=[3])
-    session = replace(run.session, privacy=serving.open_privacy(config, tmp_path / "server"))
+    session = replace(run.session, privacy=serving.open_privacy(resolve(config).privacy, tmp_path / "server"))
     next_round(session, run.state)
-    again = replace(fewer.session, privacy=serving.open_privacy(config, tmp_path / "server"))
+    again = replace(fewer.session, privacy=serving.open_privacy(resolve(config).privacy, tmp_path / "server"))
     state = serving.with_journal(again.privacy, fewer.state)
     with pytest.raises(BudgetSpentError, match="not released again"):
         next_round(again, state)
@@ -535,7 +537,7 @@ def test_clients_that_took_part_as_often_as_allowed_are_not_asked_again(
 
 
 def test_withheld_losses_are_not_asked_for(make_config: Callable, open_run: Callable) -> None:
-    from strategies.evaluation import evaluate
+    from strategies.exchange.evaluation import evaluate
 
     run = open_run(make_config(CLIENT))
     assert evaluate(run.session, run.state).shared == {}

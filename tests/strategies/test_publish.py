@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
+from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import RoundRecord
+from fedllm.runs.records import RoundRecord
 from strategies.publish import model_card
 from strategies.run import summary
 
@@ -33,7 +34,7 @@ def end(make_config: Callable) -> Callable[..., tuple[str, Mapping[str, Any]]]:
         state = ServerState(2, state.adapter, records=records)
         result = summary(state, Path("adapter"))
         files = resolve_model(config.model.name, config.model.revision)
-        return model_card(config, files, state), result["held_out"]  # type: ignore[return-value]
+        return model_card(resolve(config), files, state), result["held_out"]  # type: ignore[return-value]
 
     return do
 

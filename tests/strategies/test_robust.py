@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.rule import COORDINATE_RULES, ROBUST_RULES, AggregationRule
+from fedllm.config.keys import ROBUST_RULES
+from fedllm.messages import ClientUpdate
+from fedllm.plan.aggregation import COORDINATE_RULES, AggregationRule
 from fedllm.runs.checkpoint import ServerState
-from fedllm.types import ClientUpdate
 from strategies.aggregation import combine, robust
 
 RANK = 3
@@ -61,8 +62,8 @@ def products(vector: torch.Tensor) -> torch.Tensor:
 
 
 def model_change(result: combine.Aggregate) -> torch.Tensor:
-    drift = torch.cat([(b.double() @ a.double()).flatten() for b, a in result.drift.factors])
-    return products(result.adapter.vector) + drift
+    base_delta = torch.cat([(b.double() @ a.double()).flatten() for b, a in result.base_delta.factors])
+    return products(result.adapter.vector) + base_delta
 
 
 def changes(updates: list[ClientUpdate]) -> torch.Tensor:
@@ -325,7 +326,7 @@ RULES = [
 def test_every_rule_stays_finite_beside_every_hostile_reply(axes: dict[str, str], kind: str) -> None:
     result = aggregate(hostile(kind), **axes)
     result.adapter.checked_finite()
-    result.drift.checked_finite()
+    result.base_delta.checked_finite()
     numbers = [result.delta_norm, *result.norms]
     numbers += [n for n in (result.rho, result.largest_rho, result.kept_energy) if n is not None]
     assert all(math.isfinite(number) and number >= 0 for number in numbers)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from flwr.app import Message, RecordDict
 
-from fedllm.config import RunConfig, cohort_size_of
+from fedllm.config.keys import RunConfig
 from fedllm.errors import RunFailedError
-from fedllm.training.numbers import learning_rate
+from fedllm.plan.run_plan import resolve
+from fedllm.plan.training import local_training
 from strategies.rounds import check_failure_rate, next_round, run_round
 
 EVERYBODY = ("anna", "ben", "cleo", "dora")
@@ -188,13 +189,13 @@ def test_a_record_counts_packets_and_weights(make_config: Callable, open_run: Ca
     ],
 )
 def test_a_cohort_is_a_fixed_size_or_a_fraction_and_at_least_one(flat: dict[str, Any], expected: int) -> None:
-    assert cohort_size_of(RunConfig.from_flat(flat)) == expected
+    assert resolve(RunConfig.from_flat(flat)).cohort.size == expected
 
 
 def test_a_cosine_schedule_falls_from_the_whole_rate_and_a_constant_one_stays() -> None:
     flat = {"federation.num-rounds": 4, "train.learning-rate": 0.8}
     cosine = RunConfig.from_flat({**flat, "train.schedule": "cosine"})
-    rates = [learning_rate(cosine, round_num) for round_num in range(1, 5)]
+    rates = [local_training(cosine, round_num).learning_rate for round_num in range(1, 5)]
     assert rates == pytest.approx([0.8, 0.4 + 0.4 * math.sqrt(0.5), 0.4, 0.4 - 0.4 * math.sqrt(0.5)])
     constant = RunConfig.from_flat(flat)
-    assert {learning_rate(constant, round_num) for round_num in range(1, 5)} == {0.8}
+    assert {local_training(constant, round_num).learning_rate for round_num in range(1, 5)} == {0.8}

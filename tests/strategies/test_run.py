@@ -12,13 +12,12 @@ import pytest
 
 from clients.client_app import app
 from fedllm.adapters.folder import WEIGHTS, load_adapter
-from fedllm.config import RunConfig
+from fedllm.config.keys import RunConfig
 from fedllm.errors import CheckpointError, ConfigError, RunFailedError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import run_folder
-from fedllm.runs.records import record_to_dict
-from fedllm.types import RoundRecord
-from scripts.local_grid import local_grid
+from fedllm.runs.records import RoundRecord, record_to_dict
+from scripts.runtimes.local import local_grid
 from strategies.run import run_federation
 from strategies.session import Watch
 
@@ -233,7 +232,7 @@ def test_the_published_folder_names_no_path_and_no_row(
 
 
 def test_the_config_in_the_folder_is_the_runs(run: Callable, make_config: Callable, tmp_path: Path) -> None:
-    from fedllm.runs.recipe import build_config
+    from fedllm.config.recipe import build_config
 
     run("mine", **{"federation.num-rounds": 1})
     expected = make_config({**plan(tmp_path, "mine"), "federation.num-rounds": 1})

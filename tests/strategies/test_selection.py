@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm import limits
-from fedllm.types import JoinedClient, RoundRecord
+from fedllm.config.keys import described_keys
+from fedllm.messages import JoinedClient
+from fedllm.plan.cohort import CohortPlan
+from fedllm.runs.records import RoundRecord
+from strategies.cohort.selection import RULES, choose_clients
 from strategies.rounds import next_round
-from strategies.selection import RULES, Selection, choose_clients
 
 NUM_DRAWS = 4000
 
@@ -34,8 +36,8 @@ def choose(
 ) -> tuple[str, ...]:
     draw = {"seed": 7, "round_num": 1, "attempt": 1}
     draw.update({key: changes.pop(key) for key in list(changes) if key in draw})
-    values = {"num_clients": max(1, len(available)), "cohort_size": cohort_size, **changes}
-    return choose_clients(available, past, selection=Selection(rule=rule, **values), **draw)
+    values = {"num_clients": max(1, len(available)), "size": cohort_size, **changes}
+    return choose_clients(available, past, cohort=CohortPlan(rule=rule, **values), **draw)
 
 
 def record(round_num: int, losses: dict[str, float], seconds: float | dict[str, float] = 1.0) -> RoundRecord:
@@ -44,7 +46,9 @@ def record(round_num: int, losses: dict[str, float], seconds: float | dict[str, 
 
 
 def test_every_rule_can_be_configured() -> None:
-    assert set(RULES) == set(limits.CHOICES["federation.selection"])
+    assert set(RULES) == set(
+        next(allowed.choices for name, _, _, allowed in described_keys() if name == "federation.selection")
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -251,7 +255,7 @@ def test_an_empty_poisson_round_moves_no_base_no_momentum_and_no_memory_of_norms
     while item.asked or state.adapter.digest == run.state.adapter.digest:
         before, (state, item) = state, next_round(run.session, state)
     assert state.round_num == before.round_num + 1
-    assert (state.adapter, state.drift, state.norms) == (before.adapter, before.drift, before.norms)
+    assert (state.adapter, state.base_delta, state.norms) == (before.adapter, before.base_delta, before.norms)
     assert state.optimizer is before.optimizer
 
 

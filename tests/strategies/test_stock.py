@@ -12,12 +12,13 @@ from clients.client_app import app
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.errors import ConfigError, RunFailedError
 from fedllm.models.base import describe_layout
+from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.wire.stock import read_plain, write_plain
-from scripts.local_grid import local_grid
+from scripts.runtimes.local import local_grid
+from strategies.flower_strategy import FederatedLora
 from strategies.rounds import next_round
 from strategies.run import open_session
-from strategies.strategy import FederatedLora
 
 EVERYBODY = {"min_available_nodes": 4, "min_train_nodes": 4, "min_evaluate_nodes": 4}
 
@@ -124,7 +125,7 @@ RULES: dict[str, Callable[[], Strategy]] = {
 
 
 def opened(config: Any, stock: Strategy) -> Any:
-    session = open_session(config, local_grid(config, app, num_nodes=4), stock=stock)
+    session = open_session(resolve(config), local_grid(config, app, num_nodes=4), stock=stock)
     return session, ServerState(0, start_of(config))
 
 

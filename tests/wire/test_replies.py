@@ -8,13 +8,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
-from fedllm.types import (
-    ClientEvaluation,
-    ClientFailure,
-    ClientUpdate,
-    JoinedClient,
-)
-from fedllm.wire import codec, packets, replies
+from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
+from fedllm.wire import packets, replies
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
 SECRET = "xyzzy-private"
@@ -161,7 +156,7 @@ def test_a_reply_with_nothing_done_hides_no_text_under_a_known_name(name: str) -
 
 
 def test_packet_bytes_are_those_of_the_packets() -> None:
-    length = len(codec.encode(update("a").delta, layout_digest=LAYOUT.digest, round_num=4, payload="fp32"))
+    length = len(packets.encode(update("a").delta, layout_digest=LAYOUT.digest, round_num=4, payload="fp32"))
     assert packets.packet_bytes(updates_reply()) == 2 * length
     assert packets.packet_bytes(evaluations_reply()) == 0
 

@@ -9,12 +9,12 @@ import torch
 from flwr.app import Array, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
-from fedllm.adapters.drift import Drift, no_drift
+from fedllm.adapters.base_delta import BaseDelta, no_base_delta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
 from fedllm.adapters.parts import other_part, part_size, whole_of
 from fedllm.errors import LayoutError, NonFiniteError, NotHeldError, WireError
-from fedllm.types import EvaluateRequest, LocalTraining, TrainRequest
-from fedllm.wire import codec, packets, requests
+from fedllm.messages import EvaluateRequest, LocalTraining, TrainRequest
+from fedllm.wire import packets, requests
 from fedllm.wire.requests import Holding, Sending
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
@@ -30,7 +30,7 @@ TRAINING = LocalTraining(
 HEADER = 4 + 1 + 4 + 32  # of a packet, its JSON apart
 
 
-def drift_of(ranks: tuple[int, int], seed: int = 0) -> Drift:
+def base_delta_of(ranks: tuple[int, int], seed: int = 0) -> BaseDelta:
     generator = torch.Generator().manual_seed(seed)
     pairs = tuple(
         (
@@ -39,13 +39,13 @@ def drift_of(ranks: tuple[int, int], seed: int = 0) -> Drift:
         )
         for matrix, rank in zip(LAYOUT.matrices, ranks, strict=True)
     )
-    return Drift(LAYOUT, pairs)
+    return BaseDelta(LAYOUT, pairs)
 
 
-def holding(seed: int = 0, drift: Drift | None = None) -> Holding:
-    """Return a node that makes the initial adapter of `seed` and has one drift or none."""
-    held = {drift.digest: drift} if drift is not None else {}
-    return Holding(initial=lambda: initial_adapter(LAYOUT, seed), drift=held.get)
+def holding(seed: int = 0, base_delta: BaseDelta | None = None) -> Holding:
+    """Return a node that makes the initial adapter of `seed` and has one base delta or none."""
+    held = {base_delta.digest: base_delta} if base_delta is not None else {}
+    return Holding(initial=lambda: initial_adapter(LAYOUT, seed), base_delta=held.get)
 
 
 def train_request(**changes: Any) -> TrainRequest:
@@ -55,7 +55,7 @@ def train_request(**changes: Any) -> TrainRequest:
         "num_drawn": (0, 12),
         "ranks": (2, 1),
         "adapter": initial_adapter(LAYOUT, 0),
-        "drift": no_drift(LAYOUT),
+        "base_delta": no_base_delta(LAYOUT),
         "training": TRAINING,
         "trained": "b",
         "local_b": False,
@@ -73,14 +73,14 @@ def evaluate_request(**changes: Any) -> EvaluateRequest:
         "client_ids": ("a",),
         "num_drawn": (12,),
         "adapter": initial_adapter(LAYOUT, 0),
-        "drift": no_drift(LAYOUT),
+        "base_delta": no_base_delta(LAYOUT),
         "local_b": True,
     }
     return EvaluateRequest(**{**values, **changes})
 
 
-def sent(request: TrainRequest, part: str = "both", drift: bool = True) -> RecordDict:
-    return requests.write_train_request(request, Sending(part, drift))
+def sent(request: TrainRequest, part: str = "both", base_delta: bool = True) -> RecordDict:
+    return requests.write_train_request(request, Sending(part, base_delta))
 
 
 def read(content: RecordDict, held: Holding | None = None) -> TrainRequest:
@@ -92,8 +92,8 @@ def read(content: RecordDict, held: Holding | None = None) -> TrainRequest:
     [
         {},
         {"trained": "both", "local_b": True},
-        {"trained": "a", "drift": drift_of((3, 0))},
-        {"node_sum": True, "ranks": (2, 2), "drift": drift_of((1, 4))},
+        {"trained": "a", "base_delta": base_delta_of((3, 0))},
+        {"node_sum": True, "ranks": (2, 2), "base_delta": base_delta_of((1, 4))},
     ],
 )
 def test_a_train_request_comes_back_as_it_was(changes: dict[str, Any]) -> None:
@@ -102,8 +102,8 @@ def test_a_train_request_comes_back_as_it_was(changes: dict[str, Any]) -> None:
     assert requests.is_fedllm_request(content)
     got = read(recorddict_from_proto(recorddict_to_proto(content)))  # as Flower carries it
     assert got.adapter.digest == request.adapter.digest
-    assert got.drift.digest == request.drift.digest
-    for name in vars(request).keys() - {"adapter", "drift"}:
+    assert got.base_delta.digest == request.base_delta.digest
+    for name in vars(request).keys() - {"adapter", "base_delta"}:
         assert getattr(got, name) == getattr(request, name)
 
 
@@ -124,13 +124,13 @@ def test_control_variates_travel_with_a_train_request_that_has_them() -> None:
 
 
 def test_an_evaluate_request_comes_back_as_it_was() -> None:
-    request = evaluate_request(drift=drift_of((2, 1)))
+    request = evaluate_request(base_delta=base_delta_of((2, 1)))
     content = requests.write_evaluate_request(request, Sending())
     assert requests.is_fedllm_request(content)
     got = requests.read_evaluate_request(content, LAYOUT, holding())
     assert (got.round_num, got.client_ids, got.num_drawn, got.local_b) == (0, ("a",), (12,), True)
     assert got.adapter.digest == request.adapter.digest
-    assert got.drift.digest == request.drift.digest
+    assert got.base_delta.digest == request.base_delta.digest
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_whole_adapter_that_has_not_its_digest_is_refused() -> None:
         read(content)
 
 
-@pytest.mark.parametrize("part", ["none", "drift", "ab", "", "A"])
+@pytest.mark.parametrize("part", ["none", "base-delta", "ab", "", "A"])
 def test_a_part_that_does_not_exist_is_refused(part: str) -> None:
     content = sent(train_request())
     content["request"]["part"] = part
@@ -198,80 +198,82 @@ def test_a_packet_of_another_part_than_the_request_says_is_refused(written: str,
         read(content)
 
 
-# --- base drift --------------------------------------------------------------------------------------------
+# --- base delta --------------------------------------------------------------------------------------------
 
 
-def test_a_drift_that_is_held_is_only_named() -> None:
-    drift = drift_of((3, 1))
-    request = train_request(drift=drift)
-    whole, named = sent(request), sent(request, drift=False)
-    assert "drift" not in named
+def test_a_base_delta_that_is_held_is_only_named() -> None:
+    base_delta = base_delta_of((3, 1))
+    request = train_request(base_delta=base_delta)
+    whole, named = sent(request), sent(request, base_delta=False)
+    assert "base-delta" not in named
     assert packets.packet_bytes(named) == packets.packet_bytes(sent(train_request()))
-    assert packets.packet_bytes(whole) - packets.packet_bytes(named) >= 4 * drift.size
-    assert read(named, holding(drift=drift)).drift is drift
-    for held in (holding(), holding(drift=drift_of((3, 1), seed=1))):
-        with pytest.raises(NotHeldError, match="base drift"):
+    assert packets.packet_bytes(whole) - packets.packet_bytes(named) >= 4 * base_delta.size
+    assert read(named, holding(base_delta=base_delta)).base_delta is base_delta
+    for held in (holding(), holding(base_delta=base_delta_of((3, 1), seed=1))):
+        with pytest.raises(NotHeldError, match="base delta"):
             read(named, held)
 
 
-def test_no_drift_takes_no_bytes() -> None:
+def test_no_base_delta_takes_no_bytes() -> None:
     content = sent(train_request())
-    assert "drift" not in content
-    assert content["request"]["drift"] == ""
-    assert read(content).drift.size == 0
+    assert "base-delta" not in content
+    assert content["request"]["base-delta"] == ""
+    assert read(content).base_delta.size == 0
 
 
 def _other_digest(content: RecordDict) -> None:
-    content["request"]["drift"] = "0" * 64
+    content["request"]["base-delta"] = "0" * 64
 
 
 def _other_ranks(content: RecordDict) -> None:
-    content["request"]["drift-ranks"] = [1, 3]
+    content["request"]["base-delta-ranks"] = [1, 3]
 
 
 def _ranks_of_the_same_size(content: RecordDict) -> None:
-    content["request"]["drift-ranks"] = [0, 4]  # 4 * 6 = 3 * 8 values
+    content["request"]["base-delta-ranks"] = [0, 4]  # 4 * 6 = 3 * 8 values
 
 
 def _too_few_ranks(content: RecordDict) -> None:
-    content["request"]["drift-ranks"] = [3]
+    content["request"]["base-delta-ranks"] = [3]
 
 
 def _negative_rank(content: RecordDict) -> None:
-    content["request"]["drift-ranks"] = [3, -1]
+    content["request"]["base-delta-ranks"] = [3, -1]
 
 
 def _huge_rank(content: RecordDict) -> None:
-    content["request"]["drift-ranks"] = [3, 2**62]
+    content["request"]["base-delta-ranks"] = [3, 2**62]
 
 
 def _no_ranks(content: RecordDict) -> None:
-    del content["request"]["drift-ranks"]
+    del content["request"]["base-delta-ranks"]
 
 
-def _adapter_as_drift(content: RecordDict) -> None:
-    content["drift"]["drift"] = content["adapter"]["adapter"]
+def _adapter_as_base_delta(content: RecordDict) -> None:
+    content["base-delta"]["base-delta"] = content["adapter"]["adapter"]
 
 
 def _second_packet(content: RecordDict) -> None:
-    content["drift"]["more"] = content["drift"]["drift"]
+    content["base-delta"]["more"] = content["base-delta"]["base-delta"]
 
 
 def _changed_value(content: RecordDict) -> None:
     vector = torch.ones(24)
-    data = codec.encode(vector, layout_digest=LAYOUT.digest, round_num=4, payload="fp32", part="drift")
-    content["drift"]["drift"] = packets.to_array(data)
+    data = packets.encode(vector, layout_digest=LAYOUT.digest, round_num=4, payload="fp32", part="base-delta")
+    content["base-delta"]["base-delta"] = packets.to_array(data)
 
 
 def _another_run(content: RecordDict) -> None:
-    data = codec.encode(torch.ones(24), layout_digest="0" * 64, round_num=4, payload="fp32", part="drift")
-    content["drift"]["drift"] = packets.to_array(data)
+    data = packets.encode(
+        torch.ones(24), layout_digest="0" * 64, round_num=4, payload="fp32", part="base-delta"
+    )
+    content["base-delta"]["base-delta"] = packets.to_array(data)
 
 
 def _flipped_bit(content: RecordDict) -> None:
-    data = bytearray(content["drift"]["drift"].data)
+    data = bytearray(content["base-delta"]["base-delta"].data)
     data[200] ^= 1
-    content["drift"]["drift"] = Array(
+    content["base-delta"]["base-delta"] = Array(
         dtype="uint8", shape=(len(data),), stype=packets.PACKET_TYPE, data=bytes(data)
     )
 
@@ -280,23 +282,25 @@ def _flipped_bit(content: RecordDict) -> None:
     "damage",
     [
         _other_digest, _other_ranks, _ranks_of_the_same_size, _too_few_ranks, _negative_rank, _huge_rank,
-        _no_ranks, _adapter_as_drift, _second_packet, _changed_value, _another_run, _flipped_bit,
+        _no_ranks, _adapter_as_base_delta, _second_packet, _changed_value, _another_run, _flipped_bit,
     ],
 )  # fmt: skip
-def test_a_drift_that_is_not_what_the_request_names_is_refused(damage: Callable[[RecordDict], None]) -> None:
-    content = sent(train_request(drift=drift_of((3, 0))))
-    assert read(content).drift.size == 24
+def test_a_base_delta_that_is_not_what_the_request_names_is_refused(
+    damage: Callable[[RecordDict], None],
+) -> None:
+    content = sent(train_request(base_delta=base_delta_of((3, 0))))
+    assert read(content).base_delta.size == 24
     damage(content)
     with pytest.raises(WireError) as caught:
-        read(content, holding(drift=drift_of((3, 0))))
+        read(content, holding(base_delta=base_delta_of((3, 0))))
     assert "\n" not in str(caught.value)
 
 
-def test_a_drift_that_is_not_finite_is_refused() -> None:
-    (b_ON, a_NI), second = drift_of((3, 1)).factors
-    drift = Drift(LAYOUT, ((b_ON * math.inf, a_NI), second))
+def test_a_base_delta_that_is_not_finite_is_refused() -> None:
+    (b_ON, a_NI), second = base_delta_of((3, 1)).factors
+    base_delta = BaseDelta(LAYOUT, ((b_ON * math.inf, a_NI), second))
     with pytest.raises(NonFiniteError):
-        read(sent(train_request(drift=drift)))
+        read(sent(train_request(base_delta=base_delta)))
 
 
 # --- fields ------------------------------------------------------------------------------------------------

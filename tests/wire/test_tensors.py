@@ -11,8 +11,8 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
 from fedllm.errors import NonFiniteError, WireError
-from fedllm.types import ClientFailure, ClientUpdate
-from fedllm.wire import codec, packets, replies, stock
+from fedllm.messages import ClientFailure, ClientUpdate
+from fedllm.wire import packets, replies, stock
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
 OTHER_RANK = AdapterLayout(LAYOUT.matrices, 1, 4.0, LAYOUT.fingerprint)
@@ -36,7 +36,7 @@ def read(content: RecordDict) -> list[ClientUpdate | ClientFailure]:
 
 def packet(layout: AdapterLayout = LAYOUT, size: int | None = None, round_num: int = 4) -> bytes:
     vector = torch.zeros(size or layout.size)
-    return codec.encode(vector, layout_digest=layout.digest, round_num=round_num, payload="fp32")
+    return packets.encode(vector, layout_digest=layout.digest, round_num=round_num, payload="fp32")
 
 
 def as_array(data: bytes, **changes: Any) -> Array:

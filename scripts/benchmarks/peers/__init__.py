@@ -1,1 +1,1 @@
-"""Other people's ways to train what fedllm trains, one file each, for `scripts/bench_client.py`."""
+"""Other people's ways to train what fedllm trains, one file each, for `scripts/benchmarks/client.py`."""

@@ -25,10 +25,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.engine.head import precise
+from fedllm.engine.jobs import Job
 from fedllm.errors import MissingExtraError
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.head import precise
-from fedllm.training.jobs import Job
 
 
 def require_opacus() -> None:

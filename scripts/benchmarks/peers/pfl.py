@@ -30,8 +30,8 @@ from pfl.metrics import Weighted
 from pfl.model.pytorch import PyTorchModel
 
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.engine.jobs import Job
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.training.jobs import Job
 from scripts.benchmarks.peers.shared import peft_config, read_adapter, set_adapter
 
 _NEVER = 10**9  # as a frequency of evaluation

@@ -13,8 +13,8 @@ import peft
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.messages import LocalTraining
 from fedllm.models.chat import Encoded, encode
-from fedllm.types import LocalTraining
 from scripts.benchmarks.workloads import Workload
 
 # 99 of 100 values of two deltas differ by less than this share of the largest movement; a learning rate

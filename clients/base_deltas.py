@@ -1,0 +1,82 @@
+"""The base deltas this machine holds, so that a server need not send one twice.
+
+A base delta is no secret of a data holder: it is what the server made of everybody's rounds. It is kept on disk
+because a Flower node starts a new process for every message; the file's name is its digest, and one that does
+not have it counts as absent.
+"""
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from fedllm.adapters.base_delta import BaseDelta
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.errors import LayoutError
+from fedllm.files import write_bytes
+from fedllm.models.files import cache_folder
+
+NUM_KEPT = 2  # files; a run needs its newest alone
+
+
+@dataclass(eq=False)
+class BaseDeltaStore:
+    """The newest base delta in memory and a few on disk."""
+
+    folder: Path
+    newest: BaseDelta | None = None
+
+    def held(self, digest: str, layout: AdapterLayout) -> BaseDelta | None:
+        """Return the base delta of that digest, or None where this machine has none."""
+        if self.newest is None or self.newest.digest != digest:
+            self.newest = self._load(digest, layout) or self.newest
+        return self.newest if self.newest is not None and self.newest.digest == digest else None
+
+    def keep(self, base_delta: BaseDelta) -> BaseDelta:
+        """Remember a base delta and return it: the object that is resident already, where there is one."""
+        if not base_delta.digest:
+            return base_delta
+        if self.newest is not None and self.newest.digest == base_delta.digest:
+            return self.newest
+        self.newest = base_delta
+        with suppress(OSError, SafetensorError):  # what could not be written is only sent again
+            self._save(base_delta)
+        return base_delta
+
+    def _load(self, digest: str, layout: AdapterLayout) -> BaseDelta | None:
+        if not re.fullmatch("[0-9a-f]{64}", digest):  # it names a file
+            return None
+        try:
+            tensors = load_file(self.folder / f"{digest}.safetensors")
+            pairs = tuple((tensors[f"{i}.b"], tensors[f"{i}.a"]) for i in range(len(layout.matrices)))
+            base_delta = BaseDelta(layout, pairs)
+        except (OSError, SafetensorError, KeyError, LayoutError, ValueError):
+            return None
+        return base_delta if base_delta.digest == digest else None
+
+    def _save(self, base_delta: BaseDelta) -> None:
+        target = self.folder / f"{base_delta.digest}.safetensors"
+        if not target.exists():
+            tensors = {
+                f"{index}.{letter}": factor.contiguous().clone()
+                for index, pair in enumerate(base_delta.factors)
+                for letter, factor in zip("ba", pair, strict=True)
+            }
+            write_bytes(target, save(tensors))
+        others = [file for file in self.folder.glob("*.safetensors") if file != target]
+        for old in sorted(others, key=lambda file: -file.stat().st_mtime)[NUM_KEPT - 1 :]:
+            old.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1)
+def _store(folder: Path) -> BaseDeltaStore:
+    return BaseDeltaStore(folder)
+
+
+def base_delta_store() -> BaseDeltaStore:
+    """Return this process's store, in the user's cache."""
+    return _store(cache_folder() / "base-deltas")

@@ -1,0 +1,191 @@
+"""A data holder: the clients of this node, their rows as tokens, and the engine beside them.
+
+The only code that turns private text into tokens. Everything is kept resident for the life of the process,
+so a simulation's worker reads, tokenises and loads once.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from clients.canaries import planted
+from clients.site import check_paths, check_privacy, max_rank_of, state_path_of
+from clients.state import PrivateStore, default_state_path
+from fedllm.adapters.layout import AdapterState, initial_adapter
+from fedllm.config.key import Scalar
+from fedllm.config.keys import RunConfig
+from fedllm.data.fields import BadRow, ClientRows, Example
+from fedllm.data.partition import CLIENT_ID, Partition
+from fedllm.data.shards import Shards, load_one_client, load_shards
+from fedllm.engine.engine import Engine, resident_engine
+from fedllm.errors import ConfigError, NoDataError
+from fedllm.models.base import layout_of, load_base, load_tokenizer
+from fedllm.models.chat import Encoded, encode
+from fedllm.models.files import ModelFiles, fingerprint, resolve_model
+from fedllm.plan.run_plan import RunPlan, resolve
+
+_logger = logging.getLogger("fedllm.clients")
+
+
+@dataclass(frozen=True)
+class ClientTokens:
+    """One client's rows as the model reads them."""
+
+    client_id: str
+    train: tuple[Encoded, ...]
+    held_out: tuple[Encoded, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the training rows' tokens and labels, which never leaves this machine."""
+        hasher = hashlib.sha256()
+        for row in self.train:
+            hasher.update(repr((row.tokens, row.labels)).encode())
+        return hasher.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class DataHolder:
+    """The clients of one node. Nothing is loaded before it is needed: joining needs no weights."""
+
+    plan: RunPlan
+    files: ModelFiles
+    clients: Mapping[str, ClientTokens]
+    max_rank: int = 0  # the largest rank this machine has room for; 0 = any
+    state_path: Path = field(
+        default_factory=default_state_path
+    )  # below it every run has a folder for what its clients keep
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of this machine's copy of the base model."""
+        return fingerprint(self.files.folder)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The training engine on this machine's resident base model."""
+        config = self.plan.config
+        base = load_base(config.model)
+        layout = layout_of(base.model, config.lora, base.fingerprint)
+        return resident_engine(base, layout, config.train.token_budget)
+
+    @cached_property
+    def store(self) -> PrivateStore:
+        """Where this run's clients keep what never leaves them."""
+        digest = self.engine.layout.digest
+        return PrivateStore(self.state_path / f"{self.plan.config.run.name}-{digest[:16]}", digest)
+
+    @cached_property
+    def initial(self) -> AdapterState:
+        """The adapter that the run's seed gives, of which a server may leave out what it has not changed."""
+        return initial_adapter(self.engine.layout, self.plan.config.seed, self.plan.init_a)
+
+
+def open_data_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> DataHolder:
+    """Return the resident holder for a node, opening it on first use in this process.
+
+    Raises:
+        FedLLMError: the configuration, the data or the base model cannot be used.
+    """
+    return _open(tuple(sorted(run_config.items())), tuple(sorted(node_config.items())))
+
+
+@lru_cache(maxsize=64)  # a simulation's worker may host any of its nodes in turn
+def _open(
+    run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[str, Scalar], ...]
+) -> DataHolder:
+    config, node = RunConfig.from_flat(dict(run_config)), dict(node_config)
+    check_paths(config, node)
+    check_privacy(resolve(config).privacy)
+    if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
+        config = config.override({"model.name": str(node["model-path"]), "model.revision": ""})
+    files = resolve_model(config.model.name, config.model.revision)
+    state_path = state_path_of(node)
+    clients = {}
+    for rows in hosted_rows(config, node):
+        client = encode_client(rows, files, config.train.max_length)
+        extra = planted(config, files, client.client_id, state_path) if client.train else ()
+        clients[client.client_id] = replace(client, train=(*client.train, *extra))
+    return DataHolder(resolve(config), files, clients, max_rank_of(node), state_path)
+
+
+def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRows]:
+    """Return the rows of the clients this node hosts.
+
+    A node started with `data-path` is one data holder with its own file, whatever the server's `data.source`
+    says. Otherwise the source is dealt to all clients, and node p of n hosts every n-th of them.
+    """
+    partition, num_partitions = int(node.get("partition-id", 0)), int(node.get("num-partitions", 1))
+    if "data-path" in node:
+        client_id = str(node.get("client-id", f"client-{partition:04d}"))
+        if not CLIENT_ID.fullmatch(client_id):
+            raise ConfigError(f"client-id {client_id!r}: expected up to 64 letters, digits, '.', '_' or '-'")
+        try:
+            shard = load_one_client(
+                str(node["data-path"]), config.data, client_id=client_id, seed=config.seed
+            )
+        except NoDataError as error:
+            _logger.warning("%s", error)
+            return [ClientRows(client_id, (), ())]
+        _report(shard.bad)
+        return [shard.client]
+    shards = _shards(config)
+    return list(shards.clients[partition::num_partitions])
+
+
+@lru_cache(maxsize=1)
+def _shards_of(config: RunConfig) -> Shards:
+    shards = load_shards(config.data, num_clients=config.federation.num_clients, seed=config.seed)
+    _report(shards.bad)
+    return shards
+
+
+def _shards(config: RunConfig) -> Shards:
+    """Read the source once per process, whatever else changes between runs."""
+    relevant = RunConfig(seed=config.seed, data=config.data)
+    federation = replace(relevant.federation, num_clients=config.federation.num_clients)
+    return _shards_of(replace(relevant, federation=federation))
+
+
+def partition_of(config: RunConfig) -> Partition:
+    """Return which usable rows of `data.source` each client has, as this machine deals them.
+
+    Raises:
+        ConfigError, DataError: the source or the partition cannot be used.
+    """
+    return _shards(config).partition
+
+
+def _report(bad: tuple[BadRow, ...]) -> None:
+    if bad:
+        first = bad[0]
+        _logger.warning(
+            "%d bad rows skipped; the first: %s, line %d: %s", len(bad), first.file, first.line, first.reason
+        )
+
+
+def encode_client(rows: ClientRows, files: ModelFiles, max_length: int) -> ClientTokens:
+    """Return a client's rows as tokens; those without an answer within `max_length` are left out."""
+    tokenizer = load_tokenizer(files)
+
+    def kept(examples: tuple[Example, ...]) -> tuple[Encoded, ...]:
+        encoded = (encode(example, tokenizer, max_length) for example in examples)
+        return tuple(row for row in encoded if row is not None)
+
+    client = ClientTokens(rows.client_id, kept(rows.train), kept(rows.held_out))
+    usable = (*client.train, *client.held_out)
+    num_lost = len(rows.train) + len(rows.held_out) - len(usable)
+    num_cut = sum(row.num_cut > 0 for row in usable)
+    if num_lost or num_cut:
+        _logger.warning(
+            "client %s: at train.max-length %d, %d rows lose their whole answer, or are none that the model's"
+            " chat template takes, and are skipped, %d are truncated",
+            rows.client_id,
+            max_length,
+            num_lost,
+            num_cut,
+        )
+    return client

@@ -1,0 +1,21 @@
+"""What a node answers when it is asked to join: the clients it hosts and their sizes."""
+
+from clients.data_holder import DataHolder
+from fedllm.messages import (
+    JoinedClient,
+)
+
+
+def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
+    """Return what this node's clients declare: sizes and base model, no text."""
+    return [
+        JoinedClient(
+            client_id=client.client_id,
+            node_id=node_id,
+            num_train=len(client.train),
+            num_held_out=len(client.held_out),
+            max_rank=holder.max_rank,
+            fingerprint=holder.fingerprint,
+        )
+        for client in holder.clients.values()
+    ]

@@ -1,0 +1,63 @@
+"""What this machine's owner allows: paths, privacy, rank and where private state lies."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from clients.state import default_state_path
+from fedllm.config.key import Scalar
+from fedllm.config.keys import RunConfig
+from fedllm.data.rows import is_local
+from fedllm.errors import ConfigError, DataError, ModelError
+from fedllm.models.files import is_local_model
+from fedllm.plan.privacy import PrivacyPlan
+from fedllm.site_policy import load_policy
+
+LARGEST_DELTA = 1e-5  # of a run where the machine's policy limits epsilon
+
+
+def max_rank_of(node: Mapping[str, Scalar]) -> int:
+    rank = node.get("max-rank", 0)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        raise ConfigError(f"max-rank = {rank!r} in the node config: expected a whole number, 0 = any rank")
+    return rank
+
+
+def state_path_of(node: Mapping[str, Scalar]) -> Path:
+    """Return where this node keeps private state: by its config, its machine's policy or the default."""
+    named = str(node.get("state-path", "")) or load_policy().state_path
+    return Path(named).expanduser() if named else default_state_path()
+
+
+def check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
+    """Refuse local paths that came from a server, unless this machine's owner allows such paths."""
+    if node.get("server-paths") is True or load_policy().server_paths:
+        return
+    source = config.data.source
+    if "data-path" not in node and source != "docstrings" and is_local(source):
+        raise DataError(
+            "data.source is a local path, and this node does not open paths a server names;"
+            " start it with data-path in its node config, or set server-paths = true in its policy"
+        )
+    if "model-path" not in node and is_local_model(config.model.name):
+        raise ModelError(
+            "model.name is a local path, and this node does not open paths a server names;"
+            " start it with model-path in its node config, or set server-paths = true in its policy"
+        )
+
+
+def check_privacy(plan: PrivacyPlan | None) -> None:
+    """Refuse a run that gives away more than this machine's owner allows, or leaves the noise to a server."""
+    limit = load_policy().max_epsilon
+    if not limit:
+        return
+    if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > LARGEST_DELTA:
+        has = "none" if plan is None else f"{plan.epsilon:g} at delta {plan.delta:g} with trust {plan.trust}"
+        raise ConfigError(
+            f"this machine's policy wants noise of its own clients, up to privacy.epsilon = {limit:g} at"
+            f" delta {LARGEST_DELTA:g}; the run has {has}"
+        )
+    if plan.metrics not in ("withheld", "held-out" if plan.is_by_example else "withheld"):
+        raise ConfigError(
+            "this machine's policy wants noise of its own clients, and under privacy.metrics ="
+            f" {plan.metrics!r} exact numbers of theirs leave without any; use withheld, or leave it at auto"
+        )

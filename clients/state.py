@@ -1,0 +1,112 @@
+"""What a client keeps for itself between rounds: vectors that never leave this machine.
+
+A file a client and state, named by the number of rows the client had drawn when it was written. The server
+counts those rows too, and only for updates it has accepted: it names the state a round goes on from, so an
+update that was lost, a retried round and a resumed run all find the state they need. The newest few are kept.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from fedllm.errors import CheckpointError, IntegrityError
+from fedllm.files import write_bytes
+
+NUM_KEPT = 3  # a server may go back by two rounds: one under way, and one whose checkpoint was damaged
+_ABOUT = "fedllm"  # the one entry of a file's metadata
+_logger = logging.getLogger("fedllm.clients")
+
+
+@dataclass(frozen=True)
+class PrivateStore:
+    """A folder of private vectors for one adapter layout, one folder a client within."""
+
+    folder: Path
+    layout_digest: str
+
+
+def default_state_path() -> Path:
+    """Return this user's folder for state: $XDG_STATE_HOME, else `~/.local/state`, / fedllm."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "fedllm"
+
+
+def load_private(
+    store: PrivateStore, client_id: str, num_drawn: int, sizes: Mapping[str, int]
+) -> dict[str, torch.Tensor]:
+    """Return the float32 vectors a client kept when it had drawn `num_drawn` rows.
+
+    `sizes` are the lengths of those that are wanted. Before a client's first round there are none. Where they
+    are missing or damaged later, one line is logged and there are none either: the client starts afresh.
+    """
+    if not num_drawn:
+        return {}
+    file = _file(store, client_id, num_drawn)
+    try:
+        return _read(file, store, sizes)
+    except FileNotFoundError:
+        _logger.warning("client %s: no private state in %s; it starts afresh", client_id, file.parent)
+    except (OSError, SafetensorError, IntegrityError, ValueError) as error:
+        what = str(error) if isinstance(error, IntegrityError) else type(error).__name__
+        _logger.warning("client %s: %s is damaged (%s); it starts afresh", client_id, file, what)
+    return {}
+
+
+def save_private(
+    store: PrivateStore, client_id: str, num_drawn: int, vectors: Mapping[str, torch.Tensor]
+) -> None:
+    """Keep `vectors` as the state of a client that has drawn `num_drawn` rows, in one step.
+
+    States of more rows are removed: they belong to a future that did not come about, or to another run.
+
+    Raises:
+        CheckpointError: it could not be written; earlier states are untouched.
+    """
+    file = _file(store, client_id, num_drawn)
+    tensors = {name: vector.float().contiguous() for name, vector in vectors.items()}
+    about = {"layout": store.layout_digest, "sha256": _digest(tensors)}
+    content = save(tensors, {_ABOUT: json.dumps(about)})  # one entry: safetensors keeps no order of several
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_bytes(file, content)
+        states = sorted(file.parent.glob("*.safetensors"))
+        place = states.index(file)
+        for old in (*states[: max(0, place + 1 - NUM_KEPT)], *states[place + 1 :]):
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"client {client_id}: private state cannot be written in {file.parent} ({error.strerror});"
+            " free space or set state-path"
+        ) from None
+
+
+def _read(file: Path, store: PrivateStore, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    with safe_open(file, "pt") as content:
+        about = json.loads((content.metadata() or {}).get(_ABOUT, "{}"))
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    if not isinstance(about, dict) or about.get("layout") != store.layout_digest:
+        raise IntegrityError("it is of another adapter layout")
+    if any(name not in tensors or tensors[name].shape != (size,) for name, size in sizes.items()):
+        raise IntegrityError("it holds other vectors than this run keeps")
+    if about.get("sha256") != _digest(tensors):
+        raise IntegrityError("its checksum is wrong")
+    return tensors
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        hasher.update(name.encode())
+        hasher.update(tensors[name].numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _file(store: PrivateStore, client_id: str, num_drawn: int) -> Path:
+    return store.folder / client_id / f"drawn-{num_drawn:012d}.safetensors"

@@ -1,0 +1,111 @@
+"""What a federation has added to the base model itself, apart from the adapter that is being trained.
+
+FedEx-LoRA (arXiv 2410.09432) adds each round's residual to the base, FLoRA (arXiv 2409.05976) the whole
+round; every client must hold the sum of all rounds, a late joiner too. It is kept as one factor pair per
+matrix, exact to the rounding of float32.
+Tensor suffixes: O output feature, I input feature, N rank of a matrix's base delta, R rank of the adapter.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from fedllm.adapters.algebra import Product, decompose, rounding_floor, squared_norm
+from fedllm.adapters.layout import AdapterLayout, AdapterState
+from fedllm.errors import LayoutError, NonFiniteError
+
+
+@dataclass(frozen=True, eq=False)
+class BaseDelta:
+    """Per matrix of `layout` a pair (B [O, N], A [N, I]) in float32; the base gains layout.scale * B A.
+
+    N differs between matrices and is 0 where nothing was added.
+    """
+
+    layout: AdapterLayout
+    factors: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.factors) != len(self.layout.matrices):
+            raise LayoutError("the base delta does not name every matrix of the layout")
+        for matrix, (b_ON, a_NI) in zip(self.layout.matrices, self.factors, strict=True):
+            wanted = (matrix.out_features, b_ON.shape[-1]), (b_ON.shape[-1], matrix.in_features)
+            if (tuple(b_ON.shape), tuple(a_NI.shape)) != wanted:
+                raise LayoutError(f"the base delta of {matrix.module} has the wrong shape")
+
+    @property
+    def size(self) -> int:
+        """Number of values, all matrices together."""
+        return sum(b_ON.numel() + a_NI.numel() for b_ON, a_NI in self.factors)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of layout and values; "" where nothing was ever added."""
+        if not self.size:
+            return ""
+        hasher = hashlib.sha256(self.layout.digest.encode())
+        for pair in self.factors:
+            for tensor in pair:
+                hasher.update(str(tuple(tensor.shape)).encode())
+                hasher.update(tensor.contiguous().numpy().tobytes())
+        return hasher.hexdigest()
+
+    def checked_finite(self) -> "BaseDelta":
+        """Return self.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite.
+        """
+        if not all(bool(torch.isfinite(tensor).all()) for pair in self.factors for tensor in pair):
+            raise NonFiniteError("the base delta holds NaN or infinite values")
+        return self
+
+    def plus(self, added: Mapping[int, Product]) -> "BaseDelta":
+        """Return the base delta with a product (of one matrix) added at each place of the layout that is named.
+
+        Every sum is kept at the lowest rank that holds it; what is dropped is below the rounding of float32.
+        """
+        factors = list(self.factors)
+        for index, product in added.items():
+            factors[index] = _sum(self.factors[index], product)
+        return BaseDelta(self.layout, tuple(factors))
+
+
+def _sum(pair: tuple[torch.Tensor, torch.Tensor], product: Product) -> tuple[torch.Tensor, torch.Tensor]:
+    b_ON, a_NI = pair
+    before = Product(b_ON.double()[None], a_NI.double()[None])
+    u, s, v = decompose(before.plus(product).lightest())
+    largest = torch.maximum(squared_norm(before), squared_norm(product)).sqrt()[:, None]
+    alive = int((s > rounding_floor(largest)).sum())  # where both cancel, the rest is rounding
+    root = s[0, :alive].sqrt()
+    return (u[0, :, :alive] * root).float(), (root[:, None] * v[0, :alive]).float()
+
+
+def no_base_delta(layout: AdapterLayout) -> BaseDelta:
+    """Return the base delta of a base model that was left as it is."""
+    return BaseDelta(
+        layout,
+        tuple((torch.zeros(m.out_features, 0), torch.zeros(0, m.in_features)) for m in layout.matrices),
+    )
+
+
+def adapter_with_base_delta(adapter: AdapterState, base_delta: BaseDelta) -> AdapterState:
+    """Return one ordinary adapter that does what `adapter` does on a base with `base_delta` added.
+
+    Its rank is the adapter's plus the largest of the base delta's; matrices with less are filled with zeros. The
+    scale stays, so alpha grows with the rank.
+    """
+    layout, most = adapter.layout, max((b_ON.shape[1] for b_ON, _ in base_delta.factors), default=0)
+    if most == 0:
+        return adapter
+    wider = replace(layout, rank=layout.rank + most, alpha=layout.scale * (layout.rank + most))
+    vector = torch.zeros(wider.size)
+    pairs = zip(layout.factors(adapter.vector), base_delta.factors, wider.factors(vector), strict=True)
+    for (a_RI, b_OR), (b_ON, a_NI), (a, b) in pairs:
+        end = layout.rank + b_ON.shape[1]
+        a[: layout.rank], b[:, : layout.rank] = a_RI, b_OR
+        a[layout.rank : end], b[:, layout.rank : end] = a_NI, b_ON
+    return AdapterState(wider, vector)

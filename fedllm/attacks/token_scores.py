@@ -1,0 +1,100 @@
+"""What models say of texts, token by token: one pass over many adapters on the one resident base.
+
+All that the attacks of `membership` and `memorisation` need of a model is computed here, so they are pure.
+Tensor suffixes: N learnt token of a text, V vocabulary, D feature, P adapter value.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+
+import torch
+
+from fedllm.distillation.targets import learnt_tokens
+from fedllm.engine.engine import Engine
+from fedllm.engine.head import CHUNK
+from fedllm.engine.layers import attached
+from fedllm.engine.passes import MAX_ADAPTERS, Item, packed
+from fedllm.models.attention import ragged
+from fedllm.models.chat import Encoded
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """One text under one model: of every learnt token, [N] float64 in nats.
+
+    `means` and `deviations` are those of log p(token) where the token is drawn from the model's own
+    next-token law, as Min-K%++ wants them (arXiv 2404.02936). `is_top` says whether greedy decoding would
+    choose the token.
+    """
+
+    log_probs: torch.Tensor
+    means: torch.Tensor
+    deviations: torch.Tensor
+    is_top: torch.Tensor
+
+
+def whole(tokens: Sequence[int]) -> Encoded:
+    """Return tokens as a row that is learnt, so scored, from its second token on."""
+    return Encoded(tuple(tokens), tuple(tokens))
+
+
+def no_adapter(engine: Engine) -> torch.Tensor:
+    """Return the adapter [P] that changes nothing: under it a score is the base model's."""
+    return torch.zeros(engine.layout.size)
+
+
+@torch.inference_mode()
+def score(
+    engine: Engine, adapters: Sequence[torch.Tensor], rows: Sequence[Encoded]
+) -> list[list[TokenScores]]:
+    """Return the scores of every row under every adapter [P] of the engine's layout: [adapter][row].
+
+    A row without a learnt token has empty scores. Passes are fused up to the engine's token budget, which
+    changes speed and rounding, nothing else.
+    """
+    limit = engine.token_budget if engine.is_ragged else 0  # 0 feeds every row alone
+    found: list[list[TokenScores]] = []
+    for begin in range(0, len(adapters), MAX_ADAPTERS):
+        held = adapters[begin : begin + MAX_ADAPTERS]
+        engine.bank.load(engine.layout, held, [engine.layout.scale] * len(held))
+        items = [Item(row, place, 0, 1.0) for place in range(len(held)) for row in rows]
+        done: list[TokenScores] = []
+        attention = ragged(engine.base.model) if engine.is_ragged else nullcontext()
+        with attached(engine.base.model, engine.bank), attention:
+            for part in packed(items, [len(item.row.tokens) for item in items], limit):
+                done += _scored(engine, part)
+        found += [done[len(rows) * place : len(rows) * (place + 1)] for place in range(len(held))]
+    return found
+
+
+def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
+    """Return the scores of the samples of one pass, in order; a chunk of tokens has logits at a time."""
+    states_ND = engine.passes.states(items)
+    targets_N = torch.tensor(
+        [token for item in items for token in learnt_tokens(item.row)],
+        device=states_ND.device,
+        dtype=torch.int64,
+    )
+    chunks = [
+        _of_chunk(engine.passes.head.logits(part_ND), part_N)
+        for part_ND, part_N in zip(torch.split(states_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)
+    ]
+    sizes = [item.row.num_supervised for item in items]
+    columns = [torch.split(torch.cat(column), sizes) for column in zip(*chunks, strict=True)]
+    return [TokenScores(*values) for values in zip(*columns, strict=True)]
+
+
+def _of_chunk(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    log_NV = logits_NV.log_softmax(dim=1)
+    probs_NV = log_NV.exp()
+    means_N = (probs_NV * log_NV).sum(dim=1)
+    deviations_N = (probs_NV * (log_NV - means_N[:, None]).square()).sum(dim=1).sqrt()
+    chosen_N = log_NV.gather(1, targets_N[:, None])[:, 0]
+    numbers = (chosen_N, means_N, deviations_N)
+    return (*(column.double().cpu() for column in numbers), (log_NV.argmax(dim=1) == targets_N).cpu())
+
+
+def part_of_text(scores: TokenScores, begin: int, end: int | None = None) -> TokenScores:
+    """Return the scores of the learnt tokens from `begin` to before `end`."""
+    return TokenScores(*(getattr(scores, item.name)[begin:end] for item in fields(scores)))

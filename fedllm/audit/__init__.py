@@ -1,1 +1,0 @@
-"""What an attacker can learn: one-run auditing, canaries, gradient inversion."""

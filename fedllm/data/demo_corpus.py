@@ -1,0 +1,183 @@
+"""The default corpus: what installed packages say about their own functions.
+
+A row asks with a signature, `def name(args) -> result`, and answers with the first sentence of its docstring;
+a package is a client. Nothing is downloaded, shipped or imported: sources that are on the machine anyway are
+parsed. The same versions give the same rows.
+"""
+
+import ast
+import functools
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from fedllm.data.installed_packages import Package, installed_packages, source_files
+from fedllm.errors import DataError
+
+# Well known, clearly licensed (Apache-2.0, BSD, MIT, PSF) and rich in docstrings, best first
+_PREFERRED = (
+    "numpy",
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "huggingface_hub",
+    "flwr",
+    "ray",
+    "python",
+    "pandas",
+    "networkx",
+    "sympy",
+    "pyarrow",
+    "sqlalchemy",
+    "fsspec",
+)
+_MOST_ROWS = 400  # of a package
+_MOST_ROWS_OF_FILE = 25  # keeps one long file from speaking for its package
+_MOST_BYTES_OF_FILE = 60_000  # longer ones are mostly tables and take long to parse
+_LONGEST_SIGNATURE = 200
+_SHORTEST_SENTENCE, _LONGEST_SENTENCE = 20, 200
+
+_SENTENCE = re.compile(r".*?[.!?](?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)(?<!etc\.)(?<!cf\.)(?=\s|$)")
+# Markup, doctests, field lists, links and announcements of a list in place of a sentence
+_NOT_A_SENTENCE = re.compile(r"(>>>|\.\. |:\w+|@\w+|[-=*#`]|\w+:(\s|$)|.*://|.*:$)")
+_DUNDER = re.compile(r"__\w+__")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    prompt: str
+    response: str
+
+
+_Corpus: TypeAlias = tuple[tuple[str, tuple[_Pair, ...]], ...]  # package name, its pairs
+
+
+def docstring_rows(num_clients: int, *, min_rows: int = 60) -> tuple[dict[str, str], ...]:
+    """Return the corpus of `num_clients` packages as rows of `prompt`, `response` and `client`.
+
+    Preferred packages come first, then those with most rows, so fewer clients are a prefix of more. No answer
+    appears twice, in one package or in two. A package gives at most 400 rows, spread over its files.
+
+    Args:
+        num_clients: packages to read.
+        min_rows: a package with fewer rows is passed over.
+
+    Raises:
+        DataError: fewer packages have `min_rows` rows.
+    """
+    chosen = _choose(num_clients, min_rows)
+    if len(chosen) < num_clients:
+        raise DataError(
+            f"docstrings: only {len(chosen)} installed packages have {min_rows} rows, {num_clients} wanted; "
+            f"set federation.num-clients to at most {len(chosen)} or name your own data.source"
+        )
+    return tuple(
+        {"prompt": pair.prompt, "response": pair.response, "client": name}
+        for name, pairs in chosen
+        for pair in pairs
+    )
+
+
+@functools.lru_cache(maxsize=8)  # a simulation asks again for each client of a process
+def _choose(num_clients: int, min_rows: int) -> _Corpus:
+    packages = {package.name: package for package in installed_packages()}
+    preferred = [packages[name] for name in _PREFERRED if name in packages]
+    chosen = _extend((), preferred, num_clients, min_rows)
+    if len(chosen) == num_clients:
+        return chosen
+    # Ranking reads every other package, so it comes only where it is needed
+    others = [package for name, package in packages.items() if name not in _PREFERRED]
+    others.sort(key=lambda package: (-len(_package_pairs(package, frozenset())), package.name))
+    return _extend(chosen, others, num_clients, min_rows)
+
+
+def _extend(chosen: _Corpus, packages: list[Package], num_clients: int, min_rows: int) -> _Corpus:
+    """Return `chosen` with the next of `packages` that have `min_rows` answers not given before."""
+    seen = frozenset(pair.response for _, pairs in chosen for pair in pairs)
+    for package in packages:
+        if len(chosen) >= num_clients:
+            break
+        pairs = _package_pairs(package, seen)
+        if len(pairs) >= max(1, min_rows):
+            chosen = (*chosen, (package.name, pairs))
+            seen |= {pair.response for pair in pairs}
+    return chosen
+
+
+def _package_pairs(package: Package, seen: frozenset[str]) -> tuple[_Pair, ...]:
+    """Return the pairs of `package`, in reading order, whose answers are not in `seen`."""
+    pairs: dict[str, _Pair] = {}
+    for file in source_files(package):
+        fresh = {pair.response: pair for pair in _file_pairs(file) if pair.response not in seen}
+        new = [pair for response, pair in fresh.items() if response not in pairs]
+        pairs.update((pair.response, pair) for pair in _spread(new, _MOST_ROWS_OF_FILE))
+        if len(pairs) >= _MOST_ROWS:
+            break
+    return tuple(pairs.values())[:_MOST_ROWS]
+
+
+def _spread(pairs: list[_Pair], most: int) -> list[_Pair]:
+    if len(pairs) <= most:
+        return pairs
+    return [pairs[index * len(pairs) // most] for index in range(most)]
+
+
+@functools.cache  # ranking and choosing read the same files
+def _file_pairs(file: Path) -> tuple[_Pair, ...]:
+    try:
+        content = file.read_bytes() if file.stat().st_size <= _MOST_BYTES_OF_FILE else b""
+        if b'"""' not in content and b"'''" not in content:
+            return ()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            module = ast.parse(content)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return ()  # templates and sources of another Python version
+    return tuple(pair for function in _functions(module) if (pair := _pair(function)) is not None)
+
+
+def _functions(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield functions and methods, not those inside functions: they are rarely documented."""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _functions(child)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+
+
+def _pair(function: ast.FunctionDef | ast.AsyncFunctionDef) -> _Pair | None:
+    docstring = None if _DUNDER.fullmatch(function.name) else ast.get_docstring(function)
+    response = first_sentence(docstring or "")
+    if not response:
+        return None
+    keyword = "async def" if isinstance(function, ast.AsyncFunctionDef) else "def"
+    result = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+    prompt = f"{keyword} {function.name}({ast.unparse(function.args)}){result}"
+    if len(prompt) > _LONGEST_SIGNATURE or not _is_plain(prompt):
+        return None
+    return _Pair(prompt, response)
+
+
+def first_sentence(docstring: str) -> str:
+    r"""Return the first sentence of `docstring` on one line, or "" where it has no usable one.
+
+    A summary paragraph without a full stop counts whole. Usable is plain ASCII of 20 to 200 characters that
+    does not begin with markup.
+
+    >>> first_sentence("Save the adapter, e.g. after a\n    round. Then return.")
+    'Save the adapter, e.g. after a round.'
+    """
+    paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())
+    match = _SENTENCE.match(paragraph)
+    sentence = match[0] if match else paragraph
+    usable = _SHORTEST_SENTENCE <= len(sentence) <= _LONGEST_SENTENCE and _is_plain(sentence)
+    return sentence if usable and not _NOT_A_SENTENCE.match(sentence) else ""
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable()

@@ -1,0 +1,67 @@
+"""DP-SGD inside a fused pass (arXiv 1607.00133): every row's own gradient is clipped, their sum is noised.
+
+Tensor suffixes: A active job, S slot of a pass (one row of tokens), P trained values, B sample of a pass.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from fedllm.adapters.layout import with_rank
+from fedllm.adapters.parts import part_of, part_size, whole_of
+from fedllm.engine.job_rows import Rows
+from fedllm.engine.jobs import Job
+from fedllm.privacy.keys import derived_key
+from fedllm.privacy.noise import SecretStream, gaussian
+
+
+def clip_factors(jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tensor) -> torch.Tensor:
+    """Return what every slot's gradient is multiplied by in its own job's mean, [A, S], zero in the others'.
+
+    `owners` are the jobs of the slots. Those that are not clipped have the mean in their rows' weights: 1.
+    """
+    new = partial(torch.tensor, device=norms_S.device, dtype=norms_S.dtype)
+    clip_S = new([jobs[owner].example_clip or float("inf") for owner in owners])
+    size_S = new([jobs[owner].training.batch_size if jobs[owner].example_clip else 1 for owner in owners])
+    factors_AS = norms_S.new_zeros(len(jobs), len(owners))
+    columns = torch.arange(len(owners), device=norms_S.device)
+    rows = torch.tensor(owners, device=norms_S.device)
+    factors_AS[rows, columns] = (clip_S / norms_S.clamp(min=1e-30)).clamp(max=1.0) / size_S
+    return factors_AS
+
+
+def diverged(
+    jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tensor, sums_B: torch.Tensor
+) -> torch.Tensor:
+    """Return which slots are rows of a private job whose gradient is no number, [S] on the CPU."""
+    private_S = torch.tensor([jobs[owner].noise is not None for owner in owners])
+    if not bool(private_S.any()):
+        return private_S
+    return private_S & ~(torch.isfinite(norms_S).cpu() & torch.isfinite(sums_B))
+
+
+def drop(lost_S: torch.Tensor, grad_SP: torch.Tensor, norms_S: torch.Tensor, sums_B: torch.Tensor) -> None:
+    """Count slots as zero, in place.
+
+    A row then moves its job by at most the clip, like any row: failing as a whole would tell that it is
+    there.
+    """
+    if bool(lost_S.any()):
+        grad_SP[lost_S.to(grad_SP.device)] = 0.0
+        norms_S[lost_S.to(grad_SP.device)] = 0.0
+        sums_B[lost_S] = 0.0
+
+
+def add_noise(rows: Rows, grad_AP: torch.Tensor, step: int) -> None:
+    """Add to the gradients of the first A rows the noise their jobs ask for, on the values they train."""
+    for row, job in enumerate(rows.jobs[: len(grad_AP)]):
+        if job.noise is None:
+            continue
+        layout, widest = rows.layouts[row], rows.widest
+        stream = SecretStream(derived_key(job.noise.key, "step", step))
+        noise_P = gaussian(stream, part_size(layout, job.trained), job.noise.deviation)
+        if layout.rank != widest.rank:
+            whole_P = with_rank(whole_of(layout, noise_P, job.trained), layout, widest.rank)
+            noise_P = part_of(widest, whole_P, job.trained)
+        grad_AP[row] += noise_P.to(grad_AP)

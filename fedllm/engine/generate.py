@@ -1,0 +1,89 @@
+"""Greedy answers to a batch of prompts, and continuations whose tokens somebody else chooses.
+
+Tensor suffixes: B row of the batch, t its token, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fedllm.data.fields import Turn
+from fedllm.models.base import BaseModel
+from fedllm.models.chat import chat_text
+
+# (number of tokens chosen before, logits [B, V]) -> the next token of every row [B]
+Choice = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+def answers(base: BaseModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Return what the model, with whatever adapters are on it, answers to each prompt."""
+    tokenizer = base.tokenizer
+    texts = [chat_text(tokenizer, [Turn("user", prompt)], prompt_answer=True) for prompt in prompts]
+    special = not tokenizer.chat_template
+    rows = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+    filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    inputs_Bt, mask_Bt = left_padded(rows, filler, base.device)
+    output = base.model.generate(
+        input_ids=inputs_Bt,
+        attention_mask=mask_Bt,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=filler,
+    )
+    new_tokens = output[:, inputs_Bt.shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def continuations(
+    base: BaseModel, beginnings: Sequence[Sequence[int]], max_new_tokens: int, choose: Choice
+) -> list[tuple[int, ...]]:
+    """Return the tokens that `choose` takes after each beginning of at least one token.
+
+    A row ends with its first end token, which is part of it, or after `max_new_tokens`. The law it is chosen
+    from is the model's own at temperature 1: no setting of the model's generation counts.
+    """
+    ends = end_tokens(base)
+    inputs_Bt, mask_Bt = left_padded(beginnings, 0, base.device)
+    positions_Bt = (mask_Bt.cumsum(dim=1) - 1).clamp(min=0)
+    chosen: list[list[int]] = [[] for _ in beginnings]
+    going, cache = [True] * len(beginnings), None
+    for number in range(max_new_tokens):
+        output = base.model(
+            input_ids=inputs_Bt,
+            attention_mask=mask_Bt,
+            position_ids=positions_Bt,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, next_B = output.past_key_values, choose(number, output.logits[:, -1])
+        for row, token in enumerate(next_B.tolist()):
+            if going[row]:
+                chosen[row].append(token)
+                going[row] = token not in ends
+        if not any(going):
+            break
+        inputs_Bt, positions_Bt = next_B[:, None], positions_Bt[:, -1:] + 1
+        mask_Bt = torch.cat([mask_Bt, torch.ones_like(mask_Bt[:, :1])], dim=1)
+    return [tuple(tokens) for tokens in chosen]
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], filler: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of tokens as one tensor and its attention mask, both [B, t].
+
+    Padding goes left, so that every row's next token comes last. A tokenizer that has no padding token would
+    refuse to do it.
+    """
+    length = max(map(len, rows))
+    inputs_Bt = torch.tensor([[filler] * (length - len(row)) + list(row) for row in rows], device=device)
+    mask_Bt = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return inputs_Bt, mask_Bt
+
+
+def end_tokens(base: BaseModel) -> frozenset[int]:
+    """Return the tokens after which the model says no more: the tokenizer's and those of its generation."""
+    named = base.model.generation_config.eos_token_id
+    listed = named if isinstance(named, list) else [named]
+    return frozenset(token for token in (base.tokenizer.eos_token_id, *listed) if token is not None)

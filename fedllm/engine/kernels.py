@@ -1,0 +1,236 @@
+"""The LoRA operator over a row of tokens that belong to many adapters.
+
+y_t = W x_t + b + scale_c B_c A_c x_t, where c is the client that token t belongs to. The backward pass adds
+the gradient of every slot's factors straight into the bank: autograd holds no parameter and makes no copy.
+Two kernels compute the same: `loop` takes one small product per client, `masked` a fixed number of dense ones
+whatever the number of clients (a token's activations are zeroed outside its own client's ranks), which is
+what a GPU wants. Tensor suffixes: T token, C client, S slot, R rank, I input feature, O output feature.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from fedllm.engine.adapter_bank import Bank, Segment
+
+
+@dataclass(frozen=True, eq=False)
+class LoopKernel:
+    """One product per client (parameters) and per slot (gradients); best on a CPU, or for one client.
+
+    A CPU takes three to five times as long for a product [T, R] or [O, R] of few columns as for the same
+    with few rows. So activations [T, R] lie in memory rank by rank, and B's gradient is formed transposed.
+    """
+
+    def forward(self, bank: Bank, index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
+        """Add the adapters' output to y in place; return the scaled activations z [T, R]."""
+        a_CRI, b_COR = bank.factors(index)
+        z_TR = x_TI.new_empty(a_CRI.shape[1], x_TI.shape[0], dtype=bank.dtype).T
+        for row, x, y, z in _pieces(bank.route_of(x_TI.shape[0]).clients, x_TI, y_TO, z_TR):
+            torch.mm(x.to(bank.dtype), a_CRI[row].T, out=z)
+            z.mul_(bank.scales[row])
+            _add_product(y, z, b_COR[row].T)
+        return z_TR
+
+    def backward(
+        self,
+        bank: Bank,
+        index: int,
+        x_TI: torch.Tensor | None,
+        z_TR: torch.Tensor | None,
+        g_TO: torch.Tensor,
+        dx_TI: torch.Tensor | None,
+    ) -> None:
+        """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
+        a_CRI, b_COR = bank.factors(index)
+        grad_a_SRI, grad_b_SOR = bank.gradients(index)
+        g_TO = g_TO.to(bank.dtype)
+        if grad_b_SOR is not None and z_TR is not None:
+            grads_b = grad_b_SOR.unbind()
+            for row, g, z in _pieces(bank.route.slots, g_TO, z_TR):
+                grads_b[row].add_((z.T @ g).T)
+        if grad_a_SRI is None and dx_TI is None:
+            return
+        dz_TR = g_TO.new_empty(a_CRI.shape[1], g_TO.shape[0]).T  # rank by rank, too
+        for row, g, dz in _pieces(bank.route.clients, g_TO, dz_TR):
+            torch.mm(g, b_COR[row], out=dz)
+            dz.mul_(bank.scales[row])
+        if dx_TI is not None:
+            for row, dx, dz in _pieces(bank.route.clients, dx_TI, dz_TR):
+                _add_product(dx, dz, a_CRI[row])
+        if grad_a_SRI is not None and x_TI is not None:
+            grads_a = grad_a_SRI.unbind()
+            for row, x, dz in _pieces(bank.route.slots, x_TI.to(bank.dtype), dz_TR):
+                grads_a[row].addmm_(dz.T, x)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedKernel:
+    """All adapters' ranks side by side, masked to each token's own: a dozen dense products for any number.
+
+    Exact, since the masked activations are zeros. Computes in the base model's dtype and accumulates in the
+    bank's. The extra work is 2 C R (I + O) operations a token, small while C R is a few hundred.
+    """
+
+    def forward(self, bank: Bank, index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
+        """Add the adapters' output to y in place; return the scaled activations z [T, R] of each token."""
+        a_CRI, b_COR = bank.factors(index)
+        rank = a_CRI.shape[1]
+        owners_T, scale_T1 = _owners(bank, bank.route_of(x_TI.shape[0]).clients, x_TI)
+        all_TM = x_TI @ a_CRI.flatten(0, 1).to(x_TI.dtype).T
+        z_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
+        y_TO.addmm_(_spread(z_TR, owners_T, len(a_CRI)), b_COR.permute(0, 2, 1).flatten(0, 1).to(x_TI.dtype))
+        return z_TR
+
+    def backward(
+        self,
+        bank: Bank,
+        index: int,
+        x_TI: torch.Tensor | None,
+        z_TR: torch.Tensor | None,
+        g_TO: torch.Tensor,
+        dx_TI: torch.Tensor | None,
+    ) -> None:
+        """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
+        a_CRI, b_COR = bank.factors(index)
+        grad_a_SRI, grad_b_SOR = bank.gradients(index)
+        rank = a_CRI.shape[1]
+        slots_T, num_slots = _token_rows(bank.route.slots, g_TO), len(bank.grad_SP)
+        if grad_b_SOR is not None and z_TR is not None:
+            grad_b = (g_TO.T @ _spread(z_TR, slots_T, num_slots)).view(-1, num_slots, rank)
+            grad_b_SOR.add_(grad_b.permute(1, 0, 2))
+        if grad_a_SRI is None and dx_TI is None:
+            return
+        owners_T, scale_T1 = _owners(bank, bank.route.clients, g_TO)
+        all_TM = g_TO @ b_COR.permute(1, 0, 2).flatten(1, 2).to(g_TO.dtype)
+        dz_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
+        if dx_TI is not None:
+            dx_TI.addmm_(_spread(dz_TR, owners_T, len(a_CRI)), a_CRI.flatten(0, 1).to(g_TO.dtype))
+        if grad_a_SRI is not None and x_TI is not None:
+            grad_a_SRI.add_((_spread(dz_TR, slots_T, num_slots).T @ x_TI).view(num_slots, rank, -1))
+
+
+def _owners(
+    bank: Bank, parts: tuple[Segment, ...], like_TD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's client row [T] and that client's scale [T, 1]."""
+    owners = _token_rows(parts, like_TD)
+    scales = torch.tensor(bank.scales, device=like_TD.device, dtype=like_TD.dtype)
+    return owners, scales[owners, None]
+
+
+def _token_rows(parts: tuple[Segment, ...], like_TD: torch.Tensor) -> torch.Tensor:
+    """Return each token's row in the bank, [T]."""
+    rows = torch.tensor([part.row for part in parts], device=like_TD.device)
+    lengths = torch.tensor([part.end - part.begin for part in parts], device=like_TD.device)
+    return rows.repeat_interleave(lengths, output_size=like_TD.shape[0])
+
+
+def _own_ranks(all_TM: torch.Tensor, owners_T: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the R columns of each token's own row: [T, rows * R] -> [T, R]."""
+    per_row = all_TM.view(all_TM.shape[0], -1, rank)
+    index = owners_T[:, None, None].expand(-1, 1, rank)
+    return per_row.gather(1, index)[:, 0]
+
+
+def _spread(own_TR: torch.Tensor, owners_T: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the inverse: each token's R values at its own row, zeros elsewhere, [T, num_rows * R]."""
+    num_tokens, rank = own_TR.shape
+    wide = own_TR.new_zeros(num_tokens, num_rows, rank)
+    wide.scatter_(1, owners_T[:, None, None].expand(-1, 1, rank), own_TR[:, None])
+    return wide.view(num_tokens, -1)
+
+
+def _pieces(parts: tuple[Segment, ...], *tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield every segment's row of the bank and its tokens of every tensor [T, ...], as views.
+
+    Split in one call a tensor: with many short segments, views taken one by one cost as much as the products.
+    """
+    lengths = [part.end - part.begin for part in parts]
+    rows = [part.row for part in parts]
+    return zip(rows, *(tensor.split_with_sizes(lengths) for tensor in tensors), strict=True)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Do total += left @ right, where total may be of the base model's lower precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_((left @ right).to(total.dtype))
+
+
+class LoraFunction(torch.autograd.Function):
+    """Frozen linear layer plus adapters. `weight_OI` None means the caller adds the frozen layer itself.
+
+    `tap` is a scalar that requires a gradient: it makes autograd call `backward` though no parameter is an
+    input, and nothing below the lowest adapted layer needs one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: torch.Tensor,
+        tap: torch.Tensor,
+        weight_OI: torch.Tensor | None,
+        bias_O: torch.Tensor | None,
+        bank: Bank,
+        index: int,
+    ) -> torch.Tensor:
+        """Return y [T, O]."""
+        y_TO = frozen_output(x_TI, weight_OI, bias_O, bank, index)
+        mask_TI = bank.keep_mask(index, x_TI)
+        z_TR = bank.kernel.forward(bank, index, x_TI if mask_TI is None else x_TI * mask_TI, y_TO)
+        # The gradient of A needs x, that of B needs z: what trains one factor keeps one of them.
+        ctx.save_for_backward(x_TI if bank.trained != "b" else None, z_TR if bank.trained != "a" else None)
+        ctx.weight_OI, ctx.bank, ctx.index = weight_OI, bank, index
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, g_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return dx where something below needs it; the factors' gradients go into the bank."""
+        x_TI, z_TR = ctx.saved_tensors
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            width = ctx.bank.layout.matrices[ctx.index].in_features
+            weight_OI = ctx.weight_OI
+            dx_TI = g_TO.new_zeros(len(g_TO), width) if weight_OI is None else g_TO @ weight_OI
+        like_TI = dx_TI if x_TI is None else x_TI
+        mask_TI = None if like_TI is None else ctx.bank.keep_mask(ctx.index, like_TI)
+        if mask_TI is None:
+            ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI, z_TR, g_TO, dx_TI)
+        else:  # the adapter saw mask * x, so its part of dx goes through the mask too
+            seen_TI = None if x_TI is None else x_TI * mask_TI
+            own_TI = None if dx_TI is None else torch.zeros_like(dx_TI)
+            ctx.bank.kernel.backward(ctx.bank, ctx.index, seen_TI, z_TR, g_TO, own_TI)
+            if dx_TI is not None and own_TI is not None:
+                dx_TI.addcmul_(own_TI, mask_TI)
+        return dx_TI, None, None, None, None, None
+
+
+def adapted_output(
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor | None,
+    bias_O: torch.Tensor | None,
+    bank: Bank,
+    index: int,
+) -> torch.Tensor:
+    """Return the operator's output [T, O], with gradients on the way back."""
+    inputs = (x_TI, bank.tap, weight_OI, bias_O, bank, index)
+    y_TO: torch.Tensor = LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call]
+    return y_TO
+
+
+def frozen_output(
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor | None,
+    bias_O: torch.Tensor | None,
+    bank: Bank,
+    index: int,
+) -> torch.Tensor:
+    """Return W x + b, or zeros where the caller adds the frozen layer itself."""
+    if weight_OI is not None:
+        return linear(x_TI, weight_OI, bias_O)
+    return x_TI.new_zeros(x_TI.shape[0], bank.layout.matrices[index].out_features)

@@ -1,0 +1,69 @@
+"""Frozen linear layers with the adapters of a bank on top."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedllm.engine.adapter_bank import Bank
+from fedllm.engine.kernels import adapted_output, frozen_output
+
+
+class BankLinear(nn.Module):
+    """y = base(x) + scale * B A x, with the factors of whichever client each token belongs to.
+
+    (LoRA, arXiv 2106.09685.) Plain linear layers are computed inside the operator; a quantised one is only
+    called.
+    """
+
+    def __init__(self, base: nn.Module, bank: Bank, index: int):
+        super().__init__()
+        self.base = base
+        self.bank = bank
+        self.index = index
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the adapted output, [..., D_in] -> [..., D_out]."""
+        flat = x.reshape(-1, x.shape[-1])
+        weight, bias = plain_weight(self.base)
+        if torch.is_grad_enabled():
+            y = adapted_output(flat, weight, bias, self.bank, self.index)
+        else:
+            y = frozen_output(flat, weight, bias, self.bank, self.index)
+            self.bank.kernel.forward(self.bank, self.index, flat, y)
+        y = y.view(*x.shape[:-1], -1)
+        if weight is None:
+            y = y + self.base(x)
+        return y
+
+
+def plain_weight(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return (weight [D_out, D_in], bias) of a layer that is nothing but that, else (None, None)."""
+    from transformers.pytorch_utils import Conv1D
+
+    layer: Any = base
+    if type(base) is nn.Linear:
+        return layer.weight, layer.bias
+    if type(base) is Conv1D:  # stored [D_in, D_out]
+        return layer.weight.T, layer.bias
+    return None, None
+
+
+@contextmanager
+def attached(model: Any, bank: Bank) -> Iterator[None]:
+    """Put the adapters of `bank` on the layers its layout names, and take them off again."""
+    originals = {m.module: model.get_submodule(m.module) for m in bank.layout.matrices}
+    for index, name in enumerate(originals):
+        _replace(model, name, BankLinear(originals[name], bank, index))
+    try:
+        yield
+    finally:
+        for name, module in originals.items():
+            _replace(model, name, module)
+
+
+def _replace(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,76 @@
+"""AdamW over rows: one client a row, a dozen kernels a step whatever the number of clients and layers."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fedllm.messages import LocalTraining
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+class RowAdamW:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) on parameters [C, P], each row by its own numbers.
+
+    State is fresh for every client and round. Rows are stepped as a prefix: clients that have finished come
+    last and are left exactly as they are. All stepped rows have taken the same number of steps. Where
+    `movable_CP` is given and false, a value keeps its bits, and its gradient counts for no norm.
+    """
+
+    def __init__(
+        self,
+        theta_CP: torch.Tensor,
+        trainings: Sequence[LocalTraining],
+        movable_CP: torch.Tensor | None = None,
+    ):
+        self.theta_CP = theta_CP
+        self.mean_CP = torch.zeros_like(theta_CP)
+        self.square_CP = torch.zeros_like(theta_CP)
+        self.num_steps = 0
+
+        def column(values: Sequence[float]) -> torch.Tensor:
+            return torch.tensor(values, device=theta_CP.device, dtype=theta_CP.dtype)[:, None]
+
+        self.rate_C1 = column([training.learning_rate for training in trainings])
+        keep_C1 = column([1 - t.learning_rate * t.weight_decay for t in trainings])
+        movable_CP = None if movable_CP is None else movable_CP.to(theta_CP.device)
+        self.movable_CP = movable_CP
+        self.keep_CP = keep_C1 if movable_CP is None else torch.where(movable_CP, keep_C1, 1.0)
+        self.clip_C1 = column([training.clip_norm or float("inf") for training in trainings])
+
+    def step(self, grad_AP: torch.Tensor) -> None:
+        """Update the first A rows with their gradients [A, P], clipping each row's norm in place."""
+        active = slice(0, len(grad_AP))
+        if self.movable_CP is not None:
+            grad_AP.masked_fill_(~self.movable_CP[active], 0.0)
+        norms = torch.linalg.vector_norm(grad_AP, dim=1, keepdim=True)
+        grad_AP.mul_((self.clip_C1[active] / (norms + 1e-6)).clamp_(max=1.0))
+        self.num_steps += 1
+        mean, square, theta = self.mean_CP[active], self.square_CP[active], self.theta_CP[active]
+        mean.lerp_(grad_AP, 1 - BETA1)
+        square.mul_(BETA2).addcmul_(grad_AP, grad_AP, value=1 - BETA2)
+        correction1 = 1 - BETA1**self.num_steps
+        correction2 = 1 - BETA2**self.num_steps
+        denominator = square.sqrt().div_(correction2**0.5).add_(EPSILON)
+        theta.mul_(self.keep_CP[active])
+        theta.addcdiv_(mean * (-self.rate_C1[active] / correction1), denominator)
+
+
+def largest_move(training: LocalTraining, largest_start: float) -> float:
+    """Return the furthest any value can honestly move in a client's local steps.
+
+    AdamW's step t is at most learning_rate * sqrt(sum_i w_i^2 / u_i), where w and u are the normalised
+    weights of the first and second moment (Cauchy-Schwarz; 1 at t = 1, 7.3 as t grows). Weight decay adds at
+    most its share of the largest value there is. Clipping does not matter: the step has no scale of its own.
+    """
+    reach = training.learning_rate * sum(_step_bound(t) for t in range(1, training.steps + 1))
+    decayed = min(1.0, training.steps * training.learning_rate * training.weight_decay)
+    return reach + decayed * (largest_start + reach)
+
+
+def _step_bound(t: int) -> float:
+    ratio = BETA1**2 / BETA2
+    first = ((1 - BETA1) / (1 - BETA1**t)) ** 2
+    second = (1 - BETA2**t) / (1 - BETA2)
+    return math.sqrt(first * second * (1 - ratio**t) / (1 - ratio))

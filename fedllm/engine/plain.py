@@ -1,0 +1,99 @@
+"""The plain twin of the engine: PEFT, padding, torch's AdamW. Read this first; the engine must agree with it.
+
+It is what a textbook would do for one client, and it wastes what textbooks waste: padded tokens, logits of
+every prompt token, one kernel per tensor. Tests assert that both give the same delta.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.parts import part_specs
+from fedllm.engine.adapter_bank import NoisyRow, row_mask
+from fedllm.engine.jobs import Job, row_seed
+from fedllm.models.base import BaseModel
+from fedllm.models.chat import IGNORED
+
+
+def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Tensor:
+    """Return the delta [P] of one job. The base model is left as it was."""
+    modules = [matrix.module for matrix in layout.matrices]
+    lora = LoraConfig(r=layout.rank, lora_alpha=layout.alpha, target_modules=modules, lora_dropout=0.0)
+    model = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+    trained = {spec.name for spec in part_specs(layout, job.trained)}
+    parameters = [dict(model.named_parameters())[_peft_name(spec.name)] for spec in layout.tensors]
+    with torch.no_grad():
+        for parameter, (spec, start) in zip(parameters, layout.views(job.start), strict=True):
+            parameter.copy_(start)
+            if spec.name not in trained:
+                parameter.requires_grad_(False)
+    numbers = job.training
+    moving = [parameter for parameter in parameters if parameter.requires_grad]
+    dropouts = [RowDropout(index) for index in range(len(modules))]
+    for name, dropout in zip(modules, dropouts, strict=True):
+        model.base_model.model.get_submodule(name).lora_dropout["default"] = dropout
+    optimizer = torch.optim.AdamW(
+        moving, lr=numbers.learning_rate, betas=(0.9, 0.999), weight_decay=numbers.weight_decay
+    )
+    for step, batch in enumerate(job.batches):
+        noise = [
+            NoisyRow(0, len(row.tokens), numbers.dropout, row_seed(job, step, number))
+            for number, row in enumerate(batch)
+        ]
+        for dropout in dropouts:
+            dropout.rows = noise
+        length = max(len(row.tokens) for row in batch)
+        tokens = torch.tensor([row.tokens + (0,) * (length - len(row.tokens)) for row in batch])
+        labels = torch.tensor([row.labels + (IGNORED,) * (length - len(row.labels)) for row in batch])
+        mask = torch.tensor([[1] * len(row.tokens) + [0] * (length - len(row.tokens)) for row in batch])
+        logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        (loss + _proximal_loss(parameters, layout, job)).backward()  # type: ignore[no-untyped-call]
+        if job.correction is not None:
+            for parameter, (_, correction) in zip(parameters, layout.views(job.correction), strict=True):
+                assert parameter.grad is not None
+                parameter.grad += correction
+        if numbers.clip_norm:
+            torch.nn.utils.clip_grad_norm_(moving, numbers.clip_norm)
+        optimizer.step()
+    after = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+    model.unload()
+    return after - job.start.to(after)
+
+
+class RowDropout(nn.Module):
+    """PEFT's LoRA dropout with the engine's numbers: row b of a padded batch is dropped by `rows[b]`."""
+
+    def __init__(self, index: int):
+        super().__init__()
+        self.index = index
+        self.rows: Sequence[NoisyRow] = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [B, t, I] with every row's values dropped or scaled up."""
+        mask = torch.ones_like(x)
+        for b, row in enumerate(self.rows):
+            if row.rate:
+                mask[b, : row.end] = row_mask(row, self.index, x[b])
+        return x * mask
+
+
+def _proximal_loss(parameters: list[torch.Tensor], layout: AdapterLayout, job: Job) -> torch.Tensor:
+    """Return the FedProx penalty, with dense products: see `fedllm.engine.gradient_terms`."""
+    anchors = [view.to(parameters[0]) for _, view in layout.views(job.start)]
+    if job.training.proximal_space == "factor":
+        squares = [(p - anchor).square().sum() for p, anchor in zip(parameters, anchors, strict=True)]
+    else:
+        factors = zip(parameters[0::2], parameters[1::2], anchors[0::2], anchors[1::2], strict=True)
+        squares = [(layout.scale * (b @ a - b0 @ a0)).square().sum() for a, b, a0, b0 in factors]
+    return job.training.proximal / 2 * torch.stack(squares).sum()
+
+
+def _peft_name(saved_name: str) -> str:
+    """Return PEFT's in-memory name of a tensor; a saved adapter leaves out the adapter's own name."""
+    return saved_name.replace(".weight", ".default.weight")

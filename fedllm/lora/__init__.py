@@ -1,1 +1,0 @@
-"""LoRA for many adapters at once: the bank of parameters, the operator, the layers."""

@@ -1,0 +1,171 @@
+"""The values a round passes between its steps. Frozen; checked when built; no behaviour."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedllm.adapters.base_delta import BaseDelta
+from fedllm.adapters.layout import AdapterState
+from fedllm.adapters.parts import PARTS, returned_part
+from fedllm.errors import LayoutError
+
+# The only numbers besides its delta that a client's update may carry.
+UPDATE_METRICS = ("weight", "num_tokens", "train_loss", "num_truncated", "seconds")
+PROXIMAL_SPACES = ("factor", "product")
+EVALUATION_METRICS = ("loss", "personal_loss", "num_tokens", "num_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """Numbers of one client's training in one round; `learning_rate` is already the round's."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    clip_norm: float
+    dropout: float = 0.0  # of the adapters' inputs
+    proximal: float = 0.0  # strength mu of FedProx
+    proximal_space: str = "factor"  # what it pulls: "factor" or "product"
+
+    def __post_init__(self) -> None:
+        if self.proximal_space not in PROXIMAL_SPACES:
+            raise LayoutError(f"the proximal space is one of {', '.join(PROXIMAL_SPACES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What a node receives: which of its clients train, from where, and how.
+
+    `num_drawn[i]` counts the rows that `client_ids[i]` drew in earlier rounds, so that a client whose
+    process is new every time still sees all its rows before any twice. It trains the part `trained` of the
+    first `ranks[i]` ranks of `adapter`, on the base model with `base_delta` added. With `local_b` every client
+    starts from a B of its own, which never leaves it. With `node_sum` the node answers with one weighted
+    mean of its clients' deltas. `control` is SCAFFOLD's c, where it is used
+    (`fedllm.engine.gradient_terms`). `clip` is the norm to which clients clip what they send, where the
+    server noises their sum; else 0.
+    """
+
+    round_num: int
+    client_ids: tuple[str, ...]
+    num_drawn: tuple[int, ...]
+    ranks: tuple[int, ...]
+    adapter: AdapterState
+    base_delta: BaseDelta
+    training: LocalTraining
+    trained: str
+    local_b: bool
+    node_sum: bool
+    codec: str
+    weighting: str
+    seed: int
+    control: AdapterState | None = None
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        number, full = len(self.client_ids), self.adapter.layout.rank
+        if not number == len(set(self.client_ids)) == len(self.num_drawn) == len(self.ranks):
+            raise LayoutError(
+                "a train request names each client once, with its rank and the rows it has drawn"
+            )
+        if self.trained not in PARTS or (self.local_b and self.trained != "both"):
+            raise LayoutError("a train request trains both factors, or a or b alone where no B is local")
+        if not all(1 <= rank <= full for rank in self.ranks):
+            raise LayoutError(f"a train request gives a client a rank outside 1 to {full}")
+        if self.node_sum and set(self.ranks) != {full}:
+            raise LayoutError("a train request asks for the sum of clients of different ranks")
+        if self.control is not None and (self.local_b or self.node_sum or set(self.ranks) != {full}):
+            raise LayoutError("a train request has control variates for updates that do not travel whole")
+
+    @property
+    def returned(self) -> str:
+        """The part of a delta that travels back."""
+        return returned_part(self.trained, self.local_b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest:
+    """Which of a node's clients measure the held-out loss of `adapter` on the base model with `base_delta` added.
+
+    With `local_b` every client measures its own B in place of the adapter's. `num_drawn`, as in a train
+    request, names what a client keeps for itself: its B, its personal adapter. Without it there is none.
+    """
+
+    round_num: int
+    client_ids: tuple[str, ...]
+    adapter: AdapterState
+    base_delta: BaseDelta
+    local_b: bool
+    num_drawn: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_drawn and len(self.num_drawn) != len(self.client_ids):
+            raise LayoutError("an evaluate request gives the rows each of its clients has drawn")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClientUpdate:
+    """What a client returns: `delta` [P_i] = after - before, its weight, and metrics from a fixed list.
+
+    The delta is whole and of the client's own `rank`, with zeros where nothing was trained. An update with
+    `members` is the weighted mean of several clients of one node: its weight is their sum, and each member
+    holds its own numbers and no delta. `control_delta` [P] is the change of its control variate, where
+    those are used.
+    """
+
+    client_id: str
+    round_num: int
+    rank: int
+    delta: torch.Tensor
+    weight: float
+    num_tokens: int
+    train_loss: float
+    num_truncated: int = 0
+    seconds: float = 0.0
+    members: tuple["ClientUpdate", ...] = ()
+    control_delta: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientEvaluation:
+    """Held-out loss of one client: mean over its supervised tokens, in nats.
+
+    `personal_loss` is with the client's personal adapter on top, None where it has none.
+    """
+
+    client_id: str
+    loss: float
+    num_tokens: int
+    num_rows: int
+    personal_loss: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientFailure:
+    """A client that has no result: `code` is one of `errors.CLIENT_ERROR_CODES` or a server-side verdict."""
+
+    client_id: str
+    code: str
+    reason: str = ""  # the server's own words, never a client's
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedClient:
+    """What a client declares when it joins; its later weights may not exceed these sizes.
+
+    A client without usable rows declares `num_train` 0 and is left out. `max_rank` is the largest rank its
+    machine has room for, 0 = any.
+    """
+
+    client_id: str
+    node_id: int
+    num_train: int
+    num_held_out: int
+    fingerprint: str
+    max_rank: int = 0

@@ -1,0 +1,1 @@
+"""What a run will do: its configuration resolved once into numbers and rules."""

@@ -1,0 +1,180 @@
+"""The whole guarantee of a run in one value: what is protected, from whom, by how much, how it is counted.
+
+client   the unit is all a client ever sends. Its update of a round is clipped to C, and N(0, (zC)^2) is added
+         central      by the server, once, to the sum; the sum is divided by a number fixed in advance
+         local        by every client, to its own update: the server is not trusted
+         distributed  by every client in a part, to a masked sum; arithmetic only, until sums can be masked
+example  the unit is one row of one client. Every step of its training draws each row by a coin (Poisson),
+         clips each row's gradient to C and adds N(0, (zC)^2) to their sum (DP-SGD, arXiv 1607.00133). All
+         of it is done beside the rows, so the server is not trusted
+
+Everything a server does with what has been noised is post-processing and costs nothing. What is counted as
+sampling is what is done: coins where coins are tossed (`federation.selection = "poisson"`, DP-SGD), nothing
+anywhere else.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fedllm.config.keys import TRUSTS, UNITS, RunConfig
+from fedllm.errors import ConfigError
+from fedllm.plan.cohort import CohortPlan
+from fedllm.privacy.accounting import Charge, noise_for, rate_bound
+
+FEDERATION = "federation"  # the account of a run whose clients are all charged alike
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """The guarantee (epsilon, delta) of a run and the mechanism that gives it.
+
+    `clip` is C: of a client's update, or of one row's gradient. `noise_multiplier` is z, 0 where it is
+    calibrated: the least that lets a unit take part `participations` times within the budget. A participation
+    is `steps` releases: one update of a client, or its local steps. With a `limit` above 0 a client that has
+    taken part so often is not asked again. `rate` is the probability of a client's
+    coin (1 = no coins), `denominator` the number a noised sum is divided by. `batch_size` is the number of
+    rows a step draws on average. `weight_cap` is the number of rows from which a client counts fully; 0 = all
+    count alike. `metrics` says what else leaves a client.
+    """
+
+    epsilon: float
+    delta: float
+    unit: str = "example"
+    trust: str = "local"
+    clip: float = 1.0
+    adaptive: bool = False
+    noise_multiplier: float = 0.0
+    participations: int = 1
+    limit: int = 0
+    steps: int = 1
+    rate: float = 1.0
+    denominator: float = 1.0
+    batch_size: int = 1
+    weight_cap: float = 0.0
+    metrics: str = "withheld"
+
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0 and 0 < self.delta < 1 and self.clip > 0):
+            raise ConfigError("a privacy plan needs epsilon and clip above 0 and delta between 0 and 1")
+        if self.unit not in UNITS or self.trust not in TRUSTS[1:]:
+            raise ConfigError(f"no privacy plan is known for unit {self.unit!r} and trust {self.trust!r}")
+        if self.unit == "example" and self.trust != "local":
+            raise ConfigError(
+                f"privacy.trust = {self.trust!r}: of one row only its client can bound the influence, so"
+                " under privacy.unit = 'example' the noise is the client's; leave trust at auto"
+            )
+
+    @property
+    def is_central(self) -> bool:
+        """Whether the server adds the noise."""
+        return self.trust == "central"
+
+    @property
+    def is_local_client(self) -> bool:
+        """Whether every client adds the whole noise to its update."""
+        return self.unit == "client" and self.trust == "local"
+
+    @property
+    def is_by_example(self) -> bool:
+        """Whether training itself is private (DP-SGD)."""
+        return self.unit == "example"
+
+    @property
+    def relation(self) -> str:
+        """When two federations are neighbours, whose results must be hard to tell apart."""
+        if self.is_by_example:
+            return "add-or-remove-one: the same rows of a client, with or without one of them"
+        if self.is_local_client:
+            return "replace-one: any two updates of a client"
+        return "add-or-remove-one: a client's updates, or zeros in their place"
+
+    def multiplier(self, num_rows: int = 0) -> float:
+        """Return z, given or calibrated; `num_rows` are the client's rows, where examples are the unit.
+
+        It is the deviation over the clip, whatever the relation.
+        """
+        if self.noise_multiplier:
+            return self.noise_multiplier
+        needed = noise_for(self.epsilon, self.delta, rate=self._rate(num_rows), count=self.planned)
+        return needed * self._sensitivity
+
+    def charge(self, num_rows: int = 0) -> Charge:
+        """Return what one participation costs a client of `num_rows` rows."""
+        return Charge(self.multiplier(num_rows) / self._sensitivity, self._rate(num_rows), self.steps)
+
+    def sampling_rate(self, num_rows: int) -> float:
+        """Return the probability of a row's coin in a step of DP-SGD: exactly batch / rows, at most 1."""
+        return min(1.0, self.batch_size / num_rows)
+
+    def noise_share(self, threshold: int, z: float) -> float:
+        """Return the deviation of one client's part of distributed noise.
+
+        As soon as `threshold` clients have added theirs, the sum has at least the deviation z * clip: clients
+        that are lost on the way take noise away, so the parts are sized for the fewest that may remain.
+        """
+        return z * self.clip / math.sqrt(threshold)
+
+    def split_noise(self, z: float) -> tuple[float, float]:
+        """Return (z of the sum, deviation of the count) where the clip is adaptive (arXiv 1905.03871).
+
+        The count of clients within the clip is a second release, with deviation D / 20: a client within adds
+        1/2 to it and one beyond takes 1/2 away, so its sensitivity is 1/2. Both together are one release of
+        noise multiplier z.
+
+        Raises:
+            ConfigError: the count alone would take more than the whole budget.
+        """
+        count_deviation = self.denominator / 20
+        left = z**-2 - (2 * count_deviation) ** -2
+        if left <= 0:
+            raise ConfigError(
+                f"privacy.adaptive-clip: with {self.denominator:g} clients a round and noise multiplier"
+                f" {z:.3g} the noise on the count of clipped clients would hide it; use at least"
+                f" {math.ceil(10 * z) + 1} clients a round, or a fixed privacy.clip"
+            )
+        return left**-0.5, count_deviation
+
+    @property
+    def planned(self) -> int:
+        """How many releases of a unit the noise was calibrated for, 0 where it was given."""
+        return 0 if self.noise_multiplier else self.participations * self.steps
+
+    @property
+    def _sensitivity(self) -> float:
+        """Distance, in clips, of what two neighbours release: two updates may be opposite."""
+        return 2.0 if self.is_local_client else 1.0
+
+    def _rate(self, num_rows: int) -> float:
+        if not self.is_by_example:
+            return self.rate
+        return rate_bound(self.sampling_rate(num_rows))
+
+
+def privacy_plan(config: RunConfig, cohort: CohortPlan) -> PrivacyPlan | None:
+    """Return the privacy plan of a run, None where it has none (`privacy.epsilon = 0`)."""
+    section, federation = config.privacy, config.federation
+    if not section.epsilon:
+        return None
+    by_example = section.unit == "example"
+    automatic = "local" if by_example else "central"
+    trust = automatic if section.trust == "auto" else section.trust
+    has_coins = federation.selection == "poisson" and trust != "local"
+    return PrivacyPlan(
+        epsilon=section.epsilon,
+        delta=section.delta,
+        unit=section.unit,
+        trust=trust,
+        clip=section.clip,
+        adaptive=section.adaptive_clip,
+        noise_multiplier=section.noise_multiplier,
+        participations=federation.num_rounds
+        if has_coins
+        else section.max_participations or federation.num_rounds,
+        steps=config.train.local_steps if by_example else 1,
+        rate=cohort.size / federation.num_clients if has_coins else 1.0,
+        denominator=float(cohort.size),
+        batch_size=config.train.batch_size,
+        limit=section.max_participations,
+        weight_cap=section.weight_cap,
+        metrics=section.metrics if section.metrics != "auto" else ("held-out" if by_example else "withheld"),
+    )

@@ -1,0 +1,51 @@
+"""How clients train: the numbers of one round, and of their personal adapters."""
+
+import math
+from dataclasses import dataclass, replace
+
+from fedllm.config.keys import PersonalConfig, RunConfig
+from fedllm.messages import LocalTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalTraining:
+    """Numbers of the personal adapter; `pull` 0 is dual, above it Ditto."""
+
+    rank: int
+    steps: int
+    pull: float
+
+    def training(self, shared: LocalTraining) -> LocalTraining:
+        """Return how it is trained: like the shared adapter, but for its steps and its pull."""
+        return replace(shared, steps=self.steps, proximal=self.pull, proximal_space="product")
+
+
+def personal_training(section: PersonalConfig) -> PersonalTraining | None:
+    """Return the numbers of personal adapters, None where clients have none."""
+    if section.mode == "none":
+        return None
+    pull = section.pull if section.mode == "ditto" else 0.0
+    return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull)
+
+
+def local_training(config: RunConfig, round_num: int) -> LocalTraining:
+    """Return how a client trains in a round, counted from 1."""
+    train = config.train
+    return LocalTraining(
+        steps=train.local_steps,
+        batch_size=train.batch_size,
+        learning_rate=_learning_rate(config, round_num),
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        dropout=config.lora.dropout,
+        proximal=train.proximal,
+        proximal_space=train.proximal_space,
+    )
+
+
+def _learning_rate(config: RunConfig, round_num: int) -> float:
+    """Return the learning rate of a round: constant, or half a cosine over the run."""
+    if config.train.schedule == "constant":
+        return config.train.learning_rate
+    progress = min(1.0, (round_num - 1) / config.federation.num_rounds)
+    return config.train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

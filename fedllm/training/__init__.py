@@ -1,1 +1,0 @@
-"""Local training: the engine, its plain twin, loss and evaluation."""

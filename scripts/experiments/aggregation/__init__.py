@@ -1,0 +1,1 @@
+"""Experiment: aggregation rules compared, with attackers and without."""

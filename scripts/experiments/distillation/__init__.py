@@ -1,0 +1,1 @@
+"""Experiment: what a distillation step gives back."""

@@ -1,0 +1,189 @@
+"""The cell of the distillation experiment: one federation, and every way to teach its last round back.
+
+All but the last round are the product's own. The last is done step by step, so that its clients' adapters are
+at hand; then every variant starts from the same aggregate and the same adapters.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from clients.data_holder import DataHolder
+from fedllm.adapters.layout import AdapterState
+from fedllm.config.key import Scalar
+from fedllm.config.keys import RunConfig
+from fedllm.distillation.student import distil, supervised
+from fedllm.distillation.targets import Targets
+from fedllm.distillation.teacher import Teacher, teach
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import EvaluationJob
+from fedllm.errors import FedLLMError, NonFiniteError
+from fedllm.plan.run_plan import resolve
+from scripts.experiments.cells import Cell, Figures, Setting
+from scripts.experiments.controls import holder_of
+from scripts.runtimes.local import init, step
+from strategies import rounds
+from strategies.distillation.gate import Loss, error_of_gain, loss_of
+from strategies.distillation.material import Material, make_material
+from strategies.distillation.step import open_public_text, own_losses, server_engine, student_training
+from strategies.distillation.synthetic_text import Gates
+from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
+from strategies.exchange.receiving import receive
+from strategies.session import Session
+
+TEACHERS = ("posterior", "uniform", "logit-mean")
+TUNED = "tuned on the text"  # the control: the same rows as plain text
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """A federation's last round: the aggregate and the adapters it was made of."""
+
+    session: Session
+    engine: Engine
+    aggregate: AdapterState
+    clients: tuple[ClientAdapter, ...]
+
+    def teacher(self, kind: str) -> Teacher:
+        """Return the ensemble of the round's clients."""
+        vectors = tuple(client.vector for client in self.clients)
+        return Teacher(vectors, self.engine.layout, priors_of(self.clients), kind)
+
+
+def distilled(cell: Cell, setting: Setting) -> Figures:
+    """Return every variant's held-out losses on the clients' rows, and what the gate said of it.
+
+    The options name the texts ("text:NAME" -> `distill.text`) and the students' learning rates ("rates",
+    separated by commas): each variant takes the rate with the least loss on the texts its gate looks at.
+    A text that cannot be used is left out, with the reason under "lost".
+    """
+    config = setting.config(cell)
+    last = last_round(config)
+    holder = holder_of(config)
+    nothing = AdapterState(last.engine.layout, torch.zeros(last.engine.layout.size))
+    figures: Figures = {
+        "base": asdict(_on_clients(holder, nothing)),
+        "aggregate": asdict(_on_clients(holder, last.aggregate)),
+        "ensembles": {kind: asdict(_ensemble(last, holder, kind)) for kind in TEACHERS},
+    }
+    return {**figures, **_on_texts(last, holder, config, cell.options)}
+
+
+def last_round(config: RunConfig) -> Round:
+    """Return a federation's last round, with the adapters of its clients."""
+    state = init(config)
+    for _ in range(config.federation.num_rounds - 1):
+        state, _ = step(state)
+    session, before = state.session, state.server
+    plan = rounds.plan_round(session, before, 1)
+    answers = receive(session, plan, rounds.train_requests(session, before, plan))
+    teachers = Teachers(before.adapter, plan.round_num, config.distill.max_teachers)
+    record, mixture = rounds.fold(session, before, plan, answers, rounds.RoundSums(teachers=teachers))
+    after, record = rounds.finish(session, before, plan, record, mixture)
+    clients = teachers.without(record.silenced)
+    return Round(session, server_engine(session), after.adapter, clients)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Held-out losses of the clients, in nats per token."""
+
+    mean: float
+    worst: float
+    clients: Mapping[str, float]
+
+
+def _losses(clients: Mapping[str, float]) -> Losses:
+    return Losses(sum(clients.values()) / len(clients), max(clients.values()), dict(clients))
+
+
+def _on_clients(holder: DataHolder, adapter: AdapterState) -> Losses:
+    """Return the losses of an adapter on what every client holds out."""
+    jobs = [
+        EvaluationJob(name, adapter.vector, client.held_out)
+        for name, client in holder.clients.items()
+        if client.held_out
+    ]
+    return _losses({answer.client_id: answer.loss for answer in holder.engine.evaluate(jobs)})
+
+
+def _ensemble(last: Round, holder: DataHolder, kind: str) -> Losses:
+    """Return the losses of the ensemble itself: what a perfect student would reach."""
+    held_out = {name: client.held_out for name, client in holder.clients.items() if client.held_out}
+    teacher = last.teacher(kind)
+    return _losses({name: teach(last.engine, teacher, rows, top_k=1).loss for name, rows in held_out.items()})
+
+
+def _on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mapping[str, Scalar]) -> Figures:
+    """Return the variants of every text that the options name, and of those that failed the reason."""
+    rates = [float(rate) for rate in str(options["rates"]).split(",")]
+    texts: Figures = {}
+    lost: dict[str, str] = {}
+    for option, text in options.items():
+        kind, _, name = option.partition(":")
+        if kind != "text":
+            continue
+        try:
+            texts[name] = _variants(last, holder, config.override({"distill.text": text}), rates)
+        except FedLLMError as error:
+            lost[name] = str(error)
+    return {"texts": texts, "lost": lost}
+
+
+def _variants(last: Round, holder: DataHolder, config: RunConfig, rates: Sequence[float]) -> Figures:
+    """Return what every teacher, and the control, makes of the aggregate with one choice of text."""
+    public = open_public_text(resolve(config))
+    round_num = config.federation.num_rounds
+    gates = Gates(last.session, last.engine, last.clients, round_num)
+    material = make_material(resolve(config), public, last.engine, last.clients, round_num, gates)
+
+    def at_gate(adapter: AdapterState) -> Loss:
+        return loss_of(last.engine, adapter, material.held_out, material.held_out_domains)
+
+    nothing = AdapterState(last.engine.layout, torch.zeros(last.engine.layout.size))
+    before = at_gate(last.aggregate)
+    found: Figures = {
+        "rows": len(material.rows),
+        "tokens": sum(row.num_supervised for row in material.rows),
+        "removed": material.num_removed,
+        "written": material.num_written,
+        "refused": material.num_refused,
+        "held_out": len(material.held_out),
+        "held_out_text": material.held_out_text,
+        "gate_base": at_gate(nothing).mean,
+        "gate_before": before.mean,
+    }
+    for name in (*TEACHERS, TUNED):
+        gate_ensemble, targets = None, None
+        if name != TUNED:
+            teacher, top_k = last.teacher(name), config.distill.top_k
+            gate_ensemble = teach(last.engine, teacher, material.held_out, top_k=1).loss
+            targets = teach(last.engine, teacher, material.rows, top_k=top_k)
+        tried = [(rate, _student(last, config, material, targets, rate)) for rate in rates]
+        losses = [at_gate(adapter) for _, adapter in tried]
+        place = min(range(len(rates)), key=lambda place: losses[place].mean)
+        (rate, adapter), after = tried[place], losses[place]
+        own = own_losses(last.engine, material, last.aggregate, adapter)
+        found[name] = {
+            **asdict(_on_clients(holder, adapter)),
+            "rate": rate,
+            "gate_ensemble": gate_ensemble,
+            "gate_after": after.mean,
+            "gate_error": error_of_gain(before, after),
+            "own": own,
+        }
+    return found
+
+
+def _student(
+    last: Round, config: RunConfig, material: Material, targets: Targets | None, rate: float
+) -> AdapterState:
+    """Return a student, the start where it diverged; without targets it is tuned on the rows' own tokens."""
+    training = replace(student_training(config, config.federation.num_rounds), learning_rate=rate)
+    with suppress(NonFiniteError):
+        if targets is None:
+            return supervised(last.engine, last.aggregate, material.rows, training).adapter
+        return distil(last.engine, last.aggregate, targets, training).adapter
+    return last.aggregate

@@ -1,0 +1,1 @@
+"""Experiment: what privacy costs and hides."""

@@ -1,0 +1,1 @@
+"""Where a run's clients execute: this process, or Flower's processes."""

@@ -1,0 +1,1 @@
+"""Which clients a round asks, and how late updates count."""

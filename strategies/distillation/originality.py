@@ -1,0 +1,112 @@
+"""Which of the server's synthetic texts are new: each is screened before anything learns from it.
+
+The server holds no private text, so the nodes that do are asked for counts (`fedllm.originality.overlap`);
+whatever else can be measured is measured here. A text that could not be checked is not used.
+"""
+
+import secrets
+from collections.abc import Collection, Sequence
+
+import torch
+
+from fedllm.attacks.membership import leads, likelihood, outliers
+from fedllm.attacks.token_scores import no_adapter, score
+from fedllm.engine.engine import Engine
+from fedllm.errors import WireError
+from fedllm.models.chat import Encoded
+from fedllm.originality.duplicates import contaminated, near_duplicates
+from fedllm.originality.overlap import SALT_BYTES, Overlap, OverlapRequest, most, probe, without_form
+from fedllm.originality.verdict import Verdict, digest_of
+from fedllm.wire.overlaps import read_overlaps, write_overlap_request
+from strategies.session import Session
+
+
+def screen(
+    session: Session,
+    texts: Sequence[Encoded],
+    *,
+    round_num: int,
+    clients: Collection[str] | None = None,
+    boilerplate: Sequence[int] = (),
+    public: Sequence[Encoded] = (),
+    known: Sequence[bool] | None = None,
+) -> tuple[Verdict, ...]:
+    """Return the verdict on every text, in order. One call may be made in a round, counted from 1.
+
+    `clients` are those whose private text the texts may repeat, by default all of the session's: if the node
+    of one does not answer, no text passes. `boilerplate` is what every text has by its form alone
+    (`fedllm.models.chat.form_tokens`), `public` the texts none may repeat, such as those that results are
+    measured on. `known` says which texts the membership gate refuses (`known_to_one`), where that was
+    measured.
+
+    Raises:
+        DataError: there are more texts, or longer ones, than a query may ask about.
+    """
+    if not texts:
+        return ()
+    tokens = [without_form(row.tokens, boilerplate) for row in texts]
+    copies = near_duplicates(tokens)
+    repeats = contaminated(tokens, [without_form(row.tokens, boilerplate) for row in public])
+    found = ask_overlap(session, tokens, round_num=round_num, clients=clients, boilerplate=boilerplate)
+    return tuple(
+        Verdict(
+            digest=digest_of(texts[number].tokens),
+            overlap=None if found is None else found[number].is_original,
+            duplicate=copies[number] is None and not repeats[number],
+            membership=None if known is None else not known[number],
+            num_shingles=0 if found is None else found[number].num_shingles,
+            num_matched=0 if found is None else found[number].num_matched,
+            verbatim=found is not None and found[number].verbatim,
+        )
+        for number in range(len(texts))
+    )
+
+
+def known_to_one(
+    engine: Engine, adapters: Sequence[torch.Tensor], texts: Sequence[Encoded]
+) -> tuple[bool, ...]:
+    """Return which texts one client's adapter [P] knows far better than all others and the base model do.
+
+    That is the membership gate, `known` of `screen`. The base must have the base delta that the adapters were
+    trained on.
+    """
+    scores = score(engine, [*adapters, no_adapter(engine)], texts)
+    *clients, base = ([likelihood(one) for one in found] for found in scores)
+    return outliers(leads(clients, base))
+
+
+def ask_overlap(
+    session: Session,
+    tokens: Sequence[Sequence[int]],
+    *,
+    round_num: int,
+    clients: Collection[str] | None = None,
+    boilerplate: Sequence[int] = (),
+) -> tuple[Overlap, ...] | None:
+    """Return of every text the most that any node of `clients` has of it, or None where one did not answer.
+
+    The key of the hashes is new for every query, so two queries cannot be compared.
+    """
+    salt = secrets.token_bytes(SALT_BYTES)
+    probes = tuple(probe(text, salt, boilerplate) for text in tokens)
+    nodes = session.by_node(session.clients if clients is None else clients)
+    absent = sorted(set(nodes) - set(session.transport.node_ids()))
+    for node in absent:
+        session.watch.notice(f"node {node} cannot be asked about synthetic text: it is away or busy")
+    if absent or not nodes:
+        return None
+    content = write_overlap_request(OverlapRequest(round_num, salt, probes))
+    answers = []
+    for reply in session.transport.exchange(
+        dict.fromkeys(nodes, content),
+        message_type="query.overlap",
+        group=str(round_num),
+        deadline=session.config.federation.round_deadline,
+    ):
+        try:
+            if reply.content is None:
+                raise WireError(reply.reason)
+            answers.append(read_overlaps(reply.content, probes))
+        except WireError as error:
+            session.watch.notice(f"node {reply.node_id} did not check synthetic text: {error}")
+    return most(answers) if len(answers) == len(nodes) else None

@@ -1,0 +1,95 @@
+"""The held-out loss of every client, measured where its rows are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.app import RecordDict
+
+from fedllm.errors import WireError
+from fedllm.messages import ClientEvaluation, ClientFailure, EvaluateRequest
+from fedllm.runs.checkpoint import ServerState
+from fedllm.wire import replies, requests
+from strategies.exchange.validation import check_evaluation
+from strategies.grid.transport import Reply
+from strategies.grid.what_nodes_hold import travelling_part
+from strategies.session import Session
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out loss by client: under the shared adapter, and with its personal one on top.
+
+    Without personal adapters `personal` is empty.
+    """
+
+    shared: Mapping[str, float]
+    personal: Mapping[str, float]
+
+
+def evaluate(session: Session, state: ServerState) -> HeldOut:
+    """Return the held-out loss of every client that keeps held-out rows and answers with a sound number."""
+    found: dict[str, ClientEvaluation] = {}
+    for reply in session.transport.exchange(
+        evaluate_requests(session, state),
+        message_type="evaluate",
+        group=str(state.round_num),
+        deadline=session.config.federation.round_deadline,
+    ):
+        found.update(read_evaluations(session, reply))
+    shared = {client: found[client].loss for client in sorted(found)}
+    if session.config.personal.mode == "none":
+        return HeldOut(shared, {})
+    personal = {client: found[client].personal_loss for client in sorted(found)}
+    return HeldOut(shared, {client: loss for client, loss in personal.items() if loss is not None})
+
+
+def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordDict]:
+    """Return one message per free node, naming its clients that keep held-out rows.
+
+    There is none where the privacy plan keeps held-out losses with the clients.
+    """
+    if session.privacy is not None and session.privacy.plan.metrics == "withheld":
+        return {}
+    holders = [client.client_id for client in session.clients.values() if client.num_held_out]
+    free = set(session.transport.node_ids())
+    part = travelling_part(session.rule, state.adapter, session.initial)
+    return {
+        node: requests.write_evaluate_request(
+            EvaluateRequest(
+                round_num=state.round_num,
+                client_ids=tuple(clients),
+                num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+                adapter=state.adapter,
+                base_delta=state.base_delta,
+                local_b=session.rule.local_b,
+            ),
+            session.delivered.sending(node, part, state.base_delta.digest),
+        )
+        for node, clients in session.by_node(holders).items()
+        if node in free
+    }
+
+
+def read_evaluations(session: Session, reply: Reply) -> dict[str, ClientEvaluation]:
+    """Return the sound evaluations in a node's reply, of clients it hosts; the rest is only noticed."""
+    if reply.content is None:
+        session.delivered.failed(reply.node_id, None)
+        session.watch.notice(f"node {reply.node_id} was not evaluated: {reply.reason}")
+        return {}
+    try:
+        answers = replies.read_evaluations(reply.content)
+    except WireError as error:
+        session.delivered.failed(reply.node_id, reply.content)
+        session.watch.notice(f"node {reply.node_id} was not evaluated: {error}")
+        return {}
+    found: dict[str, ClientEvaluation] = {}
+    for answer in answers:
+        sound = check_evaluation(answer) if isinstance(answer, ClientEvaluation) else answer
+        joined = session.clients.get(answer.client_id)
+        if joined is None or joined.node_id != reply.node_id:
+            session.watch.notice(f"node {reply.node_id} answered for a client it does not host")
+        elif isinstance(sound, ClientFailure):
+            session.watch.notice(f"client {answer.client_id} was not evaluated: {sound.reason}")
+        else:
+            found[answer.client_id] = sound
+    return found

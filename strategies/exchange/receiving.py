@@ -1,0 +1,158 @@
+"""What comes back from nodes, as one answer for every client asked: a sound update or why there is none."""
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from itertools import chain
+from typing import TypeAlias
+
+from flwr.app import RecordDict
+
+from fedllm.adapters.layout import at_rank
+from fedllm.engine.optimizer import largest_move
+from fedllm.errors import WireError
+from fedllm.messages import ClientFailure, ClientUpdate
+from fedllm.runs.records import RoundPlan
+from fedllm.wire import replies
+from strategies.cohort.late_updates import late_refusal
+from strategies.exchange.validation import find_fault, largest_weight
+from strategies.grid.transport import Reply
+from strategies.privacy import largest_noise
+from strategies.session import Session
+
+Answer: TypeAlias = ClientUpdate | ClientFailure
+
+
+def members_of(answer: Answer) -> Sequence[Answer]:
+    """Return the answer of every client that an answer stands for: the members of a sum, else itself."""
+    return (isinstance(answer, ClientUpdate) and answer.members) or (answer,)
+
+
+def first_updates(answers: Generator[Answer, None, None], number: int) -> Generator[Answer, None, None]:
+    """Stop listening once `number` updates have come; the rest of an over-selected cohort is let go."""
+    with closing(answers):
+        for answer in answers:
+            yield answer
+            number -= len(members_of(answer)) if isinstance(answer, ClientUpdate) else 0
+            if number <= 0:
+                return
+
+
+def in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answer, None, None]:
+    """Yield answers in the plan's order, each as soon as all before it are there; late ones by name, last.
+
+    Floating-point sums depend on their order; this makes a round independent of who was faster.
+    """
+    held: dict[str, Answer | None] = {}
+    waiting = iter(order)
+    current = next(waiting, None)
+    for answer in answers:
+        held.update(dict.fromkeys((member.client_id for member in members_of(answer)), None))
+        held[answer.client_id] = answer  # a sum comes at the place of its first member
+        while current in held:
+            ready = held.pop(current)
+            if ready is not None:
+                yield ready
+            current = next(waiting, None)
+    for client in [*chain([current], waiting), *sorted(held)]:
+        ready = held.pop(client, None) if client is not None else None
+        if ready is not None:
+            yield ready
+
+
+def receive(
+    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
+) -> Generator[Answer, None, None]:
+    """Yield one answer for every client asked, as it arrives: a sound update or why there is none.
+
+    Late updates of earlier rounds come too, where they count; of those that are unsound or too late there is
+    only a notice.
+    """
+    asked, largest_staleness = session.by_node(plan.asked), session.config.federation.max_staleness
+    arriving = session.transport.exchange(
+        contents,
+        message_type="train",
+        group=str(plan.round_num),
+        deadline=session.config.federation.round_deadline,
+        plan=plan,
+    )
+    for reply in arriving:
+        sent = reply.plan or plan
+        named = asked if sent is plan else session.by_node(sent.asked)
+        for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):
+            refused = sent is not plan and late_refusal(answer, plan.round_num, largest_staleness)
+            if refused:
+                session.watch.notice(refused)
+                continue
+            for each in members_of(answer):
+                session.watch.client(plan.round_num, each)
+            yield answer
+
+
+def read_reply(
+    session: Session, plan: RoundPlan, reply: Reply, asked: list[str]
+) -> Generator[Answer, None, None]:
+    """Yield one answer for each client of a node that was asked; what it says of others is ignored.
+
+    The sum of a node's clients is one answer for all of them, sound or lost as a whole.
+    """
+    unanswered = dict.fromkeys(asked, "its node did not answer for it")
+    answers: Sequence[Answer] = ()
+    if reply.content is None:
+        unanswered = dict.fromkeys(asked, reply.reason)
+    else:
+        try:
+            answers = _answers(session, plan, reply.content, asked)
+        except WireError as error:
+            unanswered = dict.fromkeys(asked, str(error))
+    if not answers:
+        session.delivered.failed(reply.node_id, reply.content)
+    for answer in answers:
+        if unanswered.pop(answer.client_id, None) is None:
+            session.watch.notice(f"node {reply.node_id} answered for a client it was not asked for")
+            continue
+        for member in members_of(answer)[1:]:
+            unanswered.pop(member.client_id, None)
+        yield from _checked(session, plan, answer)
+    for client, reason in unanswered.items():
+        yield ClientFailure(client_id=client, code="lost", reason=reason)
+
+
+def _answers(session: Session, plan: RoundPlan, content: RecordDict, asked: Sequence[str]) -> list[Answer]:
+    """Return what a node's reply says of its clients, in the form it was asked for."""
+    ranks = {client: plan.ranks[client] for client in asked}
+    if not session.is_summed(ranks.values()):
+        return replies.read_updates(
+            content,
+            layout=session.layout,
+            ranks=ranks,
+            part=plan.returned,
+            round_num=plan.round_num,
+            with_controls=session.config.train.control_variates,
+        )
+    answers = replies.read_sum(content, layout=session.layout, part=plan.returned, round_num=plan.round_num)
+    if not {each.client_id for answer in answers for each in members_of(answer)} <= ranks.keys():
+        raise WireError("its node's sum is of clients that were not asked")
+    return answers
+
+
+def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answer]:
+    """Return the answer where it is sound, else a failure of every client it stands for."""
+    if isinstance(answer, ClientFailure):
+        return [answer]
+    reason = find_fault(
+        answer,
+        layout=at_rank(session.layout, plan.ranks[answer.client_id]),
+        round_num=plan.round_num,
+        largest_weights={
+            member.client_id: largest_weight(session.clients[member.client_id], session.plan)
+            for member in members_of(answer)
+        },
+        largest_move=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
+        largest_control=2 * plan.training.clip_norm,
+    )
+    if not reason:
+        return [answer]
+    return [
+        ClientFailure(client_id=member.client_id, code="refused", reason=reason)
+        for member in members_of(answer)
+    ]

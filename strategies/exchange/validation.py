@@ -1,0 +1,96 @@
+"""What the server accepts from a client. A bad reply is dropped and named; it never touches the model."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
+from fedllm.plan.run_plan import RunPlan
+
+ROUNDING = 1.02  # what a lossy payload may add to a delta
+LARGEST_LOSS = 1e6  # nats per token: far above any even guess, and finite in sums and squares
+LARGEST_SECONDS = 1e9
+
+
+def find_fault(
+    update: ClientUpdate,
+    *,
+    layout: AdapterLayout,
+    round_num: int,
+    largest_weights: Mapping[str, float],
+    largest_move: float,
+    largest_control: float = 0.0,
+) -> str:
+    """Return why an update is not sound, "" where it is.
+
+    `layout` is that of the rank it was asked for; `largest_weights` bound the weight of the client, or of
+    every member of a sum. A weighted mean of sound deltas moves no value further than they do.
+    `largest_control` is the most by which a control variate can honestly change, in Euclidean norm.
+    The codec has already checked magic, version, checksum, layout, part, size and round of its packets.
+    """
+    moved = float(update.delta.abs().max()) if update.delta.numel() else 0.0
+    if update.round_num != round_num:
+        return f"the update is of round {update.round_num}"
+    if update.delta.shape != (layout.size,) or update.delta.dtype != torch.float32:
+        return f"the delta is {update.delta.dtype} of {update.delta.numel()} values"
+    if not bool(torch.isfinite(update.delta).all()):
+        return "the delta holds NaN or infinite values"
+    if moved > ROUNDING * largest_move:
+        return f"a value moved by {moved:.3g}, at most {largest_move:.3g} can be honest"
+    control_fault = _control_fault(update.control_delta, largest_control)
+    if control_fault:
+        return control_fault
+    for member in update.members:
+        fault = _number_fault(member, largest_weights[member.client_id])
+        if fault:
+            return f"in the sum of its node, client {member.client_id}: {fault}"
+    return "" if update.members else _number_fault(update, largest_weights[update.client_id])
+
+
+def _control_fault(change_P: torch.Tensor | None, largest: float) -> str:
+    norm = 0.0 if change_P is None else float(change_P.norm())
+    if not math.isfinite(norm):
+        return "the change of its control variate is not finite"
+    if norm > ROUNDING * largest:
+        return f"its control variate changed by {norm:.3g}, at most {largest:.3g} can be honest"
+    return ""
+
+
+def _number_fault(update: ClientUpdate, largest_weight: float) -> str:
+    if not math.isfinite(update.weight) or update.weight <= 0:
+        return f"the weight {update.weight:g} is not a positive number"
+    if update.weight > largest_weight:
+        return f"the weight {update.weight:g} is above the {largest_weight:g} declared at joining"
+    if not 0 <= update.train_loss <= LARGEST_LOSS:  # nor NaN, of which no comparison is true
+        return f"the training loss is no number from 0 to {LARGEST_LOSS:g}"
+    if not 0 <= update.seconds <= LARGEST_SECONDS:
+        return f"the seconds of its training are no number from 0 to {LARGEST_SECONDS:g}"
+    return ""
+
+
+def largest_weight(joined: JoinedClient, plan: RunPlan) -> float:
+    """Return the most a client may declare to weigh: its rows, the tokens a round can hold, or 1.
+
+    Under product-norm the server itself measures what a client counts; under privacy.weight-cap it is at
+    most 1.
+    """
+    train = plan.config.train
+    if plan.privacy is not None and plan.privacy.weight_cap:
+        return 1.0
+    return {
+        "examples": float(joined.num_train),
+        "tokens": float(train.local_steps * train.batch_size * train.max_length),
+        "uniform": 1.0,
+        "product-norm": 1.0,
+    }[plan.aggregation.weighting]
+
+
+def check_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation | ClientFailure:
+    """Return the evaluation where it is sound, else why it is refused."""
+    losses = [loss for loss in (evaluation.loss, evaluation.personal_loss) if loss is not None]
+    if all(0 <= loss <= LARGEST_LOSS for loss in losses) and evaluation.num_tokens > 0:
+        return evaluation
+    reason = f"the held-out loss is no number from 0 to {LARGEST_LOSS:g}, or is of no token"
+    return ClientFailure(client_id=evaluation.client_id, code="refused", reason=reason)

@@ -1,0 +1,1 @@
+"""Messages over a Flower grid, and what each node holds already."""

@@ -1,0 +1,147 @@
+"""Messages over a Flower grid: send to nodes, take replies as they arrive, keep time, forget nobody.
+
+Flower's own loop waits for all replies or an hour, and keeps offering a node that is still busy with an old
+message. Here a phase ends at its deadline or when its caller stops listening. What arrives later is counted
+and dropped, or kept for the next round that asks for late replies (`keeps_late`); its node is free again.
+Requests to join have no phase: their answers are taken whenever they come.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedllm.runs.records import RoundPlan
+from fedllm.wire.packets import packet_bytes
+
+_FLOWER_CODES = {2: "client error", 5: "node unavailable", 8: "client stopped responding"}
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """A node's answer: its content, or None and the reason there is none; `plan` of the round that asked."""
+
+    node_id: int
+    content: RecordDict | None
+    reason: str = ""
+    plan: RoundPlan | None = None
+
+
+@dataclass(eq=False)
+class Transport:
+    """A grid with a memory of what is still under way. The one mutable object of a server."""
+
+    grid: Grid
+    poll_seconds: float = 0.1
+    keeps_late: bool = False  # whether a late reply to a round counts in a later one
+    late: dict[str, tuple[int, RoundPlan | None]] = field(
+        default_factory=dict
+    )  # message id -> node, its round
+    overdue: list[Reply] = field(default_factory=list)  # late replies that no round has taken yet
+    asked: dict[int, float] = field(default_factory=dict)  # node asked to join -> when it may be again
+    joining: dict[str, int] = field(default_factory=dict)  # message id -> node that has not answered that
+    num_stale: int = 0  # replies that came after their phase
+    bytes_down: int = 0  # packet bytes sent and received so far
+    bytes_up: int = 0
+
+    def node_ids(self) -> list[int]:
+        """Return connected nodes that are not busy with an earlier message."""
+        self._collect_late()
+        busy = {node for node, _ in self.late.values()} | set(self.joining.values())
+        return sorted(node for node in self.grid.get_node_ids() if node not in busy)
+
+    def ask_to_join(self) -> set[str]:
+        """Ask the connected nodes that were not asked yet, or may be again; return the messages' ids."""
+        now = time.monotonic()
+        new = [node for node in self.node_ids() if self.asked.get(node, now) <= now]
+        self.asked.update(dict.fromkeys(new, math.inf))
+        sent = self._send({node: RecordDict() for node in new}, message_type="query.join", group="join")
+        self.joining.update(sent)
+        return set(sent)
+
+    def join_replies(self) -> Iterator[Reply]:
+        """Yield the answers to requests to join that have come since the last call."""
+        while replies := self._take(self.joining):
+            yield from replies
+
+    def exchange(
+        self,
+        contents: Mapping[int, RecordDict],
+        *,
+        message_type: str,
+        group: str,
+        deadline: float,
+        plan: RoundPlan | None = None,
+    ) -> Iterator[Reply]:
+        """Send one message per node and yield replies as they arrive, for `deadline` seconds.
+
+        Every node is answered for exactly once: by its first reply, or by a reply without content. A phase
+        that belongs to a round, `plan`, also yields what was late for earlier ones, where that is kept.
+        """
+        wants_late = plan is not None and self.keeps_late
+        pending = self._send(contents, message_type=message_type, group=group)
+        ends = time.monotonic() + deadline
+        arrived: list[Reply] = self._take_overdue() if wants_late else []
+        try:
+            while arrived or (pending and time.monotonic() < ends):
+                while arrived:
+                    yield arrived.pop(0)
+                arrived = [replace(reply, plan=plan) for reply in self._take(pending)]
+                if wants_late:
+                    arrived = self._take_overdue() + arrived
+                if not arrived:
+                    time.sleep(self.poll_seconds)
+            for node in list(pending.values()):
+                yield Reply(node, None, f"no reply within {deadline:g} s", plan)
+        finally:
+            self.late.update({message_id: (node, plan) for message_id, node in pending.items()})
+            if wants_late:  # the caller has stopped listening before it had them all
+                self.overdue += arrived
+
+    def _send(self, contents: Mapping[int, RecordDict], *, message_type: str, group: str) -> dict[str, int]:
+        """Send one message per node; return the node of each by the message's id."""
+        messages = [
+            Message(content, dst_node_id=node, message_type=message_type, group_id=group)
+            for node, content in contents.items()
+        ]
+        self.bytes_down += sum(packet_bytes(content) for content in contents.values())
+        return dict(zip(self.grid.push_messages(messages), contents, strict=True))
+
+    def _take(self, pending: dict[str, int]) -> list[Reply]:
+        """Return what has arrived, struck off `pending` at once: the caller may stop listening midway."""
+        replies = []
+        for message in self.grid.pull_messages(list(pending)) if pending else ():
+            # A lost node's error comes from the SuperLink, so only the message it answers names it.
+            node = pending.pop(message.metadata.reply_to_message_id, None)
+            if node is not None:
+                replies.append(self._received(message, node))
+        return replies
+
+    def _take_overdue(self) -> list[Reply]:
+        self._collect_late()
+        taken, self.overdue = self.overdue, []
+        return taken
+
+    def _collect_late(self) -> None:
+        for message in self.grid.pull_messages(list(self.late)) if self.late else ():
+            node, plan = self.late.pop(message.metadata.reply_to_message_id, (None, None))
+            if node is not None and plan is not None and self.keeps_late:
+                self.overdue.append(replace(self._received(message, node), plan=plan))
+            else:
+                self.num_stale += node is not None
+
+    def _received(self, message: Message, node: int) -> Reply:
+        self.bytes_up += packet_bytes(message.content) if message.has_content() else 0
+        return reply_of(message, node)
+
+
+def reply_of(message: Message, node: int | None = None) -> Reply:
+    """Return a message as the reply of `node`, by default the one it says it comes from."""
+    node = message.metadata.src_node_id if node is None else node
+    if message.has_error():
+        # The text of a client's exception may quote a row: only Flower's numeric code is read.
+        return Reply(node, None, _FLOWER_CODES.get(message.error.code, f"error {message.error.code}"))
+    return Reply(node, message.content)

@@ -1,0 +1,243 @@
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients import train
+from clients.data_holder import DataHolder, hosted_rows, open_data_holder
+from clients.evaluate import evaluate_clients
+from clients.join import declare_clients
+from clients.train import train_clients
+from fedllm.adapters.base_delta import no_base_delta
+from fedllm.adapters.layout import initial_adapter
+from fedllm.config.keys import RunConfig
+from fedllm.engine.jobs import EvaluationJob
+from fedllm.errors import ConfigError, DataError, ModelError
+from fedllm.messages import (
+    ClientFailure,
+    ClientUpdate,
+    EvaluateRequest,
+    LocalTraining,
+    TrainRequest,
+)
+
+
+def holder_of(config: RunConfig, **node: Any) -> DataHolder:
+    return open_data_holder(config.to_flat(), node)
+
+
+def request(holder: DataHolder, client_ids: tuple[str, ...], **changes: Any) -> TrainRequest:
+    training = LocalTraining(steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0)
+    values: dict[str, Any] = {
+        "round_num": 1,
+        "client_ids": client_ids,
+        "num_drawn": (0,) * len(client_ids),
+        "ranks": (holder.engine.layout.rank,) * len(client_ids),
+        "adapter": initial_adapter(holder.engine.layout, 0),
+        "base_delta": no_base_delta(holder.engine.layout),
+        "trained": "both",
+        "local_b": False,
+        "node_sum": False,
+        "training": training,
+        "codec": "bf16",
+        "weighting": "examples",
+        "seed": 0,
+    }
+    return TrainRequest(**{**values, **changes})
+
+
+SERVER_NAMED = [
+    "{file}",
+    "{folder}",
+    "{folder}/*.jsonl",
+    "rows.jsonl",
+    "./rows",
+    "~/rows",
+    "a.csv,b.csv",
+    "/etc",
+]
+NOT_PERMITTING = [{}, {"server-paths": False}, {"server-paths": "false"}, {"server-paths": 1}]
+
+
+@pytest.mark.parametrize("source", SERVER_NAMED)
+@pytest.mark.parametrize("node", NOT_PERMITTING)
+def test_a_data_path_that_a_server_names_is_not_opened(
+    source: str, node: dict[str, Any], write_rows: Callable, make_config: Callable
+) -> None:
+    file = write_rows("rows.jsonl", {"anna": 3})
+    config = make_config(source.format(file=file, folder=file.parent))
+    with pytest.raises(DataError, match="does not open paths a server names"):
+        holder_of(config, **node)
+
+
+@pytest.mark.parametrize("name", ["{model}", "./model", "~/model", "a/b/c", "some/model.gguf"])
+@pytest.mark.parametrize("node", NOT_PERMITTING)
+def test_a_model_path_that_a_server_names_is_not_opened(
+    name: str, node: dict[str, Any], write_rows: Callable, make_config: Callable
+) -> None:
+    config = make_config()
+    named = config.override({"model.name": name.format(model=config.model.name)})
+    own = {"data-path": str(write_rows("own.jsonl", {"x": 3}))}
+    for given in ({}, own):
+        with pytest.raises(ModelError, match="does not open paths a server names"):
+            holder_of(named, **node, **given)
+
+
+def test_a_path_that_a_server_names_is_opened_where_the_node_or_its_policy_permits(
+    write_rows: Callable, make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 4}))
+    assert list(holder_of(config, **{"server-paths": True}).clients) == ["anna", "ben"]
+    policy = tmp_path / "policy.toml"
+    policy.write_text("server-paths = true")
+    monkeypatch.setenv("FEDLLM_POLICY", str(policy))
+    assert list(holder_of(config).clients) == ["anna", "ben"]
+
+
+@pytest.mark.parametrize("num_partitions", [1, 2, 3, 7])
+def test_every_client_is_hosted_by_exactly_one_partition(
+    num_partitions: int, write_rows: Callable, make_config: Callable
+) -> None:
+    names = [f"c{number}" for number in range(5)]
+    config = make_config(write_rows("rows.jsonl", dict.fromkeys(names, 3)), **{"federation.num-clients": 5})
+    hosted = [
+        rows.client_id
+        for partition in range(num_partitions)
+        for rows in hosted_rows(
+            config, {"partition-id": partition, "num-partitions": num_partitions, "server-paths": True}
+        )
+    ]
+    assert sorted(hosted) == names
+
+
+def test_a_node_with_its_own_file_is_one_client_whatever_the_server_says(
+    write_rows: Callable, make_config: Callable
+) -> None:
+    own = write_rows("own.jsonl", {"x": 3, "y": 4})
+    for source in ("docstrings", "/etc/passwd", str(write_rows("other.jsonl", {"anna": 9}))):
+        (rows,) = hosted_rows(make_config(source), {"data-path": str(own), "client-id": "ward-7"})
+        assert rows.client_id == "ward-7"
+        assert len(rows.train) + len(rows.held_out) == 7
+    (rows,) = hosted_rows(make_config(), {"data-path": str(own), "partition-id": 3})
+    assert rows.client_id == "client-0003"
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"instruction": "a", "output": ""}\n', "not JSON\n"])
+def test_a_client_without_usable_rows_declares_none(
+    content: str, tmp_path: Path, make_config: Callable
+) -> None:
+    (tmp_path / "empty.jsonl").write_text(content)
+    node = {"data-path": str(tmp_path / "empty.jsonl"), "client-id": "ward-7", "server-paths": True}
+    holder = holder_of(make_config(), **node)
+    (joined,) = declare_clients(holder, 5)
+    assert (joined.client_id, joined.node_id, joined.num_train, joined.num_held_out) == ("ward-7", 5, 0, 0)
+    assert joined.fingerprint == holder.fingerprint
+    (answer,) = train_clients(holder, request(holder, ("ward-7",)))
+    assert isinstance(answer, ClientFailure)
+    assert answer.code == "no-data"
+
+
+@pytest.mark.parametrize("client_id", ["", "a b", "x" * 65, "../x", "anna\n", "ünï"])
+def test_a_client_names_itself_by_a_plain_word(
+    client_id: str, write_rows: Callable, make_config: Callable
+) -> None:
+    own = str(write_rows("own.jsonl", {"x": 3}))
+    with pytest.raises(ConfigError, match="client-id"):
+        hosted_rows(make_config(), {"data-path": own, "client-id": client_id})
+
+
+def test_a_file_that_is_absent_is_an_error_and_not_an_empty_client(
+    tmp_path: Path, make_config: Callable
+) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        hosted_rows(make_config(), {"data-path": str(tmp_path / "absent.jsonl")})
+
+
+@pytest.fixture
+def holder(write_rows: Callable, make_config: Callable) -> DataHolder:
+    return holder_of(make_config(write_rows("rows.jsonl", {"anna": 8, "ben": 3})), **{"server-paths": True})
+
+
+def test_clients_declare_the_rows_they_can_train_on_and_keep_back(holder: DataHolder) -> None:
+    joined = {
+        client.client_id: (client.num_train, client.num_held_out) for client in declare_clients(holder, 1)
+    }
+    assert joined == {"anna": (7, 1), "ben": (2, 1)}
+
+
+def test_rows_whose_answer_is_cut_off_are_neither_declared_nor_trained_on(
+    write_rows: Callable, make_config: Callable
+) -> None:
+    file = write_rows("rows.jsonl", {"anna": 8, "ben": 3}, secret="word " * 9)
+    short = holder_of(make_config(file, **{"train.max-length": 8}), **{"server-paths": True})
+    assert {client.num_train for client in declare_clients(short, 1)} == {0}
+    with_room = holder_of(make_config(file, **{"train.max-length": 70}), **{"server-paths": True})
+    rows = [row for client in with_room.clients.values() for row in client.train]
+    assert rows
+    assert all(len(row.tokens) <= 70 and row.num_supervised for row in rows)
+
+
+def test_a_client_draws_on_from_the_rows_it_has_drawn(holder: DataHolder) -> None:
+    client = holder.clients["anna"]
+    rounds = [train.make_job(client, request(holder, ("anna",)), drawn, 2) for drawn in range(0, 28, 4)]
+    seen = Counter(row for job in rounds for batch in job.batches for row in batch)
+    assert set(seen.values()) == {4}  # 7 rounds of 4 rows over 7 rows
+    assert len(seen) == 7
+    for job in rounds:
+        assert [len(batch) for batch in job.batches] == [2, 2]
+    long = replace(request(holder, ("anna",)).training, steps=4)
+    longer = train.make_job(client, request(holder, ("anna",), training=long), 0, 2)
+    assert longer.batches == rounds[0].batches + rounds[1].batches
+
+
+def test_a_client_draws_the_same_rows_in_whatever_company(holder: DataHolder) -> None:
+    job = train.make_job(holder.clients["ben"], request(holder, ("anna", "ben")), 4, 2)
+    assert job.batches == train.make_job(holder.clients["ben"], request(holder, ("ben",)), 4, 2).batches
+    other_seed = request(holder, ("anna",), seed=1)
+    anna = holder.clients["anna"]
+    assert (
+        train.make_job(anna, other_seed, 0, 2).batches
+        != train.make_job(anna, request(holder, ("anna",)), 0, 2).batches
+    )
+
+
+def test_answers_come_in_the_order_asked_and_strangers_have_no_data(holder: DataHolder) -> None:
+    answers = train_clients(holder, request(holder, ("ben", "stranger", "anna")))
+    assert [answer.client_id for answer in answers] == ["ben", "stranger", "anna"]
+    ben, stranger, anna = answers
+    assert isinstance(ben, ClientUpdate)
+    assert isinstance(anna, ClientUpdate)
+    assert (ben.weight, anna.weight) == (2.0, 7.0)
+    assert isinstance(stranger, ClientFailure)
+    assert stranger.code == "no-data"
+
+
+def test_a_diverged_client_reports_only_that(holder: DataHolder) -> None:
+    wild = replace(request(holder, ("anna",)).training, learning_rate=1e30)
+    for answer in train_clients(holder, request(holder, ("anna", "ben"), training=wild)):
+        assert answer == ClientFailure(client_id=answer.client_id, code="non-finite")
+
+
+def test_an_evaluation_covers_the_rows_kept_back(holder: DataHolder) -> None:
+    adapter = initial_adapter(holder.engine.layout, 0)
+    asked = EvaluateRequest(
+        round_num=1,
+        client_ids=("ben", "x"),
+        adapter=adapter,
+        base_delta=no_base_delta(adapter.layout),
+        local_b=False,
+    )
+    ben, stranger = evaluate_clients(holder, asked)
+    job = EvaluationJob("ben", adapter.vector, holder.clients["ben"].held_out)
+    assert [ben] == holder.engine.evaluate([job])
+    assert isinstance(stranger, ClientFailure)
+
+
+def test_a_holder_is_opened_once(write_rows: Callable, make_config: Callable) -> None:
+    config = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 3}))
+    first = holder_of(config, **{"server-paths": True})
+    assert holder_of(config, **{"server-paths": True}) is first
+    assert holder_of(config.override({"seed": 9}), **{"server-paths": True}) is not first

@@ -1,0 +1,260 @@
+"""The engine against its plain twin, and what it leaves behind."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from clients.protect import protect
+from fedllm.adapters.layout import AdapterState, initial_adapter
+from fedllm.config.keys import LoraConfig, ModelConfig
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import EvaluationJob
+from fedllm.engine.plain import train_plainly
+from fedllm.errors import LayoutError, NonFiniteError
+from fedllm.models.base import layout_of, load_base
+from fedllm.models.chat import Encoded
+
+KINDS = ["llama", "gpt2", "gemma3"]
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def only(results: Any) -> Any:
+    (result,) = results
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        *((kind, "all-linear") for kind in KINDS),
+        ("llama", "q_proj,v_proj"),
+        ("llama", "model.layers.1.mlp.down_proj"),
+        ("gpt2", "c_attn"),
+        ("gemma3", "k_proj,up_proj"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_the_engine_and_its_plain_twin_give_the_same_delta(
+    kind: str, targets: str, make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine(kind, "float64", targets)
+    job = make_job(engine.layout)
+    assert engine.is_ragged
+    plain = train_plainly(engine.base, engine.layout, job)
+    assert float(plain.abs().max()) > 1e-3
+    torch.testing.assert_close(only(engine.train([job])).delta, plain, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"clip_norm": 0.01},
+        {"clip_norm": 1e6},
+        {"weight_decay": 0.3},
+        {"clip_norm": 0.05, "weight_decay": 0.1, "steps": 5, "batch_size": 1},
+        {"steps": 1, "batch_size": 7},
+    ],
+)
+def test_they_agree_under_clipping_and_weight_decay(
+    numbers: dict[str, Any], make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine("llama", "float64", "all-linear")
+    job = make_job(engine.layout, seed=3, **numbers)
+    plain = train_plainly(engine.base, engine.layout, job)
+    torch.testing.assert_close(only(engine.train([job])).delta, plain, **EXACT)
+
+
+def test_clipping_and_weight_decay_change_the_delta(make_engine: Callable, make_job: Callable) -> None:
+    engine = make_engine("llama", "float64", "all-linear")
+    deltas = [
+        only(engine.train([make_job(engine.layout, **numbers)])).delta
+        for numbers in ({}, {"clip_norm": 1e-9}, {"weight_decay": 0.3})
+    ]
+    assert float((deltas[0] - deltas[1]).abs().max()) > 1e-3
+    assert float((deltas[0] - deltas[2]).abs().max()) > 1e-4
+
+
+def test_an_architecture_that_must_go_row_by_row_says_so_in_one_line(
+    make_engine: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_engine("llama")
+    assert not caplog.messages
+    make_engine("gemma2")
+    assert caplog.messages == [
+        "Gemma2ForCausalLM cannot attend over a flat row: its samples are trained one at a time"
+    ]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gemma2"])  # the last one caps its scores: row by row
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_in_float32_they_agree_to_a_hundredth_of_a_step(
+    kind: str, make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine(kind, "float32", "all-linear")
+    assert engine.is_ragged == (kind != "gemma2")
+    job = make_job(engine.layout)
+    plain = train_plainly(engine.base, engine.layout, job)
+    difference = only(engine.train([job])).delta - plain
+    # AdamW divides by the gradient's own size, so rounding moves a value by far less than a step of 1e-2
+    assert float(difference.abs().max()) < 1e-4
+    assert float(difference.norm() / plain.norm()) < 1e-4
+
+
+def test_a_model_without_ragged_attention_is_fed_row_by_row_to_the_same_delta(
+    make_engine: Callable, make_job: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = make_engine("llama", "float64", "all-linear")
+    job = make_job(flat.layout)
+    expected = only(flat.train([job])).delta
+    monkeypatch.setattr(flat.base.model, "_supports_attention_backend", False)
+    row_by_row = Engine(flat.base, flat.layout, token_budget=512)
+    assert not row_by_row.is_ragged
+    torch.testing.assert_close(only(row_by_row.train([job])).delta, expected, **EXACT)
+
+
+@pytest.mark.parametrize("limit", [1, 30])
+def test_splitting_a_step_into_passes_changes_nothing(
+    limit: int, make_engine: Callable, make_job: Callable, make_rows: Callable
+) -> None:
+    engine = make_engine("llama", "float64", "all-linear")
+    job = make_job(engine.layout)
+    held_out = EvaluationJob("a", job.start, make_rows([5, 9, 2, 14, 24]))
+    whole, measured = only(engine.train([job])), only(engine.evaluate([held_out]))
+    engine.token_budget = limit
+    split, again = only(engine.train([job])), only(engine.evaluate([held_out]))
+    torch.testing.assert_close(split.delta, whole.delta, **EXACT)
+    assert split.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert again.loss == pytest.approx(measured.loss, rel=1e-12)
+
+
+def test_with_a_pass_of_its_own_a_result_is_bit_equal_whatever_the_jobs_around_it(
+    make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine("llama", "float32", "all-linear", token_budget=1)
+    jobs = [make_job(engine.layout, name, seed) for seed, name in enumerate("abc")]
+    together = {result.client_id: result.delta for result in engine.train(jobs)}
+    for job in reversed(jobs):
+        assert torch.equal(only(engine.train([job])).delta, together[job.client_id])
+
+
+def test_evaluating_and_generating_before_training_changes_no_bit(
+    make_engine: Callable, make_job: Callable, make_rows: Callable
+) -> None:
+    fresh, used = (make_engine("llama", "float32", "all-linear") for _ in range(2))
+    job = make_job(fresh.layout)
+    used.evaluate([EvaluationJob("a", job.start, make_rows([5, 9]))])
+    used.generate([AdapterState(used.layout, job.start)], ["Return the sum."], 2)
+    assert torch.equal(only(used.train([job])).delta, only(fresh.train([job])).delta)
+
+
+def test_a_diverged_job_has_a_result_that_is_not_finite_and_harms_no_neighbour(
+    make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine("llama", "float32", "all-linear")
+    sound = make_job(engine.layout, "a", 0)
+    wild = make_job(engine.layout, "b", 1, learning_rate=1e30)
+    expected = only(engine.train([sound])).delta
+    first, diverged, last = engine.train([sound, wild, sound])
+    assert not bool(torch.isfinite(diverged.delta).all())
+    with pytest.raises(NonFiniteError):
+        protect(diverged, (), rank=2, round_num=1, weighting="uniform", num_train=9)
+    assert torch.equal(first.delta, expected)
+    assert torch.equal(last.delta, expected)
+
+
+def test_a_result_counts_what_was_trained_on(make_engine: Callable, make_job: Callable) -> None:
+    engine = make_engine("llama", "float32", "all-linear")
+    job = make_job(engine.layout, "a", 0)
+    result = only(engine.train([job]))
+    assert result.client_id == "a"
+    assert result.num_rows == 9
+    assert result.num_tokens == sum(len(row.tokens) for batch in job.batches for row in batch)
+    assert result.loss == pytest.approx(5.9, abs=0.5)  # near log(359), the tiny model's vocabulary
+
+
+def test_an_adapter_of_another_base_model_is_refused(make_engine: Callable) -> None:
+    engine = make_engine("llama", "float32", "all-linear")
+    with pytest.raises(LayoutError, match="is not the one on this machine"):
+        Engine(engine.base, replace(engine.layout, fingerprint="0" * 64), token_budget=512)
+
+
+def _snapshot(model: Any) -> tuple[Any, ...]:
+    modules = [(name, id(module)) for name, module in model.named_modules()]
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = [parameter.requires_grad or parameter.grad is not None for parameter in model.parameters()]
+    return modules, tensors, any(wanted), model.config._attn_implementation, model.training
+
+
+def _assert_same(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    assert before[0] == after[0]
+    assert before[1].keys() == after[1].keys()
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+    assert before[2:] == after[2:] == (False, "sdpa", False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_base_model_is_left_as_it_was(
+    kind: str, make_engine: Callable, make_job: Callable, make_rows: Callable
+) -> None:
+    engine = make_engine(kind, "float32", "all-linear")
+    before = _snapshot(engine.base.model)
+    job = make_job(engine.layout)
+    engine.token_budget = 1
+    results = engine.train([job, job])
+    next(results)
+    _assert_same(before, _snapshot(engine.base.model))  # also between two passes
+    list(results)
+    engine.evaluate([EvaluationJob("a", job.start, make_rows([5, 9]))])
+    engine.generate([AdapterState(engine.layout, job.start)], ["Return the sum."], 3)
+    _assert_same(before, _snapshot(engine.base.model))
+
+
+def test_the_base_model_is_left_as_it_was_when_training_fails(
+    make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine("llama", "float32", "all-linear")
+    before = _snapshot(engine.base.model)
+    job = make_job(engine.layout)
+    unknown = Encoded((5, 10**6, 7), (-100, 10**6, 7))
+    with pytest.raises(IndexError):
+        list(engine.train([replace(job, batches=((unknown,),))]))
+    _assert_same(before, _snapshot(engine.base.model))
+    assert bool(torch.isfinite(only(engine.train([job])).delta).all())
+
+
+def test_answers_are_greedy_short_and_the_base_models_own_before_training(make_engine: Callable) -> None:
+    engine = make_engine("llama", "float32", "all-linear")
+    fresh = initial_adapter(engine.layout, 0)
+    other = AdapterState(engine.layout, torch.randn(engine.layout.size))
+    prompts = ["Return the sum of two numbers.", "Open a file."]
+    answers = engine.generate([fresh] * 2, prompts, 6)
+    assert answers == engine.generate([initial_adapter(engine.layout, 1)] * 2, prompts, 6)
+    assert answers != engine.generate([other] * 2, prompts, 6)
+    tokenizer = engine.base.tokenizer
+    assert all(len(tokenizer(answer)["input_ids"]) <= 7 for answer in answers)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_checkpointing_recomputes_layers_and_changes_no_delta(
+    kind: str, make_engine: Callable, make_job: Callable, make_model_folder: Callable
+) -> None:
+    plain = make_engine(kind, "float64")
+    job = make_job(plain.layout)
+    expected = only(plain.train([job]))
+    config = ModelConfig(name=str(make_model_folder(kind)), dtype="float64", gradient_checkpointing=True)
+    base = load_base(config)
+    lora = LoraConfig(rank=2, alpha=6.0)
+    engine = Engine(base, layout_of(base.model, lora, base.fingerprint), token_budget=512)
+    calls: list[int] = []
+    layer = next(m for m in base.model.modules() if isinstance(m, GradientCheckpointingLayer))
+    inner = next(layer.children())
+    handle = inner.register_forward_hook(lambda *_: calls.append(1))
+    found = only(engine.train([job]))
+    handle.remove()
+    assert len(calls) == 2 * job.training.steps, "once forward, once recomputed"
+    torch.testing.assert_close(found.delta, expected.delta, **EXACT)

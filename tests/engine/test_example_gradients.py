@@ -1,0 +1,168 @@
+"""DP-SGD in the fused engine: the textbook loop, empty batches, rows that are no numbers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fedllm.adapters.layout import at_rank
+from fedllm.adapters.parts import part_of, part_size, whole_of
+from fedllm.engine.engine import Engine
+from fedllm.engine.example_gradients import add_noise, clip_factors, diverged, drop
+from fedllm.engine.job_rows import rows_of
+from fedllm.engine.jobs import Job, StepNoise
+from fedllm.engine.kernels import LoopKernel, MaskedKernel
+from fedllm.engine.layers import attached
+from fedllm.models.attention import ragged
+from fedllm.models.chat import IGNORED, Encoded
+from fedllm.privacy.keys import derived_key
+from fedllm.privacy.noise import SecretStream, gaussian
+
+KEY = bytes(range(32))
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def gradient_of(engine: Engine, job: Job, theta: torch.Tensor, row: Any) -> torch.Tensor:
+    """Return the gradient of one row's mean token loss at `theta`, by a pass of its own."""
+    alone = replace(job, batches=((row,),), example_clip=0.0, noise=None)
+    engine.bank.load(engine.layout, [theta], [engine.layout.scale], job.trained)
+    with attached(engine.base.model, engine.bank), ragged(engine.base.model):
+        return engine._step([alone], 0)[0][0].clone()
+
+
+def textbook(engine: Engine, job: Job) -> torch.Tensor:
+    """Return the delta of DP-SGD with AdamW, one row at a time (Abadi et al. 2016, algorithm 1)."""
+    theta = job.start.double().clone().requires_grad_(True)
+    optimizer = torch.optim.AdamW([theta], lr=job.training.learning_rate, weight_decay=0.0)
+    assert job.noise is not None
+    for step, batch in enumerate(job.batches):
+        total = torch.zeros(part_size(engine.layout, job.trained), dtype=torch.float64)
+        for row in batch:
+            single = gradient_of(engine, job, theta.detach(), row)
+            total += single * min(1.0, job.example_clip / float(single.norm()))
+        stream = SecretStream(derived_key(job.noise.key, "step", step))
+        mean = total / job.training.batch_size + gaussian(stream, len(total), job.noise.deviation)
+        theta.grad = whole_of(engine.layout, mean, job.trained)
+        optimizer.step()
+    return theta.detach() - job.start.double()
+
+
+def private(job: Job, trained: str, sizes: tuple[int, ...], key: bytes = KEY) -> Job:
+    """Return a job of DP-SGD whose batches have other sizes than the expected one."""
+    rows = [row for batch in job.batches for row in batch]
+    batches, begin = [], 0
+    for size in sizes:
+        batches.append(tuple(rows[begin : begin + size]))
+        begin += size
+    noise = StepNoise(key, 0.01)
+    return replace(job, batches=tuple(batches), example_clip=0.3, noise=noise, trained=trained)
+
+
+@pytest.mark.parametrize("trained", ["b", "both"])
+@pytest.mark.parametrize("token_budget", [40, 100_000])
+def test_the_engine_is_the_textbook_loop(
+    trained: str, token_budget: int, make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine("llama", token_budget=token_budget)
+    jobs = [
+        private(make_job(engine.layout, "a", 0), trained, (4, 0, 1), KEY),
+        private(make_job(engine.layout, "b", 1), trained, (1, 3, 2), bytes(32)),
+    ]
+    for job, result in zip(jobs, engine.train(jobs), strict=True):
+        torch.testing.assert_close(result.delta.double(), textbook(engine, job), rtol=1e-6, atol=1e-9)
+
+
+def test_batches_may_all_be_empty(make_engine: Callable, make_job: Callable) -> None:
+    engine = make_engine("llama")
+    job = private(make_job(engine.layout), "b", (0, 0))
+    (result,) = engine.train([job])
+    assert (result.num_rows, result.num_tokens, result.loss) == (0, 0, 0.0)
+    torch.testing.assert_close(result.delta.double(), textbook(engine, job), rtol=1e-6, atol=1e-9)
+    assert result.delta.any()  # noise all the same: silence would tell that nobody was drawn
+
+
+def test_one_row_moves_the_clipped_sum_by_at_most_the_clip(make_engine: Callable, make_job: Callable) -> None:
+    engine = make_engine("llama")
+    job = private(make_job(engine.layout, steps=1, batch_size=5), "both", (5,))
+
+    def total(rows: Any) -> torch.Tensor:
+        engine.bank.load(engine.layout, [job.start], [engine.layout.scale], "both")
+        with attached(engine.base.model, engine.bank), ragged(engine.base.model):
+            return 5 * engine._step([replace(job, batches=(rows,))], 0)[0][0].clone()
+
+    rows = job.batches[0]
+    for missing in range(5):
+        moved = total(rows) - total(rows[:missing] + rows[missing + 1 :])
+        assert float(moved.norm()) <= job.example_clip * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_row_whose_gradient_is_no_number_counts_as_zero(
+    value: float, make_job: Callable, make_engine: Callable
+) -> None:
+    layout = make_engine("llama").layout
+    jobs = [private(make_job(layout), "b", (2,))]
+    grad_SP = torch.tensor([[3.0, 4.0], [value, 1.0]])
+    sums_B = torch.tensor([1.0, value], dtype=torch.float64)
+    norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
+    drop(diverged(jobs, [0, 0], norms_S, sums_B), grad_SP, norms_S, sums_B)
+    clipped = clip_factors(jobs, [0, 0], norms_S) @ grad_SP * jobs[0].training.batch_size
+    expected = torch.tensor([[3.0, 4.0]]) / 5 * 0.3
+    if value == 1e30:  # a float32 norm cannot hold it
+        assert not grad_SP[1].any()
+    torch.testing.assert_close(clipped, expected)
+    assert bool(torch.isfinite(sums_B).all())
+
+
+@pytest.mark.parametrize("kernel", [LoopKernel(), MaskedKernel()], ids=["loop", "masked"])
+def test_a_row_that_diverges_loses_no_other_row_of_its_pass(
+    kernel: object, make_engine: Callable, make_job: Callable
+) -> None:
+    """The masked kernel mixes 0 times its gradient into its neighbours', and 0 times NaN is NaN."""
+    engine, poison = make_engine("llama"), 4
+    engine.bank.kernel = kernel
+    jobs = [private(make_job(engine.layout, name, seed), "both", (3,)) for seed, name in enumerate("ab")]
+    bad = Encoded((poison, 7, 8), (IGNORED, 7, 8))
+
+    def overflow(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == poison)[..., None], torch.inf)
+
+    def trained(rows: Any) -> list[torch.Tensor]:
+        asked = [replace(jobs[0], batches=((*jobs[0].batches[0], *rows),)), jobs[1]]
+        return [result.delta for result in engine.train(asked)]
+
+    handle = engine.base.model.get_input_embeddings().register_forward_hook(overflow)
+    try:
+        for with_it, without in zip(trained([bad]), trained([]), strict=True):
+            torch.testing.assert_close(with_it, without, rtol=1e-6, atol=1e-9)
+            assert without.any()
+    finally:
+        handle.remove()
+
+
+def test_a_plain_job_that_diverges_is_not_silenced(make_job: Callable, make_engine: Callable) -> None:
+    layout = make_engine("llama").layout
+    grad_SP = torch.tensor([[float("nan"), 1.0]])
+    norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
+    assert not diverged([make_job(layout)], [0], norms_S, torch.ones(1)).any()
+
+
+def test_noise_falls_on_what_a_job_trains_at_its_own_rank(make_engine: Callable, make_job: Callable) -> None:
+    layout = make_engine("llama").layout
+    narrow = at_rank(layout, 1)
+    wide_job = private(make_job(layout), "b", (1,))
+    plain = replace(make_job(layout), trained="b")
+    narrow_job = replace(wide_job, start=torch.zeros(narrow.size), layout=narrow)
+    rows = rows_of([wide_job, plain, narrow_job], layout)
+    size = part_size(layout, "b")
+    grad_AP = torch.zeros(3, size, dtype=torch.float64)
+    add_noise(rows, grad_AP, 0)
+    assert bool((grad_AP[0] != 0).all())
+    assert not grad_AP[1].any()
+    own = part_of(narrow, rows.whole(2, grad_AP[2]), "b")
+    assert int((grad_AP[2] != 0).sum()) == len(own) == part_size(narrow, "b")
+    again = torch.zeros_like(grad_AP)
+    add_noise(rows, again, 1)
+    assert float((again[0] * grad_AP[0]).mean().abs()) < 0.01**2 * 3.3 / size**0.5

@@ -1,0 +1,30 @@
+"""Answers to public prompts."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from fedllm.engine.generate import answers, left_padded
+
+PROMPTS = ["Sum two numbers.", "Open a file and read all of its lines, then close it."]
+
+
+def test_a_tokenizer_without_a_padding_token_answers_like_one_that_has_it(
+    load_tiny: Callable,
+) -> None:
+    base = load_tiny("llama", "float64")
+    expected = answers(base, PROMPTS, 6)
+    assert len(expected) == 2
+    bare = replace(base, tokenizer=copy.deepcopy(base.tokenizer))
+    bare.tokenizer.pad_token = None  # as in GPT-2 and Llama
+    assert bare.tokenizer.pad_token_id is None
+    assert answers(bare, PROMPTS, 6) == expected
+    assert [answers(bare, [prompt], 6) for prompt in PROMPTS] == [[answer] for answer in expected]
+
+
+def test_padding_goes_left() -> None:
+    rows, mask = left_padded([[5, 6, 7], [8]], 0, torch.device("cpu"))
+    assert rows.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
