@@ -1,6 +1,7 @@
 """The base deltas this machine holds, so that a server need not send one twice.
 
-A base delta is no secret of a data holder: it is what the server made of everybody's rounds. It is kept on disk
+A base delta is no secret of a data holder: it is what the server made of everybody's rounds. It is kept on
+disk
 because a Flower node starts a new process for every message; the file's name is its digest, and one that does
 not have it counts as absent.
 """

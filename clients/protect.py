@@ -2,7 +2,8 @@
 
 A training result passes this chain and nothing else does, in an order the privacy plan fixes:
 
-    weight -> clip -> noise -> allow-list -> compress (`fedllm/wire/packets.py`; masking takes its place before)
+    weight -> clip -> noise -> allow-list -> compress (`fedllm/wire/packets.py`; masking takes its place
+    before)
 
 What is returned is the whole of what the server learns: a delta, a weight and four numbers, which are zeros
 where the plan withholds them; and, where the run has control variates (SCAFFOLD), the change of the client's

@@ -16,6 +16,7 @@ LARGEST_DELTA = 1e-5  # of a run where the machine's policy limits epsilon
 
 
 def max_rank_of(node: Mapping[str, Scalar]) -> int:
+    """Return the largest rank this machine has room for, 0 = any."""
     rank = node.get("max-rank", 0)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
         raise ConfigError(f"max-rank = {rank!r} in the node config: expected a whole number, 0 = any rank")

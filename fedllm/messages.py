@@ -40,7 +40,8 @@ class TrainRequest:
 
     `num_drawn[i]` counts the rows that `client_ids[i]` drew in earlier rounds, so that a client whose
     process is new every time still sees all its rows before any twice. It trains the part `trained` of the
-    first `ranks[i]` ranks of `adapter`, on the base model with `base_delta` added. With `local_b` every client
+    first `ranks[i]` ranks of `adapter`, on the base model with `base_delta` added. With `local_b` every
+    client
     starts from a B of its own, which never leaves it. With `node_sum` the node answers with one weighted
     mean of its clients' deltas. `control` is SCAFFOLD's c, where it is used
     (`fedllm.engine.gradient_terms`). `clip` is the norm to which clients clip what they send, where the
@@ -86,7 +87,8 @@ class TrainRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """Which of a node's clients measure the held-out loss of `adapter` on the base model with `base_delta` added.
+    """Which of a node's clients measure the held-out loss of `adapter` on the base model with `base_delta`
+    added.
 
     With `local_b` every client measures its own B in place of the adapter's. `num_drawn`, as in a train
     request, names what a client keeps for itself: its B, its personal adapter. Without it there is none.

@@ -64,7 +64,8 @@ class BaseDelta:
         return self
 
     def plus(self, added: Mapping[int, Product]) -> "BaseDelta":
-        """Return the base delta with a product (of one matrix) added at each place of the layout that is named.
+        """Return the base delta with a product (of one matrix) added at each place of the layout that is
+        named.
 
         Every sum is kept at the lowest rank that holds it; what is dropped is below the rounding of float32.
         """
@@ -95,7 +96,8 @@ def no_base_delta(layout: AdapterLayout) -> BaseDelta:
 def adapter_with_base_delta(adapter: AdapterState, base_delta: BaseDelta) -> AdapterState:
     """Return one ordinary adapter that does what `adapter` does on a base with `base_delta` added.
 
-    Its rank is the adapter's plus the largest of the base delta's; matrices with less are filled with zeros. The
+    Its rank is the adapter's plus the largest of the base delta's; matrices with less are filled with zeros.
+    The
     scale stays, so alpha grows with the rank.
     """
     layout, most = adapter.layout, max((b_ON.shape[1] for b_ON, _ in base_delta.factors), default=0)

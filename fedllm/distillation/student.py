@@ -1,7 +1,8 @@
 """The student: one adapter that learns to say what the teacher says, on the engine that trains clients.
 
 A distillation is a training job whose objective is the divergence from cached targets: AdamW, clipping,
-passes and the pull to the start (mu/2 ||s (B A - B0 A0)||^2 by R x R products, `fedllm.engine.gradient_terms`)
+passes and the pull to the start (mu/2 ||s (B A - B0 A0)||^2 by R x R products,
+`fedllm.engine.gradient_terms`)
 are those of a client. The control is the same job without the targets, on the same batches.
 """
 

@@ -1,6 +1,7 @@
 """A base model with a base delta added for a while: W0 + scale * B A in every adapted layer, then W0 again.
 
-The sum is always formed from the original weights and the whole base delta, in float32 (float64 where the base is
+The sum is always formed from the original weights and the whole base delta, in float32 (float64 where the
+base is
 float64), and rounded once to the base's dtype: rounds leave no rounding behind, and who joins late has the
 same bits.
 Tensor suffixes: O output feature, I input feature.
@@ -23,7 +24,8 @@ from fedllm.models.base import BaseModel
 def with_base_delta(base: BaseModel, base_delta: BaseDelta) -> Iterator[None]:
     """Within the block `base` has `base_delta` added; after it the original weights are back, bit for bit.
 
-    The originals are set aside, never changed. The sums stay in memory for the next block with this base delta.
+    The originals are set aside, never changed. The sums stay in memory for the next block with this base
+    delta.
 
     Raises:
         ModelError: the base model is quantised, so nothing can be added to its weights.
@@ -42,7 +44,9 @@ def with_base_delta(base: BaseModel, base_delta: BaseDelta) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _sums(base: BaseModel, base_delta: BaseDelta) -> dict[str, torch.Tensor]:
-    """Return the weight with the base delta of every layer that has a base delta, stored as the layer stores its own."""
+    """Return the weight with the base delta of every layer that has a base delta, stored as the layer stores
+    its own.
+    """
     sums = {}
     for matrix, (b_ON, a_NI) in zip(base_delta.layout.matrices, base_delta.factors, strict=True):
         if not b_ON.numel():

@@ -46,7 +46,8 @@ class ServerState:
     """What a server carries from round to round, and all a resumed run needs.
 
     `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none);
-    `base_delta` is what the base model has gained (left out: nothing); `norms` are the median norms of the last
+    `base_delta` is what the base model has gained (left out: nothing); `norms` are the median norms of the
+    last
     rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one; `ledger`
     is what was given away under a privacy plan, `clip` the norm that an adaptive clip has come to (0 = the
     plan's own); `undistilled` is what the last round aggregated, where distilling it gave `adapter`.

@@ -1,6 +1,7 @@
 """What a server asks of a node: values to Flower records and back.
 
-A request has an adapter, a `request` record of named values and, where the base model has a base delta, what is
+A request has an adapter, a `request` record of named values and, where the base model has a base delta, what
+is
 added to it. What a node holds or can make itself may be left out; the request names its digest all the same,
 and a node that has other bits says so (`NotHeldError`) in place of training on them.
 """

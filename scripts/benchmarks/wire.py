@@ -1,7 +1,8 @@
 """What an update weighs on the wire, what rounding it costs, and how fast it is packed.
 
 Deltas are real: clients of the default source train LoRA adapters of the default model for a few and for many
-local steps, on q_proj and v_proj and on every linear layer. Every payload of `fedllm.wire.packets` packs them;
+local steps, on q_proj and v_proj and on every linear layer. Every payload of `fedllm.wire.packets` packs
+them;
 anchors are the same values as a safetensors file and as Flower's own `ArrayRecord` of named tensors, both
 float32. Megabytes a second are those of the float32 values, so a smaller packet does not look slower.
 

@@ -1,4 +1,6 @@
-"""What `scripts/benchmarks/client.py` trains on: one client's rows in a round, as text and as the engine's job."""
+"""What `scripts/benchmarks/client.py` trains on: one client's rows in a round, as text and as the engine's
+job.
+"""
 
 import ast
 import warnings

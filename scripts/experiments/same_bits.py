@@ -1,4 +1,5 @@
-"""Whether two versions of this project train the same adapters, bit for bit: `python -m scripts.experiments.same_bits`.
+"""Whether two versions of this project train the same adapters, bit for bit.
+
 
 A change of structure must not change a number. This runs eleven small federations (plain, private, SCAFFOLD,
 personal adapters, FedSA, distillation, node sums, ...) with the code of one checkout, then with another's:
@@ -6,7 +7,8 @@ personal adapters, FedSA, distillation, node sums, ...) with the code of one che
     python -m scripts.experiments.same_bits FOLDER before --checkout OLD_CHECKOUT
     python -m scripts.experiments.same_bits FOLDER after --against before
 
-The second call prints a table and exits 1 where an adapter differs. Private runs draw their noise from secrets
+The second call prints a table and exits 1 where an adapter differs. Private runs draw their noise from
+secrets
 that are kept in the run folder, so those of the first runs are copied to the second ones before they start.
 """
 

@@ -11,7 +11,8 @@ aggregate is the start plus sum a_i D_i, read out like any mean. The plain mean 
     similarity         clients whose change points with the geometric median, the rest silenced, norms clipped
                        (the cosine test of FLTrust, arXiv 2012.13995, without a data set at the server)
 
-Two more act on coordinates, where one factor is common to all (`fedllm/plan/aggregation.py` refuses them elsewhere), and
+Two more act on coordinates, where one factor is common to all (`fedllm/plan/aggregation.py` refuses them
+elsewhere), and
 count every client alike: trimmed-mean leaves out the f largest and smallest values, coordinate-median takes
 the middle one (Yin et al., arXiv 1803.01498). f is the assumed share of malicious clients, rounded up.
 Tensor suffixes: K clients, S the start and the clients, P flat adapter, R rank, O output, I input feature.

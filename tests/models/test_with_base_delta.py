@@ -112,7 +112,8 @@ def test_the_originals_come_back_when_the_block_fails(load_tiny: Callable[..., B
 def test_a_base_delta_of_the_adapters_own_factors_is_that_adapter(
     kind: str, load_tiny: Callable[..., BaseModel]
 ) -> None:
-    """What the base gained as base delta, and what an adapter with the same factors computes, is one function."""
+    """What the base gained as base delta, and what an adapter with the same factors computes, is one
+    function."""
     base = load_tiny(kind, "float64")
     layout = layout_on(base)
     engine = Engine(base, layout, token_budget=512)

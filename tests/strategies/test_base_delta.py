@@ -1,4 +1,5 @@
-"""Rounds on a base model that has a base delta: who holds what, what is sent, and that all have the same bits."""
+"""Rounds on a base model that has a base delta: who holds what, what is sent, and that all have the same
+bits."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -5,7 +5,8 @@ b: the map of rho, the error of averaging factors, and what that error costs
 c: malicious clients, robust rules and backdoors
 
     python -m scripts.experiments.aggregation.main --quick --json
-    python -m scripts.experiments.aggregation.main --data ../shared/data --output docs/results/aggregation.json
+    python -m scripts.experiments.aggregation.main --data ../shared/data --output
+    docs/results/aggregation.json
 
 A finished cell is a line of `cells.jsonl` in the folder --work; started again, a run takes those it needs
 and does the rest. The full run takes about half an hour on two idle cores.

@@ -23,7 +23,8 @@ RULES: dict[str, Mapping[str, Scalar]] = {
 }
 CLEAN = "clean"
 # What is done to the changes, and whether the server's bound on honest moves is in force.
-HUGE_FLIP, UNGUARDED = "huge flip", "huge flip, no bound"
+HUGE_FLIP = "huge flip"
+UNGUARDED = "huge flip, no bound"
 ATTACKS: dict[str, Mapping[str, Scalar]] = {
     HUGE_FLIP: {"updates": "huge flip"},
     UNGUARDED: {"updates": "huge flip", "validated": False},

@@ -5,7 +5,8 @@ Clients of seven domains train a few rounds. From the last round's aggregate and
 each text: public text like the clients' own, like that of three of them, unlike any, and synthetic text.
 
     python -m scripts.experiments.distillation.main --quick --json
-    python -m scripts.experiments.distillation.main --data ../shared/data --output docs/results/distillation.json
+    python -m scripts.experiments.distillation.main --data ../shared/data --output
+    docs/results/distillation.json
 
 Losses are on rows that the clients hold out. The learning rate of a student is chosen on the texts its gate
 looks at, never on those. A gap is closed by 1 where a student is as good as the posterior ensemble itself.
