@@ -19,9 +19,8 @@ from fedllm.data.public_text import PublicText
 from fedllm.distillation.student import StudentTraining, distil, supervised
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
-from fedllm.engine.engine import Engine, resident_engine
+from fedllm.engine.engine import Engine
 from fedllm.errors import FedLLMError, NonFiniteError, RunFailedError
-from fedllm.models.base import load_base
 from fedllm.models.files import first_line
 from fedllm.models.with_base_delta import with_base_delta
 from fedllm.plan.distillation import DistillationPlan
@@ -123,7 +122,7 @@ def server_engine(session: Session) -> Engine:
         ModelError, LayoutError: this machine has no such base model.
     """
     config = session.config
-    return resident_engine(load_base(config.model), session.layout, config.train.token_budget)
+    return session.resident.engine(config.model, session.layout, config.train.token_budget)
 
 
 def _step(
