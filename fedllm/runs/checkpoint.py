@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import torch
-
-from fedllm.adapters.base_delta import BaseDelta, no_base_delta
+from fedllm.adapters.base_delta import BaseDelta, from_tensors, no_base_delta, to_tensors
 from fedllm.adapters.folder import load_named, load_tensors, save_named, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config.key import Scalar
@@ -84,7 +82,7 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
             (building / "state.json").write_text(json.dumps(content, allow_nan=False))
             save_tensors(building / "adapter.safetensors", state.adapter)
             if state.base_delta.size:
-                save_named(building / BASE_DELTA, _base_delta_tensors(state.base_delta))
+                save_named(building / BASE_DELTA, to_tensors(state.base_delta))
             if state.optimizer.num_steps:
                 moments = {"first": state.optimizer.first, "second": state.optimizer.second}
                 save_named(building / OPTIMIZER, moments)
@@ -146,15 +144,6 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
     raise CheckpointError(f"no intact checkpoint in {folder}; start without --resume")
 
 
-def _base_delta_tensors(base_delta: BaseDelta) -> dict[str, torch.Tensor]:
-    """Return the factors of a base delta under the names of their modules."""
-    return {
-        f"{matrix.module}.{letter}": tensor
-        for matrix, pair in zip(base_delta.layout.matrices, base_delta.factors, strict=True)
-        for letter, tensor in zip("BA", pair, strict=True)
-    }
-
-
 def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
     return load_tensors(file, layout).checked_finite() if file.exists() else None
 
@@ -162,9 +151,7 @@ def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
 def _load_base_delta(file: Path, layout: AdapterLayout) -> BaseDelta:
     if not file.exists():  # the manifest has vouched for every file that was written
         return no_base_delta(layout)
-    tensors = load_named(file)
-    pairs = [(tensors[f"{m.module}.B"], tensors[f"{m.module}.A"]) for m in layout.matrices]
-    return BaseDelta(layout, tuple(pairs)).checked_finite()
+    return from_tensors(layout, load_named(file)).checked_finite()
 
 
 def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
