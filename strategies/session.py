@@ -8,7 +8,7 @@ from pathlib import Path
 from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.public_text import PublicText
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.plan.aggregation import AggregationRule

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.runs.folder import run_folder, to_toml
 from scripts.benchmarks.models import write_rows
 from scripts.benchmarks.processes import Watched, watch

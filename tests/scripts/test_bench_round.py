@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clients import train
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
 from scripts.benchmarks import round
 from scripts.benchmarks.models import save_tiny_model, write_rows
