@@ -7,7 +7,7 @@ training rows a client declares includes those that were put in. `fedllm audit` 
 from pathlib import Path
 
 from fedllm.attacks.canaries import canary_rows, secret_canaries
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.models.base import load_tokenizer
 from fedllm.models.chat import Encoded
 from fedllm.models.files import ModelFiles

@@ -9,7 +9,7 @@ import rich.console
 from rich.live import Live
 from rich.table import Table
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import of_same_clients, spread_of

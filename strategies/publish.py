@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.folder import save_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.files import write_file
 from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles
 from fedllm.plan.run_plan import RunPlan

@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import FedLLMError
 from fedllm.runs.records import RoundRecord
 from strategies.distillation.report import table_cell

@@ -18,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients.client_app import app
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import run_folder

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.public_text import PublicText
 from fedllm.distillation.student import StudentTraining, distil, supervised
 from fedllm.distillation.targets import Targets

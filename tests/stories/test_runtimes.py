@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from scripts.recipe_arguments import config_of
 from scripts.runtimes.flower import status, submit, superlink, supernode
 from scripts.runtimes.local import init, step

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from clients.client_app import app
 from clients.data_holder import open_data_holder
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import Example, Turn
 from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.messages import ClientUpdate

@@ -13,7 +13,7 @@ import torch
 from clients.data_holder import DataHolder
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.distillation.student import distil, supervised
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
