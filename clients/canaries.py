@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.attacks.canaries import canary_rows, secret_canaries
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.models.chat import Encoded
 from fedllm.privacy.keys import kept_secret
 

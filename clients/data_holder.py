@@ -17,7 +17,7 @@ from clients.site import check_paths, check_privacy, max_rank_of, state_path_of
 from clients.state import PrivateStore, default_state_path
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import BadRow, ClientRows, Example
 from fedllm.data.partition import CLIENT_ID, Partition
 from fedllm.data.shards import Shards, load_one_client, load_shards

@@ -13,7 +13,7 @@ from clients.data_holder import RESIDENT, ClientTokens, DataHolder, open_data_ho
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import AdapterState
 from fedllm.attacks.canaries import Canary, canary_rows, secret_canaries
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition
 from fedllm.data.shards import draw_rows
 from fedllm.engine.engine import Engine

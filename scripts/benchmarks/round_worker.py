@@ -21,8 +21,8 @@ from unittest import mock
 
 from clients.client_app import app
 from clients.data_holder import RESIDENT, open_data_holder
-from fedllm.config.keys import RunConfig
 from fedllm.config.recipe import read_recipe
+from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import Job
 from fedllm.runs.records import RoundRecord
 from scripts.benchmarks.jobs import round_jobs

@@ -10,7 +10,7 @@ from rich.table import Table
 from clients.data_holder import RESIDENT, ClientTokens, encode_client, open_data_holder
 from fedllm.adapters.folder import PublishedAdapter, load_adapter
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import load_one_client
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob

@@ -10,7 +10,7 @@ from typing import Any
 from clients.data_holder import RESIDENT, partition_of
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition, save_partition
 from fedllm.errors import ConfigError
 from fedllm.models.files import needs_conversion

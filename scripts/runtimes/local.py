@@ -19,7 +19,7 @@ from clients.client_app import app
 from clients.data_holder import RESIDENT
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import run_folder

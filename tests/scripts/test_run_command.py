@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clients.data_holder import partition_of
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition
 from fedllm.errors import ConfigError
 from fedllm.runs.folder import describe_run

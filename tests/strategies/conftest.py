@@ -12,7 +12,7 @@ from flwr.app import Message
 from clients import base_deltas
 from clients.client_app import app
 from clients.data_holder import RESIDENT, open_data_holder
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
