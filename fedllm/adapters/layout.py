@@ -45,6 +45,11 @@ class TensorSpec:
         """Number of values."""
         return math.prod(self.shape)
 
+    def view(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as a view of a flat vector [P], or of many at once: [..., P] -> [..., *shape]."""
+        part = vector[..., self.offset : self.offset + self.size]
+        return part.view(*vector.shape[:-1], *self.shape)
+
 
 @dataclass(frozen=True)
 class AdapterLayout:
@@ -99,12 +104,12 @@ class AdapterLayout:
         return asdict(self)
 
     def views(self, vector: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """Yield every tensor of `vector` [P] as a view of its storage, in order."""
+        """Yield every tensor of `vector` [..., P] as a view of its storage, in order."""
         for spec in self.tensors:
-            yield spec, vector[spec.offset : spec.offset + spec.size].view(spec.shape)
+            yield spec, spec.view(vector)
 
     def factors(self, vector: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return (A [R, D_in], B [D_out, R]) of every matrix as views of `vector` [P]."""
+        """Return (A [..., R, D_in], B [..., D_out, R]) of every matrix as views of `vector` [..., P]."""
         tensors = [view for _, view in self.views(vector)]
         return list(zip(tensors[0::2], tensors[1::2], strict=True))
 

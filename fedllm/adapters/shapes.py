@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.adapters.layout import AdapterLayout, TensorSpec
+from fedllm.adapters.layout import AdapterLayout
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,9 @@ def stack_factors(
     b_LOKR = torch.empty(len(indices), matrix.out_features, count, rank, dtype=torch.float64)
     for place, index in enumerate(indices):
         a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]
-        a_LKRI[place] = torch.stack([_view(vector, a_spec) for vector in vectors])
-        b_LOKR[place] = torch.stack([_view(vector, b_spec) for vector in vectors], dim=1)
+        a_LKRI[place] = torch.stack([a_spec.view(vector) for vector in vectors])
+        b_LOKR[place] = torch.stack([b_spec.view(vector) for vector in vectors], dim=1)
     return a_LKRI, b_LOKR
-
-
-def _view(vector: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    return vector[spec.offset : spec.offset + spec.size].view(spec.shape)
 
 
 def put_factors(
@@ -65,5 +61,5 @@ def put_factors(
     """Write the factors of the named matrices into `vector` [P]."""
     for place, index in enumerate(indices):
         a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]
-        _view(vector, a_spec).copy_(a_LRI[place])
-        _view(vector, b_spec).copy_(b_LOR[place])
+        a_spec.view(vector).copy_(a_LRI[place])
+        b_spec.view(vector).copy_(b_LOR[place])

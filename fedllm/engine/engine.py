@@ -18,8 +18,8 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.example_gradients import add_noise, clip_factors, diverged, drop
 from fedllm.engine.generate import Choice, answers, continuations
-from fedllm.engine.gradient_terms import Correction, correction_of, pull_of
-from fedllm.engine.job_rows import Rows, anchors_of, corrections_of, movable_of, rows_of
+from fedllm.engine.gradient_terms import ControlCorrection, control_correction, proximal_pull
+from fedllm.engine.job_rows import JobRows, rows_of_jobs
 from fedllm.engine.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
 from fedllm.engine.layers import attached
@@ -87,33 +87,47 @@ class Engine:
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
         ordered = [jobs[place] for place in order]
         losses_SC, rows, moved_CP, correction = self._train_rows(ordered)
-        seconds = (time.perf_counter() - began) / max(1, sum(map(_num_tokens, jobs)))
+        seconds = (time.perf_counter() - began) / max(1, sum(job.num_tokens for job in jobs))
         results = {}
         for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
-            delta = rows.whole(row, moved_CP[row])
+            delta = rows.unstack(row, moved_CP[row])
             losses = losses_SC[: len(job.batches), row].tolist()
-            result = _result(job, delta, losses, seconds * _num_tokens(job))
+            gradient = None
             if correction is not None:
-                mean_P = correction.sum_CP[row].cpu() / len(job.batches)
-                result = replace(result, gradient=rows.whole(row, mean_P))
+                gradient = rows.unstack(row, correction.sum_CP[row].cpu() / len(job.batches))
+            result = Result(
+                job.client_id,
+                delta,
+                loss=sum(losses) / len(losses),
+                num_rows=sum(map(len, job.batches)),
+                num_tokens=job.num_tokens,
+                seconds=seconds * job.num_tokens,
+                gradient=gradient,
+                losses=tuple(losses),
+            )
             if len(jobs) > 1 and not is_finite(result):
                 (result,) = self._train_group([job])
             results[place] = result
         return [results[place] for place in range(len(jobs))]
 
-    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, Rows, torch.Tensor, Correction | None]:
+    def _train_rows(
+        self, jobs: Sequence[Job]
+    ) -> tuple[torch.Tensor, JobRows, torch.Tensor, ControlCorrection | None]:
         """Train jobs sorted by falling number of steps, side by side.
 
         Returns (losses [steps, C], the rows, what each has moved [C, P], SCAFFOLD's sums if any).
         """
-        rows = rows_of(jobs, self.layout)
-        starts, scales = rows.widened([job.start for job in jobs]), [layout.scale for layout in rows.layouts]
+        rows = rows_of_jobs(jobs, self.layout)
+        starts, scales = rows.pad([job.start for job in jobs]), [layout.scale for layout in rows.layouts]
         self.bank.load(rows.widest, starts, scales, rows.trained)
         begin_CP = self.bank.theta_CP.clone()
         trainings = [job.training for job in jobs]
-        optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_of(rows))
-        pull = pull_of(self.bank, anchors_of(rows), trainings)
-        correction = correction_of(corrections_of(rows), self.bank.theta_CP, trainings)
+        movable_CP = rows.stack([job.movable for job in jobs], default=True)
+        optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_CP)
+        anchors = rows.pad([job.start if job.anchor is None else job.anchor for job in jobs])
+        pull = proximal_pull(self.bank, anchors, trainings)
+        corrections_CP = rows.stack([job.correction for job in jobs], default=0.0)
+        correction = control_correction(corrections_CP, self.bank.theta_CP, trainings)
         losses_SC = torch.zeros(len(jobs[0].batches), len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
@@ -316,16 +330,6 @@ class Engine:
 def _owners(items: Sequence[Item]) -> torch.Tensor:
     """Return the client of every sample, [B]."""
     return torch.tensor([item.client for item in items])
-
-
-def _num_tokens(job: Job) -> int:
-    return sum(len(row.tokens) for batch in job.batches for row in batch)
-
-
-def _result(job: Job, delta: torch.Tensor, losses: Sequence[float], seconds: float) -> Result:
-    num_rows = sum(len(batch) for batch in job.batches)
-    loss = sum(losses) / len(losses)
-    return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds, losses=tuple(losses))
 
 
 def _evaluation(job: EvaluationJob, total: float) -> ClientEvaluation:

@@ -8,9 +8,8 @@ from functools import partial
 
 import torch
 
-from fedllm.adapters.layout import with_rank
-from fedllm.adapters.parts import part_of, part_size, whole_of
-from fedllm.engine.job_rows import Rows
+from fedllm.adapters.parts import part_size
+from fedllm.engine.job_rows import JobRows
 from fedllm.engine.jobs import Job
 from fedllm.privacy.keys import derived_key
 from fedllm.privacy.noise import SecretStream, gaussian
@@ -53,15 +52,12 @@ def drop(lost_S: torch.Tensor, grad_SP: torch.Tensor, norms_S: torch.Tensor, sum
         sums_B[lost_S] = 0.0
 
 
-def add_noise(rows: Rows, grad_AP: torch.Tensor, step: int) -> None:
+def add_noise(rows: JobRows, grad_AP: torch.Tensor, step: int) -> None:
     """Add to the gradients of the first A rows the noise their jobs ask for, on the values they train."""
     for row, job in enumerate(rows.jobs[: len(grad_AP)]):
         if job.noise is None:
             continue
-        layout, widest = rows.layouts[row], rows.widest
         stream = SecretStream(derived_key(job.noise.key, "step", step))
-        noise_P = gaussian(stream, part_size(layout, job.trained), job.noise.deviation)
-        if layout.rank != widest.rank:
-            whole_P = with_rank(whole_of(layout, noise_P, job.trained), layout, widest.rank)
-            noise_P = part_of(widest, whole_P, job.trained)
-        grad_AP[row] += noise_P.to(grad_AP)
+        # Drawn at the job's own rank: the padded values are not trained, and noise there would be wasted.
+        noise_Q = gaussian(stream, part_size(rows.layouts[row], job.trained), job.noise.deviation)
+        grad_AP[row] += rows.pad_part(row, noise_Q).to(grad_AP)

@@ -59,6 +59,11 @@ class Job:
     objective: Objective | None = None
     noise: StepNoise | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all its rows."""
+        return sum(len(row.tokens) for batch in self.batches for row in batch)
+
 
 def row_seed(job: Job, step: int, row: int) -> int:
     """Return the seed of LoRA dropout for a row of a step: its own, whoever it shares a pass with."""
