@@ -194,9 +194,8 @@ def row_mask(row: NoisyRow, index: int, like_TI: torch.Tensor) -> torch.Tensor:
     """Return one row's dropout mask at matrix `index`, [end - begin, I]."""
     generator = torch.Generator(like_TI.device).manual_seed((row.seed + _SEED_STRIDE * index) % 2**63)
     size = (row.end - row.begin, like_TI.shape[1])
-    drawn = torch.rand(
-        size, generator=generator, device=like_TI.device
-    )  # float32: every dtype drops the same
+    # In float32 whatever the model's dtype is, so that every dtype drops the same values.
+    drawn = torch.rand(size, generator=generator, device=like_TI.device)
     return (drawn >= row.rate).to(like_TI.dtype) / (1 - row.rate)
 
 

@@ -275,7 +275,16 @@ class Engine:
                 for part in self._split(items, self._limit):
                     owners = torch.tensor([item.slot for item in part])
                     sums.index_add_(0, owners, self.passes.losses(part, backward=False))
-            done += [_evaluation(job, float(total)) for job, total in zip(group, sums, strict=True)]
+            for job, total in zip(group, sums.tolist(), strict=True):
+                number = sum(row.num_supervised for row in job.rows)
+                done.append(
+                    ClientEvaluation(
+                        client_id=job.client_id,
+                        loss=total / number,
+                        num_tokens=number,
+                        num_rows=len(job.rows),
+                    )
+                )
         return done
 
     @torch.no_grad()
@@ -330,10 +339,3 @@ class Engine:
 def _owners(items: Sequence[Item]) -> torch.Tensor:
     """Return the client of every sample, [B]."""
     return torch.tensor([item.client for item in items])
-
-
-def _evaluation(job: EvaluationJob, total: float) -> ClientEvaluation:
-    num_tokens = sum(row.num_supervised for row in job.rows)
-    return ClientEvaluation(
-        client_id=job.client_id, loss=total / num_tokens, num_tokens=num_tokens, num_rows=len(job.rows)
-    )

@@ -34,9 +34,7 @@ class ProximalPull:
     factor_C: torch.Tensor  # mu where the space is "factor"
     anchor_CP: torch.Tensor
     product_C: torch.Tensor  # mu s^2 where it is "product"
-    anchor_factors: Sequence[
-        tuple[torch.Tensor, torch.Tensor]
-    ]  # (A0 [C, R, I], B0 [C, O, R]) of every matrix
+    anchor_factors: Sequence[tuple[torch.Tensor, torch.Tensor]]  # (A0 [C, R, I], B0 [C, O, R]) per matrix
 
     def add_gradient(self, bank: Bank, grad_AP: torch.Tensor) -> None:
         """Add the pull of the bank's first A rows to their gradients, in place."""
