@@ -16,7 +16,8 @@ anywhere else.
 import math
 from dataclasses import dataclass
 
-from fedllm.config.keys import TRUSTS, UNITS, RunConfig
+from fedllm.config.keys import TRUSTS, UNITS
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
 from fedllm.privacy.accounting import Charge, noise_for, rate_bound
