@@ -22,7 +22,7 @@ from fedllm.data.fields import Example, Turn
 from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.messages import ClientUpdate
 from fedllm.models.chat import Encoded, encode
-from fedllm.originality.verdict import read_screening
+from fedllm.originality.verdict import Verdict
 from fedllm.plan.run_plan import distillation_of, resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import (
@@ -684,10 +684,10 @@ def test_texts_that_data_holders_have_do_not_pass_and_the_verdicts_are_kept(
     passed = Gates(session, engine, adapters, 1, tmp_path)([*theirs, *written], [])
     assert not any(passed[: len(theirs)])
     assert any(passed[len(theirs) :])
-    screening = read_screening(tmp_path / "synthetic.json")
-    assert [verdict.passed for verdict in screening.verdicts] == list(passed)
-    assert len(screening.provenance.adapters) == len(NAMES)
-    assert screening.provenance.licence.startswith("not stated")
+    screening = json.loads((tmp_path / "synthetic.json").read_text())
+    assert [Verdict(**verdict).passed for verdict in screening["verdicts"]] == list(passed)
+    assert len(screening["provenance"]["adapters"]) == len(NAMES)
+    assert screening["provenance"]["licence"].startswith("not stated")
 
 
 def test_a_step_learns_from_screened_texts_alone(trained: Callable) -> None:
