@@ -114,9 +114,8 @@ class AdapterLayout:
         return list(zip(tensors[0::2], tensors[1::2], strict=True))
 
     def flatten(self, factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Return the flat float32 vector [P] of (A, B) pairs; the inverse of `factors`."""
-        parts = [tensor.reshape(-1).to(torch.float32) for pair in factors for tensor in pair]
-        return torch.cat(parts)
+        """Return the flat vector [P] of (A, B) pairs; the inverse of `factors`."""
+        return torch.cat([tensor.reshape(-1) for pair in factors for tensor in pair])
 
 
 def at_rank(layout: AdapterLayout, rank: int) -> AdapterLayout:
@@ -133,12 +132,11 @@ def with_rank(vector: torch.Tensor, layout: AdapterLayout, rank: int) -> torch.T
     if rank == layout.rank:
         return vector
     common = min(rank, layout.rank)
-    parts = []
-    for a_RD, b_DR in layout.factors(vector):
-        a, b = a_RD.new_zeros(rank, a_RD.shape[1]), b_DR.new_zeros(b_DR.shape[0], rank)
+    resized = at_rank(layout, rank)
+    result = vector.new_zeros(resized.size)
+    for (a_RD, b_DR), (a, b) in zip(layout.factors(vector), resized.factors(result), strict=True):
         a[:common], b[:, :common] = a_RD[:common], b_DR[:, :common]
-        parts += [a.reshape(-1), b.reshape(-1)]
-    return torch.cat(parts)
+    return result
 
 
 def layout_from_dict(values: dict[str, object]) -> AdapterLayout:

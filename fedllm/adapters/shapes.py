@@ -1,4 +1,4 @@
-"""The matrices of a layout grouped by shape, so that one batched operation serves all of a group.
+"""Groups the matrices of a layout by shape, so that one batched operation serves all of a group.
 
 Tensor suffixes: L matrices of one shape, K vectors, P flat adapter, R rank, O output, I input feature.
 """
@@ -28,8 +28,8 @@ def shape_groups(layout: AdapterLayout) -> tuple[ShapeGroup, ...]:
     return tuple(ShapeGroup(tuple(indices), *shape) for shape, indices in members.items())
 
 
-def parts_of(group: ShapeGroup, size: int) -> Iterator[slice]:
-    """Yield slices of a group's matrices, `size` at a time."""
+def chunks_of(group: ShapeGroup, size: int) -> Iterator[slice]:
+    """Yield slices of a group's matrices, `size` at a time: all at once may not fit in memory."""
     for begin in range(0, len(group.indices), size):
         yield slice(begin, begin + size)
 

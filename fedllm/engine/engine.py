@@ -25,15 +25,15 @@ from fedllm.engine.kernels import LoopKernel, MaskedKernel
 from fedllm.engine.layers import attached
 from fedllm.engine.optimizer import RowAdamW
 from fedllm.engine.passes import Item, Passes, by_adapters, packed
-from fedllm.engine.probe import can_be_ragged, has_plain_head, measured_budget, remembered_budget
+from fedllm.engine.probe import can_be_ragged, measured_budget, plain_head, remembered_budget
 from fedllm.errors import LayoutError
 from fedllm.messages import ClientEvaluation
 from fedllm.models.attention import ragged
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED, Encoded
 
-CPU_TOKEN_BUDGET = 512
-CPU_STEP_TOKENS = 4096
+CPU_TOKEN_BUDGET = 512  # more no longer speeds a CPU up, and spills out of its caches
+CPU_STEP_TOKENS = 4096  # a step is split above, for memory's sake
 
 _logger = logging.getLogger("fedllm.training")
 
@@ -59,8 +59,7 @@ class Engine:
         kernel = MaskedKernel() if base.device.type == "cuda" else LoopKernel()
         self.bank = Bank(layout, kernel, base.device, dtype)
         self.is_ragged = can_be_ragged(base.model, base.device)
-        self.has_plain_head = has_plain_head(base.model, base.device)
-        self.passes = Passes(base, self.bank, self.has_plain_head)
+        self.passes = Passes(base, self.bank, plain_head(base.model, base.device))
         if not self.is_ragged:
             kind = type(base.model).__name__
             _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)

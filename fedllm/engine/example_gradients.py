@@ -1,4 +1,4 @@
-"""DP-SGD inside a fused pass (arXiv 1607.00133): every row's own gradient is clipped, their sum is noised.
+"""DP-SGD inside a fused pass (arXiv 1607.00133): every row's gradient is clipped, then their sum is noised.
 
 Tensor suffixes: A active job, S slot of a pass (one row of tokens), P trained values, B sample of a pass.
 """
@@ -26,6 +26,7 @@ def clip_factors(jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tens
     factors_AS = norms_S.new_zeros(len(jobs), len(owners))
     columns = torch.arange(len(owners), device=norms_S.device)
     rows = torch.tensor(owners, device=norms_S.device)
+    # A gradient of zero has no direction to keep; 1e-30 only keeps it from becoming NaN.
     factors_AS[rows, columns] = (clip_S / norms_S.clamp(min=1e-30)).clamp(max=1.0) / size_S
     return factors_AS
 
@@ -43,8 +44,8 @@ def diverged(
 def drop(lost_S: torch.Tensor, grad_SP: torch.Tensor, norms_S: torch.Tensor, sums_B: torch.Tensor) -> None:
     """Count slots as zero, in place.
 
-    A row then moves its job by at most the clip, like any row: failing as a whole would tell that it is
-    there.
+    A row then moves its job by at most the clip, like any row. If the job failed as a whole, that would tell
+    that the row is there.
     """
     if bool(lost_S.any()):
         grad_SP[lost_S.to(grad_SP.device)] = 0.0

@@ -1,4 +1,4 @@
-"""The LoRA operator over a row of tokens that belong to many adapters.
+"""The LoRA operator over a row of tokens that belong to many adapters (LoRA, arXiv 2106.09685).
 
 y_t = W x_t + b + scale_c B_c A_c x_t, where c is the client that token t belongs to. The backward pass adds
 the gradient of every slot's factors straight into the bank: autograd holds no parameter and makes no copy.
@@ -29,7 +29,7 @@ class LoopKernel:
     def forward(self, bank: Bank, index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
         """Add the adapters' output to y in place; return the scaled activations z [T, R]."""
         a_CRI, b_COR = bank.factors(index)
-        z_TR = x_TI.new_empty(a_CRI.shape[1], x_TI.shape[0], dtype=bank.dtype).T
+        z_TR = x_TI.new_empty(a_CRI.shape[1], x_TI.shape[0], dtype=bank.dtype).T  # rank by rank
         for row, x, y, z in _pieces(bank.route_of(x_TI.shape[0]).clients, x_TI, y_TO, z_TR):
             torch.mm(x.to(bank.dtype), a_CRI[row].T, out=z)
             z.mul_(bank.scales[row])
@@ -44,12 +44,12 @@ class LoopKernel:
         grad_a_SRI, grad_b_SOR = bank.gradients(index)
         g_TO = g_TO.to(bank.dtype)
         if grad_b_SOR is not None and kept.z_TR is not None:
-            grads_b = grad_b_SOR.unbind()
+            grads_b = grad_b_SOR.unbind()  # all views at once: one by one they cost as much as the products
             for row, g, z in _pieces(bank.route.slots, g_TO, kept.z_TR):
                 grads_b[row].add_((z.T @ g).T)
-        if grad_a_SRI is None and dx_TI is None:
+        if grad_a_SRI is None and dx_TI is None:  # nothing else needs the gradient of z
             return
-        dz_TR = g_TO.new_empty(a_CRI.shape[1], g_TO.shape[0]).T  # rank by rank, too
+        dz_TR = g_TO.new_empty(a_CRI.shape[1], g_TO.shape[0]).T
         for row, g, dz in _pieces(bank.route.clients, g_TO, dz_TR):
             torch.mm(g, b_COR[row], out=dz)
             dz.mul_(bank.scales[row])
@@ -75,6 +75,7 @@ class MaskedKernel:
         a_CRI, b_COR = bank.factors(index)
         rank = a_CRI.shape[1]
         owners_T, scale_T1 = _owners(bank, bank.route_of(x_TI.shape[0]).clients, x_TI)
+        # Every token meets every client's A in one product; what is not its own client's is then thrown away.
         all_TM = x_TI @ a_CRI.flatten(0, 1).to(x_TI.dtype).T
         z_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
         y_TO.addmm_(_spread(z_TR, owners_T, len(a_CRI)), b_COR.permute(0, 2, 1).flatten(0, 1).to(x_TI.dtype))
@@ -89,6 +90,7 @@ class MaskedKernel:
         rank = a_CRI.shape[1]
         slots_T, num_slots = _token_rows(bank.route.slots, g_TO), len(bank.grad_SP)
         if grad_b_SOR is not None and kept.z_TR is not None:
+            # A token's z stands in its slot's columns alone, so one product sums every slot's own tokens.
             grad_b = (g_TO.T @ _spread(kept.z_TR, slots_T, num_slots)).view(-1, num_slots, rank)
             grad_b_SOR.add_(grad_b.permute(1, 0, 2))
         if grad_a_SRI is None and dx_TI is None:
@@ -100,55 +102,6 @@ class MaskedKernel:
             dx_TI.addmm_(_spread(dz_TR, owners_T, len(a_CRI)), a_CRI.flatten(0, 1).to(g_TO.dtype))
         if grad_a_SRI is not None and kept.x_TI is not None:
             grad_a_SRI.add_((_spread(dz_TR, slots_T, num_slots).T @ kept.x_TI).view(num_slots, rank, -1))
-
-
-def _owners(
-    bank: Bank, parts: tuple[Segment, ...], like_TD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's client row [T] and that client's scale [T, 1]."""
-    owners = _token_rows(parts, like_TD)
-    scales = torch.tensor(bank.scales, device=like_TD.device, dtype=like_TD.dtype)
-    return owners, scales[owners, None]
-
-
-def _token_rows(parts: tuple[Segment, ...], like_TD: torch.Tensor) -> torch.Tensor:
-    """Return each token's row in the bank, [T]."""
-    rows = torch.tensor([part.row for part in parts], device=like_TD.device)
-    lengths = torch.tensor([part.end - part.begin for part in parts], device=like_TD.device)
-    return rows.repeat_interleave(lengths, output_size=like_TD.shape[0])
-
-
-def _own_ranks(all_TM: torch.Tensor, owners_T: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return the R columns of each token's own row: [T, rows * R] -> [T, R]."""
-    per_row = all_TM.view(all_TM.shape[0], -1, rank)
-    index = owners_T[:, None, None].expand(-1, 1, rank)
-    return per_row.gather(1, index)[:, 0]
-
-
-def _spread(own_TR: torch.Tensor, owners_T: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Return the inverse: each token's R values at its own row, zeros elsewhere, [T, num_rows * R]."""
-    num_tokens, rank = own_TR.shape
-    wide = own_TR.new_zeros(num_tokens, num_rows, rank)
-    wide.scatter_(1, owners_T[:, None, None].expand(-1, 1, rank), own_TR[:, None])
-    return wide.view(num_tokens, -1)
-
-
-def _pieces(parts: tuple[Segment, ...], *tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
-    """Yield every segment's row of the bank and its tokens of every tensor [T, ...], as views.
-
-    Split in one call a tensor: with many short segments, views taken one by one cost as much as the products.
-    """
-    lengths = [part.end - part.begin for part in parts]
-    rows = [part.row for part in parts]
-    return zip(rows, *(tensor.split_with_sizes(lengths) for tensor in tensors), strict=True)
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Do total += left @ right, where total may be of the base model's lower precision."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_((left @ right).to(total.dtype))
 
 
 class LoraFunction(torch.autograd.Function):
@@ -185,7 +138,7 @@ class LoraFunction(torch.autograd.Function):
             bank.kernel.backward(bank, index, Kept(x_TI, z_TR), g_TO, dx_TI)
         else:  # the adapter saw mask * x, so its part of dx goes through the mask too
             seen_TI = None if x_TI is None else x_TI * mask_TI
-            own_TI = None if dx_TI is None else torch.zeros_like(dx_TI)
+            own_TI = None if dx_TI is None else torch.zeros_like(dx_TI)  # apart from the frozen layer's part
             bank.kernel.backward(bank, index, Kept(seen_TI, z_TR), g_TO, own_TI)
             if dx_TI is not None and own_TI is not None:
                 dx_TI.addcmul_(own_TI, mask_TI)
@@ -204,3 +157,53 @@ def frozen_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, in
     if frozen is not None:
         return linear(x_TI, frozen.weight_OI, frozen.bias_O)
     return x_TI.new_zeros(x_TI.shape[0], bank.layout.matrices[index].out_features)
+
+
+def _owners(
+    bank: Bank, parts: tuple[Segment, ...], like_TD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's client row [T] and that client's scale [T, 1]."""
+    owners = _token_rows(parts, like_TD)
+    scales = torch.tensor(bank.scales, device=like_TD.device, dtype=like_TD.dtype)
+    return owners, scales[owners, None]
+
+
+def _token_rows(parts: tuple[Segment, ...], like_TD: torch.Tensor) -> torch.Tensor:
+    """Return each token's row in the bank, [T]."""
+    rows = torch.tensor([part.row for part in parts], device=like_TD.device)
+    lengths = torch.tensor([part.end - part.begin for part in parts], device=like_TD.device)
+    # With the size given, a GPU need not be waited for.
+    return rows.repeat_interleave(lengths, output_size=like_TD.shape[0])
+
+
+def _own_ranks(all_TM: torch.Tensor, owners_T: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the R columns of each token's own row: [T, rows * R] -> [T, R]."""
+    per_row = all_TM.view(all_TM.shape[0], -1, rank)
+    index = owners_T[:, None, None].expand(-1, 1, rank)
+    return per_row.gather(1, index)[:, 0]
+
+
+def _spread(own_TR: torch.Tensor, owners_T: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the inverse: each token's R values at its own row, zeros elsewhere, [T, num_rows * R]."""
+    num_tokens, rank = own_TR.shape
+    wide = own_TR.new_zeros(num_tokens, num_rows, rank)
+    wide.scatter_(1, owners_T[:, None, None].expand(-1, 1, rank), own_TR[:, None])
+    return wide.view(num_tokens, -1)
+
+
+def _pieces(parts: tuple[Segment, ...], *tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield every segment's row of the bank and its tokens of every tensor [T, ...], as views.
+
+    Split in one call a tensor: with many short segments, views taken one by one cost as much as the products.
+    """
+    lengths = [part.end - part.begin for part in parts]
+    rows = [part.row for part in parts]
+    return zip(rows, *(tensor.split_with_sizes(lengths) for tensor in tensors), strict=True)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Do total += left @ right, where total may be of the base model's lower precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_((left @ right).to(total.dtype))

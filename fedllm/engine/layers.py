@@ -1,4 +1,4 @@
-"""Frozen linear layers with the adapters of a bank on top."""
+"""Puts the adapters of a bank on a model's frozen linear layers, and takes them off again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,7 @@ from fedllm.models.base import plain_linear
 class BankLinear(nn.Module):
     """y = base(x) + scale * B A x, with the factors of whichever client each token belongs to.
 
-    (LoRA, arXiv 2106.09685.) Plain linear layers are computed inside the operator; a quantised one is only
-    called.
+    Plain linear layers are computed inside the operator; a quantised one is only called.
     """
 
     def __init__(self, base: nn.Module, bank: Bank, index: int):
