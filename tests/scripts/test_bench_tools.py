@@ -1,17 +1,18 @@
 """What benchmarks share: goals, JSON, memory, and that nothing is timed before results agree."""
 
-import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from fedllm.errors import MissingExtraError, ModelError
-from scripts import charts as bench_plots
-from scripts.benchmarks.compare import Tolerance, checked_difference, compare, delta_difference
-from scripts.benchmarks.tools import Timing, peak_memory, run
-from scripts.charts import bars, lines, plot_file
+from fedllm.errors import ConfigError, MissingExtraError
+from scripts.benchmarks.agreement import Tolerance, checked_difference, compare, delta_difference
+from scripts.benchmarks.memory import peak_memory
+from scripts.benchmarks.timing import Timing
+from scripts.charts import bars, check_plot, dots, lines, scatter
+from scripts.command_line import run_module
 from scripts.reports import Goal, Spread, megabytes, report
 
 CPU = torch.device("cpu")
@@ -64,14 +65,28 @@ def test_unknown_memory_has_a_sign_of_its_own() -> None:
     assert megabytes(2_600_000) == "3"
 
 
-def test_what_a_person_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
-        raise ModelError("no such model")
+BENCHMARKS = {"fused": "one", "wire": "another"}
 
-    with pytest.raises(SystemExit) as stopped:
-        run(fail)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "fedllm: no such model\n"
+
+def test_command_of_a_benchmark_takes_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_module("scripts.benchmarks", BENCHMARKS, ["wire", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(option in told for option in ("--quick", "--json", "--steps", "--plot"))
+
+
+def test_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_module("scripts.benchmarks", BENCHMARKS, ["speed"]) == 2
+    assert "speed" in capsys.readouterr().err
+
+
+def test_option_that_cannot_be_met_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["wire", "--quick", "--model", str(tmp_path / "nowhere")]
+    assert run_module("scripts.benchmarks", BENCHMARKS, words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedllm: ")
+    assert "nowhere" in line
 
 
 def test_a_difference_is_relative_to_the_largest_movement_of_the_worst_client() -> None:
@@ -137,16 +152,24 @@ def test_bars_may_be_missing_from_a_group(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plot_of_an_unknown_kind_is_refused_before_anything_is_measured() -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=r"should end in \.svg or \.png"):
-        plot_file("figure.gif")
+def test_dots_and_points_have_names(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    one = Spread(1.0, 2.0, 3.0)
+    dots(tmp_path / "dots.svg", "Dots", "loss", {"low": {"mean": one}, "high": {"mean": one, "worst": one}})
+    scatter(tmp_path / "points.svg", "Points", "rho", "gap", {"near": [(0.1, 0.2), (0.3, 0.1)]}, reference=0.0)
+    dotted, scattered = ((tmp_path / name).read_text() for name in ("dots.svg", "points.svg"))
+    assert all(f">{word}<" in dotted for word in ("Dots", "loss", "low", "high", "mean", "worst"))
+    assert all(f">{word}<" in scattered for word in ("Points", "rho", "gap", "near"))
 
 
-def test_without_matplotlib_one_line_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(bench_plots, "_has_matplotlib", lambda: False)
-    with pytest.raises(argparse.ArgumentTypeError, match=r"pip install 'fedllm\[bench\]'"):
-        plot_file("figure.svg")
+def test_plot_of_an_unknown_kind_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"--plot 'figure\.gif'"):
+        check_plot(Path("figure.gif"))
+
+
+def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fedllm\[bench\]'"):
+        check_plot(Path("figure.svg"))
     with pytest.raises(MissingExtraError, match=r"pip install 'fedllm\[bench\]'"):
         lines(tmp_path / "a.svg", "t", "x", "y", {})
