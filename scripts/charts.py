@@ -215,7 +215,7 @@ def _inner_names(groups: Mapping[str, Iterable[str]] | Iterable[Iterable[str]]) 
 def _figure(title: str, x_label: str, y_label: str, panels: int = 1) -> tuple[Any, Any]:
     """Return a figure in the style of all charts, and the axes of its first panel."""
     check_matplotlib()
-    from cycler import cycler
+    from matplotlib import cycler
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
     figure = Figure(figsize=(3 + 4 * panels, 4.3), layout="constrained")

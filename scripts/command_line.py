@@ -51,13 +51,16 @@ def command_of(work: Callable[[Any], None]) -> Callable[..., None]:
 def run_module(package: str, modules: Mapping[str, str], words: Sequence[str]) -> int:
     """Run the module of `package` that the first word names, and return the exit code.
 
-    `modules` holds a line of help by name. The `main` of a module takes its options as a dataclass. Only the module
-    that is asked for is imported.
+    `modules` holds a line of help by name. The `main` of a module takes its options as a dataclass. Only
+    the module that is asked for is imported.
     """
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     for name, line in modules.items():
         if words[:1] == [name]:
-            app.command(name, help=line)(command_of(import_module(f"{package}.{name}").main))
+            module = import_module(f"{package}.{name}")
+            if hasattr(module, "__path__"):  # a folder keeps its command in main.py
+                module = import_module(f"{package}.{name}.main")
+            app.command(name, help=line)(command_of(module.main))
         else:
             app.command(name, help=line)(lambda: None)
     return run_app(app, words, name=f"python -m {package}")

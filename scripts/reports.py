@@ -48,6 +48,16 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(min(values), statistics.median(values), max(values))
 
 
+def mean_spread(value: Mapping[str, float]) -> Spread:
+    """Return a mean with its standard deviation, {"mean", "sd"}, as a range to draw."""
+    return Spread(value["mean"] - value["sd"], value["mean"], value["mean"] + value["sd"])
+
+
+def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean and the sample standard deviation (0 of a single value)."""
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
     """Return the range of the quotients, each taken within one repetition."""
     return spread([top / bottom for top, bottom in zip(numerators, denominators, strict=True)])

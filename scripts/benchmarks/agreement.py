@@ -111,8 +111,12 @@ def checked_difference(
 
 def delta_difference(found_CP: torch.Tensor, expected_CP: torch.Tensor, share: float) -> float:
     """Return what `share` of a client's values differ by at most, over its largest movement: the worst's."""
+
+    def rows(deltas: torch.Tensor) -> torch.Tensor:
+        return deltas.reshape(-1, deltas.shape[-1])
+
     each = [
         torch.quantile((found - expected).abs() / expected.abs().max(), share)
-        for found, expected in zip(torch.atleast_2d(found_CP), torch.atleast_2d(expected_CP), strict=True)
+        for found, expected in zip(rows(found_CP), rows(expected_CP), strict=True)
     ]
     return float(torch.stack(each).max())

@@ -20,9 +20,7 @@ from scripts.benchmarks.timing import Phases
 from scripts.benchmarks.workloads import Workload
 
 
-def train_afresh(
-    folder: Path, workload: Workload, scratch: Path, *, checkpointing: bool = True
-) -> Outcome:
+def train_afresh(folder: Path, workload: Workload, scratch: Path, *, checkpointing: bool = True) -> Outcome:
     """Train on the base model in `folder`; nothing is kept from the last message."""
     phase, job, layout = Phases(), workload.job, workload.layout
     with phase("load"), quiet_transformers():

@@ -26,9 +26,7 @@ from scripts.benchmarks.timing import Phases
 from scripts.benchmarks.workloads import Workload
 
 
-def train_with_trl(
-    folder: Path, workload: Workload, scratch: Path, *, at_best: bool = False
-) -> Outcome:
+def train_with_trl(folder: Path, workload: Workload, scratch: Path, *, at_best: bool = False) -> Outcome:
     """Train on the base model in `folder`.
 
     Args:

@@ -133,7 +133,9 @@ def test_another_adapter_is_refused(bench: Bench, workload: Workload) -> None:
         checked_difference({"ours": ours, "theirs": theirs}, TOLERANCE, "ours")
     with pytest.raises(RuntimeError):
         checked_difference({"ours": ours, "theirs": ours * float("nan")}, TOLERANCE, "ours")
-    assert checked_difference({"ours": ours, "theirs": ours * (1 + TOLERANCE.limit / 2)}, TOLERANCE, "ours") > 0
+    assert (
+        checked_difference({"ours": ours, "theirs": ours * (1 + TOLERANCE.limit / 2)}, TOLERANCE, "ours") > 0
+    )
 
 
 def test_workload_counts_its_tokens_and_what_padding_adds(bench: Bench, workload: Workload) -> None:
