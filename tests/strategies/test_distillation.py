@@ -306,7 +306,7 @@ def test_a_run_with_more_rounds_goes_on_from_what_was_aggregated(run: Callable) 
     flat = {**CHEAP, **FEW, "distill.when": "last", "distill.learning-rate": 1e-3}
     whole, _ = run("whole", **flat, **{"federation.num-rounds": 3})
     short, _ = run("longer", **flat)
-    assert short.records[-1].distillationlation.kept
+    assert short.records[-1].distillation.kept
     assert short.undistilled.digest != short.adapter.digest
     longer, _ = run("longer", **flat, **{"run.resume": True, "federation.num-rounds": 3})
     assert longer.adapter.digest == whole.adapter.digest
