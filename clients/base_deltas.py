@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from fedllm.adapters.base_delta import BaseDelta
+from fedllm.adapters.base_delta import BaseDelta, from_tensors, to_tensors
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import LayoutError
 from fedllm.files import write_bytes
@@ -52,22 +52,16 @@ class BaseDeltaStore:
         if not re.fullmatch("[0-9a-f]{64}", digest):  # it names a file
             return None
         try:
-            tensors = load_file(self.folder / f"{digest}.safetensors")
-            pairs = tuple((tensors[f"{i}.b"], tensors[f"{i}.a"]) for i in range(len(layout.matrices)))
-            base_delta = BaseDelta(layout, pairs)
-        except (OSError, SafetensorError, KeyError, LayoutError, ValueError):
+            base_delta = from_tensors(layout, load_file(self.folder / f"{digest}.safetensors"))
+        except (OSError, SafetensorError, LayoutError, ValueError):
             return None
         return base_delta if base_delta.digest == digest else None
 
     def _save(self, base_delta: BaseDelta) -> None:
         target = self.folder / f"{base_delta.digest}.safetensors"
         if not target.exists():
-            tensors = {
-                f"{index}.{letter}": factor.contiguous().clone()
-                for index, pair in enumerate(base_delta.factors)
-                for letter, factor in zip("ba", pair, strict=True)
-            }
-            write_bytes(target, save(tensors))
+            copies = {name: factor.contiguous().clone() for name, factor in to_tensors(base_delta).items()}
+            write_bytes(target, save(copies))
         others = [file for file in self.folder.glob("*.safetensors") if file != target]
         for old in sorted(others, key=lambda file: -file.stat().st_mtime)[NUM_KEPT - 1 :]:
             old.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from flwr.app import RecordDict
 
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.adapters.parts import returned_part
-from fedllm.config.keys import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.runs.checkpoint import ServerState
@@ -102,7 +101,7 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     held_out = None
     if sums.teachers is not None and record.accepted and record.applied:
         after, record, held_out = end_with_distillation(session, state, after, record, sums.teachers)
-    if record.applied and _is_evaluated(session.config, plan.round_num):
+    if record.applied and session.plan.is_evaluated(plan.round_num):
         held_out = held_out or evaluate(session, after)
         record = replace(record, held_out=held_out.shared, personal_held_out=held_out.personal)
     record = replace(
@@ -348,11 +347,6 @@ def _released(
     if release is None:
         return state, record, mixture
     return replace(state, clip=release.clip), record, combine.add(mixture, release.update)
-
-
-def _is_evaluated(config: RunConfig, round_num: int) -> bool:
-    every = config.evaluation.every
-    return round_num == config.federation.num_rounds or bool(every and round_num % every == 0)
 
 
 def check_failure_rate(state: ServerState, limit: float) -> None:

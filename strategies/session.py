@@ -8,11 +8,11 @@ from pathlib import Path
 from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.public_text import PublicText
+from fedllm.engine.resident import Resident
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.plan.aggregation import AggregationRule
-from fedllm.plan.dealt_numbers import deal_ranks
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.records import RoundRecord
 from strategies.grid.transport import Transport
@@ -43,6 +43,7 @@ class Session:
     clients: dict[str, JoinedClient]
     watch: Watch = SILENT
     delivered: Delivered = field(default_factory=Delivered)
+    resident: Resident = field(default_factory=Resident)  # the base model of this process, for distillation
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
     privacy: ServerPrivacy | None = None
     folder: Path | None = None  # of the run, for what is kept beside its records
@@ -65,7 +66,7 @@ class Session:
 
     def ranks(self) -> dict[str, int]:
         """Return every client's rank: what `lora.client-ranks` deals it, at most its machine's limit."""
-        dealt = deal_ranks(self.config.lora.client_ranks, self.clients, self.layout.rank)
+        dealt = self.plan.ranks(self.clients)
         return {client: min(rank, self.clients[client].max_rank or rank) for client, rank in dealt.items()}
 
     def is_summed(self, ranks: Iterable[int]) -> bool:

@@ -1,13 +1,14 @@
-"""What a federation has added to the base model itself, apart from the adapter that is being trained.
+"""The base delta: what a federation has added to the frozen base model itself, next to the adapter it trains.
 
 FedEx-LoRA (arXiv 2410.09432) adds each round's residual to the base, FLoRA (arXiv 2409.05976) the whole
-round; every client must hold the sum of all rounds, a late joiner too. It is kept as one factor pair per
-matrix, exact to the rounding of float32.
+round. Every client needs the sum of all rounds, also one that joins late. It is one factor pair per matrix,
+exact to the rounding of float32. It has two written forms: named tensors for files (`to_tensors`) and one
+vector with a list of ranks for messages (`to_flat`).
 Tensor suffixes: O output feature, I input feature, N rank of a matrix's base delta, R rank of the adapter.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -64,8 +65,7 @@ class BaseDelta:
         return self
 
     def plus(self, added: Mapping[int, Product]) -> "BaseDelta":
-        """Return the base delta with a product (of one matrix) added at each place of the layout that is
-        named.
+        """Return the base delta with `added[i]`, a product for one matrix, added to matrix i of the layout.
 
         Every sum is kept at the lowest rank that holds it; what is dropped is below the rounding of float32.
         """
@@ -93,12 +93,57 @@ def no_base_delta(layout: AdapterLayout) -> BaseDelta:
     )
 
 
+def to_tensors(base_delta: BaseDelta) -> dict[str, torch.Tensor]:
+    """Return the factors by name, `MODULE.B` [O, N] and `MODULE.A` [N, I]; `from_tensors` is the inverse."""
+    return {
+        f"{matrix.module}.{letter}": factor
+        for matrix, pair in zip(base_delta.layout.matrices, base_delta.factors, strict=True)
+        for letter, factor in zip("BA", pair, strict=True)
+    }
+
+
+def from_tensors(layout: AdapterLayout, tensors: Mapping[str, torch.Tensor]) -> BaseDelta:
+    """Return the base delta whose factors `to_tensors` has named.
+
+    Raises:
+        LayoutError: a factor is missing or has the wrong shape.
+    """
+    names = [matrix.module for matrix in layout.matrices]
+    try:
+        return BaseDelta(layout, tuple((tensors[f"{name}.B"], tensors[f"{name}.A"]) for name in names))
+    except KeyError as error:
+        raise LayoutError(f"the base delta has no tensor {error}") from None
+
+
+def to_flat(base_delta: BaseDelta) -> tuple[torch.Tensor, list[int]]:
+    """Return all factors end to end, B before A, and each matrix's rank N; `from_flat` is the inverse."""
+    flat = torch.cat([factor.reshape(-1) for pair in base_delta.factors for factor in pair])
+    return flat, [b_ON.shape[1] for b_ON, _ in base_delta.factors]
+
+
+def flat_size(layout: AdapterLayout, ranks: Sequence[int]) -> int:
+    """Return the length of the vector that `from_flat` takes with these ranks."""
+    sides = (matrix.out_features + matrix.in_features for matrix in layout.matrices)
+    return sum(rank * side for rank, side in zip(ranks, sides, strict=True))
+
+
+def from_flat(layout: AdapterLayout, flat: torch.Tensor, ranks: Sequence[int]) -> BaseDelta:
+    """Return the base delta that `to_flat` has written; `flat` has `flat_size(layout, ranks)` values."""
+    pairs, begin = [], 0
+    for matrix, rank in zip(layout.matrices, ranks, strict=True):
+        middle = begin + matrix.out_features * rank
+        end = middle + rank * matrix.in_features
+        b_ON = flat[begin:middle].view(matrix.out_features, rank)
+        pairs.append((b_ON, flat[middle:end].view(rank, matrix.in_features)))
+        begin = end
+    return BaseDelta(layout, tuple(pairs))
+
+
 def adapter_with_base_delta(adapter: AdapterState, base_delta: BaseDelta) -> AdapterState:
     """Return one ordinary adapter that does what `adapter` does on a base with `base_delta` added.
 
     Its rank is the adapter's plus the largest of the base delta's; matrices with less are filled with zeros.
-    The
-    scale stays, so alpha grows with the rank.
+    The scale stays, so alpha grows with the rank.
     """
     layout, most = adapter.layout, max((b_ON.shape[1] for b_ON, _ in base_delta.factors), default=0)
     if most == 0:

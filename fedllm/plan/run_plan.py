@@ -1,16 +1,31 @@
 """A run's configuration, resolved once into what clients and server will do."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.key import Scalar
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.messages import LocalTraining
 from fedllm.plan.aggregation import AggregationRule, aggregation_rule
 from fedllm.plan.cohort import CohortPlan, cohort_plan
 from fedllm.plan.conflicts import check_combinations
+from fedllm.plan.dealt_numbers import deal_ranks
 from fedllm.plan.distillation import DistillationPlan, distillation_plan
 from fedllm.plan.privacy import PrivacyPlan, privacy_plan
 from fedllm.plan.training import PersonalTraining, local_training, personal_training
+
+# They change where, how long or how loudly a run works, never what a round computes.
+RESUMABLE_KEYS = frozenset(
+    {
+        "run.name", "run.output", "run.resume", "model.device", "model.num-threads",
+        "federation.num-rounds", "federation.round-deadline", "federation.join-deadline",
+        "federation.max-retries", "federation.max-failure-rate",
+        "evaluation.every", "evaluation.prompts", "evaluation.max-new-tokens",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -18,7 +33,8 @@ class RunPlan:
     """A whole run, resolved: every fact that follows from several keys is computed here and nowhere else.
 
     `config` has the keys themselves, for what needs no resolving: the model, the data, deadlines. A part that
-    the run does not use is None.
+    the run does not use is None. `digest` is the SHA-256 (hex) of `fixed_keys`: the server and all nodes of
+    one run have the same, also after a resume and under `with_own_model`.
     """
 
     config: RunConfig
@@ -29,6 +45,21 @@ class RunPlan:
     distillation: DistillationPlan | None
     init_a: str  # how A is drawn: kaiming | orthonormal
     prompts: tuple[str, ...]  # public prompts answered before and after
+
+    digest: str
+
+    def with_own_model(self, path: str) -> "RunPlan":
+        """Return the plan on a machine that has its own copy of the base model; `digest` stays the run's."""
+        return replace(self, config=self.config.override({"model.name": path, "model.revision": ""}))
+
+    def ranks(self, client_ids: Iterable[str]) -> dict[str, int]:
+        """Return the rank that `lora.client-ranks` gives each client, at most `lora.rank`."""
+        return deal_ranks(self.config.lora.client_ranks, client_ids, self.config.lora.rank)
+
+    def is_evaluated(self, round_num: int) -> bool:
+        """Return whether a round, counted from 1, ends with held-out losses."""
+        every = self.config.evaluation.every
+        return round_num == self.config.federation.num_rounds or bool(every and round_num % every == 0)
 
     def training(self, round_num: int) -> LocalTraining:
         """Return how a client trains in a round, counted from 1."""
@@ -62,7 +93,20 @@ def resolve(config: RunConfig) -> RunPlan:
         distillation=distillation,
         init_a=_init_a(config),
         prompts=tuple(part.strip() for part in config.evaluation.prompts.split("||") if part.strip()),
+        digest=hashlib.sha256(json.dumps(fixed_keys(config), sort_keys=True).encode()).hexdigest(),
     )
+
+
+def fixed_keys(config: RunConfig) -> dict[str, Scalar]:
+    """Return the keys that a round computes from: a run cannot go on with another value of any of them."""
+    free = set(RESUMABLE_KEYS)
+    if config.train.schedule == "cosine":  # the schedule stretches over the number of rounds
+        free.discard("federation.num-rounds")
+    if config.privacy.epsilon and not config.privacy.noise_multiplier:  # the noise was made for that number
+        free.discard("federation.num-rounds")
+    if config.distill.when != "never":  # they begin its synthetic texts
+        free.discard("evaluation.prompts")
+    return {key: value for key, value in config.to_flat().items() if key not in free}
 
 
 def _init_a(config: RunConfig) -> str:

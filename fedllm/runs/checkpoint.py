@@ -10,17 +10,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import torch
-
-from fedllm.adapters.base_delta import BaseDelta, no_base_delta
+from fedllm.adapters.base_delta import BaseDelta, from_tensors, no_base_delta, to_tensors
 from fedllm.adapters.folder import load_named, load_tensors, save_named, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
 from fedllm.files import complete_folder, verify_manifest
+from fedllm.plan.run_plan import fixed_keys
 from fedllm.privacy.ledger import Ledger, ledger_from_dict, ledger_to_dict
 from fedllm.runs.records import OptimizerState, RoundRecord, record_from_dict, record_to_dict
 
@@ -28,17 +27,6 @@ NUM_KEPT = 2
 # there only where they hold something
 BASE_DELTA, OPTIMIZER, CONTROL = "base-delta.safetensors", "optimizer.safetensors", "control.safetensors"
 UNDISTILLED = "undistilled.safetensors"
-
-# Keys that may differ between a run and its continuation: they change where, how long or how loudly it
-# runs, never what a round computes.
-RESUMABLE_KEYS = frozenset(
-    {
-        "run.name", "run.output", "run.resume", "model.device", "model.num-threads",
-        "federation.num-rounds", "federation.round-deadline", "federation.join-deadline",
-        "federation.max-retries", "federation.max-failure-rate",
-        "evaluation.every", "evaluation.prompts", "evaluation.max-new-tokens",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +82,7 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
             (building / "state.json").write_text(json.dumps(content, allow_nan=False))
             save_tensors(building / "adapter.safetensors", state.adapter)
             if state.base_delta.size:
-                save_named(building / BASE_DELTA, _base_delta_tensors(state.base_delta))
+                save_named(building / BASE_DELTA, to_tensors(state.base_delta))
             if state.optimizer.num_steps:
                 moments = {"first": state.optimizer.first, "second": state.optimizer.second}
                 save_named(building / OPTIMIZER, moments)
@@ -156,15 +144,6 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
     raise CheckpointError(f"no intact checkpoint in {folder}; start without --resume")
 
 
-def _base_delta_tensors(base_delta: BaseDelta) -> dict[str, torch.Tensor]:
-    """Return the factors of a base delta under the names of their modules."""
-    return {
-        f"{matrix.module}.{letter}": tensor
-        for matrix, pair in zip(base_delta.layout.matrices, base_delta.factors, strict=True)
-        for letter, tensor in zip("BA", pair, strict=True)
-    }
-
-
 def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
     return load_tensors(file, layout).checked_finite() if file.exists() else None
 
@@ -172,9 +151,7 @@ def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
 def _load_base_delta(file: Path, layout: AdapterLayout) -> BaseDelta:
     if not file.exists():  # the manifest has vouched for every file that was written
         return no_base_delta(layout)
-    tensors = load_named(file)
-    pairs = [(tensors[f"{m.module}.B"], tensors[f"{m.module}.A"]) for m in layout.matrices]
-    return BaseDelta(layout, tuple(pairs)).checked_finite()
+    return from_tensors(layout, load_named(file)).checked_finite()
 
 
 def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
@@ -188,15 +165,8 @@ def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
 
 
 def _check_same(saved: Mapping[str, Scalar], config: RunConfig) -> None:
-    free = RESUMABLE_KEYS
-    if config.train.schedule == "cosine":  # the schedule stretches over the number of rounds
-        free = free - {"federation.num-rounds"}
-    if config.privacy.epsilon and not config.privacy.noise_multiplier:  # the noise was made for that number
-        free = free - {"federation.num-rounds"}
-    if config.distill.when != "never":  # they begin its synthetic texts
-        free = free - {"evaluation.prompts"}
-    now: dict[str, Any] = config.to_flat()
-    changed = [key for key in now if key not in free and saved.get(key) != now[key]]
+    now = fixed_keys(config)
+    changed = [key for key in now if saved.get(key) != now[key]]
     if changed:
         shown = "; ".join(f"{key} was {saved.get(key)!r}, now {now[key]!r}" for key in changed[:3])
         raise ConfigError(f"cannot resume with another configuration: {shown}")

@@ -4,7 +4,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -40,50 +41,75 @@ class OptimizerState:
     num_steps: int = 0
 
 
+@dataclass(frozen=True)
+class LossChange:
+    """A mean loss in nats per token: the aggregate's, and the distilled adapter's (NaN if it diverged)."""
+
+    before: float
+    after: float
+
+
 @dataclass(frozen=True, kw_only=True)
-class DistilRecord:
-    """What the distillation step of a round did (`strategies.distillation`).
+class DistillationTexts:
+    """What a distillation step taught on, and what its losses are measured on."""
 
-    Losses are in nats per token of the texts held out from it; a number is None where it was not measured.
-    The other way round of `kept` is that the aggregate stayed as it was, and `reason` says why.
-    """
-
-    kept: bool
-    reason: str
-    teacher: str = ""  # posterior | uniform | logit-mean: the one that taught
-    text: str = ""  # synthetic | public | both: what it taught on
-    held_out_text: str = ""  # synthetic | public: what the losses are measured on
-    num_teachers: int = 0
-    num_texts: int = 0
+    kind: str = ""  # synthetic | public | both
+    held_out_kind: str = ""  # synthetic | public
+    number: int = 0
     num_held_out: int = 0
-    num_removed: int = 0  # texts left out, being copies or near copies of held-out ones
+    num_removed: int = 0  # left out as copies or near copies of held-out texts
     num_written: int = 0  # synthetic texts that the clients' adapters wrote to distil on
-    num_refused: int = 0  # of these, by a gate of originality
-    base: float | None = None  # loss of the base model
-    before: float | None = None  # of the aggregate
-    after: float | None = None  # of the distilled adapter
-    error: float | None = None  # standard error of that change, over the held-out texts
-    own_before: float | None = None  # of the aggregate on texts of the clients' adapters, beside public text
-    own_after: float | None = None
-    ensemble: float | None = None  # of the teacher itself: the ceiling
-    control: float | None = None  # of the aggregate fine-tuned on the same texts for as many tokens
-    entropy: float | None = None  # of the teacher's predictions, mean in nats
+    num_refused: int = 0  # of those written, by a gate of originality
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationTeachers:
+    """Who taught, and how sure they were."""
+
+    kind: str = ""  # posterior | uniform | logit-mean: the one that taught
+    number: int = 0
+    entropy: float | None = None  # of their mixed predictions, mean in nats
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # domain -> client -> mean
-    domains_before: Mapping[str, float] = field(default_factory=dict)  # domain -> loss of the aggregate
-    domains_after: Mapping[str, float] = field(default_factory=dict)  # and of the distilled adapter
-    clients_before: float | None = None  # mean held-out loss that clients report of the aggregate
-    clients_after: float | None = None
-    num_tokens: int = 0  # that the student learnt from
-    target_bytes: int = 0  # of the teacher's predictions in memory
-    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationLosses:
+    """Losses in nats per token; None where something was not measured."""
+
+    base: float  # of the base model on the held-out texts
+    ensemble: float  # of the teacher there: the best a student can reach
+    held_out: LossChange
+    error: float | None = None  # standard error of that change, over the held-out texts
+    control: float | None = None  # of the aggregate fine-tuned on the same texts for as many tokens
+    domains: Mapping[str, LossChange] = field(default_factory=dict)  # of the held-out texts of each domain
+    own: LossChange | None = None  # on texts that the clients' adapters write, measured next to public text
+    clients: LossChange | None = None  # mean of what clients report for their own held-out rows
 
     @property
     def gap_closed(self) -> float | None:
         """Share of the way from the aggregate to the ensemble that the student went; None where unknown."""
-        if self.before is None or self.after is None or self.ensemble is None:
+        gap = self.held_out.before - self.ensemble
+        if not gap > 0 or math.isnan(self.held_out.after):
             return None
-        gap = self.before - self.ensemble
-        return (self.before - self.after) / gap if gap > 0 else None
+        return (self.held_out.before - self.held_out.after) / gap
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationRecord:
+    """What the distillation step of a round did (`strategies.distillation`), and why.
+
+    Where `kept` is false the aggregate stayed as it was. `losses` is None where the step failed before it had
+    measured any.
+    """
+
+    kept: bool
+    reason: str
+    texts: DistillationTexts = field(default_factory=DistillationTexts)
+    teachers: DistillationTeachers = field(default_factory=DistillationTeachers)
+    losses: DistillationLosses | None = None
+    num_tokens: int = 0  # that the student learnt from
+    target_bytes: int = 0  # of the teacher's predictions in memory
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +166,7 @@ class RoundRecord:
     training: TrainingRecord = TrainingRecord()
     aggregation: AggregationRecord = AggregationRecord()
     privacy: PrivacyRecord | None = None  # under a privacy plan
-    distillation: DistilRecord | None = None  # in rounds with a distillation step
+    distillation: DistillationRecord | None = None  # in rounds with a distillation step
     held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
     personal_held_out: Mapping[str, float] = field(default_factory=dict)  # with its personal adapter on top
 
@@ -164,8 +190,8 @@ def record_from_dict(values: Mapping[str, Any]) -> RoundRecord:
     """
     try:
         fields = {name: value for name, value in values.items() if name not in {"round", "mean_held_out"}}
-        record: RoundRecord = _typed(RoundRecord, {"round_num": values["round"], **fields})
-    except (AttributeError, KeyError, TypeError) as error:
+        record: RoundRecord = _read(RoundRecord, {"round_num": values["round"], **fields})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"not a round's record of this version of fedllm ({error}); read it with the one that wrote it"
         ) from None
@@ -177,18 +203,24 @@ def record_to_line(record: RoundRecord) -> str:
     return json.dumps(record_to_dict(record), separators=(",", ":"), allow_nan=False)
 
 
-def _typed(kind: Any, value: Any) -> Any:
-    """Return a value read from JSON as the type of its field: nested records and tuples."""
-    for option in (kind, *get_args(kind)):  # X, or one of X | None
-        if isinstance(option, type) and is_dataclass(option) and isinstance(value, dict):
-            kinds = get_type_hints(option)
-            return option(**{name: _typed(kinds[name], item) for name, item in value.items()})
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """Return a JSON value as the type a field is declared with; dataclasses may nest."""
+    if value is None:
+        return math.nan if kind is float else None  # `_plain` wrote a number that is not finite as null
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _read(hints[name], item) for name, item in dict(value).items()})  # type: ignore[operator]
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # `X | None`
+        return _read(parts[0], value)
+    if origin is Mapping:
+        return {key: _read(parts[1], item) for key, item in value.items()}
+    return tuple(value) if origin is tuple else value

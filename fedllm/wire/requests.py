@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedllm.adapters.base_delta import BaseDelta, no_base_delta
+from fedllm.adapters.base_delta import BaseDelta, flat_size, from_flat, no_base_delta, to_flat
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.parts import PARTS, part_of, part_size, whole_of
-from fedllm.errors import NonFiniteError, NotHeldError, WireError
+from fedllm.errors import NotHeldError, WireError
 from fedllm.messages import EvaluateRequest, LocalTraining, TrainRequest
 from fedllm.wire import packets
 from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
@@ -87,9 +87,8 @@ def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: di
     }
     arrays = {"adapter": _array(sent, adapter.layout, request.round_num, sending.part)}
     if base_delta.digest and sending.base_delta:
-        flat = torch.cat([factor.reshape(-1) for pair in base_delta.factors for factor in pair])
+        flat, config["base-delta-ranks"] = to_flat(base_delta)
         arrays["base-delta"] = _array(flat, base_delta.layout, request.round_num, "base-delta")
-        config["base-delta-ranks"] = [b_ON.shape[1] for b_ON, _ in base_delta.factors]
     records = {name: ArrayRecord({name: array}) for name, array in arrays.items()}
     return RecordDict({**records, "request": ConfigRecord(config)})
 
@@ -185,18 +184,9 @@ def _read_base_delta(content: RecordDict, layout: AdapterLayout, holding: Holdin
         return held
     ranks = list_field(config, "base-delta-ranks", int)
     if len(ranks) != len(layout.matrices) or min(ranks) < 0:
-        raise WireError("field 'base delta-ranks' does not give a rank to every matrix")
-    shapes = [
-        shape
-        for matrix, rank in zip(layout.matrices, ranks, strict=True)
-        for shape in ((matrix.out_features, rank), (rank, matrix.in_features))
-    ]
-    sizes = [rows * columns for rows, columns in shapes]
-    flat = _read_packet(content, "base-delta", layout, "base-delta", sum(sizes))
-    if not bool(torch.isfinite(flat).all()):
-        raise NonFiniteError("the base delta holds NaN or infinite values")
-    factors = [part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
-    base_delta = BaseDelta(layout, tuple(zip(factors[0::2], factors[1::2], strict=True)))
+        raise WireError("field 'base-delta-ranks' does not give a rank to every matrix")
+    flat = _read_packet(content, "base-delta", layout, "base-delta", flat_size(layout, ranks))
+    base_delta = from_flat(layout, flat, ranks).checked_finite()
     if base_delta.digest != digest:
         raise WireError("the base delta has not the digest that its request names")
     return base_delta

@@ -4,7 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.adapters.algebra import Product
-from fedllm.adapters.base_delta import BaseDelta, adapter_with_base_delta, no_base_delta
+from fedllm.adapters.base_delta import (
+    BaseDelta,
+    adapter_with_base_delta,
+    flat_size,
+    from_flat,
+    from_tensors,
+    no_base_delta,
+    to_flat,
+    to_tensors,
+)
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix, initial_adapter
 from fedllm.errors import LayoutError, NonFiniteError
 
@@ -55,6 +64,26 @@ def test_a_digest_tells_base_deltas_apart_and_nothing_has_none() -> None:
     first, second = base_delta.plus({0: product(5, 6, 1, 5)}), base_delta.plus({1: product(9, 4, 1, 5)})
     assert first.digest != second.digest
     assert first.digest == base_delta.plus({0: product(5, 6, 1, 5)}).digest
+
+
+@given(st.tuples(st.integers(0, 4), st.integers(0, 4)), st.integers(0, 2**20))
+def test_base_delta_both_written_forms_give_it_back(ranks: tuple[int, int], seed: int) -> None:
+    pairs = [
+        (gaussian(m.out_features, n, seed=seed).float(), gaussian(n, m.in_features, seed=seed + 1).float())
+        for m, n in zip(LAYOUT.matrices, ranks, strict=True)
+    ]
+    base_delta = BaseDelta(LAYOUT, tuple(pairs))
+    assert from_tensors(LAYOUT, to_tensors(base_delta)).digest == base_delta.digest
+    flat, written_ranks = to_flat(base_delta)
+    assert len(flat) == flat_size(LAYOUT, written_ranks) == base_delta.size
+    assert from_flat(LAYOUT, flat, written_ranks).digest == base_delta.digest
+
+
+def test_base_delta_with_a_missing_tensor_is_refused() -> None:
+    tensors = to_tensors(no_base_delta(LAYOUT))
+    del tensors["b.A"]
+    with pytest.raises(LayoutError, match=r"b\.A"):
+        from_tensors(LAYOUT, tensors)
 
 
 def test_a_base_delta_of_other_shapes_or_values_is_refused() -> None:

@@ -1,0 +1,46 @@
+"""What follows from a configuration as a whole."""
+
+from typing import Any
+
+import pytest
+
+from fedllm.config.run_config import RunConfig
+from fedllm.plan.run_plan import RunPlan, resolve
+
+
+def planned(**keys: Any) -> RunPlan:
+    """Return the plan of keys such as `train__batch_size` for train.batch-size."""
+    flat = {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()}
+    return resolve(RunConfig.from_flat(flat))
+
+
+def test_the_digest_is_that_of_the_keys_a_round_computes_from() -> None:
+    base = planned().digest
+    assert len(base) == 64
+    assert planned(run__name="other", model__device="cpu", federation__num_rounds=9).digest == base
+    assert planned(train__batch_size=5).digest != base
+    assert planned(seed=1).digest != base
+
+
+@pytest.mark.parametrize("keys", [{"train__schedule": "cosine"}, {"privacy__epsilon": 8.0}])
+def test_the_digest_has_the_number_of_rounds_where_it_counts(keys: dict[str, Any]) -> None:
+    assert planned(**keys).digest != planned(**keys, federation__num_rounds=9).digest
+
+
+def test_an_own_copy_of_the_model_keeps_the_digest() -> None:
+    plan = planned(model__revision="main")
+    own = plan.with_own_model("somewhere/model")
+    assert own.digest == plan.digest
+    assert (own.config.model.name, own.config.model.revision) == ("somewhere/model", "")
+
+
+def test_evaluation_comes_as_often_as_asked_and_at_the_end() -> None:
+    plan = planned(federation__num_rounds=5)
+    assert [number for number in range(1, 6) if plan.is_evaluated(number)] == [5]
+    plan = planned(federation__num_rounds=5, evaluation__every=2)
+    assert [number for number in range(1, 6) if plan.is_evaluated(number)] == [2, 4, 5]
+
+
+def test_ranks_are_dealt_by_the_plan() -> None:
+    plan = planned(lora__client_ranks="4,8")
+    assert plan.ranks(["b", "a", "c"]) == {"a": 4, "b": 8, "c": 4}
