@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord
@@ -169,10 +169,10 @@ def _train_metrics(record: RoundRecord) -> MetricRecord:
     """Return the numbers of a round under Flower's kebab names."""
     return MetricRecord(
         {
-            "train-loss": record.train_loss or 0.0,
+            "train-loss": record.training.loss or 0.0,
             "num-clients": len(record.accepted),
-            "num-tokens": record.num_tokens,
-            "rho": record.rho or 0.0,
-            "kept-energy": record.kept_energy or 0.0,
+            "num-tokens": record.training.num_tokens,
+            "rho": record.aggregation.rho or 0.0,
+            "kept-energy": record.aggregation.kept_energy or 0.0,
         }
     )

@@ -22,11 +22,11 @@ from fedllm.errors import BudgetSpentError
 from fedllm.messages import ClientUpdate, JoinedClient
 from fedllm.plan.privacy import FEDERATION, PrivacyPlan
 from fedllm.privacy.accounting import Charge, check_installed
-from fedllm.privacy.keys import derived_key, digest_of, kept_secret, new_secret
+from fedllm.privacy.keys import bits_digest, derived_key, kept_secret, new_secret
 from fedllm.privacy.ledger import Entry, Ledger, read_ledger, write_ledger
 from fedllm.privacy.noise import SecretStream, clipped, gaussian, is_within, next_clip
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import RoundPlan, RoundRecord
+from fedllm.runs.records import PrivacyRecord, RoundPlan, RoundRecord, TrainingRecord
 
 SECRET, JOURNAL = "noise-secret", "privacy-ledger.json"  # in the folder of a run that is never published
 
@@ -201,7 +201,7 @@ def release_of(privacy: ServerPrivacy, plan: RoundPlan, noised: NoisedSum) -> Re
     """Return the sum with noise of deviation z * clip, over the fixed denominator; equal sums, equal bits."""
     guarantee, z = privacy.plan, privacy.plan.multiplier()
     sum_multiplier, count_deviation = guarantee.split_noise(z) if guarantee.adaptive else (z, 0.0)
-    name = digest_of(noised.sum_Q, torch.tensor([noised.balance, noised.clip], dtype=torch.float64))
+    name = bits_digest(noised.sum_Q, torch.tensor([noised.balance, noised.clip], dtype=torch.float64))
 
     def noise(use: str, size: int, deviation: float) -> torch.Tensor:
         key = derived_key(privacy.secret, use, plan.round_num, plan.attempt, name, repr(deviation))
@@ -290,15 +290,15 @@ def described(
     """Return a record with what its round spent and used, and without the numbers the plan withholds."""
     plan = privacy.plan
     noise = [plan.multiplier(client.num_train) for client in clients] if plan.is_by_example else []
-    record = replace(
-        record,
+    spent = PrivacyRecord(
         epsilon=state.ledger.epsilon(plan.delta),
         noise_multiplier=max(noise, default=None) if plan.is_by_example else plan.multiplier(),
         clip=noised.clip if noised is not None else plan.clip,
     )
-    if plan.metrics == "all":
-        return record
-    return replace(record, train_loss=None, train_losses={}, client_seconds={}, num_tokens=0)
+    training = record.training
+    if plan.metrics != "all":
+        training = TrainingRecord(learning_rate=training.learning_rate, trained=training.trained)
+    return replace(record, privacy=spent, training=training)
 
 
 def largest_noise(privacy: ServerPrivacy | None) -> float:

@@ -8,7 +8,8 @@ that would not do what its name says, is refused with the reason.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from fedllm.config.keys import PRESETS, RunConfig
+from fedllm.config.keys import PRESETS
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.dealt_numbers import are_mixed
 

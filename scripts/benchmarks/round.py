@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from scripts.benchmarks.models import save_tiny_model, write_rows
 from scripts.benchmarks.options import BenchOptions, start_benchmark
 from scripts.benchmarks.runs import UNMEASURED, Run, check_same_work, run_cohort, run_simulation, run_worker

@@ -20,9 +20,9 @@ from typing import Any
 from unittest import mock
 
 from clients.client_app import app
-from clients.data_holder import open_data_holder
-from fedllm.config.keys import RunConfig
+from clients.data_holder import RESIDENT, open_data_holder
 from fedllm.config.recipe import read_recipe
+from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import Job
 from fedllm.runs.records import RoundRecord
 from scripts.benchmarks.jobs import round_jobs
@@ -113,13 +113,13 @@ def federate(config: RunConfig) -> Trace:
             if record.round_num:
                 ends.append(RoundEnd(time.time(), time.process_time(), dict(spent)))
 
-        state = run_federation(config, local_grid(config, app), Watch(record=note))
+        state = run_federation(config, local_grid(config, app), Watch(record=note), resident=RESIDENT)
     records = state.records[1:]
     return Trace(
         ends=tuple(ends),
-        tokens=tuple(record.num_tokens for record in records),
+        tokens=tuple(record.training.num_tokens for record in records),
         accepted=tuple(len(record.accepted) for record in records),
-        first_losses=dict(records[0].train_losses),
+        first_losses=dict(records[0].training.losses),
         num_values=state.adapter.layout.size,
         peak_rss=peak_rss(),
     )

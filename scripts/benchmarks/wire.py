@@ -26,7 +26,7 @@ from rich.console import Console
 
 from clients.data_holder import open_data_holder
 from fedllm.adapters.layout import AdapterState
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.wire import packets
 from fedllm.wire.packets import packet_bytes
 from scripts.benchmarks.deltas import Case, case_figures, packed, train_case, unpacked

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from clients.data_holder import ClientTokens, DataHolder, open_data_holder
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import draw_rows
 from fedllm.engine.jobs import EvaluationJob, Job
 from fedllm.messages import LocalTraining

@@ -24,7 +24,7 @@ import tomli_w
 import torch
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.rows import is_local
 from fedllm.errors import RunFailedError
 from fedllm.models.files import is_local_model

@@ -12,7 +12,7 @@ import pytest
 
 from clients.client_app import app
 from fedllm.adapters.folder import WEIGHTS, load_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError, RunFailedError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import run_folder
@@ -44,10 +44,11 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def numbers_of(record: RoundRecord) -> dict[str, Any]:
+    values = record_to_dict(record)
     return {
-        **record_to_dict(record),
+        **values,
         "seconds": 0,
-        "client_seconds": {},
+        "training": {**values["training"], "seconds": {}},
         "held_out": {},
         "mean_held_out": 0,
         "bytes_down": 0,

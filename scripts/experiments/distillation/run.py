@@ -13,7 +13,7 @@ import torch
 from clients.data_holder import DataHolder
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.distillation.student import distil, supervised
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
@@ -82,7 +82,7 @@ def last_round(config: RunConfig) -> Round:
     teachers = Teachers(before.adapter, plan.round_num, config.distill.max_teachers)
     record, mixture = rounds.fold(session, before, plan, answers, rounds.RoundSums(teachers=teachers))
     after, record = rounds.finish(session, before, plan, record, mixture)
-    clients = teachers.without(record.silenced)
+    clients = teachers.without(record.aggregation.silenced)
     return Round(session, server_engine(session), after.adapter, clients)
 
 
@@ -147,11 +147,11 @@ def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Seque
     found: Figures = {
         "rows": len(material.rows),
         "tokens": sum(row.num_supervised for row in material.rows),
-        "removed": material.num_removed,
-        "written": material.num_written,
-        "refused": material.num_refused,
+        "removed": material.texts.num_removed,
+        "written": material.texts.num_written,
+        "refused": material.texts.num_refused,
         "held_out": len(material.held_out),
-        "held_out_text": material.held_out_text,
+        "held_out_text": material.texts.held_out_kind,
         "gate_base": at_gate(nothing).mean,
         "gate_before": before.mean,
     }
@@ -172,7 +172,7 @@ def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Seque
             "gate_ensemble": gate_ensemble,
             "gate_after": after.mean,
             "gate_error": error_of_gain(before, after),
-            "own": own,
+            "own": (own.before, own.after) if own else None,
         }
     return found
 
