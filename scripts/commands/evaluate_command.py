@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from clients.data_holder import ClientTokens, encode_client, open_data_holder
+from clients.data_holder import ClientTokens, encode_client
+from clients.process import Process
 from fedllm.adapters.folder import PublishedAdapter, load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.keys import RunConfig
@@ -49,7 +50,7 @@ def evaluate(target: Path, *, data: str, as_json: bool) -> None:
 def _clients(config: RunConfig, data: str, trained: Iterable[str]) -> dict[str, ClientTokens]:
     """Return each client with the rows to evaluate on as its held-out rows."""
     if not data:
-        holder = open_data_holder(own_rows(config).to_flat(), {"server-paths": True})
+        holder = Process().open(own_rows(config).to_flat(), {"server-paths": True})
         if not set(trained) <= holder.clients.keys():
             raise NoDataError("the run's clients keep their rows elsewhere; give some with --data")
         return {name: client for name, client in holder.clients.items() if client.held_out}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.data_holder import partition_of
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.keys import RunConfig
@@ -79,7 +78,9 @@ def _keep_partition(config: RunConfig) -> None:
         ConfigError: a run is to go on, and its clients no longer have the same rows; or a new run is to begin
             in the folder of an earlier one.
     """
-    partition, folder = partition_of(config), run_folder(config)
+    from clients.client_app import PROCESS  # a local run of this process then need not read the rows again
+
+    partition, folder = PROCESS.read_source(config).partition, run_folder(config)
     saved = folder / PARTITION
     if config.run.resume and saved.exists():
         if load_partition(saved) != partition:
