@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from clients.base_deltas import BaseDeltaStore
 from clients.canaries import draw_canaries
@@ -16,13 +17,14 @@ from clients.site import check_paths, check_privacy, max_rank_of, state_path_of
 from clients.state import PrivateStore
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import BadRow, ClientRows, Example
 from fedllm.data.partition import CLIENT_ID
 from fedllm.data.shards import Shards, load_one_client, load_shards
-from fedllm.engine.engine import Engine, resident_engine
+from fedllm.engine.engine import Engine
+from fedllm.engine.resident import Resident
 from fedllm.errors import ConfigError, NoDataError
-from fedllm.models.base import layout_of, load_base, load_tokenizer
+from fedllm.models.base import layout_of
 from fedllm.models.chat import Encoded, encode
 from fedllm.models.files import ModelFiles, fingerprint, resolve_model
 from fedllm.plan.run_plan import RunPlan, resolve
@@ -56,11 +58,12 @@ class DataHolder:
     """
 
     plan: RunPlan
+    resident: Resident
+    base_deltas: BaseDeltaStore
     files: ModelFiles
     clients: Mapping[str, ClientTokens]
     max_rank: int
     state_path: Path
-    base_deltas: BaseDeltaStore
 
     @cached_property
     def fingerprint(self) -> str:
@@ -71,9 +74,9 @@ class DataHolder:
     def engine(self) -> Engine:
         """The training engine on this machine's resident base model."""
         config = self.plan.config
-        base = load_base(config.model)
+        base = self.resident.base(config.model)
         layout = layout_of(base.model, config.lora, base.fingerprint)
-        return resident_engine(base, layout, config.train.token_budget)
+        return self.resident.engine(config.model, layout, config.train.token_budget)
 
     @cached_property
     def store(self) -> PrivateStore:
@@ -90,6 +93,7 @@ class DataHolder:
 def open_data_holder(
     config: RunConfig,
     node: Mapping[str, Scalar],
+    resident: Resident,
     base_deltas: BaseDeltaStore,
     read: Callable[[RunConfig], Shards],
 ) -> DataHolder:
@@ -104,13 +108,13 @@ def open_data_holder(
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
         plan = plan.with_own_model(str(node["model-path"]))
     files = resolve_model(plan.config.model.name, plan.config.model.revision)
-    state_path = state_path_of(node)
+    tokenizer, state_path = resident.tokenizer(files), state_path_of(node)
     clients = {}
     for rows in hosted_rows(config, node, read):
-        client = encode_client(rows, files, config.train.max_length)
-        extra = draw_canaries(config, files, client.client_id, state_path) if client.train else ()
+        client = encode_client(rows, tokenizer, config.train.max_length)
+        extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.train else ()
         clients[client.client_id] = replace(client, train=(*client.train, *extra))
-    return DataHolder(plan, files, clients, max_rank_of(node), state_path, base_deltas)
+    return DataHolder(plan, resident, base_deltas, files, clients, max_rank_of(node), state_path)
 
 
 def read_source(config: RunConfig) -> Shards:
@@ -153,9 +157,8 @@ def _report(bad: tuple[BadRow, ...]) -> None:
         )
 
 
-def encode_client(rows: ClientRows, files: ModelFiles, max_length: int) -> ClientTokens:
+def encode_client(rows: ClientRows, tokenizer: Any, max_length: int) -> ClientTokens:
     """Return a client's rows as tokens; those without an answer within `max_length` are left out."""
-    tokenizer = load_tokenizer(files)
 
     def kept(examples: tuple[Example, ...]) -> tuple[Encoded, ...]:
         encoded = (encode(example, tokenizer, max_length) for example in examples)

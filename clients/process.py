@@ -7,8 +7,9 @@ from functools import cached_property
 from clients.base_deltas import BaseDeltaStore
 from clients.data_holder import DataHolder, open_data_holder, read_source
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import Shards
+from fedllm.engine.resident import Resident
 from fedllm.models.files import cache_folder
 
 NUM_HOLDERS = 64  # a simulation's worker may host any of its nodes in turn
@@ -16,12 +17,13 @@ NUM_HOLDERS = 64  # a simulation's worker may host any of its nodes in turn
 
 @dataclass(eq=False)
 class Process:
-    """The open data holders, the rows of the last source read, and the base deltas of this machine.
+    """The base model, the open data holders, the rows of the last source read, and this machine's base deltas.
 
-    A Flower app has one (`clients.client_app`), a script or a test its own. The base model and its engine are
-    resident in `fedllm` itself, for server and clients alike.
+    A Flower app has one (`clients.client_app`), a script or a test its own. The server of a local run shares
+    its `resident` base model.
     """
 
+    resident: Resident = field(default_factory=Resident)
     holders: dict[object, DataHolder] = field(default_factory=dict)
     sources: dict[RunConfig, Shards] = field(default_factory=dict)
 
@@ -39,7 +41,7 @@ class Process:
         key = (tuple(sorted(run_config.items())), tuple(sorted(node_config.items())))
         if key not in self.holders:
             config = RunConfig.from_flat(run_config)
-            holder = open_data_holder(config, node_config, self.base_deltas, self.read_source)
+            holder = open_data_holder(config, node_config, self.resident, self.base_deltas, self.read_source)
             while len(self.holders) >= NUM_HOLDERS:
                 del self.holders[next(iter(self.holders))]  # the one that was opened first
             self.holders[key] = holder

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from clients.state import default_state_path
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.rows import is_local
 from fedllm.errors import ConfigError, DataError, ModelError
 from fedllm.models.files import is_local_model

@@ -16,7 +16,7 @@ if str(ROOT) not in sys.path:  # started as a script, only this folder is on the
     sys.path.insert(0, str(ROOT))
 
 from fedllm.config.key import Allowed, Scalar  # noqa: E402
-from fedllm.config.keys import RunConfig, described_keys  # noqa: E402
+from fedllm.config.run_config import RunConfig, described_keys  # noqa: E402
 from fedllm.plan.run_plan import RESUMABLE_KEYS  # noqa: E402
 
 ROOMS = ("fedllm", "clients", "strategies", "scripts")

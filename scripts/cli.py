@@ -7,13 +7,13 @@ from typing import Annotated
 import click
 import typer
 
+import fedllm
 from fedllm.errors import FedLLMError
 
 app = typer.Typer(
     name="fedllm",
     help="Federated fine-tuning of language models: private text stays, LoRA adapters travel.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -30,9 +30,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 OnBadRow = Annotated[str, typer.Option("--on-bad-row", help="skip | stop", show_default="skip")]
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and end, where `wanted`."""
+    if wanted:
+        typer.echo(f"fedllm {fedllm.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def main_options(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Options of every command; `main` reads -v itself, before any command runs."""
 
@@ -135,7 +145,7 @@ def main() -> None:
     verbose = {"-v", "--verbose"} & set(sys.argv[1:])
     arguments = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
     try:
-        code = app(arguments, standalone_mode=False) or 0
+        code = app(arguments, prog_name="fedllm", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -147,7 +157,3 @@ def main() -> None:
     if code == INTERRUPTED:  # how typer reports Ctrl-C
         print("fedllm: stopped; complete rounds are saved, --resume continues", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fedllm.adapters.folder import PublishedAdapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID
 from fedllm.runs.folder import read_keys

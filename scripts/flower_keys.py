@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tomli_w
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 HEADER = "[tool.flwr.app.config]\n"

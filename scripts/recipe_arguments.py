@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm.config.keys import RunConfig
 from fedllm.config.recipe import build_config
+from fedllm.config.run_config import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 

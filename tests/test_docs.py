@@ -17,8 +17,8 @@ import pytest
 import typer.main
 from flwr.common.config import parse_config_args
 
-from fedllm.config.keys import RunConfig, described_keys
 from fedllm.config.recipe import flatten, parse_overrides
+from fedllm.config.run_config import RunConfig, described_keys
 from fedllm.errors import CLIENT_ERROR_CODES
 from fedllm.site_policy import load_policy
 from scripts.cli import app

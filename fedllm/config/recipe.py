@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 
 

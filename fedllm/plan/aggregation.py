@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fedllm.adapters.parts import returned_part
-from fedllm.config.keys import PRESETS, RunConfig
+from fedllm.config.keys import PRESETS
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.dealt_numbers import are_mixed
 

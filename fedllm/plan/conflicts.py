@@ -1,6 +1,6 @@
 """Choices that cannot go together, each refused with the reason."""
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.originality.overlap import MAX_SHINGLES, MAX_TEXTS
 from fedllm.plan.aggregation import AggregationRule

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from fedllm.config.keys import DistillConfig, RunConfig
+from fedllm.config.keys import DistillConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.plan.privacy import PrivacyPlan
 
 SYNTHETIC = "synthetic"

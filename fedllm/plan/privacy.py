@@ -16,7 +16,8 @@ anywhere else.
 import math
 from dataclasses import dataclass
 
-from fedllm.config.keys import TRUSTS, UNITS, RunConfig
+from fedllm.config.keys import TRUSTS, UNITS
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
 from fedllm.privacy.accounting import Charge, noise_for, rate_bound
@@ -105,14 +106,6 @@ class PrivacyPlan:
     def sampling_rate(self, num_rows: int) -> float:
         """Return the probability of a row's coin in a step of DP-SGD: exactly batch / rows, at most 1."""
         return min(1.0, self.batch_size / num_rows)
-
-    def noise_share(self, threshold: int, z: float) -> float:
-        """Return the deviation of one client's part of distributed noise.
-
-        As soon as `threshold` clients have added theirs, the sum has at least the deviation z * clip: clients
-        that are lost on the way take noise away, so the parts are sized for the fewest that may remain.
-        """
-        return z * self.clip / math.sqrt(threshold)
 
     def split_noise(self, z: float) -> tuple[float, float]:
         """Return (z of the sum, deviation of the count) where the clip is adaptive (arXiv 1905.03871).

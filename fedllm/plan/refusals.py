@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.aggregation import AggregationRule
 from fedllm.plan.privacy import PrivacyPlan

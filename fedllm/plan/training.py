@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
-from fedllm.config.keys import PersonalConfig, RunConfig
+from fedllm.config.keys import PersonalConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.messages import LocalTraining
 
 

@@ -16,7 +16,7 @@ from fedllm.adapters.base_delta import BaseDelta, from_tensors, no_base_delta, t
 from fedllm.adapters.folder import load_named, load_tensors, save_named, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
 from fedllm.files import complete_folder, verify_manifest
 from fedllm.plan.run_plan import fixed_keys

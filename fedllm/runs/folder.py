@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
 from fedllm.config.recipe import read_recipe
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.files import write_file
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from clients.data_holder import hosted_rows
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import Job
 from fedllm.models.base import BaseModel, layout_of

@@ -28,7 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a look
 from rich.console import Console
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from scripts.benchmarks.models import save_tiny_model, write_rows
 from scripts.benchmarks.runs import UNMEASURED, Run, check_same_work, run_cohort, run_simulation, run_worker
 from scripts.benchmarks.tools import alternate, environment

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from clients.client_app import app
-from clients.process import Process
-from fedllm.config.keys import RunConfig
+from clients.client_app import PROCESS, app
 from fedllm.config.recipe import read_recipe
+from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import Job
 from fedllm.runs.records import RoundRecord
 from scripts.benchmarks.jobs import round_jobs
@@ -74,7 +73,7 @@ def train_only(config: RunConfig) -> Trace:
 
     All clients take part in every round. Loading and tokenising are over when the first round begins.
     """
-    holder = Process().open(config.to_flat(), NODE)
+    holder = PROCESS.open(config.to_flat(), NODE)
     engine, steps = holder.engine, config.train.local_steps
     rounds = [
         round_jobs(holder, round_num=round_num, steps=steps)
@@ -113,7 +112,7 @@ def federate(config: RunConfig) -> Trace:
             if record.round_num:
                 ends.append(RoundEnd(time.time(), time.process_time(), dict(spent)))
 
-        state = run_federation(config, local_grid(config, app), Watch(record=note))
+        state = run_federation(config, local_grid(config, app), Watch(record=note), resident=PROCESS.resident)
     records = state.records[1:]
     return Trace(
         ends=tuple(ends),

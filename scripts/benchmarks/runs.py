@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.runs.folder import run_folder, to_toml
 from scripts.benchmarks.models import write_rows
 from scripts.benchmarks.processes import Watched, watch
 from scripts.benchmarks.round_worker import RoundEnd, Trace, read_trace
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 UNMEASURED: Mapping[str, Scalar] = {"evaluation.prompts": "", "data.held-out-fraction": 0.0}
 
 
@@ -87,7 +87,7 @@ def run_worker(kind: str, config: RunConfig) -> Run:
 
 def run_simulation(config: RunConfig) -> Run:
     """Do the run as `fedllm run --runtime simulation`, and read its rounds off its run folder."""
-    command = [sys.executable, "-m", "scripts.cli", "run"]
+    command = [sys.executable, "-m", "fedllm", "run"]
     with recipe_of(config) as (config, recipe):
         rounds = run_folder(config) / "rounds.jsonl"
         watched = watch(

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from clients.process import Process
 from fedllm.adapters.layout import AdapterState
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.wire import packets
 from fedllm.wire.packets import packet_bytes
 from scripts.benchmarks.deltas import Case, case_figures, packed, train_case, unpacked

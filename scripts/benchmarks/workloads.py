@@ -13,7 +13,8 @@ import torch
 
 from clients.data_holder import hosted_rows
 from fedllm.adapters.layout import AdapterLayout, initial_adapter
-from fedllm.config.keys import DataConfig, LoraConfig, ModelConfig, RunConfig
+from fedllm.config.keys import DataConfig, LoraConfig, ModelConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import Example, Turn
 from fedllm.data.installed_packages import installed_packages, source_files
 from fedllm.data.shards import draw_rows, load_one_client

@@ -10,7 +10,7 @@ from clients.data_holder import DataHolder
 from clients.process import Process
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_size
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.models.base import describe_layout
 from fedllm.plan.dealt_numbers import deal_ranks
 from fedllm.plan.run_plan import resolve

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from fedllm.adapters.parts import part_size
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.models.base import describe_layout
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.plan.run_plan import resolve

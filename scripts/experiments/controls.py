@@ -12,7 +12,7 @@ import torch
 
 from clients.data_holder import ClientTokens, DataHolder
 from clients.process import Process
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import draw_rows
 from fedllm.engine.jobs import EvaluationJob, Job
 from fedllm.messages import LocalTraining

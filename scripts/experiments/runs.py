@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.runs.records import RoundRecord
 from scripts.experiments.cells import Cell, Figures, Setting
 from scripts.runtimes.local import LocalState, init, step

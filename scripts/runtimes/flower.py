@@ -24,7 +24,7 @@ import tomli_w
 import torch
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.rows import is_local
 from fedllm.errors import RunFailedError
 from fedllm.models.files import is_local_model
@@ -33,7 +33,7 @@ from fedllm.runs.folder import ROUNDS, run_folder, to_toml
 from fedllm.runs.records import record_from_dict
 from scripts.console import RunView
 
-APP = Path(__file__).parents[2]
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 _FIRST_ASK_SECONDS = 10.0
@@ -151,6 +151,22 @@ def _end_group(running: "subprocess.Popen[bytes]") -> None:
             continue
 
 
+def app_folder(link: Link) -> Path:
+    """Return the folder that `flwr run` packs: this checkout, or a copy of what the wheel installed.
+
+    Flower wants pyproject.toml next to the packages. A checkout has it there; the wheel has it next to this
+    module.
+    """
+    if not (HERE / "pyproject.toml").is_file():
+        return ROOT
+    app = link.folder / "app"
+    for package in ("fedllm", "clients", "strategies"):
+        shutil.copytree(ROOT / package, app / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(HERE / name, app)
+    return app
+
+
 def submit(link: Link, config: RunConfig, federation: Mapping[str, Scalar]) -> str:
     """Send the app to the SuperLink and return its run id.
 
@@ -159,7 +175,7 @@ def submit(link: Link, config: RunConfig, federation: Mapping[str, Scalar]) -> s
     """
     overrides = link.folder / "run-config.toml"
     overrides.write_text(to_toml(config))
-    command = ["run", str(APP), "here", "--format", "json", "--run-config", str(overrides)]
+    command = ["run", str(app_folder(link)), "here", "--format", "json", "--run-config", str(overrides)]
     if federation:
         pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in federation.items())
         command += ["--federation-config", pairs]

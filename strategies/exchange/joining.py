@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError, WireError
 from fedllm.messages import JoinedClient
 from fedllm.wire.replies import read_error, read_joined

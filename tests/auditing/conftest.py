@@ -10,7 +10,7 @@ import pytest
 
 from clients.canaries import canary_file
 from clients.client_app import app
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.runs.folder import run_folder
 from scripts.runtimes.local import local_grid
 from strategies.run import run_federation

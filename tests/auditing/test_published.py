@@ -12,7 +12,7 @@ from flwr.common.serde import message_to_proto
 from clients.client_app import app
 from clients.data_holder import open_data_holder
 from fedllm.attacks.canaries import Canary
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.models.base import load_tokenizer
 from fedllm.plan.run_plan import resolve
 from scripts.auditing.opening import open_case

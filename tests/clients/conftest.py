@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 from clients import data_holder
 from clients.canaries import canary_file
 from clients.data_holder import DataHolder, open_data_holder
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 
 
 def opened(config: RunConfig, state: Path) -> DataHolder:

@@ -13,7 +13,7 @@ from clients.join import declare_clients
 from clients.train import train_clients
 from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import ConfigError, DataError, ModelError
 from fedllm.messages import (

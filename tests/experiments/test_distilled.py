@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import NoDataError
 from scripts.experiments.cells import Cell, Figures, Outcome
 from scripts.experiments.distillation import run

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.keys import PRESETS, READ_OUTS, ROBUST_RULES, TRAINED, RunConfig
+from fedllm.config.keys import PRESETS, READ_OUTS, ROBUST_RULES, TRAINED
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.aggregation import AggregationRule, ServerOptimizer, aggregation_rule
 from fedllm.plan.run_plan import resolve

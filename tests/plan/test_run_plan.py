@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.plan.run_plan import RunPlan, resolve
 
 

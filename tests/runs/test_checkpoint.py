@@ -10,7 +10,7 @@ import torch
 
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.privacy.accounting import Charge
 from fedllm.privacy.ledger import Entry, Ledger

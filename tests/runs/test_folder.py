@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.keys import RunConfig
 from fedllm.config.recipe import build_config, parse_overrides, read_recipe
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.runs.folder import (
     describe_run,

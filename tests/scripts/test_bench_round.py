@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clients import train
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
 from scripts.benchmarks import round
 from scripts.benchmarks.models import save_tiny_model, write_rows
@@ -138,7 +138,7 @@ def test_rounds_of_a_watched_run_are_read_off_its_file():
         ("python", "python -u site-packages/ray/autoscaler/monitor.py", "Ray"),
         ("raylet", "site-packages/ray/core/raylet", "Ray"),
         ("flower-superlin", "python bin/flower-superlink --simulation", "SuperLink"),
-        ("python", "python -m scripts.cli run", "fedllm run"),
+        ("python", "python -m fedllm run", "fedllm run"),
     ],
 )
 def test_processes_of_a_simulation_are_told_apart(name, command, kind):

@@ -10,7 +10,7 @@ import torch
 from clients.data_holder import open_data_holder
 from fedllm.adapters.algebra import Product, inner, squared_norm
 from fedllm.adapters.shapes import stack_factors
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.wire import packets
 from scripts.benchmarks import wire
 from scripts.benchmarks.deltas import (

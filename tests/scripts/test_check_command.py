@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from scripts.commands.check_command import resolved_axes
 
 

@@ -1,5 +1,6 @@
 """A Flower run is followed without asking Flower often."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from fedllm.runs.folder import write_rounds
 from fedllm.runs.records import RoundRecord
 from scripts.console import Console, RunView
 from scripts.runtimes import flower
-from scripts.runtimes.flower import Link, follow
+from scripts.runtimes.flower import Link, app_folder, follow
 
 
 @dataclass
@@ -93,3 +94,22 @@ def test_the_time_left_is_that_of_rounds_like_those_of_this_session(capsys):
         view.record(RoundRecord(round_num=number, seconds=3.0))
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition("left ")[2] for line in lines] == ["12 s", "9 s"]
+
+
+def test_app_of_a_checkout_is_the_checkout(tmp_path: Path):
+    assert app_folder(Link(tmp_path, 1)) == flower.ROOT
+
+
+def test_app_of_a_wheel_holds_what_flower_packs(monkeypatch, tmp_path: Path):
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(flower.ROOT / name, tmp_path)
+    monkeypatch.setattr(flower, "HERE", tmp_path)
+    app = app_folder(Link(tmp_path, 1))
+    assert {path.name for path in app.iterdir()} == {
+        *("fedllm", "clients", "strategies", "pyproject.toml", "LICENSE")
+    }
+    packed = {path.relative_to(app) for path in app.rglob("*.py")}
+    rooms = ("fedllm", "clients", "strategies")
+    assert packed == {
+        path.relative_to(flower.ROOT) for room in rooms for path in (flower.ROOT / room).rglob("*.py")
+    }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.plan.run_plan import resolve
 from scripts.commands.privacy_command import full_rounds, signal_to_noise

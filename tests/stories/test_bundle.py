@@ -6,7 +6,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from scripts.flower_keys import PYPROJECT, with_keys
 from scripts.runtimes.flower import flower_environment
 

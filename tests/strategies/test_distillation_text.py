@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.keys import DataConfig, RunConfig
+from fedllm.config.keys import DataConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import Example
 from fedllm.data.public_text import PublicText
 from fedllm.errors import DataError, NoDataError

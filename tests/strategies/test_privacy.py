@@ -20,7 +20,7 @@ from clients.client_app import app
 from clients.protect import Protection, protect
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.adapters.parts import part_of, part_size
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import Result
 from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError
 from fedllm.messages import ClientUpdate

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
 from fedllm.plan.run_plan import resolve

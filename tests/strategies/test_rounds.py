@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flwr.app import Message, RecordDict
 
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.plan.run_plan import resolve
 from fedllm.plan.training import local_training

@@ -12,7 +12,7 @@ import pytest
 
 from clients.client_app import app
 from fedllm.adapters.folder import WEIGHTS, load_adapter
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError, RunFailedError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import run_folder

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.config.keys import described_keys
+from fedllm.config.run_config import described_keys
 from fedllm.messages import JoinedClient
 from fedllm.plan.cohort import CohortPlan
 from fedllm.runs.records import RoundRecord

@@ -23,7 +23,7 @@ from clients.data_holder import DataHolder, hosted_rows
 from clients.process import Process
 from clients.train import train_clients
 from fedllm.adapters.layout import AdapterState
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import Example, Turn
 from fedllm.data.partition import partition_rows
 from fedllm.data.rows import read_local_rows

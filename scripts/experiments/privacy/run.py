@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from clients.client_app import PROCESS
 from clients.data_holder import DataHolder
 from fedllm.config.key import Scalar
-from fedllm.config.keys import RunConfig
+from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
 from fedllm.errors import NonFiniteError
 from scripts.auditing.control import overfit
