@@ -18,7 +18,7 @@ from fedllm.messages import ClientEvaluation, ClientUpdate, EvaluateRequest, Tra
 from fedllm.wire.stock import read_plain, write_plain
 
 
-def train_for_stock(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
+def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | None = None) -> RecordDict:
     """Return the node's new adapter and `num-examples`.
 
     Raises:
@@ -57,7 +57,7 @@ def train_for_stock(holder: DataHolder, content: RecordDict, context: Context) -
     )
 
 
-def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
+def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context | None = None) -> RecordDict:
     """Return the node's mean held-out loss per token and `num-examples`; raises as `train_for_stock`."""
     start = _read_adapter(holder, content)
     request = EvaluateRequest(
