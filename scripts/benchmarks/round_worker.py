@@ -26,7 +26,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import Job
 from fedllm.runs.records import RoundRecord
 from scripts.benchmarks.jobs import round_jobs
-from scripts.benchmarks.processes import peak_rss
+from scripts.benchmarks.memory import peak_rss
 from scripts.runtimes.local import local_grid
 from strategies.run import run_federation
 from strategies.session import Watch

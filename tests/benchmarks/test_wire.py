@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,8 +126,8 @@ def test_sizes_are_exact(case):
 def test_the_benchmark_prints_one_object(capsys, folder, tmp_path):
     kept = tmp_path / "figures.json"
     model, source = str(folder / "model"), str(folder / "rows.jsonl")
-    words = ["--model", model, "--source", source, "--clients", "2", "--repetitions", "1", "--steps", "1,2"]
-    wire.main([*words, "--quick", "--json", "--output", str(kept)])
+    small = wire.Options(model=model, source=source, clients=2, repetitions=1, steps="1,2")
+    wire.main(replace(small, quick=True, json=True, output=kept))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     assert set(result["figures"]["deltas"]) == {"q, v, 1 steps", "all linear, 1 steps"}

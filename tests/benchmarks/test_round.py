@@ -14,8 +14,9 @@ from clients import train
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
 from scripts.benchmarks import round
+from scripts.benchmarks.memory import peak_rss
 from scripts.benchmarks.models import save_tiny_model, write_rows
-from scripts.benchmarks.processes import Change, ProcessTree, Sample, Watched, peak_rss
+from scripts.benchmarks.processes import Change, ProcessTree, Sample, Watched
 from scripts.benchmarks.round import memory_per_client, part_figures
 from scripts.benchmarks.round_worker import (
     PARTS,
@@ -192,8 +193,7 @@ def test_memory_grows_by_adapters_per_client():
 @pytest.mark.slow
 def test_the_benchmark_prints_one_object(capsys, tmp_path):
     kept = tmp_path / "figures.json"
-    words = ["--quick", "--json", "--clients", "2", "--rounds", "3", "--sizes", "2", "--output", str(kept)]
-    round.main(words)
+    round.main(round.Options(quick=True, json=True, clients=2, rounds=3, sizes="2", output=kept))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     assert set(result) == {"name", "figures", "goals"}
