@@ -15,7 +15,6 @@ from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForCausalLM
 
 from clients.client_app import app
-from clients.data_holder import open_data_holder
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
 from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import Example, Turn
@@ -369,8 +368,7 @@ def test_in_a_local_run_the_server_has_the_engine_of_its_clients(
 ) -> None:
     opened = open_run(make_config(CHEAP))
     next_round(opened.session, opened.state)
-    context = next(iter(opened.grid._contexts.values()))
-    assert server_engine(opened.session) is open_data_holder(context.run_config, context.node_config).engine
+    assert server_engine(opened.session) is opened.holder(2).engine
 
 
 def test_a_step_that_cannot_open_the_base_model_costs_no_round(trained: Callable) -> None:
