@@ -9,6 +9,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
+from fedllm.engine.resident import Resident
 from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError, FedLLMError
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
@@ -20,7 +21,8 @@ from fedllm.runs.privacy_statement import summary_line
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import described
 from strategies.aggregation.stock import check_stock
-from strategies.distillation.step import open_public_text, undistilled
+from strategies.distillation.ending import undo_distillation
+from strategies.distillation.public_text import open_public_text
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import join_clients
 from strategies.grid.transport import Transport
@@ -36,11 +38,14 @@ def run_federation(
     watch: Watch = SILENT,
     start: AdapterState | None = None,
     stock: Strategy | None = None,
+    *,
+    resident: Resident | None = None,
 ) -> ServerState:
     """Do every round of `config` over `grid`, publish the adapter and return the final state.
 
-    `start` replaces the seeded initial adapter, `stock` our own mean of the clients. Whatever happens,
-    complete rounds stay on disk and `result.json` says how the run ended.
+    `start` replaces the seeded initial adapter, `stock` our own mean of the clients. `resident` holds the
+    base model of this process, where its clients run here too. Whatever happens, complete rounds stay on disk
+    and `result.json` says how the run ended.
 
     Raises:
         FedLLMError: the run cannot start or go on; the message says why.
@@ -48,7 +53,7 @@ def run_federation(
     plan = resolve(config)
     folder = open_run_folder(config)
     try:
-        session = open_session(plan, grid, watch, stock, folder=folder)
+        session = open_session(plan, grid, watch, stock, folder=folder, resident=resident)
         state = _first_state(session, folder, start)
         describe_run(folder, config)
         state, stopped = _rounds(session, state, folder)
@@ -74,8 +79,9 @@ def open_session(
     stock: Strategy | None = None,
     *,
     folder: Path | None = None,
+    resident: Resident | None = None,
 ) -> Session:
-    """Return a session over the clients that join on `grid`.
+    """Return a session over the clients that join on `grid`; `resident` is as in `run_federation`.
 
     `folder` is the run's: it holds the noise secret and the ledger of a private run, which otherwise live as
     long as the session, and the verdicts on synthetic text.
@@ -95,7 +101,7 @@ def open_session(
         check_stock(plan.aggregation, distils=plan.distillation is not None)
         if privacy is not None and privacy.plan.is_central:
             raise ConfigError("a stock Flower strategy adds no noise; use privacy.trust = local without it")
-    public_text = open_public_text(plan)
+    public_text = open_public_text(plan.distillation, config.data)
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
@@ -108,6 +114,7 @@ def open_session(
         transport,
         clients,
         watch,
+        resident=resident or Resident(),
         stock=stock,
         privacy=privacy,
         folder=folder,
@@ -174,7 +181,7 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
     try:
         while state.round_num < session.config.federation.num_rounds:
             # Where the round does not come about, the run ends with the adapter that was distilled.
-            state, _ = next_round(session, undistilled(state))
+            state, _ = next_round(session, undo_distillation(state))
             is_saved = _is_saved(session, state, folder)
             check_failure_rate(state, session.config.federation.max_failure_rate)
     except BudgetSpentError as error:

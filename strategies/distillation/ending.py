@@ -54,9 +54,7 @@ def try_step(
         reason = "out of memory; lower distill.max-tokens or distill.batch-size"
     except (RuntimeError, OSError) as error:  # what torch and the disk raise
         reason = f"it failed: {first_line(error)}"
-    return after.adapter, DistillationRecord(
-        kept=False, reason=reason, seconds=time.perf_counter() - began
-    )
+    return after.adapter, DistillationRecord(kept=False, reason=reason, seconds=time.perf_counter() - began)
 
 
 def undo_distillation(state: ServerState) -> ServerState:

@@ -1,4 +1,4 @@
-"""Whether a distilled adapter takes the aggregate's place: only where held-out losses say that it is better."""
+"""Whether a distilled adapter takes the aggregate's place: only where held-out losses say it is better."""
 
 import math
 from dataclasses import replace

@@ -16,7 +16,7 @@ from fedllm.errors import WireError
 from fedllm.models.chat import Encoded, form_tokens
 from fedllm.originality.duplicates import contaminated, near_duplicates
 from fedllm.originality.overlap import SALT_BYTES, Overlap, OverlapRequest, most, probe, without_form
-from fedllm.originality.verdict import FILE, Provenance, Screening, Verdict, digest_of, write_screening
+from fedllm.originality.verdict import FILE, Provenance, Screening, Verdict, tokens_digest, write_screening
 from fedllm.wire.overlaps import read_overlaps, write_overlap_request
 from strategies.distillation.teachers import ClientAdapter
 from strategies.session import Session
@@ -94,7 +94,7 @@ def screen(
     found = ask_overlap(session, tokens, round_num=round_num, clients=clients, boilerplate=boilerplate)
     return tuple(
         Verdict(
-            digest=digest_of(texts[number].tokens),
+            digest=tokens_digest(texts[number].tokens),
             overlap=None if found is None else found[number].is_original,
             duplicate=copies[number] is None and not repeats[number],
             membership=None if known is None else not known[number],

@@ -7,20 +7,36 @@ is the aggregate of their updates; the loss is the forward KL of `fedllm.distill
 from collections.abc import Sequence
 
 from fedllm.adapters.layout import AdapterState
+from fedllm.engine.engine import Engine
 from fedllm.models.with_base_delta import with_base_delta
-from fedllm.plan.run_plan import distillation_of
+from fedllm.plan.run_plan import RunPlan, distillation_of
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import DistillationRecord
 from strategies.distillation.gate import judge_losses
 from strategies.distillation.learn import student_training, train_student
 from strategies.distillation.losses import measure_base
-from strategies.distillation.originality import text_screen
 from strategies.distillation.material import make_material, pass_all
-from strategies.distillation.server_engine import open_engine
+from strategies.distillation.originality import text_screen
 from strategies.distillation.synthetic_text import Writers
 from strategies.distillation.teach import ask_teacher
 from strategies.distillation.teachers import ClientAdapter
 from strategies.session import Session
+
+
+def open_engine(session: Session) -> Engine:
+    """Return the engine on this process's base model; in a local run it is that of the clients.
+
+    Raises:
+        ModelError, LayoutError: this machine has no such base model.
+    """
+    config = session.config
+    return session.resident.engine(config.model, session.layout, config.train.token_budget)
+
+
+def writers_of(plan: RunPlan, engine: Engine, adapters: Sequence[ClientAdapter], round_num: int) -> Writers:
+    """Return the clients' adapters of a round as writers of synthetic text."""
+    is_plain = bool(plan.config.data.text_column)
+    return Writers(engine, adapters, plan.config.seed, round_num, plan.prompts, is_plain)
 
 
 def distil_aggregate(
@@ -35,9 +51,7 @@ def distil_aggregate(
     """
     plan, config, engine = distillation_of(session.plan), session.config, open_engine(session)
     base_model, round_num = engine.base, after.round_num
-    writers = Writers(
-        engine, adapters, config.seed, round_num, session.plan.prompts, is_plain=bool(config.data.text_column)
-    )
+    writers = writers_of(session.plan, engine, adapters, round_num)
     screen = text_screen(session, engine, adapters, round_num) if plan.is_screened else pass_all
     with with_base_delta(base_model, before.base_delta):  # what the clients' adapters were trained on
         material = make_material(plan, session.public_text, writers, screen)

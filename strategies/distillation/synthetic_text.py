@@ -14,7 +14,7 @@ from fedllm.seeds import derive_seed
 from strategies.distillation.public_text import Split
 from strategies.distillation.teachers import ClientAdapter, priors_of
 
-Text: TypeAlias = tuple[Encoded, str]  # with its domain: of a synthetic text the client whose adapter wrote it
+Text: TypeAlias = tuple[Encoded, str]  # with its domain; for a synthetic text, the client that wrote it
 Tokens: TypeAlias = tuple[int, ...]
 
 _MARK = "\x00"  # stands in for a message no user has written
