@@ -12,7 +12,7 @@ from fedllm.adapters.parts import returned_part
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import RoundPlan, RoundRecord
+from fedllm.runs.records import AggregationRecord, RoundPlan, RoundRecord, TrainingRecord
 from fedllm.seeds import derive_seed
 from fedllm.wire import requests
 from strategies.aggregation import combine
@@ -259,12 +259,14 @@ def fold(
             for client, update in accepted.items()
             if update.round_num < plan.round_num
         },
-        train_losses={client: update.train_loss for client, update in accepted.items()},
-        client_seconds={client: update.seconds for client, update in accepted.items()},
-        train_loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
-        num_tokens=sum(update.num_tokens for update in accepted.values()),
-        learning_rate=plan.training.learning_rate,
-        trained=plan.trained,
+        training=TrainingRecord(
+            loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
+            losses={client: update.train_loss for client, update in accepted.items()},
+            seconds={client: update.seconds for client, update in accepted.items()},
+            num_tokens=sum(update.num_tokens for update in accepted.values()),
+            learning_rate=plan.training.learning_rate,
+            trained=plan.trained,
+        ),
         applied=len(accepted) >= config.federation.min_clients or plan.cohort_size == 0,
         adapter=state.adapter.digest,
     )
@@ -304,18 +306,16 @@ def finish(
         norms=aggregate.norms,
         control=_control_after(session, state, sums.controls, num_drawn),
     )
-    record = replace(
-        record,
+    measured = AggregationRecord(
         rho=aggregate.rho,
         largest_rho=aggregate.largest_rho,
         silenced=aggregate.silenced,
         kept_energy=aggregate.kept_energy,
         delta_norm=aggregate.delta_norm,
-        adapter=aggregate.adapter.digest,
     )
     if sums.noised is not None:  # of one noised sum nobody can tell what its clients disagreed on
-        record = replace(record, rho=None, largest_rho=None, kept_energy=None)
-    return after, record
+        measured = replace(measured, rho=None, largest_rho=None, kept_energy=None)
+    return after, replace(record, aggregation=measured, adapter=aggregate.adapter.digest)
 
 
 def _control_after(

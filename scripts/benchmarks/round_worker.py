@@ -117,9 +117,9 @@ def federate(config: RunConfig) -> Trace:
     records = state.records[1:]
     return Trace(
         ends=tuple(ends),
-        tokens=tuple(record.num_tokens for record in records),
+        tokens=tuple(record.training.num_tokens for record in records),
         accepted=tuple(len(record.accepted) for record in records),
-        first_losses=dict(records[0].train_losses),
+        first_losses=dict(records[0].training.losses),
         num_values=state.adapter.layout.size,
         peak_rss=peak_rss(),
     )

@@ -62,7 +62,7 @@ def run_all(folder: Path, label: str, checkout: Path, earlier: Path | None) -> N
             _copy_secrets(earlier / name, run)
         words = (f"model.name={model}", f"data.source={rows}", *COMMON, *changes, f"run.name={name}")
         subprocess.run(
-            [sys.executable, "-m", "scripts.cli", "run", *words, "--out", str(folder / label)],
+            [sys.executable, "-m", "fedllm", "run", *words, "--out", str(folder / label)],
             cwd=checkout,
             env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.DEVNULL,

@@ -27,7 +27,7 @@ def end_with_distillation(
 
     Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
     """
-    adapter, outcome = try_step(session, before, after, teachers.without(record.silenced))
+    adapter, outcome = try_step(session, before, after, teachers.without(record.aggregation.silenced))
     plan, held_out = distillation_of(session.plan), None
     # A run that is resumed with more rounds goes on from the aggregate, so it is kept as well.
     aggregate = after.adapter if plan.numbers.when == "last" and outcome.kept else None
@@ -35,7 +35,7 @@ def end_with_distillation(
     if outcome.kept and plan.asks_clients:
         state, outcome, held_out = ask_clients(session, after, state, outcome)
     session.watch.notice(f"round {record.round_num}: {describe_step(outcome)}")
-    return state, replace(record, distil=outcome, adapter=state.adapter.digest), held_out
+    return state, replace(record, distillation=outcome, adapter=state.adapter.digest), held_out
 
 
 def try_step(
@@ -65,5 +65,7 @@ def undo_distillation(state: ServerState) -> ServerState:
     if state.undistilled is None:
         return state
     *earlier, last = state.records
-    last = replace(last, distil=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={})
+    last = replace(
+        last, distillation=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={}
+    )
     return replace(state, adapter=state.undistilled, undistilled=None, records=(*earlier, last))

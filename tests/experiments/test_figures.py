@@ -2,11 +2,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.records import RoundRecord
+from fedllm.runs.records import AggregationRecord, RoundRecord, TrainingRecord
 from scripts.experiments.aggregation.methods import (
     DIRICHLET,
     DOMAIN,
@@ -51,18 +52,24 @@ def figures(after: Mapping[str, float], **more: object) -> Figures:
     }
 
 
+def measured(num_tokens: int, rho: float) -> dict[str, Any]:
+    return {
+        "training": TrainingRecord(num_tokens=num_tokens),
+        "aggregation": AggregationRecord(rho=rho),
+    }
+
+
 def test_figures_are_means_per_client_that_was_asked() -> None:
     records = [
         RoundRecord(round_num=0, held_out={"a": 4.0, "b": 2.0}),
-        RoundRecord(round_num=1, asked=("a", "b"), bytes_up=20, bytes_down=40, num_tokens=7, rho=0.2),
+        RoundRecord(round_num=1, asked=("a", "b"), bytes_up=20, bytes_down=40, **measured(7, 0.2)),
         RoundRecord(
             round_num=2,
             asked=("a", "b"),
             lost={"b": "gone"},
             bytes_up=10,
             bytes_down=90,  # an evaluation among them
-            num_tokens=5,
-            rho=0.4,
+            **measured(5, 0.4),
             held_out={"a": 3.0, "b": 2.0},
         ),
     ]

@@ -122,7 +122,8 @@ def test_rounds_of_a_watched_run_are_read_off_its_file():
         samples=(Sample(0.0, {}, 5), Sample(20.0, {"clients": 40.0, "Ray": 10.0}, 7)),
         changes=(Change(10.0, 2), Change(16.0, 4)),
     )
-    records = [{"num_tokens": 7, "accepted": ["a"], "train_losses": {"a": 1.0}}] * 3
+    training = {"num_tokens": 7, "losses": {"a": 1.0}}
+    records = [{"accepted": ["a"], "training": training}] * 3
     trace = trace_of(watched, records)
     assert [end.time for end in trace.ends] == [10.0, 13.0, 16.0]
     assert [end.cpu for end in trace.ends] == [25.0, 32.5, 40.0]

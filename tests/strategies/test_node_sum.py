@@ -46,11 +46,13 @@ def test_the_sum_gives_what_every_clients_own_delta_gives(
     single, summed = records
     assert summed.accepted == single.accepted == NAMES
     assert summed.weights == single.weights
-    assert summed.train_losses == single.train_losses
-    assert summed.num_tokens == single.num_tokens
+    assert summed.training.losses == single.training.losses
+    assert summed.training.num_tokens == single.training.num_tokens
     # No product of a client is known; but where one factor is common to all, the mean needs none.
-    assert (summed.rho, summed.kept_energy) == ((None, None) if train == "both" else (0.0, 1.0))
-    assert single.rho is not None
+    assert (summed.aggregation.rho, summed.aggregation.kept_energy) == (
+        (None, None) if train == "both" else (0.0, 1.0)
+    )
+    assert single.aggregation.rho is not None
 
 
 def test_bytes_up_do_not_grow_with_the_clients_of_a_node(make_config: Callable, open_run: Callable) -> None:

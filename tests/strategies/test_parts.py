@@ -48,7 +48,7 @@ def test_ffa_sends_b_alone_both_ways_and_a_keeps_the_bits_of_the_seed(
     for number in (1, 2):
         state, record = next_round(run.session, state)
         assert record.accepted == NAMES
-        assert record.trained == "b"
+        assert record.training.trained == "b"
         assert record.bytes_up == 4 * packet_size(layout, "b", payload)
         assert record.bytes_down == 4 * packet_size(layout, "b")
         seed = initial_adapter(layout, 0, init_a).vector
@@ -117,7 +117,7 @@ def test_alternate_moves_one_factor_a_round_and_not_a_bit_of_the_other(
     state, layout = run.state, run.session.layout
     for trained in ("b", "a", "b"):
         after, record = next_round(run.session, state)
-        assert record.trained == trained
+        assert record.training.trained == trained
         assert record.bytes_up == 4 * packet_size(layout, trained)
         assert record.bytes_down == 4 * packet_size(layout, "both")
         moved = [
@@ -127,7 +127,7 @@ def test_alternate_moves_one_factor_a_round_and_not_a_bit_of_the_other(
             for part in (trained, other_part(trained))
         ]
         assert moved == [True, False]
-        assert record.rho == pytest.approx(0.0, abs=1e-6)
+        assert record.aggregation.rho == pytest.approx(0.0, abs=1e-6)
         state = after
 
 
@@ -202,7 +202,7 @@ def test_with_a_local_b_a_alone_travels(make_config: Callable, open_run: Callabl
         before = state.adapter
         state, record = next_round(run.session, state)
         assert record.accepted == NAMES
-        assert record.trained == "both"
+        assert record.training.trained == "both"
         assert record.bytes_up == 4 * packet_size(layout, "a")
         assert record.bytes_down == 4 * packet_size(layout, "a")
         for update in seen.values():

@@ -84,7 +84,7 @@ def last_round(config: RunConfig) -> Round:
     teachers = Teachers(before.adapter, plan.round_num, config.distill.max_teachers)
     record, mixture = rounds.fold(session, before, plan, answers, rounds.RoundSums(teachers=teachers))
     after, record = rounds.finish(session, before, plan, record, mixture)
-    clients = teachers.without(record.silenced)
+    clients = teachers.without(record.aggregation.silenced)
     return Round(session, open_engine(session), after.adapter, clients)
 
 

@@ -54,12 +54,12 @@ def spent(state: LocalState, config: RunConfig) -> Mapping[str, Scalar]:
     """Return what the run's own ledger says, and the noise of its rounds: the largest of any client's."""
     if not config.privacy.epsilon:
         return {}
-    rounds = [record for record in state.records if record.round_num > 0]
+    rounds = [record.privacy for record in state.records if record.privacy is not None]
     return {
         "budget": config.privacy.epsilon,
         "epsilon": state.server.ledger.epsilon(config.privacy.delta),
         "delta": config.privacy.delta,
-        "noise_multiplier": max(record.noise_multiplier or 0.0 for record in rounds),
+        "noise_multiplier": max(spent.noise_multiplier or 0.0 for spent in rounds),
         "rounds": len(rounds),
     }
 

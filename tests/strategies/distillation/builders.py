@@ -60,7 +60,7 @@ def write_rows(path: Path, number: int, first: int) -> str:
 
 def steps_of(state: ServerState) -> list[DistillationRecord]:
     """Return the records of a run's distillation steps."""
-    return [record.distil for record in state.records if record.distil]
+    return [record.distillation for record in state.records if record.distillation]
 
 
 def with_keys(session: Session, **flat: Any) -> Session:

@@ -54,7 +54,7 @@ def test_a_kept_step_changes_the_adapter_and_is_reported(run: Callable, tmp_path
     assert line == f"round 1: {describe_step(step)}"
     assert "held-out texts synthetic too" in line
     written = json.loads((tmp_path / "distilled" / "rounds.jsonl").read_text().splitlines()[-1])
-    assert written["distil"]["losses"]["held_out"]["after"] == losses.held_out.after
+    assert written["distillation"]["losses"]["held_out"]["after"] == losses.held_out.after
     card = (tmp_path / "distilled" / "adapter" / "README.md").read_text()
     assert f"{losses.held_out.before:.4f} before, {losses.held_out.after:.4f} after" in card
     assert not any(name in card for name in NAMES), "a card names no data holder"
@@ -113,7 +113,7 @@ def test_flowers_own_loop_has_the_step_too(make_config: Callable) -> None:
     answer, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
     state, record = next_round(session, ServerState(0, session.initial))
     assert read_plain(answer, session.layout).digest == state.adapter.digest
-    assert record.distil is not None
+    assert record.distillation is not None
     assert [line for line in heard if line.startswith("round 1: ")]
 
 

@@ -96,14 +96,14 @@ def test_the_gate_of_clients_measures_in_the_round_itself(run: Callable, public_
     flat = {**CHEAP, "distill.text": public_file, "distill.gate": "clients", "evaluation.every": 1}
     state, _ = run("gated", **flat)
     for record in state.records[1:]:
-        step = record.distil
+        step = record.distillation
         assert step is not None
         clients = step.losses.clients
         if clients is not None:
             kept = clients.after if step.kept else clients.before
             assert record.mean_held_out == pytest.approx(kept)
             assert step.kept is (clients.after <= clients.before)
-    first = state.records[1].distil
+    first = state.records[1].distillation
     assert first is not None
     assert first.losses.clients.before == pytest.approx(plain.records[1].mean_held_out)
 

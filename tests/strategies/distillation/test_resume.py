@@ -14,8 +14,9 @@ from tests.strategies.distillation.builders import CHEAP, FEW, PRIVATE, steps_of
 
 
 def timeless(record: RoundRecord) -> dict[str, Any]:
-    values = {**asdict(record), "seconds": 0, "client_seconds": {}}
-    return {**values, "distil": values["distil"] and {**values["distil"], "seconds": 0}}
+    values = asdict(record)
+    step, training = values["distillation"], {**values["training"], "seconds": {}}
+    return {**values, "seconds": 0, "training": training, "distillation": step and {**step, "seconds": 0}}
 
 
 @pytest.mark.parametrize("stopped_in", [1, 2])
@@ -40,12 +41,12 @@ def test_a_longer_run_goes_on_from_what_was_aggregated(run: Callable) -> None:
     flat = {**CHEAP, **FEW, "distill.when": "last", "distill.learning-rate": 1e-3}
     whole, _ = run("whole", **flat, **{"federation.num-rounds": 3})
     short, _ = run("longer", **flat)
-    assert short.records[-1].distil.kept
+    assert short.records[-1].distillation.kept
     assert short.undistilled.digest != short.adapter.digest
     longer, _ = run("longer", **flat, **{"run.resume": True, "federation.num-rounds": 3})
     assert longer.adapter.digest == whole.adapter.digest
-    assert [timeless(record)["distil"] for record in longer.records] == [
-        timeless(record)["distil"] for record in whole.records
+    assert [timeless(record)["distillation"] for record in longer.records] == [
+        timeless(record)["distillation"] for record in whole.records
     ]
     assert [record.adapter for record in longer.records] == [record.adapter for record in whole.records]
 
@@ -71,7 +72,7 @@ def test_a_run_out_of_budget_keeps_what_it_has_try_step(
     assert any("budget is spent" in line for line in notices)
     assert again.round_num == 2
     assert again.adapter.digest == done.adapter.digest != done.undistilled.digest
-    assert again.records[-1].distil == done.records[-1].distil is not None
+    assert again.records[-1].distillation == done.records[-1].distillation is not None
     assert again.records[-1].held_out == done.records[-1].held_out
 
 
@@ -90,4 +91,4 @@ def test_a_finished_run_that_is_resumed_stays_try_step(run: Callable) -> None:
     done, _ = run("done", **flat)
     again, _ = run("done", **flat, **{"run.resume": True})
     assert again.adapter.digest == done.adapter.digest
-    assert again.records[-1].distil == done.records[-1].distil
+    assert again.records[-1].distillation == done.records[-1].distillation
