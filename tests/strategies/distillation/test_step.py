@@ -58,7 +58,7 @@ def test_whatever_fails_in_a_step_is_one_line(
     def fail(*unused: Any, **also_unused: Any) -> None:
         raise error
 
-    monkeypatch.setattr("strategies.distillation.learn.distillation", fail)
+    monkeypatch.setattr("strategies.distillation.learn.distil", fail)
     session, before, after, adapters = trained()
     adapter, step = try_step(session, before, after, adapters)
     assert adapter is after.adapter
