@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from clients.data_holder import open_data_holder
 from fedllm.adapters.layout import AdapterState
 from strategies.distillation.ending import try_step
 from strategies.distillation.report import describe_step, table_cell
@@ -20,8 +19,7 @@ from tests.strategies.distillation.builders import CHEAP, NAMES, with_keys, with
 def test_a_local_server_has_the_engine_of_its_clients(make_config: Callable, open_run: Callable) -> None:
     opened = open_run(make_config(CHEAP))
     next_round(opened.session, opened.state)
-    context = next(iter(opened.grid._contexts.values()))
-    assert open_engine(opened.session) is open_data_holder(context.run_config, context.node_config).engine
+    assert open_engine(opened.session) is opened.holder(2).engine
 
 
 def test_a_step_that_cannot_open_the_base_model_costs_no_round(trained: Callable) -> None:
