@@ -20,7 +20,7 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
-from strategies.distillation.step import end_with_distillation
+from strategies.distillation.ending import end_with_distillation
 from strategies.exchange.evaluation import evaluate_requests, read_evaluations
 from strategies.exchange.joining import rejoin
 from strategies.exchange.receiving import read_reply
@@ -169,10 +169,10 @@ def _train_metrics(record: RoundRecord) -> MetricRecord:
     """Return the numbers of a round under Flower's kebab names."""
     return MetricRecord(
         {
-            "train-loss": record.train_loss or 0.0,
+            "train-loss": record.training.loss or 0.0,
             "num-clients": len(record.accepted),
-            "num-tokens": record.num_tokens,
-            "rho": record.rho or 0.0,
-            "kept-energy": record.kept_energy or 0.0,
+            "num-tokens": record.training.num_tokens,
+            "rho": record.aggregation.rho or 0.0,
+            "kept-energy": record.aggregation.kept_energy or 0.0,
         }
     )
