@@ -7,7 +7,6 @@ from typing import Any
 
 from fedllm.data.fields import Turn
 from fedllm.distillation.sample import sample_texts
-from fedllm.distillation.targets import learnt_tokens
 from fedllm.engine.engine import Engine
 from fedllm.errors import DataError, NoDataError
 from fedllm.models.chat import Encoded, chat_text, form_tokens
@@ -117,7 +116,7 @@ def written(
         header = _tokens(tokenizer, chat_text(tokenizer, [Turn("user", _MARK)]).partition(_MARK)[0])
         questions = write([header or _begin(tokenizer)], most // 2, "question")
         words = [
-            tokenizer.decode(learnt_tokens(row), skip_special_tokens=True).strip() for row, _ in questions
+            tokenizer.decode(row.learnt_tokens, skip_special_tokens=True).strip() for row, _ in questions
         ]
         begins = [(Turn("user", question),) for question in words if question]
     prompts = [_prompt(tokenizer, turns) for turns in begins]
