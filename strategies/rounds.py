@@ -8,7 +8,6 @@ from functools import partial
 from flwr.app import RecordDict
 
 from fedllm.adapters.layout import AdapterState, initial_adapter
-from fedllm.adapters.parts import returned_part
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.runs.checkpoint import ServerState
@@ -20,8 +19,8 @@ from strategies.aggregation.stock import stock_change
 from strategies.cohort.late_updates import discounted
 from strategies.cohort.selection import choose_clients
 from strategies.control_variates import ControlSum, control_of, empty_sum, num_in_mean
-from strategies.distillation.step import end_with_distillation, teachers_of
-from strategies.distillation.teachers import Teachers
+from strategies.distillation.ending import end_with_distillation
+from strategies.distillation.teachers import Teachers, open_teachers
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import rejoin
 from strategies.exchange.receiving import Answer, first_updates, in_order, receive
@@ -137,7 +136,6 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     if cohort.rule == "poisson" and available:  # with nobody free there was nothing to draw from
         asked = asked if len(asked) >= config.federation.min_clients else ()
         cohort_size = len(asked)
-    trained = session.rule.trained_in(round_num)
     return RoundPlan(
         round_num=round_num,
         attempt=attempt,
@@ -145,8 +143,8 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         cohort_size=cohort_size,
         ranks={client: rank for client, rank in session.ranks().items() if client in asked},
         training=session.plan.training(round_num),
-        trained=trained,
-        returned=returned_part(trained, session.rule.local_b),
+        trained=session.rule.trained_in(round_num),
+        returned=session.rule.returned_in(round_num),
         largest_start=float(state.adapter.vector.abs().max()),
     )
 
@@ -157,21 +155,14 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
     part = travelling_part(session.rule, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(plan.asked).items():
-        ranks = tuple(plan.ranks[client] for client in clients)
         request = TrainRequest(
             round_num=plan.round_num,
             client_ids=tuple(clients),
             num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
-            ranks=ranks,
+            ranks=tuple(plan.ranks[client] for client in clients),
             adapter=state.adapter,
             base_delta=state.base_delta,
-            training=plan.training,
-            trained=plan.trained,
-            local_b=session.rule.local_b,
-            node_sum=session.is_summed(ranks),
-            codec=config.wire.codec,
-            weighting=session.rule.weighting,
-            seed=config.seed,
+            plan_digest=session.plan.digest,
             control=control_of(state) if config.train.control_variates else None,
             clip=clip_of(session.privacy, state),
         )
@@ -195,7 +186,8 @@ def open_sums(session: Session, state: ServerState, plan: RoundPlan) -> RoundSum
     """Return the empty sums of a round."""
     controls = empty_sum(session.layout) if session.config.train.control_variates else None
     noised = empty_noised(session.privacy, state, session.layout, plan.returned)
-    return RoundSums(controls, noised, teachers_of(session.plan.distillation, state, plan.round_num))
+    teachers = open_teachers(session.plan.distillation, state.adapter, plan.round_num)
+    return RoundSums(controls, noised, teachers)
 
 
 NO_SUMS = RoundSums()

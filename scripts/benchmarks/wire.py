@@ -24,7 +24,7 @@ import typer
 from flwr.app import ArrayRecord, RecordDict
 from rich.console import Console
 
-from clients.data_holder import open_data_holder
+from clients.process import Process
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
 from fedllm.wire import packets
@@ -195,9 +195,10 @@ def measure(
     """Return the figures of every adapter and of every case."""
     adapters: dict[str, Any] = {}
     cases: dict[str, Any] = {}
+    process = Process()  # reads the source once
     for name, targets in TARGETS.items():
         tuned = config.override({"lora.target-modules": targets})
-        holder = open_data_holder(tuned.to_flat(), {"server-paths": True})
+        holder = process.open(tuned.to_flat(), {"server-paths": True})
         trained = [train_case(holder, number) for number in steps]
         start = trained[0].start
         adapters[name] = {

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from clients.data_holder import ClientTokens, DataHolder, open_data_holder
+from clients.data_holder import ClientTokens, DataHolder
+from clients.process import Process
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import draw_rows
 from fedllm.engine.jobs import EvaluationJob, Job
@@ -63,7 +64,7 @@ def alone(trial: Trial, setting: Setting) -> Figures:
 
 def holder_of(config: RunConfig) -> DataHolder:
     """Return a holder of all clients of a run."""
-    return open_data_holder(config.to_flat(), {"server-paths": True})
+    return Process().open(config.to_flat(), {"server-paths": True})
 
 
 def batches_of(client: ClientTokens, config: RunConfig) -> tuple[tuple[Encoded, ...], ...]:

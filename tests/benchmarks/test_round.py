@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clients import train
+from clients import protect as protecting
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
 from scripts.benchmarks import round
@@ -90,10 +90,10 @@ def test_the_parts_of_a_round_add_up_to_less_than_the_round(traces):
 
 
 def test_timing_leaves_the_functions_as_they_were():
-    before = (Engine.train, train.protect, combine.add)
+    before = (Engine.train, protecting.protect, combine.add)
     with timed_parts():
-        assert train.protect is not before[1]
-    assert (Engine.train, train.protect, combine.add) == before
+        assert protecting.protect is not before[1]
+    assert (Engine.train, protecting.protect, combine.add) == before
 
 
 def test_a_trace_survives_its_journey(traces):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.data_holder import open_data_holder
+from clients.process import Process
 from fedllm.adapters.algebra import Product, inner, squared_norm
 from fedllm.adapters.shapes import stack_factors
 from fedllm.config.run_config import RunConfig
@@ -49,7 +49,7 @@ def case(folder) -> Case:
             "lora.rank": 2,
         }
     )
-    return train_case(open_data_holder(config.to_flat(), {"server-paths": True}), steps=3)
+    return train_case(Process().open(config.to_flat(), {"server-paths": True}), steps=3)
 
 
 def _received(case: Case, payload: str) -> list[torch.Tensor]:

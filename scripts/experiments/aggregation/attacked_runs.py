@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from clients import client_app
-from clients.data_holder import DataHolder, hosted_rows, open_data_holder
+from clients.data_holder import DataHolder, hosted_rows
+from clients.process import Process
 from clients.train import train_clients
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
@@ -132,12 +133,14 @@ def attacked_updates(attackers: Collection[str], attack: UpdateAttack) -> Iterat
     honest = train_clients
 
     def train(holder: DataHolder, request: TrainRequest) -> list[ClientUpdate | ClientFailure]:
-        bound = largest_move(request.training, float(request.adapter.vector.abs().max()))
+        bound = largest_move(
+            holder.plan.training(request.round_num), float(request.adapter.vector.abs().max())
+        )
 
         def sent(answer: ClientUpdate | ClientFailure) -> ClientUpdate | ClientFailure:
             if isinstance(answer, ClientFailure) or answer.client_id not in attackers:
                 return answer
-            stream = derive_seed(request.seed, "attack", answer.client_id, request.round_num)
+            stream = derive_seed(holder.plan.config.seed, "attack", answer.client_id, request.round_num)
             generator = torch.Generator().manual_seed(stream)
             return replace(answer, delta=attack(answer.delta, bound, generator))
 
@@ -169,7 +172,7 @@ def backdoor_success(
     trigger, target = str(trial.options["trigger"]), str(trial.options["target"])
     clients = config.federation.num_clients
     node = {"partition-id": 0, "num-partitions": clients, "server-paths": True}  # as the run's first node
-    engine = open_data_holder(config.to_flat(), node).engine
+    engine = Process().open(config.to_flat(), node).engine
     probes: list[_Probe] = []
     for client in hosted_rows(config, {}):
         for example in client.held_out if client.client_id not in attackers else ():

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from clients.data_holder import DataHolder, open_data_holder
+from clients.client_app import PROCESS
+from clients.data_holder import DataHolder
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
@@ -35,7 +36,7 @@ def private(trial: Trial, setting: Setting) -> Figures:
     with TemporaryDirectory() as folder:  # a client's ledger belongs to a run: no two trials share one
         config = setting.config(trial, {"run.output": folder})
         state = run(config, num_nodes=1)
-        holder = open_data_holder(config.to_flat(), node_config_of(config))  # the one that the run has opened
+        holder = PROCESS.open(config.to_flat(), node_config_of(config))  # the one that the run has opened
         start, adapter = holder.initial.vector, state.adapter.vector
         figures = losses(
             evaluate(holder, dict.fromkeys(holder.clients, start)),
