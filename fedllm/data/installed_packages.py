@@ -1,6 +1,7 @@
-"""Where the Python sources lie that fedllm's users have installed anyway; nothing is imported.
+"""Finds the Python packages that fedllm's users have installed anyway, and their source files.
 
-A source is a distribution that fedllm depends on, directly or not, or a part of the standard library.
+These are the distributions that fedllm depends on, directly or not, and the parts of the standard library.
+Nothing is imported.
 """
 
 import hashlib
@@ -13,22 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 # What pyproject.toml requires. Flower runs fedllm from a bundle, where no metadata says so.
-_REQUIREMENTS = (
-    "flwr[simulation]",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "gguf",
-    "typer",
-    "rich",
-    "tomli-w",
-    "numpy",
-    "pyarrow",
-    "cryptography",
-    "datasketch",
+REQUIREMENTS = (
+    *("flwr[simulation]", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "gguf"),
+    *("typer", "rich", "tomli-w", "numpy", "pyarrow", "cryptography", "datasketch", "platformdirs"),
 )
 _REQUIREMENT = re.compile(
     r"\s*(?P<name>[\w.-]+)\s*(\[(?P<extras>[^]]*)\])?[^;]*(;(?P<marker>.*))?", re.DOTALL
@@ -115,9 +103,9 @@ def _dependency_packages() -> Iterator[Package]:
 
 def _dependencies() -> dict[str, metadata.Distribution]:
     try:
-        waiting = list(metadata.requires("fedllm") or _REQUIREMENTS)
+        waiting = list(metadata.requires("fedllm") or REQUIREMENTS)
     except metadata.PackageNotFoundError:
-        waiting = list(_REQUIREMENTS)
+        waiting = list(REQUIREMENTS)
     found: dict[str, metadata.Distribution] = {}
     done: set[tuple[str, frozenset[str]]] = set()
     while waiting:
