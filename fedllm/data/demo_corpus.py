@@ -96,7 +96,7 @@ def _chosen_pairs(num_clients: int, min_rows: int) -> dict[str, tuple[_Pair, ...
         if len(pairs) >= max(1, min_rows):
             chosen[package.name] = pairs
             seen |= {pair.response for pair in pairs}
-        if len(chosen) == num_clients:  # before the next is asked for, which may be the first to need a ranking
+        if len(chosen) == num_clients:  # before the next is asked for: it may need the ranking
             break
     return chosen
 
