@@ -5,12 +5,11 @@ training rows a client declares includes those that were put in. `fedllm audit` 
 """
 
 from pathlib import Path
+from typing import Any
 
 from fedllm.attacks.canaries import canary_rows, secret_canaries
 from fedllm.config.run_config import RunConfig
-from fedllm.models.base import load_tokenizer
 from fedllm.models.chat import Encoded
-from fedllm.models.files import ModelFiles
 from fedllm.privacy.keys import kept_secret
 
 
@@ -19,7 +18,7 @@ def canary_file(state_path: Path, run_name: str) -> Path:
     return state_path / f"{run_name}-canary-secret"
 
 
-def planted(config: RunConfig, files: ModelFiles, client_id: str, state_path: Path) -> tuple[Encoded, ...]:
+def planted(config: RunConfig, tokenizer: Any, client_id: str, state_path: Path) -> tuple[Encoded, ...]:
     """Return the rows that a client of this node adds to its own; none unless the run plants canaries.
 
     Raises:
@@ -28,5 +27,4 @@ def planted(config: RunConfig, files: ModelFiles, client_id: str, state_path: Pa
     if not config.audit.canaries:
         return ()
     secret = kept_secret(canary_file(state_path, config.run.name))
-    tokenizer = load_tokenizer(files)
     return canary_rows(secret_canaries(config.audit, tokenizer, client_id=client_id, secret=secret))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 from clients.canaries import planted
 from clients.site import check_paths, check_privacy, max_rank_of, state_path_of
@@ -20,14 +21,17 @@ from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import BadRow, ClientRows, Example
 from fedllm.data.partition import CLIENT_ID, Partition
 from fedllm.data.shards import Shards, load_one_client, load_shards
-from fedllm.engine.engine import Engine, resident_engine
+from fedllm.engine.engine import Engine
+from fedllm.engine.resident import Resident
 from fedllm.errors import ConfigError, NoDataError
-from fedllm.models.base import layout_of, load_base, load_tokenizer
+from fedllm.models.base import layout_of
 from fedllm.models.chat import Encoded, encode
 from fedllm.models.files import ModelFiles, fingerprint, resolve_model
 from fedllm.plan.run_plan import RunPlan, resolve
 
 _logger = logging.getLogger("fedllm.clients")
+
+RESIDENT = Resident()  # of this process; the server of a local run shares it
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class DataHolder:
     """The clients of one node. Nothing is loaded before it is needed: joining needs no weights."""
 
     plan: RunPlan
+    resident: Resident
     files: ModelFiles
     clients: Mapping[str, ClientTokens]
     max_rank: int = 0  # the largest rank this machine has room for; 0 = any
@@ -68,9 +73,9 @@ class DataHolder:
     def engine(self) -> Engine:
         """The training engine on this machine's resident base model."""
         config = self.plan.config
-        base = load_base(config.model)
+        base = self.resident.base(config.model)
         layout = layout_of(base.model, config.lora, base.fingerprint)
-        return resident_engine(base, layout, config.train.token_budget)
+        return self.resident.engine(config.model, layout, config.train.token_budget)
 
     @cached_property
     def store(self) -> PrivateStore:
@@ -103,13 +108,13 @@ def _open(
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
         config = config.override({"model.name": str(node["model-path"]), "model.revision": ""})
     files = resolve_model(config.model.name, config.model.revision)
-    state_path = state_path_of(node)
+    tokenizer, state_path = RESIDENT.tokenizer(files), state_path_of(node)
     clients = {}
     for rows in hosted_rows(config, node):
-        client = encode_client(rows, files, config.train.max_length)
-        extra = planted(config, files, client.client_id, state_path) if client.train else ()
+        client = encode_client(rows, tokenizer, config.train.max_length)
+        extra = planted(config, tokenizer, client.client_id, state_path) if client.train else ()
         clients[client.client_id] = replace(client, train=(*client.train, *extra))
-    return DataHolder(resolve(config), files, clients, max_rank_of(node), state_path)
+    return DataHolder(resolve(config), RESIDENT, files, clients, max_rank_of(node), state_path)
 
 
 def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRows]:
@@ -167,9 +172,8 @@ def _report(bad: tuple[BadRow, ...]) -> None:
         )
 
 
-def encode_client(rows: ClientRows, files: ModelFiles, max_length: int) -> ClientTokens:
+def encode_client(rows: ClientRows, tokenizer: Any, max_length: int) -> ClientTokens:
     """Return a client's rows as tokens; those without an answer within `max_length` are left out."""
-    tokenizer = load_tokenizer(files)
 
     def kept(examples: tuple[Example, ...]) -> tuple[Encoded, ...]:
         encoded = (encode(example, tokenizer, max_length) for example in examples)

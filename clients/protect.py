@@ -22,7 +22,7 @@ from fedllm.engine.jobs import Result, is_finite
 from fedllm.errors import ConfigError, NonFiniteError
 from fedllm.messages import ClientUpdate
 from fedllm.models.chat import Encoded
-from fedllm.privacy.keys import derived_key, digest_of
+from fedllm.privacy.keys import bits_digest, derived_key
 from fedllm.privacy.noise import SecretStream, clipped, gaussian
 
 
@@ -102,7 +102,7 @@ def _protected_delta(result: Result, protection: Protection | None, round_num: i
     if not protection.deviation:
         return delta_P
     amount = (protection.part, repr(protection.deviation))
-    key = derived_key(protection.key, "update", result.client_id, round_num, *amount, digest_of(delta_P))
+    key = derived_key(protection.key, "update", result.client_id, round_num, *amount, bits_digest(delta_P))
     size = part_size(protection.layout, protection.part)
     noise = gaussian(SecretStream(key), size, protection.deviation)
     return (delta_P.double() + whole_of(protection.layout, noise, protection.part)).float()

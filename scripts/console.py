@@ -13,7 +13,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import of_same_clients, spread_of
-from strategies.distillation.report import in_short
+from strategies.distillation.report import table_cell
 from strategies.session import Watch
 
 _COLUMNS = (
@@ -137,7 +137,7 @@ class RunView:
             "" if is_base else f"{record.bytes_down / 1e6:.2f} MB",
             _number(record.rho, 3),
             "" if record.kept_energy is None else f"{record.kept_energy:.1%}",
-            in_short(record.distil),
+            table_cell(record.distil),
             f"{record.seconds:.1f} s" if record.seconds else "",
             left,
             *spent,

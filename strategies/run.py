@@ -9,6 +9,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
+from fedllm.engine.resident import Resident
 from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError, FedLLMError
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
@@ -36,11 +37,14 @@ def run_federation(
     watch: Watch = SILENT,
     start: AdapterState | None = None,
     stock: Strategy | None = None,
+    *,
+    resident: Resident | None = None,
 ) -> ServerState:
     """Do every round of `config` over `grid`, publish the adapter and return the final state.
 
-    `start` replaces the seeded initial adapter, `stock` our own mean of the clients. Whatever happens,
-    complete rounds stay on disk and `result.json` says how the run ended.
+    `start` replaces the seeded initial adapter, `stock` our own mean of the clients. `resident` holds the
+    base model of this process, where its clients run here too. Whatever happens, complete rounds stay on disk
+    and `result.json` says how the run ended.
 
     Raises:
         FedLLMError: the run cannot start or go on; the message says why.
@@ -48,7 +52,7 @@ def run_federation(
     plan = resolve(config)
     folder = open_run_folder(config)
     try:
-        session = open_session(plan, grid, watch, stock, folder=folder)
+        session = open_session(plan, grid, watch, stock, folder=folder, resident=resident)
         state = _first_state(session, folder, start)
         describe_run(folder, config)
         state, stopped = _rounds(session, state, folder)
@@ -74,8 +78,9 @@ def open_session(
     stock: Strategy | None = None,
     *,
     folder: Path | None = None,
+    resident: Resident | None = None,
 ) -> Session:
-    """Return a session over the clients that join on `grid`.
+    """Return a session over the clients that join on `grid`; `resident` is as in `run_federation`.
 
     `folder` is the run's: it holds the noise secret and the ledger of a private run, which otherwise live as
     long as the session, and the verdicts on synthetic text.
@@ -108,6 +113,7 @@ def open_session(
         transport,
         clients,
         watch,
+        resident=resident or Resident(),
         stock=stock,
         privacy=privacy,
         folder=folder,

@@ -10,7 +10,7 @@ from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import FedLLMError
 from fedllm.runs.records import RoundRecord
-from strategies.distillation.report import in_short
+from strategies.distillation.report import table_cell
 from strategies.flower_strategy import FederatedLora
 from strategies.session import Watch
 
@@ -35,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
 def _log_record(record: RoundRecord) -> None:
     loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
     held_out = "" if record.mean_held_out is None else f" · held-out {record.mean_held_out:.4f}"
-    distilled = f" · distilled {in_short(record.distil)}" if record.distil else ""
+    distilled = f" · distilled {table_cell(record.distil)}" if record.distil else ""
     _logger.info(
         "round %d · loss %s%s%s · %d/%d clients · %.2f MB up · %.1f s",
         record.round_num,

@@ -10,6 +10,7 @@ from flwr.serverapp.strategy import Strategy
 from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.data.public_text import PublicText
+from fedllm.engine.resident import Resident
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.plan.aggregation import AggregationRule
 from fedllm.plan.run_plan import RunPlan
@@ -42,6 +43,7 @@ class Session:
     clients: dict[str, JoinedClient]
     watch: Watch = SILENT
     delivered: Delivered = field(default_factory=Delivered)
+    resident: Resident = field(default_factory=Resident)  # the base model of this process, for distillation
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
     privacy: ServerPrivacy | None = None
     folder: Path | None = None  # of the run, for what is kept beside its records

@@ -3,8 +3,8 @@
 The gradient of A [R, D] is a sum of outer products with the layer's inputs, so its rows lie in their span.
 In the first layer an input depends on its token alone (positions enter after the projection), so every token
 of the vocabulary can be tested against the row space (DAGER, arXiv 2405.15586). With more tokens than ranks,
-several steps or noise the rows no longer span the inputs, and the check finds less: run it on the very
-message that leaves.
+after several steps or under noise the rows no longer span the inputs and the check finds less. So run it on
+the message that leaves the client, not on a gradient made for the test.
 Tensor suffixes: R rank, D feature, V vocabulary.
 """
 
@@ -37,15 +37,15 @@ class Recovery:
 
 
 class _Reached(Exception):
-    """The layer whose input is wanted has been reached; nothing behind it is computed."""
+    """Ends a forward pass as soon as the wanted input has been seen."""
 
 
 @torch.inference_mode()
 def token_inputs(base: BaseModel, module: str) -> torch.Tensor:
     """Return what `module` receives for every token of the vocabulary at position 0, [V, D] on the CPU.
 
-    `module` must be a projection of the first layer whose input depends on the token alone: its query, key or
-    value. In models that add a position to the embedding the check holds for position 0 only.
+    `module` must be the query, key or value projection of the first layer: its input depends on the token
+    alone. In models that add a position to the embedding the check holds for position 0 only.
     """
     size = base.model.get_input_embeddings().weight.shape[0]
     return torch.cat(
@@ -72,11 +72,6 @@ def _inputs(base: BaseModel, module: str, tokens_V: torch.Tensor) -> torch.Tenso
     return seen[0][:, 0].double().cpu()
 
 
-def a_factor(layout: AdapterLayout, vector_P: torch.Tensor, matrix: int = 0) -> torch.Tensor:
-    """Return the A part [R, D] of one matrix in a whole gradient or delta [P]."""
-    return layout.factors(vector_P)[matrix][0]
-
-
 def first_projections(layout: AdapterLayout) -> tuple[int, ...]:
     """Return which matrices of a layout project the input of the first layer; none if none is adapted.
 
@@ -98,34 +93,32 @@ def message_residuals(
     delta_P: torch.Tensor,
     matrices: Collection[int],
 ) -> torch.Tensor:
-    """Return how badly every token fits a whole message, [V] from 0 to 1: what an attacker makes of it.
+    """Return how badly every token fits a whole message, [V]: 0 it fits, 1 it does not at all.
 
-    Where A was trained, the rows of all its changes together span the inputs. Where B alone was, the rows of
-    its change span A x, which the attacker can compute of every token since A is known: less, as only R
-    numbers of an input are left. A message that holds neither says nothing.
+    Where A was trained, the rows of all its changes together span the inputs x. Where B alone was, the rows
+    of its change span A x, which an attacker who knows A computes for every token; it tells less, since A x
+    has only R numbers. A message in which nothing changed fits no token.
     """
     starts, changes = layout.factors(start_P), layout.factors(delta_P)
-    of_a = [unit(changes[number][0]) for number in matrices if bool(changes[number][0].any())]
-    if of_a:
-        return span_residuals(inputs_VD, torch.cat(of_a))
-    of_b = [
+    a_changes = [changes[number][0].double() for number in matrices if bool(changes[number][0].any())]
+    if a_changes:
+        # At norm 1 no matrix of large gradients hides the span of another.
+        return span_residuals(inputs_VD, torch.cat([a_RD / a_RD.norm() for a_RD in a_changes]))
+    b_residuals = [
         span_residuals(inputs_VD @ starts[number][0].double().T, changes[number][1])
         for number in matrices
         if bool(changes[number][1].any())
     ]
-    return torch.stack(of_b).mean(dim=0) if of_b else torch.ones(len(inputs_VD), dtype=torch.float64)
-
-
-def unit(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix in float64 and at norm 1, so that no larger one hides its span."""
-    return torch.nn.functional.normalize(matrix.double().flatten(), dim=0).view(matrix.shape)
+    if b_residuals:
+        return torch.stack(b_residuals).mean(dim=0)
+    return torch.ones(len(inputs_VD), dtype=torch.float64)
 
 
 def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Tensor:
     """Return how much of every token's input lies outside the rows of an update, [V] from 0 to 1.
 
-    A zero update spans nothing: every residual is 1. So it is at the first step from B = 0, and always for a
-    token whose input is zero, as a padding token's may be: it leaves no trace.
+    A zero update spans nothing, so every residual is 1: A has no gradient at the first step from B = 0. A
+    token with a zero input, such as padding, has residual 1 too, since it leaves no trace.
 
     Raises:
         ValueError: the update is not finite.
@@ -145,12 +138,12 @@ def span_residuals(inputs_VD: torch.Tensor, update_RD: torch.Tensor) -> torch.Te
 
 
 def closest_tokens(residuals_V: torch.Tensor, number: int) -> frozenset[int]:
-    """Return the `number` tokens that lie best in the span: what an attacker who knows their number takes."""
+    """Return the `number` tokens that lie best in the span: for an attacker who knows how many there are."""
     return frozenset(residuals_V.argsort(stable=True)[:number].tolist())
 
 
 def spanned_tokens(residuals_V: torch.Tensor, tolerance: float = 1e-3) -> frozenset[int]:
-    """Return the tokens that lie in the span up to `tolerance`: what an attacker takes who does not."""
+    """Return the tokens that lie in the span up to `tolerance`: for an attacker who does not know."""
     return frozenset((residuals_V < tolerance).nonzero()[:, 0].tolist())
 
 
@@ -158,7 +151,6 @@ def recovery(found: Collection[int], true: Collection[int]) -> Recovery:
     """Return precision, recall and F1 of the different tokens found; 0 where nothing is right."""
     guessed, trained = set(found), set(true)
     right = len(guessed & trained)
-    precision = right / len(guessed) if guessed else 0.0
-    recall = right / len(trained) if trained else 0.0
+    precision, recall = right / max(1, len(guessed)), right / max(1, len(trained))
     f1 = 2 * precision * recall / (precision + recall) if right else 0.0
     return Recovery(precision, recall, f1, len(guessed), len(trained))

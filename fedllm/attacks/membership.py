@@ -1,7 +1,7 @@
-"""Was a text trained on? Signals from token scores, and how well a signal tells members from others.
+"""Membership inference: was a text trained on, and how well does a signal tell members from others?
 
-Every signal is one number a text, larger where the text is more likely a member. All are pure functions of
-`TokenScores`; `fedllm.attacks.token_scores` makes those.
+A signal is one number per text, larger where the text is more likely a member of the training set. Signals
+are pure functions of `TokenScores`, which `fedllm.attacks.token_scores` computes.
 """
 
 import zlib
@@ -24,13 +24,16 @@ def likelihood(scores: TokenScores) -> float:
 
 
 def zlib_likelihood(scores: TokenScores, text: str) -> float:
-    """Return the log-likelihood over the text's zlib length in bits (Carlini et al., arXiv 2012.07805)."""
+    """Return the log-likelihood over the text's zlib length in bits (Carlini et al., arXiv 2012.07805).
+
+    A text that compresses well is likely without having been seen.
+    """
     return float(scores.log_probs.sum()) / (8 * len(zlib.compress(text.encode())))
 
 
 def loss_ratio(scores: TokenScores, base: TokenScores) -> float:
     """Return minus the loss over the base model's loss of the same tokens (arXiv 2402.17012)."""
-    return -likelihood(scores) / min(likelihood(base), -1e-12)
+    return -likelihood(scores) / min(likelihood(base), -1e-12)  # a base that is sure has no loss to divide by
 
 
 def min_k(scores: TokenScores, share: float = LOWEST) -> float:
@@ -39,7 +42,10 @@ def min_k(scores: TokenScores, share: float = LOWEST) -> float:
 
 
 def min_k_plus_plus(scores: TokenScores, share: float = LOWEST) -> float:
-    """Return the same of log-probabilities in deviations from their mean (Min-K%++, arXiv 2404.02936)."""
+    """Return the same with each log-probability standardised (Min-K%++, arXiv 2404.02936).
+
+    Mean and deviation are those of a token that the model itself would draw there.
+    """
     return _lowest_mean((scores.log_probs - scores.means) / scores.deviations.clamp(min=1e-12), share)
 
 
@@ -61,8 +67,8 @@ SIGNALS: Mapping[str, Callable[[TokenScores, TokenScores, str], float]] = {
 class Separation:
     """How well a signal tells members from others.
 
-    `caught` is the share of members above the threshold that at most `false_alarms` of the others pass, `low`
-    and `high` its Clopper-Pearson bounds; they hold for that threshold, whose own chance is not in them.
+    `caught` is the share of members above the threshold that at most `false_alarms` of the others pass. `low`
+    and `high` are its Clopper-Pearson bounds for this threshold; they do not count how it would vary.
     """
 
     area: float  # under the ROC curve: 0.5 is chance, 1 perfect
@@ -83,8 +89,8 @@ def separation(
 ) -> Separation:
     """Return how well a signal separates members from texts that were not trained on.
 
-    The area is the chance that a member's signal is above another's, ties counting half (Mann-Whitney). The
-    rate of members caught at few false alarms is what matters of an attack (arXiv 2112.03570).
+    The area is the chance that a member's signal is above another's, ties counting half (Mann-Whitney). An
+    attack is judged by the members it catches at few false alarms (arXiv 2112.03570).
 
     Raises:
         ValueError: there is no member, no other, or a signal is not a number.
@@ -95,9 +101,8 @@ def separation(
     ordered_O = values_O.sort().values
     below_M = torch.searchsorted(ordered_O, values_M, right=False)
     up_to_M = torch.searchsorted(ordered_O, values_M, right=True)
-    area = float((below_M + up_to_M).double().mean()) / (2 * len(ordered_O))
-    allowed = int(false_alarms * len(ordered_O))
-    threshold = ordered_O[len(ordered_O) - 1 - allowed]
+    area = float((below_M + up_to_M).double().mean()) / (2 * len(ordered_O))  # a tie is in one of the two
+    threshold = ordered_O[-1 - int(false_alarms * len(ordered_O))]
     num_caught = int((values_M > threshold).sum())
     low, high = clopper_pearson(num_caught, len(values_M), confidence)
     return Separation(
@@ -125,24 +130,24 @@ def roc(members: Sequence[float], others: Sequence[float]) -> list[tuple[float, 
 
 
 def leads(adapters: Sequence[Sequence[float]], base: Sequence[float]) -> tuple[float, ...]:
-    """Return of every text by how much one client's adapter is ahead, in nats per token.
+    """Return for every text by how much one client's adapter is ahead of all others, in nats per token.
 
-    `adapters[k][n]` and `base[n]` are mean log-probabilities of text n. The lead is the best client's over
-    the best of all others and the base: one client alone knows the text. A number that is not finite leaves
-    the lead unknown: infinite.
+    `adapters[k][n]` and `base[n]` are mean log-probabilities of text n. The lead is the best client's number
+    minus the best among the other clients and the base: large where one client alone knows the text. A number
+    that is not finite leaves the lead unknown, which is written as infinite.
     """
     table = torch.tensor([*adapters, base]).double()
     best = table.topk(min(2, len(table)), dim=0)
     lead_N = best.values[0] - best.values[-1]
-    lead_N = torch.where(best.indices[0] == len(adapters), 0.0, lead_N)
+    lead_N = torch.where(best.indices[0] == len(adapters), 0.0, lead_N)  # the base model is no client
     return tuple(torch.where(table.isfinite().all(dim=0), lead_N, torch.inf).tolist())
 
 
 def outliers(leads_: Sequence[float], limit: float = OUTLIER, least: float = LEAST_LEAD) -> tuple[bool, ...]:
-    """Return which texts' leads stand out of the set: by their modified z-score, and by at least `least`.
+    """Return which leads stand out of the set: by their modified z-score, and by at least `least`.
 
-    Clients of other domains lead on their own texts, so only a lead far beyond the set's is a sign that one
-    client's adapter repeats what it was trained on. One that is not known stands out.
+    Clients of different domains lead on texts of their own domain. Only a lead far above the usual one is a
+    sign that an adapter repeats what it was trained on. An unknown lead stands out.
     """
     lead_N = torch.tensor(leads_).double()
     known_M = lead_N[lead_N.isfinite()]
@@ -150,4 +155,5 @@ def outliers(leads_: Sequence[float], limit: float = OUTLIER, least: float = LEA
         return (True,) * len(lead_N)
     middle = known_M.quantile(0.5)
     spread = (known_M - middle).abs().quantile(0.5)
+    # 0.6745: the median absolute deviation of a standard normal, so that scores read as z-scores.
     return tuple(((0.6745 * (lead_N - middle) > limit * spread) & (lead_N >= least)).tolist())

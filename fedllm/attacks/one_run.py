@@ -1,8 +1,8 @@
 """A lower bound on epsilon from one training run (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846).
 
-Every one of m canaries is included by its own fair coin. After the run the auditor guesses some coins; more
-right guesses than the claimed (epsilon, delta) allows refute the claim at the confidence asked for. The
-auditor decides how many coins to guess before it sees which guesses are right.
+Each of m canaries is included by a fair coin of its own. After the run the auditor guesses some coins. More
+right guesses than (epsilon, delta) allows refute that claim, with the confidence asked for. How many coins to
+guess is decided before any guess is checked.
 """
 
 import math
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import bdtrc
 
-from fedllm.attacks.binomial import at_least, probabilities, rising_root
+from fedllm.attacks.canaries import Canary
 
-MAX_EPSILON = 100.0
+MAX_EPSILON = 100.0  # e^100 to 1: any guess that may be wrong is refuted long before
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,18 @@ class Guesses:
             raise ValueError(
                 f"{self.num_right} right of {self.num_guessed} guesses at {self.num_canaries} coins"
             )
+
+
+def guess_canaries(
+    canaries: Sequence[Canary], losses: Sequence[float], base_losses: Sequence[float], share: float = 1.0
+) -> Guesses:
+    """Return the guesses at the coins of canaries, from how far each loss fell below the base model's.
+
+    Half of `share` of the canaries are guessed in, half out.
+    """
+    scores = [base - loss for loss, base in zip(losses, base_losses, strict=True)]
+    each = int(share * len(canaries)) // 2
+    return guess(scores, [one.included for one in canaries], num_in=each, num_out=each)
 
 
 def guess(scores: Sequence[float], included: Sequence[bool], *, num_in: int, num_out: int) -> Guesses:
@@ -56,11 +70,13 @@ def p_value(guesses: Guesses, epsilon: float, delta: float = 0.0) -> float:
     """
     v, r = guesses.num_right, guesses.num_guessed
     success = 1 / (1 + math.exp(-epsilon))
-    chance = at_least(v, r, success)
+    tails = bdtrc(np.arange(v - 1, -2, -1), r, success)  # P[Bin >= v - i], i = 0 to v
+    chance = tails[0]
     if delta > 0 and v > 0:
-        below = np.cumsum(probabilities(r, success)[v - 1 :: -1])  # P[v > Bin >= v - i], i = 1 to v
-        chance += 2 * guesses.num_canaries * delta * float((below / np.arange(1, v + 1)).max())
-    return min(1.0, chance)
+        # Upper tails: where their difference cancels it is small next to the chance, so nothing is lost.
+        below = tails[1:] - tails[0]
+        chance += 2 * guesses.num_canaries * delta * (below / np.arange(1, v + 1)).max()
+    return min(1.0, float(chance))
 
 
 def epsilon_lower_bound(guesses: Guesses, *, delta: float = 0.0, confidence: float = 0.95) -> float:
@@ -74,4 +90,5 @@ def epsilon_lower_bound(guesses: Guesses, *, delta: float = 0.0, confidence: flo
     miss = 1 - confidence
     if p_value(guesses, 0.0, delta) > miss:
         return 0.0
-    return rising_root(lambda epsilon: p_value(guesses, epsilon, delta) - miss, 0.0, MAX_EPSILON)
+    # The chance grows with epsilon, to 1: there is one epsilon at which it is what the confidence leaves.
+    return float(brentq(lambda epsilon: p_value(guesses, epsilon, delta) - miss, 0.0, MAX_EPSILON))

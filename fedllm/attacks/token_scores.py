@@ -1,6 +1,7 @@
-"""What models say of texts, token by token: one pass over many adapters on the one resident base.
+"""Scores of texts under adapters, token by token: one pass for many adapters on one base model.
 
-All that the attacks of `membership` and `memorisation` need of a model is computed here, so they are pure.
+Everything that the attacks of `membership` and `extraction` need from a model is computed here, so that they
+are pure functions.
 Tensor suffixes: N learnt token of a text, V vocabulary, D feature, P adapter value.
 """
 
@@ -21,26 +22,23 @@ from fedllm.models.chat import Encoded
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """One text under one model: of every learnt token, [N] float64 in nats.
-
-    `means` and `deviations` are those of log p(token) where the token is drawn from the model's own
-    next-token law, as Min-K%++ wants them (arXiv 2404.02936). `is_top` says whether greedy decoding would
-    choose the token.
-    """
+    """One text under one model: numbers [N] for its learnt tokens, in nats as float64."""
 
     log_probs: torch.Tensor
+    # Mean and standard deviation of log p(token) for a token drawn from the model's own prediction, which
+    # Min-K%++ standardises by (arXiv 2404.02936).
     means: torch.Tensor
     deviations: torch.Tensor
-    is_top: torch.Tensor
+    is_top: torch.Tensor  # whether greedy decoding would choose the token
 
 
 def whole(tokens: Sequence[int]) -> Encoded:
-    """Return tokens as a row that is learnt, so scored, from its second token on."""
+    """Return tokens as a row that is learnt, and so scored, from its second token on."""
     return Encoded(tuple(tokens), tuple(tokens))
 
 
 def no_adapter(engine: Engine) -> torch.Tensor:
-    """Return the adapter [P] that changes nothing: under it a score is the base model's."""
+    """Return the adapter [P] that changes nothing, for scores of the base model."""
     return torch.zeros(engine.layout.size)
 
 
@@ -69,15 +67,16 @@ def score(
 
 
 def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
-    """Return the scores of the samples of one pass, in order; a chunk of tokens has logits at a time."""
+    """Return the scores of the samples of one pass, in order."""
     states_ND = engine.passes.states(items)
     targets_N = torch.tensor(
         [token for item in items for token in learnt_tokens(item.row)],
         device=states_ND.device,
         dtype=torch.int64,
     )
+    # Logits over the vocabulary are large: only one chunk of tokens has them at a time.
     chunks = [
-        _of_chunk(engine.passes.head.logits(part_ND), part_N)
+        _chunk_scores(engine.passes.head.logits(part_ND), part_N)
         for part_ND, part_N in zip(torch.split(states_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)
     ]
     sizes = [item.row.num_supervised for item in items]
@@ -85,7 +84,8 @@ def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
     return [TokenScores(*values) for values in zip(*columns, strict=True)]
 
 
-def _of_chunk(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _chunk_scores(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the four columns of `TokenScores`."""
     log_NV = logits_NV.log_softmax(dim=1)
     probs_NV = log_NV.exp()
     means_N = (probs_NV * log_NV).sum(dim=1)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -334,9 +333,3 @@ def _evaluation(job: EvaluationJob, total: float) -> ClientEvaluation:
     return ClientEvaluation(
         client_id=job.client_id, loss=total / num_tokens, num_tokens=num_tokens, num_rows=len(job.rows)
     )
-
-
-@lru_cache(maxsize=1)
-def resident_engine(base: BaseModel, layout: AdapterLayout, token_budget: int = 0) -> Engine:
-    """Return this process's engine, built on first use."""
-    return Engine(base, layout, token_budget=token_budget)

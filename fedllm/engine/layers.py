@@ -9,6 +9,7 @@ from torch import nn
 
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.kernels import adapted_output, frozen_output
+from fedllm.models.base import plain_weight
 
 
 class BankLinear(nn.Module):
@@ -37,18 +38,6 @@ class BankLinear(nn.Module):
         if weight is None:
             y = y + self.base(x)
         return y
-
-
-def plain_weight(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return (weight [D_out, D_in], bias) of a layer that is nothing but that, else (None, None)."""
-    from transformers.pytorch_utils import Conv1D
-
-    layer: Any = base
-    if type(base) is nn.Linear:
-        return layer.weight, layer.bias
-    if type(base) is Conv1D:  # stored [D_in, D_out]
-        return layer.weight.T, layer.bias
-    return None, None
 
 
 @contextmanager

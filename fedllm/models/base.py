@@ -1,7 +1,6 @@
-"""The frozen base model of this process: loaded once, kept resident, shared by every client it trains."""
+"""The frozen base model: which device and dtype it gets, how it is loaded, and which layers LoRA adapts."""
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,33 +23,55 @@ class BaseModel:
     fingerprint: str
     device: torch.device
     dtype: torch.dtype
+    # The newest sums of weights and base delta, for `with_base_delta`: they live as long as the weights.
+    sums: dict[Any, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
-def load_base(config: ModelConfig) -> BaseModel:
-    """Return the resident base model for `config`, loading it on first use in this process.
+@dataclass(frozen=True)
+class ChosenModel:
+    """Which files are loaded and how: all that makes two loaded base models differ."""
+
+    files: ModelFiles
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str
+    checkpointing: bool
+
+
+def choose_model(config: ModelConfig) -> ChosenModel:
+    """Return what `config` means on this machine, and let torch use the threads it names.
 
     Raises:
-        ModelError: the model is absent, unreadable, or does not fit what this machine can hold.
-        MissingExtraError: quantisation is asked for without bitsandbytes.
+        ModelError: the model's files are absent, or the device does not exist here.
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
     files = resolve_model(config.name, config.revision)
     dtype = choose_dtype(config.dtype, device)
-    return _load(files, device, dtype, config.quantization, config.gradient_checkpointing)
+    return ChosenModel(files, device, dtype, config.quantization, config.gradient_checkpointing)
 
 
-@lru_cache(maxsize=1)  # one resident base: a second model replaces the first for whoever asks from then on
-def _load(
-    files: ModelFiles, device: torch.device, dtype: torch.dtype, quantization: str, checkpointing: bool
-) -> BaseModel:
+def load_base(config: ModelConfig) -> BaseModel:
+    """Load the base model for `config` with its tokenizer; `Resident` keeps one for a whole process.
+
+    Raises:
+        ModelError: the model is absent, unreadable, or does not fit what this machine can hold.
+        MissingExtraError: quantisation is asked for without bitsandbytes.
+    """
+    chosen = choose_model(config)
+    return load_chosen(chosen, load_tokenizer(chosen.files))
+
+
+def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
+    """Load a base model whose tokenizer is there already; raises as `load_base`."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    files, device, dtype = chosen.files, chosen.device, chosen.dtype
     extra: dict[str, Any] = {"trust_remote_code": files.public_name in load_policy().trust_remote_code}
-    if quantization != "none":
-        extra["quantization_config"] = _quantization(quantization, device, dtype)
+    if chosen.quantization != "none":
+        extra["quantization_config"] = _quantization(chosen.quantization, device, dtype)
         extra["device_map"] = {"": device}
     try:
         with quiet_transformers():
@@ -64,11 +85,11 @@ def _load(
         raise ModelError(f"{files.public_name}: tensor {first!r} is missing from its weights")
     model.requires_grad_(False)
     model.eval()
-    if quantization == "none":
+    if chosen.quantization == "none":
         model.to(device)
-    if checkpointing:
+    if chosen.checkpointing:
         _checkpoint_layers(model)
-    return BaseModel(model, load_tokenizer(files), files, fingerprint(files.folder), device, dtype)
+    return BaseModel(model, tokenizer, files, fingerprint(files.folder), device, dtype)
 
 
 def _checkpoint_layers(model: Any) -> None:
@@ -88,7 +109,6 @@ def _checkpoint_layers(model: Any) -> None:
                     setattr(layer, name, 0.0)
 
 
-@lru_cache(maxsize=1)
 def load_tokenizer(files: ModelFiles) -> Any:
     """Return the tokenizer of a model; no weight is loaded.
 
@@ -215,3 +235,15 @@ def linear_shape(module: Any) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return module.weight.shape[0], module.weight.shape[1]
+
+
+def plain_weight(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return (weight [D_out, D_in], bias) of a layer that is nothing but that, else (None, None)."""
+    from transformers.pytorch_utils import Conv1D
+
+    layer: Any = base
+    if type(base) is nn.Linear:
+        return layer.weight, layer.bias
+    if type(base) is Conv1D:  # stored [D_in, D_out]
+        return layer.weight.T, layer.bias
+    return None, None

@@ -9,15 +9,13 @@ Tensor suffixes: O output feature, I input feature.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from fedllm.adapters.base_delta import BaseDelta
-from fedllm.engine.layers import plain_weight
 from fedllm.errors import ModelError
-from fedllm.models.base import BaseModel
+from fedllm.models.base import BaseModel, plain_weight
 
 
 @contextmanager
@@ -30,7 +28,12 @@ def with_base_delta(base: BaseModel, base_delta: BaseDelta) -> Iterator[None]:
     Raises:
         ModelError: the base model is quantised, so nothing can be added to its weights.
     """
-    weights = _sums(base, base_delta) if base_delta.size else {}
+    weights = {}
+    if base_delta.size:
+        if base_delta not in base.sums:
+            base.sums.clear()  # before the new ones are made: each set is as large as the adapted layers
+            base.sums[base_delta] = _sums(base, base_delta)
+        weights = base.sums[base_delta]
     parameters = {name: base.model.get_submodule(name).weight for name in weights}
     originals = {name: parameter.data for name, parameter in parameters.items()}
     try:
@@ -42,7 +45,6 @@ def with_base_delta(base: BaseModel, base_delta: BaseDelta) -> Iterator[None]:
             parameter.data = originals[name]
 
 
-@lru_cache(maxsize=1)
 def _sums(base: BaseModel, base_delta: BaseDelta) -> dict[str, torch.Tensor]:
     """Return the weight with the base delta of every layer that has a base delta, stored as the layer stores
     its own.

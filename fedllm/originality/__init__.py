@@ -1,1 +1,1 @@
-"""Whether synthetic text is new: overlap, near duplicates, distance, membership, memorisation."""
+"""Whether synthetic text is new: overlap with private text, near duplicates, a verdict for every text."""

@@ -1,7 +1,7 @@
-"""Near duplicates: MinHash with locality-sensitive hashing proposes, the exact Jaccard index decides.
+"""Near duplicates among texts: MinHash with locality-sensitive hashing proposes, the Jaccard index decides.
 
 Two texts are near duplicates where their sets of 5-token shingles have a Jaccard index of at least 0.7
-(Broder 1997; arXiv 2107.06499). The index of candidates is datasketch's.
+(Broder 1997; arXiv 2107.06499). Sketches and their index come from datasketch.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,16 @@ def shingles(tokens: Tokens, size: int = SHINGLE) -> Shingles:
 
 
 def jaccard(one: Shingles, other: Shingles) -> float:
-    """Return the share of all shingles that both have; two texts without any are alike."""
+    """Return the size of the intersection over that of the union; two empty sets are alike."""
     union = len(one | other)
     return len(one & other) / union if union else 1.0
 
 
 def near_duplicates(texts: Sequence[Tokens], threshold: float = JACCARD) -> tuple[int | None, ...]:
-    """Return of every text the first kept text before it that it nearly repeats; None where it is kept."""
+    """Return for every text the number of the earlier text that it nearly repeats, None where it is kept.
+
+    Only kept texts are compared with, so in a chain of copies all name the first.
+    """
     index, kept = _index(threshold), dict[int, Shingles]()
     found: list[int | None] = []
     for number, tokens in enumerate(texts):
@@ -47,7 +50,7 @@ def near_duplicates(texts: Sequence[Tokens], threshold: float = JACCARD) -> tupl
 def contaminated(
     texts: Sequence[Tokens], public: Sequence[Tokens], threshold: float = JACCARD
 ) -> tuple[bool, ...]:
-    """Return whether every text nearly repeats one of `public`, such as a set it will be measured on."""
+    """Return for every text whether it nearly repeats one of `public`, such as a benchmark."""
     index, known = _index(threshold), dict(enumerate(map(shingles, public)))
     for number, one in known.items():
         index.insert(number, _sketch(one))
@@ -73,5 +76,5 @@ def _sketch(own: Shingles) -> Any:
 
     sketch = MinHash(num_perm=NUM_PERMUTATIONS)
     if own:
-        sketch.update_batch(sorted(own))
+        sketch.update_batch(sorted(own))  # sets have no order of their own from one process to the next
     return sketch

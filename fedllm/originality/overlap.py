@@ -1,8 +1,8 @@
-"""Verbatim overlap of synthetic text with private text that only its owner can read.
+"""Verbatim overlap of the server's synthetic text with private text that only its owner can read.
 
-The server sends hashes of its own texts' token shingles under a fresh key, the owner hashes its rows under
-the same key and answers with counts. The server never holds private text, and a node cannot read what other
-clients' adapters may have repeated in the texts: it can only test guesses. Shingles of 13 tokens (8 where a
+The server sends hashes of the token shingles of its own texts, under a fresh key. The owner hashes its rows
+under the same key and answers with counts. So the server never sees private text, and a node cannot read what
+adapters of other clients repeated in the texts; it can only test guesses. Shingles of 13 tokens (8 where a
 text is short) are counted, runs of 50 only noticed (arXiv 2005.14165 appendix C; 2107.06499).
 """
 
@@ -18,7 +18,8 @@ from fedllm.errors import DataError
 SHINGLE, SHORT_SHINGLE, VERBATIM = 13, 8, 50  # tokens
 SHORT_TEXT = 2 * SHINGLE  # tokens below which a text is cut into the short shingles
 MOST_MATCHED = 0.2  # share of a text's shingles that may occur in private text
-MAX_TEXTS, MAX_SHINGLES = 4096, 4096  # of a query; of one of its texts
+MAX_TEXTS = 4096  # in one query
+MAX_SHINGLES = 4096  # in one text
 SALT_BYTES = 16
 
 Hashes = npt.NDArray[np.uint64]
@@ -27,7 +28,7 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What of one text is asked for: hashes of its different shingles and of its runs of 50 tokens."""
+    """What a query holds about one text: hashes of its distinct shingles and of its runs of 50 tokens."""
 
     shingles: Hashes
     runs: Hashes
@@ -54,7 +55,7 @@ class OverlapRequest:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of one text occurs in private text; over several clients or nodes it is the most of any."""
+    """How much of one text occurs in private text: of one owner, or the most that any of several has."""
 
     num_shingles: int
     num_matched: int
@@ -62,7 +63,7 @@ class Overlap:
 
     @property
     def is_original(self) -> bool:
-        """Whether the text may be used; one too short to have a shingle cannot be checked, so it may not."""
+        """Whether the text may be used. One too short for a shingle cannot be checked, so it may not."""
         return (
             self.num_shingles > 0
             and not self.verbatim
@@ -71,9 +72,9 @@ class Overlap:
 
 
 def hashes(tokens: Tokens, size: int, salt: bytes) -> Hashes:
-    """Return the different shingles of `size` tokens as sorted 64-bit keyed BLAKE2b hashes (RFC 7693).
+    """Return the distinct shingles of `size` tokens as sorted 64-bit keyed BLAKE2b hashes (RFC 7693).
 
-    The size is hashed too, so shingles of different sizes never meet.
+    The size is part of the hash, so shingles of different sizes never match.
     """
     data, width = np.asarray(tokens, "<u4").tobytes(), 4 * size
     keyed = blake2b(digest_size=8, key=salt, salt=size.to_bytes(4, "little"))
@@ -86,14 +87,14 @@ def hashes(tokens: Tokens, size: int, salt: bytes) -> Hashes:
 
 
 def without_form(tokens: Tokens, boilerplate: Tokens) -> Tokens:
-    """Return a text less what it begins with in common with `boilerplate`: the head of a chat template."""
+    """Return a text without the beginning it shares with `boilerplate`, the head of a chat template."""
     pairs = enumerate(zip(tokens, boilerplate, strict=False))
     shared = next((place for place, (own, form) in pairs if own != form), min(len(tokens), len(boilerplate)))
     return tokens[shared:]
 
 
 def probe(tokens: Tokens, salt: bytes, boilerplate: Tokens = ()) -> Probe:
-    """Return what is asked of a text; what its form alone brings, `boilerplate`, is left out."""
+    """Return what a query asks about a text. Shingles of `boilerplate` are left out: every text has them."""
     text = without_form(tokens, boilerplate)
     size = SHORT_SHINGLE if len(text) < SHORT_TEXT else SHINGLE
     shingles, form = hashes(text, size, salt), hashes(boilerplate, size, salt)
@@ -108,7 +109,7 @@ def private_hashes(rows: Iterable[Tokens], salt: bytes) -> Hashes:
 
 
 def overlaps(probes: Sequence[Probe], private: Hashes) -> tuple[Overlap, ...]:
-    """Return of every probe how much of it is among an owner's hashes."""
+    """Return for every probe how much of it is among an owner's hashes."""
     return tuple(
         Overlap(
             num_shingles=len(one.shingles),
@@ -120,7 +121,10 @@ def overlaps(probes: Sequence[Probe], private: Hashes) -> tuple[Overlap, ...]:
 
 
 def most(answers: Sequence[Sequence[Overlap]]) -> tuple[Overlap, ...]:
-    """Return of every text the most that any of several answers says; one answer for each owner or node."""
+    """Return for every text the most that any of several answers says, so that no owner is pointed at.
+
+    `answers` has one answer for each owner or node, and each has one overlap for each text.
+    """
     return tuple(
         Overlap(
             num_shingles=same[0].num_shingles,

@@ -1,4 +1,4 @@
-"""Which synthetic texts may be used, and why: a verdict for every text, kept in one file beside the run."""
+"""Which synthetic texts may be used, and why: a verdict for every text, kept in one file of the run."""
 
 import hashlib
 import json
@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
-from fedllm.errors import DataError, IntegrityError
+from fedllm.errors import DataError
 from fedllm.files import write_file
 
 GATES = ("overlap", "duplicate", "membership")
@@ -19,17 +18,12 @@ FILE = "synthetic.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the three gates of a run say of one text: True passed, False refused, None not checked.
+    """What the three gates of a run say about one text: True passed, False refused, None not checked."""
 
-    `overlap`: not in any client's private text. `duplicate`: no near copy of an earlier text or of public
-    text it must not repeat. `membership`: no single client's adapter knows it far better than all others.
-    `digest` is `digest_of` its tokens.
-    """
-
-    digest: str
-    overlap: bool | None
-    duplicate: bool | None = None
-    membership: bool | None = None
+    digest: str  # `tokens_digest` of the text
+    overlap: bool | None  # not in any client's private text
+    duplicate: bool | None = None  # no near copy of an earlier text, or of public text it must not repeat
+    membership: bool | None = None  # no single client's adapter knows it far better than all others
     num_shingles: int = 0
     num_matched: int = 0  # the most that any node found in its private text
     verbatim: bool = False
@@ -42,7 +36,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where synthetic texts come from. `licence` is in the user's words: that of the base model binds too."""
+    """Where synthetic texts come from."""
 
     run: str
     round_num: int
@@ -52,7 +46,7 @@ class Provenance:
     adapters: tuple[str, ...]  # digests of the adapters that wrote them
     seed: int
     temperature: float
-    licence: str
+    licence: str  # in the user's words; that of the base model binds too
 
     def __post_init__(self) -> None:
         if not self.licence.strip():
@@ -68,7 +62,7 @@ class Screening:
 
     @property
     def pass_rates(self) -> Mapping[str, float | None]:
-        """The share of the checked texts that each gate passes, None where it checked none; and of all."""
+        """The share that each gate passes of the texts it checked, None where it checked none; and of all."""
         rates = {gate: _share([getattr(one, gate) for one in self.verdicts]) for gate in GATES}
         return MappingProxyType({**rates, "all": _share([one.passed for one in self.verdicts])})
 
@@ -78,42 +72,22 @@ def _share(flags: Sequence[bool | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def digest_of(tokens: Sequence[int]) -> str:
+def tokens_digest(tokens: Sequence[int]) -> str:
     """Return the SHA-256 of a text's token ids, as little-endian 32-bit numbers."""
     return hashlib.sha256(np.asarray(tokens, "<u4").tobytes()).hexdigest()
 
 
 def write_screening(path: Path, screening: Screening) -> None:
-    """Write verdicts, pass rates, licence and provenance as JSON, whole or not at all."""
+    """Write verdicts, pass rates, licence and provenance as JSON, whole or not at all.
+
+    `sha256` is the checksum of everything else with sorted keys: whoever uses the texts can tell whether a
+    verdict was changed.
+    """
     content = {
-        "provenance": asdict(screening.provenance),
         "num_texts": len(screening.verdicts),
         "num_passed": sum(one.passed for one in screening.verdicts),
         "pass_rates": dict(screening.pass_rates),
-        "verdicts": [asdict(one) for one in screening.verdicts],
+        **asdict(screening),
     }
-    write_file(path, json.dumps({"sha256": _checksum(content), **content}, indent=1) + "\n")
-
-
-def read_screening(path: Path) -> Screening:
-    """Return what `write_screening` wrote.
-
-    Raises:
-        IntegrityError: the file is absent, was damaged or changed, or is of another form.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        checksum = content.pop("sha256")
-        if checksum != _checksum(content):
-            raise ValueError
-        given = content["provenance"]
-        given["adapters"] = tuple(given["adapters"])
-        return Screening(Provenance(**given), tuple(Verdict(**one) for one in content["verdicts"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise IntegrityError(
-            f"{path}: absent, damaged or changed since it was written; screen the texts again"
-        ) from None
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_file(path, json.dumps({"sha256": checksum, **content}, indent=1) + "\n")

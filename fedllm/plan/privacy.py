@@ -107,14 +107,6 @@ class PrivacyPlan:
         """Return the probability of a row's coin in a step of DP-SGD: exactly batch / rows, at most 1."""
         return min(1.0, self.batch_size / num_rows)
 
-    def noise_share(self, threshold: int, z: float) -> float:
-        """Return the deviation of one client's part of distributed noise.
-
-        As soon as `threshold` clients have added theirs, the sum has at least the deviation z * clip: clients
-        that are lost on the way take noise away, so the parts are sized for the fewest that may remain.
-        """
-        return z * self.clip / math.sqrt(threshold)
-
     def split_noise(self, z: float) -> tuple[float, float]:
         """Return (z of the sum, deviation of the count) where the clip is adaptive (arXiv 1905.03871).
 

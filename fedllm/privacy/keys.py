@@ -68,7 +68,7 @@ def derived_key(secret: bytes, *names: str | int) -> bytes:
     return hmac.new(secret, text.encode(), hashlib.sha256).digest()
 
 
-def digest_of(*vectors: torch.Tensor) -> str:
+def bits_digest(*vectors: torch.Tensor) -> str:
     """Return the SHA-256 (hex) of the bits of vectors: what the noise on them is bound to."""
     hasher = hashlib.sha256()
     for vector in vectors:

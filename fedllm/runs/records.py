@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, is_dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -39,50 +40,75 @@ class OptimizerState:
     num_steps: int = 0
 
 
+@dataclass(frozen=True)
+class LossChange:
+    """A mean loss in nats per token: the aggregate's, and the distilled adapter's (NaN if it diverged)."""
+
+    before: float
+    after: float
+
+
 @dataclass(frozen=True, kw_only=True)
-class DistilRecord:
-    """What the distillation step of a round did (`strategies.distillation`).
+class DistillationTexts:
+    """What a distillation step taught on, and what its losses are measured on."""
 
-    Losses are in nats per token of the texts held out from it; a number is None where it was not measured.
-    The other way round of `kept` is that the aggregate stayed as it was, and `reason` says why.
-    """
-
-    kept: bool
-    reason: str
-    teacher: str = ""  # posterior | uniform | logit-mean: the one that taught
-    text: str = ""  # synthetic | public | both: what it taught on
-    held_out_text: str = ""  # synthetic | public: what the losses are measured on
-    num_teachers: int = 0
-    num_texts: int = 0
+    kind: str = ""  # synthetic | public | both
+    held_out_kind: str = ""  # synthetic | public
+    number: int = 0
     num_held_out: int = 0
-    num_removed: int = 0  # texts left out, being copies or near copies of held-out ones
+    num_removed: int = 0  # left out as copies or near copies of held-out texts
     num_written: int = 0  # synthetic texts that the clients' adapters wrote to distil on
-    num_refused: int = 0  # of these, by a gate of originality
-    base: float | None = None  # loss of the base model
-    before: float | None = None  # of the aggregate
-    after: float | None = None  # of the distilled adapter
-    error: float | None = None  # standard error of that change, over the held-out texts
-    own_before: float | None = None  # of the aggregate on texts of the clients' adapters, beside public text
-    own_after: float | None = None
-    ensemble: float | None = None  # of the teacher itself: the ceiling
-    control: float | None = None  # of the aggregate fine-tuned on the same texts for as many tokens
-    entropy: float | None = None  # of the teacher's predictions, mean in nats
+    num_refused: int = 0  # of those written, by a gate of originality
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationTeachers:
+    """Who taught, and how sure they were."""
+
+    kind: str = ""  # posterior | uniform | logit-mean: the one that taught
+    number: int = 0
+    entropy: float | None = None  # of their mixed predictions, mean in nats
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # domain -> client -> mean
-    domains_before: Mapping[str, float] = field(default_factory=dict)  # domain -> loss of the aggregate
-    domains_after: Mapping[str, float] = field(default_factory=dict)  # and of the distilled adapter
-    clients_before: float | None = None  # mean held-out loss that clients report of the aggregate
-    clients_after: float | None = None
-    num_tokens: int = 0  # that the student learnt from
-    target_bytes: int = 0  # of the teacher's predictions in memory
-    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationLosses:
+    """Losses in nats per token; None where something was not measured."""
+
+    base: float  # of the base model on the held-out texts
+    ensemble: float  # of the teacher there: the best a student can reach
+    held_out: LossChange
+    error: float | None = None  # standard error of that change, over the held-out texts
+    control: float | None = None  # of the aggregate fine-tuned on the same texts for as many tokens
+    domains: Mapping[str, LossChange] = field(default_factory=dict)  # of the held-out texts of each domain
+    own: LossChange | None = None  # on texts that the clients' adapters write, measured next to public text
+    clients: LossChange | None = None  # mean of what clients report for their own held-out rows
 
     @property
     def gap_closed(self) -> float | None:
         """Share of the way from the aggregate to the ensemble that the student went; None where unknown."""
-        if self.before is None or self.after is None or self.ensemble is None:
+        gap = self.held_out.before - self.ensemble
+        if not gap > 0 or math.isnan(self.held_out.after):
             return None
-        gap = self.before - self.ensemble
-        return (self.before - self.after) / gap if gap > 0 else None
+        return (self.held_out.before - self.held_out.after) / gap
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationRecord:
+    """What the distillation step of a round did (`strategies.distillation`), and why.
+
+    Where `kept` is false the aggregate stayed as it was. `losses` is None where the step failed before it had
+    measured any.
+    """
+
+    kept: bool
+    reason: str
+    texts: DistillationTexts = field(default_factory=DistillationTexts)
+    teachers: DistillationTeachers = field(default_factory=DistillationTeachers)
+    losses: DistillationLosses | None = None
+    num_tokens: int = 0  # that the student learnt from
+    target_bytes: int = 0  # of the teacher's predictions in memory
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +139,7 @@ class RoundRecord:
     largest_rho: float | None = None  # the same of the worst single matrix
     kept_energy: float | None = None  # share of the exact mean's squared norm that the read-out keeps
     silenced: tuple[str, ...] = ()  # clients to whom the robust rule left less than a tenth of their weight
-    distil: DistilRecord | None = None  # the distillation step, in rounds that have one
+    distil: DistillationRecord | None = None  # the distillation step, in rounds that have one
     adapter: str = ""  # digest of the adapter after this round
     epsilon: float | None = None  # spent by the run so far, of the unit that spent most; None = no privacy
     noise_multiplier: float | None = None  # of this round; the largest where clients differ
@@ -131,15 +157,11 @@ def record_to_dict(record: RoundRecord) -> dict[str, Any]:
     return {"round": values.pop("round_num"), **values, "mean_held_out": _plain(record.mean_held_out)}
 
 
-def record_from_dict(values: dict[str, Any]) -> RoundRecord:
+def record_from_dict(values: Mapping[str, Any]) -> RoundRecord:
     """Return the record that `record_to_dict` wrote."""
     fields = {name: value for name, value in values.items() if name not in {"round", "mean_held_out"}}
-    for name in {"asked", "accepted", "silenced"} & fields.keys():
-        fields[name] = tuple(fields[name])
-    distil = fields.pop("distil", None)
-    return RoundRecord(
-        round_num=values["round"], distil=None if distil is None else DistilRecord(**distil), **fields
-    )
+    record: RoundRecord = _read(RoundRecord, {"round_num": values["round"], **fields})
+    return record
 
 
 def record_to_line(record: RoundRecord) -> str:
@@ -153,3 +175,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """Return a JSON value as the type a field is declared with; dataclasses may nest."""
+    if value is None:
+        return math.nan if kind is float else None  # `_plain` wrote a number that is not finite as null
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _read(hints[name], item) for name, item in dict(value).items()})  # type: ignore[operator]
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # `X | None`
+        return _read(parts[0], value)
+    if origin is Mapping:
+        return {key: _read(parts[1], item) for key, item in value.items()}
+    return tuple(value) if origin is tuple else value

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from fedllm.attacks.canaries import Canary, exposures, guesses_of
+from fedllm.attacks.canaries import Canary
+from fedllm.attacks.extraction import exposures
 from fedllm.attacks.membership import likelihood
-from fedllm.attacks.one_run import epsilon_lower_bound
+from fedllm.attacks.one_run import epsilon_lower_bound, guess_canaries
 from fedllm.attacks.token_scores import no_adapter, score, whole
 from fedllm.engine.engine import Engine
 from scripts.auditing.control import Control
@@ -86,7 +87,7 @@ def _losses(
 def _measured(
     canaries: Sequence[Canary], losses: Sequence[float], base_losses: Sequence[float], delta: float
 ) -> dict[str, Any]:
-    guesses = guesses_of(canaries, losses, base_losses, SHARE)
+    guesses = guess_canaries(canaries, losses, base_losses, SHARE)
     found = [value for values in exposures(canaries, losses).values() for value in values]
     num_out = sum(not one.included for one in canaries)
     return {

@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from clients.canaries import canary_file
-from clients.data_holder import ClientTokens, DataHolder, open_data_holder, partition_of
+from clients.data_holder import RESIDENT, ClientTokens, DataHolder, open_data_holder, partition_of
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import AdapterState
 from fedllm.attacks.canaries import Canary, canary_rows, secret_canaries
 from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition
 from fedllm.data.shards import draw_rows
-from fedllm.engine.engine import Engine, resident_engine
+from fedllm.engine.engine import Engine
 from fedllm.errors import ConfigError, DataError, NoDataError
-from fedllm.models.base import load_base, load_tokenizer
 from fedllm.models.chat import Encoded
 from fedllm.plan.run_plan import resolve
 from fedllm.privacy.keys import kept_secret
@@ -69,7 +68,7 @@ def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
         )
     folder = adapter_folder.parent
     published = load_adapter(adapter_folder)
-    engine = resident_engine(load_base(config.model), published.state.layout, config.train.token_budget)
+    engine = RESIDENT.engine(config.model, published.state.layout, config.train.token_budget)
     own = own_rows(config).override({"personal.mode": "none"})
     holder = open_data_holder(own.to_flat(), {"server-paths": True, "state-path": str(scratch)})
     records = read_rounds(folder)
@@ -126,7 +125,7 @@ def _canaries(folder: Path, config: RunConfig, holder: DataHolder) -> tuple[Cana
     file = canary_file(folder / "private", config.run.name)
     if not file.exists():  # a new secret would have other coins
         raise NoDataError(f"{file}: the secret of the run's canaries is not there; audit where it was kept")
-    secret, tokenizer = kept_secret(file), load_tokenizer(holder.files)
+    secret, tokenizer = kept_secret(file), holder.resident.tokenizer(holder.files)
     return tuple(
         canary
         for name in holder.clients

@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 from clients.client_app import app
-from clients.data_holder import open_data_holder
+from clients.data_holder import RESIDENT, open_data_holder
 from fedllm.config.recipe import read_recipe
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import Job
@@ -113,7 +113,7 @@ def federate(config: RunConfig) -> Trace:
             if record.round_num:
                 ends.append(RoundEnd(time.time(), time.process_time(), dict(spent)))
 
-        state = run_federation(config, local_grid(config, app), Watch(record=note))
+        state = run_federation(config, local_grid(config, app), Watch(record=note), resident=RESIDENT)
     records = state.records[1:]
     return Trace(
         ends=tuple(ends),

@@ -7,16 +7,15 @@ from typing import Any
 
 from rich.table import Table
 
-from clients.data_holder import ClientTokens, encode_client, open_data_holder
+from clients.data_holder import RESIDENT, ClientTokens, encode_client, open_data_holder
 from fedllm.adapters.folder import PublishedAdapter, load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import load_one_client
-from fedllm.engine.engine import Engine, resident_engine
+from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import ConfigError, NoDataError
 from fedllm.messages import ClientEvaluation
-from fedllm.models.base import load_base
 from fedllm.models.files import resolve_model
 from fedllm.runs.spread import spread_of
 from scripts.commands.run_command import Answers, compare_answers
@@ -33,7 +32,7 @@ def evaluate(target: Path, *, data: str, as_json: bool) -> None:
         if not data:
             raise ConfigError(f"{target}: an adapter without its run needs rows: give some with --data")
         config = bare_config(published)
-    engine = resident_engine(load_base(config.model), published.state.layout, config.train.token_budget)
+    engine = RESIDENT.engine(config.model, published.state.layout, config.train.token_budget)
     clients = _clients(config, data, trained_clients(folder.parent))
     if not clients:
         raise NoDataError(f"{target}: the run keeps no held-out rows; give some with --data")
@@ -56,7 +55,7 @@ def _clients(config: RunConfig, data: str, trained: Iterable[str]) -> dict[str, 
     whole = config.override({"data.held-out-fraction": 0.0, "data.max-rows": 0}).data
     rows = load_one_client(data, whole, client_id=Path(data).stem, seed=config.seed).client
     files = resolve_model(config.model.name, config.model.revision)
-    client = encode_client(rows, files, config.train.max_length)
+    client = encode_client(rows, RESIDENT.tokenizer(files), config.train.max_length)
     return {client.client_id: ClientTokens(client.client_id, (), client.train)}
 
 

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.data_holder import partition_of
+from clients.data_holder import RESIDENT, partition_of
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition, save_partition
-from fedllm.engine.engine import resident_engine
 from fedllm.errors import ConfigError
-from fedllm.models.base import load_base
 from fedllm.models.files import needs_conversion
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import open_run_folder, read_keys, run_folder
@@ -65,7 +63,7 @@ def _run_in(runtime: str, config: RunConfig, view: RunView) -> None:
         from scripts.runtimes.local import local_grid
         from strategies.run import run_federation
 
-        run_federation(config, local_grid(config, app), view.watch())
+        run_federation(config, local_grid(config, app), view.watch(), resident=RESIDENT)
     else:
         from scripts.runtimes.flower import run_with_flower
 
@@ -104,7 +102,7 @@ def compare_answers(config: RunConfig, adapter: Path) -> Answers:
     if not prompts or not length:
         return Answers([], [], [])
     state = load_adapter(adapter).state
-    engine = resident_engine(load_base(config.model), state.layout, config.train.token_budget)
+    engine = RESIDENT.engine(config.model, state.layout, config.train.token_budget)
     base, number = initial_adapter(state.layout, config.seed), len(prompts)
     answers = engine.generate([base] * number + [state] * number, prompts * 2, length)
     return Answers(prompts, answers[:number], answers[number:])

@@ -11,7 +11,7 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.models.chat import Encoded
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import DistilRecord
+from fedllm.runs.records import DistillationRecord, LossChange
 from strategies.distillation.public_text import by_domain
 from strategies.exchange.evaluation import HeldOut, evaluate
 from strategies.session import Session
@@ -75,7 +75,7 @@ class Asked:
     """What clients say of the adapter that was kept: the step's record, and their losses under it."""
 
     state: ServerState
-    record: DistilRecord
+    record: DistillationRecord
     held_out: HeldOut
 
 
@@ -86,7 +86,7 @@ def judged(
     *,
     error: float = 0.0,
     teacher: float | None = None,
-    own: tuple[float, float] | None = None,
+    own: LossChange | None = None,
 ) -> tuple[bool, str]:
     """Return whether a loss on held-out text of a kind has improved, and that in words.
 
@@ -103,14 +103,14 @@ def judged(
         return False, f"the held-out {text} loss did not improve"
     if not before - after > error:
         return False, f"the held-out {text} loss improved by no more than its standard error, {error:.4f}"
-    if own is not None and not own[1] <= own[0]:
-        rise = f"from {own[0]:.4f} to {own[1]:.4f}"
+    if own is not None and not own.after <= own.before:
+        rise = f"from {own.before:.4f} to {own.after:.4f}"
         return False, f"the loss on texts that the clients' adapters write would rise {rise}"
     return True, f"the held-out {text} loss improved"
 
 
 def ask_clients(
-    session: Session, aggregate: ServerState, distilled: ServerState, record: DistilRecord
+    session: Session, aggregate: ServerState, distilled: ServerState, record: DistillationRecord
 ) -> Asked:
     """Let clients measure both adapters on rows they keep back; keep the distilled one if it is not worse.
 
@@ -123,7 +123,8 @@ def ask_clients(
         reason = "no client measured both adapters"
         return Asked(aggregate, replace(record, kept=False, reason=reason), before)
     old, new = (sum(held.shared[client] for client in both) / len(both) for held in (before, after))
-    record = replace(record, clients_before=old, clients_after=new)
+    if record.losses is not None:
+        record = replace(record, losses=replace(record.losses, clients=LossChange(old, new)))
     if new > old:
         reason = f"the clients' own held-out loss would rise from {old:.4f} to {new:.4f}"
         return Asked(aggregate, replace(record, kept=False, reason=reason), before)

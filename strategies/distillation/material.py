@@ -16,6 +16,7 @@ from fedllm.errors import NoDataError
 from fedllm.models.chat import Encoded, encode
 from fedllm.plan.distillation import HELD_OUT_SHARE, SYNTHETIC
 from fedllm.plan.run_plan import RunPlan, distillation_of
+from fedllm.runs.records import DistillationTexts
 from fedllm.seeds import derive_seed
 from strategies.distillation.public_text import split_texts
 from strategies.distillation.synthetic_text import Screen, anything, written
@@ -41,11 +42,7 @@ class Material:
     held_out: tuple[Encoded, ...]
     held_out_domains: tuple[str, ...]
     own: tuple[Encoded, ...]
-    text: str  # synthetic | public | both
-    held_out_text: str  # synthetic | public
-    num_removed: int = 0  # copies of held-out texts
-    num_written: int = 0  # synthetic texts, before any was refused
-    num_refused: int = 0  # by a gate of originality
+    texts: DistillationTexts  # their kinds, and how many were left out
 
 
 def make_material(
@@ -81,14 +78,14 @@ def make_material(
     if wants.has_synthetic:
         texts = written(plan, split, engine, adapters, number - from_public, round_num)
     kept = _passed(texts, screen, [row for row, _ in held_out])
-    material = _material([*train, *kept], held_out, "both" if kept else PUBLIC, PUBLIC)
-    return replace(
-        material,
-        own=tuple(row for row, _ in own),
+    told = DistillationTexts(
+        kind="both" if kept else PUBLIC,
+        held_out_kind=PUBLIC,
         num_removed=split.num_removed + len(wanted) - len(train),
         num_written=len(texts),
         num_refused=len(texts) - len(kept),
     )
+    return _material([*train, *kept], held_out, [row for row, _ in own], told)
 
 
 def _synthetic_alone(
@@ -111,12 +108,14 @@ def _synthetic_alone(
     least = 2 if len(kept) > 3 else 1  # a single text says nothing of chance
     held_out = kept[: min(num_held_out, max(least, round(share * len(kept))))]
     train = _without(kept[len(held_out) :], held_out)
-    return replace(
-        _material(train, held_out, SYNTHETIC, SYNTHETIC),
+    told = DistillationTexts(
+        kind=SYNTHETIC,
+        held_out_kind=SYNTHETIC,
         num_removed=len(kept) - len(held_out) - len(train),
         num_written=len(texts),
         num_refused=len(texts) - len(kept),
     )
+    return _material(train, held_out, (), told)
 
 
 def _passed(texts: Sequence[Text], screen: Screen, public: Sequence[Encoded]) -> list[Text]:
@@ -131,13 +130,16 @@ def _without(texts: Sequence[Text], held_out: Sequence[Text]) -> list[Text]:
     return [text for text in texts if text[0].tokens not in known]
 
 
-def _material(train: Sequence[Text], held_out: Sequence[Text], text: str, held_out_text: str) -> Material:
+def _material(
+    train: Sequence[Text], held_out: Sequence[Text], own: Sequence[Encoded], texts: DistillationTexts
+) -> Material:
     if not train or not held_out:
         part = "to distil on" if not train else "to measure on"
         raise NoDataError(f"distill.text: no text is left {part}; raise distill.num-texts or name more text")
     rows, domains = zip(*train, strict=True)
     held_rows, held_domains = zip(*held_out, strict=True)
-    return Material(rows, _few(domains), held_rows, _few(held_domains), (), text, held_out_text)
+    texts = replace(texts, number=len(rows), num_held_out=len(held_rows))
+    return Material(rows, _few(domains), held_rows, _few(held_domains), tuple(own), texts)
 
 
 def _few(domains: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from fedllm.errors import WireError
 from fedllm.models.chat import Encoded
 from fedllm.originality.duplicates import contaminated, near_duplicates
 from fedllm.originality.overlap import SALT_BYTES, Overlap, OverlapRequest, most, probe, without_form
-from fedllm.originality.verdict import Verdict, digest_of
+from fedllm.originality.verdict import Verdict, tokens_digest
 from fedllm.wire.overlaps import read_overlaps, write_overlap_request
 from strategies.session import Session
 
@@ -50,7 +50,7 @@ def screen(
     found = ask_overlap(session, tokens, round_num=round_num, clients=clients, boilerplate=boilerplate)
     return tuple(
         Verdict(
-            digest=digest_of(texts[number].tokens),
+            digest=tokens_digest(texts[number].tokens),
             overlap=None if found is None else found[number].is_original,
             duplicate=copies[number] is None and not repeats[number],
             membership=None if known is None else not known[number],

@@ -1,48 +1,53 @@
 """What a distillation step did, in a line: on the screen, in Flower's log, in the model card."""
 
-from fedllm.runs.records import DistilRecord
+import math
+
+from fedllm.runs.records import DistillationLosses, DistillationRecord, DistillationTexts
 
 
-def sentence(record: DistilRecord) -> str:
-    """Return the line of a step."""
-    if record.before is None:
+def describe_step(record: DistillationRecord) -> str:
+    """Return the line that is shown after a step."""
+    losses = record.losses
+    if losses is None:
         return f"not distilled: {record.reason}; the aggregate stays"
+    held_out = losses.held_out
     parts = [
         f"{'distilled' if record.kept else 'not distilled'}: {record.reason}"
-        f" ({_number(record.before)} to {_number(record.after)})",
-        f"base model {_number(record.base)}, ensemble {_number(record.ensemble)}{_gap(record)}",
+        f" ({held_out.before:.3f} to {held_out.after:.3f})",
+        f"base model {losses.base:.3f}, ensemble {losses.ensemble:.3f}{describe_gap(losses)}",
     ]
-    if record.control is not None:
-        parts.append(f"fine-tuning on the same texts {_number(record.control)}")
-    if len(record.domains_after) > 1:
-        worst = max(record.domains_after, key=lambda domain: (record.domains_after[domain], domain))
-        before, after = record.domains_before[worst], record.domains_after[worst]
-        parts.append(f"worst domain {worst} {before:.3f} to {after:.3f}")
-    taught = f"{record.teacher} of {record.num_teachers} clients on {record.num_texts} {_texts(record)}"
-    parts += [taught, f"{record.seconds:.1f} s"]
-    return "; ".join(parts)
+    if losses.control is not None:
+        parts.append(f"fine-tuning on the same texts {losses.control:.3f}")
+    if len(losses.domains) > 1 and math.isfinite(held_out.after):
+        worst = max(losses.domains, key=lambda domain: (losses.domains[domain].after, domain))
+        change = losses.domains[worst]
+        parts.append(f"worst domain {worst} {change.before:.3f} to {change.after:.3f}")
+    teachers, texts = record.teachers, record.texts
+    parts.append(f"{teachers.kind} of {teachers.number} clients on {texts.number} {_kinds(texts)}")
+    return "; ".join([*parts, f"{record.seconds:.1f} s"])
 
 
-def in_short(record: DistilRecord | None) -> str:
-    """Return the step's cell of the table of rounds: what it changed, or that it was refused."""
+def table_cell(record: DistillationRecord | None) -> str:
+    """Return the step's cell in the table of rounds: by how much the loss changed, or "refused"."""
     if record is None:
         return ""
-    if not record.kept or record.before is None or record.after is None:
+    if not record.kept or record.losses is None:
         return "refused"
-    return f"{record.after - record.before:+.3f}"
+    return f"{record.losses.held_out.after - record.losses.held_out.before:+.3f}"
 
 
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
+def describe_gap(losses: DistillationLosses) -> str:
+    """Return how much of the gap to the ensemble was closed, as a further clause; "" where unknown."""
+    return "" if losses.gap_closed is None else f", {losses.gap_closed:.0%} of the gap to it closed"
 
 
-def _gap(record: DistilRecord) -> str:
-    return "" if record.gap_closed is None else f", {record.gap_closed:.0%} of the gap to it closed"
+def name_kind(texts: DistillationTexts) -> str:
+    """Return the kind of the texts in words."""
+    return "synthetic and public" if texts.kind == "both" else texts.kind
 
 
-def _texts(record: DistilRecord) -> str:
-    kind = {"both": "synthetic and public"}.get(record.text, record.text)
-    held_out = "" if record.held_out_text == "public" else ", held-out texts synthetic too"
-    removed = f", {record.num_removed} copies left out" if record.num_removed else ""
-    refused = f", {record.num_refused} of {record.num_written} written refused as not original"
-    return f"{kind} texts{held_out}{removed}{refused if record.num_refused else ''}"
+def _kinds(texts: DistillationTexts) -> str:
+    held_out = "" if texts.held_out_kind == "public" else ", held-out texts synthetic too"
+    removed = f", {texts.num_removed} copies left out" if texts.num_removed else ""
+    refused = f", {texts.num_refused} of {texts.num_written} written refused as not original"
+    return f"{name_kind(texts)} texts{held_out}{removed}{refused if texts.num_refused else ''}"

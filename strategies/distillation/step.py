@@ -19,20 +19,25 @@ from fedllm.data.public_text import PublicText
 from fedllm.distillation.student import StudentTraining, distil, supervised
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
-from fedllm.engine.engine import Engine, resident_engine
+from fedllm.engine.engine import Engine
 from fedllm.errors import FedLLMError, NonFiniteError, RunFailedError
-from fedllm.models.base import load_base
 from fedllm.models.files import first_line
 from fedllm.models.with_base_delta import with_base_delta
 from fedllm.plan.distillation import DistillationPlan
 from fedllm.plan.run_plan import RunPlan, distillation_of
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import DistilRecord, RoundRecord
+from fedllm.runs.records import (
+    DistillationLosses,
+    DistillationRecord,
+    DistillationTeachers,
+    LossChange,
+    RoundRecord,
+)
 from fedllm.seeds import derive_seed
 from strategies.distillation.gate import Loss, ask_clients, error_of_gain, judged, loss_of, weights_by_domain
 from strategies.distillation.material import PUBLIC, Material, make_material
 from strategies.distillation.public_text import read_public
-from strategies.distillation.report import sentence
+from strategies.distillation.report import describe_step
 from strategies.distillation.synthetic_text import Gates, anything
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.exchange.evaluation import HeldOut
@@ -60,7 +65,7 @@ class _Learnt:
     before: Loss
     after: Loss
     num_tokens: int
-    own: tuple[float, float] | None = None
+    own: LossChange | None = None
     control: float | None = None
 
 
@@ -97,7 +102,7 @@ def undistilled(state: ServerState) -> ServerState:
 
 def distilled(
     session: Session, before: ServerState, after: ServerState, adapters: Sequence[ClientAdapter]
-) -> tuple[AdapterState, DistilRecord]:
+) -> tuple[AdapterState, DistillationRecord]:
     """Return the adapter a round ends with and what the step did.
 
     `before` is the state the clients started from, `after` the aggregate of their updates, which stays where
@@ -107,12 +112,15 @@ def distilled(
     try:
         adapter, record = _step(session, before, after, adapters)
     except FedLLMError as error:
-        adapter, record = after.adapter, DistilRecord(kept=False, reason=str(error))
+        adapter, record = after.adapter, DistillationRecord(kept=False, reason=str(error))
     except (MemoryError, torch.OutOfMemoryError):
         reason = "out of memory; lower distill.max-tokens or distill.batch-size"
-        adapter, record = after.adapter, DistilRecord(kept=False, reason=reason)
+        adapter, record = after.adapter, DistillationRecord(kept=False, reason=reason)
     except (RuntimeError, OSError) as error:  # what torch and the disk raise
-        adapter, record = after.adapter, DistilRecord(kept=False, reason=f"it failed: {first_line(error)}")
+        adapter, record = (
+            after.adapter,
+            DistillationRecord(kept=False, reason=f"it failed: {first_line(error)}"),
+        )
     return adapter, replace(record, seconds=time.perf_counter() - began)
 
 
@@ -123,12 +131,12 @@ def server_engine(session: Session) -> Engine:
         ModelError, LayoutError: this machine has no such base model.
     """
     config = session.config
-    return resident_engine(load_base(config.model), session.layout, config.train.token_budget)
+    return session.resident.engine(config.model, session.layout, config.train.token_budget)
 
 
 def _step(
     session: Session, before: ServerState, after: ServerState, adapters: Sequence[ClientAdapter]
-) -> tuple[AdapterState, DistilRecord]:
+) -> tuple[AdapterState, DistillationRecord]:
     if not adapters:
         raise RunFailedError("no client of the round is left to teach")
     config, engine = session.config, server_engine(session)
@@ -148,36 +156,33 @@ def _step(
     kept, reason = judged(
         learnt.before.mean,
         learnt.after.mean,
-        material.held_out_text,
+        material.texts.held_out_kind,
         error=error or 0.0,
         teacher=taught.ensemble,
         own=learnt.own,
     )
-    own_before, own_after = learnt.own or (None, None)
-    record = DistilRecord(
+    record = DistillationRecord(
         kept=kept,
         reason=f"{reason}{taught.note}",
-        teacher=taught.teacher,
-        text=material.text,
-        held_out_text=material.held_out_text,
-        num_teachers=len(adapters),
-        num_texts=len(material.rows),
-        num_held_out=len(material.held_out),
-        num_removed=material.num_removed,
-        num_written=material.num_written,
-        num_refused=material.num_refused,
-        base=base,
-        before=learnt.before.mean,
-        after=learnt.after.mean,
-        error=error,
-        own_before=own_before,
-        own_after=own_after,
-        ensemble=taught.ensemble,
-        control=learnt.control,
-        entropy=targets.entropy,
-        weights=weights_by_domain(targets.weights_NK, clients, material.rows, material.domains),
-        domains_before=learnt.before.domains,
-        domains_after=learnt.after.domains,
+        texts=material.texts,
+        teachers=DistillationTeachers(
+            kind=taught.teacher,
+            number=len(adapters),
+            entropy=targets.entropy,
+            weights=weights_by_domain(targets.weights_NK, clients, material.rows, material.domains),
+        ),
+        losses=DistillationLosses(
+            base=base,
+            ensemble=taught.ensemble,
+            held_out=LossChange(learnt.before.mean, learnt.after.mean),
+            error=error,
+            control=learnt.control,
+            domains={
+                domain: LossChange(loss, learnt.after.domains.get(domain, math.nan))
+                for domain, loss in learnt.before.domains.items()
+            },
+            own=learnt.own,
+        ),
         num_tokens=learnt.num_tokens,
         target_bytes=targets.num_bytes,
     )
@@ -210,13 +215,13 @@ def _learnt(
 
 def own_losses(
     engine: Engine, material: Material, before: AdapterState, after: AdapterState
-) -> tuple[float, float] | None:
+) -> LossChange | None:
     """Return the losses of two adapters on the clients' own texts, None where there are none apart."""
     if not material.own:
         return None
     names = ("",) * len(material.own)
     old, new = (loss_of(engine, adapter, material.own, names).mean for adapter in (before, after))
-    return old, new
+    return LossChange(old, new)
 
 
 def _taught(
@@ -236,7 +241,7 @@ def _taught(
         temper=numbers.temper,
     )
     ensemble, note = teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss, ""
-    if teacher.kind == "posterior" and material.held_out_text == PUBLIC and not ensemble <= base:
+    if teacher.kind == "posterior" and material.texts.held_out_kind == PUBLIC and not ensemble <= base:
         note = (
             f" (the public text is in no client's support: posterior {ensemble:.3f} is worse than the base"
             f" model's {base:.3f}, so all clients weighed alike)"
@@ -273,5 +278,5 @@ def end_with_distillation(
     if outcome.kept and distillation_of(session.plan).asks_clients:
         asked = ask_clients(session, after, state, outcome)
         state, outcome, held_out = asked.state, asked.record, asked.held_out
-    session.watch.notice(f"round {record.round_num}: {sentence(outcome)}")
+    session.watch.notice(f"round {record.round_num}: {describe_step(outcome)}")
     return state, replace(record, distil=outcome, adapter=state.adapter.digest), held_out

@@ -10,13 +10,12 @@ from fedllm.attacks.canaries import (
     REPEATS,
     canary_rows,
     draw_canaries,
-    exposures,
-    guesses_of,
     plain_vocabulary,
     secret_canaries,
 )
+from fedllm.attacks.extraction import exposures
 from fedllm.attacks.membership import likelihood
-from fedllm.attacks.one_run import epsilon_lower_bound
+from fedllm.attacks.one_run import epsilon_lower_bound, guess_canaries
 from fedllm.attacks.token_scores import no_adapter, score, whole
 from fedllm.config.keys import AuditConfig
 from fedllm.engine.jobs import Job
@@ -87,7 +86,7 @@ def test_an_adapter_trained_on_canaries_is_caught_and_one_that_was_not_is_not(
         [whole(one.tokens) for one in canaries],
     )
     trained, untrained, base = ([-likelihood(one) for one in scores] for scores in found)
-    caught, control = (guesses_of(canaries, losses, base) for losses in (trained, untrained))
+    caught, control = (guess_canaries(canaries, losses, base) for losses in (trained, untrained))
     assert epsilon_lower_bound(caught) > 1
     assert epsilon_lower_bound(control) < 0.5
     high, low = (exposures(canaries, losses)[1] for losses in (trained, untrained))

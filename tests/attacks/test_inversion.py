@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fedllm.attacks.inversion import (
-    a_factor,
     closest_tokens,
     first_projections,
     message_residuals,
@@ -46,7 +45,7 @@ def gradient(engine, start: torch.Tensor, texts: tuple[tuple[int, ...], ...] = (
 
 def residuals_of(engine, vector: torch.Tensor) -> torch.Tensor:
     inputs = token_inputs(engine.base, engine.layout.matrices[0].module)
-    return span_residuals(inputs, a_factor(engine.layout, vector).double())
+    return span_residuals(inputs, engine.layout.factors(vector)[0][0].double())
 
 
 def test_token_inputs_are_what_the_first_projection_receives(make_exact_engine: Callable) -> None:

@@ -24,6 +24,7 @@ from fedllm.attacks.membership import (
     zlib_likelihood,
 )
 from fedllm.attacks.token_scores import TokenScores, no_adapter, score, whole
+from tests.builders import random_texts
 
 
 def scores(log_probs: Sequence[float], mean: float = -2.0, deviation: float = 0.5) -> TokenScores:
@@ -103,7 +104,7 @@ def test_only_a_lead_far_beyond_the_sets_is_an_outlier() -> None:
 
 
 def test_an_overfitted_adapter_tells_its_texts_from_fresh_ones(
-    make_engine: Callable, random_texts: Callable, overfitted: Callable
+    make_engine: Callable, overfitted: Callable
 ) -> None:
     engine = make_engine()
     texts = random_texts([24] * 24)
@@ -116,9 +117,7 @@ def test_an_overfitted_adapter_tells_its_texts_from_fresh_ones(
         assert 0.1 < separation(control[:8], control[8:]).area < 0.9, name
 
 
-def test_a_text_that_one_client_alone_knows_stands_out(
-    make_engine: Callable, random_texts: Callable, overfitted: Callable
-) -> None:
+def test_a_text_that_one_client_alone_knows_stands_out(make_engine: Callable, overfitted: Callable) -> None:
     engine = make_engine()
     texts = random_texts([24] * 12)
     adapters = [overfitted(engine, texts[:1]), no_adapter(engine), no_adapter(engine)]

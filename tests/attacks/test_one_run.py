@@ -1,11 +1,11 @@
 """One-run auditing: the published bound, and that it holds where the mechanism is known."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from fedllm.attacks.binomial import at_least, probabilities
 from fedllm.attacks.one_run import MAX_EPSILON, Guesses, epsilon_lower_bound, guess, p_value
 
 
@@ -24,14 +24,14 @@ def test_all_right_has_a_closed_form() -> None:
 
 
 def plain_p_value(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
-    """The algorithm of the paper's appendix D, term by term."""
-    success = 1 / (1 + math.exp(-epsilon))
-    law = probabilities(r, success)
-    alpha = total = 0.0
+    """The algorithm of the paper's appendix D, term by term, with binomials in exact arithmetic."""
+    p = Fraction(1 / (1 + math.exp(-epsilon)))
+    chances = [math.comb(r, k) * p**k * (1 - p) ** (r - k) for k in range(r + 1)]
+    alpha = total = Fraction(0)
     for i in range(1, v + 1):
-        total += law[v - i]
+        total += chances[v - i]
         alpha = max(alpha, total / i)
-    return min(1.0, at_least(v, r, success) + alpha * delta * 2 * m)
+    return min(1.0, float(sum(chances[v:]) + alpha * Fraction(delta) * 2 * m))
 
 
 @pytest.mark.parametrize(("m", "r", "v"), [(1000, 200, 160), (50, 50, 30), (10, 4, 4), (10, 4, 0)])

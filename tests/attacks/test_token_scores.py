@@ -8,6 +8,7 @@ import torch
 from fedllm.attacks.token_scores import no_adapter, part_of_text, score, whole
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.models.chat import IGNORED, Encoded
+from tests.builders import random_texts
 
 
 def adapters_of(engine, number: int) -> list[torch.Tensor]:
@@ -31,9 +32,7 @@ def plain(engine, tokens: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
-def test_scores_are_those_of_the_model_and_its_next_token_law(
-    kind: str, make_engine: Callable, random_texts: Callable
-) -> None:
+def test_scores_are_those_of_the_model_and_its_next_token_law(kind: str, make_engine: Callable) -> None:
     engine = make_engine(kind, "float64")
     texts = random_texts([12, 30, 5])
     (found,) = score(engine, [no_adapter(engine)], [whole(text) for text in texts])
@@ -45,9 +44,7 @@ def test_scores_are_those_of_the_model_and_its_next_token_law(
         assert torch.equal(one.is_top, expected[3])
 
 
-def test_scores_under_an_adapter_are_the_engines_losses(
-    make_engine: Callable, random_texts: Callable
-) -> None:
+def test_scores_under_an_adapter_are_the_engines_losses(make_engine: Callable) -> None:
     engine = make_engine(dtype="float64")
     adapters = adapters_of(engine, 3)
     rows = [Encoded(text, (IGNORED,) * 4 + text[4:]) for text in random_texts([12, 30, 9, 25])]
@@ -59,9 +56,9 @@ def test_scores_under_an_adapter_are_the_engines_losses(
             assert -float(one.log_probs.mean()) == pytest.approx(wanted.loss, rel=1e-9)
 
 
-def test_how_texts_share_passes_changes_nothing(make_engine: Callable, random_texts: Callable) -> None:
+def test_how_texts_share_passes_changes_nothing(make_engine: Callable) -> None:
     rows = [whole(text) for text in random_texts([40, 8, 300, 21])]
-    engines = [make_engine(dtype="float64", token_budget=budget) for budget in (1, 64, 4096)]
+    engines = [make_engine(dtype="float64", budget=budget) for budget in (1, 64, 4096)]
     found = [score(engine, adapters_of(engine, 2), rows) for engine in engines]
     for other in found[1:]:
         for mine, theirs in zip(found[0], other, strict=True):
@@ -79,7 +76,7 @@ def test_a_row_that_learns_nothing_has_no_scores(make_engine: Callable) -> None:
     assert part_of_text(second, 1).is_top.tolist() == second.is_top[1:].tolist()
 
 
-def test_the_model_is_left_as_it_was(make_engine: Callable, random_texts: Callable) -> None:
+def test_the_model_is_left_as_it_was(make_engine: Callable) -> None:
     engine = make_engine()
     before = {name for name, _ in engine.base.model.named_modules()}
     score(engine, adapters_of(engine, 1), [whole(text) for text in random_texts([9])])

@@ -13,7 +13,6 @@ from fedllm.config.keys import LoraConfig
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import ModelError
-from fedllm.models import with_base_delta as module
 from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.files import fingerprint
 from fedllm.models.with_base_delta import with_base_delta
@@ -88,15 +87,15 @@ def test_the_whole_base_delta_is_always_added_to_the_first_weights(
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_no_base_delta_touches_nothing(load_tiny: Callable[..., BaseModel]) -> None:
+def test_with_no_base_delta_nothing_is_touched(load_tiny: Callable[..., BaseModel]) -> None:
     base = load_tiny()
     layout = layout_on(base)
-    module._sums.cache_clear()
+    base.sums.clear()
     with with_base_delta(base, no_base_delta(layout)):
         assert all(
             torch.equal(a, b) for a, b in zip(weights_of(base, layout), weights_of(base, layout), strict=True)
         )
-    assert module._sums.cache_info().currsize == 0
+    assert not base.sums
 
 
 def test_the_originals_come_back_when_the_block_fails(load_tiny: Callable[..., BaseModel]) -> None:
@@ -135,7 +134,7 @@ def test_a_quantised_layer_is_refused_in_one_line(
 ) -> None:
     base = load_tiny()
     base_delta = base_delta_on(layout_on(base, rank=1))
-    monkeypatch.setattr(module, "plain_weight", lambda layer: (None, None))
+    monkeypatch.setattr("fedllm.models.with_base_delta.plain_weight", lambda layer: (None, None))
     with (
         pytest.raises(ModelError, match=r"quantised.*model\.quantization = none") as caught,
         with_base_delta(base, base_delta),

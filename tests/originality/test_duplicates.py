@@ -1,8 +1,7 @@
 """Near duplicates: an edited copy is found, fresh text is kept, the exact index decides."""
 
-from collections.abc import Callable
-
 from fedllm.originality.duplicates import contaminated, jaccard, near_duplicates, shingles
+from tests.builders import random_texts
 
 
 def edited(text: tuple[int, ...], places: tuple[int, ...]) -> tuple[int, ...]:
@@ -18,18 +17,18 @@ def test_the_jaccard_index_of_an_edit_is_what_its_shingles_say() -> None:
     assert jaccard(shingles(()), shingles(())) == 1
 
 
-def test_an_edited_copy_is_found_and_fresh_text_is_kept(random_texts: Callable) -> None:
+def test_an_edited_copy_is_found_and_fresh_text_is_kept() -> None:
     texts = random_texts([120] * 40)
     copy = edited(texts[7], (30, 90))
     assert near_duplicates([*texts, copy, texts[3]]) == (None,) * 40 + (7, 3)
 
 
-def test_a_chain_of_copies_names_the_one_that_is_kept(random_texts: Callable) -> None:
+def test_a_chain_of_copies_names_the_one_that_is_kept() -> None:
     (text,) = random_texts([120])
     assert near_duplicates([text, edited(text, (10,)), edited(text, (60,))]) == (None, 0, 0)
 
 
-def test_the_exact_index_refuses_what_the_sketch_only_resembles(random_texts: Callable) -> None:
+def test_the_exact_index_refuses_what_the_sketch_only_resembles() -> None:
     first, second = random_texts([120, 120])
     for cut in range(60, 120, 5):
         mixed = first[:cut] + second[cut:]

@@ -80,12 +80,6 @@ def test_adaptive_clipping_splits_one_release_in_two() -> None:
         few.split_noise(2.0)
 
 
-def test_parts_of_distributed_noise_suffice_as_soon_as_enough_are_there() -> None:
-    plan = PrivacyPlan(epsilon=8, delta=1e-5, unit="client", trust="distributed", clip=0.5)
-    share = plan.noise_share(9, 2.0)
-    assert math.sqrt(9) * share == pytest.approx(2.0 * 0.5)
-
-
 REFUSED = [
     ({"privacy.noise-multiplier": 1.0}, "needs privacy.epsilon above 0"),
     ({"privacy.adaptive-clip": True}, "needs privacy.epsilon above 0"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedllm.errors import CheckpointError
-from fedllm.privacy.keys import derived_key, digest_of, kept_secret, new_secret
+from fedllm.privacy.keys import bits_digest, derived_key, kept_secret, new_secret
 from fedllm.privacy.noise import SecretStream, coins, discrete_gaussian, gaussian
 
 KEY = bytes(range(32))
@@ -108,6 +108,6 @@ def test_keys_differ_in_every_name_and_in_where_names_end() -> None:
 
 def test_a_digest_is_of_the_bits() -> None:
     zero = torch.zeros(3)
-    assert digest_of(zero) == digest_of(torch.zeros(3))
-    assert digest_of(zero) != digest_of(-zero)
-    assert digest_of(zero) != digest_of(zero.double())
+    assert bits_digest(zero) == bits_digest(torch.zeros(3))
+    assert bits_digest(zero) != bits_digest(-zero)
+    assert bits_digest(zero) != bits_digest(zero.double())

@@ -6,26 +6,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.messages import ClientEvaluation
-from fedllm.runs.records import DistilRecord, RoundRecord, record_from_dict, record_to_dict, record_to_line
+from fedllm.runs.records import (
+    DistillationLosses,
+    DistillationRecord,
+    DistillationTeachers,
+    DistillationTexts,
+    LossChange,
+    RoundRecord,
+    record_from_dict,
+    record_to_dict,
+    record_to_line,
+)
 
 names = st.text(min_size=1, max_size=8)
 numbers = st.floats(-1e9, 1e9)
 name_lists = st.lists(names, max_size=4).map(tuple)
 by_name = st.dictionaries(names, numbers, max_size=4)
+changes = st.builds(LossChange, numbers, numbers)
+losses = st.builds(
+    DistillationLosses,
+    base=numbers,
+    ensemble=numbers,
+    held_out=changes,
+    error=st.none() | numbers,
+    domains=st.dictionaries(names, changes, max_size=3),
+    own=st.none() | changes,
+    clients=st.none() | changes,
+)
 steps = st.builds(
-    DistilRecord,
+    DistillationRecord,
     kept=st.booleans(),
     reason=st.text(max_size=20),
-    teacher=st.sampled_from(["", "posterior", "uniform"]),
-    num_teachers=st.integers(0, 99),
-    base=st.none() | numbers,
-    before=st.none() | numbers,
-    after=st.none() | numbers,
-    ensemble=st.none() | numbers,
-    weights=st.dictionaries(names, by_name, max_size=3),
-    domains_before=by_name,
-    domains_after=by_name,
-    clients_after=st.none() | numbers,
+    texts=st.builds(DistillationTexts, number=st.integers(0, 99)),
+    teachers=st.builds(
+        DistillationTeachers,
+        kind=st.sampled_from(["", "posterior", "uniform"]),
+        entropy=st.none() | numbers,
+        weights=st.dictionaries(names, by_name, max_size=3),
+    ),
+    losses=st.none() | losses,
     num_tokens=st.integers(0, 10**12),
     seconds=numbers,
 )
@@ -100,12 +119,22 @@ def test_a_record_of_an_earlier_release_has_no_distillation() -> None:
         (3.0, 2.0, 2.0, 1.0),
         (2.0, 1.9, 2.0, None),
         (2.0, 1.9, 2.5, None),
-        (2.0, None, 1.0, None),
-        (None, None, None, None),
+        (2.0, math.nan, 1.0, None),
     ],
 )
-def test_the_gap_closed_is_the_share_of_the_way_from_aggregate_to_ensemble(
-    before: float | None, after: float | None, ensemble: float | None, closed: float | None
+def test_the_gap_closed_is_a_share_of_the_way_to_the_ensemble(
+    before: float, after: float, ensemble: float, closed: float | None
 ) -> None:
-    step = DistilRecord(kept=True, reason="", before=before, after=after, ensemble=ensemble)
-    assert step.gap_closed == (closed if closed is None else pytest.approx(closed))
+    losses = DistillationLosses(base=9.0, ensemble=ensemble, held_out=LossChange(before, after))
+    assert losses.gap_closed == (closed if closed is None else pytest.approx(closed))
+
+
+def test_a_student_that_diverged_is_read_back_as_not_a_number() -> None:
+    losses = DistillationLosses(base=9.0, ensemble=2.0, held_out=LossChange(3.0, math.nan))
+    step = DistillationRecord(kept=False, reason="the student diverged", losses=losses)
+    values = record_to_dict(RoundRecord(round_num=1, distil=step))
+    assert values["distil"]["losses"]["held_out"] == {"before": 3.0, "after": None}
+    read = record_from_dict(values).distil
+    assert read is not None
+    assert read.losses is not None
+    assert math.isnan(read.losses.held_out.after)

@@ -27,7 +27,7 @@ class CrashError(Exception):
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
     """Return a function (number of rows, **flat) that starts a run on so many rows, and has it crash."""
 
-    def crash(*unused: Any) -> None:
+    def crash(*unused: Any, **also_unused: Any) -> None:
         raise CrashError
 
     def do(num_rows: int, **flat: Any) -> RunConfig:

@@ -11,7 +11,7 @@ from flwr.app import Message
 
 from clients import base_deltas
 from clients.client_app import app
-from clients.data_holder import open_data_holder
+from clients.data_holder import RESIDENT, open_data_holder
 from fedllm.config.run_config import RunConfig
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
@@ -111,7 +111,8 @@ def open_run() -> Callable[..., Run]:
             assert open_data_holder(context.run_config, context.node_config).fingerprint
         notices: list[str] = []
         records: list[RoundRecord] = []
-        session = open_session(resolve(config), grid, Watch(notice=notices.append, record=records.append))
+        watch = Watch(notice=notices.append, record=records.append)
+        session = open_session(resolve(config), grid, watch, resident=RESIDENT)
         session.transport.poll_seconds = 0.01
         state = ServerState(0, session.initial)
         return Run(session, state, grid, notices, records)

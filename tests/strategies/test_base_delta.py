@@ -13,7 +13,6 @@ from clients import base_deltas
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.messages import ClientUpdate
-from fedllm.models.base import load_base
 from fedllm.models.with_base_delta import with_base_delta
 from fedllm.wire import packets
 from strategies.exchange.evaluation import evaluate
@@ -100,7 +99,7 @@ def test_training_and_evaluation_see_the_base_delta_and_leave_the_base_as_it_was
 ) -> None:
     config = make_config({"data.max-held-out": 2, "data.held-out-fraction": 0.4})
     run = open_run(config)
-    base = load_base(config.model)
+    base = run.session.resident.base(config.model)
     weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     plain, _ = next_round(run.session, run.state)
     moved, record = next_round(run.session, on_base_delta(run))

@@ -22,15 +22,20 @@ from fedllm.data.fields import Example, Turn
 from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.messages import ClientUpdate
 from fedllm.models.chat import Encoded, encode
-from fedllm.originality.verdict import read_screening
+from fedllm.originality.verdict import Verdict
 from fedllm.plan.run_plan import distillation_of, resolve
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import DistilRecord, RoundRecord
+from fedllm.runs.records import (
+    DistillationLosses,
+    DistillationRecord,
+    LossChange,
+    RoundRecord,
+)
 from fedllm.wire.stock import read_plain, write_plain
 from scripts.runtimes.local import local_grid
 from strategies.distillation.gate import Loss, ask_clients, error_of_gain, judged
 from strategies.distillation.material import make_material
-from strategies.distillation.report import in_short, sentence
+from strategies.distillation.report import describe_step, table_cell
 from strategies.distillation.step import distilled, server_engine
 from strategies.distillation.synthetic_text import Gates
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
@@ -66,7 +71,8 @@ PRIVATE = {
     "privacy.trust": "local",
     "aggregation.read-out": "factor-mean",
 }
-STEP = DistilRecord(kept=True, reason="the held-out public loss improved", before=3.0, after=2.5)
+LOSSES = DistillationLosses(base=4.0, ensemble=2.0, held_out=LossChange(3.0, 2.5))
+STEP = DistillationRecord(kept=True, reason="the held-out public loss improved", losses=LOSSES)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +161,7 @@ def trained(make_config: Callable, open_run: Callable) -> Callable[..., Any]:
     return do
 
 
-def steps_of(state: ServerState) -> list[DistilRecord]:
+def steps_of(state: ServerState) -> list[DistillationRecord]:
     return [record.distil for record in state.records if record.distil]
 
 
@@ -220,24 +226,25 @@ def test_a_step_that_is_kept_changes_the_adapter_and_says_what_it_did(run: Calla
     state, notices = run("distilled", **many)
     (step,) = steps_of(state)
     assert step.kept, step
-    assert step.after < step.before
+    losses, texts = step.losses, step.texts
+    assert losses.held_out.after < losses.held_out.before
     assert state.records[-1].adapter == state.adapter.digest != plain.adapter.digest
-    assert (step.teacher, step.text, step.held_out_text) == ("posterior", "synthetic", "synthetic")
-    assert (step.num_teachers, step.num_held_out) == (4, 12)
-    assert 0 < step.num_texts <= 48
-    assert step.control is None
+    assert (step.teachers.kind, texts.kind, texts.held_out_kind) == ("posterior", "synthetic", "synthetic")
+    assert (step.teachers.number, texts.num_held_out) == (4, 12)
+    assert 0 < texts.number <= 48
+    assert losses.control is None
     assert step.num_tokens > 0
     assert step.target_bytes > 0
-    for weights in step.weights.values():
+    for weights in step.teachers.weights.values():
         assert set(weights) == set(NAMES)
         assert sum(weights.values()) == pytest.approx(1, abs=1e-4)
     (line,) = [line for line in notices if "distilled" in line]
-    assert line == f"round 1: {sentence(step)}"
+    assert line == f"round 1: {describe_step(step)}"
     assert "held-out texts synthetic too" in line
     written = json.loads((tmp_path / "distilled" / "rounds.jsonl").read_text().splitlines()[-1])
-    assert written["distil"]["after"] == step.after
+    assert written["distil"]["losses"]["held_out"]["after"] == losses.held_out.after
     card = (tmp_path / "distilled" / "adapter" / "README.md").read_text()
-    assert f"{step.before:.4f} before, {step.after:.4f} after" in card
+    assert f"{losses.held_out.before:.4f} before, {losses.held_out.after:.4f} after" in card
     assert not any(name in card for name in NAMES), "a card names no data holder"
 
 
@@ -263,10 +270,10 @@ def test_public_text_is_held_out_by_document_and_the_control_has_equal_tokens(
         flat = {**CHEAP, "distill.text": text, "distill.control": True, "federation.num-rounds": 1}
         state, notices = run(kind, **flat)
         (step,) = steps_of(state)
-        assert (step.text, step.held_out_text) == (kind, "public")
-        assert step.num_held_out == (6 if kind == "public" else 3)
-        assert set(step.domains_before) <= set(NAMES)
-        assert step.control is not None
+        assert (step.texts.kind, step.texts.held_out_kind) == (kind, "public")
+        assert step.texts.num_held_out == (6 if kind == "public" else 3)
+        assert set(step.losses.domains) <= set(NAMES)
+        assert step.losses.control is not None
         assert any("fine-tuning on the same texts" in line for line in notices)
 
 
@@ -278,9 +285,9 @@ def test_the_student_learns_on_the_base_the_round_leaves(
     flat = {**CHEAP, "aggregation.read-out": read_out, "distill.text": public_file}
     state, _ = run(read_out, **flat)
     first, second = steps_of(state)
-    assert first.base == second.base, "the base model is the same in every round"
+    assert first.losses.base == second.losses.base, "the base model is the same in every round"
     assert first.kept
-    assert first.after < first.before < first.base
+    assert first.losses.held_out.after < first.losses.held_out.before < first.losses.base
 
 
 @pytest.mark.parametrize("stopped_in", [1, 2])
@@ -371,11 +378,11 @@ def test_a_step_that_cannot_open_the_base_model_costs_no_round(trained: Callable
     adapter, step = distilled(elsewhere, before, after, adapters)
     assert adapter is after.adapter
     assert not step.kept
-    assert step.before is None
-    assert "\n" not in sentence(step)
-    assert sentence(step).startswith("not distilled: ")
-    assert sentence(step).endswith("the aggregate stays")
-    assert in_short(step) == "refused"
+    assert step.losses is None
+    assert "\n" not in describe_step(step)
+    assert describe_step(step).startswith("not distilled: ")
+    assert describe_step(step).endswith("the aggregate stays")
+    assert table_cell(step) == "refused"
 
 
 def test_without_a_teacher_the_aggregate_stays(trained: Callable) -> None:
@@ -404,7 +411,7 @@ def test_whatever_fails_in_a_step_is_one_line(
     adapter, step = distilled(session, before, after, adapters)
     assert adapter is after.adapter
     assert words in step.reason
-    assert "\n" not in sentence(step)
+    assert "\n" not in describe_step(step)
 
 
 def with_public(session: Any, source: str, **flat: Any) -> Any:
@@ -417,12 +424,13 @@ def with_public(session: Any, source: str, **flat: Any) -> Any:
 def test_every_client_is_heard_where_its_own_text_is(trained: Callable, public_file: str) -> None:
     session, before, after, adapters = trained()
     adapter, step = distilled(with_public(session, public_file), before, after, adapters)
-    assert set(step.weights) == set(NAMES)
-    for domain, weights in step.weights.items():
+    assert set(step.teachers.weights) == set(NAMES)
+    for domain, weights in step.teachers.weights.items():
         assert weights[domain] > 0.7
     assert step.kept
-    assert step.ensemble < step.after < step.before < step.base
-    assert 0 < step.gap_closed < 1
+    losses = step.losses
+    assert losses.ensemble < losses.held_out.after < losses.held_out.before < losses.base
+    assert 0 < losses.gap_closed < 1
     assert adapter.digest != after.adapter.digest
 
 
@@ -431,8 +439,8 @@ def test_a_garbage_client_loses_its_weight(trained: Callable, public_file: str) 
     noise = torch.randn(after.adapter.layout.size, generator=torch.Generator().manual_seed(0))
     garbage = ClientAdapter("mallory", sum(adapter.weight for adapter in adapters), 2.0 * noise)
     _, step = distilled(with_public(session, public_file), before, after, (*adapters, garbage))
-    assert step.teacher == "posterior"
-    for weights in step.weights.values():
+    assert step.teachers.kind == "posterior"
+    for weights in step.teachers.weights.values():
         assert weights["mallory"] < 0.2, "before the first token it has half of all weight"
     assert step.kept
 
@@ -455,9 +463,9 @@ def test_public_text_in_no_clients_support_weighs_all_clients_alike_and_says_so(
         for number, adapter in enumerate(adapters)
     ]
     _, step = distilled(with_public(session, public_file), before, after, lost)
-    assert step.teacher == "uniform"
+    assert step.teachers.kind == "uniform"
     assert "in no client's support" in step.reason
-    for weights in step.weights.values():
+    for weights in step.teachers.weights.values():
         assert list(weights.values()) == pytest.approx([0.25] * 4)
 
 
@@ -502,7 +510,7 @@ def test_no_row_distilled_on_is_the_head_that_a_held_out_text_is_read_to(
     heads = [row.tokens for row in material.held_out if row.num_cut]
     assert heads, "a held-out text has the head"
     assert not {row.tokens for row in material.rows} & {row.tokens for row in material.held_out}
-    assert material.num_removed >= 40
+    assert material.texts.num_removed >= 40
 
 
 def test_where_few_synthetic_texts_pass_most_of_them_are_learnt_from(trained: Callable) -> None:
@@ -513,8 +521,8 @@ def test_where_few_synthetic_texts_pass_most_of_them_are_learnt_from(trained: Ca
         return [number % 5 == 0 for number in range(len(texts))]
 
     material = make_material(resolve(config), (), server_engine(session), adapters, 1, strict)
-    assert material.num_written - material.num_refused == 10
-    assert (len(material.rows) + material.num_removed, len(material.held_out)) == (8, 2)
+    assert material.texts.num_written - material.texts.num_refused == 10
+    assert (len(material.rows) + material.texts.num_removed, len(material.held_out)) == (8, 2)
     assert material.rows
     with pytest.raises(NoDataError, match="none of 50 synthetic texts is original"):
         make_material(resolve(config), (), server_engine(session), adapters, 1, refuse_all)
@@ -528,8 +536,8 @@ def test_where_no_synthetic_text_passes_the_public_ones_are_left(trained: Callab
     session, _, _, adapters = trained()
     mixed = with_public(session, f"synthetic+{public_file}")
     material = make_material(mixed.plan, mixed.public_text, server_engine(session), adapters, 1, refuse_all)
-    assert (material.text, material.held_out_text, len(material.rows)) == ("public", "public", 12)
-    assert material.num_refused == material.num_written == 12
+    assert (material.texts.kind, material.texts.held_out_kind, len(material.rows)) == ("public", "public", 12)
+    assert material.texts.num_refused == material.texts.num_written == 12
 
 
 def test_beside_plain_public_text_synthetic_text_begins_with_the_runs_prompts(
@@ -591,8 +599,8 @@ def test_other_teachers_teach_as_they_are_named(teacher: str, trained: Callable,
     session, before, after, adapters = trained()
     changed = with_public(session, public_file, **{"distill.teacher": teacher})
     _, step = distilled(changed, before, after, adapters)
-    assert step.teacher == teacher
-    assert step.ensemble is not None
+    assert step.teachers.kind == teacher
+    assert step.losses.ensemble > 0
 
 
 def test_one_teacher_that_is_the_aggregate_closes_no_gap(trained: Callable, public_file: str) -> None:
@@ -600,8 +608,8 @@ def test_one_teacher_that_is_the_aggregate_closes_no_gap(trained: Callable, publ
     session, before, after, _ = trained()
     alone = (ClientAdapter("anna", 1.0, after.adapter.vector),)
     _, step = distilled(with_public(session, public_file), before, after, alone)
-    assert step.ensemble == pytest.approx(step.before, abs=1e-4)
-    assert step.after == pytest.approx(step.before, abs=0.05)
+    assert step.losses.ensemble == pytest.approx(step.losses.held_out.before, abs=1e-4)
+    assert step.losses.held_out.after == pytest.approx(step.losses.held_out.before, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -645,8 +653,8 @@ def test_a_teacher_that_knows_no_more_than_its_student_is_not_followed() -> None
 
 
 def test_the_gate_refuses_what_forgets_the_clients_own_texts() -> None:
-    assert judged(3.0, 2.0, "public", own=(2.5, 2.5))[0]
-    kept, reason = judged(3.0, 2.0, "public", own=(2.5, 2.6))
+    assert judged(3.0, 2.0, "public", own=LossChange(2.5, 2.5))[0]
+    kept, reason = judged(3.0, 2.0, "public", own=LossChange(2.5, 2.6))
     assert not kept
     assert reason == "the loss on texts that the clients' adapters write would rise from 2.5000 to 2.6000"
 
@@ -654,9 +662,8 @@ def test_the_gate_refuses_what_forgets_the_clients_own_texts() -> None:
 def test_beside_public_text_the_clients_own_texts_are_measured(trained: Callable, public_file: str) -> None:
     session, before, after, adapters = trained()
     _, step = distilled(with_public(session, public_file), before, after, adapters)
-    assert step.own_before is not None
-    assert step.own_after is not None
-    assert step.kept is (step.after < step.before and step.own_after <= step.own_before)
+    held_out, own = step.losses.held_out, step.losses.own
+    assert step.kept is (held_out.after < held_out.before and own.after <= own.before)
 
 
 def test_texts_that_data_holders_have_do_not_pass_and_the_verdicts_are_kept(
@@ -677,18 +684,19 @@ def test_texts_that_data_holders_have_do_not_pass_and_the_verdicts_are_kept(
     passed = Gates(session, engine, adapters, 1, tmp_path)([*theirs, *written], [])
     assert not any(passed[: len(theirs)])
     assert any(passed[len(theirs) :])
-    screening = read_screening(tmp_path / "synthetic.json")
-    assert [verdict.passed for verdict in screening.verdicts] == list(passed)
-    assert len(screening.provenance.adapters) == len(NAMES)
-    assert screening.provenance.licence.startswith("not stated")
+    screening = json.loads((tmp_path / "synthetic.json").read_text())
+    assert [Verdict(**verdict).passed for verdict in screening["verdicts"]] == list(passed)
+    assert len(screening["provenance"]["adapters"]) == len(NAMES)
+    assert screening["provenance"]["licence"].startswith("not stated")
 
 
 def test_a_step_learns_from_screened_texts_alone(trained: Callable) -> None:
     session, before, after, adapters = trained()
     screened = replace(session, plan=resolve(session.config.override({**CHEAP, "distill.originality": "on"})))
     _, step = distilled(screened, before, after, adapters)
-    assert step.num_written == 24 + 6
-    assert step.num_texts + step.num_held_out + step.num_removed + step.num_refused == step.num_written
+    texts = step.texts
+    assert texts.num_written == 24 + 6
+    assert texts.number + texts.num_held_out + texts.num_removed + texts.num_refused == texts.num_written
 
 
 def test_clients_roll_back_what_would_worsen_their_own_loss(trained: Callable) -> None:
@@ -698,7 +706,7 @@ def test_clients_roll_back_what_would_worsen_their_own_loss(trained: Callable) -
     asked = ask_clients(session, after, worse, STEP)
     assert asked.state is after
     assert not asked.record.kept
-    assert asked.record.clients_after > asked.record.clients_before
+    assert asked.record.losses.clients.after > asked.record.losses.clients.before
     assert "would rise" in asked.record.reason
     turned = ask_clients(session, worse, after, STEP)
     assert turned.state is after
@@ -720,13 +728,14 @@ def test_the_gate_of_clients_measures_in_the_round_itself(run: Callable, public_
     for record in state.records[1:]:
         step = record.distil
         assert step is not None
-        if step.clients_after is not None:
-            kept = step.clients_after if step.kept else step.clients_before
+        clients = step.losses.clients
+        if clients is not None:
+            kept = clients.after if step.kept else clients.before
             assert record.mean_held_out == pytest.approx(kept)
-            assert step.kept is (step.clients_after <= step.clients_before)
+            assert step.kept is (clients.after <= clients.before)
     first = state.records[1].distil
     assert first is not None
-    assert first.clients_before == pytest.approx(plain.records[1].mean_held_out)
+    assert first.losses.clients.before == pytest.approx(plain.records[1].mean_held_out)
 
 
 @pytest.mark.parametrize(
@@ -752,9 +761,9 @@ def test_clients_judge_where_no_other_text_does_and_their_losses_may_leave(
 def test_synthetic_text_alone_is_judged_by_the_clients_too(run: Callable) -> None:
     state, _ = run("asked", **{**CHEAP, "distill.gate": "auto", "distill.when": "last"})
     (step,) = steps_of(state)
-    assert step.clients_before is not None
-    assert step.clients_after is not None
-    assert step.kept is (step.clients_after <= step.clients_before)
+    clients = step.losses.clients
+    assert clients is not None
+    assert step.kept is (clients.after <= clients.before)
 
 
 def test_public_text_that_cannot_be_read_ends_a_run_before_its_first_round(run: Callable) -> None:
@@ -804,6 +813,6 @@ def test_texts_of_which_data_holders_need_not_be_asked_more_than_they_answer_may
 
 
 def test_the_table_says_how_the_loss_changed_or_that_a_step_was_refused() -> None:
-    assert in_short(None) == ""
-    assert in_short(STEP) == "-0.500"
-    assert in_short(replace(STEP, kept=False)) == "refused"
+    assert table_cell(None) == ""
+    assert table_cell(STEP) == "-0.500"
+    assert table_cell(replace(STEP, kept=False)) == "refused"

@@ -18,7 +18,7 @@ from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of, load_base, load_tokenizer
 from fedllm.models.chat import Encoded, encode, form_tokens
 from fedllm.models.files import resolve_model
-from fedllm.originality.verdict import digest_of
+from fedllm.originality.verdict import tokens_digest
 from strategies.distillation.originality import known_to_one, screen
 
 
@@ -64,7 +64,7 @@ def test_a_copy_of_any_clients_row_is_refused_and_fresh_text_passes(
     verdicts = screen(run.session, [*copies, *fresh], round_num=1)
     assert [one.overlap for one in verdicts] == [False] * 4 + [True] * 3
     assert [one.passed for one in verdicts] == [False] * 4 + [True] * 3
-    assert [one.digest for one in verdicts] == [digest_of(row.tokens) for row in (*copies, *fresh)]
+    assert [one.digest for one in verdicts] == [tokens_digest(row.tokens) for row in (*copies, *fresh)]
     assert all(one.num_matched == one.num_shingles for one in verdicts[:4])
     assert all(one.membership is None for one in verdicts)
 

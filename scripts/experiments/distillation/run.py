@@ -147,11 +147,11 @@ def _variants(last: Round, holder: DataHolder, config: RunConfig, rates: Sequenc
     found: Figures = {
         "rows": len(material.rows),
         "tokens": sum(row.num_supervised for row in material.rows),
-        "removed": material.num_removed,
-        "written": material.num_written,
-        "refused": material.num_refused,
+        "removed": material.texts.num_removed,
+        "written": material.texts.num_written,
+        "refused": material.texts.num_refused,
         "held_out": len(material.held_out),
-        "held_out_text": material.held_out_text,
+        "held_out_text": material.texts.held_out_kind,
         "gate_base": at_gate(nothing).mean,
         "gate_before": before.mean,
     }
@@ -172,7 +172,7 @@ def _variants(last: Round, holder: DataHolder, config: RunConfig, rates: Sequenc
             "gate_ensemble": gate_ensemble,
             "gate_after": after.mean,
             "gate_error": error_of_gain(before, after),
-            "own": own,
+            "own": (own.before, own.after) if own else None,
         }
     return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from fedllm.runs.records import LossChange
 from scripts.experiments.aggregation.methods import mean_and_sd
 from scripts.experiments.cells import Figures, Outcome
 from scripts.experiments.distillation.run import TEACHERS, TUNED
@@ -99,7 +100,7 @@ def is_kept(seed: Figures, text: str, name: str) -> bool:
         found["held_out_text"],
         error=cell.get("gate_error", 0.0),
         teacher=cell["gate_ensemble"],
-        own=tuple(cell["own"]) if cell["own"] else None,
+        own=LossChange(*cell["own"]) if cell["own"] else None,
     )
     return kept
 

@@ -1,0 +1,44 @@
+"""The base model, tokenizer and engine that a process keeps in memory: loaded on first use, the newest alone.
+
+A base model takes gigabytes and seconds to load, so everything in a process that computes must use the same
+one. Whoever starts the process makes one `Resident` and passes it on: the ClientApp to its data holders, and
+in a local run to the server's session too.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.config.keys import ModelConfig
+from fedllm.engine.engine import Engine
+from fedllm.models.base import BaseModel, ChosenModel, choose_model, load_chosen, load_tokenizer
+from fedllm.models.files import ModelFiles
+
+
+class Resident:
+    """Hands out what it holds when asked for the same again; another model replaces the one before."""
+
+    def __init__(self) -> None:
+        self._tokenizer = lru_cache(maxsize=1)(load_tokenizer)
+        self._base = lru_cache(maxsize=1)(self._load)
+        self._engine = lru_cache(maxsize=1)(Engine)
+
+    def tokenizer(self, files: ModelFiles) -> Any:
+        """Return the tokenizer of a model; raises as `load_tokenizer`."""
+        return self._tokenizer(files)
+
+    def base(self, model: ModelConfig) -> BaseModel:
+        """Return the base model on its device; raises as `load_base`."""
+        return self._base(choose_model(model))
+
+    def engine(self, model: ModelConfig, layout: AdapterLayout, token_budget: int = 0) -> Engine:
+        """Return the engine that trains adapters of `layout` on the base model.
+
+        Raises:
+            ModelError: the base model cannot be loaded.
+            LayoutError: `layout` is of another base model.
+        """
+        return self._engine(self.base(model), layout, token_budget=token_budget)
+
+    def _load(self, chosen: ChosenModel) -> BaseModel:
+        return load_chosen(chosen, self.tokenizer(chosen.files))
