@@ -106,8 +106,8 @@ def _open(
     check_paths(config, node)
     check_privacy(resolve(config).privacy)
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
-        config = config.override({"model.name": str(node["model-path"]), "model.revision": ""})
-    files = resolve_model(config.model.name, config.model.revision)
+        config = config.override({"model.name": str(node["model-path"])})
+    files = resolve_model(config.model.name)
     tokenizer, state_path = RESIDENT.tokenizer(files), state_path_of(node)
     clients = {}
     for rows in hosted_rows(config, node):

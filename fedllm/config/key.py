@@ -73,7 +73,7 @@ class Key:
         if not colon:
             return not ending.startswith(":")  # as in "product:MU", which means nothing alone
         if "=" in ending:  # named numbers, checked where their names are known
-            return True
+            return "=" in after
         return bool(ending) and self._takes_number(_as(float, after))
 
     def _takes_number(self, value: float | None) -> bool:
@@ -129,9 +129,11 @@ def number_or(value: _Number | str, default: _Number) -> _Number:
     return default if isinstance(value, str) else value
 
 
-def split_number(text: str, default: float) -> tuple[str, float]:
-    """Return the word and the number of "oort:30"; a word alone has the number `default`."""
-    word, colon, number = text.partition(":")
+def split_number(value: float | str, default: float) -> tuple[str, float]:
+    """Return ("oort", 30.0) of "oort:30"; a word alone has the number `default`, a number alone no word."""
+    if not isinstance(value, str):
+        return "", value
+    word, colon, number = value.partition(":")
     return word, float(number) if colon else default
 
 

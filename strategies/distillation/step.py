@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedllm.adapters.layout import AdapterState
+from fedllm.config.key import split_number
 from fedllm.config.run_config import RunConfig
 from fedllm.data.public_text import PublicText
 from fedllm.distillation.student import StudentTraining, distil, supervised
@@ -233,12 +234,13 @@ def _taught(
     is above the base model's loss `base`, all teachers count alike.
     """
     numbers = config.distill
+    kind, temper = split_number(numbers.teacher, 1.0)
     teacher = Teacher(
         adapters=tuple(adapter.vector for adapter in adapters),
         layout=engine.layout,
         priors=priors_of(adapters),
-        kind=numbers.teacher,
-        temper=numbers.temper,
+        kind=kind,
+        temper=temper,
     )
     ensemble, note = teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss, ""
     if teacher.kind == "posterior" and material.texts.held_out_kind == PUBLIC and not ensemble <= base:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.data.fields import Turn
+from fedllm.data.fields import Turn, mapped_columns
 from fedllm.distillation.sample import sample_texts
 from fedllm.distillation.targets import learnt_tokens
 from fedllm.engine.engine import Engine
@@ -113,7 +113,7 @@ def written(
 
     begins = [text.example.turns[:-1] for text in split.train if text.example.turns] if split else []
     begins = begins or [(Turn("user", prompt),) for prompt in plan.prompts]
-    if not begins and not split and not plan.config.data.text_column:
+    if not begins and not split and "text" not in mapped_columns(plan.config.data.columns):
         header = _tokens(tokenizer, chat_text(tokenizer, [Turn("user", _MARK)]).partition(_MARK)[0])
         questions = write([header or _begin(tokenizer)], most // 2, "question")
         words = [

@@ -52,7 +52,7 @@ def private(cell: Cell, setting: Setting) -> Figures:
 
 def spent(state: LocalState, config: RunConfig) -> Mapping[str, Scalar]:
     """Return what the run's own ledger says, and the noise of its rounds: the largest of any client's."""
-    if not config.privacy.epsilon:
+    if config.privacy.epsilon == "off":
         return {}
     rounds = [record for record in state.records if record.round_num > 0]
     return {
