@@ -36,7 +36,11 @@ def config_page() -> str:
     parts = [_CONFIG_HEAD]
     for section, keys in groupby(KEYS.values(), key=lambda key: key.name.rpartition(".")[0]):
         intro = type(getattr(RunConfig(), section)).__doc__ if section else "Of the run as a whole."
-        rows = [f"## {section or 'seed'}\n\n{intro}\n", "| key | default | values | meaning |", "|---|---|---|---|"]
+        rows = [
+            f"## {section or 'seed'}\n\n{intro}\n",
+            "| key | default | values | meaning |",
+            "|---|---|---|---|",
+        ]
         for key in keys:
             default = str(key.default).lower() if isinstance(key.default, bool) else str(key.default)
             cells = (f"`{key.name}`", f"`{default}`" if default else "empty", key.allowed, key.meaning)
