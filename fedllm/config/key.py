@@ -77,7 +77,7 @@ class Key:
         return bool(ending) and self._takes_number(_as(float, after))
 
     def _takes_number(self, value: float | None) -> bool:
-        if value is None or not math.isfinite(value):  # a flag is finite and has no bounds
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
             return False
         return self.low <= value <= self.high and not (self.is_open and value == self.low)
 

@@ -471,7 +471,7 @@ def test_public_text_in_no_clients_support_weighs_all_clients_alike_and_says_so(
 
 @pytest.mark.parametrize(
     "flat",
-    [{}, {"evaluation.prompts": "sum of? || list it?"}, {"data.text-column": "text"}],
+    [{}, {"evaluation.prompts": "sum of? || list it?"}, {"data.columns": "text=text"}],
     ids=["questions first", "public prompts", "plain text"],
 )
 def test_synthetic_text_begins_with_what_there_is(flat: dict[str, str], trained: Callable) -> None:
@@ -482,7 +482,7 @@ def test_synthetic_text_begins_with_what_there_is(flat: dict[str, str], trained:
     assert material == again != make_material(resolve(config), (), server_engine(session), adapters, 2)
     tokenizer = server_engine(session).base.tokenizer
     begins = {tokenizer.decode(row.tokens)[:8] for row in material.rows}
-    if "data.text-column" in flat:
+    if "data.columns" in flat:
         assert all(row.labels[0] == -100 for row in material.rows)
         assert begins != {"<|user|>"}
     else:

@@ -116,7 +116,7 @@ FULL = Scale(
             flat={
                 **_MANY,
                 "federation.num-clients": 140,
-                "federation.cohort-size": 42,
+                "federation.cohort": 42,
                 "federation.num-rounds": 6,
                 "train.local-steps": 2,
                 "train.batch-size": 4,
@@ -165,7 +165,7 @@ QUICK = Scale(
             flat={
                 **_MANY,
                 "federation.num-clients": 28,
-                "federation.cohort-size": 14,
+                "federation.cohort": 14,
                 "federation.num-rounds": 2,
                 "train.local-steps": 1,
                 "train.batch-size": 2,
