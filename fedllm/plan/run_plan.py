@@ -51,6 +51,10 @@ class RunPlan:
         last = self.config.federation.num_rounds
         return round_num == last or round_num % number_or(self.config.evaluation.every, last) == 0
 
+    def is_summed(self, ranks: Iterable[int]) -> bool:
+        """Return whether a node answers for clients of these ranks with their sum: all have the run's."""
+        return self.aggregation.node_sum and set(ranks) == {self.config.lora.rank}
+
     def training(self, round_num: int) -> LocalTraining:
         """Return how a client trains in a round, counted from 1."""
         return local_training(self.config, round_num)

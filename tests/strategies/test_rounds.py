@@ -153,7 +153,7 @@ def test_a_round_does_not_depend_on_who_answers_first(
     state, other = next_round(backwards.session, backwards.state)
     assert state.adapter.digest == expected.adapter.digest
     assert other.accepted == record.accepted
-    assert other.train_loss == record.train_loss
+    assert other.training.loss == record.training.loss
 
 
 def test_every_client_draws_on_where_it_stopped(make_config: Callable, open_run: Callable) -> None:
@@ -174,8 +174,8 @@ def test_a_record_counts_packets_and_weights(make_config: Callable, open_run: Ca
     assert 4 * size * 8 < record.bytes_down < 4 * size * 8 + 8 * 300  # to train and to evaluate, in float32
     assert 2 * size * 4 < record.bytes_up < 2 * size * 4 + 4 * 300  # bfloat16 deltas
     assert record.weights == {"anna": 4.0, "ben": 6.0, "cleo": 8.0, "dora": 10.0}
-    mean = sum(record.weights[name] * record.train_losses[name] for name in EVERYBODY) / 28
-    assert record.train_loss == pytest.approx(mean)
+    mean = sum(record.weights[name] * record.training.losses[name] for name in EVERYBODY) / 28
+    assert record.training.loss == pytest.approx(mean)
     assert set(record.held_out) == set(EVERYBODY)
 
 
