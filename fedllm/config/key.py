@@ -39,8 +39,8 @@ class Key:
         parts = ["true or false"] if bool in self.types else []
         if int in self.types or float in self.types:
             noun = "a number" if float in self.types else "a whole number"
-            most = "" if math.isinf(self.high) else f" and at most {self.high:,}"
-            parts.append(f"{noun} {'above' if self.is_open else 'of at least'} {self.low:,}{most}")
+            most = "" if math.isinf(self.high) else f" up to {self.high:,}"
+            parts.append(f"{noun} {'above' if self.is_open else 'from'} {self.low:,}{most}")
         if str in self.types:
             forms = ", ".join(word + ending for word, ending in self.words.items())
             parts.append(f"one of {forms}" if len(self.words) > 1 else forms or "text")

@@ -189,7 +189,9 @@ class AggregationConfig:
         "auto", "its learning rate; auto = 1, nesterov 0.7, adaptive ones 0.001", words="auto", above=0
     )
     # The square root is FedBuff's (arXiv 2106.06639).
-    staleness_exponent: float = key(0.5, "a late update weighs (1 + rounds)^-this", at_least=0, at_most=100)
+    staleness_exponent: float = key(
+        0.5, "a late update weighs (1 + rounds late)^-this", at_least=0, at_most=100
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,15 +106,15 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("seed", -1, "a whole number of at least 0 and at most 9,223,372,036,854,775,807"),
-        ("seed", 2**63, "a whole number of at least 0 and at most 9,223,372,036,854,775,807"),
-        ("model.num-threads", 0, "a whole number of at least 1 and at most 1,024, or auto"),
-        ("model.num-threads", "off", "a whole number of at least 1 and at most 1,024, or auto"),
+        ("seed", -1, "a whole number from 0 up to 9,223,372,036,854,775,807"),
+        ("seed", 2**63, "a whole number from 0 up to 9,223,372,036,854,775,807"),
+        ("model.num-threads", 0, "a whole number from 1 up to 1,024, or auto"),
+        ("model.num-threads", "off", "a whole number from 1 up to 1,024, or auto"),
         ("lora.alpha", 0.0, "a number above 0"),
         ("lora.alpha", math.nan, "a number above 0"),
         ("lora.alpha", math.inf, "a number above 0"),
-        ("federation.cohort", 0, "a number above 0 and at most 1,000,000, or all"),
-        ("train.proximal", "product", "a number of at least 0, or product:MU"),
+        ("federation.cohort", 0, "a number above 0 up to 1,000,000, or all"),
+        ("train.proximal", "product", "a number from 0, or product:MU"),
         ("train.schedule", "SVD", "one of constant, cosine"),
     ],
 )
