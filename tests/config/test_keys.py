@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.config.key import Key, Scalar
 from fedllm.config.run_config import KEYS as DECLARED
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
@@ -107,15 +106,15 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("seed", -1, "a whole number of at least 0 and at most 9,223,372,036,854,775,807"),
-        ("seed", 2**63, "a whole number of at least 0 and at most 9,223,372,036,854,775,807"),
-        ("model.num-threads", 0, "a whole number of at least 1 and at most 1,024, or auto"),
-        ("model.num-threads", "off", "a whole number of at least 1 and at most 1,024, or auto"),
+        ("seed", -1, "a whole number from 0 up to 9,223,372,036,854,775,807"),
+        ("seed", 2**63, "a whole number from 0 up to 9,223,372,036,854,775,807"),
+        ("model.num-threads", 0, "a whole number from 1 up to 1,024, or auto"),
+        ("model.num-threads", "off", "a whole number from 1 up to 1,024, or auto"),
         ("lora.alpha", 0.0, "a number above 0"),
         ("lora.alpha", math.nan, "a number above 0"),
         ("lora.alpha", math.inf, "a number above 0"),
-        ("federation.cohort", 0, "a number above 0 and at most 1,000,000, or all"),
-        ("train.proximal", "product", "a number of at least 0, or product:MU"),
+        ("federation.cohort", 0, "a number above 0 up to 1,000,000, or all"),
+        ("train.proximal", "product", "a number from 0, or product:MU"),
         ("train.schedule", "SVD", "one of constant, cosine"),
     ],
 )
@@ -348,98 +347,6 @@ def test_values_that_contradict_each_other_are_refused(flat: dict[str, Any], exp
     with pytest.raises(ConfigError) as caught:
         resolve(RunConfig.from_flat(flat))
     assert str(caught.value) == expected
-
-
-def typed(value: Any, *types: type) -> Scalar:
-    """Return a value as a key of these types takes it."""
-    bounds: dict[str, Any] = {"low": 0, "high": math.inf, "is_open": False, "is_resumable": False}
-    return Key(name="some.key", default="", types=types, meaning="", words={}, **bounds).typed(value)
-
-
-@laws
-@given(st.integers(-(10**400), 10**400))
-def test_whole_numbers_are_read_from_their_text(number: int) -> None:
-    for types in ((int,), (int, str), (int, float, str)):
-        assert typed(number, *types) == typed(f" {number} ", *types) == number
-    if abs(number) < 10**300:
-        for types in ((float,), (float, str)):
-            as_float = typed(number, *types)
-            assert as_float == float(number)
-            assert type(as_float) is float
-
-
-@laws
-@given(st.floats(allow_nan=False))
-def test_numbers_are_read_from_their_text(number: float) -> None:
-    for types in ((float,), (float, str), (int, float, str)):
-        assert typed(number, *types) == typed(str(number), *types) == number
-
-
-@laws
-@given(st.text())
-def test_texts_are_taken_as_they_are_and_numbers_only_from_numerals(text: str) -> None:
-    assert typed(text, str) == text
-    for kind in (int, float, bool):
-        try:
-            value = typed(text, kind)
-        except ConfigError:
-            assert kind is bool or typed(text, kind, str) == text
-            continue
-        assert type(value) is kind
-
-
-@pytest.mark.parametrize(
-    ("value", "types", "expected"),
-    [
-        ("true", (bool,), True),
-        ("FALSE", (bool,), False),
-        (True, (bool,), True),
-        (["q_proj", "v_proj"], (str,), "q_proj,v_proj"),
-        ([], (str,), ""),
-        (3, (float,), 3.0),
-        ("1e-3", (float,), 0.001),
-        ("off", (float, str), "off"),
-        ("8", (float, str), 8.0),
-        ("5", (int, float, str), 5),
-        ("1.0", (int, float, str), 1.0),
-    ],
-)
-def test_what_toml_and_a_command_line_give_is_taken(
-    value: Any, types: tuple[type, ...], expected: Any
-) -> None:
-    found = typed(value, *types)
-    assert found == expected
-    assert type(found) is type(expected)
-
-
-@pytest.mark.parametrize(
-    ("value", "types", "expected"),
-    [
-        (1, (bool,), "true or false"),
-        ("yes", (bool,), "true or false"),
-        ("", (bool,), "true or false"),
-        (1.0, (int,), "a whole number of at least 0"),
-        ("1.0", (int,), "a whole number of at least 0"),
-        (True, (int,), "a whole number of at least 0"),
-        ("", (int,), "a whole number of at least 0"),
-        ("one", (float,), "a number of at least 0"),
-        (True, (float,), "a number of at least 0"),
-        (None, (float,), "a number of at least 0"),
-        ([1.0], (float,), "a number of at least 0"),
-        pytest.param(10**400, (float,), "a number of at least 0", id="beyond any float"),
-        (1, (str,), "text"),
-        (None, (str,), "text"),
-        ([1], (str,), "text"),
-        ({"a": 1}, (str,), "text"),
-        (True, (int, str), "a whole number of at least 0, or text"),
-    ],
-)
-def test_a_value_of_another_type_is_named_with_what_is_expected(
-    value: Any, types: tuple[type, ...], expected: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        typed(value, *types)
-    assert str(caught.value) == f"some.key = {value!r}: expected {expected}"
 
 
 def test_a_number_too_large_for_any_range_is_a_config_error() -> None:
