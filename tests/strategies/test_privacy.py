@@ -347,7 +347,12 @@ def test_an_adaptive_clip_follows_the_norms(make_config: Callable, open_run: Cal
     few = {**CLIENT, "privacy.clip": "adaptive"}
     with pytest.raises(ConfigError, match=r"at least 21 clients a round"):
         open_run(make_config(few))
-    quiet = {**few, "privacy.noise-multiplier": 0.3, "privacy.clip": 1e-3, "federation.num-rounds": 9}
+    quiet = {
+        **few,
+        "privacy.noise-multiplier": 0.3,
+        "privacy.clip": "adaptive:1e-3",
+        "federation.num-rounds": 9,
+    }
     run = open_run(make_config(quiet))
     state, clips = run.state, []
     for _ in range(4):
