@@ -23,7 +23,6 @@ from fedllm.engine.engine import Engine
 from fedllm.errors import FedLLMError, NonFiniteError, RunFailedError
 from fedllm.models.files import first_line
 from fedllm.models.with_base_delta import with_base_delta
-from fedllm.plan.distillation import DistillationPlan
 from fedllm.plan.run_plan import RunPlan, distillation_of
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import (
@@ -31,16 +30,13 @@ from fedllm.runs.records import (
     DistillationRecord,
     DistillationTeachers,
     LossChange,
-    RoundRecord,
 )
 from fedllm.seeds import derive_seed
-from strategies.distillation.gate import Loss, ask_clients, error_of_gain, judged, loss_of, weights_by_domain
+from strategies.distillation.gate import Loss, error_of_gain, judged, loss_of, weights_by_domain
 from strategies.distillation.material import PUBLIC, Material, make_material
 from strategies.distillation.public_text import read_public
-from strategies.distillation.report import describe_step
 from strategies.distillation.synthetic_text import Gates, anything
-from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
-from strategies.exchange.evaluation import HeldOut
+from strategies.distillation.teachers import ClientAdapter, priors_of
 from strategies.session import Session
 
 
@@ -79,13 +75,6 @@ def open_public_text(plan: RunPlan) -> tuple[PublicText, ...]:
     if distillation is None or not distillation.public_source:
         return ()
     return read_public(distillation.public_source, plan.config.data)
-
-
-def teachers_of(plan: DistillationPlan | None, state: ServerState, round_num: int) -> Teachers | None:
-    """Return where the teachers of a round are kept, None where it has no step."""
-    if plan is None or not plan.is_due(round_num):
-        return None
-    return Teachers(state.adapter, round_num, plan.numbers.max_teachers)
 
 
 def undistilled(state: ServerState) -> ServerState:
@@ -264,21 +253,3 @@ def student_training(config: RunConfig, round_num: int) -> StudentTraining:
         pull=numbers.pull,
         seed=derive_seed(config.seed, "distillation", round_num),
     )
-
-
-def end_with_distillation(
-    session: Session, before: ServerState, after: ServerState, record: RoundRecord, teachers: Teachers
-) -> tuple[ServerState, RoundRecord, HeldOut | None]:
-    """Let the clients' adapters teach the aggregate; it stays where the step fails or a gate refuses.
-
-    Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
-    """
-    adapter, outcome = distilled(session, before, after, teachers.without(record.aggregation.silenced))
-    is_last = session.config.distill.when == "last"
-    undistilled = after.adapter if is_last and outcome.kept else None
-    state, held_out = replace(after, adapter=adapter, undistilled=undistilled), None
-    if outcome.kept and distillation_of(session.plan).asks_clients:
-        asked = ask_clients(session, after, state, outcome)
-        state, outcome, held_out = asked.state, asked.record, asked.held_out
-    session.watch.notice(f"round {record.round_num}: {describe_step(outcome)}")
-    return state, replace(record, distillation=outcome, adapter=state.adapter.digest), held_out

@@ -41,8 +41,9 @@ from strategies.distillation.synthetic_text import Gates
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.flower_strategy import FederatedLora
 from strategies.rounds import next_round
-from strategies.run import open_session, run_federation
+from strategies.run import run_federation
 from strategies.session import Watch
+from strategies.start import open_session
 
 FORMS = {
     "anna": "Return the {} of a {}.",

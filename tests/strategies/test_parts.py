@@ -15,8 +15,9 @@ from fedllm.adapters.parts import other_part, part_of, part_size
 from fedllm.errors import ConfigError
 from fedllm.messages import ClientUpdate, TrainRequest
 from fedllm.wire import packets
+from strategies.cohort.plan_round import plan_round
 from strategies.exchange.evaluation import evaluate
-from strategies.rounds import next_round, plan_round
+from strategies.rounds import next_round
 
 FFA = {"aggregation.train": "b", "aggregation.read-out": "factor-mean", "wire.codec": "fp32"}
 NAMES = ("anna", "ben", "cleo", "dora")
@@ -63,7 +64,7 @@ def test_leaving_a_out_changes_no_bit(
     for whole in (False, True):
         run = open_run(make_config(FFA))
         if whole:
-            monkeypatch.setattr("strategies.rounds.travelling_part", lambda *_: "both")
+            monkeypatch.setattr("strategies.exchange.requesting.part_to_send", lambda *_: "both")
         state = run.state
         for _ in range(2):
             state, record = next_round(run.session, state)
