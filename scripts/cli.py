@@ -4,11 +4,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 import fedllm
-from fedllm.errors import FedLLMError
+from scripts.command_line import run_app
 
 app = typer.Typer(
     name="fedllm",
@@ -118,6 +117,42 @@ def audit(
 
 
 @app.command()
+def distil(
+    teacher: Annotated[str, typer.Argument(help="A base model, or an adapter folder or run folder on one.")],
+    student: Annotated[str, typer.Option(help="A smaller model, or layers=N: cut from the teacher.")],
+    text: Annotated[str, typer.Option(help="What it learns on: a source, as data.source takes.")],
+    out: Annotated[Path, typer.Option(help="The folder that is written.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a step.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Likeliest tokens kept of the teacher.")] = 64,
+    on_policy: Annotated[int, typer.Option(min=0, help="Rounds on the student's own texts, after.")] = 0,
+    rank: Annotated[int, typer.Option(min=1, help="Of the student's LoRA adapter.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of a text.")] = 256,
+    num_texts: Annotated[int, typer.Option(min=4, help="To learn on, at most.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the texts' order and the adapter.")] = 0,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda[:N]")] = "auto",
+    json: Json = False,
+) -> None:
+    """Teach a smaller model what a large one says: the same tokenizer, another, or cut from its layers."""
+    from scripts.commands import distil_command
+
+    numbers = distil_command.Numbers(
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        top_k=top_k,
+        on_policy=on_policy,
+        rank=rank,
+        max_tokens=max_tokens,
+        num_texts=num_texts,
+        seed=seed,
+        device=device,
+    )
+    distil_command.distil(teacher, student=student, text=text, out=out, numbers=numbers, as_json=json)
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run folder.")],
     second: Annotated[Path, typer.Argument(help="Another run folder.")],
@@ -144,16 +179,7 @@ def main() -> None:
     """Run the command; an expected failure is one line on stderr and exit code 2."""
     verbose = {"-v", "--verbose"} & set(sys.argv[1:])
     arguments = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
-    try:
-        code = app(arguments, prog_name="fedllm", standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except FedLLMError as error:
-        if verbose:
-            raise
-        print(f"fedllm: {error}", file=sys.stderr)
-        code = 2
+    code = run_app(app, arguments, name="fedllm", verbose=bool(verbose))
     if code == INTERRUPTED:  # how typer reports Ctrl-C
         print("fedllm: stopped; complete rounds are saved, --resume continues", file=sys.stderr)
     sys.exit(code)

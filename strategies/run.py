@@ -14,7 +14,7 @@ from fedllm.errors import BudgetSpentError, CheckpointError, FedLLMError, RunFai
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import describe_run, open_run_folder, write_result, write_rounds
-from strategies.distillation.step import undistilled
+from strategies.distillation.ending import undo_distillation
 from strategies.exchange.evaluation import evaluate
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
@@ -76,7 +76,7 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
     try:
         while state.round_num < session.config.federation.num_rounds:
             # Where the round does not come about, the run ends with the adapter that was distilled.
-            state, _ = next_round(session, undistilled(state))
+            state, _ = next_round(session, undo_distillation(state))
             is_saved = _is_saved(session, state, folder)
             check_failure_rate(state, session.config.federation.max_failure_rate)
     except BudgetSpentError as error:

@@ -14,7 +14,7 @@ from fedllm.runs.checkpoint import ServerState, load_checkpoint
 from fedllm.runs.privacy_statement import summary_line
 from fedllm.runs.records import RoundRecord
 from strategies.aggregation.stock import check_stock
-from strategies.distillation.step import open_public_text
+from strategies.distillation.public_text import open_public_text
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import join_clients
 from strategies.grid.transport import Transport
@@ -50,7 +50,7 @@ def open_session(
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
         check_stock(plan)
-    public_text = open_public_text(plan)  # before anybody is waited for
+    public_text = open_public_text(plan.distillation, config.data)  # before anybody is waited for
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)

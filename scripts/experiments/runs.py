@@ -1,4 +1,4 @@
-"""Kinds of cells that are federations: the product's own run, round by round in this process.
+"""Kinds of trials that are federations: the product's own run, round by round in this process.
 
 Every client has a node of its own, as in a deployment, so the bytes counted are those of its own messages.
 """
@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from fedllm.config.run_config import RunConfig
 from fedllm.runs.records import RoundRecord
-from scripts.experiments.cells import Cell, Figures, Setting
+from scripts.experiments.trials import Figures, Setting, Trial
 from scripts.runtimes.local import LocalState, init, step
 
 
-def federation(cell: Cell, setting: Setting) -> Figures:
+def federation(trial: Trial, setting: Setting) -> Figures:
     """Do a run and return its figures."""
-    return figures_of(run(setting.config(cell)).records)
+    return figures_of(run(setting.config(trial)).records)
 
 
 def run(config: RunConfig, num_nodes: int = 0) -> LocalState:

@@ -1,6 +1,5 @@
 """What the next round will do: which clients are asked, and the numbers that follow from the run's plan."""
 
-from fedllm.adapters.parts import returned_part
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan
 from strategies.cohort.selection import choose_clients
@@ -32,7 +31,6 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     if cohort.rule == "poisson" and available:  # with nobody free there was nothing to draw from
         asked = asked if len(asked) >= config.federation.min_clients else ()
         cohort_size = len(asked)
-    trained = session.rule.trained_in(round_num)
     return RoundPlan(
         round_num=round_num,
         attempt=attempt,
@@ -40,7 +38,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         cohort_size=cohort_size,
         ranks={client: rank for client, rank in session.ranks().items() if client in asked},
         training=session.plan.training(round_num),
-        trained=trained,
-        returned=returned_part(trained, session.rule.local_b),
+        trained=session.rule.trained_in(round_num),
+        returned=session.rule.returned_in(round_num),
         largest_start=float(state.adapter.vector.abs().max()),
     )

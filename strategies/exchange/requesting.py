@@ -14,26 +14,18 @@ from strategies.session import Session
 
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
     """Return one message per node, naming its clients that train in this round."""
-    config = session.config
     part = part_to_send(session.rule, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(plan.asked).items():
-        ranks = tuple(plan.ranks[client] for client in clients)
         request = TrainRequest(
             round_num=plan.round_num,
             client_ids=tuple(clients),
             num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
-            ranks=ranks,
+            ranks=tuple(plan.ranks[client] for client in clients),
             adapter=state.adapter,
             base_delta=state.base_delta,
-            training=plan.training,
-            trained=plan.trained,
-            local_b=session.rule.local_b,
-            node_sum=session.is_summed(ranks),
-            codec=config.wire.codec,
-            weighting=session.rule.weighting,
-            seed=config.seed,
-            control=control_of(state) if config.train.control_variates else None,
+            plan_digest=session.plan.digest,
+            control=control_of(state) if session.config.train.control_variates else None,
             clip=clip_of(session.privacy, state),
         )
         sending = session.held_by_nodes.what_to_send(node, part, state.base_delta.digest)
@@ -61,7 +53,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
             num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
             adapter=state.adapter,
             base_delta=state.base_delta,
-            local_b=session.rule.local_b,
+            plan_digest=session.plan.digest,
         )
         sending = session.held_by_nodes.what_to_send(node, part, state.base_delta.digest)
         contents[node] = write_evaluate_request(request, sending)

@@ -1,4 +1,4 @@
-"""The cell of the distillation experiment: one federation, and every way to teach its last round back.
+"""The trial of the distillation experiment: one federation, and every way to teach its last round back.
 
 All but the last round are the product's own. The last is done step by step, so that its clients' adapters are
 at hand; then every variant starts from the same aggregate and the same adapters.
@@ -21,15 +21,17 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import FedLLMError, NonFiniteError
 from fedllm.messages import ClientUpdate
-from fedllm.plan.run_plan import resolve
-from scripts.experiments.cells import Cell, Figures, Setting
+from fedllm.plan.run_plan import distillation_of, resolve
 from scripts.experiments.controls import holder_of
+from scripts.experiments.trials import Figures, Setting, Trial
 from scripts.runtimes.local import init, step
 from strategies.cohort.plan_round import plan_round
-from strategies.distillation.gate import Loss, error_of_gain, loss_of
+from strategies.distillation.learn import student_training
+from strategies.distillation.losses import Loss, error_of_gain, measure_base, measure_change, measure_loss
 from strategies.distillation.material import Material, make_material
-from strategies.distillation.step import open_public_text, own_losses, server_engine, student_training
-from strategies.distillation.synthetic_text import Gates
+from strategies.distillation.originality import text_screen
+from strategies.distillation.public_text import open_public_text
+from strategies.distillation.step import open_engine, writers_of
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.exchange.receiving import receive, sort_answers
 from strategies.exchange.requesting import train_requests
@@ -55,14 +57,14 @@ class Round:
         return Teacher(vectors, self.engine.layout, priors_of(self.clients), kind)
 
 
-def distilled(cell: Cell, setting: Setting) -> Figures:
+def distilled(trial: Trial, setting: Setting) -> Figures:
     """Return every variant's held-out losses on the clients' rows, and what the gate said of it.
 
     The options name the texts ("text:NAME" -> `distill.text`) and the students' learning rates ("rates",
     separated by commas): each variant takes the rate with the least loss on the texts its gate looks at.
     A text that cannot be used is left out, with the reason under "lost".
     """
-    config = setting.config(cell)
+    config = setting.config(trial)
     last = last_round(config)
     holder = holder_of(config)
     nothing = AdapterState(last.engine.layout, torch.zeros(last.engine.layout.size))
@@ -71,7 +73,7 @@ def distilled(cell: Cell, setting: Setting) -> Figures:
         "aggregate": asdict(_on_clients(holder, last.aggregate)),
         "ensembles": {kind: asdict(_ensemble(last, holder, kind)) for kind in TEACHERS},
     }
-    return {**figures, **_on_texts(last, holder, config, cell.options)}
+    return {**figures, **on_texts(last, holder, config, trial.options)}
 
 
 def last_round(config: RunConfig) -> Round:
@@ -89,7 +91,7 @@ def last_round(config: RunConfig) -> Round:
             teachers.add(answer)
     after, record = aggregate(session, before, plan, answers)
     clients = teachers.without(record.aggregation.silenced)
-    return Round(session, server_engine(session), after.adapter, clients)
+    return Round(session, open_engine(session), after.adapter, clients)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _ensemble(last: Round, holder: DataHolder, kind: str) -> Losses:
     return _losses({name: teach(last.engine, teacher, rows, top_k=1).loss for name, rows in held_out.items()})
 
 
-def _on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mapping[str, Scalar]) -> Figures:
+def on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mapping[str, Scalar]) -> Figures:
     """Return the variants of every text that the options name, and of those that failed the reason."""
     rates = [float(rate) for rate in str(options["rates"]).split(",")]
     texts: Figures = {}
@@ -132,23 +134,23 @@ def _on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mappi
         if kind != "text":
             continue
         try:
-            texts[name] = _variants(last, holder, config.override({"distill.text": text}), rates)
+            texts[name] = variants_of(last, holder, config.override({"distill.text": text}), rates)
         except FedLLMError as error:
             lost[name] = str(error)
     return {"texts": texts, "lost": lost}
 
 
-def _variants(last: Round, holder: DataHolder, config: RunConfig, rates: Sequence[float]) -> Figures:
+def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Sequence[float]) -> Figures:
     """Return what every teacher, and the control, makes of the aggregate with one choice of text."""
-    public = open_public_text(resolve(config))
-    round_num = config.federation.num_rounds
-    gates = Gates(last.session, last.engine, last.clients, round_num)
-    material = make_material(resolve(config), public, last.engine, last.clients, round_num, gates)
+    plan, round_num = resolve(config), config.federation.num_rounds
+    public = open_public_text(plan.distillation, config.data)
+    screen = text_screen(last.session, last.engine, last.clients, round_num)
+    writers = writers_of(plan, last.engine, last.clients, round_num)
+    material = make_material(distillation_of(plan), public, writers, screen)
 
     def at_gate(adapter: AdapterState) -> Loss:
-        return loss_of(last.engine, adapter, material.held_out, material.held_out_domains)
+        return measure_loss(last.engine, adapter, material.held_out, material.held_out_domains)
 
-    nothing = AdapterState(last.engine.layout, torch.zeros(last.engine.layout.size))
     before = at_gate(last.aggregate)
     found: Figures = {
         "rows": len(material.rows),
@@ -158,7 +160,7 @@ def _variants(last: Round, holder: DataHolder, config: RunConfig, rates: Sequenc
         "refused": material.texts.num_refused,
         "held_out": len(material.held_out),
         "held_out_text": material.texts.held_out_kind,
-        "gate_base": at_gate(nothing).mean,
+        "gate_base": measure_base(last.engine, material.held_out),
         "gate_before": before.mean,
     }
     for name in (*TEACHERS, TUNED):
@@ -171,7 +173,7 @@ def _variants(last: Round, holder: DataHolder, config: RunConfig, rates: Sequenc
         losses = [at_gate(adapter) for _, adapter in tried]
         place = min(range(len(rates)), key=lambda place: losses[place].mean)
         (rate, adapter), after = tried[place], losses[place]
-        own = own_losses(last.engine, material, last.aggregate, adapter)
+        own = measure_change(last.engine, last.aggregate, adapter, material.own)
         found[name] = {
             **asdict(_on_clients(holder, adapter)),
             "rate": rate,
@@ -187,7 +189,9 @@ def _student(
     last: Round, config: RunConfig, material: Material, targets: Targets | None, rate: float
 ) -> AdapterState:
     """Return a student, the start where it diverged; without targets it is tuned on the rows' own tokens."""
-    training = replace(student_training(config, config.federation.num_rounds), learning_rate=rate)
+    training = replace(
+        student_training(config.distill, config.seed, config.federation.num_rounds), learning_rate=rate
+    )
     with suppress(NonFiniteError):
         if targets is None:
             return supervised(last.engine, last.aggregate, material.rows, training).adapter
