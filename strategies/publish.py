@@ -30,7 +30,7 @@ def publish_run(folder: Path, plan: RunPlan, state: ServerState, stopped: str) -
 
     `stopped` says why the run ended before its last round, "" where it did not.
     """
-    files = resolve_model(plan.config.model.name, plan.config.model.revision)
+    files = resolve_model(plan.config.model.name)
     result = summary(state, publish_adapter(folder, plan, files, state))
     if stopped:
         result["stopped"] = stopped
