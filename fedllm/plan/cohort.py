@@ -28,7 +28,8 @@ def cohort_plan(federation: FederationConfig) -> CohortPlan:
     """Return how a run chooses the clients of a round.
 
     Raises:
-        ConfigError: the cohort is larger than the federation, or smaller than the updates a round needs.
+        ConfigError: the cohort is larger than the federation, or smaller than the updates a round needs;
+            power-of-choice draws fewer candidates than the round asks.
     """
     num_clients = federation.num_clients
     # At least one client: a small fraction of few clients would round to nobody.
@@ -37,7 +38,7 @@ def cohort_plan(federation: FederationConfig) -> CohortPlan:
         raise ConfigError(f"federation.cohort-size = {size} is above federation.num-clients = {num_clients}")
     if federation.min_clients > size:
         raise ConfigError(f"federation.min-clients = {federation.min_clients} is above the cohort of {size}")
-    return CohortPlan(
+    cohort = CohortPlan(
         rule=federation.selection,
         size=size,
         num_clients=num_clients,
@@ -45,3 +46,8 @@ def cohort_plan(federation: FederationConfig) -> CohortPlan:
         candidates=federation.candidates,
         preferred_seconds=federation.preferred_seconds,
     )
+    if cohort.rule == "power-of-choice" and 0 < cohort.candidates < cohort.num_asked:
+        raise ConfigError(
+            f"federation.candidates = {cohort.candidates} is below the {cohort.num_asked} clients asked"
+        )
+    return cohort
