@@ -1,15 +1,13 @@
 """The base deltas this machine holds, so that a server need not send one twice.
 
 A base delta is no secret of a data holder: it is what the server made of everybody's rounds. It is kept on
-disk
-because a Flower node starts a new process for every message; the file's name is its digest, and one that does
-not have it counts as absent.
+disk because a Flower node starts a new process for every message. A file's name is the digest of its content,
+and a file with another content counts as absent.
 """
 
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,7 +17,6 @@ from fedllm.adapters.base_delta import BaseDelta, from_tensors, to_tensors
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import LayoutError
 from fedllm.files import write_bytes
-from fedllm.models.files import cache_folder
 
 NUM_KEPT = 2  # files; a run needs its newest alone
 
@@ -65,13 +62,3 @@ class BaseDeltaStore:
         others = [file for file in self.folder.glob("*.safetensors") if file != target]
         for old in sorted(others, key=lambda file: -file.stat().st_mtime)[NUM_KEPT - 1 :]:
             old.unlink(missing_ok=True)
-
-
-@lru_cache(maxsize=1)
-def _store(folder: Path) -> BaseDeltaStore:
-    return BaseDeltaStore(folder)
-
-
-def base_delta_store() -> BaseDeltaStore:
-    """Return this process's store, in the user's cache."""
-    return _store(cache_folder() / "base-deltas")

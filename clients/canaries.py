@@ -1,7 +1,8 @@
-"""Canaries of an audited run: texts of random tokens that a client trains on beside its own, or not.
+"""Canaries of an audited run: texts of random tokens that a client adds to its training rows, or leaves out.
 
-Which of them by fair coins from a secret of this machine's. Neither coins nor texts leave it; the number of
-training rows a client declares includes those that were put in. `fedllm audit` reads the secret again.
+A fair coin decides for each of them, drawn from a secret of this machine. Neither coins nor texts leave it;
+the number of training rows a client declares includes the canaries among them. `fedllm audit` reads the
+secret again.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ def canary_file(state_path: Path, run_name: str) -> Path:
     return state_path / f"{run_name}-canary-secret"
 
 
-def planted(config: RunConfig, tokenizer: Any, client_id: str, state_path: Path) -> tuple[Encoded, ...]:
+def draw_canaries(config: RunConfig, tokenizer: Any, client_id: str, state_path: Path) -> tuple[Encoded, ...]:
     """Return the rows that a client of this node adds to its own; none unless the run plants canaries.
 
     Raises:

@@ -8,21 +8,59 @@ from dataclasses import replace
 
 import torch
 
-from fedllm.engine.jobs import Job, Result
+from clients.jobs import NodeRound
+from clients.technique import ClientWork, Technique, Works
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.engine.jobs import Result
+from fedllm.errors import ConfigError
+from fedllm.plan.run_plan import RunPlan
 from fedllm.wire.packets import as_received
 
+CONTROL = "control"  # its name among the kept vectors
 
-def corrected(job: Job, control_P: torch.Tensor, own_P: torch.Tensor) -> Job:
-    """Return the job with gradients corrected by c - c_i."""
-    return replace(job, correction=control_P - own_P)
+
+def control_variates(plan: RunPlan, layout: AdapterLayout) -> Technique | None:
+    """Return the technique, None where the run has no control variates."""
+    if not plan.config.train.control_variates:
+        return None
+    return Technique(
+        name="control variates", kept={CONTROL: layout.size}, prepare=_correct, after=_send_change
+    )
 
 
 def change_of(result: Result, own_P: torch.Tensor) -> torch.Tensor:
     """Return the change of c_i: from what it was to the mean of the round's gradients."""
-    assert result.gradient is not None
+    assert result.gradient is not None, "a job with a correction gives its mean gradient"
     return result.gradient.float() - own_P
 
 
 def changed(own_P: torch.Tensor, change_P: torch.Tensor, payload: str) -> torch.Tensor:
     """Return the new c_i: the change counts as the server reads it."""
     return own_P + as_received(change_P, payload)
+
+
+def _correct(this_round: NodeRound, works: Works) -> Works:
+    """Return jobs whose gradients are corrected by c - c_i."""
+    control = this_round.request.control
+    if control is None:
+        raise ConfigError("train.control-variates needs a fedllm server, which sends c with every request")
+    return [
+        replace(work, job=replace(work.job, correction=control.vector - _own_control(work, control.vector)))
+        for work in works
+    ]
+
+
+def _send_change(this_round: NodeRound, works: Works) -> Works:
+    """Put the change of c_i in each update, and keep the new c_i."""
+    codec, done = this_round.holder.plan.config.wire.codec, []
+    for work in works:
+        own_P = _own_control(work, work.trained.delta)
+        change_P = change_of(work.trained, own_P)
+        work = replace(work, update=replace(work.sent, control_delta=change_P))
+        done.append(work.keeping(CONTROL, changed(own_P, change_P, codec)))
+    return done
+
+
+def _own_control(work: ClientWork, like_P: torch.Tensor) -> torch.Tensor:
+    """Return a client's c_i; before its first round it is zero."""
+    return work.kept[CONTROL] if CONTROL in work.kept else torch.zeros(like_P.shape)

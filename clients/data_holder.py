@@ -1,25 +1,25 @@
-"""A data holder: the clients of this node, their rows as tokens, and the engine beside them.
+"""A data holder: the clients of this node, their rows as tokens, and the engine that trains them.
 
-The only code that turns private text into tokens. Everything is kept resident for the life of the process,
-so a simulation's worker reads, tokenises and loads once.
+The only code that turns private text into tokens.
 """
 
 import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clients.canaries import planted
+from clients.base_deltas import BaseDeltaStore
+from clients.canaries import draw_canaries
 from clients.site import check_paths, check_privacy, max_rank_of, state_path_of
-from clients.state import PrivateStore, default_state_path
+from clients.state import PrivateStore
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import BadRow, ClientRows, Example
-from fedllm.data.partition import CLIENT_ID, Partition
+from fedllm.data.partition import CLIENT_ID
 from fedllm.data.shards import Shards, load_one_client, load_shards
 from fedllm.engine.engine import Engine
 from fedllm.engine.resident import Resident
@@ -30,8 +30,6 @@ from fedllm.models.files import ModelFiles, fingerprint, resolve_model
 from fedllm.plan.run_plan import RunPlan, resolve
 
 _logger = logging.getLogger("fedllm.clients")
-
-RESIDENT = Resident()  # of this process; the server of a local run shares it
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,19 @@ class ClientTokens:
 
 @dataclass(frozen=True, eq=False)
 class DataHolder:
-    """The clients of one node. Nothing is loaded before it is needed: joining needs no weights."""
+    """The clients of one node. Nothing is loaded before it is needed: joining needs no weights.
+
+    `max_rank` is the largest rank this machine has room for, 0 = any. Below `state_path` every run has a
+    folder for what its clients keep.
+    """
 
     plan: RunPlan
     resident: Resident
+    base_deltas: BaseDeltaStore
     files: ModelFiles
     clients: Mapping[str, ClientTokens]
-    max_rank: int = 0  # the largest rank this machine has room for; 0 = any
-    state_path: Path = field(
-        default_factory=default_state_path
-    )  # below it every run has a folder for what its clients keep
+    max_rank: int
+    state_path: Path
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,35 +90,43 @@ class DataHolder:
         return initial_adapter(self.engine.layout, self.plan.config.seed, self.plan.init_a)
 
 
-def open_data_holder(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> DataHolder:
-    """Return the resident holder for a node, opening it on first use in this process.
+def open_data_holder(
+    config: RunConfig,
+    node: Mapping[str, Scalar],
+    resident: Resident,
+    base_deltas: BaseDeltaStore,
+    read: Callable[[RunConfig], Shards],
+) -> DataHolder:
+    """Return a node's data holder; `read` deals the source's rows where the node has no file of its own.
 
     Raises:
         FedLLMError: the configuration, the data or the base model cannot be used.
     """
-    return _open(tuple(sorted(run_config.items())), tuple(sorted(node_config.items())))
-
-
-@lru_cache(maxsize=64)  # a simulation's worker may host any of its nodes in turn
-def _open(
-    run_config: tuple[tuple[str, Scalar], ...], node_config: tuple[tuple[str, Scalar], ...]
-) -> DataHolder:
-    config, node = RunConfig.from_flat(dict(run_config)), dict(node_config)
     check_paths(config, node)
-    check_privacy(resolve(config).privacy)
+    plan = resolve(config)
+    check_privacy(plan.privacy)
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
-        config = config.override({"model.name": str(node["model-path"]), "model.revision": ""})
-    files = resolve_model(config.model.name, config.model.revision)
-    tokenizer, state_path = RESIDENT.tokenizer(files), state_path_of(node)
+        plan = plan.with_own_model(str(node["model-path"]))
+    files = resolve_model(plan.config.model.name, plan.config.model.revision)
+    tokenizer, state_path = resident.tokenizer(files), state_path_of(node)
     clients = {}
-    for rows in hosted_rows(config, node):
+    for rows in hosted_rows(config, node, read):
         client = encode_client(rows, tokenizer, config.train.max_length)
-        extra = planted(config, tokenizer, client.client_id, state_path) if client.train else ()
+        extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.train else ()
         clients[client.client_id] = replace(client, train=(*client.train, *extra))
-    return DataHolder(resolve(config), RESIDENT, files, clients, max_rank_of(node), state_path)
+    return DataHolder(plan, resident, base_deltas, files, clients, max_rank_of(node), state_path)
 
 
-def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRows]:
+def read_source(config: RunConfig) -> Shards:
+    """Return the rows of `data.source`, dealt to all clients of a run."""
+    shards = load_shards(config.data, num_clients=config.federation.num_clients, seed=config.seed)
+    _report(shards.bad)
+    return shards
+
+
+def hosted_rows(
+    config: RunConfig, node: Mapping[str, Scalar], read: Callable[[RunConfig], Shards] = read_source
+) -> list[ClientRows]:
     """Return the rows of the clients this node hosts.
 
     A node started with `data-path` is one data holder with its own file, whatever the server's `data.source`
@@ -137,31 +146,7 @@ def hosted_rows(config: RunConfig, node: Mapping[str, Scalar]) -> list[ClientRow
             return [ClientRows(client_id, (), ())]
         _report(shard.bad)
         return [shard.client]
-    shards = _shards(config)
-    return list(shards.clients[partition::num_partitions])
-
-
-@lru_cache(maxsize=1)
-def _shards_of(config: RunConfig) -> Shards:
-    shards = load_shards(config.data, num_clients=config.federation.num_clients, seed=config.seed)
-    _report(shards.bad)
-    return shards
-
-
-def _shards(config: RunConfig) -> Shards:
-    """Read the source once per process, whatever else changes between runs."""
-    relevant = RunConfig(seed=config.seed, data=config.data)
-    federation = replace(relevant.federation, num_clients=config.federation.num_clients)
-    return _shards_of(replace(relevant, federation=federation))
-
-
-def partition_of(config: RunConfig) -> Partition:
-    """Return which usable rows of `data.source` each client has, as this machine deals them.
-
-    Raises:
-        ConfigError, DataError: the source or the partition cannot be used.
-    """
-    return _shards(config).partition
+    return list(read(config).clients[partition::num_partitions])
 
 
 def _report(bad: tuple[BadRow, ...]) -> None:

@@ -1,19 +1,12 @@
 """What a node does with an evaluate request: the held-out loss of the clients it names."""
 
-from dataclasses import replace
-
-from clients.base_deltas import base_delta_store
 from clients.data_holder import DataHolder
-from clients.kept_vectors import LOCAL_B, PERSONAL, kept_vectors
-from clients.personal import with_personal
-from clients.train import start_of
+from clients.kept_vectors import load_kept
+from clients.technique import Evaluations, start_of
+from clients.techniques import techniques_of
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import WithheldError
-from fedllm.messages import (
-    ClientEvaluation,
-    ClientFailure,
-    EvaluateRequest,
-)
+from fedllm.messages import ClientEvaluation, ClientFailure, EvaluateRequest
 from fedllm.models.with_base_delta import with_base_delta
 
 
@@ -28,29 +21,23 @@ def evaluate_clients(holder: DataHolder, request: EvaluateRequest) -> list[Clien
     answers: dict[str, ClientEvaluation | ClientFailure] = {
         client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
     }
-    drawn = dict(zip(request.client_ids, request.num_drawn or (0,) * len(request.client_ids), strict=True))
     drawn = {
-        name: number
-        for name, number in drawn.items()
-        if name in holder.clients and holder.clients[name].held_out
+        client_id: num_drawn
+        for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
+        if client_id in holder.clients and holder.clients[client_id].held_out
     }
-    kept = kept_vectors(holder, request, drawn)
+    every = techniques_of(holder.plan, request.adapter.layout)
+    techniques = [technique for technique in every if technique.is_evaluated]
+    kept = load_kept(holder.store, techniques, drawn)
     jobs = [
-        EvaluationJob(name, start_of(request, kept[name].get(LOCAL_B)), holder.clients[name].held_out)
+        EvaluationJob(
+            name, start_of(techniques, request.adapter.vector, kept[name]), holder.clients[name].held_out
+        )
         for name in drawn
     ]
-    with with_base_delta(holder.engine.base, base_delta_store().keep(request.base_delta)):
-        shared = {answer.client_id: answer for answer in holder.engine.evaluate(jobs)}
-        answers.update(shared)
-        if holder.plan.personal is not None and (
-            holder.plan.privacy is None or holder.plan.privacy.metrics == "all"
-        ):
-            layout, numbers = request.adapter.layout, holder.plan.personal
-            wide = [
-                with_personal(job, kept[job.client_id][PERSONAL], layout, numbers)
-                for job in jobs
-                if PERSONAL in kept[job.client_id]
-            ]
-            for own in holder.engine.evaluate(wide):
-                answers[own.client_id] = replace(shared[own.client_id], personal_loss=own.loss)
+    with with_base_delta(holder.engine.base, holder.base_deltas.keep(request.base_delta)):
+        measured: Evaluations = {answer.client_id: answer for answer in holder.engine.evaluate(jobs)}
+        for technique in techniques:
+            measured = technique.measure(holder.engine, jobs, kept, measured)
+    answers.update(measured)
     return list(answers.values())

@@ -1,9 +1,7 @@
 """What a node answers when it is asked to join: the clients it hosts and their sizes."""
 
 from clients.data_holder import DataHolder
-from fedllm.messages import (
-    JoinedClient,
-)
+from fedllm.messages import JoinedClient
 
 
 def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:

@@ -17,17 +17,79 @@ AdamW starts afresh every round. A personal adapter that diverged stays as it wa
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
+from clients.jobs import NodeRound, make_job
+from clients.technique import Evaluations, Technique, Vectors, Works
 from fedllm.adapters.layout import AdapterLayout, at_rank, initial_adapter
 from fedllm.adapters.side_by_side import second_mask, second_of, side_by_side
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob, Job, is_finite
+from fedllm.plan.run_plan import RunPlan
 from fedllm.plan.training import PersonalTraining
 from fedllm.seeds import derive_seed
 
+PERSONAL = "personal"  # its name among the kept vectors
 _logger = logging.getLogger("fedllm.clients")
+
+
+def personal_adapter(plan: RunPlan, layout: AdapterLayout) -> Technique | None:
+    """Return the technique, None where the run has no personal adapters.
+
+    They are measured only where the privacy plan, if there is one, lets every number leave: their losses have
+    no noise.
+    """
+    numbers = plan.personal
+    if numbers is None:
+        return None
+    technique = Technique(
+        name="personal adapter",
+        kept={PERSONAL: personal_layout(layout, numbers).size},
+        after=partial(_train_own, numbers),
+    )
+    if plan.privacy is not None and plan.privacy.metrics != "all":
+        return technique
+    return replace(technique, is_evaluated=True, measure=partial(_measure_own, numbers))
+
+
+def _train_own(numbers: PersonalTraining, this_round: NodeRound, works: Works) -> Works:
+    """Train the personal adapter of each client, and keep it.
+
+    It goes on top of the whole shared adapter, which is what it is evaluated with, whatever part of that and
+    at which rank the client trains.
+    """
+    own_round = replace(this_round, training=numbers.training(this_round.training), trained="both")
+    rank = this_round.layout.rank
+    trained = train_personal(
+        this_round.holder.engine,
+        [make_job(own_round, w.client, w.num_drawn, rank=rank, start_P=w.start_P) for w in works],
+        {work.client.client_id: work.kept[PERSONAL] for work in works if PERSONAL in work.kept},
+        numbers=numbers,
+        seed=this_round.seed,
+    )
+    return [work.keeping(PERSONAL, trained[work.client.client_id]) for work in works]
+
+
+def _measure_own(
+    numbers: PersonalTraining,
+    engine: Engine,
+    jobs: Sequence[EvaluationJob],
+    kept: Mapping[str, Vectors],
+    measured: Evaluations,
+) -> Evaluations:
+    """Return the evaluations with the loss under each personal adapter there is."""
+    wide = [
+        with_personal(job, kept[job.client_id][PERSONAL], engine.layout, numbers)
+        for job in jobs
+        if PERSONAL in kept[job.client_id]
+    ]
+    losses = {own.client_id: own.loss for own in engine.evaluate(wide)}
+    return {
+        client_id: replace(shared, personal_loss=losses.get(client_id))
+        for client_id, shared in measured.items()
+    }
 
 
 def personal_layout(layout: AdapterLayout, numbers: PersonalTraining) -> AdapterLayout:

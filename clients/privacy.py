@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 from clients.data_holder import ClientTokens, DataHolder
-from clients.protect import Protection
-from fedllm.adapters.layout import AdapterLayout
+from clients.jobs import NodeRound
+from clients.technique import Technique, Works
 from fedllm.engine.jobs import Job, StepNoise
 from fedllm.errors import CheckpointError, ConfigError
-from fedllm.messages import ClientFailure, TrainRequest
+from fedllm.messages import ClientFailure
 from fedllm.models.chat import Encoded
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.plan.run_plan import RunPlan
@@ -23,6 +23,40 @@ from fedllm.privacy.ledger import Entry, read_ledger, write_ledger
 from fedllm.privacy.noise import SecretStream, coins
 
 ROUNDING = 1e-4  # by which gradients are clipped below C: more than float32 can lose in a norm
+
+
+def private_rows(plan: RunPlan) -> Technique | None:
+    """Return DP-SGD as a technique, None where no single row is hidden."""
+    privacy = plan.privacy
+    if privacy is None or not privacy.is_by_example:
+        return None
+
+    def prepare(this_round: NodeRound, works: Works) -> Works:
+        secret = secret_of(this_round.holder)
+        return [
+            replace(
+                work,
+                job=private_job(
+                    work.job, work.client, privacy, request_key(this_round, privacy, work.client, secret)
+                ),
+            )
+            for work in works
+        ]
+
+    return Technique(name="private rows", prepare=prepare)
+
+
+def central_clip(plan: RunPlan) -> Technique | None:
+    """Return the client's part of noise that the server adds: no work for a server that will not add it."""
+    if plan.privacy is None or not plan.privacy.is_central:
+        return None
+    return Technique(name="central clip", prepare=_refuse_without_clip)
+
+
+def _refuse_without_clip(this_round: NodeRound, works: Works) -> Works:
+    if not this_round.request.clip > 0:  # only a server that noises the sum names the clip it counts on
+        raise ConfigError("privacy.trust = 'central' needs a fedllm server, which adds the noise to the sum")
+    return works
 
 
 def secret_of(holder: DataHolder) -> bytes:
@@ -34,51 +68,31 @@ def secret_of(holder: DataHolder) -> bytes:
     return kept_secret(holder.store.folder / "noise-secret")
 
 
-def check_request(run: RunPlan, request: TrainRequest) -> None:
-    """Refuse, before any work, a request whose answer nobody would make private, or the plan did not count.
+def charge_clients(this_round: NodeRound, clients: Iterable[str]) -> dict[str, ClientFailure]:
+    """Charge each client for its answer, where the noise is its own; return those that cannot pay.
 
-    Raises:
-        ConfigError: the server is to add the noise and names no clip, so it is not a server that does; or it
-            asks for another training or for more than the configuration of the run says.
+    A client whose ledger cannot be read or written fails too: what is not recorded must not leave.
     """
-    plan = run.privacy
-    if plan is None:
-        return
-    if plan.is_central and not request.clip > 0:
-        raise ConfigError("privacy.trust = 'central' needs a fedllm server, which adds the noise to the sum")
-    unplanned = {
-        "another training": request.training != run.training(request.round_num),
-        "control variates": request.control is not None,
-        "a local B": request.local_b,
-        "counts of tokens": request.weighting == "tokens",
-    }
-    if any(unplanned.values()):
-        asked = ", ".join(name for name, is_asked in unplanned.items() if is_asked)
-        raise ConfigError(f"privacy.epsilon: the plan does not cover what the server asks for: {asked}")
-
-
-def charge_clients(
-    holder: DataHolder, plan: PrivacyPlan, request: TrainRequest, clients: Iterable[str]
-) -> dict[str, ClientFailure]:
-    """Charge each client for its answer to a request; return those that cannot afford or record it."""
-    failed = {}
+    plan, holder, failed = this_round.holder.plan.privacy, this_round.holder, {}
+    if plan is None or plan.is_central:  # a central plan is charged at the server
+        return {}
     for name in clients:
         try:
-            is_charged = _charge(holder, plan, request, holder.clients[name])
+            code = "" if _charge(this_round, plan, holder.clients[name]) else "budget-spent"
         except CheckpointError as error:
-            failed[name] = ClientFailure(client_id=name, code=error.code)
-            continue
-        if not is_charged:
-            failed[name] = ClientFailure(client_id=name, code="budget-spent")
+            code = error.code
+        if code:
+            failed[name] = ClientFailure(client_id=name, code=code)
     return failed
 
 
-def _charge(holder: DataHolder, plan: PrivacyPlan, request: TrainRequest, client: ClientTokens) -> bool:
-    file = holder.store.folder / client.client_id / "privacy-ledger.json"
+def _charge(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens) -> bool:
+    """Return whether the client can afford its answer, which is then recorded."""
+    file = this_round.holder.store.folder / client.client_id / "privacy-ledger.json"
     ledger, charge, name = read_ledger(file), plan.charge(len(client.train)), client.client_id
-    entry = Entry(request.round_num, 0, request_key(plan, request, client, b"").hex(), {name: charge})
-    charged = ledger.with_entry(entry)
-    if charged is ledger:
+    key = request_key(this_round, plan, client, b"")  # no secret: it only names the answer in the ledger
+    charged = ledger.with_entry(Entry(this_round.request.round_num, 0, key.hex(), {name: charge}))
+    if charged is ledger:  # the same answer again gives nothing new away
         return True
     if not ledger.affords(name, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned):
         return False
@@ -86,13 +100,14 @@ def _charge(holder: DataHolder, plan: PrivacyPlan, request: TrainRequest, client
     return True
 
 
-def request_key(plan: PrivacyPlan, request: TrainRequest, client: ClientTokens, secret: bytes) -> bytes:
+def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, secret: bytes) -> bytes:
     """Return the key of all chance in a client's answer to a request: what differs in anything has another.
 
     What the plan does is part of it: the same noise in two amounts, on what is otherwise the same, cancels.
     """
+    request = this_round.request
     protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(len(client.train)), plan.batch_size)
-    numbers = json.dumps([protected, asdict(request.training)], sort_keys=True)
+    numbers = json.dumps([protected, asdict(this_round.training)], sort_keys=True)
     place = request.client_ids.index(client.client_id)
     names = (
         client.client_id,
@@ -101,7 +116,8 @@ def request_key(plan: PrivacyPlan, request: TrainRequest, client: ClientTokens, 
         request.adapter.digest,
         request.base_delta.digest,
     )
-    what = (request.trained, request.returned, request.ranks[place], request.num_drawn[place], request.seed)
+    parts = (this_round.trained, this_round.returned)
+    what = (*parts, request.ranks[place], request.num_drawn[place], this_round.seed)
     return derived_key(secret, "train", *names, *what, numbers)
 
 
@@ -115,7 +131,7 @@ def private_job(job: Job, client: ClientTokens, plan: PrivacyPlan, key: bytes) -
     rate = plan.sampling_rate(len(client.train))
     stream = SecretStream(derived_key(key, "rows"))
     batches = tuple(_drawn(client.train, stream, rate) for _ in job.batches)
-    deviation = plan.multiplier(len(client.train)) * plan.clip / plan.batch_size
+    deviation = plan.multiplier(len(client.train)) * plan.clip / plan.batch_size  # of the mean over a batch
     return replace(
         job,
         batches=batches,
@@ -128,21 +144,3 @@ def private_job(job: Job, client: ClientTokens, plan: PrivacyPlan, key: bytes) -
 
 def _drawn(rows: tuple[Encoded, ...], stream: SecretStream, rate: float) -> tuple[Encoded, ...]:
     return tuple(row for row, is_in in zip(rows, coins(stream, len(rows), rate), strict=True) if is_in)
-
-
-def protection_of(
-    holder: DataHolder, plan: PrivacyPlan | None, request: TrainRequest, layout: AdapterLayout
-) -> Protection | None:
-    """Return what the plan asks of what a client sends."""
-    if plan is None:
-        return None
-    clip = request.clip if plan.is_central else plan.clip
-    return Protection(
-        layout=layout,
-        part=request.returned,
-        clip=0.0 if plan.is_by_example else clip,
-        deviation=plan.multiplier() * plan.clip if plan.is_local_client else 0.0,
-        key=secret_of(holder) if plan.is_local_client else b"",
-        weight_cap=plan.weight_cap,
-        with_numbers=plan.metrics == "all",
-    )

@@ -2,28 +2,35 @@
 
 A training result passes this chain and nothing else does, in an order the privacy plan fixes:
 
-    weight -> clip -> noise -> allow-list -> compress (`fedllm/wire/packets.py`; masking takes its place
-    before)
+    weight -> clip -> noise -> allow-list -> techniques -> compress (`fedllm/wire/packets.py`; masking takes
+    its place before)
 
 What is returned is the whole of what the server learns: a delta, a weight and four numbers, which are zeros
 where the plan withholds them; and, where the run has control variates (SCAFFOLD), the change of the client's
 own, a mean gradient. Where a server asks a node for the sum of its clients, their deltas leave as one
-weighted mean. Without a privacy plan nothing is clipped and no noise is added.
+weighted mean. Without a privacy plan nothing is clipped, no noise is added, and a technique may still change
+an update (a sparser delta, say); under one no technique may.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fedllm.adapters.layout import AdapterLayout
+from clients.jobs import NodeRound
+from clients.privacy import secret_of
+from clients.technique import ClientWork, Technique, Works
+from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_size, whole_of
 from fedllm.engine.jobs import Result, is_finite
 from fedllm.errors import ConfigError, NonFiniteError
-from fedllm.messages import ClientUpdate
+from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.models.chat import Encoded
 from fedllm.privacy.keys import bits_digest, derived_key
 from fedllm.privacy.noise import SecretStream, clipped, gaussian
+
+_logger = logging.getLogger("fedllm.clients")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,57 @@ class Protection:
     with_numbers: bool = False
 
 
+def protect_clients(
+    this_round: NodeRound, works: Works, techniques: Sequence[Technique]
+) -> tuple[Works, dict[str, ClientFailure]]:
+    """Return the work of each client with what leaves it, and those whose training diverged as failures."""
+    protected, failed = [], {}
+    for work in works:
+        try:
+            protected.append(replace(work, update=_update_of(this_round, work)))
+        except NonFiniteError as error:
+            _logger.warning("%s", error)
+            failed[work.client.client_id] = ClientFailure(client_id=work.client.client_id, code=error.code)
+    done: Works = protected
+    for technique in techniques:
+        changed = technique.after(this_round, done)
+        is_same = [one.update is other.update for one, other in zip(done, changed, strict=True)]
+        if this_round.holder.plan.privacy is not None and not all(is_same):
+            raise RuntimeError(f"{technique.name} changes an update that the privacy plan has protected")
+        done = changed
+    return done, failed
+
+
+def _update_of(this_round: NodeRound, work: ClientWork) -> ClientUpdate:
+    rank = this_round.rank_of(work.client.client_id)
+    return protect(
+        work.trained,
+        [row for batch in work.job.batches for row in batch],
+        rank=rank,
+        round_num=this_round.request.round_num,
+        weighting=this_round.weighting,
+        num_train=len(work.client.train),
+        protection=_protection_of(this_round, at_rank(this_round.layout, rank)),
+    )
+
+
+def _protection_of(this_round: NodeRound, layout: AdapterLayout) -> Protection | None:
+    """Return what the privacy plan asks of what a client sends, None where there is no plan."""
+    plan = this_round.holder.plan.privacy
+    if plan is None:
+        return None
+    clip = this_round.request.clip if plan.is_central else plan.clip  # a central clip may follow the norms
+    return Protection(
+        layout=layout,
+        part=this_round.returned,
+        clip=0.0 if plan.is_by_example else clip,  # DP-SGD has clipped every row already
+        deviation=plan.multiplier() * plan.clip if plan.is_local_client else 0.0,
+        key=secret_of(this_round.holder) if plan.is_local_client else b"",
+        weight_cap=plan.weight_cap,
+        with_numbers=plan.metrics == "all",
+    )
+
+
 def protect(
     result: Result,
     rows: Sequence[Encoded],
@@ -53,7 +111,6 @@ def protect(
     round_num: int,
     weighting: str,
     num_train: int,
-    control_delta: torch.Tensor | None = None,
     protection: Protection | None = None,
 ) -> ClientUpdate:
     """Return the update of one client, trained at `rank`, from its training result.
@@ -80,7 +137,6 @@ def protect(
         train_loss=result.loss if has_numbers else 0.0,
         num_truncated=sum(row.num_cut > 0 for row in rows) if has_numbers else 0,
         seconds=round(result.seconds, 3) if has_numbers else 0.0,
-        control_delta=control_delta,
     )
 
 

@@ -1,19 +1,20 @@
 """What a client keeps for itself between rounds: vectors that never leave this machine.
 
-A file a client and state, named by the number of rows the client had drawn when it was written. The server
-counts those rows too, and only for updates it has accepted: it names the state a round goes on from, so an
-update that was lost, a retried round and a resumed run all find the state they need. The newest few are kept.
+Every state of a client is one file, named by the number of rows the client had drawn when it was written. The
+server counts those rows too, and only for updates it has accepted: it names the state a round goes on from,
+so an update that was lost, a retried round and a resumed run all find the state they need. The newest few are
+kept.
 """
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from platformdirs import user_state_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -34,8 +35,8 @@ class PrivateStore:
 
 
 def default_state_path() -> Path:
-    """Return this user's folder for state: $XDG_STATE_HOME, else `~/.local/state`, / fedllm."""
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "fedllm"
+    """Return this user's folder for state, on Linux `~/.local/state/fedllm` ($XDG_STATE_HOME is heeded)."""
+    return user_state_path("fedllm")
 
 
 def load_private(

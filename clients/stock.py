@@ -4,11 +4,12 @@ FedAvg and its kin know one array record and one `num-examples` a node, so a nod
 answers with their weighted mean, which is what FedAvg over the clients would have computed.
 """
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import Context, MetricRecord, RecordDict
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
 from clients.protect import node_mean
+from clients.techniques import techniques_of
 from clients.train import train_clients
 from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import AdapterState
@@ -17,36 +18,32 @@ from fedllm.messages import ClientEvaluation, ClientUpdate, EvaluateRequest, Tra
 from fedllm.wire.stock import read_plain, write_plain
 
 
-def train_for_stock(holder: DataHolder, content: RecordDict, node_id: int) -> RecordDict:
+def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | None = None) -> RecordDict:
     """Return the node's new adapter and `num-examples`.
 
     Raises:
-        ConfigError: the run has personal adapters, which need to know in which rounds a client took part.
+        ConfigError: clients of the run keep vectors (a personal adapter, say), of which round is not known.
         WireError: the request does not hold exactly one adapter of this run's layout.
         NoDataError: no client of this node has an update.
     """
-    if holder.plan.personal is not None:
-        raise ConfigError("personal.mode needs fedllm's own rounds: a stock strategy keeps no count of turns")
-    plan, start = holder.plan, _read_adapter(holder, content)
-    round_num = _round_of(content)
-    training = plan.training(round_num)
-    drawn = (round_num - 1) * training.steps * training.batch_size
+    start, round_num = _read_adapter(holder, content), _round_of(content)
+    for technique in techniques_of(holder.plan, start.layout):
+        if technique.kept:
+            raise ConfigError(
+                f"{technique.name}: needs fedllm's own rounds, since a stock strategy keeps no count of turns"
+            )
+    training, number = holder.plan.training(round_num), len(holder.clients)
     request = TrainRequest(
         round_num=round_num,
         client_ids=tuple(holder.clients),
-        num_drawn=(drawn,) * len(holder.clients),
-        ranks=(start.layout.rank,) * len(holder.clients),
+        num_drawn=((round_num - 1) * training.steps * training.batch_size,) * number,
+        ranks=(start.layout.rank,) * number,
         adapter=start,
         base_delta=no_base_delta(start.layout),
-        trained=plan.aggregation.trained_in(round_num),
-        local_b=False,
-        node_sum=False,
-        training=training,
-        codec="fp32",
-        weighting="examples",
-        seed=plan.config.seed,
+        plan_digest=holder.plan.digest,
     )
-    updates = [answer for answer in train_clients(holder, request) if isinstance(answer, ClientUpdate)]
+    answers = train_clients(holder, request, weighting="examples")  # as FedAvg weighs its clients
+    updates = [answer for answer in answers if isinstance(answer, ClientUpdate)]
     if not updates:
         raise NoDataError("no client of this node has an update")
     total = sum(update.weight for update in updates)
@@ -60,15 +57,16 @@ def train_for_stock(holder: DataHolder, content: RecordDict, node_id: int) -> Re
     )
 
 
-def evaluate_for_stock(holder: DataHolder, content: RecordDict, node_id: int) -> RecordDict:
+def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context | None = None) -> RecordDict:
     """Return the node's mean held-out loss per token and `num-examples`; raises as `train_for_stock`."""
     start = _read_adapter(holder, content)
     request = EvaluateRequest(
         round_num=_round_of(content),
         client_ids=tuple(holder.clients),
         adapter=start,
+        num_drawn=(0,) * len(holder.clients),
         base_delta=no_base_delta(start.layout),
-        local_b=False,
+        plan_digest=holder.plan.digest,
     )
     done = [answer for answer in evaluate_clients(holder, request) if isinstance(answer, ClientEvaluation)]
     if not done:

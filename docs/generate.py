@@ -1,7 +1,7 @@
 """Write the parts of the documentation that the code already says: `python docs/generate.py`.
 
-`docs/config.md` comes from `fedllm/config/keys.py`, the file tree of the README from the first line of every
-module. tests/test_docs.py compares both with what is written.
+`docs/config.md` comes from `fedllm/config/keys.py`, the file tree in `docs/architecture.md`
+from the first line of every module. tests/test_docs.py compares both with what is written.
 """
 
 import ast
@@ -75,7 +75,7 @@ def _number(value: float) -> str:
 
 
 def tree() -> str:
-    """Return the file tree of the README: every module with its first line, but for those of FOLDED."""
+    """Return the file tree: every module with its first line, but for those of FOLDED."""
     lines = []
     for room in ROOMS:
         lines += _folder_lines(ROOT / room, 0)
@@ -116,9 +116,9 @@ def first_line(file: Path) -> str:
     return sentence + "." if stop else first
 
 
-def with_tree(readme: str) -> str:
-    """Return the text of the README with the tree as it should be."""
-    before, _, rest = readme.partition(BEGIN)
+def with_tree(page: str) -> str:
+    """Return the text of docs/architecture.md with the tree as it should be."""
+    before, _, rest = page.partition(BEGIN)
     return before + BEGIN + tree() + END + rest.partition(END)[2]
 
 
@@ -154,8 +154,8 @@ With `train.schedule = "cosine"` the number of rounds is fixed too, since the sc
 def main() -> None:
     """Write the generated page and the tree."""
     (ROOT / "docs" / "config.md").write_text(config_page())
-    readme = ROOT / "README.md"
-    readme.write_text(with_tree(readme.read_text()))
+    architecture = ROOT / "docs" / "architecture.md"
+    architecture.write_text(with_tree(architecture.read_text()))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ class ConfigError(FedLLMError, ValueError):
     code = "bad-config"
 
 
+class OtherConfigError(ConfigError):
+    """A server runs another configuration than this node was given."""
+
+    code = "other-config"
+
+
 class DataError(FedLLMError, ValueError):
     """A data source, row, column or partition cannot be used. Never quotes the text of a row."""
 
@@ -106,6 +112,7 @@ CLIENT_ERROR_CODES = frozenset(
     {
         FedLLMError.code,
         ConfigError.code,
+        OtherConfigError.code,
         DataError.code,
         NoDataError.code,
         ModelError.code,

@@ -7,7 +7,6 @@ import torch
 
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterState
-from fedllm.adapters.parts import PARTS, returned_part
 from fedllm.errors import LayoutError
 
 # The only numbers besides its delta that a client's update may carry.
@@ -36,16 +35,13 @@ class LocalTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What a node receives: which of its clients train, from where, and how.
+    """Which of a node's clients train in a round, and from where; how they train is in the node's own plan.
 
-    `num_drawn[i]` counts the rows that `client_ids[i]` drew in earlier rounds, so that a client whose
-    process is new every time still sees all its rows before any twice. It trains the part `trained` of the
-    first `ranks[i]` ranks of `adapter`, on the base model with `base_delta` added. With `local_b` every
-    client
-    starts from a B of its own, which never leaves it. With `node_sum` the node answers with one weighted
-    mean of its clients' deltas. `control` is SCAFFOLD's c, where it is used
-    (`fedllm.engine.gradient_terms`). `clip` is the norm to which clients clip what they send, where the
-    server noises their sum; else 0.
+    `num_drawn[i]` counts the rows that `client_ids[i]` drew in earlier rounds, so that a client whose process
+    is new every time still sees all its rows before any twice. It trains the first `ranks[i]` ranks of
+    `adapter`, on the base model with `base_delta` added. `plan_digest` names the configuration the server
+    runs (`RunPlan.digest`). `control` is SCAFFOLD's c, where it is used (`fedllm.engine.gradient_terms`).
+    `clip` is the norm to which clients clip what they send, where the server noises their sum; else 0.
     """
 
     round_num: int
@@ -54,13 +50,7 @@ class TrainRequest:
     ranks: tuple[int, ...]
     adapter: AdapterState
     base_delta: BaseDelta
-    training: LocalTraining
-    trained: str
-    local_b: bool
-    node_sum: bool
-    codec: str
-    weighting: str
-    seed: int
+    plan_digest: str
     control: AdapterState | None = None
     clip: float = 0.0
 
@@ -70,39 +60,28 @@ class TrainRequest:
             raise LayoutError(
                 "a train request names each client once, with its rank and the rows it has drawn"
             )
-        if self.trained not in PARTS or (self.local_b and self.trained != "both"):
-            raise LayoutError("a train request trains both factors, or a or b alone where no B is local")
         if not all(1 <= rank <= full for rank in self.ranks):
             raise LayoutError(f"a train request gives a client a rank outside 1 to {full}")
-        if self.node_sum and set(self.ranks) != {full}:
-            raise LayoutError("a train request asks for the sum of clients of different ranks")
-        if self.control is not None and (self.local_b or self.node_sum or set(self.ranks) != {full}):
-            raise LayoutError("a train request has control variates for updates that do not travel whole")
-
-    @property
-    def returned(self) -> str:
-        """The part of a delta that travels back."""
-        return returned_part(self.trained, self.local_b)
+        if self.control is not None and set(self.ranks) != {full}:
+            raise LayoutError("a train request has control variates for clients of different ranks")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """Which of a node's clients measure the held-out loss of `adapter` on the base model with `base_delta`
-    added.
+    """Which of a node's clients measure the held-out loss of `adapter`; the fields are a train request's.
 
-    With `local_b` every client measures its own B in place of the adapter's. `num_drawn`, as in a train
-    request, names what a client keeps for itself: its B, its personal adapter. Without it there is none.
+    `num_drawn` names what a client has kept for itself: its own B, its personal adapter.
     """
 
     round_num: int
     client_ids: tuple[str, ...]
+    num_drawn: tuple[int, ...]
     adapter: AdapterState
     base_delta: BaseDelta
-    local_b: bool
-    num_drawn: tuple[int, ...] = ()
+    plan_digest: str
 
     def __post_init__(self) -> None:
-        if self.num_drawn and len(self.num_drawn) != len(self.client_ids):
+        if len(self.num_drawn) != len(self.client_ids):
             raise LayoutError("an evaluate request gives the rows each of its clients has drawn")
 
 

@@ -4,11 +4,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 import fedllm
-from fedllm.errors import FedLLMError
+from scripts.command_line import run_app
 
 app = typer.Typer(
     name="fedllm",
@@ -144,16 +143,7 @@ def main() -> None:
     """Run the command; an expected failure is one line on stderr and exit code 2."""
     verbose = {"-v", "--verbose"} & set(sys.argv[1:])
     arguments = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
-    try:
-        code = app(arguments, prog_name="fedllm", standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except FedLLMError as error:
-        if verbose:
-            raise
-        print(f"fedllm: {error}", file=sys.stderr)
-        code = 2
+    code = run_app(app, arguments, name="fedllm", verbose=bool(verbose))
     if code == INTERRUPTED:  # how typer reports Ctrl-C
         print("fedllm: stopped; complete rounds are saved, --resume continues", file=sys.stderr)
     sys.exit(code)

@@ -125,19 +125,20 @@ class RunView:
             self.console.line("  " + " · ".join(shown))
 
     def _cells(self, record: RoundRecord, left: str) -> tuple[str, ...]:
-        is_base = record.round_num == 0
-        spent = (f"{record.epsilon or 0.0:.2f}/{self.budget:g}",) if self.budget else ()
+        is_base, kept = record.round_num == 0, record.aggregation.kept_energy
+        epsilon = record.privacy.epsilon if record.privacy else 0.0
+        spent = (f"{epsilon:.2f}/{self.budget:g}",) if self.budget else ()
         return (
             f"{record.round_num}/{self.num_rounds}",
-            _number(record.train_loss),
+            _number(record.training.loss),
             _number(record.mean_held_out),
             "" if is_base else f"{len(record.accepted)}/{len(record.asked)}",
             str(len(record.lost)) if record.lost else "",
             "" if is_base else f"{record.bytes_up / 1e6:.2f} MB",
             "" if is_base else f"{record.bytes_down / 1e6:.2f} MB",
-            _number(record.rho, 3),
-            "" if record.kept_energy is None else f"{record.kept_energy:.1%}",
-            table_cell(record.distil),
+            _number(record.aggregation.rho, 3),
+            "" if kept is None else f"{kept:.1%}",
+            table_cell(record.distillation),
             f"{record.seconds:.1f} s" if record.seconds else "",
             left,
             *spent,

@@ -1,13 +1,18 @@
-"""What benchmarks and experiments report: spreads, goals, tables and one JSON line."""
+"""What benchmarks and experiments report: spreads, goals, tables, the machine and one JSON line."""
 
 import json
+import os
+import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from rich.table import Table
 
 
@@ -41,6 +46,16 @@ class Goal:
 def spread(values: Sequence[float]) -> Spread:
     """Return the range of `values`, at least one."""
     return Spread(min(values), statistics.median(values), max(values))
+
+
+def mean_spread(value: Mapping[str, float]) -> Spread:
+    """Return a mean with its standard deviation, {"mean", "sd"}, as a range to draw."""
+    return Spread(value["mean"] - value["sd"], value["mean"], value["mean"] + value["sd"])
+
+
+def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean and the sample standard deviation (0 of a single value)."""
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
@@ -90,11 +105,50 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def emit(result: Mapping[str, Any], *, as_json: bool, output: Path | None) -> None:
-    """Keep `result` in the file `output`, and print it as the last line of stdout with `as_json`."""
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
-    if as_json:
+class ReportOptions(Protocol):
+    """Where a report goes: to stdout as its last line with `json`, and to the file `output`."""
+
+    @property
+    def json(self) -> bool:
+        """Whether stdout gets it."""
+
+    @property
+    def output(self) -> Path | None:
+        """The file that gets it."""
+
+
+def publish(
+    options: ReportOptions, name: str, figures: Mapping[str, Any], goals: Mapping[str, Goal]
+) -> dict[str, Any]:
+    """Write the report of these figures where the options say, and return it."""
+    result = report(name, figures, goals)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
+    return result
+
+
+def environment(packages: Sequence[str]) -> dict[str, Any]:
+    """Return what a figure depends on besides the code; nothing that names the machine or its user."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """Return the commit this runs from, "+" where files differ from it; "" outside a repository."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -169,10 +169,10 @@ def _train_metrics(record: RoundRecord) -> MetricRecord:
     """Return the numbers of a round under Flower's kebab names."""
     return MetricRecord(
         {
-            "train-loss": record.train_loss or 0.0,
+            "train-loss": record.training.loss or 0.0,
             "num-clients": len(record.accepted),
-            "num-tokens": record.num_tokens,
-            "rho": record.rho or 0.0,
-            "kept-energy": record.kept_energy or 0.0,
+            "num-tokens": record.training.num_tokens,
+            "rho": record.aggregation.rho or 0.0,
+            "kept-energy": record.aggregation.kept_energy or 0.0,
         }
     )

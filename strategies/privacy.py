@@ -26,7 +26,7 @@ from fedllm.privacy.keys import bits_digest, derived_key, kept_secret, new_secre
 from fedllm.privacy.ledger import Entry, Ledger, read_ledger, write_ledger
 from fedllm.privacy.noise import SecretStream, clipped, gaussian, is_within, next_clip
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import RoundPlan, RoundRecord
+from fedllm.runs.records import PrivacyRecord, RoundPlan, RoundRecord, TrainingRecord
 
 SECRET, JOURNAL = "noise-secret", "privacy-ledger.json"  # in the folder of a run that is never published
 
@@ -290,15 +290,15 @@ def described(
     """Return a record with what its round spent and used, and without the numbers the plan withholds."""
     plan = privacy.plan
     noise = [plan.multiplier(client.num_train) for client in clients] if plan.is_by_example else []
-    record = replace(
-        record,
+    spent = PrivacyRecord(
         epsilon=state.ledger.epsilon(plan.delta),
         noise_multiplier=max(noise, default=None) if plan.is_by_example else plan.multiplier(),
         clip=noised.clip if noised is not None else plan.clip,
     )
-    if plan.metrics == "all":
-        return record
-    return replace(record, train_loss=None, train_losses={}, client_seconds={}, num_tokens=0)
+    training = record.training
+    if plan.metrics != "all":
+        training = TrainingRecord(learning_rate=training.learning_rate, trained=training.trained)
+    return replace(record, privacy=spent, training=training)
 
 
 def largest_noise(privacy: ServerPrivacy | None) -> float:

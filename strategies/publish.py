@@ -150,7 +150,7 @@ def _local_note(plan: RunPlan) -> str:
 
 def _distil_note(state: ServerState) -> str:
     """Return what distillation steps did: numbers alone, since domains may be data holders or files."""
-    steps = [record.distil for record in state.records if record.distil]
+    steps = [record.distillation for record in state.records if record.distillation]
     kept = [(step, step.losses) for step in steps if step.kept and step.losses]
     if not steps:
         return ""

@@ -8,11 +8,10 @@ from functools import partial
 from flwr.app import RecordDict
 
 from fedllm.adapters.layout import AdapterState, initial_adapter
-from fedllm.adapters.parts import returned_part
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import RoundPlan, RoundRecord
+from fedllm.runs.records import AggregationRecord, RoundPlan, RoundRecord, TrainingRecord
 from fedllm.seeds import derive_seed
 from fedllm.wire import requests
 from strategies.aggregation import combine
@@ -137,7 +136,6 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     if cohort.rule == "poisson" and available:  # with nobody free there was nothing to draw from
         asked = asked if len(asked) >= config.federation.min_clients else ()
         cohort_size = len(asked)
-    trained = session.rule.trained_in(round_num)
     return RoundPlan(
         round_num=round_num,
         attempt=attempt,
@@ -145,8 +143,8 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         cohort_size=cohort_size,
         ranks={client: rank for client, rank in session.ranks().items() if client in asked},
         training=session.plan.training(round_num),
-        trained=trained,
-        returned=returned_part(trained, session.rule.local_b),
+        trained=session.rule.trained_in(round_num),
+        returned=session.rule.returned_in(round_num),
         largest_start=float(state.adapter.vector.abs().max()),
     )
 
@@ -157,21 +155,14 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
     part = travelling_part(session.rule, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(plan.asked).items():
-        ranks = tuple(plan.ranks[client] for client in clients)
         request = TrainRequest(
             round_num=plan.round_num,
             client_ids=tuple(clients),
             num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
-            ranks=ranks,
+            ranks=tuple(plan.ranks[client] for client in clients),
             adapter=state.adapter,
             base_delta=state.base_delta,
-            training=plan.training,
-            trained=plan.trained,
-            local_b=session.rule.local_b,
-            node_sum=session.is_summed(ranks),
-            codec=config.wire.codec,
-            weighting=session.rule.weighting,
-            seed=config.seed,
+            plan_digest=session.plan.digest,
             control=control_of(state) if config.train.control_variates else None,
             clip=clip_of(session.privacy, state),
         )
@@ -258,12 +249,14 @@ def fold(
             for client, update in accepted.items()
             if update.round_num < plan.round_num
         },
-        train_losses={client: update.train_loss for client, update in accepted.items()},
-        client_seconds={client: update.seconds for client, update in accepted.items()},
-        train_loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
-        num_tokens=sum(update.num_tokens for update in accepted.values()),
-        learning_rate=plan.training.learning_rate,
-        trained=plan.trained,
+        training=TrainingRecord(
+            loss=sum(u.weight * u.train_loss for u in accepted.values()) / total if total else None,
+            losses={client: update.train_loss for client, update in accepted.items()},
+            seconds={client: update.seconds for client, update in accepted.items()},
+            num_tokens=sum(update.num_tokens for update in accepted.values()),
+            learning_rate=plan.training.learning_rate,
+            trained=plan.trained,
+        ),
         applied=len(accepted) >= config.federation.min_clients or plan.cohort_size == 0,
         adapter=state.adapter.digest,
     )
@@ -303,18 +296,16 @@ def finish(
         norms=aggregate.norms,
         control=_control_after(session, state, sums.controls, num_drawn),
     )
-    record = replace(
-        record,
+    measured = AggregationRecord(
         rho=aggregate.rho,
         largest_rho=aggregate.largest_rho,
         silenced=aggregate.silenced,
         kept_energy=aggregate.kept_energy,
         delta_norm=aggregate.delta_norm,
-        adapter=aggregate.adapter.digest,
     )
     if sums.noised is not None:  # of one noised sum nobody can tell what its clients disagreed on
-        record = replace(record, rho=None, largest_rho=None, kept_energy=None)
-    return after, record
+        measured = replace(measured, rho=None, largest_rho=None, kept_energy=None)
+    return after, replace(record, aggregation=measured, adapter=aggregate.adapter.digest)
 
 
 def _control_after(

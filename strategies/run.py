@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import Strategy
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.resident import Resident
-from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError, FedLLMError
+from fedllm.errors import BudgetSpentError, CheckpointError, FedLLMError
 from fedllm.models.base import describe_layout
 from fedllm.models.files import resolve_model
 from fedllm.plan.dealt_numbers import named_clients
@@ -97,9 +97,7 @@ def open_session(
     if privacy is not None:
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
-        check_stock(plan.aggregation, distils=plan.distillation is not None)
-        if privacy is not None and privacy.plan.is_central:
-            raise ConfigError("a stock Flower strategy adds no noise; use privacy.trust = local without it")
+        check_stock(plan)
     public_text = open_public_text(plan)
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)

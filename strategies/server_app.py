@@ -33,9 +33,9 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _log_record(record: RoundRecord) -> None:
-    loss = "-" if record.train_loss is None else f"{record.train_loss:.4f}"
+    loss = "-" if record.training.loss is None else f"{record.training.loss:.4f}"
     held_out = "" if record.mean_held_out is None else f" · held-out {record.mean_held_out:.4f}"
-    distilled = f" · distilled {table_cell(record.distil)}" if record.distil else ""
+    distilled = f" · distilled {table_cell(record.distillation)}" if record.distillation else ""
     _logger.info(
         "round %d · loss %s%s%s · %d/%d clients · %.2f MB up · %.1f s",
         record.round_num,

@@ -69,10 +69,6 @@ class Session:
         dealt = self.plan.ranks(self.clients)
         return {client: min(rank, self.clients[client].max_rank or rank) for client, rank in dealt.items()}
 
-    def is_summed(self, ranks: Iterable[int]) -> bool:
-        """Return whether a node answers for clients of these ranks with their sum: all have the run's."""
-        return self.config.wire.node_sum and set(ranks) == {self.layout.rank}
-
     def by_node(self, clients: Iterable[str]) -> dict[int, list[str]]:
         """Group client ids by the node that hosts them, keeping their order."""
         grouped: dict[int, list[str]] = {}

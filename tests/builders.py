@@ -1,10 +1,15 @@
-"""What several rooms of tests build: engines on tiny models, random texts."""
+"""What several rooms of tests build: engines on tiny models, random texts, requests to a data holder."""
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
+from clients.data_holder import DataHolder
+from fedllm.adapters.base_delta import no_base_delta
+from fedllm.adapters.layout import initial_adapter
 from fedllm.config.keys import LoraConfig
 from fedllm.engine.engine import Engine
+from fedllm.messages import EvaluateRequest, TrainRequest
 from fedllm.models.base import BaseModel, layout_of
 
 
@@ -28,3 +33,32 @@ def random_texts(lengths: Sequence[int], seed: int = 0) -> list[tuple[int, ...]]
     """Return texts of random tokens, none of them special."""
     generator = random.Random(seed)
     return [tuple(generator.randrange(5, 300) for _ in range(length)) for length in lengths]
+
+
+def train_request(holder: DataHolder, *client_ids: str, **changes: Any) -> TrainRequest:
+    """Return a request for the first round of some clients, from an adapter of seed 0."""
+    layout = holder.engine.layout
+    values: dict[str, Any] = {
+        "round_num": 1,
+        "client_ids": client_ids,
+        "num_drawn": (0,) * len(client_ids),
+        "ranks": (layout.rank,) * len(client_ids),
+        "adapter": initial_adapter(layout, 0),
+        "base_delta": no_base_delta(layout),
+        "plan_digest": holder.plan.digest,
+    }
+    return TrainRequest(**{**values, **changes})
+
+
+def evaluate_request(holder: DataHolder, *client_ids: str, **changes: Any) -> EvaluateRequest:
+    """Return a request for the held-out losses of some clients, of an adapter of seed 0."""
+    layout = holder.engine.layout
+    values: dict[str, Any] = {
+        "round_num": 1,
+        "client_ids": client_ids,
+        "num_drawn": (0,) * len(client_ids),
+        "adapter": initial_adapter(layout, 0),
+        "base_delta": no_base_delta(layout),
+        "plan_digest": holder.plan.digest,
+    }
+    return EvaluateRequest(**{**values, **changes})

@@ -7,6 +7,7 @@ that would not do what its name says, is refused with the reason.
 
 from dataclasses import dataclass, field
 
+from fedllm.adapters.parts import returned_part
 from fedllm.config.keys import PRESETS, AggregationConfig, PrivacyConfig
 from fedllm.errors import ConfigError
 
@@ -64,6 +65,10 @@ class AggregationRule:
         if self.train != "alternate":
             return self.train
         return "b" if round_num % 2 else "a"
+
+    def returned_in(self, round_num: int) -> str:
+        """Return the part of a delta that leaves a client: what it trained, but no B of its own."""
+        return returned_part(self.trained_in(round_num), self.local_b)
 
     @property
     def local_b(self) -> bool:

@@ -62,6 +62,10 @@ class RunPlan:
         every = self.config.evaluation.every
         return round_num == self.config.federation.num_rounds or bool(every and round_num % every == 0)
 
+    def is_summed(self, ranks: Iterable[int]) -> bool:
+        """Return whether a node answers for clients of these ranks with their sum: all have the run's."""
+        return self.aggregation.node_sum and set(ranks) == {self.config.lora.rank}
+
     def training(self, round_num: int) -> LocalTraining:
         """Return how a client trains in a round, counted from 1."""
         train, num_rounds = self.config.train, self.config.federation.num_rounds

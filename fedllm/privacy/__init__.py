@@ -1,1 +1,1 @@
-"""Differential privacy: one plan owns the guarantee; clipping, noise, accounting and words serve it."""
+"""Differential privacy: clipping and noise, the secrets noise is derived from, accounting and the ledger."""

@@ -1,17 +1,19 @@
-"""How much a series of noised releases gives away: epsilon for noise, and noise for epsilon.
+"""Privacy accounting: the epsilon of a series of noised releases, and the noise for an epsilon.
 
-A release is a Gaussian one of noise multiplier z = deviation / sensitivity. Releases of everybody compose to
-one Gaussian of mu = sqrt(sum 1 / z^2), whose epsilon solves an equation exactly (Balle & Wang 2018, arXiv
-1805.06530; Dong, Roth & Su 2019, arXiv 1905.02383). Where each took part by its own coin of probability q,
-privacy loss distributions give it to four digits (PLD: Koskela et al. 2019; Doroshenko et al. 2022, with
-Google's dp-accounting, pessimistic estimate). Renyi accounting is kept as an independent check: it must not
-be below. The neighbouring data lack one unit (add-or-remove-one).
+Every release adds Gaussian noise of multiplier z = deviation / sensitivity. Neighbouring data differ by one
+unit (add-or-remove-one). Two cases:
+
+- every unit takes part in every release: together they are one Gaussian release with mu = sqrt(sum 1 / z^2),
+  and its epsilon solves an exact equation (Balle & Wang 2018, arXiv 1805.06530; Dong, Roth & Su 2019, arXiv
+  1905.02383);
+- each unit takes part by a coin of probability q: privacy loss distributions give epsilon to four digits
+  (Koskela et al. 2019; Doroshenko et al. 2022; Google's dp-accounting, pessimistic estimate). Renyi
+  accounting is an independent check, which must not come out lower.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +43,7 @@ class Charge:
 
 
 def merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:
-    """Return charges with those of the same noise and rate as one, in a fixed order."""
+    """Return the charges in a fixed order, those of the same noise and rate added up."""
     counts: dict[tuple[float, float], int] = {}
     for charge in charges:
         place = (charge.noise_multiplier, charge.rate)
@@ -50,7 +52,7 @@ def merged(charges: Iterable[Charge]) -> tuple[Charge, ...]:
 
 
 def epsilon_of(charges: Iterable[Charge], delta: float) -> float:
-    """Return the epsilon that the charges amount to at `delta`: the reported figure.
+    """Return the epsilon of all charges together at `delta`: the figure that a run reports.
 
     Raises:
         MissingExtraError: a charge is sampled, and dp-accounting is not installed.
@@ -65,8 +67,8 @@ def _epsilon(charges: tuple[Charge, ...], delta: float) -> float:
     if all(charge.rate == 1 for charge in charges):
         return gaussian_epsilon(math.sqrt(sum(c.count / c.noise_multiplier**2 for c in charges)), delta)
     library = _library()
-    # Steps of the discretised loss: rounded up, so a coarser one only reports more. With little noise losses
-    # are large and the finer steps would take ten times as long, for 0.002 % of epsilon.
+    # Losses are rounded up to multiples of the interval, so a coarser one only reports more. Little noise
+    # means large losses: there the finer interval takes ten times as long, for 0.002 % of epsilon.
     interval = 1e-3 if all(charge.noise_multiplier <= 2 for charge in charges) else 1e-4
     accountant = library.pld.PLDAccountant(
         library.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval
@@ -75,7 +77,7 @@ def _epsilon(charges: tuple[Charge, ...], delta: float) -> float:
 
 
 def renyi_epsilon(charges: Iterable[Charge], delta: float) -> float:
-    """Return the epsilon of Renyi accounting (Mironov 2017): the check, some 10 to 20 % above the truth.
+    """Return the epsilon of Renyi accounting (Mironov 2017), some 10 to 20 % above `epsilon_of`: the check.
 
     Raises:
         MissingExtraError: dp-accounting is not installed.
@@ -84,7 +86,7 @@ def renyi_epsilon(charges: Iterable[Charge], delta: float) -> float:
 
 
 def quick_bound(charges: Iterable[Charge], delta: float) -> float:
-    """Return a bound of `epsilon_of` from above that is quick to compute.
+    """Return an upper bound of `epsilon_of` that is quick to compute.
 
     Raises:
         MissingExtraError: a charge is sampled, and dp-accounting is not installed.
@@ -111,16 +113,10 @@ def _renyi(charges: tuple[Charge, ...], delta: float, orders: Sequence[int] | No
     accountant = library.rdp.RdpAccountant(
         orders, neighboring_relation=library.NeighboringRelation.ADD_OR_REMOVE_ONE
     )
-    with _quiet_absl():  # fractional orders that do not converge are left out, which only loosens the bound
-        return float(_composed(accountant, charges).get_epsilon(delta))
-
-
-@contextmanager
-def _quiet_absl() -> Iterator[None]:
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
-    try:
-        yield
+    try:  # it warns of fractional orders that do not converge; without them the bound is only looser
+        return float(_composed(accountant, charges).get_epsilon(delta))
     finally:
         logger.disabled = before
 
@@ -132,13 +128,13 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     """
     if mu == 0 or gaussian_delta(mu, 0.0) <= delta:
         return 0.0
-    return _bisected(lambda epsilon: gaussian_delta(mu, epsilon) <= delta, low=0.0, high=1.0)
+    return _least_that_holds(lambda epsilon: gaussian_delta(mu, epsilon) <= delta, low=0.0)
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
     """Return the delta of one Gaussian release of sensitivity mu and deviation 1 at `epsilon`."""
     second = _normal_cdf(-mu / 2 - epsilon / mu)
-    weighted = math.exp(epsilon + math.log(second)) if second > 0 else 0.0
+    weighted = math.exp(epsilon + math.log(second)) if second > 0 else 0.0  # exp(epsilon) alone overflows
     return max(0.0, _normal_cdf(mu / 2 - epsilon / mu) - weighted)
 
 
@@ -147,13 +143,23 @@ def _normal_cdf(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2.0))
 
 
-def _bisected(holds: Callable[[float], bool], *, low: float, high: float) -> float:
-    """Return the least value, to 1e-9 of itself and from above, at which a growing condition holds."""
+def _least_that_holds(
+    holds: Callable[[float], bool], *, low: float, most: float = 1e12, precision: float = 1e-9
+) -> float:
+    """Return the least value at which a growing condition holds, infinity where it is above `most`.
+
+    The answer is searched from 1 on, up by doubling and down to `low` or 0.01, and then halved to `precision`
+    of itself. Not brentq: the condition must hold at the value returned, since it is a claim of privacy, and
+    noise calibrated with other steps would differ in its last bits, so that no private run could be repeated.
+    """
+    high = 1.0
     while not holds(high):
         low, high = high, 2 * high
-        if high > 1e12:
+        if high > most:
             return math.inf
-    while high - low > 1e-9 * high:
+    while low > 1e-2 and holds(low):
+        low, high = low / 2, low
+    while high - low > precision * high:
         middle = (low + high) / 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
@@ -169,28 +175,26 @@ def noise_for(epsilon: float, delta: float, *, rate: float, count: int) -> float
     """
     one = Charge(1.0, rate, count)
     if rate == 1:
-        mu = 1 / _bisected(lambda x: gaussian_epsilon(1 / x, delta) <= epsilon, low=1e-6, high=1.0)
+        mu = 1 / _least_that_holds(lambda x: gaussian_epsilon(1 / x, delta) <= epsilon, low=1e-6)
         return math.sqrt(count) / mu
-
-    def renyi_holds(noise: float) -> bool:
-        return _renyi((replace(one, noise_multiplier=noise),), delta, _WHOLE_ORDERS) <= epsilon
-
-    high = 1.0  # Renyi accounting is quick and an upper bound: it brackets the answer from above
-    while not renyi_holds(high):
-        high *= 2
-        if high > _LARGEST_NOISE:
-            raise ConfigError(f"privacy.epsilon = {epsilon:g}: no noise keeps {count} releases within it")
-    low = high / 2
-    while renyi_holds(low) and low > 1e-2:
-        low, high = low / 2, low
-    while high - low > 1e-2 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if renyi_holds(middle) else (middle, high)
-    return _tightened(one, epsilon, delta, high)
+    # Renyi accounting is quick and an upper bound, so the noise that it asks for is enough.
+    enough = _least_that_holds(
+        lambda noise: _renyi((replace(one, noise_multiplier=noise),), delta, _WHOLE_ORDERS) <= epsilon,
+        low=0.5,
+        most=_LARGEST_NOISE,
+        precision=1e-2,
+    )
+    if math.isinf(enough):
+        raise ConfigError(f"privacy.epsilon = {epsilon:g}: no noise keeps {count} releases within it")
+    return _tightened(one, epsilon, delta, enough)
 
 
 def _tightened(one: Charge, epsilon: float, delta: float, high: float) -> float:
-    """Return the least noise by privacy loss distributions, from one that suffices on (secant in logs)."""
+    """Return the least noise by privacy loss distributions, starting at `high`, which is enough.
+
+    Each of these takes a tenth of a second or more, so the steps are secants in logarithms: log epsilon is
+    nearly linear in log noise.
+    """
 
     def spent(noise: float) -> float:
         return epsilon_of([replace(one, noise_multiplier=noise)], delta)
@@ -204,6 +208,7 @@ def _tightened(one: Charge, epsilon: float, delta: float, high: float) -> float:
             continue
         if high - low <= 1e-3 * high or high_spent >= epsilon * (1 - 1e-3):
             break
+        # Aimed just below the budget, so that the secant's error seldom lands above it.
         slope = (math.log(epsilon * (1 - 4e-4)) - math.log(high_spent)) / (
             math.log(low_spent) - math.log(high_spent)
         )
@@ -217,14 +222,14 @@ def _tightened(one: Charge, epsilon: float, delta: float, high: float) -> float:
 
 
 def rate_bound(rate: float) -> float:
-    """Return a rate at or just above `rate`, of few possible ones: a larger rate only charges more."""
+    """Return a rate up to 5 % above `rate`, rounded so that accounts share few; a larger one charges more."""
     if rate >= 1:
         return 1.0
     return float(min(1.0, _RATE_STEP ** math.ceil(math.log(rate) / math.log(_RATE_STEP))))
 
 
 def accountant_name(charges: Iterable[Charge]) -> str:
-    """Return what the reported figure of these charges comes from, with its version."""
+    """Return the name and version of the method that `epsilon_of` uses for these charges."""
     if all(charge.rate == 1 for charge in charges):
         return "exact Gaussian (Balle & Wang 2018)"
     try:
@@ -234,7 +239,7 @@ def accountant_name(charges: Iterable[Charge]) -> str:
 
 
 def check_installed() -> None:
-    """Find out before a run whether sampled releases can be counted.
+    """Check before a run that sampled releases can be accounted.
 
     Raises:
         MissingExtraError: dp-accounting is not installed.

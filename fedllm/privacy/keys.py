@@ -1,13 +1,12 @@
 """The secret of a run: 32 random bytes of this machine from which its noise and its coins are derived.
 
-Noise that anyone can draw again is no noise, so none of it comes from the run's public seed. The secret is
-drawn once by the operating system's generator and kept in a file that only its owner can read; a resumed run
-reads it and gives the same bits. Who reads the file can subtract the noise: it belongs to what is never
-published.
+Noise that anyone can draw again hides nothing, so none of it comes from the run's public seed. The operating
+system draws the secret once, and a file that only its owner can read keeps it: a resumed run reads it and
+gives the same bits. Whoever reads the file can subtract the noise, so it must never be published.
 
-Every use has a key of its own, which names what the noise is for *and what it hides* (as RFC 6979 does for
-signatures): the same sum gets the same noise again, so repeating a round reveals nothing new, and another sum
-gets noise that is independent, so two attempts at a round cannot be subtracted from one another.
+Every use has a key of its own, named by what the noise is for *and by what it hides* (as RFC 6979 does for
+signatures). The same sum gets the same noise again, so repeating a round reveals nothing new. Another sum
+gets independent noise, so two attempts at a round cannot be subtracted from one another.
 """
 
 import hashlib
@@ -49,7 +48,7 @@ def kept_secret(path: Path) -> bytes:
 
 
 def _write_new(path: Path, secret: bytes) -> None:
-    """Write a file that is whole or absent, unless another process of this machine was first."""
+    """Write a file that is whole or absent; one that another process wrote first is kept."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
@@ -57,19 +56,20 @@ def _write_new(path: Path, secret: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         with suppress(FileExistsError):
-            os.link(name, path)
+            os.link(name, path)  # unlike a rename it never replaces a secret that is in use
     finally:
         Path(name).unlink(missing_ok=True)
 
 
 def derived_key(secret: bytes, *names: str | int) -> bytes:
     """Return the 32-byte key of one use (HMAC-SHA256); uses that differ in any name have unrelated keys."""
+    # Types and a separator that no name holds: ("a", 1), ("a", "1") and ("a1",) are three uses.
     text = "\x1f".join(f"{type(name).__name__}:{name}" for name in names)
     return hmac.new(secret, text.encode(), hashlib.sha256).digest()
 
 
 def bits_digest(*vectors: torch.Tensor) -> str:
-    """Return the SHA-256 (hex) of the bits of vectors: what the noise on them is bound to."""
+    """Return the SHA-256 (hex) of the bits of vectors, which names them in the key of their noise."""
     hasher = hashlib.sha256()
     for vector in vectors:
         hasher.update(vector.detach().cpu().contiguous().numpy().tobytes())

@@ -1,9 +1,9 @@
-"""What a run has given away so far: one entry for every release, and the sum for every account.
+"""The privacy budget spent so far: one entry for every release, summed up for every account.
 
-An account is a client, or the whole federation where all are charged alike. The ledger is part of a run's
-state and is written before a release is used, so that a run which was killed goes on with all of it. An entry
-is named by round, attempt and the digest of what its noise hides: the same release made again after a resume
-is charged once, another attempt at a round, or other sums under the same number, twice.
+An account is a client, or the whole federation where all clients are charged alike. The ledger is written
+before a release is used, so a run that was killed resumes with everything it has spent. An entry is named by
+round, attempt and the digest of what its noise hides: the same release made again after a resume is charged
+once, while another attempt at the round, or another sum in it, is a second release.
 """
 
 import json
@@ -29,7 +29,7 @@ class Entry:
 
     @property
     def name(self) -> tuple[int, int, str]:
-        """What tells one release from another."""
+        """The release's identity: equal names are charged once."""
         return self.round_num, self.attempt, self.release
 
 
@@ -40,7 +40,10 @@ class Ledger:
     entries: tuple[Entry, ...] = ()
 
     def with_entry(self, entry: Entry) -> "Ledger":
-        """Return the ledger with one more release; of one that it has, accounts not charged yet are added."""
+        """Return the ledger with one more release.
+
+        A release that is known already is not charged twice; only its accounts that were not charged are.
+        """
         known = next((known for known in self.entries if known.name == entry.name), None)
         if known is None:
             return Ledger((*self.entries, entry))
@@ -50,7 +53,7 @@ class Ledger:
         return Ledger(tuple(wider if one is known else one for one in self.entries))
 
     def with_all(self, other: "Ledger") -> "Ledger":
-        """Return the ledger with the releases of another added that it has not, by round and attempt."""
+        """Return the union with another ledger, in the order of rounds and attempts."""
         both = reduce(Ledger.with_entry, other.entries, self)
         return Ledger(tuple(sorted(both.entries, key=lambda entry: entry.name[:2])))
 
@@ -69,15 +72,13 @@ class Ledger:
 
     @cached_property
     def distinct(self) -> set[tuple[Charge, ...]]:
-        """The different sums of charges there are."""
+        """The distinct sums of charges: most accounts have one in common, and each costs time to evaluate."""
         return set(self.accounts.values())
 
     def epsilon(self, delta: float) -> float:
-        """Return the largest epsilon of any account, 0 where nothing was released.
-
-        With sampling each takes a tenth of a second or more, so sums of charges are looked at in the order of
-        their Renyi bounds, until no bound is above what was found.
-        """
+        """Return the largest epsilon of any account, 0 where nothing was released."""
+        # With sampling one evaluation takes a tenth of a second or more. In the order of their quick upper
+        # bounds, the rest can be left out as soon as no bound is above what was found.
         bounds = {charges: quick_bound(charges, delta) for charges in self.distinct}
         largest = 0.0
         for charges in sorted(bounds, key=lambda charges: bounds[charges], reverse=True):
@@ -87,27 +88,27 @@ class Ledger:
         return largest
 
     def renyi_check(self, delta: float) -> float | None:
-        """Return the same by Renyi accounting, None where dp-accounting is not installed."""
+        """Return the largest epsilon by Renyi accounting, None where dp-accounting is not installed."""
         found = [renyi_check(charges, delta) for charges in self.distinct] or [0.0]
         return None if None in found else max(value for value in found if value is not None)
 
     def affords(self, account: str, charge: Charge, *, epsilon: float, delta: float, planned: int) -> bool:
         """Return whether an account may be charged once more within the budget.
 
-        `planned` releases of that noise and rate are known to be within it, where it was calibrated for them;
-        0 where nothing is known.
+        `planned` is the number of releases that the noise was calibrated for, 0 where it was given.
         """
         total = merged((*self.of(account), charge))
+        # Calibration has shown that so many fit; computing it again could differ in the last digit.
         if len(total) == 1 and total[0].count <= planned:
             return True
         return epsilon_of(total, delta) <= epsilon
 
 
 def read_ledger(file: Path) -> Ledger:
-    """Return the ledger in a file, empty where there is none; a damaged one is no reason to start afresh.
+    """Return the ledger in a file, empty where there is no file.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it is damaged. Starting afresh would forget what was spent.
     """
     try:
         return ledger_from_dict(json.loads(file.read_text())) if file.exists() else Ledger()

@@ -1,13 +1,13 @@
-"""Noise from a cryptographic stream: Gaussian, discrete Gaussian, and fair coins of any bias.
+"""Clipping, and noise from a cryptographic stream: Gaussian, discrete Gaussian and biased coins.
 
-A stream is ChaCha20 (RFC 8439) under a key of `fedllm.privacy.keys`, so that nobody without the key can tell
-it from chance, however much of it they see. Statistical generators give no such promise: the state of a
-Mersenne Twister follows from 624 of its outputs.
+A stream is ChaCha20 (RFC 8439) under a key of `fedllm.privacy.keys`: without the key nobody can tell it from
+chance, however much of it they see. Statistical generators promise no such thing: 624 outputs of a Mersenne
+Twister give its state away.
 
-Continuous noise is computed in float64 from 53-bit uniforms. Like every sampler of floating-point numbers it
-is no exact Gaussian in the last bits (Mironov 2012). Sums of updates are noised in float64 and rounded to
-float32 afterwards, far above those bits; the gradients of DP-SGD are float32, and an attack on their last
-bits is not covered. The discrete Gaussian is exact.
+Continuous noise is computed in float64 from 53-bit uniforms. Like every floating-point sampler it is not
+exactly Gaussian in the last bits (Mironov 2012). Sums of updates are noised in float64 and then rounded to
+float32, far above those bits. The gradients of DP-SGD are float32, and an attack on their last bits is not
+covered. The discrete Gaussian is exact.
 """
 
 import math
@@ -18,11 +18,47 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
-_CHUNK = 1 << 16  # pairs of values that are drawn at once: what a cache holds
+_CHUNK = 1 << 16  # pairs of values drawn at once: as many as the cache holds
+_SLACK = 1e-6  # what rounding to float32 may add to a norm, with room
+
+
+def clipped(vector: torch.Tensor, clip: float) -> torch.Tensor:
+    """Return `vector` [P] scaled to a norm of at most `clip`, as float32 on its device.
+
+    A vector with NaN or infinity has no direction and becomes zero. A float32 vector within the clip is
+    returned as it is.
+    """
+    if not bool(torch.isfinite(vector).all()):
+        return torch.zeros_like(vector, dtype=torch.float32)
+    narrow_P = vector.float()
+    if float(torch.linalg.vector_norm(narrow_P.double())) <= clip:
+        return narrow_P
+    wide_P = vector.double()
+    largest = float(wide_P.abs().max())  # divided out first: the square of 1e200 overflows float64
+    scaled_P = wide_P / largest
+    return (scaled_P * (clip * (1 - _SLACK) / float(torch.linalg.vector_norm(scaled_P)))).float()
+
+
+def is_within(vector: torch.Tensor, clip: float) -> bool:
+    """Return whether an update, as the server receives it, was shorter than the clip before it was clipped.
+
+    A clipped update arrives with a norm of `clip` up to the rounding of its payload, so a norm of up to 1 %
+    less counts as clipped. Adaptive clipping then estimates the quantile of 0.99 times the clip.
+    """
+    return float(torch.linalg.vector_norm(vector.double())) <= 0.99 * clip
+
+
+def next_clip(clip: float, noised_share: float) -> float:
+    """Return the clip of the next round, moved towards the median of the norms of updates.
+
+    Geometric updates of Andrew et al. 2019 (arXiv 1905.03871): quantile 0.5, learning rate 0.2.
+    `noised_share` is the share of clients within the clip; noise may put it outside 0 to 1.
+    """
+    return float(clip * torch.exp(torch.tensor(-0.2 * (noised_share - 0.5), dtype=torch.float64)))
 
 
 class SecretStream:
-    """The keystream of a 32-byte key; it has a position, and every draw moves it on."""
+    """The keystream of a 32-byte key. Every draw moves it on, so the order of draws matters."""
 
     def __init__(self, key: bytes):
         self._cipher = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
@@ -32,14 +68,14 @@ class SecretStream:
         return np.frombuffer(self._cipher.update(bytes(8 * number)), dtype="<u8")
 
     def below(self, bound: int) -> int:
-        """Return a uniform whole number from 0 to bound - 1, exactly: draws that do not fit are repeated."""
+        """Return a uniform whole number from 0 to bound - 1."""
         num_bits = max(1, (bound - 1).bit_length())
         num_bytes = (num_bits + 7) // 8
         while True:
             drawn = int.from_bytes(self._cipher.update(bytes(num_bytes)), "little") >> (
                 8 * num_bytes - num_bits
             )
-            if drawn < bound:
+            if drawn < bound:  # a remainder would make small numbers likelier, so others are drawn again
                 return drawn
 
 
@@ -49,8 +85,9 @@ def gaussian(stream: SecretStream, size: int, deviation: float) -> torch.Tensor:
     pairs = noise.view(-1, 2)
     for begin in range(0, len(pairs), _CHUNK):
         part = pairs[begin : begin + _CHUNK]
-        bits = (stream.integers(2 * len(part)) >> 11).astype(np.float64)
+        bits = (stream.integers(2 * len(part)) >> 11).astype(np.float64)  # float64 has 53 bits of fraction
         uniform = torch.from_numpy(bits).view(2, -1)
+        # From 1, not 0, so that the logarithm is finite.
         radius = uniform[0].add_(1.0).mul_(2.0**-53).log_().mul_(-2.0).sqrt_().mul_(deviation)
         angle = uniform[1].mul_(2.0**-53 * 2.0 * math.pi)
         torch.mul(radius, angle.cos(), out=part[:, 0])
@@ -66,15 +103,15 @@ def coins(stream: SecretStream, number: int, rate: float) -> list[bool]:
 def discrete_gaussian(stream: SecretStream, size: int, variance: Fraction) -> list[int]:
     """Return whole numbers with P(x) in proportion to exp(-x^2 / (2 variance)), exactly.
 
-    Algorithms 1 to 3 of Canonne, Kamath & Steinke 2020 (arXiv 2004.00010), in rational arithmetic: no
-    floating point comes near the law. For sums that are masked, whose values are whole.
+    Algorithms 1 to 3 of Canonne, Kamath & Steinke 2020 (arXiv 2004.00010), in rational arithmetic, so that no
+    rounding can give a bit away. For masked sums, which add whole numbers.
     """
     return [_one_discrete(stream, variance) for _ in range(size)]
 
 
 def _one_discrete(stream: SecretStream, variance: Fraction) -> int:
     scale = math.isqrt(variance.numerator // variance.denominator) + 1
-    while True:
+    while True:  # a Laplace proposal of about the same width, thinned to a Gaussian
         drawn = _discrete_laplace(stream, scale)
         gap = Fraction(abs(drawn)) - variance / scale
         if _bernoulli_exp(stream, gap * gap / (2 * variance)):
@@ -91,55 +128,17 @@ def _discrete_laplace(stream: SecretStream, scale: int) -> int:
             whole += 1
         size = small + scale * whole
         negative = stream.below(2) == 1
-        if size or not negative:
+        if size or not negative:  # else 0 would have two signs and twice its chance
             return -size if negative else size
 
 
 def _bernoulli_exp(stream: SecretStream, rate: Fraction) -> bool:
     """Return true with probability exp(-rate)."""
-    while rate > 1:
+    while rate > 1:  # exp(-rate) is exp(-1) times exp(-(rate - 1))
         if not _bernoulli_exp(stream, Fraction(1)):
             return False
         rate -= 1
-    count = 1
+    count = 1  # the first k whose coin of chance rate / k fails is odd with probability exp(-rate)
     while stream.below(rate.denominator * count) < rate.numerator:
         count += 1
     return count % 2 == 1
-
-
-SLACK = 1e-6  # what rounding to float32 may add to a norm, with room
-
-
-def clipped(vector: torch.Tensor, clip: float) -> torch.Tensor:
-    """Return `vector` [P] scaled to a norm of at most `clip`, as float32 on its device.
-
-    A vector that holds NaN or infinity says nothing about where its owner wanted to go and becomes zero; a
-    zero vector stays zero. A vector within the clip keeps its bits where it is float32.
-    """
-    if not bool(torch.isfinite(vector).all()):
-        return torch.zeros_like(vector, dtype=torch.float32)
-    narrow_P = vector.float()
-    if float(torch.linalg.vector_norm(narrow_P.double())) <= clip:
-        return narrow_P
-    wide_P = vector.double()
-    largest = float(wide_P.abs().max())  # 1e200 has a square that float64 has not
-    scaled_P = wide_P / largest
-    return (scaled_P * (clip * (1 - SLACK) / float(torch.linalg.vector_norm(scaled_P)))).float()
-
-
-def is_within(vector: torch.Tensor, clip: float) -> bool:
-    """Return whether an update that was clipped by its owner was within the clip before.
-
-    One that was clipped arrives with a norm of `clip` up to the rounding of its payload, so up to 1 % below
-    counts as clipped: adaptive clipping then estimates the quantile of 0.99 times the clip.
-    """
-    return float(torch.linalg.vector_norm(vector.double())) <= 0.99 * clip
-
-
-def next_clip(clip: float, noised_share: float) -> float:
-    """Return the clip of the next round: up or down towards the median of the norms.
-
-    Geometric updates of Andrew et al. 2019 (arXiv 1905.03871): quantile 0.5, learning rate 0.2. The share of
-    clients within the clip comes noised, so it may lie outside 0 to 1.
-    """
-    return float(clip * torch.exp(torch.tensor(-0.2 * (noised_share - 0.5), dtype=torch.float64)))

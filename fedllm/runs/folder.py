@@ -24,7 +24,7 @@ from typing import Any
 from fedllm.config.key import Scalar
 from fedllm.config.recipe import read_recipe
 from fedllm.config.run_config import RunConfig
-from fedllm.errors import ConfigError
+from fedllm.errors import CheckpointError, ConfigError
 from fedllm.files import write_file
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
@@ -89,7 +89,9 @@ def read_rounds(folder: Path) -> list[RoundRecord]:
     """
     try:
         return [record_from_dict(json.loads(line)) for line in (folder / ROUNDS).read_text().splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except CheckpointError as error:
+        raise ConfigError(f"{folder / ROUNDS}: {error}") from None
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: not a run folder ({ROUNDS}: {type(error).__name__})") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
+from fedllm.errors import CheckpointError
 from fedllm.messages import LocalTraining
 
 
@@ -112,8 +113,43 @@ class DistillationRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What the clients report of their training. Losses are in nats per supervised token.
+
+    A privacy plan may withhold what clients report: then there are no losses, seconds and tokens.
+    """
+
+    loss: float | None = None  # weighted mean over clients
+    losses: Mapping[str, float] = field(default_factory=dict)  # client -> loss
+    seconds: Mapping[str, float] = field(default_factory=dict)  # client -> seconds
+    num_tokens: int = 0
+    learning_rate: float = 0.0
+    trained: str = "both"  # or the factor that was trained alone, a or b
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationRecord:
+    """What combining the updates measured (`strategies.aggregation`); None stands for unknown."""
+
+    delta_norm: float = 0.0  # Frobenius norm of the change of the products B A
+    rho: float | None = None  # error of averaging the factors, as a share of the round's change
+    largest_rho: float | None = None  # the same of the worst single matrix
+    kept_energy: float | None = None  # share of the exact mean's squared norm that the read-out keeps
+    silenced: tuple[str, ...] = ()  # clients to whom the robust rule left less than a tenth of their weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyRecord:
+    """What a round of a private run spent and used."""
+
+    epsilon: float  # spent by the run so far, of the unit that spent most
+    noise_multiplier: float | None  # of this round; the largest where clients differ
+    clip: float  # norm to which updates, or the gradients of rows, were clipped
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """What a round did; one line of `rounds.jsonl`. Losses are in nats per supervised token."""
+    """What a round did; one line of `rounds.jsonl`. Round 0 is the base model before any training."""
 
     round_num: int
     attempt: int = 1
@@ -121,29 +157,18 @@ class RoundRecord:
     accepted: tuple[str, ...] = ()
     lost: Mapping[str, str] = field(default_factory=dict)  # client -> reason
     weights: Mapping[str, float] = field(default_factory=dict)
-    train_loss: float | None = None
-    train_losses: Mapping[str, float] = field(default_factory=dict)
-    client_seconds: Mapping[str, float] = field(default_factory=dict)  # of training, as clients report it
     staleness: Mapping[str, int] = field(default_factory=dict)  # late client -> rounds by which it was late
-    held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
-    personal_held_out: Mapping[str, float] = field(default_factory=dict)  # with its personal adapter on top
-    num_tokens: int = 0
+    applied: bool = True  # false where too few updates were accepted and the adapter stayed as it was
+    adapter: str = ""  # digest of the adapter after this round
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
-    learning_rate: float = 0.0
-    trained: str = "both"  # or the factor that was trained alone, a or b
-    applied: bool = True  # false where too few updates were accepted and the adapter stayed as it was
-    delta_norm: float = 0.0
-    rho: float | None = None  # aggregation error of factor averaging over the norm of the round's change
-    largest_rho: float | None = None  # the same of the worst single matrix
-    kept_energy: float | None = None  # share of the exact mean's squared norm that the read-out keeps
-    silenced: tuple[str, ...] = ()  # clients to whom the robust rule left less than a tenth of their weight
-    distil: DistillationRecord | None = None  # the distillation step, in rounds that have one
-    adapter: str = ""  # digest of the adapter after this round
-    epsilon: float | None = None  # spent by the run so far, of the unit that spent most; None = no privacy
-    noise_multiplier: float | None = None  # of this round; the largest where clients differ
-    clip: float | None = None  # norm to which updates, or the gradients of rows, were clipped
+    training: TrainingRecord = TrainingRecord()
+    aggregation: AggregationRecord = AggregationRecord()
+    privacy: PrivacyRecord | None = None  # under a privacy plan
+    distillation: DistillationRecord | None = None  # in rounds with a distillation step
+    held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
+    personal_held_out: Mapping[str, float] = field(default_factory=dict)  # with its personal adapter on top
 
     @property
     def mean_held_out(self) -> float | None:
@@ -153,14 +178,23 @@ class RoundRecord:
 
 def record_to_dict(record: RoundRecord) -> dict[str, Any]:
     """Return a JSON-ready form of a record; numbers that are not finite become null."""
-    values = {name: _plain(value) for name, value in asdict(record).items()}
+    values = _plain(asdict(record))
     return {"round": values.pop("round_num"), **values, "mean_held_out": _plain(record.mean_held_out)}
 
 
 def record_from_dict(values: Mapping[str, Any]) -> RoundRecord:
-    """Return the record that `record_to_dict` wrote."""
-    fields = {name: value for name, value in values.items() if name not in {"round", "mean_held_out"}}
-    record: RoundRecord = _read(RoundRecord, {"round_num": values["round"], **fields})
+    """Return the record that `record_to_dict` wrote.
+
+    Raises:
+        CheckpointError: it is no record, or one of another version of fedllm.
+    """
+    try:
+        fields = {name: value for name, value in values.items() if name not in {"round", "mean_held_out"}}
+        record: RoundRecord = _read(RoundRecord, {"round_num": values["round"], **fields})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"not a round's record of this version of fedllm ({error}); read it with the one that wrote it"
+        ) from None
     return record
 
 

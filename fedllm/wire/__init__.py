@@ -1,1 +1,1 @@
-"""What travels: the packet codec and its Flower records."""
+"""What travels between server and nodes: packets, and values as Flower records."""

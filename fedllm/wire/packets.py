@@ -1,11 +1,11 @@
-"""One flat vector as one self-describing packet.
+"""One flat vector as one self-describing packet, and the Flower records that packets travel in.
 
     magic "FLLM" | version u8 | header length u32 | header JSON | payload | SHA-256 of all before
 
 The header names layout, part, round and payload, so a packet that belongs to another run, round, rank or
 factor is refused instead of reshaped. Payloads (bytes per value): `fp32` (4), `bf16` (2, round to nearest
-even) and `int8` (1 + 2/64: blocks of 64 values, each with a bfloat16 scale). Lossy payloads are for deltas:
-quantising weights would lose the update itself.
+even) and `int8` (1 + 2/64: blocks of 64 values, each with a bfloat16 scale). Lossy payloads are for deltas
+only: an update is small next to the weights, so rounding the weights would lose it.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
 
+from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import PARTS
 from fedllm.errors import WireError
 
@@ -24,11 +25,13 @@ MAGIC = b"FLLM"
 VERSION = 2
 INT8_BLOCK = 64
 PAYLOADS = ("fp32", "bf16", "int8")
-# what a packet may hold: a part of an adapter, the base delta, a control variate or the change of one
+# What a packet may hold: a part of an adapter, the base delta, a control variate or the change of one.
 KINDS = (*PARTS, "base-delta", "control")
+PACKET_TYPE = "fedllm.packet"
 _PREFIX = struct.Struct("<4sBI")
 _CHECKSUM = 32
-_MAX_HEADER = 4096
+_MAX_HEADER = 4096  # many times what `encode` writes: a bound for what is parsed
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,7 @@ def decode(
     Raises:
         WireError: anything differs from what `encode` writes for that layout, part, size and round.
     """
+    # What costs most to read comes last: nothing is parsed before its length and checksum are known.
     if len(data) > max_packet_bytes(size):
         raise WireError(f"packet of {len(data)} bytes, at most {max_packet_bytes(size)} fit this adapter")
     if len(data) < _PREFIX.size + _CHECKSUM:
@@ -84,7 +88,7 @@ def decode(
     if header["layout"] != layout_digest:
         raise WireError("packet belongs to another adapter layout, rank or base model")
     if header["part"] != part:
-        found = header["part"] if header["part"] in KINDS else "unknown"
+        found = header["part"] if header["part"] in KINDS else "unknown"  # never the sender's own text
         raise WireError(f"packet holds part {found!r}, expected part {part!r}")
     if header["size"] != size:
         raise WireError(f"packet holds {header['size']} values, the layout needs {size}")
@@ -99,18 +103,18 @@ def decode(
 
 
 def as_received(vector: torch.Tensor, payload: str) -> torch.Tensor:
-    """Return a float32 `vector` [P] as whoever decodes its packet will read it."""
+    """Return a float32 `vector` [P] with the rounding that its receiver will see."""
     return _DECODERS[payload](_ENCODERS[payload](vector.contiguous()), vector.numel())
 
 
 def payload_bytes(size: int, payload: str) -> int:
-    """Return the exact number of payload bytes of `size` values, headers and checksum apart."""
+    """Return the exact number of payload bytes of `size` values, without header and checksum."""
     blocks = -(-size // INT8_BLOCK)
     return {"fp32": 4 * size, "bf16": 2 * size, "int8": size + 2 * blocks}[payload]
 
 
 def max_packet_bytes(size: int) -> int:
-    """Return the most bytes any packet of `size` values can have; longer ones are refused unread."""
+    """Return the most bytes that a packet of `size` values can have; a longer one is refused unread."""
     return payload_bytes(size, "fp32") + _PREFIX.size + _MAX_HEADER + _CHECKSUM
 
 
@@ -142,13 +146,13 @@ def _decode_bf16(body: bytes, size: int) -> torch.Tensor:
 
 
 def _encode_int8(vector: torch.Tensor) -> bytes:
-    """Quantise to nearest in blocks. The scale is rounded up to bfloat16 so that no value is clipped."""
+    """Quantise blocks of values to the nearest of 255 steps of the block's own scale."""
     padding = -vector.numel() % INT8_BLOCK
     blocks = torch.nn.functional.pad(vector, (0, padding)).view(-1, INT8_BLOCK)
     exact = blocks.abs().amax(dim=1) / 127
     scale = exact.bfloat16()
     above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
-    scale = torch.where(scale.float() < exact, above, scale)
+    scale = torch.where(scale.float() < exact, above, scale)  # rounded up, so that no value is clipped
     step = torch.where(scale == 0, torch.ones_like(scale), scale).float()
     values = (blocks / step[:, None]).round().clamp(-127, 127).to(torch.int8)
     scales = scale.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
@@ -165,12 +169,27 @@ def _decode_int8(body: bytes, size: int) -> torch.Tensor:
 
 _ENCODERS = {"fp32": _encode_fp32, "bf16": _encode_bf16, "int8": _encode_int8}
 _DECODERS = {"fp32": _decode_fp32, "bf16": _decode_bf16, "int8": _decode_int8}
-PACKET_TYPE = "fedllm.packet"
-T = TypeVar("T")
+
+
+# --- Flower records ----------------------------------------------------------------------------------------
+
+
+def write_vector(
+    vector: torch.Tensor, layout: AdapterLayout, part: str, round_num: int, payload: str
+) -> Array:
+    """Return the array of a packet: `encode` with the layout's digest; raises as it does."""
+    packet = encode(vector, layout_digest=layout.digest, part=part, round_num=round_num, payload=payload)
+    return to_array(packet)
+
+
+def read_vector(array: Array, layout: AdapterLayout, part: str, round_num: int, size: int) -> torch.Tensor:
+    """Return the vector [size] of the packet in an array; raises as `decode` and `packet_of`."""
+    data = packet_of(array)
+    return decode(data, layout_digest=layout.digest, part=part, size=size, round_num=round_num).vector
 
 
 def to_array(packet: bytes) -> Array:
-    """Return a packet as the Flower array it travels in."""
+    """Return a packet as a Flower array."""
     return Array(dtype="uint8", shape=(len(packet),), stype=PACKET_TYPE, data=packet)
 
 

@@ -1,15 +1,22 @@
 """What a node answers: values to Flower records and back.
 
-A reply has three records and no free text: `updates` (client id -> one packet), `metrics` (parallel lists of
-named numbers), `clients` (ids and codes). A node that was asked for the sum of its clients has `sum`, one
-packet, in place of `updates`; where clients have control variates, `controls` has a packet for each. Reading
-is strict: a reply of any other form raises `WireError`, a single bad client in a good reply becomes a
-`ClientFailure` of that client alone.
+A reply has at most these records, and no free text:
+
+    clients   ids, and for each "ok" or a code of `CLIENT_ERROR_CODES`
+    metrics   named numbers, one column per name, one row per client that is "ok"
+    updates   client id -> packet of its delta
+    controls  client id -> packet of the change of its control variate, where those are used
+    sum       one packet in place of `updates`, from a node that was asked for the sum of its clients
+    error     nothing but a code: there is no answer
+
+Reading is strict: a reply of any other form raises `WireError`. A bad packet of one client in a good reply is
+a `ClientFailure` of that client alone.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -26,124 +33,115 @@ from fedllm.messages import (
     ClientUpdate,
     JoinedClient,
 )
-from fedllm.wire import packets
-from fedllm.wire.packets import list_field, packet_of, to_array
+from fedllm.wire.packets import list_field, read_vector, write_vector
 
-_OK = "ok"
+_OK = "ok"  # no error code is called so
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _JOIN_NUMBERS = ("num_train", "num_held_out", "max_rank")
-_RESULT_RECORDS: dict[str, type] = {"clients": ConfigRecord, "metrics": MetricRecord}
+_COUNTS = frozenset({"num_tokens", "num_truncated", "num_rows"})  # travel as floats, as all metrics do
+_LARGEST_COUNT = 2**53  # up to here a float holds every whole number
+
+T = TypeVar("T")
+Update: TypeAlias = ClientUpdate | ClientFailure
+Evaluation: TypeAlias = ClientEvaluation | ClientFailure
+Columns: TypeAlias = Mapping[str, list[Any]]
+
+# --- written by a client -----------------------------------------------------------------------------------
 
 
-def write_updates(
-    results: Sequence[ClientUpdate | ClientFailure], *, layout: AdapterLayout, part: str, payload: str
-) -> RecordDict:
-    """Return the reply to a train request: one packet per client that has an update.
+def write_updates(results: Sequence[Update], *, layout: AdapterLayout, part: str, payload: str) -> RecordDict:
+    """Return the reply to a train request: one packet for each client that has an update.
 
-    Of every delta one part travels, at the client's own rank; `layout` is the run's.
+    One part of each delta travels, at the client's own rank; `layout` is the run's.
     """
     updates = [result for result in results if isinstance(result, ClientUpdate)]
-    packets = {
+    deltas = {
         update.client_id: _write_delta(
             update.delta, at_rank(layout, update.rank), part, update.round_num, payload
         )
         for update in updates
     }
-    arrays = {"updates": ArrayRecord(packets)} if packets else {}
-    changes = {
-        update.client_id: _packet(update.control_delta, layout, "control", update.round_num, payload)
+    controls = {
+        update.client_id: write_vector(update.control_delta, layout, "control", update.round_num, payload)
         for update in updates
         if update.control_delta is not None
     }
-    if changes:
-        arrays["controls"] = ArrayRecord(changes)
-    return _write_results(results, updates, UPDATE_METRICS, arrays)
+    return _write_results(results, UPDATE_METRICS, updates=deltas, controls=controls)
 
 
 def write_sum(
-    results: Sequence[ClientUpdate | ClientFailure],
-    mean_P: torch.Tensor,
-    *,
-    layout: AdapterLayout,
-    part: str,
-    payload: str,
+    results: Sequence[Update], mean_P: torch.Tensor, *, layout: AdapterLayout, part: str, payload: str
 ) -> RecordDict:
     """Return the reply of a node that was asked for the sum of its clients: one packet of one part.
 
-    The packet holds the weighted mean of their deltas, which with the weights is their sum; the reply is
-    otherwise that of `write_updates`. `mean_P` is not read where no client has an update.
+    The packet holds the weighted mean of their deltas, which with the weights is their sum. `mean_P` is not
+    read where no client has an update.
     """
-    updates = [result for result in results if isinstance(result, ClientUpdate)]
-    if not updates:
-        return _write_results(results, updates, UPDATE_METRICS, {})
-    array = _write_delta(mean_P, layout, part, updates[0].round_num, payload)
-    return _write_results(results, updates, UPDATE_METRICS, {"sum": ArrayRecord({"sum": array})})
+    rounds = [result.round_num for result in results if isinstance(result, ClientUpdate)]
+    packets = {"sum": _write_delta(mean_P, layout, part, rounds[0], payload)} if rounds else {}
+    return _write_results(results, UPDATE_METRICS, sum=packets)
 
 
-def _write_delta(
-    delta_P: torch.Tensor, layout: AdapterLayout, part: str, round_num: int, payload: str
-) -> Array:
-    return _packet(part_of(layout, delta_P, part), layout, part, round_num, payload)
-
-
-def _packet(vector: torch.Tensor, layout: AdapterLayout, part: str, round_num: int, payload: str) -> Array:
-    return to_array(
-        packets.encode(vector, layout_digest=layout.digest, part=part, round_num=round_num, payload=payload)
-    )
-
-
-def write_evaluations(results: Sequence[ClientEvaluation | ClientFailure]) -> RecordDict:
+def write_evaluations(results: Sequence[Evaluation]) -> RecordDict:
     """Return the reply to an evaluate request; without a personal adapter both its losses are the same."""
-    done = [
-        replace(result, personal_loss=result.loss if result.personal_loss is None else result.personal_loss)
+    filled = [
+        replace(result, personal_loss=result.loss)
+        if isinstance(result, ClientEvaluation) and result.personal_loss is None
+        else result
         for result in results
-        if isinstance(result, ClientEvaluation)
     ]
-    return _write_results(results, done, EVALUATION_METRICS, {})
-
-
-def write_error(code: str) -> RecordDict:
-    """Return a reply that says only why there is none: a code of `CLIENT_ERROR_CODES`."""
-    return RecordDict({"error": ConfigRecord({"code": code if code in CLIENT_ERROR_CODES else "internal"})})
-
-
-def _write_results(
-    results: Iterable[ClientUpdate | ClientEvaluation | ClientFailure],
-    done: Sequence[ClientUpdate | ClientEvaluation],
-    metrics: Sequence[str],
-    arrays: Mapping[str, ArrayRecord],
-) -> RecordDict:
-    codes = {r.client_id: r.code if isinstance(r, ClientFailure) else _OK for r in results}
-    content = RecordDict(
-        {"clients": ConfigRecord({"ids": list(codes), "codes": list(codes.values())})} if codes else {}
-    )
-    if done:
-        columns: dict[str, int | float | list[int] | list[float]] = {
-            name: [float(getattr(result, name)) for result in done] for name in metrics
-        }
-        content["metrics"] = MetricRecord(columns)
-    for name, record in arrays.items():
-        content[name] = record
-    return content
+    return _write_results(filled, EVALUATION_METRICS)
 
 
 def write_joined(clients: Sequence[JoinedClient]) -> RecordDict:
     """Return the reply to the join query: the clients of this node and the sizes they declare."""
     if not clients:
         return write_error("no-data")
+    ids, fingerprints = (
+        [getattr(client, name) for client in clients] for name in ("client_id", "fingerprint")
+    )
     return RecordDict(
         {
-            "clients": ConfigRecord(
-                {
-                    "ids": [client.client_id for client in clients],
-                    "fingerprints": [client.fingerprint for client in clients],
-                }
-            ),
+            "clients": ConfigRecord({"ids": ids, "fingerprints": fingerprints}),
             "metrics": MetricRecord(
                 {name: [getattr(client, name) for client in clients] for name in _JOIN_NUMBERS}
             ),
         }
     )
+
+
+def write_error(code: str) -> RecordDict:
+    """Return a reply that says only why there is no answer: a code of `CLIENT_ERROR_CODES`."""
+    return RecordDict({"error": ConfigRecord({"code": code if code in CLIENT_ERROR_CODES else "internal"})})
+
+
+def _write_delta(
+    delta_P: torch.Tensor, layout: AdapterLayout, part: str, round_num: int, payload: str
+) -> Array:
+    return write_vector(part_of(layout, delta_P, part), layout, part, round_num, payload)
+
+
+def _write_results(
+    results: Sequence[ClientUpdate | ClientEvaluation | ClientFailure],
+    metrics: Sequence[str],
+    **packets: Mapping[str, Array],
+) -> RecordDict:
+    content = RecordDict()
+    if results:
+        codes = [result.code if isinstance(result, ClientFailure) else _OK for result in results]
+        content["clients"] = ConfigRecord({"ids": [result.client_id for result in results], "codes": codes})
+    done = [result for result in results if not isinstance(result, ClientFailure)]
+    if done:
+        content["metrics"] = MetricRecord(
+            {name: [float(getattr(result, name)) for result in done] for name in metrics}
+        )
+    for name, arrays in packets.items():
+        if arrays:
+            content[name] = ArrayRecord(dict(arrays))
+    return content
+
+
+# --- read by the server ------------------------------------------------------------------------------------
 
 
 def read_updates(
@@ -154,51 +152,57 @@ def read_updates(
     part: str,
     round_num: int,
     with_controls: bool = False,
-) -> list[ClientUpdate | ClientFailure]:
-    """Return what a reply to a train request says of each of its clients.
+) -> list[Update]:
+    """Return what a reply to a train request says about each of its clients.
 
-    `ranks` has the clients that were asked, each with the rank it was asked to train at; `part` is what of
-    its delta every client was to return. `with_controls` wants the change of a control variate from every
-    client, else none is allowed.
+    `ranks` has the clients that were asked, each with the rank it was asked to train at; `part` is the part
+    of its delta that every client was asked for. `with_controls` wants the change of a control variate from
+    every client, else none is allowed.
 
     Raises:
-        WireError: the reply as a whole is malformed. A client whose own packet is bad is a failure instead.
+        WireError: the reply as a whole is malformed. A client with a bad packet is a failure instead.
     """
     names = ("updates", "controls") if with_controls else ("updates",)
-    allowed = {**_RESULT_RECORDS, **dict.fromkeys(names, ArrayRecord)}
-    codes, metrics = _read_results(content, allowed, UPDATE_METRICS)
+    codes, metrics = _read_results(content, UPDATE_METRICS, names)
     packets = {name: content.array_records.get(name, ArrayRecord()) for name in names}
-    done = {client for client, code in codes.items() if code == _OK}
-    if any(set(record) != done for record in packets.values()):
+    if any(set(record) != set(metrics) for record in packets.values()):
         raise WireError("the packets do not match the clients that report an update")
-    results: list[ClientUpdate | ClientFailure] = []
+    results: list[Update] = []
     for client_id, code in codes.items():
         if code != _OK:
             results.append(_reported(client_id, code))
             continue
         try:
-            client_layout = at_rank(layout, ranks.get(client_id, layout.rank))
-            delta = _read_delta(packets["updates"][client_id], client_layout, part, round_num)
-            control = None
+            # Who answers without having been asked is dropped by the caller, so its rank does not matter.
+            own_layout = at_rank(layout, ranks.get(client_id, layout.rank))
+            delta = _read_delta(packets["updates"][client_id], own_layout, part, round_num)
+            control_delta = None
             if with_controls:
-                control = _vector(packets["controls"][client_id], layout, "control", layout.size, round_num)
+                control = packets["controls"][client_id]
+                control_delta = read_vector(control, layout, "control", round_num, layout.size)
         except WireError as error:
-            results.append(ClientFailure(client_id=client_id, code=error.code, reason=str(error)))
+            results.append(_bad_packet(client_id, error))
             continue
-        update = _update(client_id, metrics[client_id], client_layout.rank, round_num, delta)
-        results.append(replace(update, control_delta=control))
+        results.append(
+            ClientUpdate(
+                client_id=client_id,
+                round_num=round_num,
+                rank=own_layout.rank,
+                delta=delta,
+                control_delta=control_delta,
+                **metrics[client_id],
+            )
+        )
     return results
 
 
-def read_sum(
-    content: RecordDict, *, layout: AdapterLayout, part: str, round_num: int
-) -> list[ClientUpdate | ClientFailure]:
+def read_sum(content: RecordDict, *, layout: AdapterLayout, part: str, round_num: int) -> list[Update]:
     """Return what the reply of a node that was asked for its sum says: one update with members, and failures.
 
     Raises:
         WireError: the reply as a whole is malformed. If only the packet is bad, all its clients fail.
     """
-    codes, metrics = _read_results(content, {**_RESULT_RECORDS, "sum": ArrayRecord}, UPDATE_METRICS)
+    codes, metrics = _read_results(content, UPDATE_METRICS, ("sum",))
     failures = [_reported(client_id, code) for client_id, code in codes.items() if code != _OK]
     record = content.array_records.get("sum", ArrayRecord())
     if list(record) != (["sum"] if metrics else []):
@@ -208,77 +212,33 @@ def read_sum(
     try:
         delta = _read_delta(record["sum"], layout, part, round_num)
     except WireError as error:
-        lost = [ClientFailure(client_id=name, code=error.code, reason=str(error)) for name in metrics]
-        return [*lost, *failures]
-    members = tuple(
-        _update(client_id, numbers, layout.rank, round_num, delta[:0])
+        return [*(_bad_packet(client_id, error) for client_id in metrics), *failures]
+    common: dict[str, Any] = {"round_num": round_num, "rank": layout.rank}
+    members = tuple(  # their own deltas never left the node
+        ClientUpdate(client_id=client_id, delta=delta[:0], **common, **numbers)
         for client_id, numbers in metrics.items()
     )
     total = ClientUpdate(
         client_id=members[0].client_id,
-        round_num=round_num,
-        rank=layout.rank,
         delta=delta,
         weight=sum(member.weight for member in members),
         num_tokens=sum(member.num_tokens for member in members),
-        train_loss=0.0,
+        train_loss=0.0,  # each member has its own
         members=members,
+        **common,
     )
     return [total, *failures]
 
 
-def _read_delta(array: Array, layout: AdapterLayout, part: str, round_num: int) -> torch.Tensor:
-    """Return the whole delta [P] of `layout` in a packet of one of its parts."""
-    vector = _vector(array, layout, part, part_size(layout, part), round_num)
-    return whole_of(layout, vector, part)
-
-
-def _vector(array: Array, layout: AdapterLayout, part: str, size: int, round_num: int) -> torch.Tensor:
-    packet = packets.decode(
-        packet_of(array), layout_digest=layout.digest, part=part, size=size, round_num=round_num
-    )
-    return packet.vector
-
-
-def _reported(client_id: str, code: str) -> ClientFailure:
-    return ClientFailure(client_id=client_id, code=code, reason=f"client reports {code}")
-
-
-def _update(
-    client_id: str, numbers: Mapping[str, float], rank: int, round_num: int, delta: torch.Tensor
-) -> ClientUpdate:
-    return ClientUpdate(
-        client_id=client_id,
-        round_num=round_num,
-        rank=rank,
-        delta=delta,
-        weight=numbers["weight"],
-        num_tokens=_count(numbers["num_tokens"]),
-        train_loss=numbers["train_loss"],
-        num_truncated=_count(numbers["num_truncated"]),
-        seconds=numbers["seconds"],
-    )
-
-
-def read_evaluations(content: RecordDict) -> list[ClientEvaluation | ClientFailure]:
-    """Return what a reply to an evaluate request says of each client; raises as `read_updates`."""
-    codes, metrics = _read_results(content, _RESULT_RECORDS, EVALUATION_METRICS)
-    results: list[ClientEvaluation | ClientFailure] = []
-    for client_id, code in codes.items():
-        if code != _OK:
-            results.append(_reported(client_id, code))
-            continue
-        numbers = metrics[client_id]
-        results.append(
-            ClientEvaluation(
-                client_id=client_id,
-                loss=numbers["loss"],
-                personal_loss=numbers["personal_loss"],
-                num_tokens=_count(numbers["num_tokens"]),
-                num_rows=_count(numbers["num_rows"]),
-            )
-        )
-    return results
+def read_evaluations(content: RecordDict) -> list[Evaluation]:
+    """Return what a reply to an evaluate request says about each client; raises as `read_updates`."""
+    codes, metrics = _read_results(content, EVALUATION_METRICS)
+    return [
+        ClientEvaluation(client_id=client_id, **metrics[client_id])
+        if code == _OK
+        else _reported(client_id, code)
+        for client_id, code in codes.items()
+    ]
 
 
 def read_joined(content: RecordDict, node_id: int) -> list[JoinedClient]:
@@ -289,31 +249,17 @@ def read_joined(content: RecordDict, node_id: int) -> list[JoinedClient]:
     """
     if read_error(content) == "no-data":
         return []
-    refuse_error(content)
-    check_records(content, _RESULT_RECORDS)
-    record = content.config_records.get("clients", ConfigRecord())
-    sizes = content.metric_records.get("metrics", MetricRecord())
-    if set(record) != {"ids", "fingerprints"} or set(sizes) != set(_JOIN_NUMBERS):
-        raise WireError("a join reply has other fields than ids, fingerprints and sizes")
-    ids, fingerprints = list_field(record, "ids", str), list_field(record, "fingerprints", str)
-    columns = [list_field(sizes, name, int) for name in _JOIN_NUMBERS]
-    lengths = {len(ids), len(set(ids)), len(fingerprints), *(len(column) for column in columns)}
-    if len(lengths) > 1:
-        raise WireError("the lists of a join reply differ in length or name a client twice")
-    if any(number < 0 for column in columns for number in column):
+    texts, columns = _read_tables(content, ("ids", "fingerprints"), _JOIN_NUMBERS, int)
+    if any(number < 0 for column in columns.values() for number in column):
         raise WireError("a join reply declares a negative number")
-    if not all(CLIENT_ID.fullmatch(client_id) for client_id in ids):  # they are printed and written to files
+    if not all(map(CLIENT_ID.fullmatch, texts["ids"])):  # they are printed and written to files
         raise WireError("a join reply names a client by other than 1 to 64 letters, digits, '.', '_' and '-'")
-    if not all(_FINGERPRINT.fullmatch(fingerprint) for fingerprint in fingerprints):
+    if not all(map(_FINGERPRINT.fullmatch, texts["fingerprints"])):
         raise WireError("a join reply has a fingerprint that is not 64 hexadecimal digits")
+    rows = _rows(texts["ids"], columns)
     return [
-        JoinedClient(
-            client_id=client_id,
-            node_id=node_id,
-            fingerprint=fingerprint,
-            **dict(zip(_JOIN_NUMBERS, numbers, strict=True)),
-        )
-        for client_id, fingerprint, *numbers in zip(ids, fingerprints, *columns, strict=True)
+        JoinedClient(client_id=client_id, node_id=node_id, fingerprint=fingerprint, **rows[client_id])
+        for client_id, fingerprint in zip(texts["ids"], texts["fingerprints"], strict=True)
     ]
 
 
@@ -325,44 +271,83 @@ def read_error(content: RecordDict) -> str | None:
     return code if isinstance(code, str) and code in CLIENT_ERROR_CODES else "internal"
 
 
-def refuse_error(content: RecordDict) -> None:
-    """Return where a reply reports no error; raises WireError with its code."""
+# --- the allow-list ----------------------------------------------------------------------------------------
+
+
+def check_records(content: RecordDict, **allowed: type) -> None:
+    """Return where a reply reports no error and has no records but those allowed, of their kinds.
+
+    Raises:
+        WireError: it does or has; the message quotes nothing of the reply.
+    """
     code = read_error(content)
     if code is not None:
         raise WireError(f"client reports {code}")
-
-
-def _count(value: float) -> int:
-    """Return a reported count; anything that is not a plausible count is 0."""
-    return int(value) if 0 <= value < 2**53 else 0
-
-
-def check_records(content: RecordDict, allowed: Mapping[str, type]) -> None:
-    """Return where a reply has no records but those allowed; raises WireError else."""
+    # The type counts too: text in a ConfigRecord could hide under the name of a record of numbers.
     if any(type(record) is not allowed.get(name) for name, record in content.items()):
         raise WireError("the reply carries records that are not on the list")
 
 
 def _read_results(
-    content: RecordDict, allowed: Mapping[str, type], metric_names: Sequence[str]
-) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
-    """Return (client -> code, client -> metrics) of a reply, checked against the allow-list."""
-    refuse_error(content)
-    check_records(content, allowed)
-    record = content.config_records.get("clients", ConfigRecord())
-    ids, codes = list_field(record, "ids", str), list_field(record, "codes", str)
-    if set(record) != {"ids", "codes"} or len(ids) != len(codes) or len(set(ids)) != len(ids):
-        raise WireError("the reply's client list is malformed")
-    if not set(codes) <= CLIENT_ERROR_CODES | {_OK}:
+    content: RecordDict, metric_names: Sequence[str], packets: Sequence[str] = ()
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Return (client -> code, client that is "ok" -> its metrics) of a reply."""
+    texts, columns = _read_tables(content, ("ids", "codes"), metric_names, float, packets)
+    codes = dict(zip(texts["ids"], texts["codes"], strict=True))
+    if not set(codes.values()) <= CLIENT_ERROR_CODES | {_OK}:
         raise WireError("the reply carries a code that is not on the list")
-    done = [client for client, code in zip(ids, codes, strict=True) if code == _OK]
-    columns = content.metric_records.get("metrics", MetricRecord())
-    if set(columns) != (set(metric_names) if done else set()):
-        raise WireError("the reply's metrics are not exactly those on the list")
-    values = {name: list_field(columns, name, float) for name in columns}
-    if any(len(column) != len(done) for column in values.values()):
+    counts = {name: list(map(_count, column)) for name, column in columns.items() if name in _COUNTS}
+    done = [client_id for client_id, code in codes.items() if code == _OK]
+    return codes, _rows(done, {**columns, **counts})
+
+
+def _read_tables(
+    content: RecordDict,
+    text_names: Sequence[str],
+    number_names: Sequence[str],
+    kind: type[T],
+    packets: Sequence[str] = (),
+) -> tuple[dict[str, list[str]], dict[str, list[T]]]:
+    """Return the columns of the clients' texts and of their numbers, each with exactly the names given.
+
+    Numbers may be absent altogether, where no client has any. `packets` names further records that may come.
+    """
+    check_records(content, clients=ConfigRecord, metrics=MetricRecord, **dict.fromkeys(packets, ArrayRecord))
+    clients = content.config_records.get("clients", ConfigRecord())
+    numbers = content.metric_records.get("metrics", MetricRecord())
+    if set(clients) != set(text_names) or (numbers and set(numbers) != set(number_names)):
+        raise WireError("the reply's client list or metrics have other columns than those on the list")
+    texts = {name: list_field(clients, name, str) for name in text_names}
+    ids = texts["ids"]
+    if len(set(ids)) != len(ids) or any(len(column) != len(ids) for column in texts.values()):
+        raise WireError("the reply's client list names a client twice or has lists of different lengths")
+    return texts, {name: list_field(numbers, name, kind) for name in numbers}
+
+
+def _rows(ids: Sequence[str], columns: Columns) -> dict[str, dict[str, Any]]:
+    """Return client -> its numbers, from columns that must have one number for each client."""
+    if bool(ids) != bool(columns) or any(len(column) != len(ids) for column in columns.values()):
         raise WireError("the reply's metrics do not match its clients")
-    metrics = {
-        client: {name: column[index] for name, column in values.items()} for index, client in enumerate(done)
+    return {
+        client_id: {name: column[place] for name, column in columns.items()}
+        for place, client_id in enumerate(ids)
     }
-    return dict(zip(ids, codes, strict=True)), metrics
+
+
+def _read_delta(array: Array, layout: AdapterLayout, part: str, round_num: int) -> torch.Tensor:
+    """Return the whole delta [P] of `layout` from a packet of one of its parts."""
+    vector = read_vector(array, layout, part, round_num, part_size(layout, part))
+    return whole_of(layout, vector, part)
+
+
+def _reported(client_id: str, code: str) -> ClientFailure:
+    return ClientFailure(client_id=client_id, code=code, reason=f"client reports {code}")
+
+
+def _bad_packet(client_id: str, error: WireError) -> ClientFailure:
+    return ClientFailure(client_id=client_id, code=error.code, reason=str(error))
+
+
+def _count(value: float) -> int:
+    """Return a reported count; anything that is not a plausible count is 0."""
+    return int(value) if 0 <= value < _LARGEST_COUNT else 0

@@ -1,13 +1,14 @@
 """What a server asks of a node: values to Flower records and back.
 
-A request has an adapter, a `request` record of named values and, where the base model has a base delta, what
-is
-added to it. What a node holds or can make itself may be left out; the request names its digest all the same,
-and a node that has other bits says so (`NotHeldError`) in place of training on them.
+A request has an adapter, a `request` record of named values and, where the base model has one, a base delta.
+How clients train is in no request: server and nodes resolve the same configuration, so only its digest
+travels, and a node that was given another one refuses. What a node holds or can make itself may be left out;
+the request names its digest all the same, and a node that has other bits says so (`NotHeldError`) in place of
+training on them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +17,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedllm.adapters.base_delta import BaseDelta, flat_size, from_flat, no_base_delta, to_flat
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.parts import PARTS, part_of, part_size, whole_of
-from fedllm.errors import NotHeldError, WireError
-from fedllm.messages import EvaluateRequest, LocalTraining, TrainRequest
+from fedllm.errors import NotHeldError, OtherConfigError, WireError
+from fedllm.messages import EvaluateRequest, TrainRequest
 from fedllm.wire import packets
 from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
-
-_TRAINING_FIELDS: dict[str, Any] = {item.name: item.type for item in fields(LocalTraining)}
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,9 @@ class Sending:
 
 @dataclass(frozen=True)
 class Holding:
-    """What a node has already: the adapter it makes from the run's seed, and base deltas by their digest."""
+    """What a node has already: its plan, the adapter it makes from the run's seed, base deltas by digest."""
 
+    plan_digest: str
     initial: Callable[[], AdapterState]
     base_delta: Callable[[str], BaseDelta | None]
 
@@ -45,21 +45,7 @@ class Holding:
 
 def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
     """Return the message content of a train request; adapter, base delta and control travel as float32."""
-    training = request.training
-    content = _write(
-        request,
-        sending,
-        {
-            "ranks": list(request.ranks),
-            "trained": request.trained,
-            "node-sum": request.node_sum,
-            "codec": request.codec,
-            "weighting": request.weighting,
-            "seed": request.seed,
-            "clip": request.clip,
-            **{f"train.{name}": getattr(training, name) for name in _TRAINING_FIELDS},
-        },
-    )
+    content = _write(request, sending, {"ranks": list(request.ranks), "clip": request.clip})
     if request.control is not None:
         control = request.control
         array = _array(control.vector, control.layout, request.round_num, "control")
@@ -81,8 +67,8 @@ def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: di
         "part": sending.part,
         "adapter": adapter.digest,
         "base-delta": base_delta.digest,
-        "local-b": request.local_b,
-        "num-drawn": list(request.num_drawn or (0,) * len(request.client_ids)),
+        "num-drawn": list(request.num_drawn),
+        "plan": request.plan_digest,
         **values,
     }
     arrays = {"adapter": _array(sent, adapter.layout, request.round_num, sending.part)}
@@ -115,24 +101,16 @@ def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Hold
     """Return the request in `content`; what it leaves out is taken from `holding`.
 
     Raises:
+        OtherConfigError: the server's configuration is not the one that this node was given.
         WireError: a field is missing or of the wrong kind, or the adapter or base delta is not of `layout`.
         NotHeldError: what it leaves out is not held here, or has other bits.
         LayoutError: its fields contradict each other.
         NonFiniteError: the adapter or the base delta holds NaN or infinity.
     """
     config = content.config_records["request"]
-    training: dict[str, Any] = {
-        name: scalar_field(config, f"train.{name}", kind) for name, kind in _TRAINING_FIELDS.items()
-    }
     return TrainRequest(
         **_read_common(content, layout, holding),
         ranks=tuple(list_field(config, "ranks", int)),
-        training=LocalTraining(**training),
-        trained=scalar_field(config, "trained", str),
-        node_sum=scalar_field(config, "node-sum", bool),
-        codec=scalar_field(config, "codec", str),
-        weighting=scalar_field(config, "weighting", str),
-        seed=scalar_field(config, "seed", int),
         control=_read_control(content, layout),
         clip=scalar_field(config, "clip", float),
     )
@@ -145,11 +123,14 @@ def read_evaluate_request(content: RecordDict, layout: AdapterLayout, holding: H
 
 def _read_common(content: RecordDict, layout: AdapterLayout, holding: Holding) -> dict[str, Any]:
     config = content.config_records["request"]
+    # Before anything else: under another configuration every other difference is only a consequence.
+    if scalar_field(config, "plan", str) != holding.plan_digest:
+        raise OtherConfigError("the server runs another configuration than this node was given")
     return {
         "round_num": scalar_field(config, "round", int),
         "client_ids": tuple(list_field(config, "client-ids", str)),
-        "local_b": scalar_field(config, "local-b", bool),
         "num_drawn": tuple(list_field(config, "num-drawn", int)),
+        "plan_digest": holding.plan_digest,
         "adapter": _read_adapter(content, layout, holding),
         "base_delta": _read_base_delta(content, layout, holding),
     }

@@ -30,7 +30,7 @@ def read_plain(record: ArrayRecord, layout: AdapterLayout) -> AdapterState:
     vector = torch.empty(layout.size)
     for spec, view in layout.views(vector):
         values = _numpy_of(record[spec.name], spec.name)
-        # Flower's adaptive strategies (FedAdam and its kin) answer in float64
+        # Flower's adaptive strategies (FedAdam and the like) answer in float64.
         if values.dtype not in (np.float32, np.float64) or values.shape != spec.shape:
             raise WireError(
                 f"tensor {spec.name!r} is {values.dtype} {values.shape}, expected float32 {spec.shape}"
@@ -40,8 +40,8 @@ def read_plain(record: ArrayRecord, layout: AdapterLayout) -> AdapterState:
 
 
 def _numpy_of(array: Array, name: str) -> "np.ndarray[Any, Any]":
-    """Return the values of an array as its bytes have them; what it declares beside them is not trusted."""
-    if array.data.startswith(b"\x93NUMPY"):  # numpy.load opens zip files too
+    """Return the values that an array's bytes hold; the dtype and shape it declares are not trusted."""
+    if array.data.startswith(b"\x93NUMPY"):  # numpy.load would open zip files too
         try:
             return array.numpy()
         except (TypeError, ValueError, EOFError, SyntaxError, TokenError):

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from clients.data_holder import DataHolder
-from clients.privacy import private_job, request_key, secret_of
+from clients.jobs import plan_node_round
 from clients.protect import node_mean
-from clients.train import make_job, train_clients
+from clients.techniques import techniques_of
+from clients.train import prepare_clients, train_clients
 from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_rank
 from fedllm.attacks.inversion import (
@@ -32,9 +33,6 @@ from fedllm.engine.jobs import Job
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate, LocalTraining, TrainRequest
 from fedllm.models.chat import Encoded
-from fedllm.plan.dealt_numbers import deal_ranks
-from fedllm.plan.run_plan import resolve
-from fedllm.plan.training import local_training
 from fedllm.runs.checkpoint import load_checkpoint
 from fedllm.wire import replies
 from scripts.auditing.control import Control
@@ -96,23 +94,24 @@ def leaving_message(case: Case) -> Message:
     Raises:
         RunFailedError: the client cannot do the round.
     """
-    holder, layout = case.holder, case.holder.engine.layout
+    holder, layout, plan = case.holder, case.holder.engine.layout, case.holder.plan
     request = request_of(case)
     answers = train_clients(holder, request)
-    numbers = {"layout": layout, "part": request.returned}
-    if request.node_sum:
+    payload, round_num = plan.config.wire.codec, request.round_num
+    part = plan.aggregation.returned_in(round_num)
+    if plan.is_summed(request.ranks):
         mean_P = node_mean([one for one in answers if isinstance(one, ClientUpdate)])
-        content = replies.write_sum(answers, mean_P, payload=request.codec, **numbers)  # type: ignore[arg-type]
-        update = replies.read_sum(content, round_num=request.round_num, **numbers)[0]  # type: ignore[arg-type]
+        content = replies.write_sum(answers, mean_P, layout=layout, part=part, payload=payload)
+        update = replies.read_sum(content, layout=layout, part=part, round_num=round_num)[0]
     else:
-        content = replies.write_updates(answers, payload=request.codec, **numbers)  # type: ignore[arg-type]
-        ranks = dict(zip(request.client_ids, request.ranks, strict=True))
+        content = replies.write_updates(answers, layout=layout, part=part, payload=payload)
         (update,) = replies.read_updates(
             content,
-            ranks=ranks,
-            round_num=request.round_num,
+            layout=layout,
+            ranks=dict(zip(request.client_ids, request.ranks, strict=True)),
+            part=part,
+            round_num=round_num,
             with_controls=request.control is not None,
-            **numbers,  # type: ignore[arg-type]
         )
     if isinstance(update, ClientFailure):
         raise RunFailedError(f"client {update.client_id} cannot do a round again: {update.code}")
@@ -122,7 +121,7 @@ def leaving_message(case: Case) -> Message:
     rank = request.ranks[0]
     return Message(
         clients=request.client_ids,
-        part=request.returned,
+        part=part,
         layout=at_rank(layout, rank),
         start=with_rank(request.adapter.vector, layout, rank),
         vectors=vectors,
@@ -132,46 +131,36 @@ def leaving_message(case: Case) -> Message:
 
 def request_of(case: Case) -> TrainRequest:
     """Return what the run's server would ask of the client, from the finished adapter on."""
-    config, holder = case.config, case.holder
-    rule, plan = resolve(config).aggregation, resolve(config).privacy
+    holder, plan, layout = case.holder, case.holder.plan, case.holder.engine.layout
     able = [name for name, client in holder.clients.items() if client.train]
     smallest = min(able, key=lambda name: (len(holder.clients[name].train), name))
-    names = tuple(able) if rule.node_sum else (smallest,)
-    ranks = deal_ranks(config.lora.client_ranks, holder.clients, config.lora.rank)
+    names = tuple(able) if plan.aggregation.node_sum else (smallest,)
+    ranks = plan.ranks(holder.clients)
     adapter, base_delta = case.adapter, no_base_delta(case.adapter.layout)
-    layout = holder.engine.layout
     if adapter.layout != layout:  # the run added to the base model, and the published adapter has that too
-        state, _ = load_checkpoint(case.folder / "checkpoints", config, layout)
+        state, _ = load_checkpoint(case.folder / "checkpoints", case.config, layout)
         adapter, base_delta = state.adapter, state.base_delta
-    round_num = next((number for number in (1, 2) if rule.trained_in(number) != "b"), 1)
-    with_controls = config.train.control_variates
+    with_controls = plan.config.train.control_variates
     return TrainRequest(
-        round_num=round_num,
+        # Where factors alternate, the round that trains A is attacked.
+        round_num=next((number for number in (1, 2) if plan.aggregation.trained_in(number) != "b"), 1),
         client_ids=names,
         num_drawn=(0,) * len(names),
         ranks=tuple(ranks[name] for name in names),
         adapter=adapter,
         base_delta=base_delta,
-        training=local_training(config, round_num),
-        trained=rule.trained_in(round_num),
-        local_b=False,
-        node_sum=rule.node_sum,
-        codec=config.wire.codec,
-        weighting=rule.weighting,
-        seed=config.seed,
+        plan_digest=plan.digest,
         control=AdapterState(layout, torch.zeros(layout.size)) if with_controls else None,
-        clip=plan.clip if plan is not None and plan.is_central else 0.0,
+        clip=plan.privacy.clip if plan.privacy is not None and plan.privacy.is_central else 0.0,
     )
 
 
 def _trained_rows(holder: DataHolder, request: TrainRequest) -> Iterator[Encoded]:
     """Yield the rows that the clients of a request train on, as they draw them."""
-    for name, rank in zip(request.client_ids, request.ranks, strict=True):
-        client, plan = holder.clients[name], holder.plan.privacy
-        job = make_job(client, request, 0, rank)
-        if plan is not None and plan.is_by_example:
-            job = private_job(job, client, plan, request_key(plan, request, client, secret_of(holder)))
-        yield from (row for batch in job.batches for row in batch)
+    techniques = techniques_of(holder.plan, request.adapter.layout)
+    drawn = dict(zip(request.client_ids, request.num_drawn, strict=True))
+    for work in prepare_clients(plan_node_round(holder, request), techniques, drawn):
+        yield from (row for batch in work.job.batches for row in batch)
 
 
 def _inputs(engine: Engine) -> torch.Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from clients.canaries import canary_file
-from clients.data_holder import RESIDENT, ClientTokens, DataHolder, open_data_holder, partition_of
+from clients.data_holder import ClientTokens, DataHolder
+from clients.process import Process
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import AdapterState
 from fedllm.attacks.canaries import Canary, canary_rows, secret_canaries
 from fedllm.config.run_config import RunConfig
-from fedllm.data.partition import load_partition
+from fedllm.data.partition import Partition, load_partition
 from fedllm.data.shards import draw_rows
 from fedllm.engine.engine import Engine
 from fedllm.errors import ConfigError, DataError, NoDataError
@@ -68,11 +69,12 @@ def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
         )
     folder = adapter_folder.parent
     published = load_adapter(adapter_folder)
-    engine = RESIDENT.engine(config.model, published.state.layout, config.train.token_budget)
+    process = Process()
+    engine = process.resident.engine(config.model, published.state.layout, config.train.token_budget)
     own = own_rows(config).override({"personal.mode": "none"})
-    holder = open_data_holder(own.to_flat(), {"server-paths": True, "state-path": str(scratch)})
+    holder = process.open(own.to_flat(), {"server-paths": True, "state-path": str(scratch)})
     records = read_rounds(folder)
-    _check_rows(folder, config, records, holder)
+    _check_rows(folder, process.read_source(config).partition, records, holder)
     canaries = _canaries(folder, config, holder)
     members = [
         row
@@ -106,7 +108,9 @@ def sampled(rows: Sequence[Encoded], number: int, seed: int, name: str) -> tuple
     return tuple(rows[index] for index in generator.permutation(len(rows))[:number])
 
 
-def _check_rows(folder: Path, config: RunConfig, records: Sequence[RoundRecord], holder: DataHolder) -> None:
+def _check_rows(
+    folder: Path, partition: Partition, records: Sequence[RoundRecord], holder: DataHolder
+) -> None:
     """Refuse where this machine has other rows than the run trained on."""
     trained = {client for record in records for client in record.accepted}
     if not trained <= holder.clients.keys():
@@ -114,7 +118,7 @@ def _check_rows(folder: Path, config: RunConfig, records: Sequence[RoundRecord],
             f"{folder}: the run's clients keep their rows elsewhere; a data holder audits where its rows are"
         )
     saved = folder / PARTITION
-    if saved.exists() and load_partition(saved) != partition_of(config):
+    if saved.exists() and load_partition(saved) != partition:
         raise DataError(f"the rows are no longer those of {saved}; restore the data")
 
 

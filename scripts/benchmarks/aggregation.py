@@ -5,13 +5,12 @@ updates that are already there: factor-mean, svd, and svd behind a geometric med
 matrices sum p_i B_i A_i from the same factors in float64, which is where a dense server begins; its read-out
 would come on top. A model's total is the sum over its matrices, so nothing of its size has to be held.
 
-    python -m scripts.benchmarks.aggregation --quick --json
+    python -m scripts.benchmarks aggregation --quick --json
 
 Before anything is timed, every rule's reported change is compared with the dense one's. Clients share half of
 their change and disagree in the other half.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,10 @@ from fedllm.messages import ClientUpdate
 from fedllm.plan.aggregation import AggregationRule
 from fedllm.runs.checkpoint import ServerState
 from fedllm.seeds import derive_seed
-from scripts.benchmarks.tools import Measured, Timing, alternate, bench_parser, costs, environment
-from scripts.reports import Goal, emit, figures_table, report
+from scripts.benchmarks.options import BenchOptions, start_benchmark
+from scripts.benchmarks.timing import Measured, Timing, alternate, costs
+from scripts.command_line import Seed
+from scripts.reports import Goal, figures_table, publish
 from strategies.aggregation import combine
 
 PACKAGES = ("fedllm", "torch")
@@ -44,6 +45,13 @@ MEASURED_ENTRIES = 2_500_000  # as many matrices of a shape are measured at once
 QUICK_ENTRIES = 400_000_000  # --quick leaves out more entries times clients than that, of one matrix
 TOLERANCE = 1e-5  # between the changes that a rule and the dense matrix report: both hold float32 factors
 GOAL_RATIO = 1.0  # CPU seconds of the exact read-out over those of merely forming the matrix, 10 clients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchOptions):
+    """What can be asked for."""
+
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ def totals(model: Model, shapes: Sequence[Mapping[str, Any]]) -> dict[str, float
     }
 
 
-def figures_of(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def figures_of(options: Options, console: Console) -> dict[str, Any]:
     """Measure every model for every number of clients; show each as it is there."""
     figures: dict[str, Any] = {}
     for name, model in MODELS.items():
@@ -207,20 +215,12 @@ def show(console: Console, title: str, model: Model, one: Mapping[str, Any]) -> 
     console.print(figures_table(f"{title}: median CPU ms of one matrix", columns, rows))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: Options) -> None:
     """Measure, print and keep the figures."""
-    parser = bench_parser(__doc__.partition("\n")[0], "no round whose dense product takes long")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    console = Console(stderr=options.json, highlight=False)
-    machine = environment(PACKAGES)
+    console, machine = start_benchmark(options, PACKAGES)
     models = figures_of(options, console)
     settings = {"seed": options.seed, "repetitions": options.repetitions, "threads": options.threads}
     figures = {"environment": machine, "settings": settings, "models": models}
     first = next(iter(models.values()))["10"]["total_cpu_s"]
     goals = {"svd_vs_dense_10_clients": Goal(first["svd"] / first[DENSE], GOAL_RATIO, at_most=True)}
-    emit(report("bench_aggregation", figures, goals), as_json=options.json, output=options.output)
-
-
-if __name__ == "__main__":
-    main()
+    publish(options, "bench_aggregation", figures, goals)

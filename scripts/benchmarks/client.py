@@ -5,40 +5,30 @@ the base model for every round; `Engine.train` finds it and the rows' tokens res
 rows, order, label masks and AdamW, and must give the same adapter before anything is timed, and again every
 time. pfl-research (`scripts/benchmarks/peers/pfl.py`) simulates a whole round on a tiny model.
 
-    python -m scripts.benchmarks.client --quick --json
-    python -m scripts.benchmarks.client --data FOLDER --json      # uneven rows from a file of instructions
+    python -m scripts.benchmarks client --quick --json
+    python -m scripts.benchmarks client --data FOLDER --json      # uneven rows from a file of instructions
 
 The wire is left out on all sides. Dropout is 0, so that results can be compared. What is left easy for each
 of the others stands in its own file.
 """
 
-import argparse
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a look-up would be timed
-
-import torch
+import typer
 from rich.console import Console
 
-from fedllm.errors import FedLLMError
 from scripts.benchmarks import cohort as bench_cohort
+from scripts.benchmarks.agreement import checked_difference
+from scripts.benchmarks.arithmetic import gemm_rate, trunk_weights
+from scripts.benchmarks.options import BenchOptions, start_benchmark
 from scripts.benchmarks.peers.flowertune import train_afresh
-from scripts.benchmarks.peers.shared import Outcome, checked_difference, missing_package, quiet_huggingface
-from scripts.benchmarks.tools import (
-    Measured,
-    alternate,
-    costs,
-    environment,
-    gemm_rate,
-    trunk_weights,
-)
+from scripts.benchmarks.peers.shared import TOLERANCE, Outcome, missing_package, quiet_huggingface
+from scripts.benchmarks.timing import Measured, alternate, costs
 from scripts.benchmarks.workloads import (
     DEFAULT_ROWS,
     UNEVEN_ROWS,
@@ -50,8 +40,9 @@ from scripts.benchmarks.workloads import (
     open_bench,
     shortened,
 )
-from scripts.charts import bars, plot_file
-from scripts.reports import Goal, Spread, emit, figures_table, report, spread, spreads_table
+from scripts.charts import Plot, bars
+from scripts.command_line import Seed
+from scripts.reports import Goal, Spread, figures_table, publish, spread, spreads_table
 
 OURS = bench_cohort.OURS
 FLOWERTUNE, NO_CHECKPOINTS = "FlowerTune-like", "no checkpointing"
@@ -62,6 +53,16 @@ PEAK_TOKENS = 512  # rows of the peak GEMM: more of them change little
 WARM_ROWS = 2
 
 Client = Callable[[], Outcome]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchOptions):
+    """What can be asked for; --quick is the default rows, twice."""
+
+    seed: Seed = 0
+    client: Annotated[str, typer.Option(help="The package whose rows are trained on.")] = "transformers"
+    data: Annotated[Path | None, typer.Option(help="A folder of instructions, for the uneven rows.")] = None
+    plot: Plot = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +107,12 @@ def measure(
         RuntimeError: they did not train the same adapter.
     """
     brief = variants(bench, shortened(workload, WARM_ROWS), scratch, quick=quick)
-    checked_difference({name: work().delta for name, work in brief.items()}, OURS)  # the same work, and warm
+    checked_difference({name: work().delta for name, work in brief.items()}, TOLERANCE, OURS)  # also warms
     weights = list(trunk_weights(bench.model).values())
     rounds, peaks, differences = [], [], []
     for outcomes in alternate(variants(bench, workload, scratch, quick=quick), repetitions):
         deltas = {name: one.value.delta for name, one in outcomes.items()}
-        differences.append(checked_difference(deltas, OURS))
+        differences.append(checked_difference(deltas, TOLERANCE, OURS))
         rounds.append(outcomes)
         peaks += [gemm_rate(weights, PEAK_TOKENS) for _ in range(2)]
     return Comparison(
@@ -197,49 +198,30 @@ def goals_of(rows: Mapping[str, Any], cohorts: Mapping[str, Any]) -> dict[str, G
     }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description="A client's round of fedllm beside those of its peers.")
-    parser.add_argument("--quick", action="store_true", help="the default rows, twice; under 3 minutes")
-    parser.add_argument("--repetitions", type=int, default=3, help="per kind of rows (default: 3)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows and the start (default: 0)")
-    parser.add_argument("--client", default="transformers", help="the package whose rows are trained on")
-    parser.add_argument("--data", type=Path, help="a folder of instructions, for the uneven rows")
-    parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
-    parser.add_argument("--output", type=Path, help="also keep the JSON object in this file")
-    parser.add_argument("--plot", type=plot_file, help="draw the ratios to this SVG or PNG file")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.repetitions = 2
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: Options) -> None:
     """Measure, print and keep the figures."""
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    console = Console(stderr=options.json, highlight=False)
-    try:
-        result = compare(options, console)
-    except FedLLMError as error:
-        sys.exit(str(error))
+    options = replace(options, repetitions=2) if options.quick else options
+    packages = [*PACKAGES, *(package for package in PEERS if not missing_package(package))]
+    console, machine = start_benchmark(options, packages)
+    figures, goals = compare(options, console, machine)
     if options.plot:
-        draw(options.plot, result)
-    emit(result, as_json=options.json, output=options.output)
+        draw(options.plot, figures)
+    publish(options, "bench_client", figures, goals)
 
 
-def draw(path: Path, result: Mapping[str, Any]) -> None:
+def draw(path: Path, figures: Mapping[str, Any]) -> None:
     """Draw how many times fedllm's CPU seconds each client takes, by kind of rows."""
     groups = {
-        name: {client: Spread(**numbers["cpu_ratio"]) for client, numbers in rows["clients"].items()}
-        for name, rows in result["figures"]["rows"].items()
+        name: {client: numbers["cpu_ratio"] for client, numbers in rows["clients"].items()}
+        for name, rows in figures["rows"].items()
     }
     bars(path, "One client's round", "CPU seconds over fedllm's", groups, reference=1.0)
 
 
-def compare(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Return the report of all comparisons, and print each when it is done.
+def compare(
+    options: Options, console: Console, machine: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Goal]]:
+    """Return the figures and goals of all comparisons, and print each when it is done.
 
     Raises:
         FedLLMError: there is no such client or no such data.
@@ -248,7 +230,6 @@ def compare(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     left_out = {name: line for package, name in PEERS.items() if (line := missing_package(package))}
     for line in left_out.values():
         console.print(line)
-    machine = environment([*PACKAGES, *(package for package in PEERS if not missing_package(package))])
     bench = open_bench(options.client, options.seed)
     with quiet_huggingface():
         rows = compare_clients(bench, options, console)
@@ -261,10 +242,10 @@ def compare(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
     found = {"rows": rows, "cohorts": cohorts}
     figures = {"environment": machine, "settings": settings, "left_out": left_out, **found}
-    return report("bench_client", figures, goals_of(rows, cohorts))
+    return figures, goals_of(rows, cohorts)
 
 
-def compare_clients(bench: Bench, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def compare_clients(bench: Bench, options: Options, console: Console) -> dict[str, Any]:
     """Return the figures of one client's round on every kind of rows, by its name."""
     kinds = kinds_of_rows(bench, options.data, quick=options.quick)
     if UNEVEN_ROWS in kinds and options.data is None:
@@ -283,7 +264,7 @@ def compare_clients(bench: Bench, options: argparse.Namespace, console: Console)
     return figures
 
 
-def compare_cohorts(bench: Bench, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def compare_cohorts(bench: Bench, options: Options, console: Console) -> dict[str, Any]:
     """Return the figures of a round beside pfl-research, by vocabulary; only the small one if quick."""
     figures: dict[str, Any] = {}
     for name, vocabulary in bench_cohort.VOCABULARIES.items():
@@ -292,7 +273,3 @@ def compare_cohorts(bench: Bench, options: argparse.Namespace, console: Console)
             figures[name] = bench_cohort.compare(cohort, options.repetitions)
             bench_cohort.show(console, name, figures[name])
     return figures
-
-
-if __name__ == "__main__":
-    main()

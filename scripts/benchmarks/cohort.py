@@ -19,9 +19,10 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import Job
 from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import IGNORED, Encoded
+from scripts.benchmarks.agreement import checked_difference
 from scripts.benchmarks.models import TINY, random_llama
-from scripts.benchmarks.peers.shared import checked_difference
-from scripts.benchmarks.tools import alternate, costs
+from scripts.benchmarks.peers.shared import TOLERANCE
+from scripts.benchmarks.timing import alternate, costs
 from scripts.benchmarks.workloads import LORA, SHORT, make_workload
 from scripts.reports import spreads_table
 
@@ -95,7 +96,8 @@ def compare(cohort: Cohort, repetitions: int) -> dict[str, Any]:
         work()
     found, differences = [], []
     for measured in alternate(rounds, repetitions):
-        differences.append(checked_difference({name: one.value for name, one in measured.items()}, OURS))
+        deltas = {name: one.value for name, one in measured.items()}
+        differences.append(checked_difference(deltas, TOLERANCE, OURS))
         found.append(measured)
     timings = {name: [measured[name].timing for measured in found] for name in rounds}
     rows = [row for job in cohort.jobs for batch in job.batches for row in batch]

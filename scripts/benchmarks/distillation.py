@@ -4,21 +4,17 @@ For K clients the round is `Engine.train` on their jobs; the step is `teach` on 
 `distil` for its steps. Both are small beside the product's defaults: the step has 16 rows of 96 tokens and 4
 steps of 4, where those are 64 texts of 128 tokens and 50 steps of 8. Both run on one resident base model, the
 same rows for every K, alternated in one process. FLOP are counted: a teacher's pass is 2 per weight of the
-trunk and of the head and token, a training pass as in `scripts.benchmarks.tools.useful_flop`.
+trunk and of the head and token, a training pass as in `scripts.benchmarks.arithmetic.useful_flop`.
 
-    python -m scripts.benchmarks.distillation --quick --json
+    python -m scripts.benchmarks distillation --quick --json
 
 Peak memory is that of the step beyond what the process held before; what targets take is counted in bytes.
 """
 
-import argparse
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: nothing here needs the network
 
 import torch
 from rich.console import Console
@@ -34,19 +30,13 @@ from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of
 from fedllm.models.chat import Encoded
 from fedllm.seeds import derive_seed
-from scripts.benchmarks.models import TINY, add_model_options, bench_base, random_rows, vocabulary_of
-from scripts.benchmarks.tools import (
-    Timing,
-    alternate,
-    bench_parser,
-    environment,
-    peak_memory,
-    run,
-    trunk_weights,
-    useful_flop,
-)
+from scripts.benchmarks.arithmetic import trunk_weights, useful_flop
+from scripts.benchmarks.memory import peak_memory
+from scripts.benchmarks.models import TINY, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.options import ModelOptions, start_benchmark
+from scripts.benchmarks.timing import Timing, alternate
 from scripts.charts import lines
-from scripts.reports import Goal, emit, figures_table, megabytes, ratios, report, spread
+from scripts.reports import Goal, figures_table, megabytes, publish, ratios, spread
 
 PACKAGES = ("fedllm", "torch", "transformers")
 TEACHERS = (1, 2, 4, 8)
@@ -191,19 +181,10 @@ def show(console: Console, name: str, figures: Mapping[str, Any]) -> None:
     console.print("\n", figures_table(f"{name}: min, median and max over the repetitions", columns, rows))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = bench_parser("The distillation step beside a training round.", "short rows, once")
-    add_model_options(parser)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: ModelOptions) -> None:
     """Measure, print and keep the figures."""
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    console = Console(stderr=options.json, highlight=False)
-    machine, size = environment(PACKAGES), QUICK if options.quick else Size()
+    console, machine = start_benchmark(options, PACKAGES)
+    size = QUICK if options.quick else Size()
     repetitions = 1 if options.quick else options.repetitions
     models: dict[str, Any] = {}
     for name in dict.fromkeys((TINY, options.model)):
@@ -229,8 +210,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "targets": options.targets,
     }
     figures = {"environment": machine, "settings": settings, "models": models}
-    emit(report("bench_distillation", figures, goals), as_json=options.json, output=options.output)
-
-
-if __name__ == "__main__":
-    run(main)
+    publish(options, "bench_distillation", figures, goals)

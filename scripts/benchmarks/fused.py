@@ -9,20 +9,16 @@ The token budget is varied at fixed work: 16 clients whose steps would fill the 
 The share of the limit is the useful arithmetic of that work at the rate of the fastest pass of `linear`
 through the model's own weights.
 
-    python -m scripts.benchmarks.fused --quick --json
+    python -m scripts.benchmarks fused --quick --json
 
 Seconds are CPU seconds on a CPU, the clock's on a GPU, where the base model is bfloat16 and the budget is
 measured. A CPU is bound by arithmetic, which fusing does not save: there the ratio has no goal.
 """
 
-import argparse
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: nothing here needs the network
 
 import torch
 from rich.console import Console
@@ -35,18 +31,12 @@ from fedllm.engine.passes import packed
 from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of
 from fedllm.seeds import derive_seed
-from scripts.benchmarks.compare import TOLERANCES, compare
-from scripts.benchmarks.models import REAL, TINY, add_model_options, bench_base, random_rows, vocabulary_of
-from scripts.benchmarks.tools import (
-    bench_parser,
-    environment,
-    gemm_rate,
-    run,
-    trunk_weights,
-    useful_flop,
-)
+from scripts.benchmarks.agreement import TOLERANCES, compare
+from scripts.benchmarks.arithmetic import gemm_rate, trunk_weights, useful_flop
+from scripts.benchmarks.models import REAL, TINY, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.options import ModelOptions, start_benchmark
 from scripts.charts import lines
-from scripts.reports import Goal, Spread, emit, figures_table, megabytes, report, spread
+from scripts.reports import Goal, Spread, figures_table, megabytes, publish, spread
 
 FUSED, ALONE = "fused", "alone"
 PACKAGES = ("fedllm", "torch", "transformers")
@@ -298,7 +288,7 @@ def _memory_text(cell: Mapping[str, Any] | None) -> str:
 
 def plot(path: Path, name: str, figures: Mapping[str, Any]) -> None:
     """Draw how much fusing saves by the number of clients, a line for each size of a client step."""
-    series: dict[str, list[tuple[float, Spread]]] = {
+    series: dict[str, list[tuple[float | str, Spread]]] = {
         f"{size} tokens a client step": [(float(k), cell["alone_over_fused"]) for k, cell in row.items()]
         for size, row in figures["cells"].items()
     }
@@ -307,19 +297,9 @@ def plot(path: Path, name: str, figures: Mapping[str, Any]) -> None:
     lines(path, title, "clients", label, series, log_x=True, reference=1.0)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = bench_parser("Clients fused in one pass beside one after another.", "few cells, twice")
-    add_model_options(parser)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: ModelOptions) -> None:
     """Measure, print and keep the figures."""
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    console = Console(stderr=options.json, highlight=False)
-    machine = environment(PACKAGES)
+    console, machine = start_benchmark(options, PACKAGES)
     repetitions = 2 if options.quick else options.repetitions
     models: dict[str, Any] = {}
     goals: dict[str, Goal] = {}
@@ -332,8 +312,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot(options.plot, options.model, models[options.model])
     settings = {"seed": options.seed, "repetitions": repetitions, "targets": options.targets}
     figures = {"environment": machine, "settings": settings, "models": models}
-    emit(report("bench_fused", figures, goals), as_json=options.json, output=options.output)
-
-
-if __name__ == "__main__":
-    run(main)
+    publish(options, "bench_fused", figures, goals)

@@ -7,7 +7,6 @@ for them and nothing is saved.
 import hashlib
 import json
 import random
-from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from fedllm.config.keys import ModelConfig
 from fedllm.models.base import BaseModel, choose_device, choose_dtype, load_base
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles, quiet_transformers
-from scripts.charts import plot_file
 
 END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
 _CHAT = (
@@ -66,14 +64,6 @@ SHAPES = {
         "num_key_value_heads": 2,
     },
 }
-
-
-def add_model_options(parser: ArgumentParser) -> None:
-    """Add the options of a benchmark of the tiny model and one other."""
-    parser.add_argument("--model", default=REAL, help="after the tiny one: a base model, or random-1.5b")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--targets", default="all-linear", help="adapted layers, as lora.target-modules")
-    parser.add_argument("--plot", type=plot_file, help="draw the base model's ratios to this SVG or PNG file")
 
 
 def bench_base(name: str, device: str = "auto", dtype: str = "auto") -> BaseModel:

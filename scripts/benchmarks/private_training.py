@@ -15,17 +15,13 @@ The clip is the median norm of the first batch's
 examples, so that about half of them are cut. As Opacus users do, its rows are padded to the longest of the
 batch and all logits are formed; `full rows` has nothing to pad.
 
-    python -m scripts.benchmarks.private_training --quick --json
+    python -m scripts.benchmarks private_training --quick --json
 """
 
-import argparse
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: nothing here needs the network
 
 import torch
 from rich.console import Console
@@ -38,12 +34,12 @@ from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of
 from fedllm.privacy.keys import NUM_BYTES, derived_key
 from fedllm.seeds import derive_seed
-from scripts.benchmarks.compare import TOLERANCES, compare
-from scripts.benchmarks.models import TINY, add_model_options, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.agreement import TOLERANCES, compare
+from scripts.benchmarks.models import TINY, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.options import ModelOptions, start_benchmark
 from scripts.benchmarks.peers.opacus import OpacusTrainer, quiet_hooks, require_opacus
-from scripts.benchmarks.tools import bench_parser, environment, run
 from scripts.charts import bars
-from scripts.reports import Goal, emit, figures_table, megabytes, report
+from scripts.reports import Goal, figures_table, megabytes, publish
 
 NOT_PRIVATE, FEDLLM, NOISELESS = "not private", "fedllm", "without noise"
 HOOKS, GHOST = "Opacus hooks", "Opacus ghost"
@@ -212,20 +208,10 @@ def plot(path: Path, name: str, found: Mapping[str, Any]) -> None:
     bars(path, title, "seconds / not private", groups, reference=1.0)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = bench_parser("DP-SGD's gradients per example: fedllm beside Opacus.", "few rows, twice")
-    add_model_options(parser)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: ModelOptions) -> None:
     """Measure, print and keep the figures."""
-    options = parse(arguments)
     require_opacus()
-    torch.set_num_threads(options.threads)
-    console = Console(stderr=options.json, highlight=False)
-    machine = environment(PACKAGES)
+    console, machine = start_benchmark(options, PACKAGES)
     repetitions = 2 if options.quick else options.repetitions
     models: dict[str, Any] = {}
     with quiet_hooks():
@@ -245,8 +231,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     figures = {"environment": machine, "settings": settings, "models": models}
     goals = goals_of(models[options.model])
-    emit(report("bench_dp", figures, goals), as_json=options.json, output=options.output)
-
-
-if __name__ == "__main__":
-    run(main)
+    publish(options, "bench_dp", figures, goals)

@@ -126,18 +126,3 @@ def _news(file: Path, changes: Sequence[Change]) -> list[Change]:
         return [Change(written, file.read_bytes().count(b"\n"))]
     except FileNotFoundError:
         return []
-
-
-def peak_rss() -> int:
-    """Return the most bytes this process has held in memory at once.
-
-    `getrusage` would not do: a process begins there with the peak of the one that started it.
-
-    Raises:
-        RuntimeError: this system has no /proc.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        raise RuntimeError("peak memory is read from /proc/self/status, which this system lacks") from None
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -8,38 +8,50 @@ loading, joining and the whole first round. A round lasts from one record to the
 Cohorts: a run in one process with 10, 100 and 1,000 clients of a tiny random model, where a round is next to
 nothing but what surrounds the arithmetic: seconds of each part, and the most memory the process ever held.
 
-    python -m scripts.benchmarks.round --quick --json
+    python -m scripts.benchmarks round --quick --json
 
 Nothing is evaluated in these runs, and every client takes part in every round.
 """
 
-import argparse
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a look-up would be timed
-
+import typer
 from rich.console import Console
 
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from scripts.benchmarks.models import save_tiny_model, write_rows
+from scripts.benchmarks.options import BenchOptions, start_benchmark
 from scripts.benchmarks.runs import UNMEASURED, Run, check_same_work, run_cohort, run_simulation, run_worker
-from scripts.benchmarks.tools import alternate, environment
-from scripts.charts import lines, plot_file
+from scripts.benchmarks.timing import alternate
+from scripts.charts import Plot, lines
 from scripts.recipe_arguments import config_of
-from scripts.reports import Goal, Spread, emit, figures_table, ratios, report, spread, spreads_table
+from scripts.reports import Goal, Spread, figures_table, publish, ratios, spread, spreads_table
 
 BARE, LOCAL, SIMULATION = "bare loop", "local", "simulation"
 PACKAGES = ("fedllm", "flwr", "ray", "torch", "transformers")
 READ_OUTS = ("svd", "factor-mean")
 GOAL_RATIO = 1.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchOptions):
+    """What can be asked for; --quick is a tiny model, once."""
+
+    part: Annotated[Literal["both", "runtimes", "cohorts"], typer.Option(help="What is measured.")] = "both"
+    rounds: Annotated[int, typer.Option(min=2, help="Of a run; the first, with its start-up, apart.")] = 4
+    device: Annotated[str, typer.Option(help="Of the runtimes' base model.")] = "cpu"
+    clients: Annotated[int, typer.Option(min=1, help="Of the runtimes' run.")] = 8
+    sizes: Annotated[str, typer.Option(help="Clients a round, of the cohorts.")] = "10,100,1000"
+    plot: Plot = None
+
 
 # --- the runtimes beside the bare loop ---------------------------------------------------------------------
 
@@ -206,34 +218,14 @@ def show_cohorts(console: Console, cohorts: Mapping[str, Mapping[str, Any]]) -> 
 
 def plot(path: Path, cohorts: Mapping[str, Mapping[str, Any]]) -> None:
     """Write seconds a round over the number of clients, one line a read-out."""
-    series: dict[str, list[tuple[float, Spread]]] = {}
+    series: dict[str, list[tuple[float | str, Spread]]] = {}
     for name, figures in cohorts.items():
         series.setdefault(name.partition(",")[0], []).append((figures["clients"], figures["round_s"]))
     lines(path, "A round in one process, tiny model", "clients", "wall seconds a round", series)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description="What a federated round costs besides its training.")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, once; under 3 minutes")
-    parser.add_argument("--part", choices=("both", "runtimes", "cohorts"), default="both")
-    parser.add_argument("--repetitions", type=int, default=3, help="of every run (default: 3)")
-    parser.add_argument("--rounds", type=int, default=4, help="of a run, the first apart (default: 4)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
-    parser.add_argument("--device", default="cpu", help="of the runtimes' base model (default: cpu)")
-    parser.add_argument("--clients", type=int, default=8, help="of the runtimes' run (default: 8)")
-    parser.add_argument("--sizes", default="10,100,1000", help="clients a round (default: 10,100,1000)")
-    parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
-    parser.add_argument("--output", type=Path, help="also keep the JSON object in this file")
-    parser.add_argument("--plot", type=plot_file, help="draw seconds a round to this SVG or PNG file")
-    options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        parser.error("--rounds: expected at least 2, as the first is start-up")
-    return options
-
-
 @contextmanager
-def runtimes_config(options: argparse.Namespace) -> Iterator[RunConfig]:
+def runtimes_config(options: Options) -> Iterator[RunConfig]:
     """Yield the run that the runtimes do: the quickstart's, or with --quick one of a tiny model."""
     changes: dict[str, Scalar] = {
         **UNMEASURED,
@@ -252,11 +244,9 @@ def runtimes_config(options: argparse.Namespace) -> Iterator[RunConfig]:
         yield config.override({**changes, "model.name": str(model), "data.source": str(rows)})
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: Options) -> None:
     """Measure, print and keep the figures."""
-    options = parse(arguments)
-    console = Console(stderr=options.json, highlight=False)
-    machine = environment(PACKAGES)
+    console, machine = start_benchmark(options, PACKAGES)
     repetitions = 1 if options.quick else options.repetitions
     figures: dict[str, Any] = {"environment": machine}
     figures["settings"] = {"repetitions": repetitions, "rounds": options.rounds, "threads": options.threads}
@@ -279,8 +269,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         goals["clients_in_a_round"] = Goal(max(each["clients"] for each in cohorts.values()), max(sizes))
         if options.plot:
             plot(options.plot, cohorts)
-    emit(report("bench_round", figures, goals), as_json=options.json, output=options.output)
-
-
-if __name__ == "__main__":
-    main()
+    publish(options, "bench_round", figures, goals)

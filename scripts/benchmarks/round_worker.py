@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from clients.client_app import app
-from clients.data_holder import RESIDENT, open_data_holder
+from clients.client_app import PROCESS, app
 from fedllm.config.recipe import read_recipe
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import Job
 from fedllm.runs.records import RoundRecord
 from scripts.benchmarks.jobs import round_jobs
-from scripts.benchmarks.processes import peak_rss
+from scripts.benchmarks.memory import peak_rss
 from scripts.runtimes.local import local_grid
 from strategies.run import run_federation
 from strategies.session import Watch
@@ -36,8 +35,8 @@ NODE = {"server-paths": True}  # this process is the data holder, so it opens th
 # The parts of a round: functions that do not call each other, each where its caller looks it up.
 PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "train": (("fedllm.engine.engine", "Engine.train"),),
-    "rows": (("clients.train", "make_job"),),
-    "protect": (("clients.train", "protect"),),
+    "rows": (("clients.train", "make_job"), ("clients.personal", "make_job")),
+    "protect": (("clients.protect", "protect"),),
     "wire": (
         *(("fedllm.wire.requests", name) for name in ("write_train_request", "read_train_request")),
         *(("fedllm.wire.replies", name) for name in ("write_updates", "read_updates")),
@@ -74,7 +73,7 @@ def train_only(config: RunConfig) -> Trace:
 
     All clients take part in every round. Loading and tokenising are over when the first round begins.
     """
-    holder = open_data_holder(config.to_flat(), NODE)
+    holder = PROCESS.open(config.to_flat(), NODE)
     engine, steps = holder.engine, config.train.local_steps
     rounds = [
         round_jobs(holder, round_num=round_num, steps=steps)
@@ -113,13 +112,13 @@ def federate(config: RunConfig) -> Trace:
             if record.round_num:
                 ends.append(RoundEnd(time.time(), time.process_time(), dict(spent)))
 
-        state = run_federation(config, local_grid(config, app), Watch(record=note), resident=RESIDENT)
+        state = run_federation(config, local_grid(config, app), Watch(record=note), resident=PROCESS.resident)
     records = state.records[1:]
     return Trace(
         ends=tuple(ends),
-        tokens=tuple(record.num_tokens for record in records),
+        tokens=tuple(record.training.num_tokens for record in records),
         accepted=tuple(len(record.accepted) for record in records),
-        first_losses=dict(records[0].train_losses),
+        first_losses=dict(records[0].training.losses),
         num_values=state.adapter.layout.size,
         peak_rss=peak_rss(),
     )

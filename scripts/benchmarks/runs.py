@@ -113,9 +113,9 @@ def trace_of(watched: Watched, records: Sequence[Mapping[str, Any]]) -> Trace:
             RoundEnd(float(time), sum(kinds.values()), kinds)
             for time, kinds in zip(times, spent, strict=True)
         ),
-        tokens=tuple(record["num_tokens"] for record in records),
+        tokens=tuple(record["training"]["num_tokens"] for record in records),
         accepted=tuple(len(record["accepted"]) for record in records),
-        first_losses=records[0]["train_losses"],
+        first_losses=records[0]["training"]["losses"],
         num_values=0,
         peak_rss=max(sample.rss for sample in watched.samples),
     )

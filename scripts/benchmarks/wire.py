@@ -6,37 +6,35 @@ them;
 anchors are the same values as a safetensors file and as Flower's own `ArrayRecord` of named tensors, both
 float32. Megabytes a second are those of the float32 values, so a smaller packet does not look slower.
 
-    python -m scripts.benchmarks.wire --quick --json
+    python -m scripts.benchmarks wire --quick --json
 
 What rounding costs: the relative error of a client's delta (L2, and the largest), the error of the clients'
 mean product B A over the size of its change, and the held-out loss of the clients' own adapters.
 """
 
-import argparse
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a look-up would be timed
+from typing import Annotated, Any
 
 import safetensors.torch
-import torch
+import typer
 from flwr.app import ArrayRecord, RecordDict
 from rich.console import Console
 
-from clients.data_holder import open_data_holder
+from clients.process import Process
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
 from fedllm.wire import packets
 from fedllm.wire.packets import packet_bytes
 from scripts.benchmarks.deltas import Case, case_figures, packed, train_case, unpacked
-from scripts.benchmarks.tools import alternate, environment
-from scripts.charts import lines, plot_file
+from scripts.benchmarks.options import BenchOptions, Repetitions, start_benchmark
+from scripts.benchmarks.timing import alternate
+from scripts.charts import Plot, lines
 from scripts.recipe_arguments import config_of
-from scripts.reports import Goal, Spread, emit, figures_table, report, spread
+from scripts.reports import Goal, Spread, figures_table, publish, spread
 
 PACKAGES = ("fedllm", "flwr", "torch", "transformers", "safetensors")
 TARGETS = {"q, v": "q_proj,v_proj", "all linear": "all-linear"}
@@ -44,6 +42,18 @@ SAFETENSORS, ARRAY_RECORD = "safetensors", "Flower ArrayRecord"
 MOST_TIMES = 50
 GOAL_BYTES = {"bf16": 0.51, "int8": 0.27}  # of the float32 packet
 GOAL_BF16_ERROR = 4e-3  # just above 2 ** -8, the most that rounding to bfloat16 moves a value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchOptions):
+    """What can be asked for; --quick is few steps of single short rows."""
+
+    repetitions: Repetitions = 5
+    steps: Annotated[str, typer.Option(help="Local steps; with --quick the first number.")] = "5,50"
+    clients: Annotated[int, typer.Option(min=1, help="Clients that train.")] = 4
+    model: Annotated[str, typer.Option(help="The base model.")] = "smollm2-135m-instruct"
+    source: Annotated[str, typer.Option(help="The clients' text.")] = "docstrings"
+    plot: Plot = None
 
 
 # --- bytes -------------------------------------------------------------------------------------------------
@@ -156,7 +166,7 @@ def show_case(console: Console, name: str, figures: Mapping[str, Any]) -> None:
 
 def plot(path: Path, cases: Mapping[str, Any]) -> None:
     """Write the relative error of lossy payloads over local steps."""
-    series: dict[str, list[tuple[float, Spread]]] = {}
+    series: dict[str, list[tuple[float | str, Spread]]] = {}
     for name, case in cases.items():
         for payload in ("bf16", "int8"):
             error = case["payloads"][payload]["relative_error"]
@@ -164,25 +174,7 @@ def plot(path: Path, cases: Mapping[str, Any]) -> None:
     lines(path, "Rounding a client's delta", "local steps", "relative error", series)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description="Bytes, errors and speed of the wire's payloads.")
-    parser.add_argument(
-        "--quick", action="store_true", help="few steps of single short rows; under 3 minutes"
-    )
-    parser.add_argument("--repetitions", type=int, default=5, help="of every packing (default: 5)")
-    parser.add_argument("--steps", default="5,50", help="local steps (default: 5,50; with --quick the first)")
-    parser.add_argument("--clients", type=int, default=4, help="clients that train (default: 4)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="the base model")
-    parser.add_argument("--source", default="docstrings", help="the clients' text")
-    parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
-    parser.add_argument("--output", type=Path, help="also keep the JSON object in this file")
-    parser.add_argument("--plot", type=plot_file, help="draw the relative errors to this SVG or PNG file")
-    return parser.parse_args(arguments)
-
-
-def config_for(options: argparse.Namespace) -> RunConfig:
+def config_for(options: Options) -> RunConfig:
     """Return the clients' text and training: the quickstart's, with --quick one short row a step."""
     config = config_of(["quickstart.toml"]).override(
         {
@@ -203,9 +195,10 @@ def measure(
     """Return the figures of every adapter and of every case."""
     adapters: dict[str, Any] = {}
     cases: dict[str, Any] = {}
+    process = Process()  # reads the source once
     for name, targets in TARGETS.items():
         tuned = config.override({"lora.target-modules": targets})
-        holder = open_data_holder(tuned.to_flat(), {"server-paths": True})
+        holder = process.open(tuned.to_flat(), {"server-paths": True})
         trained = [train_case(holder, number) for number in steps]
         start = trained[0].start
         adapters[name] = {
@@ -218,12 +211,10 @@ def measure(
     return adapters, cases
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: Options) -> None:
     """Measure, print and keep the figures."""
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    console = Console(stderr=options.json, highlight=False)
-    machine, config = environment(PACKAGES), config_for(options)
+    console, machine = start_benchmark(options, PACKAGES)
+    config = config_for(options)
     steps = [int(number) for number in options.steps.split(",")]
     steps = steps[:1] if options.quick else steps
     adapters, cases = measure(config, steps, options.repetitions, 2e7 if options.quick else 2e8)
@@ -242,8 +233,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     figures = {"environment": machine, "settings": settings, "adapters": adapters, "deltas": cases}
     goals = goals_of(adapters, cases)
-    emit(report("bench_wire", figures, goals), as_json=options.json, output=options.output)
-
-
-if __name__ == "__main__":
-    main()
+    publish(options, "bench_wire", figures, goals)

@@ -26,7 +26,7 @@ from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of, load_base
 from fedllm.models.chat import IGNORED, Encoded, encode
 from fedllm.seeds import derive_seed
-from scripts.benchmarks.tools import useful_flop
+from scripts.benchmarks.arithmetic import useful_flop
 
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="q_proj,v_proj")
 DEFAULT_ROWS, UNEVEN_ROWS = "first sentences", "uneven"

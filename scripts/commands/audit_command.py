@@ -1,6 +1,5 @@
 """`fedllm audit`: what attacks learn from a run, beside what they learn where there is nothing, or all."""
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
-from fedllm.errors import CheckpointError, ConfigError, MissingExtraError
+from fedllm.errors import CheckpointError
 from fedllm.files import write_file
 from scripts.auditing.canaries import canary_report
 from scripts.auditing.control import overfit
-from scripts.auditing.figure import FORMATS, draw
 from scripts.auditing.membership import (
     SHOWN,
     curves,
@@ -24,9 +22,16 @@ from scripts.auditing.membership import (
 )
 from scripts.auditing.messages import inversion_report
 from scripts.auditing.opening import Case, open_case
+from scripts.charts import check_plot, roc_and_bars
 from scripts.console import Console, shown_path
+from scripts.reports import Spread
 
 REPORT = "audit.json"
+NAMES = {
+    "run": "this run",
+    "positive_control": "positive control",
+    "held_out": "held-out control",
+}  # in plots
 NOTES = (
     "a lower bound is not a guarantee: an attack that finds nothing proves nothing; a better one may find"
     " more",
@@ -47,15 +52,16 @@ def audit(
         FedLLMError: the run, its rows or its base model are not here; a plot is wanted that cannot be drawn.
         CheckpointError: a file cannot be written.
     """
-    if plot is not None:
-        _check_plot(plot)
+    check_plot(plot)
     with TemporaryDirectory() as scratch:
         case = open_case(target, max_rows=rows, scratch=Path(scratch))
         report, lines = report_of(case, prefix=prefix, suffix=suffix, epochs=epochs)
     try:
         write_file(case.folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
         if plot is not None:
-            draw(report, lines, plot)
+            lowest = 0.5 / max(1, report["num_others"], report["num_members"])
+            curves = {NAMES[kind]: points for kind, points in lines.items()}
+            roc_and_bars(plot, curves, bars_of(report), lowest=lowest)
     except OSError as error:
         raise CheckpointError(f"cannot write {error.filename}: {error.strerror}") from None
     if as_json:
@@ -65,14 +71,6 @@ def audit(
     console.rich.print(table_of(report))
     for line in _words(case, report):
         console.line(line)
-
-
-def _check_plot(path: Path) -> None:
-    """Refuse a plot that could not be drawn, before minutes of work for it."""
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"--plot {str(path)!r} should end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("plots need matplotlib: pip install 'fedllm[bench]', or leave out --plot")
 
 
 def report_of(
@@ -104,6 +102,33 @@ def report_of(
         "notes": list(NOTES),
     }
     return report, curves(scores)
+
+
+def bars_of(report: Mapping[str, Any]) -> dict[str, dict[str, Spread]]:
+    """Return the numbers from 0 to 1 that are drawn as bars; an attack that was skipped has none."""
+    ratio, taken, inversion = report["membership"]["loss-ratio"], report["extraction"], report["inversion"]
+    groups = {
+        "AUC": {kind: ratio[kind]["area"] for kind in NAMES if ratio[kind]},
+        "found at\n1 % FPR": {kind: ratio[kind]["caught"] for kind in NAMES if ratio[kind]},
+        "extracted": {kind: taken[kind]["rate"] for kind in NAMES},
+    }
+    if "skipped" not in inversion:
+        groups["tokens\nread (F1)"] = {
+            "run": inversion["run"]["update"]["closest"]["f1"],
+            "positive_control": inversion["positive_control"]["closest"]["f1"],
+            "held_out": inversion["held_out"]["update"]["closest"]["f1"],
+        }
+    canaries = report["canaries"]
+    if "skipped" not in canaries:
+        first, control = next(iter(canaries["repeats"].values())), canaries["positive_control"]
+        found = {"run": first["run"], "positive_control": control, "held_out": first["base"]}
+        groups["canaries\nguessed"] = {
+            kind: one["num_right"] / max(1, one["num_guessed"]) if one else 0.0 for kind, one in found.items()
+        }
+    return {
+        name: {NAMES[kind]: Spread(*3 * (value or 0.0,)) for kind, value in group.items()}
+        for name, group in groups.items()
+    }
 
 
 def table_of(report: Mapping[str, Any]) -> Table:

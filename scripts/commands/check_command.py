@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.table import Table
 
-from clients.data_holder import DataHolder, open_data_holder
+from clients.data_holder import DataHolder
+from clients.process import Process
 from fedllm.adapters.layout import AdapterLayout, at_rank
-from fedllm.adapters.parts import part_size, returned_part
+from fedllm.adapters.parts import part_size
 from fedllm.config.run_config import RunConfig
 from fedllm.models.base import describe_layout
 from fedllm.plan.dealt_numbers import deal_ranks
@@ -22,7 +23,7 @@ from scripts.recipe_arguments import config_of, own_rows
 def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
     """Print what the run that `words` describe would do: sizes, tokens, bytes a round, and every key."""
     config = config_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
-    holder = open_data_holder(own_rows(config).to_flat(), {"server-paths": True})
+    holder = Process().open(own_rows(config).to_flat(), {"server-paths": True})
     plan = figures_of(config, holder)
     if as_json:
         print(json.dumps({"plan": plan, "config": config.to_flat()}))
@@ -105,7 +106,7 @@ def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> 
     rule = resolve(config).aggregation
     controls = layout.size if config.train.control_variates else 0  # a second packet both ways
     down = payload_bytes(part_size(layout, rule.changing_part), "fp32") + payload_bytes(controls, "fp32")
-    parts = [returned_part(rule.trained_in(number), rule.local_b) for number in (1, 2)]
+    parts = [rule.returned_in(number) for number in (1, 2)]
 
     def packet(rank: int) -> float:
         sizes = (part_size(at_rank(layout, rank), part) for part in parts)

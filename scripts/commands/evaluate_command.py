@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from clients.data_holder import RESIDENT, ClientTokens, encode_client, open_data_holder
+from clients.client_app import PROCESS
+from clients.data_holder import ClientTokens, encode_client
 from fedllm.adapters.folder import PublishedAdapter, load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.run_config import RunConfig
@@ -32,7 +33,7 @@ def evaluate(target: Path, *, data: str, as_json: bool) -> None:
         if not data:
             raise ConfigError(f"{target}: an adapter without its run needs rows: give some with --data")
         config = bare_config(published)
-    engine = RESIDENT.engine(config.model, published.state.layout, config.train.token_budget)
+    engine = PROCESS.resident.engine(config.model, published.state.layout, config.train.token_budget)
     clients = _clients(config, data, trained_clients(folder.parent))
     if not clients:
         raise NoDataError(f"{target}: the run keeps no held-out rows; give some with --data")
@@ -48,14 +49,14 @@ def evaluate(target: Path, *, data: str, as_json: bool) -> None:
 def _clients(config: RunConfig, data: str, trained: Iterable[str]) -> dict[str, ClientTokens]:
     """Return each client with the rows to evaluate on as its held-out rows."""
     if not data:
-        holder = open_data_holder(own_rows(config).to_flat(), {"server-paths": True})
+        holder = PROCESS.open(own_rows(config).to_flat(), {"server-paths": True})
         if not set(trained) <= holder.clients.keys():
             raise NoDataError("the run's clients keep their rows elsewhere; give some with --data")
         return {name: client for name, client in holder.clients.items() if client.held_out}
     whole = config.override({"data.held-out-fraction": 0.0, "data.max-rows": 0}).data
     rows = load_one_client(data, whole, client_id=Path(data).stem, seed=config.seed).client
     files = resolve_model(config.model.name, config.model.revision)
-    client = encode_client(rows, RESIDENT.tokenizer(files), config.train.max_length)
+    client = encode_client(rows, PROCESS.resident.tokenizer(files), config.train.max_length)
     return {client.client_id: ClientTokens(client.client_id, (), client.train)}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.data_holder import RESIDENT, partition_of
+from clients.client_app import PROCESS, app
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.run_config import RunConfig
@@ -59,11 +59,10 @@ def run(
 def _run_in(runtime: str, config: RunConfig, view: RunView) -> None:
     _keep_partition(config)
     if runtime == "local":
-        from clients.client_app import app
         from scripts.runtimes.local import local_grid
         from strategies.run import run_federation
 
-        run_federation(config, local_grid(config, app), view.watch(), resident=RESIDENT)
+        run_federation(config, local_grid(config, app), view.watch(), resident=PROCESS.resident)
     else:
         from scripts.runtimes.flower import run_with_flower
 
@@ -77,7 +76,7 @@ def _keep_partition(config: RunConfig) -> None:
         ConfigError: a run is to go on, and its clients no longer have the same rows; or a new run is to begin
             in the folder of an earlier one.
     """
-    partition, folder = partition_of(config), run_folder(config)
+    partition, folder = PROCESS.read_source(config).partition, run_folder(config)
     saved = folder / PARTITION
     if config.run.resume and saved.exists():
         if load_partition(saved) != partition:
@@ -102,7 +101,7 @@ def compare_answers(config: RunConfig, adapter: Path) -> Answers:
     if not prompts or not length:
         return Answers([], [], [])
     state = load_adapter(adapter).state
-    engine = RESIDENT.engine(config.model, state.layout, config.train.token_budget)
+    engine = PROCESS.resident.engine(config.model, state.layout, config.train.token_budget)
     base, number = initial_adapter(state.layout, config.seed), len(prompts)
     answers = engine.generate([base] * number + [state] * number, prompts * 2, length)
     return Answers(prompts, answers[:number], answers[number:])

@@ -1,4 +1,4 @@
-"""Kinds of cells that are no federation: what the same rows give without one.
+"""Kinds of trials that are no federation: what the same rows give without one.
 
 Both take exactly the rows, in exactly the order, that the clients of the federation would draw, cut into the
 same steps, and the same number of steps. One thing is in their favour: their optimizer is never reset, while
@@ -10,20 +10,21 @@ from dataclasses import replace
 
 import torch
 
-from clients.data_holder import ClientTokens, DataHolder, open_data_holder
+from clients.data_holder import ClientTokens, DataHolder
+from clients.process import Process
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import draw_rows
 from fedllm.engine.jobs import EvaluationJob, Job
 from fedllm.messages import LocalTraining
 from fedllm.models.chat import Encoded
-from fedllm.plan.training import local_training
-from scripts.experiments.cells import Cell, Figures, Setting
+from fedllm.plan.run_plan import resolve
 from scripts.experiments.runs import losses
+from scripts.experiments.trials import Figures, Setting, Trial
 
 
-def pooled(cell: Cell, setting: Setting) -> Figures:
+def pooled(trial: Trial, setting: Setting) -> Figures:
     """Train one adapter on all clients' rows together: step t takes what every client takes in its step t."""
-    config = setting.config(cell)
+    config = setting.config(trial)
     holder = holder_of(config)
     clients = list(holder.clients.values())
     by_client = [batches_of(client, config) for client in clients]
@@ -36,12 +37,12 @@ def pooled(cell: Cell, setting: Setting) -> Figures:
     return {**losses(before, after), "tokens": result.num_tokens}
 
 
-def alone(cell: Cell, setting: Setting) -> Figures:
+def alone(trial: Trial, setting: Setting) -> Figures:
     """Train every client alone; with the option `everywhere` also measure each adapter on all clients' rows.
 
     `mean_after` is over clients of the loss on their own rows, `union_after` of the loss on everybody's.
     """
-    config = setting.config(cell)
+    config = setting.config(trial)
     holder = holder_of(config)
     start = holder.initial.vector
     jobs = []
@@ -54,7 +55,7 @@ def alone(cell: Cell, setting: Setting) -> Figures:
     adapters = {result.client_id: start + result.delta for result in results}
     figures = losses(evaluate(holder, dict.fromkeys(holder.clients, start)), evaluate(holder, adapters))
     figures["tokens"] = sum(result.num_tokens for result in results)
-    if cell.options.get("everywhere"):
+    if trial.options.get("everywhere"):
         union = [evaluate(holder, dict.fromkeys(holder.clients, vector)) for vector in adapters.values()]
         means = [sum(each.values()) / len(each) for each in union]
         figures["union_after"] = sum(means) / len(means)
@@ -63,7 +64,7 @@ def alone(cell: Cell, setting: Setting) -> Figures:
 
 def holder_of(config: RunConfig) -> DataHolder:
     """Return a holder of all clients of a run."""
-    return open_data_holder(config.to_flat(), {"server-paths": True})
+    return Process().open(config.to_flat(), {"server-paths": True})
 
 
 def batches_of(client: ClientTokens, config: RunConfig) -> tuple[tuple[Encoded, ...], ...]:
@@ -78,7 +79,7 @@ def batches_of(client: ClientTokens, config: RunConfig) -> tuple[tuple[Encoded, 
 
 def training_of(config: RunConfig, steps: int, batch_size: int) -> LocalTraining:
     """Return the numbers of one uninterrupted training."""
-    return replace(local_training(config, 1), steps=steps, batch_size=batch_size)
+    return replace(resolve(config).training(1), steps=steps, batch_size=batch_size)
 
 
 def evaluate(holder: DataHolder, adapters: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The text of the experiments: seven instruction domains, or where they are absent what packages say.
 
-All cells of a run share one file of rows with the columns `prompt`, `response`, `domain`, `label` and
+All trials of a run share one file of rows with the columns `prompt`, `response`, `domain`, `label` and
 `group-K`, so that `data.source` and `data.partition` deal them as they deal anybody's rows.
 """
 

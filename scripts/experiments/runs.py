@@ -1,4 +1,4 @@
-"""Kinds of cells that are federations: the product's own run, round by round in this process.
+"""Kinds of trials that are federations: the product's own run, round by round in this process.
 
 Every client has a node of its own, as in a deployment, so the bytes counted are those of its own messages.
 """
@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from fedllm.config.run_config import RunConfig
 from fedllm.runs.records import RoundRecord
-from scripts.experiments.cells import Cell, Figures, Setting
+from scripts.experiments.trials import Figures, Setting, Trial
 from scripts.runtimes.local import LocalState, init, step
 
 
-def federation(cell: Cell, setting: Setting) -> Figures:
+def federation(trial: Trial, setting: Setting) -> Figures:
     """Do a run and return its figures."""
-    return figures_of(run(setting.config(cell)).records)
+    return figures_of(run(setting.config(trial)).records)
 
 
 def run(config: RunConfig, num_nodes: int = 0) -> LocalState:
@@ -40,12 +40,12 @@ def figures_of(records: Sequence[RoundRecord]) -> Figures:
     unmeasured = [record for record in rounds if not record.held_out] or rounds
     return {
         **losses(records[0].held_out, records[-1].held_out),
-        "rho": [record.rho for record in rounds],
-        "kept": [record.kept_energy for record in rounds],
-        "delta_norm": [record.delta_norm for record in rounds],
+        "rho": [record.aggregation.rho for record in rounds],
+        "kept": [record.aggregation.kept_energy for record in rounds],
+        "delta_norm": [record.aggregation.delta_norm for record in rounds],
         "bytes_up": _per_client([record.bytes_up for record in rounds], rounds),
         "bytes_down": _per_client([record.bytes_down for record in unmeasured], unmeasured),
-        "tokens": sum(record.num_tokens for record in rounds),
+        "tokens": sum(record.training.num_tokens for record in rounds),
         "lost": sum(len(record.lost) for record in rounds),
         "lost_reasons": sorted({reason for record in rounds for reason in record.lost.values()}),
     }

@@ -1,27 +1,32 @@
 """Whether two versions of this project train the same adapters, bit for bit.
 
-
-A change of structure must not change a number. This runs eleven small federations (plain, private, SCAFFOLD,
+A change of structure must not change a number. This runs twelve small federations (plain, private, SCAFFOLD,
 personal adapters, FedSA, distillation, node sums, ...) with the code of one checkout, then with another's:
 
-    python -m scripts.experiments.same_bits FOLDER before --checkout OLD_CHECKOUT
-    python -m scripts.experiments.same_bits FOLDER after --against before
+    python -m scripts.experiments same_bits FOLDER before --checkout OLD_CHECKOUT
+    python -m scripts.experiments same_bits FOLDER after --against before
 
-The second call prints a table and exits 1 where an adapter differs. Private runs draw their noise from
-secrets
-that are kept in the run folder, so those of the first runs are copied to the second ones before they start.
+The second call prints a table and exits 1 where an adapter, a held-out loss or a vector that clients keep for
+themselves differs. Private runs draw their noise from secrets in the run folder, so those of the first runs
+are copied to the second ones before they start.
 """
 
-import argparse
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
+from safetensors.torch import load_file
 
 from fedllm.adapters.folder import load_adapter
 from scripts.benchmarks.models import save_tiny_model, write_rows
+from scripts.command_line import command_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +57,8 @@ RUNS: dict[str, tuple[str, ...]] = {
 def run_all(folder: Path, label: str, checkout: Path, earlier: Path | None) -> None:
     """Run every federation with the code of `checkout`; its run folders lie in `folder`/`label`."""
     model, rows = folder / "model", folder / "rows.jsonl"
+    # Older checkouts have their command in scripts/cli.py.
+    command = "fedllm" if (checkout / "fedllm" / "__main__.py").exists() else "scripts.cli"
     if not model.exists():
         save_tiny_model(model)
         write_rows(rows, num_clients=4, rows_per_client=12)
@@ -62,7 +69,7 @@ def run_all(folder: Path, label: str, checkout: Path, earlier: Path | None) -> N
             _copy_secrets(earlier / name, run)
         words = (f"model.name={model}", f"data.source={rows}", *COMMON, *changes, f"run.name={name}")
         subprocess.run(
-            [sys.executable, "-m", "scripts.cli", "run", *words, "--out", str(folder / label)],
+            [sys.executable, "-m", command, "run", *words, "--out", str(folder / label)],
             cwd=checkout,
             env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.DEVNULL,
@@ -79,40 +86,59 @@ def _copy_secrets(earlier: Path, run: Path) -> None:
 
 
 def table(first: Path, second: Path) -> tuple[str, bool]:
-    """Return how the adapters of two labels compare, a row a run, and whether all are equal."""
-    lines, all_equal = [f"| run | {first.name} | {second.name} | equal |", "|---|---|---|---|"], True
+    """Return how the runs of two labels compare, a row a run, and whether all are equal."""
+    lines = [f"| run | adapter, loss, kept: {first.name} | {second.name} | equal |", "|---|---|---|---|"]
+    all_equal = True
     for name in RUNS:
-        digests = [load_adapter(folder / name / "adapter").state.digest for folder in (first, second)]
-        losses = [_held_out(folder / name) for folder in (first, second)]
-        is_equal = digests[0] == digests[1] and losses[0] == losses[1]
-        all_equal &= is_equal
-        cells = [f"`{digest[:12]}` {loss}" for digest, loss in zip(digests, losses, strict=True)]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {'yes' if is_equal else 'NO'} |")
+        found = [numbers_of(folder / name) for folder in (first, second)]
+        all_equal &= found[0] == found[1]
+        told = "yes" if found[0] == found[1] else "NO"
+        lines.append(f"| {name} | {' | '.join(' '.join(numbers) for numbers in found)} | {told} |")
     return "\n".join(lines), all_equal
 
 
-def _held_out(run: Path) -> str:
-    """Return the mean held-out loss after a run in full precision, "-" where its plan withholds it."""
+def numbers_of(run: Path) -> list[str]:
+    """Return the adapter's digest, the held-out losses in full precision and a digest of what clients keep.
+
+    Losses are those of the shared and of the personal adapters; what a run does not have is left out.
+    """
+    numbers = [f"`{load_adapter(run / 'adapter').state.digest[:12]}`"]
     held_out = json.loads((run / "result.json").read_text())["held_out"]
-    return repr(held_out["after"]["mean"]) if held_out else "-"
+    after = held_out["after"] if held_out else {}
+    numbers += [repr(losses["mean"]) for losses in (after, after.get("personal")) if losses]
+    kept = sorted(run.glob("private/*/*/*.safetensors"))
+    if kept:
+        digest = hashlib.sha256()
+        for file in kept:  # the names of two folders above differ by run and version, those below may not
+            digest.update(f"{file.parent.name}/{file.name}".encode())
+            for name, tensor in sorted(load_file(file).items()):
+                digest.update(name.encode())
+                digest.update(tensor.contiguous().numpy().tobytes())
+        numbers.append(f"`{digest.hexdigest()[:12]}`")
+    return numbers
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be asked for."""
+
+    folder: Annotated[Path, typer.Argument(help="Where models, rows and run folders go.")]
+    label: Annotated[str, typer.Argument(help="A name for these runs.")]
+    checkout: Annotated[Path, typer.Option(help="The code to run; this one where none is named.")] = ROOT
+    against: Annotated[str, typer.Option(help="The label of earlier runs to compare with.")] = ""
+
+
+def main(options: Options) -> None:
     """Run one side, and compare where a second one is named."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where models, rows and run folders go")
-    parser.add_argument("label", help="a name for these runs")
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="the code to run (default: this one)")
-    parser.add_argument("--against", help="the label of earlier runs to compare with")
-    given = parser.parse_args()
-    folder = given.folder.resolve()
-    earlier = folder / given.against if given.against else None
-    run_all(folder, given.label, given.checkout.resolve(), earlier)
+    folder = options.folder.resolve()
+    earlier = folder / options.against if options.against else None
+    run_all(folder, options.label, options.checkout.resolve(), earlier)
     if earlier is not None:
-        text, all_equal = table(earlier, folder / given.label)
+        text, all_equal = table(earlier, folder / options.label)
         print(text)
-        sys.exit(not all_equal)
+        if not all_equal:
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(command_of(main))

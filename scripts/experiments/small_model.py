@@ -6,10 +6,9 @@ will hold are left out of it. A few documents are random letters of the world's 
 another than English is unlikely to the model but not unthinkable. The same versions of the packages and of
 torch give the same model.
 
-    python -m scripts.experiments.small_model
+    python -m scripts.experiments small_model
 """
 
-import argparse
 import ast
 import hashlib
 import json
@@ -24,9 +23,10 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from fedllm.data.demo_corpus import first_sentence
 from fedllm.data.installed_packages import Package, installed_packages, source_files
@@ -253,16 +253,17 @@ def _held_out_loss(model: Any, recipe: Recipe, held_out_N: torch.Tensor) -> floa
     return float(model(input_ids=windows, labels=windows).loss)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be asked for."""
+
+    steps: Annotated[int, typer.Option(min=1, help="Of its training.")] = Recipe.steps
+
+
+def main(options: Options) -> None:
     """Make the model and say where it is."""
-    parser = argparse.ArgumentParser(description="Make the small language model of the experiments.")
-    parser.add_argument("--steps", type=int, default=Recipe().steps, help="of its training")
-    made = small_model(Recipe(steps=parser.parse_args(arguments).steps))
+    made = small_model(Recipe(steps=options.steps))
     sys.stdout.write(
         f"{made.folder}: {made.parameters:,} parameters, {made.trained_tokens:,} tokens,"
         f" held-out loss {made.held_out_loss:.3f} (knowing nothing: {made.uniform_loss:.3f})\n"
     )
-
-
-if __name__ == "__main__":
-    main()

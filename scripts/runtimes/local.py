@@ -15,8 +15,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.client_app import app
-from clients.data_holder import RESIDENT
+from clients.client_app import PROCESS, app
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
@@ -149,7 +148,7 @@ def init(config: RunConfig, *, num_nodes: int = 1) -> LocalState:
     Raises:
         FedLLMError: the model or the data cannot be used, or too few clients have rows.
     """
-    session = open_session(resolve(config), local_grid(config, app, num_nodes), resident=RESIDENT)
+    session = open_session(resolve(config), local_grid(config, app, num_nodes), resident=PROCESS.resident)
     return LocalState(session, first_state(session))
 
 

@@ -75,7 +75,7 @@ def choose_clients(
 
 def last_losses(past: Sequence[RoundRecord]) -> dict[str, float]:
     """Return the training loss every client reported last, in nats per token."""
-    return {client: loss for record in past for client, loss in record.train_losses.items()}
+    return {client: loss for record in past for client, loss in record.training.losses.items()}
 
 
 def _uniform(draw: _Draw) -> list[str]:
@@ -121,8 +121,8 @@ def _oort_scores(draw: _Draw) -> dict[str, float]:
     last_round: dict[str, int] = {}
     seconds: dict[str, float] = {}
     for record in draw.past:
-        last_round.update(dict.fromkeys(record.train_losses, record.round_num))
-        seconds.update(record.client_seconds)
+        last_round.update(dict.fromkeys(record.training.losses, record.round_num))
+        seconds.update(record.training.seconds)
     utilities = {client: rows * losses[client] for client, rows in draw.clients.items() if client in losses}
     largest = max(utilities.values(), default=0.0) or 1.0
     preferred = draw.cohort.preferred_seconds

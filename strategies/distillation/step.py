@@ -96,7 +96,9 @@ def undistilled(state: ServerState) -> ServerState:
     if state.undistilled is None:
         return state
     *earlier, last = state.records
-    last = replace(last, distil=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={})
+    last = replace(
+        last, distillation=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={}
+    )
     return replace(state, adapter=state.undistilled, undistilled=None, records=(*earlier, last))
 
 
@@ -271,7 +273,7 @@ def end_with_distillation(
 
     Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
     """
-    adapter, outcome = distilled(session, before, after, teachers.without(record.silenced))
+    adapter, outcome = distilled(session, before, after, teachers.without(record.aggregation.silenced))
     is_last = session.config.distill.when == "last"
     undistilled = after.adapter if is_last and outcome.kept else None
     state, held_out = replace(after, adapter=adapter, undistilled=undistilled), None
@@ -279,4 +281,4 @@ def end_with_distillation(
         asked = ask_clients(session, after, state, outcome)
         state, outcome, held_out = asked.state, asked.record, asked.held_out
     session.watch.notice(f"round {record.round_num}: {describe_step(outcome)}")
-    return state, replace(record, distil=outcome, adapter=state.adapter.digest), held_out
+    return state, replace(record, distillation=outcome, adapter=state.adapter.digest), held_out

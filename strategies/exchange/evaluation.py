@@ -61,7 +61,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
                 num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
                 adapter=state.adapter,
                 base_delta=state.base_delta,
-                local_b=session.rule.local_b,
+                plan_digest=session.plan.digest,
             ),
             session.delivered.sending(node, part, state.base_delta.digest),
         )

@@ -120,7 +120,7 @@ def read_reply(
 def _answers(session: Session, plan: RoundPlan, content: RecordDict, asked: Sequence[str]) -> list[Answer]:
     """Return what a node's reply says of its clients, in the form it was asked for."""
     ranks = {client: plan.ranks[client] for client in asked}
-    if not session.is_summed(ranks.values()):
+    if not session.plan.is_summed(ranks.values()):
         return replies.read_updates(
             content,
             layout=session.layout,

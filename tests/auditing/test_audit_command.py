@@ -1,5 +1,6 @@
 """`fedllm audit` on finished runs: what it finds, what its controls find, and what it says when it cannot."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -11,7 +12,6 @@ import pytest
 from fedllm.data.partition import Partition, save_partition
 from scripts import cli
 from scripts.auditing import membership
-from scripts.commands import audit_command
 from scripts.commands.audit_command import REPORT
 
 PLAIN: dict[str, object] = {}
@@ -186,13 +186,13 @@ def test_a_plot_is_drawn(ending: str, finished: Callable, command: Callable, tmp
 
 
 def test_a_plot_of_an_unknown_kind_is_refused_before_the_run_is_opened(refused: Callable) -> None:
-    assert "--plot 'x.foo' should end in .png, .svg or .pdf" in refused("nowhere", "--plot", "x.foo")
+    assert "--plot 'x.foo'" in refused("nowhere", "--plot", "x.foo")
 
 
 def test_a_plot_without_matplotlib_names_the_extra(
     finished: Callable, refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "fedllm[bench]" in refused(str(finished("plain", PLAIN)), "--plot", "x.png")
 
 

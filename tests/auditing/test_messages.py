@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from clients.data_holder import open_data_holder
-from clients.train import make_job, train_clients
+from clients.jobs import make_job, plan_node_round
+from clients.process import Process
+from clients.train import train_clients
 from scripts.auditing.messages import leaving_message, request_of
 from scripts.auditing.opening import Case, open_case
 from scripts.recipe_arguments import own_rows
@@ -34,7 +35,7 @@ def make_case(finished: Callable[..., Path], tmp_path: Path) -> Callable[..., Ca
         case = open_case(finished("plain"), max_rows=100, scratch=folder)
         config = case.config.override({"wire.codec": "fp32", **(overrides or {})})
         node = {"server-paths": True, "state-path": str(folder)}
-        return replace(case, config=config, holder=open_data_holder(own_rows(config).to_flat(), node))
+        return replace(case, config=config, holder=Process().open(own_rows(config).to_flat(), node))
 
     return make
 
@@ -43,7 +44,9 @@ def test_without_protection_it_is_the_change_that_training_gives(make_case: Call
     case = make_case()
     message, request = leaving_message(case), request_of(case)
     (name,) = message.clients
-    job = make_job(case.holder.clients[name], request, 0, request.ranks[0])
+    this_round, client = plan_node_round(case.holder, request), case.holder.clients[name]
+    start_P = request.adapter.vector
+    job = make_job(this_round, client, 0, rank=request.ranks[0], start_P=start_P)
     (result,) = case.holder.engine.train([job])
     assert torch.equal(message.vectors["update"], result.delta.float())
     assert message.rows == tuple(row for batch in job.batches for row in batch)

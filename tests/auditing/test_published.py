@@ -9,8 +9,8 @@ import pytest
 from flwr.app import Message
 from flwr.common.serde import message_to_proto
 
-from clients.client_app import app
-from clients.data_holder import open_data_holder
+from clients.client_app import PROCESS, app
+from clients.process import Process
 from fedllm.attacks.canaries import Canary
 from fedllm.config.run_config import RunConfig
 from fedllm.models.base import load_tokenizer
@@ -64,7 +64,7 @@ def test_neither_canaries_nor_coins_leave(finished: Callable, tmp_path: Path) ->
     (tmp_path / "again" / "private" / "again-canary-secret").write_bytes(secret)  # the same canaries
     run_federation(config, grid)
     (context,) = plain._contexts.values()
-    holder = open_data_holder(context.run_config, context.node_config)
+    holder = PROCESS.open(context.run_config, context.node_config)
     rows = {row.tokens for client in holder.clients.values() for row in client.train}
     assert rows >= {canary.tokens for canary in case.canaries if canary.included}  # they were trained on
     published = [path for path in folder.rglob("*") if path.is_file() and path != secret_file]
@@ -88,7 +88,7 @@ def test_what_a_client_declares_counts_the_canaries_that_are_in(finished: Callab
     folder = finished("planted", OVERRIDES)
     case = open_case(folder, max_rows=10, scratch=tmp_path)
     node = {"server-paths": True, "state-path": str(folder / "private")}
-    planted = open_data_holder(case.config.to_flat(), node)
+    planted = Process().open(case.config.to_flat(), node)
     for name, client in case.holder.clients.items():
         rows = sum(one.repeats for one in case.canaries if one.client_id == name and one.included)
         assert len(planted.clients[name].train) == len(client.train) + rows

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.base_deltas import NUM_KEPT, BaseDeltaStore, base_delta_store
+from clients.base_deltas import NUM_KEPT, BaseDeltaStore
 from fedllm.adapters.base_delta import BaseDelta, no_base_delta
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 
@@ -84,9 +84,3 @@ def test_a_folder_that_cannot_be_written_only_costs_the_next_process(tmp_path: P
     store, base_delta = BaseDeltaStore(tmp_path / "file" / "base-deltas"), base_delta_of(0)
     assert store.keep(base_delta) is base_delta
     assert store.held(base_delta.digest, LAYOUT) is base_delta
-
-
-def test_the_store_of_a_process_is_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
-    assert base_delta_store().folder == tmp_path / "base-deltas"
-    assert base_delta_store() is base_delta_store()

@@ -4,15 +4,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from clients import data_holder
 from clients.canaries import canary_file
-from clients.data_holder import DataHolder, open_data_holder
+from clients.data_holder import DataHolder
+from clients.process import Process
 from fedllm.config.run_config import RunConfig
 
 
 def opened(config: RunConfig, state: Path) -> DataHolder:
-    data_holder._open.cache_clear()  # as in another process
-    return open_data_holder(config.to_flat(), {"server-paths": True, "state-path": str(state)})
+    return Process().open(config.to_flat(), {"server-paths": True, "state-path": str(state)})
 
 
 def test_none_are_planted_unless_asked_for(
@@ -54,6 +53,5 @@ def test_a_client_without_rows_gets_none(make_config: Callable, tmp_path: Path) 
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     config = make_config(**{"audit.canaries": 30})
-    data_holder._open.cache_clear()
     node = {"data-path": str(empty), "client-id": "anna", "server-paths": True, "state-path": str(tmp_path)}
-    assert open_data_holder(config.to_flat(), node).clients["anna"].train == ()
+    assert Process().open(config.to_flat(), node).clients["anna"].train == ()

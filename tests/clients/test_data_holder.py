@@ -6,47 +6,22 @@ from typing import Any
 
 import pytest
 
-from clients import train
-from clients.data_holder import DataHolder, hosted_rows, open_data_holder
+from clients.data_holder import DataHolder, hosted_rows
 from clients.evaluate import evaluate_clients
+from clients.jobs import make_job, plan_node_round
 from clients.join import declare_clients
+from clients.process import NUM_HOLDERS, Process
 from clients.train import train_clients
-from fedllm.adapters.base_delta import no_base_delta
-from fedllm.adapters.layout import initial_adapter
 from fedllm.config.run_config import RunConfig
-from fedllm.engine.jobs import EvaluationJob
+from fedllm.engine.jobs import EvaluationJob, Job
 from fedllm.errors import ConfigError, DataError, ModelError
-from fedllm.messages import (
-    ClientFailure,
-    ClientUpdate,
-    EvaluateRequest,
-    LocalTraining,
-    TrainRequest,
-)
+from fedllm.messages import ClientFailure, ClientUpdate
+from fedllm.plan.run_plan import resolve
+from tests.builders import evaluate_request, train_request
 
 
 def holder_of(config: RunConfig, **node: Any) -> DataHolder:
-    return open_data_holder(config.to_flat(), node)
-
-
-def request(holder: DataHolder, client_ids: tuple[str, ...], **changes: Any) -> TrainRequest:
-    training = LocalTraining(steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0)
-    values: dict[str, Any] = {
-        "round_num": 1,
-        "client_ids": client_ids,
-        "num_drawn": (0,) * len(client_ids),
-        "ranks": (holder.engine.layout.rank,) * len(client_ids),
-        "adapter": initial_adapter(holder.engine.layout, 0),
-        "base_delta": no_base_delta(holder.engine.layout),
-        "trained": "both",
-        "local_b": False,
-        "node_sum": False,
-        "training": training,
-        "codec": "bf16",
-        "weighting": "examples",
-        "seed": 0,
-    }
-    return TrainRequest(**{**values, **changes})
+    return Process().open(config.to_flat(), node)
 
 
 SERVER_NAMED = [
@@ -135,7 +110,7 @@ def test_a_client_without_usable_rows_declares_none(
     (joined,) = declare_clients(holder, 5)
     assert (joined.client_id, joined.node_id, joined.num_train, joined.num_held_out) == ("ward-7", 5, 0, 0)
     assert joined.fingerprint == holder.fingerprint
-    (answer,) = train_clients(holder, request(holder, ("ward-7",)))
+    (answer,) = train_clients(holder, train_request(holder, "ward-7"))
     assert isinstance(answer, ClientFailure)
     assert answer.code == "no-data"
 
@@ -180,32 +155,35 @@ def test_rows_whose_answer_is_cut_off_are_neither_declared_nor_trained_on(
     assert all(len(row.tokens) <= 70 and row.num_supervised for row in rows)
 
 
+def job_of(holder: DataHolder, client: str, drawn: int = 0, *others: str, **training: Any) -> Job:
+    request = train_request(holder, *others, client)
+    this_round = plan_node_round(holder, request)
+    this_round = replace(this_round, training=replace(this_round.training, **training))
+    return make_job(this_round, holder.clients[client], drawn, rank=2, start_P=request.adapter.vector)
+
+
 def test_a_client_draws_on_from_the_rows_it_has_drawn(holder: DataHolder) -> None:
-    client = holder.clients["anna"]
-    rounds = [train.make_job(client, request(holder, ("anna",)), drawn, 2) for drawn in range(0, 28, 4)]
+    rounds = [job_of(holder, "anna", drawn) for drawn in range(0, 28, 4)]
     seen = Counter(row for job in rounds for batch in job.batches for row in batch)
     assert set(seen.values()) == {4}  # 7 rounds of 4 rows over 7 rows
     assert len(seen) == 7
     for job in rounds:
         assert [len(batch) for batch in job.batches] == [2, 2]
-    long = replace(request(holder, ("anna",)).training, steps=4)
-    longer = train.make_job(client, request(holder, ("anna",), training=long), 0, 2)
+    longer = job_of(holder, "anna", steps=4)
     assert longer.batches == rounds[0].batches + rounds[1].batches
 
 
-def test_a_client_draws_the_same_rows_in_whatever_company(holder: DataHolder) -> None:
-    job = train.make_job(holder.clients["ben"], request(holder, ("anna", "ben")), 4, 2)
-    assert job.batches == train.make_job(holder.clients["ben"], request(holder, ("ben",)), 4, 2).batches
-    other_seed = request(holder, ("anna",), seed=1)
-    anna = holder.clients["anna"]
-    assert (
-        train.make_job(anna, other_seed, 0, 2).batches
-        != train.make_job(anna, request(holder, ("anna",)), 0, 2).batches
-    )
+def test_a_client_draws_the_same_rows_in_whatever_company(
+    holder: DataHolder, write_rows: Callable, make_config: Callable
+) -> None:
+    assert job_of(holder, "ben", 4, "anna").batches == job_of(holder, "ben", 4).batches
+    config = make_config(write_rows("rows.jsonl", {"anna": 8, "ben": 3}), seed=1)
+    other_seed = holder_of(config, **{"server-paths": True})
+    assert job_of(other_seed, "anna").batches != job_of(holder, "anna").batches
 
 
 def test_answers_come_in_the_order_asked_and_strangers_have_no_data(holder: DataHolder) -> None:
-    answers = train_clients(holder, request(holder, ("ben", "stranger", "anna")))
+    answers = train_clients(holder, train_request(holder, "ben", "stranger", "anna"))
     assert [answer.client_id for answer in answers] == ["ben", "stranger", "anna"]
     ben, stranger, anna = answers
     assert isinstance(ben, ClientUpdate)
@@ -215,29 +193,48 @@ def test_answers_come_in_the_order_asked_and_strangers_have_no_data(holder: Data
     assert stranger.code == "no-data"
 
 
-def test_a_diverged_client_reports_only_that(holder: DataHolder) -> None:
-    wild = replace(request(holder, ("anna",)).training, learning_rate=1e30)
-    for answer in train_clients(holder, request(holder, ("anna", "ben"), training=wild)):
+def test_a_diverged_client_reports_only_that(write_rows: Callable, make_config: Callable) -> None:
+    config = make_config(write_rows("rows.jsonl", {"anna": 8, "ben": 3}), **{"train.learning-rate": 1e30})
+    wild = holder_of(config, **{"server-paths": True})
+    for answer in train_clients(wild, train_request(wild, "anna", "ben")):
         assert answer == ClientFailure(client_id=answer.client_id, code="non-finite")
 
 
 def test_an_evaluation_covers_the_rows_kept_back(holder: DataHolder) -> None:
-    adapter = initial_adapter(holder.engine.layout, 0)
-    asked = EvaluateRequest(
-        round_num=1,
-        client_ids=("ben", "x"),
-        adapter=adapter,
-        base_delta=no_base_delta(adapter.layout),
-        local_b=False,
-    )
+    asked = evaluate_request(holder, "ben", "x")
     ben, stranger = evaluate_clients(holder, asked)
-    job = EvaluationJob("ben", adapter.vector, holder.clients["ben"].held_out)
+    job = EvaluationJob("ben", asked.adapter.vector, holder.clients["ben"].held_out)
     assert [ben] == holder.engine.evaluate([job])
     assert isinstance(stranger, ClientFailure)
 
 
-def test_a_holder_is_opened_once(write_rows: Callable, make_config: Callable) -> None:
+def test_a_nodes_own_model_path_leaves_the_runs_digest(write_rows: Callable, make_config: Callable) -> None:
     config = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 3}))
-    first = holder_of(config, **{"server-paths": True})
-    assert holder_of(config, **{"server-paths": True}) is first
-    assert holder_of(config.override({"seed": 9}), **{"server-paths": True}) is not first
+    named = config.override({"model.name": "org/model", "model.revision": "main"})
+    node = {"server-paths": True, "model-path": config.model.name}
+    holder = holder_of(named, **node)
+    assert holder.plan.digest == resolve(named).digest
+    assert holder.plan.config.model.name == config.model.name
+
+
+def test_a_holder_is_opened_once_a_process(write_rows: Callable, make_config: Callable) -> None:
+    config, process = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 3})), Process()
+    node = {"server-paths": True}
+    first = process.open(config.to_flat(), node)
+    assert process.open(config.to_flat(), node) is first
+    assert process.open(config.override({"seed": 9}).to_flat(), node) is not first
+    assert Process().open(config.to_flat(), node) is not first
+
+
+def test_a_source_is_read_once_for_all_nodes(write_rows: Callable, make_config: Callable) -> None:
+    config, process = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 3})), Process()
+    first = process.read_source(config)
+    assert process.read_source(config.override({"train.local-steps": 9})) is first
+    assert process.read_source(config.override({"seed": 9})) is not first
+
+
+def test_only_so_many_holders_stay_open(write_rows: Callable, make_config: Callable) -> None:
+    config, process = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 3})), Process()
+    for number in range(NUM_HOLDERS + 1):
+        process.open(config.to_flat(), {"server-paths": True, "partition-id": 0, "number": number})
+    assert len(process.holders) == NUM_HOLDERS

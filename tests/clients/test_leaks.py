@@ -13,23 +13,17 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
 
-from clients import client_app, data_holder, train
-from fedllm.adapters.base_delta import no_base_delta
-from fedllm.adapters.layout import initial_adapter
+from clients import client_app, data_holder, jobs, protect
+from clients.process import Process
 from fedllm.errors import NoDataError
-from fedllm.messages import (
-    EVALUATION_METRICS,
-    UPDATE_METRICS,
-    EvaluateRequest,
-    LocalTraining,
-    TrainRequest,
-)
-from fedllm.models.base import describe_layout, load_tokenizer
+from fedllm.messages import EVALUATION_METRICS, UPDATE_METRICS
+from fedllm.models.base import load_tokenizer
 from fedllm.models.files import resolve_model
 from fedllm.originality.overlap import OverlapRequest, probe
 from fedllm.wire import overlaps, packets, replies, requests
 from fedllm.wire.stock import write_plain
 from scripts.runtimes.local import local_grid
+from tests.builders import evaluate_request, train_request
 
 CANARY = "kq7Zr0vXw3-ünïcode"
 
@@ -39,46 +33,20 @@ def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
     """Return a function (kind, stock) -> the ClientApp's reply to a request for two clients of canaries."""
     file = write_rows(f"{CANARY[:11]}.jsonl", {"anna": 6, "ben": 5}, secret=CANARY)
     config = make_config(file)
-    layout = describe_layout(config.model, config.lora)
-    adapter = initial_adapter(layout, 0)
-    training = LocalTraining(steps=2, batch_size=2, learning_rate=0.01, weight_decay=0.0, clip_norm=1.0)
-    clients = ("anna", "ben")
+    holder = Process().open(config.to_flat(), {"server-paths": True})
+    adapter = train_request(holder, "anna").adapter
     ours = {
         "query.join": RecordDict(),
-        "train": requests.write_train_request(
-            TrainRequest(
-                round_num=1,
-                client_ids=clients,
-                num_drawn=(0, 0),
-                ranks=(2, 2),
-                adapter=adapter,
-                base_delta=no_base_delta(layout),
-                trained="both",
-                local_b=False,
-                node_sum=False,
-                training=training,
-                codec="fp32",
-                weighting="examples",
-                seed=0,
-            ),
-            requests.Sending(),
-        ),
+        "train": requests.write_train_request(train_request(holder, "anna", "ben"), requests.Sending()),
         "evaluate": requests.write_evaluate_request(
-            EvaluateRequest(
-                round_num=1,
-                client_ids=clients,
-                adapter=adapter,
-                base_delta=no_base_delta(layout),
-                local_b=False,
-            ),
-            requests.Sending(),
+            evaluate_request(holder, "anna", "ben"), requests.Sending()
         ),
         "query.overlap": overlaps.write_overlap_request(
             OverlapRequest(1, bytes(16), (probe(range(40), bytes(16)), probe(range(9), bytes(16))))
         ),
     }
 
-    grid = local_grid(config, client_app.app)
+    grid = local_grid(config, client_app.make_client_app(Process()))  # which opens its data holder itself
 
     def send(kind: str, stock: bool = False) -> Message:
         content = RecordDict({"arrays": write_plain(adapter)}) if stock else ours[kind]
@@ -185,8 +153,8 @@ def crash(error: Exception) -> Callable[..., Any]:
 
 PLACES = [
     (data_holder, "encode"),
-    (train, "draw_rows"),
-    (train, "protect"),
+    (jobs, "draw_rows"),
+    (protect, "protect"),
     (client_app.replies, "write_updates"),
 ]
 
@@ -237,7 +205,7 @@ def test_every_kind_of_request_fails_without_a_word(
 def test_an_error_of_fedllm_leaves_as_its_code(
     ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "draw_rows", crash(NoDataError(TEXT)))
+    monkeypatch.setattr(jobs, "draw_rows", crash(NoDataError(TEXT)))
     reply = ask("train")
     assert replies.read_error(reply.content) == "no-data"
     assert leaks(bytes_of(reply)) == []

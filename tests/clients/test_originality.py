@@ -6,13 +6,15 @@ import pytest
 from flwr.app import Message, MetricRecord
 from flwr.common.serde import message_to_proto
 
-from clients import client_app, originality
-from clients.data_holder import DataHolder, open_data_holder
+from clients import originality
+from clients.client_app import make_client_app
+from clients.data_holder import DataHolder
 from clients.originality import check_limit
+from clients.process import Process
 from fedllm.errors import QueryLimitError
 from fedllm.originality.overlap import OverlapRequest, probe
 from fedllm.wire import overlaps, replies
-from scripts.runtimes.local import LocalGrid, local_grid
+from scripts.runtimes.local import LocalGrid, local_grid, node_config_of
 
 SALT = bytes(range(16))
 CANARY = "kq7Zr0vXw3-ünïcode"
@@ -23,9 +25,9 @@ FRESH = tuple(range(5, 120))
 def node(write_rows: Callable, make_config: Callable) -> tuple[LocalGrid, DataHolder]:
     """A grid of one node with two clients, and what the node holds."""
     config = make_config(write_rows("rows.jsonl", {"anna": 6, "ben": 5}, secret=CANARY))
-    grid = local_grid(config, client_app.app)
-    (context,) = grid._contexts.values()
-    return grid, open_data_holder(context.run_config, context.node_config)
+    process = Process()
+    grid = local_grid(config, make_client_app(process))
+    return grid, process.open(config.to_flat(), node_config_of(config))
 
 
 def ask(grid: LocalGrid, texts: list[tuple[int, ...]], round_num: int = 1) -> Message:
@@ -60,12 +62,12 @@ def test_the_reply_is_two_numbers_a_text_and_no_text(node: tuple[LocalGrid, Data
 
 
 def test_a_node_answers_once_a_round(node: tuple[LocalGrid, DataHolder]) -> None:
-    grid, _ = node
+    grid, holder = node
 
     def code(round_num: int) -> str | None:
         return replies.read_error(ask(grid, [FRESH], round_num).content)
 
-    last = open_data_holder(*_configs(grid)).plan.config.federation.num_rounds
+    last = holder.plan.config.federation.num_rounds
     assert [code(number) for number in (2, 2, 1, 3, last + 1)] == [
         None,
         "query-limit",
@@ -73,11 +75,6 @@ def test_a_node_answers_once_a_round(node: tuple[LocalGrid, DataHolder]) -> None
         None,
         "query-limit",
     ]
-
-
-def _configs(grid: LocalGrid) -> tuple:
-    (context,) = grid._contexts.values()
-    return context.run_config, context.node_config
 
 
 def test_the_limit_is_counted_before_the_answer_is_made(

@@ -11,20 +11,23 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
-from clients import train
-from clients.data_holder import DataHolder, open_data_holder
+from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
+from clients.jobs import NodeRound, make_job, plan_node_round
 from clients.privacy import private_job, request_key
+from clients.process import Process
+from clients.protect import protect_clients
 from clients.stock import train_for_stock
-from clients.train import train_clients
-from fedllm.adapters.base_delta import no_base_delta
+from clients.technique import Technique, Works
+from clients.train import prepare_clients, train_clients
 from fedllm.adapters.layout import initial_adapter
+from fedllm.engine.jobs import Job
 from fedllm.errors import ConfigError, WithheldError
-from fedllm.messages import ClientFailure, ClientUpdate, EvaluateRequest, TrainRequest
-from fedllm.plan.run_plan import resolve
-from fedllm.plan.training import local_training
+from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
+from fedllm.plan.privacy import PrivacyPlan
 from fedllm.privacy.accounting import Charge, epsilon_of
 from fedllm.wire.stock import write_plain
+from tests.builders import evaluate_request, train_request
 
 EXAMPLE = {"privacy.epsilon": 1e4, "privacy.noise-multiplier": 1.0}
 CLIENT = {"privacy.epsilon": 1e4, "privacy.noise-multiplier": 1.0, "privacy.unit": "client"}
@@ -38,31 +41,25 @@ def open_one(write_rows: Callable, make_config: Callable, tmp_path: Path) -> Cal
     def start(number: int = 12, **flat: Any) -> DataHolder:
         file = write_rows(f"rows{number}.jsonl", {"anna": number, "ben": 6})
         config = make_config(file, **{"run.name": f"r{number}", **flat})
-        return open_data_holder(
-            config.to_flat(), {"server-paths": True, "state-path": str(tmp_path / "state")}
-        )
+        node = {"server-paths": True, "state-path": str(tmp_path / "state")}
+        return Process().open(config.to_flat(), node)
 
     return start
 
 
 def request(holder: DataHolder, **changes: Any) -> TrainRequest:
-    layout = holder.engine.layout
-    values: dict[str, Any] = {
-        "round_num": 1,
-        "client_ids": ("anna", "ben"),
-        "num_drawn": (0, 0),
-        "ranks": (layout.rank, layout.rank),
-        "adapter": initial_adapter(layout, 0),
-        "base_delta": no_base_delta(layout),
-        "trained": "b",
-        "local_b": False,
-        "node_sum": False,
-        "training": local_training(holder.plan.config, 1),
-        "codec": "fp32",
-        "weighting": "examples",
-        "seed": 0,
-    }
-    return TrainRequest(**{**values, **changes})
+    return train_request(holder, "anna", "ben", **changes)
+
+
+def privacy_of(holder: DataHolder) -> PrivacyPlan:
+    assert holder.plan.privacy is not None
+    return holder.plan.privacy
+
+
+def plain_job(holder: DataHolder, name: str) -> Job:
+    asked = request(holder)
+    this_round = plan_node_round(holder, asked)
+    return make_job(this_round, holder.clients[name], 0, rank=2, start_P=asked.adapter.vector)
 
 
 def deltas(answers: Any) -> dict[str, torch.Tensor]:
@@ -130,27 +127,39 @@ def test_other_noise_in_a_run_of_the_same_name_is_unrelated_and_charged(
 
 
 @pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
-def test_what_the_plan_did_not_count_is_refused(flat: dict[str, Any], open_one: Callable) -> None:
+def test_what_the_plan_does_not_name_never_leaves(flat: dict[str, Any], open_one: Callable) -> None:
+    """A request cannot say how clients train; control variates, which it can carry, are left alone."""
     holder = open_one(**flat)
     asked = request(holder)
-    more = replace(asked.training, steps=asked.training.steps + 1)
-    unplanned = {
-        "another training": {"training": more},
-        "control variates": {"control": asked.adapter},
-        "a local B": {"local_b": True, "trained": "both"},
-        "counts of tokens": {"weighting": "tokens"},
-    }
-    for name, changes in unplanned.items():
-        with pytest.raises(ConfigError, match=f"does not cover what the server asks for: {name}$"):
-            train_clients(holder, request(holder, **changes))
-    assert not (holder.store.folder / "anna").exists()
+    plain = deltas(train_clients(holder, asked))
+    answers = train_clients(holder, replace(asked, control=asked.adapter))
+    assert all(torch.equal(delta, plain[name]) for name, delta in deltas(answers).items())
+    assert all(isinstance(a, ClientUpdate) and a.control_delta is None for a in answers)
+
+
+def test_no_technique_changes_what_is_protected(open_one: Callable) -> None:
+    def louder(this_round: NodeRound, works: Works) -> Works:
+        return [replace(work, update=replace(work.sent, delta=9 * work.sent.delta)) for work in works]
+
+    technique = Technique(name="louder", after=louder)
+    for flat, is_refused in (({}, False), (LOCAL, True)):
+        holder = open_one(**flat)
+        this_round = plan_node_round(holder, request(holder))
+        works = prepare_clients(this_round, (), {"anna": 0})
+        results = holder.engine.train([work.job for work in works])
+        works = [replace(work, result=result) for work, result in zip(works, results, strict=True)]
+        if is_refused:
+            with pytest.raises(RuntimeError, match="louder"):
+                protect_clients(this_round, works, [technique])
+        else:
+            (work,), _ = protect_clients(this_round, works, [technique])
+            assert torch.equal(work.sent.delta, 9 * work.trained.delta.float())
 
 
 def test_masks_of_dropout_come_from_the_secret_under_dp_sgd(open_one: Callable) -> None:
     holder = open_one(**EXAMPLE)
-    client, asked, plan = holder.clients["anna"], request(holder), resolve(holder.plan.config).privacy
-    assert plan is not None
-    job = train.make_job(client, asked, 0, 2)
+    client, plan = holder.clients["anna"], privacy_of(holder)
+    job = plain_job(holder, "anna")
     seeds = {private_job(job, client, plan, bytes([number]) * 32).seed for number in range(5)}
     assert len(seeds) == 5
     assert job.seed not in seeds
@@ -158,11 +167,10 @@ def test_masks_of_dropout_come_from_the_secret_under_dp_sgd(open_one: Callable) 
 
 def test_rows_are_drawn_by_coins_at_the_rate_that_is_counted(open_one: Callable) -> None:
     holder = open_one(60, **EXAMPLE)
-    client, plan = holder.clients["anna"], resolve(holder.plan.config).privacy
-    assert plan is not None
-    asked = request(holder)
-    job = replace(train.make_job(client, asked, 0, 2), batches=((),) * 3000)
-    private = private_job(job, client, plan, request_key(plan, asked, client, bytes(32)))
+    client, plan = holder.clients["anna"], privacy_of(holder)
+    job = replace(plain_job(holder, "anna"), batches=((),) * 3000)
+    this_round = plan_node_round(holder, request(holder))
+    private = private_job(job, client, plan, request_key(this_round, plan, client, bytes(32)))
     sizes = torch.tensor([float(len(batch)) for batch in private.batches])
     rate = plan.sampling_rate(len(client.train))
     number = len(client.train)
@@ -198,51 +206,48 @@ def test_a_central_plan_needs_a_server_that_names_its_clip(open_one: Callable) -
         train_clients(holder, request(holder))
     content = RecordDict({"arrays": write_plain(initial_adapter(holder.engine.layout, 0, "orthonormal"))})
     with pytest.raises(ConfigError, match="needs a fedllm server"):
-        train_for_stock(holder, content, 1)
+        train_for_stock(holder, content)
 
 
 def test_a_stock_strategy_gets_updates_that_are_private_already(open_one: Callable) -> None:
     holder = open_one(**EXAMPLE)
     start = initial_adapter(holder.engine.layout, 0, "orthonormal")
-    reply = train_for_stock(holder, RecordDict({"arrays": write_plain(start)}), 1)
+    reply = train_for_stock(holder, RecordDict({"arrays": write_plain(start)}))
     assert reply.metric_records["metrics"]["train-loss"] == 0.0
     assert (holder.store.folder / "ben" / "privacy-ledger.json").exists()
 
 
 def test_held_out_losses_stay_where_they_are_withheld(open_one: Callable) -> None:
     holder = open_one(**CLIENT)
-    layout = holder.engine.layout
-    adapter = initial_adapter(layout, 0)
-    asked = EvaluateRequest(
-        round_num=1, client_ids=("anna",), adapter=adapter, base_delta=no_base_delta(layout), local_b=False
-    )
     with pytest.raises(WithheldError, match="stay with the clients"):
-        evaluate_clients(holder, asked)
+        evaluate_clients(holder, evaluate_request(holder, "anna"))
 
 
 def test_the_key_of_an_answer_depends_on_all_it_answers(open_one: Callable) -> None:
     holder, more = open_one(12, **EXAMPLE), open_one(13, **EXAMPLE)
-    asked, client = request(holder), holder.clients["anna"]
-    plan, zeros, other = (
-        resolve(holder.plan.config).privacy,
-        bytes(32),
-        initial_adapter(holder.engine.layout, 1),
-    )
-    assert plan is not None
+    asked, client, plan = request(holder), holder.clients["anna"], privacy_of(holder)
+    zeros, other = bytes(32), initial_adapter(holder.engine.layout, 1)
+    this_round = plan_node_round(holder, asked)
+    other_seed = open_one(12, **EXAMPLE, seed=1)
+    more_steps = replace(this_round.training, steps=3)
+
+    def key(**changes: Any) -> bytes:
+        return request_key(plan_node_round(holder, replace(asked, **changes)), plan, client, zeros)
+
     keys = {
-        request_key(plan, asked, client, zeros),
-        request_key(plan, asked, client, bytes(31) + b"1"),
-        request_key(plan, asked, holder.clients["ben"], zeros),
-        request_key(plan, asked, more.clients["anna"], zeros),
-        request_key(plan, replace(asked, round_num=2), client, zeros),
-        request_key(plan, replace(asked, seed=1), client, zeros),
-        request_key(plan, replace(asked, trained="both"), client, zeros),
-        request_key(plan, replace(asked, adapter=other), client, zeros),
-        request_key(plan, replace(asked, training=replace(asked.training, steps=3)), client, zeros),
-        request_key(plan, replace(asked, num_drawn=(4, 0)), client, zeros),
-        request_key(replace(plan, clip=0.5), asked, client, zeros),
-        request_key(replace(plan, noise_multiplier=2.0), asked, client, zeros),
-        request_key(replace(plan, batch_size=3), asked, client, zeros),
+        key(),
+        key(round_num=2),
+        key(adapter=other),
+        key(num_drawn=(4, 0)),
+        request_key(this_round, plan, client, bytes(31) + b"1"),
+        request_key(this_round, plan, holder.clients["ben"], zeros),
+        request_key(this_round, plan, more.clients["anna"], zeros),
+        request_key(replace(this_round, holder=other_seed), plan, client, zeros),
+        request_key(replace(this_round, trained="both"), plan, client, zeros),
+        request_key(replace(this_round, training=more_steps), plan, client, zeros),
+        request_key(this_round, replace(plan, clip=0.5), client, zeros),
+        request_key(this_round, replace(plan, noise_multiplier=2.0), client, zeros),
+        request_key(this_round, replace(plan, batch_size=3), client, zeros),
     }
     assert len(keys) == 13
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.experiments.cells import Setting
 from scripts.experiments.corpus import Corpus, grouped, write_rows
+from scripts.experiments.trials import Setting
 
+HERE = Path(__file__).parent
 WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "index", "key", "name", "order")
 
 TINY_FLAT = {
@@ -23,6 +24,12 @@ TINY_FLAT = {
     "train.learning-rate": 0.01,
     "data.max-held-out": 2,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == HERE:
+            item.add_marker("research")
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +53,6 @@ def tiny_setting(
     tiny_corpus: Corpus,
     make_model_folder: Callable[..., Path],
 ) -> Setting:
-    """The setting of every tiny cell."""
+    """The setting of every tiny trial."""
     file = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", grouped(tiny_corpus, (2, 3)))
     return Setting(str(make_model_folder()), file, TINY_FLAT, tiny_corpus.digest)

@@ -3,20 +3,20 @@
 import importlib.util
 import io
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from scripts.experiments.aggregation.main import KINDS, do_studies, draw, main, parse
+from fedllm.errors import MissingExtraError
+from scripts.experiments.aggregation.main import KINDS, Options, do_studies, draw, main
 from scripts.experiments.aggregation.methods import METHODS, MethodsGrid
 from scripts.experiments.aggregation.poison import PoisonGrid, goals
 from scripts.experiments.aggregation.rho_map import MapGrid
-from scripts.experiments.aggregation.scales import FULL, QUICK, SMOLLM2, Scale
-from scripts.experiments.cells import Setting, Workshop, open_pool
-from scripts.experiments.workshop import scale_of
+from scripts.experiments.aggregation.sizes import FULL, QUICK, SMOLLM2, Size
+from scripts.experiments.options import EMBEDDED, size_of
+from scripts.experiments.trials import Setting, TrialRunner, open_pool
 from scripts.reports import report
 
 THREE = {
@@ -25,7 +25,7 @@ THREE = {
     "federation.num-rounds": 2,
     "train.local-steps": 1,
 }
-TINY = Scale(
+TINY = Size(
     flat={},
     rows_of_domain=12,
     methods=MethodsGrid(
@@ -55,16 +55,16 @@ TINY = Scale(
 
 
 @pytest.fixture(scope="module")
-def done(tiny_setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Workshop]:
+def done(tiny_setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, TrialRunner]:
     """The figures of all studies, what was printed and where it was done."""
-    journal = tmp_path_factory.mktemp("work") / "cells.jsonl"
-    workshop = Workshop(tiny_setting, KINDS, journal, "abc")
+    journal = tmp_path_factory.mktemp("work") / "trials.jsonl"
+    runner = TrialRunner(tiny_setting, KINDS, journal, "abc")
     printed = io.StringIO()
-    figures = do_studies(TINY, "all", workshop, Console(file=printed, width=200))
-    return figures, printed.getvalue(), workshop
+    figures = do_studies(TINY, "all", runner, Console(file=printed, width=200))
+    return figures, printed.getvalue(), runner
 
 
-def test_every_study_has_its_figures_and_its_tables(done: tuple[dict, str, Workshop]) -> None:
+def test_every_study_has_its_figures_and_its_tables(done: tuple[dict, str, TrialRunner]) -> None:
     figures, printed, _ = done
     rows = figures["methods"]["tables"]["domain"]
     assert set(rows) == {"fedit", "flexlora", "local only", "centralised", "one-shot"}
@@ -79,9 +79,9 @@ def test_every_study_has_its_figures_and_its_tables(done: tuple[dict, str, Works
     json.dumps(report("aggregation", figures, goals(figures["poison"])), allow_nan=False)
 
 
-def test_a_study_that_is_done_again_does_nothing(done: tuple[dict, str, Workshop]) -> None:
-    figures, _, workshop = done
-    fresh = Workshop(workshop.setting, {}, workshop.journal, "abc")  # no kind of cell could be done
+def test_a_study_that_is_done_again_does_nothing(done: tuple[dict, str, TrialRunner]) -> None:
+    figures, _, runner = done
+    fresh = TrialRunner(runner.setting, {}, runner.journal, "abc")  # no kind of trial could be done
     again = do_studies(
         replace(TINY, methods=replace(TINY.methods, methods={})), "all", fresh, Console(quiet=True)
     )
@@ -90,7 +90,7 @@ def test_a_study_that_is_done_again_does_nothing(done: tuple[dict, str, Workshop
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
-def test_every_study_is_drawn(done: tuple[dict, str, Workshop], tmp_path: Path) -> None:
+def test_every_study_is_drawn(done: tuple[dict, str, TrialRunner], tmp_path: Path) -> None:
     draw(done[0], tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
         "aggregation_methods.svg",
@@ -102,12 +102,12 @@ def test_every_study_is_drawn(done: tuple[dict, str, Workshop], tmp_path: Path) 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tiny_setting: Setting, tmp_path: Path) -> None:
     grid = MapGrid({}, clients=(2,), local_steps=(1,), rates=(0.01,), skews=("iid",), seeds=(1,))
-    scale = replace(TINY, rho_map=grid)
+    size = replace(TINY, rho_map=grid)
     found = []
     for processes in (1, 2):
         with open_pool(processes) as pool:
-            workshop = Workshop(tiny_setting, KINDS, tmp_path / f"{processes}.jsonl", "abc", pool)
-            found.append(do_studies(scale, "b", workshop, Console(quiet=True)))
+            runner = TrialRunner(tiny_setting, KINDS, tmp_path / f"{processes}.jsonl", "abc", pool)
+            found.append(do_studies(size, "b", runner, Console(quiet=True)))
     assert found[0] == found[1]
 
 
@@ -115,20 +115,16 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"error: plots need matplotlib: pip install 'fedllm\[bench\]'"):
-        main(["--plot", str(tmp_path), "--work", str(tmp_path / "work")])
+    with pytest.raises(MissingExtraError, match=r"pip install 'fedllm\[bench\]'"):
+        main(Options(plot=tmp_path, work=tmp_path / "work"))
     assert not (tmp_path / "work").exists()
 
 
 def test_the_scales_hold_every_method_and_keep_the_tuning_seed_apart() -> None:
-    for words, scale in {
-        "": FULL,
-        "--quick": QUICK,
-        "--model smollm2-135m-instruct --quick": SMOLLM2,
-    }.items():
-        assert scale_of(parse(words.split()), full=FULL, quick=QUICK, embedded=SMOLLM2) is scale
-    for scale in (FULL, QUICK, SMOLLM2):
-        assert scale.methods.tuning_seed not in scale.methods.seeds
+    asked = ((Options(), FULL), (Options(quick=True), QUICK), (Options(model=EMBEDDED, quick=True), SMOLLM2))
+    for options, size in asked:
+        assert size_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2) is size
+    for size in (FULL, QUICK, SMOLLM2):
+        assert size.methods.tuning_seed not in size.methods.seeds
     assert set(FULL.methods.methods) == set(METHODS)
     assert len(FULL.methods.rates) == len(FULL.methods.seeds) == 3
-    assert parse([]).processes == min(2, os.cpu_count() or 1)

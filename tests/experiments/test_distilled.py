@@ -10,10 +10,10 @@ import pytest
 
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import NoDataError
-from scripts.experiments.cells import Cell, Figures, Outcome
 from scripts.experiments.distillation import run
 from scripts.experiments.distillation.main import goals_of
 from scripts.experiments.distillation.tables import is_kept, losses_table, student_of, summary
+from scripts.experiments.trials import Figures, Outcome, Trial
 
 BEFORE = 4.0  # of the aggregate, on the clients' rows and at the gate
 
@@ -44,7 +44,7 @@ def outcome(texts: Mapping[str, Figures], seed: int = 1, lost: Mapping[str, str]
         "texts": dict(texts),
         "lost": dict(lost or {}),
     }
-    return Outcome(Cell("distillation", "distilled", {"kind": "distilled", "seed": seed}, {}, {}), figures)
+    return Outcome(Trial("distillation", "distilled", {"kind": "distilled", "seed": seed}, {}, {}), figures)
 
 
 def test_figures_are_means_over_the_seeds_that_have_the_text_and_a_lost_one_is_named() -> None:
@@ -91,8 +91,8 @@ def test_a_student_that_is_kept_and_harms_misses_the_goal() -> None:
 
 
 def test_without_a_cell_that_succeeded_no_goal_met() -> None:
-    cell = Cell("distillation", "distilled", {"kind": "distilled", "seed": 1}, {}, {})
-    figures = summary([Outcome(cell, {}, "the model is absent")])
+    trial = Trial("distillation", "distilled", {"kind": "distilled", "seed": 1}, {}, {})
+    figures = summary([Outcome(trial, {}, "the model is absent")])
     goals = goals_of(figures)
     assert all(math.isnan(goal.value) and not goal.met for goal in goals.values())
     assert losses_table(figures).row_count == 0
@@ -112,7 +112,7 @@ def test_a_text_that_cannot_be_used_costs_no_other(monkeypatch: pytest.MonkeyPat
             raise NoDataError("no text is left")
         return {"rates": rates}
 
-    monkeypatch.setattr(run, "_variants", variants)
+    monkeypatch.setattr(run, "variants_of", variants)
     options = {"text:a": "bad", "text:b": "good", "rates": "0.1,0.2"}
-    found = run._on_texts(None, None, RunConfig(), options)  # type: ignore[arg-type]
+    found = run.on_texts(None, None, RunConfig(), options)  # type: ignore[arg-type]
     assert found == {"texts": {"b": {"rates": [0.1, 0.2]}}, "lost": {"a": "no text is left"}}

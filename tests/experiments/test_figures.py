@@ -2,11 +2,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.records import RoundRecord
+from fedllm.runs.records import AggregationRecord, RoundRecord, TrainingRecord
 from scripts.experiments.aggregation.methods import (
     DIRICHLET,
     DOMAIN,
@@ -24,9 +25,9 @@ from scripts.experiments.aggregation.poison import (
     poison_study,
 )
 from scripts.experiments.aggregation.rho_map import MapGrid, map_study, rank_correlation
-from scripts.experiments.aggregation.scales import FULL, QUICK, SMOLLM2, Scale
-from scripts.experiments.cells import Cell, Figures, Outcome, Setting
+from scripts.experiments.aggregation.sizes import FULL, QUICK, SMOLLM2, Size
 from scripts.experiments.runs import figures_of, mean_of
+from scripts.experiments.trials import Figures, Outcome, Setting, Trial
 
 BEST = {"x": 0.1, "y": 0.2, "local only": 0.2, "centralised": 0.1, ONE_SHOT: 0.1}
 
@@ -51,18 +52,24 @@ def figures(after: Mapping[str, float], **more: object) -> Figures:
     }
 
 
+def measured(num_tokens: int, rho: float) -> dict[str, Any]:
+    return {
+        "training": TrainingRecord(num_tokens=num_tokens),
+        "aggregation": AggregationRecord(rho=rho),
+    }
+
+
 def test_figures_are_means_per_client_that_was_asked() -> None:
     records = [
         RoundRecord(round_num=0, held_out={"a": 4.0, "b": 2.0}),
-        RoundRecord(round_num=1, asked=("a", "b"), bytes_up=20, bytes_down=40, num_tokens=7, rho=0.2),
+        RoundRecord(round_num=1, asked=("a", "b"), bytes_up=20, bytes_down=40, **measured(7, 0.2)),
         RoundRecord(
             round_num=2,
             asked=("a", "b"),
             lost={"b": "gone"},
             bytes_up=10,
             bytes_down=90,  # an evaluation among them
-            num_tokens=5,
-            rho=0.4,
+            **measured(5, 0.4),
             held_out={"a": 3.0, "b": 2.0},
         ),
     ]
@@ -76,21 +83,21 @@ def test_figures_are_means_per_client_that_was_asked() -> None:
 
 
 class Methods:
-    """Does cells of study A by a formula: least loss at a method's best rate, more with the seed."""
+    """Does trials of study A by a formula: least loss at a method's best rate, more with the seed."""
 
     def __init__(self) -> None:
-        self.cells: list[Cell] = []
+        self.trials: list[Trial] = []
 
-    def __call__(self, cells: Sequence[Cell]) -> list[Outcome]:
-        self.cells += cells
-        return [self.outcome(cell) for cell in cells]
+    def __call__(self, trials: Sequence[Trial]) -> list[Outcome]:
+        self.trials += trials
+        return [self.outcome(trial) for trial in trials]
 
-    def outcome(self, cell: Cell) -> Outcome:
-        name, rate = str(cell.labels["method"]), float(cell.labels["rate"])
+    def outcome(self, trial: Trial) -> Outcome:
+        name, rate = str(trial.labels["method"]), float(trial.labels["rate"])
         if name == "z":
-            return Outcome(cell, {}, "refused: unknown key")
-        loss = 1.0 + abs(rate - BEST[name]) + 0.25 * int(cell.flat["seed"])
-        return Outcome(cell, figures({"a": loss, "b": loss + 2.0}))
+            return Outcome(trial, {}, "refused: unknown key")
+        loss = 1.0 + abs(rate - BEST[name]) + 0.25 * int(trial.flat["seed"])
+        return Outcome(trial, figures({"a": loss, "b": loss + 2.0}))
 
 
 def test_rates_are_chosen_on_a_seed_that_is_not_reported() -> None:
@@ -117,9 +124,9 @@ def test_rates_are_chosen_on_a_seed_that_is_not_reported() -> None:
     assert row["mean_after"]["sd"] == pytest.approx(0.25 / math.sqrt(2))
     assert row["worst_after"]["mean"] == pytest.approx(1 + 0.25 * 1.5 + 2)
     assert (row["rho"], row["bytes_up"], row["seeds"]) == (0.2, 8.0, 2)
-    reported = [cell for cell in do.cells if cell.flat["seed"] != 0]
-    assert {float(cell.labels["rate"]) for cell in reported if cell.labels["method"] == "y"} == {0.2}
-    one_shot = next(cell for cell in do.cells if cell.labels["method"] == ONE_SHOT)
+    reported = [trial for trial in do.trials if trial.flat["seed"] != 0]
+    assert {float(trial.labels["rate"]) for trial in reported if trial.labels["method"] == "y"} == {0.2}
+    one_shot = next(trial for trial in do.trials if trial.labels["method"] == ONE_SHOT)
     assert (one_shot.flat["federation.num-rounds"], one_shot.flat["train.local-steps"]) == (1, 12)
 
 
@@ -127,12 +134,12 @@ def test_a_single_rate_needs_no_tuning() -> None:
     do = Methods()
     grid = MethodsGrid(flat={}, rates=(0.1,), tuning_seed=0, seeds=(1,), methods={"x": {}}, controls=())
     assert set(methods_study(grid, do)["tables"][DOMAIN]) == {"x"}
-    assert len(do.cells) == 1
+    assert len(do.trials) == 1
 
 
 def test_a_run_that_diverged_is_never_chosen() -> None:
     def outcome(rate: float, loss: float, reason: str = "") -> Outcome:
-        return Outcome(Cell("s", "k", {"method": "x", "rate": rate}, {}), {"mean_after": loss}, reason)
+        return Outcome(Trial("s", "k", {"method": "x", "rate": rate}, {}), {"mean_after": loss}, reason)
 
     assert chosen_rates([outcome(1.0, math.inf), outcome(2.0, 3.0), outcome(3.0, 0.0, "failed: nan")]) == {
         "x": 2.0
@@ -140,12 +147,12 @@ def test_a_run_that_diverged_is_never_chosen() -> None:
 
 
 def test_the_map_pairs_runs_that_differ_in_their_read_out_only() -> None:
-    def do(cells: Sequence[Cell]) -> list[Outcome]:
+    def do(trials: Sequence[Trial]) -> list[Outcome]:
         made = []
-        for cell in cells:
-            rho = 0.01 * int(cell.labels["clients"]) * int(cell.labels["steps"])
-            loss = 2.0 + (rho if cell.labels["read-out"] == "factor-mean" else 0.0)
-            made.append(Outcome(cell, figures({"a": loss}, rho=[rho, rho])))
+        for trial in trials:
+            rho = 0.01 * int(trial.labels["clients"]) * int(trial.labels["steps"])
+            loss = 2.0 + (rho if trial.labels["read-out"] == "factor-mean" else 0.0)
+            made.append(Outcome(trial, figures({"a": loss}, rho=[rho, rho])))
         return made
 
     grid = MapGrid({}, clients=(2, 7), local_steps=(2, 8), rates=(0.1,), skews=("iid", "domain"), seeds=(1,))
@@ -159,7 +166,7 @@ def test_the_map_pairs_runs_that_differ_in_their_read_out_only() -> None:
         "0.1 to 0.3": 4,
         "0.3 and above": 2,
     }
-    partitions = {cell["skew"]: cell for cell in found["points"]}
+    partitions = {trial["skew"]: trial for trial in found["points"]}
     assert set(partitions) == {"iid", "domain"}
 
 
@@ -179,17 +186,17 @@ def test_only_honest_clients_count_against_an_attack() -> None:
 
 
 def test_the_goal_of_a_rule_is_its_worst_judged_attack() -> None:
-    def do(cells: Sequence[Cell]) -> list[Outcome]:
+    def do(trials: Sequence[Trial]) -> list[Outcome]:
         made = []
-        for cell in cells:
-            number = int(cell.options["malicious"])
-            loss = 2.0 if cell.labels["rule"] == "good" else 2.0 * (1 + number)
-            bad = cell.labels["rule"] == "none" and number == 2
-            success = {"backdoor": {"probes": 1}} if cell.options.get("rows") == "backdoor" else {}
+        for trial in trials:
+            number = int(trial.options["malicious"])
+            loss = 2.0 if trial.labels["rule"] == "good" else 2.0 * (1 + number)
+            bad = trial.labels["rule"] == "none" and number == 2
+            success = {"backdoor": {"probes": 1}} if trial.options.get("rows") == "backdoor" else {}
             made.append(
-                Outcome(cell, {}, "failed: destroyed")
+                Outcome(trial, {}, "failed: destroyed")
                 if bad
-                else Outcome(cell, figures({"a": loss, "b": loss}, attackers=["b"], **success))
+                else Outcome(trial, figures({"a": loss, "b": loss}, attackers=["b"], **success))
             )
         return made
 
@@ -215,23 +222,23 @@ def test_the_goal_of_a_rule_is_its_worst_judged_attack() -> None:
     assert (poor["ratio"], poor["gain"]) == (2.0, pytest.approx(1 / 3))
 
 
-@pytest.mark.parametrize("scale", [FULL, QUICK, SMOLLM2], ids=["full", "quick", "smollm2"])
-def test_no_cell_of_a_scale_is_refused_by_the_configuration(scale: Scale) -> None:
-    setting = Setting("model", Path("rows.jsonl"), scale.flat, "")
-    cells: list[Cell] = []
+@pytest.mark.parametrize("size", [FULL, QUICK, SMOLLM2], ids=["full", "quick", "smollm2"])
+def test_no_cell_of_a_scale_is_refused_by_the_configuration(size: Size) -> None:
+    setting = Setting("model", Path("rows.jsonl"), size.flat, "")
+    trials: list[Trial] = []
 
-    def do(some: Sequence[Cell]) -> list[Outcome]:
-        cells.extend(some)
+    def do(some: Sequence[Trial]) -> list[Outcome]:
+        trials.extend(some)
         success = {"backdoor": {}, "attackers": []}
         return [
-            Outcome(cell, figures({"a": 1.0 + float(cell.flat["train.learning-rate"])}, **success))
-            for cell in some
+            Outcome(trial, figures({"a": 1.0 + float(trial.flat["train.learning-rate"])}, **success))
+            for trial in some
         ]
 
-    methods_study(scale.methods, do)
-    map_study(scale.rho_map, do)
-    if scale.poison is not None:
-        poison_study(scale.poison, do)
-    for cell in cells:
-        config = setting.config(cell)  # raises where it is refused
+    methods_study(size.methods, do)
+    map_study(size.rho_map, do)
+    if size.poison is not None:
+        poison_study(size.poison, do)
+    for trial in trials:
+        config = setting.config(trial)  # raises where it is refused
         resolve(config)

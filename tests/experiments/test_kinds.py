@@ -1,25 +1,25 @@
-"""The kinds of cells on the tiny model: what must be equal is equal."""
+"""The kinds of trials on the tiny model: what must be equal is equal."""
 
 import pytest
 
-from scripts.experiments.aggregation.hostile import attacked
-from scripts.experiments.cells import Cell, Setting
+from scripts.experiments.aggregation.attacked_runs import attacked
 from scripts.experiments.controls import alone, pooled
 from scripts.experiments.runs import federation
+from scripts.experiments.trials import Setting, Trial
 
 
-def cell(kind: str, flat: dict, options: dict | None = None) -> Cell:
-    return Cell("test", kind, {}, {"seed": 1, **flat}, options or {})
+def trial(kind: str, flat: dict, options: dict | None = None) -> Trial:
+    return Trial("test", kind, {}, {"seed": 1, **flat}, options or {})
 
 
 def test_one_client_is_the_same_federated_pooled_and_alone(tiny_setting: Setting) -> None:
-    one = cell("any", {"federation.num-clients": 1, "data.partition": "iid", "wire.codec": "fp32"})
+    one = trial("any", {"federation.num-clients": 1, "data.partition": "iid", "wire.codec": "fp32"})
     found = [kind(one, tiny_setting)["after"] for kind in (federation, pooled, alone)]
     assert found[0] == found[1] == found[2]
 
 
 def test_controls_see_the_rows_of_the_clients_and_are_measured_on_them(tiny_setting: Setting) -> None:
-    three = cell(
+    three = trial(
         "any", {"federation.num-clients": 3, "data.partition": "column:domain"}, {"everywhere": True}
     )
     federated, together, apart = (kind(three, tiny_setting) for kind in (federation, pooled, alone))
@@ -33,15 +33,15 @@ TEN = {"federation.num-clients": 5, "data.partition": "iid", "aggregation.weight
 
 
 def test_nobody_malicious_is_the_plain_run(tiny_setting: Setting) -> None:
-    plain = federation(cell("federation", TEN), tiny_setting)
-    nobody = attacked(cell("attacked", TEN, {"malicious": 0, "updates": "huge flip"}), tiny_setting)
+    plain = federation(trial("federation", TEN), tiny_setting)
+    nobody = attacked(trial("attacked", TEN, {"malicious": 0, "updates": "huge flip"}), tiny_setting)
     assert nobody["after"] == plain["after"]
     assert nobody["attackers"] == []
 
 
 def test_the_server_refuses_a_huge_change_and_takes_one_within_its_bound(tiny_setting: Setting) -> None:
     huge, bounded = (
-        attacked(cell("attacked", TEN, {"malicious": 1, "updates": name}), tiny_setting)
+        attacked(trial("attacked", TEN, {"malicious": 1, "updates": name}), tiny_setting)
         for name in ("huge flip", "flip at bound")
     )
     assert huge["attackers"] == ["client-0004"]
@@ -52,8 +52,8 @@ def test_the_server_refuses_a_huge_change_and_takes_one_within_its_bound(tiny_se
 
 def test_without_its_bound_the_server_takes_a_huge_change(tiny_setting: Setting) -> None:
     options = {"malicious": 1, "updates": "huge flip", "validated": False}
-    found = attacked(cell("attacked", TEN, options), tiny_setting)
-    again = attacked(cell("attacked", TEN, {**options, "validated": True}), tiny_setting)
+    found = attacked(trial("attacked", TEN, options), tiny_setting)
+    again = attacked(trial("attacked", TEN, {**options, "validated": True}), tiny_setting)
     assert (found["lost"], again["lost"]) == (0, 1)  # it has its bound back
     assert found["delta_norm"][0] > 1e4 * again["delta_norm"][0]
 
@@ -61,7 +61,7 @@ def test_without_its_bound_the_server_takes_a_huge_change(tiny_setting: Setting)
 def test_flipped_labels_are_trained_on_by_the_malicious_alone(tiny_setting: Setting) -> None:
     flat = {"federation.num-clients": 3, "data.partition": "column:domain", "federation.num-rounds": 2}
     plain, flipped = (
-        attacked(cell("attacked", flat, {"malicious": 1, "rows": rows}), tiny_setting)
+        attacked(trial("attacked", flat, {"malicious": 1, "rows": rows}), tiny_setting)
         for rows in ("", "labels")
     )
     assert flipped["attackers"] == ["news"]
@@ -86,7 +86,7 @@ def test_a_backdoor_that_everybody_learns_is_found_and_was_not_there_before(tiny
         "probes": 2,
         "updates": "boost within bound",
     }
-    found = attacked(cell("attacked", flat, options), tiny_setting)["backdoor"]
+    found = attacked(trial("attacked", flat, options), tiny_setting)["backdoor"]
     assert found["probes"] >= 1
     assert found["before"]["answered"] == 0.0
     assert found["after"]["target_loss"] < found["before"]["target_loss"]

@@ -1,4 +1,4 @@
-"""The privacy experiment: the arithmetic of its figures, and its cell on the tiny model."""
+"""The privacy experiment: the arithmetic of its figures, and its trial on the tiny model."""
 
 import io
 import json
@@ -12,7 +12,6 @@ from rich.console import Console
 
 from fedllm.config.key import Scalar
 from fedllm.plan.run_plan import resolve
-from scripts.experiments.cells import Cell, Figures, Outcome, Setting, Workshop
 from scripts.experiments.privacy.main import (
     CLIENTS,
     FULL,
@@ -20,7 +19,7 @@ from scripts.experiments.privacy.main import (
     QUICK,
     SILOS,
     SMOLLM2,
-    Scale,
+    Size,
     do_parts,
     draw,
 )
@@ -35,6 +34,7 @@ from scripts.experiments.privacy.tables import (
     privacy_tables,
     rows_of,
 )
+from scripts.experiments.trials import Figures, Outcome, Setting, Trial, TrialRunner
 from scripts.reports import report
 
 PART = Part(
@@ -49,7 +49,7 @@ PART = Part(
     clips=(0.5, 1.0, 2.0),
     audit_rows=4,
 )
-TINY = Scale(
+TINY = Size(
     flat={},
     rows_of_domain=12,
     parts=(
@@ -97,9 +97,9 @@ TINY = Scale(
 )
 
 
-def figures_of(cell: Cell) -> Figures:
+def figures_of(trial: Trial) -> Figures:
     """Return figures by a formula: least loss at rate 0.2 and clip 1, more the less epsilon there is."""
-    epsilon, rate, clip = (float(cell.labels[name]) for name in ("epsilon", "rate", "clip"))
+    epsilon, rate, clip = (float(trial.labels[name]) for name in ("epsilon", "rate", "clip"))
     price = 1 / epsilon if epsilon > 0 else 0.0
     loss = 2.0 + price + abs(rate - 0.2) + (abs(clip - 1.0) if epsilon > 0 else 0.0)
     after = {"a": loss - 0.5, "b": loss + 0.5}
@@ -111,23 +111,23 @@ def figures_of(cell: Cell) -> Figures:
         "worst_after": max(after.values()),
         "privacy": {"budget": epsilon, "epsilon": 0.9 * epsilon, "noise_multiplier": 2 * price},
     }
-    if cell.kind == "by heart":
+    if trial.kind == "by heart":
         return {"membership": {"area": 1.0, "caught": 1.0, "base": 0.5, "null_deviation": 0.1}}
-    if cell.options:
+    if trial.options:
         area = 0.6 if epsilon else 0.7
         found["membership"] = {"area": area, "caught": 0.02, "base": 0.5, "null_deviation": 0.05}
     return found
 
 
 class Do:
-    """Does cells by the formula, and remembers them."""
+    """Does trials by the formula, and remembers them."""
 
     def __init__(self) -> None:
-        self.cells: list[Cell] = []
+        self.trials: list[Trial] = []
 
-    def __call__(self, cells: Sequence[Cell]) -> list[Outcome]:
-        self.cells += cells
-        return [Outcome(cell, figures_of(cell)) for cell in cells]
+    def __call__(self, trials: Sequence[Trial]) -> list[Outcome]:
+        self.trials += trials
+        return [Outcome(trial, figures_of(trial)) for trial in trials]
 
 
 def test_rate_and_clip_are_tuned_by_privacy_on_a_seed_that_is_not_reported() -> None:
@@ -141,12 +141,12 @@ def test_rate_and_clip_are_tuned_by_privacy_on_a_seed_that_is_not_reported() -> 
     assert found["at_edge"] == [
         f"{preset}, {name}: rate 0.2" for preset in PART.presets for name in ("not private", "private")
     ]
-    tuning = [cell for cell in do.cells if cell.labels["seed"] == PART.tuning_seed]
+    tuning = [trial for trial in do.trials if trial.labels["seed"] == PART.tuning_seed]
     assert len(tuning) == len(found["tuning"]) == 2 * (2 + 6)
-    assert {cell.labels["epsilon"] for cell in tuning} == {NONE, PART.tuning_epsilon}
-    assert not any(cell.options for cell in tuning)  # no attack on what is not reported
-    reported = [cell for cell in do.cells if cell.labels["seed"] != PART.tuning_seed]
-    assert {cell.labels["seed"] for cell in reported} == {1, 2}
+    assert {trial.labels["epsilon"] for trial in tuning} == {NONE, PART.tuning_epsilon}
+    assert not any(trial.options for trial in tuning)  # no attack on what is not reported
+    reported = [trial for trial in do.trials if trial.labels["seed"] != PART.tuning_seed]
+    assert {trial.labels["seed"] for trial in reported} == {1, 2}
     assert len(reported) == 2 * 3 * 2
 
 
@@ -165,7 +165,7 @@ def test_a_preset_that_gains_nothing_without_privacy_has_no_share_of_it() -> Non
         labels: dict[str, Scalar] = {"preset": "ffa", "epsilon": epsilon, "rate": 0.1, "clip": 1.0, "seed": 1}
         spent = {"epsilon": epsilon, "noise_multiplier": 1.0}
         losses = {"mean_before": 4.0, "mean_after": after, "worst_after": after, "privacy": spent}
-        return Outcome(Cell("privacy", "private", labels, {}), losses)
+        return Outcome(Trial("privacy", "private", labels, {}), losses)
 
     assert all("kept" not in row for row in rows_of([outcome(8.0, 3.0), outcome(NONE, 5.0)]))
 
@@ -174,12 +174,12 @@ def test_clipping_alone_is_no_budget_and_takes_what_was_tuned_for_noise() -> Non
     do = Do()
     part = replace(PART, clipped={"federation.selection": "uniform"})
     study(part, do)
-    alone = [cell for cell in do.cells if cell.labels["epsilon"] == CLIPPED]
-    assert {(cell.flat["federation.selection"], cell.flat["privacy.clip"]) for cell in alone} == {
+    alone = [trial for trial in do.trials if trial.labels["epsilon"] == CLIPPED]
+    assert {(trial.flat["federation.selection"], trial.flat["privacy.clip"]) for trial in alone} == {
         ("uniform", 1.0)
     }
-    others = [cell for cell in do.cells if cell.labels["epsilon"] != CLIPPED]
-    assert all("federation.selection" not in cell.flat for cell in others)
+    others = [trial for trial in do.trials if trial.labels["epsilon"] != CLIPPED]
+    assert all("federation.selection" not in trial.flat for trial in others)
 
 
 def test_the_control_of_the_attack_has_its_area_and_no_part_in_losses_and_goals() -> None:
@@ -191,9 +191,9 @@ def test_the_control_of_the_attack_has_its_area_and_no_part_in_losses_and_goals(
     assert "area" in control
     assert not {"kept", "epsilon", "mean_after"} & control.keys()
     assert found == plain
-    by_heart = [cell for cell in do.cells if cell.kind == "by heart"]
-    assert [(cell.labels["seed"], cell.options["epochs"]) for cell in by_heart] == [(1, 3), (2, 3)]
-    assert not any("privacy.epsilon" in cell.flat for cell in by_heart)
+    by_heart = [trial for trial in do.trials if trial.kind == "by heart"]
+    assert [(trial.labels["seed"], trial.options["epochs"]) for trial in by_heart] == [(1, 3), (2, 3)]
+    assert not any("privacy.epsilon" in trial.flat for trial in by_heart)
 
 
 def test_a_goal_fails_where_a_ledger_is_over_or_a_private_adapter_tells_more() -> None:
@@ -212,8 +212,8 @@ def test_a_goal_fails_where_a_ledger_is_over_or_a_private_adapter_tells_more() -
 
 
 def test_a_run_that_failed_leaves_its_reason_and_no_row() -> None:
-    def failing(cells: Sequence[Cell]) -> list[Outcome]:
-        return [Outcome(cell, {}, "failed: diverged") for cell in cells]
+    def failing(trials: Sequence[Trial]) -> list[Outcome]:
+        return [Outcome(trial, {}, "failed: diverged") for trial in trials]
 
     single = replace(PART, rates=(0.1,), private_rates=(0.1,), clips=(1.0,))
     found = study(single, failing)
@@ -222,25 +222,25 @@ def test_a_run_that_failed_leaves_its_reason_and_no_row() -> None:
     assert not goals_of({"rows": found})["epsilon_spent_over_budget"].met  # of nothing nothing is shown
 
 
-@pytest.mark.parametrize("scale", [FULL, QUICK, SMOLLM2], ids=["full", "quick", "smollm2"])
-def test_no_cell_of_a_scale_is_refused_and_each_has_the_unit_of_its_part(scale: Scale) -> None:
-    setting, do = Setting("model", Path("rows.jsonl"), scale.flat, ""), Do()
-    for part in scale.parts:
+@pytest.mark.parametrize("size", [FULL, QUICK, SMOLLM2], ids=["full", "quick", "smollm2"])
+def test_no_cell_of_a_scale_is_refused_and_each_has_the_unit_of_its_part(size: Size) -> None:
+    setting, do = Setting("model", Path("rows.jsonl"), size.flat, ""), Do()
+    for part in size.parts:
         study(part, do)
-    for cell in do.cells:
-        config = setting.config(cell)  # raises where it is refused
+    for trial in do.trials:
+        config = setting.config(trial)  # raises where it is refused
         resolve(config)
         plan = resolve(config).privacy
-        assert (plan is None) == (cell.labels["epsilon"] in UNBUDGETED)
+        assert (plan is None) == (trial.labels["epsilon"] in UNBUDGETED)
         if plan is not None:
-            unit = {SILOS: ("example", "local"), CLIENTS: ("client", "central")}[str(cell.labels["part"])]
+            unit = {SILOS: ("example", "local"), CLIENTS: ("client", "central")}[str(trial.labels["part"])]
             assert (plan.unit, plan.trust) == unit
-            assert plan.epsilon == cell.labels["epsilon"]
+            assert plan.epsilon == trial.labels["epsilon"]
             has_coins = plan.is_central and plan.epsilon != CLIPPED  # of clients; DP-SGD has its own for rows
             assert (plan.rate < 1) == has_coins
 
 
-def tiny(epsilon: float, **keys: Scalar) -> Cell:
+def tiny(epsilon: float, **keys: Scalar) -> Trial:
     flat: dict[str, Scalar] = {
         "federation.num-clients": 3,
         "data.partition": "column:domain",
@@ -251,7 +251,7 @@ def tiny(epsilon: float, **keys: Scalar) -> Cell:
         **({"privacy.epsilon": epsilon} if epsilon else {}),
         **keys,
     }
-    return Cell("privacy", "private", {}, flat, {"audit_rows": 6})
+    return Trial("privacy", "private", {}, flat, {"audit_rows": 6})
 
 
 @pytest.mark.parametrize(
@@ -291,8 +291,8 @@ def test_without_privacy_nothing_is_spent_and_the_seed_decides_everything(tiny_s
 
 def test_what_is_learnt_by_heart_is_found(tiny_setting: Setting) -> None:
     keys: dict[str, Scalar] = {"lora.target-modules": "all-linear"}
-    cells = [replace(tiny(0.0, **keys), kind="by heart", options={"epochs": epochs}) for epochs in (1, 60)]
-    once, often = (by_heart(cell, tiny_setting)["membership"] for cell in cells)
+    trials = [replace(tiny(0.0, **keys), kind="by heart", options={"epochs": epochs}) for epochs in (1, 60)]
+    once, often = (by_heart(trial, tiny_setting)["membership"] for trial in trials)
     assert often["area"] > once["area"]
     assert often["area"] > 0.9
     assert once["base"] == often["base"]
@@ -308,16 +308,16 @@ def test_clipping_alone_is_nearly_free_of_noise(tiny_setting: Setting) -> None:
 @pytest.fixture(scope="module")
 def done(
     tiny_setting: Setting, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Figures], str, Workshop]:
+) -> tuple[dict[str, Figures], str, TrialRunner]:
     """The figures of both parts, what was printed and where it was done."""
-    workshop = Workshop(tiny_setting, KINDS, tmp_path_factory.mktemp("work") / "cells.jsonl", "abc")
+    runner = TrialRunner(tiny_setting, KINDS, tmp_path_factory.mktemp("work") / "trials.jsonl", "abc")
     printed = io.StringIO()
-    parts = do_parts(TINY, workshop, Console(file=printed, width=120))
-    return parts, printed.getvalue(), workshop
+    parts = do_parts(TINY, runner, Console(file=printed, width=120))
+    return parts, printed.getvalue(), runner
 
 
 def test_both_parts_have_their_rows_their_goals_and_their_tables(
-    done: tuple[dict[str, Figures], str, Workshop],
+    done: tuple[dict[str, Figures], str, TrialRunner],
 ) -> None:
     parts, printed, _ = done
     assert [row["budget"] for row in parts[SILOS]["rows"]] == [8.0, NONE, BY_HEART]
@@ -336,15 +336,15 @@ def test_both_parts_have_their_rows_their_goals_and_their_tables(
 
 
 def test_parts_that_are_done_again_take_everything_from_the_journal(
-    done: tuple[dict[str, Figures], str, Workshop],
+    done: tuple[dict[str, Figures], str, TrialRunner],
 ) -> None:
-    parts, _, workshop = done
-    fresh = Workshop(workshop.setting, {}, workshop.journal, "abc")  # no kind of cell could be done
+    parts, _, runner = done
+    fresh = TrialRunner(runner.setting, {}, runner.journal, "abc")  # no kind of trial could be done
     assert do_parts(TINY, fresh, Console(quiet=True)) == parts
 
 
 def test_a_curve_is_drawn_for_every_part(
-    done: tuple[dict[str, Figures], str, Workshop], tmp_path: Path
+    done: tuple[dict[str, Figures], str, TrialRunner], tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
     draw(done[0], tmp_path)

@@ -7,7 +7,6 @@ import pytest
 
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
-from fedllm.plan.aggregation import aggregation_rule
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.plan.run_plan import resolve
 from fedllm.privacy.accounting import Charge, epsilon_of, gaussian_epsilon
@@ -28,17 +27,17 @@ def planned(flat: dict[str, Any]) -> PrivacyPlan:
 
 def test_a_budget_alone_is_a_plan() -> None:
     config = RunConfig.from_flat({"privacy.epsilon": 8})
-    plan, rule = resolve(config).privacy, aggregation_rule(config)
+    plan, rule = resolve(config).privacy, resolve(config).aggregation
     assert plan is not None
     assert (plan.unit, plan.trust, plan.metrics) == ("example", "local", "held-out")
     assert (rule.train, rule.read_out, resolve(config).init_a) == ("b", "factor-mean", "orthonormal")
     assert resolve(RunConfig()).privacy is None
-    assert (aggregation_rule(RunConfig()).read_out, resolve(RunConfig()).init_a) == ("svd", "kaiming")
+    assert (resolve(RunConfig()).aggregation.read_out, resolve(RunConfig()).init_a) == ("svd", "kaiming")
 
 
 def test_a_recipe_may_say_otherwise() -> None:
     config = RunConfig.from_flat({**EXAMPLE, "aggregation.preset": "flexlora", "lora.init-a": "kaiming"})
-    assert (aggregation_rule(config).read_out, resolve(config).init_a) == ("svd", "kaiming")
+    assert (resolve(config).aggregation.read_out, resolve(config).init_a) == ("svd", "kaiming")
 
 
 @pytest.mark.parametrize("flat", [CLIENT, LOCAL, EXAMPLE, POISSON])

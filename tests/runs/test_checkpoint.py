@@ -15,7 +15,7 @@ from fedllm.errors import CheckpointError, ConfigError
 from fedllm.privacy.accounting import Charge
 from fedllm.privacy.ledger import Entry, Ledger
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
-from fedllm.runs.records import OptimizerState, RoundRecord
+from fedllm.runs.records import AggregationRecord, OptimizerState, RoundRecord
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
 # factor means, so that every other key may be changed alone
@@ -24,7 +24,9 @@ CONFIG = RunConfig.from_flat({"aggregation.read-out": "factor-mean"})
 
 def state_of(round_num: int) -> ServerState:
     records = tuple(
-        RoundRecord(round_num=number, accepted=("a",), lost={"b": "why"}, rho=0.5)
+        RoundRecord(
+            round_num=number, accepted=("a",), lost={"b": "why"}, aggregation=AggregationRecord(rho=0.5)
+        )
         for number in range(round_num + 1)
     )
     pair = (torch.full((5, round_num), 0.5), torch.full((round_num, 3), -2.0))

@@ -1,18 +1,23 @@
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm.errors import CheckpointError
 from fedllm.messages import ClientEvaluation
 from fedllm.runs.records import (
+    AggregationRecord,
     DistillationLosses,
     DistillationRecord,
     DistillationTeachers,
     DistillationTexts,
     LossChange,
+    PrivacyRecord,
     RoundRecord,
+    TrainingRecord,
     record_from_dict,
     record_to_dict,
     record_to_line,
@@ -56,22 +61,31 @@ records = st.builds(
     accepted=name_lists,
     lost=st.dictionaries(names, st.text(max_size=20), max_size=4),
     weights=by_name,
-    train_loss=st.none() | numbers,
-    train_losses=by_name,
-    client_seconds=by_name,
     staleness=st.dictionaries(names, st.integers(1, 9), max_size=4),
     held_out=by_name,
     personal_held_out=by_name,
-    num_tokens=st.integers(0, 10**12),
     bytes_down=st.integers(0, 10**15),
     bytes_up=st.integers(0, 10**15),
     seconds=numbers,
-    learning_rate=numbers,
     applied=st.booleans(),
-    delta_norm=numbers,
-    rho=st.none() | numbers,
-    kept_energy=st.none() | numbers,
-    distil=st.none() | steps,
+    training=st.builds(
+        TrainingRecord,
+        loss=st.none() | numbers,
+        losses=by_name,
+        seconds=by_name,
+        num_tokens=st.integers(0, 10**12),
+        learning_rate=numbers,
+    ),
+    aggregation=st.builds(
+        AggregationRecord,
+        delta_norm=numbers,
+        rho=st.none() | numbers,
+        kept_energy=st.none() | numbers,
+        silenced=name_lists,
+    ),
+    privacy=st.none()
+    | st.builds(PrivacyRecord, epsilon=numbers, noise_multiplier=st.none() | numbers, clip=numbers),
+    distillation=st.none() | steps,
     adapter=st.text("0123456789abcdef", max_size=64),
 )
 
@@ -88,9 +102,11 @@ def test_a_record_survives_its_line(record: RoundRecord) -> None:
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:
-    record = RoundRecord(round_num=1, rho=math.nan, delta_norm=math.inf, weights={"a": math.nan, "b": 1.0})
+    measured = AggregationRecord(rho=math.nan, delta_norm=math.inf)
+    record = RoundRecord(round_num=1, aggregation=measured, weights={"a": math.nan, "b": 1.0})
     values = json.loads(record_to_line(record))
-    assert (values["rho"], values["delta_norm"], values["weights"]) == (None, None, {"a": None, "b": 1.0})
+    assert (values["aggregation"]["rho"], values["aggregation"]["delta_norm"]) == (None, None)
+    assert values["weights"] == {"a": None, "b": 1.0}
     assert record_to_dict(record)["round"] == 1
 
 
@@ -105,10 +121,11 @@ def test_perplexity_is_the_exponential_of_the_loss(loss: float, expected: float)
     assert evaluation.perplexity == pytest.approx(expected)
 
 
-def test_a_record_of_an_earlier_release_has_no_distillation() -> None:
+@pytest.mark.parametrize("change", [{"rho": 0.1}, {"training": {"speed": 1}}])
+def test_a_record_of_another_version_is_refused_in_a_line(change: dict[str, Any]) -> None:
     values = json.loads(record_to_line(RoundRecord(round_num=1)))
-    del values["distil"]
-    assert record_from_dict(values) == RoundRecord(round_num=1)
+    with pytest.raises(CheckpointError, match=str(next(iter(change.get("training", change))))):
+        record_from_dict({**values, **change})
 
 
 @pytest.mark.parametrize(
@@ -132,9 +149,9 @@ def test_the_gap_closed_is_a_share_of_the_way_to_the_ensemble(
 def test_a_student_that_diverged_is_read_back_as_not_a_number() -> None:
     losses = DistillationLosses(base=9.0, ensemble=2.0, held_out=LossChange(3.0, math.nan))
     step = DistillationRecord(kept=False, reason="the student diverged", losses=losses)
-    values = record_to_dict(RoundRecord(round_num=1, distil=step))
+    values = record_to_dict(RoundRecord(round_num=1, distillation=step))
     assert values["distil"]["losses"]["held_out"] == {"before": 3.0, "after": None}
-    read = record_from_dict(values).distil
+    read = record_from_dict(values).distillation
     assert read is not None
     assert read.losses is not None
     assert math.isnan(read.losses.held_out.after)

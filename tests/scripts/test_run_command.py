@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from clients.data_holder import partition_of
+from clients.client_app import PROCESS
 from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition
 from fedllm.errors import ConfigError
@@ -37,7 +37,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunC
         file = tmp_path / "rows.jsonl"
         file.unlink(missing_ok=True)
         file.symlink_to(source)
-        partition_of.__globals__["_shards_of"].cache_clear()  # another process reads the source anew
+        PROCESS.sources.clear()  # another process reads the source anew
         own = {"data.source": str(file), "data.partition": "iid", "federation.num-clients": 2}
         config = RunConfig.from_flat({**own, "run.output": str(tmp_path), **flat})
         with pytest.raises(CrashError):
@@ -60,12 +60,12 @@ def test_a_run_begun_anew_before_its_first_checkpoint_keeps_its_new_rows(
 ) -> None:
     start(8)
     config = start(6)
-    assert load_partition(tmp_path / "run" / "partition.json") == partition_of(config)
+    assert load_partition(tmp_path / "run" / "partition.json") == PROCESS.read_source(config).partition
 
 
 def test_an_earlier_run_keeps_its_own(start: Callable, tmp_path: Path) -> None:
     config = start(8)
-    before = partition_of(config)
+    before = PROCESS.read_source(config).partition
     (tmp_path / "run" / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match="holds an earlier run"):
         start(6)

@@ -14,8 +14,8 @@ def test_a_budget_alone_makes_a_private_run_with_a_statement(tiny_run, fedllm, t
     assert 0 < statement["epsilon"] <= 8
     assert statement["unit"] == "example"
     records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    assert [record["train_losses"] for record in records] == [{}, {}, {}]
-    assert f"epsilon {records[-1]['epsilon']:.2f}/8" in done.stdout
+    assert [record["training"]["losses"] for record in records] == [{}, {}, {}]
+    assert f"epsilon {records[-1]['privacy']['epsilon']:.2f}/8" in done.stdout
     assert records[-1]["held_out"]
     assert "differentially private" in (folder / "adapter" / "README.md").read_text()
     result = json.loads((folder / "result.json").read_text())

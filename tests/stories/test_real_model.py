@@ -36,9 +36,9 @@ def _losses_through_peft(folder, config) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from clients.data_holder import open_data_holder
+    from clients.process import Process
 
-    holder = open_data_holder(config.to_flat(), {})
+    holder = Process().open(config.to_flat(), {})
     base = AutoModelForCausalLM.from_pretrained(holder.files.folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
     losses = {}

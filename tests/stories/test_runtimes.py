@@ -22,7 +22,7 @@ def _digest(folder: Path) -> str:
 def _step(folder: Path) -> dict[str, Any]:
     """Return what the last round's distillation did, but for its time; {} where there was none."""
     record = json.loads((folder / "rounds.jsonl").read_text().splitlines()[-1])
-    return {key: value for key, value in (record["distil"] or {}).items() if key != "seconds"}
+    return {key: value for key, value in (record["distillation"] or {}).items() if key != "seconds"}
 
 
 def test_python_steps_equal_the_command(tiny_run, fedllm, tmp_path):

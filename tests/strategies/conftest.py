@@ -1,7 +1,7 @@
 """A federation of four tiny data holders in this process, one node each."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from clients import base_deltas
-from clients.client_app import app
-from clients.data_holder import RESIDENT, open_data_holder
+from clients.client_app import make_client_app
+from clients.data_holder import DataHolder
+from clients.process import Process
 from fedllm.config.run_config import RunConfig
+from fedllm.engine.resident import Resident
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
@@ -22,6 +23,8 @@ from strategies.session import Session, Watch
 
 NAMES = ("anna", "ben", "cleo", "dora")
 WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "index", "key", "name", "order")
+
+RESIDENT = Resident()  # every run's clients and server use one base model
 
 Tamper = Callable[[Message], list[Message]]
 
@@ -44,6 +47,12 @@ class Run:
     grid: WatchedGrid
     notices: list[str]
     records: list[RoundRecord]
+    process: Process
+
+    def holder(self, node: int) -> DataHolder:
+        """Return the data holder that a node has opened."""
+        context = self.grid._contexts[node]
+        return self.process.open(context.run_config, context.node_config)
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +109,8 @@ def open_run() -> Callable[..., Run]:
         num_nodes: int = 4,
         node_configs: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> Run:
+        process = Process(RESIDENT)
+        app = make_client_app(process)
         plain = local_grid(config, app, num_nodes=num_nodes)
         for node, extra in (node_configs or {}).items():
             plain._contexts[node].node_config.update(extra)
@@ -108,22 +119,19 @@ def open_run() -> Callable[..., Run]:
         if tamper is not None:
             grid.tamper = tamper
         for context in contexts.values():  # a slow machine must not miss the short deadline for joining
-            assert open_data_holder(context.run_config, context.node_config).fingerprint
+            assert process.open(context.run_config, context.node_config).fingerprint
         notices: list[str] = []
         records: list[RoundRecord] = []
         watch = Watch(notice=notices.append, record=records.append)
         session = open_session(resolve(config), grid, watch, resident=RESIDENT)
         session.transport.poll_seconds = 0.01
         state = ServerState(0, session.initial)
-        return Run(session, state, grid, notices, records)
+        return Run(session, state, grid, notices, records, process)
 
     return start
 
 
 @pytest.fixture
-def own_base_deltas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_base_deltas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the base deltas of a test apart from those of others."""
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
-    base_deltas._store.cache_clear()
-    yield
-    base_deltas._store.cache_clear()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from clients import base_deltas
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.messages import ClientUpdate
@@ -23,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("own_base_deltas")
 NAMES = ("anna", "ben", "cleo", "dora")
 
 
-def forget_everything() -> None:
+def forget_everything(run: Any) -> None:
     """Do what the loss of a machine's disk does."""
-    store = base_deltas.base_delta_store()
+    store = run.process.base_deltas
     store.newest = None
     for file in store.folder.glob("*"):
         file.unlink()
@@ -127,7 +126,7 @@ def test_a_client_that_joins_late_trains_on_the_same_base_bits(
         state, record = next_round(run.session, state)
         assert record.accepted == NAMES[:3]
         state = replace(state, base_delta=base_delta_on(run.session.layout, seed))
-    forget_everything()  # what dora's machine has; the others are sent it anew, as it is a new base delta
+    forget_everything(run)  # what dora's machine has; the others are sent it anew, as it is a new base delta
     run.grid._contexts[5] = late
     seen: dict[str, ClientUpdate] = {}
     watch = replace(run.session.watch, client=lambda number, answer: seen.update({answer.client_id: answer}))
@@ -165,7 +164,7 @@ def test_a_node_that_has_lost_the_base_delta_says_so_and_is_sent_it_at_the_next_
     run = open_run(config)
     state, _ = next_round(run.session, on_base_delta(run))
     adapter, base_delta = packet_size(run.session.layout, state.base_delta)
-    forget_everything()
+    forget_everything(run)
     run.records.clear()
     next_round(run.session, state)
     first, second = run.records

@@ -15,7 +15,6 @@ from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForCausalLM
 
 from clients.client_app import app
-from clients.data_holder import open_data_holder
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
 from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import Example, Turn
@@ -162,12 +161,13 @@ def trained(make_config: Callable, open_run: Callable) -> Callable[..., Any]:
 
 
 def steps_of(state: ServerState) -> list[DistillationRecord]:
-    return [record.distil for record in state.records if record.distil]
+    return [record.distillation for record in state.records if record.distillation]
 
 
 def timeless(record: RoundRecord) -> dict[str, Any]:
-    values = {**asdict(record), "seconds": 0, "client_seconds": {}}
-    return {**values, "distil": values["distil"] and {**values["distil"], "seconds": 0}}
+    values = asdict(record)
+    step, training = values["distillation"], {**values["training"], "seconds": {}}
+    return {**values, "seconds": 0, "training": training, "distillation": step and {**step, "seconds": 0}}
 
 
 @pytest.mark.parametrize(("when", "expected"), [("never", []), ("last", [3]), ("every", [1, 2, 3])])
@@ -242,7 +242,7 @@ def test_a_step_that_is_kept_changes_the_adapter_and_says_what_it_did(run: Calla
     assert line == f"round 1: {describe_step(step)}"
     assert "held-out texts synthetic too" in line
     written = json.loads((tmp_path / "distilled" / "rounds.jsonl").read_text().splitlines()[-1])
-    assert written["distil"]["losses"]["held_out"]["after"] == losses.held_out.after
+    assert written["distillation"]["losses"]["held_out"]["after"] == losses.held_out.after
     card = (tmp_path / "distilled" / "adapter" / "README.md").read_text()
     assert f"{losses.held_out.before:.4f} before, {losses.held_out.after:.4f} after" in card
     assert not any(name in card for name in NAMES), "a card names no data holder"
@@ -312,12 +312,12 @@ def test_a_run_with_more_rounds_goes_on_from_what_was_aggregated(run: Callable) 
     flat = {**CHEAP, **FEW, "distill.when": "last", "distill.learning-rate": 1e-3}
     whole, _ = run("whole", **flat, **{"federation.num-rounds": 3})
     short, _ = run("longer", **flat)
-    assert short.records[-1].distil.kept
+    assert short.records[-1].distillation.kept
     assert short.undistilled.digest != short.adapter.digest
     longer, _ = run("longer", **flat, **{"run.resume": True, "federation.num-rounds": 3})
     assert longer.adapter.digest == whole.adapter.digest
-    assert [timeless(record)["distil"] for record in longer.records] == [
-        timeless(record)["distil"] for record in whole.records
+    assert [timeless(record)["distillation"] for record in longer.records] == [
+        timeless(record)["distillation"] for record in whole.records
     ]
     assert [record.adapter for record in longer.records] == [record.adapter for record in whole.records]
 
@@ -341,7 +341,7 @@ def test_a_run_whose_budget_is_spent_keeps_what_it_has_distilled(
     assert any("budget is spent" in line for line in notices)
     assert again.round_num == 2
     assert again.adapter.digest == done.adapter.digest != done.undistilled.digest
-    assert again.records[-1].distil == done.records[-1].distil is not None
+    assert again.records[-1].distillation == done.records[-1].distillation is not None
     assert again.records[-1].held_out == done.records[-1].held_out
 
 
@@ -360,7 +360,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_distilled_adapter(run: Callabl
     done, _ = run("done", **flat)
     again, _ = run("done", **flat, **{"run.resume": True})
     assert again.adapter.digest == done.adapter.digest
-    assert again.records[-1].distil == done.records[-1].distil
+    assert again.records[-1].distillation == done.records[-1].distillation
 
 
 def test_in_a_local_run_the_server_has_the_engine_of_its_clients(
@@ -368,8 +368,7 @@ def test_in_a_local_run_the_server_has_the_engine_of_its_clients(
 ) -> None:
     opened = open_run(make_config(CHEAP))
     next_round(opened.session, opened.state)
-    context = next(iter(opened.grid._contexts.values()))
-    assert server_engine(opened.session) is open_data_holder(context.run_config, context.node_config).engine
+    assert server_engine(opened.session) is opened.holder(2).engine
 
 
 def test_a_step_that_cannot_open_the_base_model_costs_no_round(trained: Callable) -> None:
@@ -584,7 +583,7 @@ def test_flowers_own_loop_has_the_step_too(make_config: Callable) -> None:
     answer, _ = strategy.aggregate_train(1, grid.send_and_receive(messages))
     state, record = next_round(session, ServerState(0, session.initial))
     assert read_plain(answer, session.layout).digest == state.adapter.digest
-    assert record.distil is not None
+    assert record.distillation is not None
     assert [line for line in heard if line.startswith("round 1: ")]
 
 
@@ -726,14 +725,14 @@ def test_the_gate_of_clients_measures_in_the_round_itself(run: Callable, public_
     flat = {**CHEAP, "distill.text": public_file, "distill.gate": "clients", "evaluation.every": 1}
     state, _ = run("gated", **flat)
     for record in state.records[1:]:
-        step = record.distil
+        step = record.distillation
         assert step is not None
         clients = step.losses.clients
         if clients is not None:
             kept = clients.after if step.kept else clients.before
             assert record.mean_held_out == pytest.approx(kept)
             assert step.kept is (clients.after <= clients.before)
-    first = state.records[1].distil
+    first = state.records[1].distillation
     assert first is not None
     assert first.losses.clients.before == pytest.approx(plain.records[1].mean_held_out)
 

@@ -275,10 +275,10 @@ def test_an_exception_beside_the_data_costs_only_its_client_and_none_of_its_word
 ) -> None:
     honest = train.make_job
 
-    def crash(client: Any, *rest: Any) -> Any:
+    def crash(this_round: Any, client: Any, *rest: Any, **options: Any) -> Any:
         if client.client_id == OFFENDER:
             raise RuntimeError(f"cannot train on {SECRET}")
-        return honest(client, *rest)
+        return honest(this_round, client, *rest, **options)
 
     monkeypatch.setattr(train, "make_job", crash)
     run = open_run(make_config())

@@ -12,14 +12,13 @@ from flwr.app import Message, RecordDict
 from flwr.common.serde import message_to_proto
 from safetensors.torch import load_file
 
-from clients import train
 from clients.client_app import app
-from clients.data_holder import open_data_holder
 from clients.evaluate import evaluate_clients
+from clients.jobs import make_job, plan_node_round
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.engine.jobs import EvaluationJob
-from fedllm.messages import ClientUpdate, EvaluateRequest, TrainRequest
+from fedllm.messages import ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from fedllm.wire import packets
@@ -28,6 +27,7 @@ from strategies.exchange.evaluation import evaluate
 from strategies.rounds import next_round, plan_round
 from strategies.run import run_federation
 from strategies.session import Watch
+from tests.builders import evaluate_request, train_request
 
 FEDSA = {"aggregation.preset": "fedsa", "wire.codec": "fp32", "train.token-budget": 1}
 NAMES = ("anna", "ben", "cleo", "dora")
@@ -54,26 +54,16 @@ def test_a_round_goes_on_from_the_shared_a_and_the_b_of_the_round_before(
     plan = plan_round(run.session, first, 1)
     next_round(run.session, first)
     for node, name in enumerate(NAMES, 2):
-        context = run.grid._contexts[node]
-        holder = open_data_holder(context.run_config, context.node_config)
+        holder = run.holder(node)
         own_b = kept_b(tmp_path / "run", name, 4)
         assert float(own_b.abs().max()) > 0.01
-        request = TrainRequest(
-            round_num=2,
-            client_ids=(name,),
-            num_drawn=(4,),
-            ranks=(plan.ranks[name],),
-            adapter=first.adapter,
-            base_delta=first.base_delta,
-            training=plan.training,
-            trained="both",
-            local_b=True,
-            node_sum=False,
-            codec="fp32",
-            weighting="examples",
-            seed=run.session.config.seed,
+        rank = plan.ranks[name]
+        request = train_request(
+            holder, name, round_num=2, ranks=(rank,), adapter=first.adapter, base_delta=first.base_delta
         )
-        job = train.make_job(holder.clients[name], request, 4, plan.ranks[name], own_b)
+        start_P = whole_of(layout, own_b, "b", first.adapter.vector)
+        this_round = plan_node_round(holder, request)
+        job = make_job(this_round, holder.clients[name], 4, rank=rank, start_P=start_P)
         (alone,) = holder.engine.train([job])
         update = heard[2, name]
         own_layout = job.layout
@@ -92,18 +82,12 @@ def test_a_client_is_evaluated_with_its_own_b(
     layout, found = run.session.layout, evaluate(run.session, state)
     assert found.personal == {}
     for node, name in enumerate(NAMES, 2):
-        context = run.grid._contexts[node]
-        holder = open_data_holder(context.run_config, context.node_config)
+        holder = run.holder(node)
         vector = whole_of(layout, kept_b(tmp_path / "run", name, 4), "b", state.adapter.vector)
         (alone,) = holder.engine.evaluate([EvaluationJob(name, vector, holder.clients[name].held_out)])
         assert found.shared[name] == alone.loss
-        request = EvaluateRequest(
-            round_num=1,
-            client_ids=(name,),
-            adapter=state.adapter,
-            base_delta=state.base_delta,
-            local_b=False,
-        )
+        # a client that has drawn nothing has kept nothing: it is measured with the server's B
+        request = evaluate_request(holder, name, adapter=state.adapter, base_delta=state.base_delta)
         (shared,) = evaluate_clients(holder, request)
         assert shared.loss != alone.loss
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from clients import train
+from clients import protect as protecting
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size
 from fedllm.errors import NonFiniteError
@@ -46,11 +46,13 @@ def test_the_sum_gives_what_every_clients_own_delta_gives(
     single, summed = records
     assert summed.accepted == single.accepted == NAMES
     assert summed.weights == single.weights
-    assert summed.train_losses == single.train_losses
-    assert summed.num_tokens == single.num_tokens
+    assert summed.training.losses == single.training.losses
+    assert summed.training.num_tokens == single.training.num_tokens
     # No product of a client is known; but where one factor is common to all, the mean needs none.
-    assert (summed.rho, summed.kept_energy) == ((None, None) if train == "both" else (0.0, 1.0))
-    assert single.rho is not None
+    assert (summed.aggregation.rho, summed.aggregation.kept_energy) == (
+        (None, None) if train == "both" else (0.0, 1.0)
+    )
+    assert single.aggregation.rho is not None
 
 
 def test_bytes_up_do_not_grow_with_the_clients_of_a_node(make_config: Callable, open_run: Callable) -> None:
@@ -74,14 +76,14 @@ def test_bytes_up_do_not_grow_with_the_clients_of_a_node(make_config: Callable, 
 def test_a_client_that_diverges_is_left_out_of_its_nodes_sum(
     make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = train.protect
+    honest = protecting.protect
 
     def protect(result: Any, *rest: Any, **options: Any) -> ClientUpdate:
         if result.client_id == "cleo":
             raise NonFiniteError("client cleo: the loss is not finite")
         return honest(result, *rest, **options)
 
-    monkeypatch.setattr(train, "protect", protect)
+    monkeypatch.setattr(protecting, "protect", protect)
     vectors = []
     for changes in (LINEAR, SUMMED):
         run = open_run(make_config(changes), num_nodes=2)

@@ -9,7 +9,6 @@ import torch
 from flwr.app import ConfigRecord, Message
 from flwr.common.serde import message_to_proto
 
-from clients.data_holder import open_data_holder
 from fedllm.attacks.token_scores import whole
 from fedllm.data.fields import Example, Turn
 from fedllm.engine.engine import Engine
@@ -38,8 +37,8 @@ def encode_text(make_config: Callable) -> Callable[..., Encoded]:
 def private_rows(run: Any) -> dict[str, list[Encoded]]:
     """Return the rows of every client of a run, as its node holds them."""
     found = {}
-    for context in run.grid._contexts.values():
-        for client in open_data_holder(context.run_config, context.node_config).clients.values():
+    for node in run.grid.get_node_ids():
+        for client in run.holder(node).clients.values():
             found[client.client_id] = [*client.train, *client.held_out]
     return found
 

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from clients.data_holder import open_data_holder
-from clients.train import make_job
-from fedllm.adapters.base_delta import no_base_delta
+from clients.jobs import make_job, plan_node_round
+from clients.process import Process
 from fedllm.adapters.layout import AdapterState, at_rank, initial_adapter, with_rank
 from fedllm.adapters.parts import other_part, part_of, part_size
 from fedllm.errors import ConfigError
-from fedllm.messages import ClientUpdate, TrainRequest
+from fedllm.messages import ClientUpdate
 from fedllm.wire import packets
 from strategies.exchange.evaluation import evaluate
-from strategies.rounds import next_round, plan_round
+from strategies.rounds import next_round
+from tests.builders import train_request
 
 FFA = {"aggregation.train": "b", "aggregation.read-out": "factor-mean", "wire.codec": "fp32"}
 NAMES = ("anna", "ben", "cleo", "dora")
@@ -48,7 +48,7 @@ def test_ffa_sends_b_alone_both_ways_and_a_keeps_the_bits_of_the_seed(
     for number in (1, 2):
         state, record = next_round(run.session, state)
         assert record.accepted == NAMES
-        assert record.trained == "b"
+        assert record.training.trained == "b"
         assert record.bytes_up == 4 * packet_size(layout, "b", payload)
         assert record.bytes_down == 4 * packet_size(layout, "b")
         seed = initial_adapter(layout, 0, init_a).vector
@@ -88,8 +88,7 @@ def test_a_machine_that_makes_other_bits_from_the_seed_is_sent_everything_the_ne
     make_config: Callable, open_run: Callable
 ) -> None:
     run, honest = open_run(make_config(FFA)), open_run(make_config(FFA))
-    context = run.grid._contexts[3]
-    holder = open_data_holder(context.run_config, context.node_config)
+    holder = run.holder(3)
     layout = run.session.layout
     own = holder.__dict__.get("initial")
     holder.__dict__["initial"] = initial_adapter(layout, 5)  # as a machine with another generator has it
@@ -117,7 +116,7 @@ def test_alternate_moves_one_factor_a_round_and_not_a_bit_of_the_other(
     state, layout = run.state, run.session.layout
     for trained in ("b", "a", "b"):
         after, record = next_round(run.session, state)
-        assert record.trained == trained
+        assert record.training.trained == trained
         assert record.bytes_up == 4 * packet_size(layout, trained)
         assert record.bytes_down == 4 * packet_size(layout, "both")
         moved = [
@@ -127,7 +126,7 @@ def test_alternate_moves_one_factor_a_round_and_not_a_bit_of_the_other(
             for part in (trained, other_part(trained))
         ]
         assert moved == [True, False]
-        assert record.rho == pytest.approx(0.0, abs=1e-6)
+        assert record.aggregation.rho == pytest.approx(0.0, abs=1e-6)
         state = after
 
 
@@ -149,34 +148,16 @@ def test_clients_train_and_send_at_their_own_ranks(
     assert {name: update.rank for name, update in seen.items()} == expected
     assert record.bytes_up == sum(packet_size(at_rank(layout, rank), train) for rank in expected.values())
     for name, rank in expected.items():
-        node = run.grid._contexts[run.session.clients[name].node_id]
-        holder = open_data_holder(node.run_config, node.node_config)
+        holder = run.holder(run.session.clients[name].node_id)
         own = at_rank(layout, rank)
         assert own.scale == pytest.approx(layout.scale)
-        job = make_job(holder.clients[name], _request(run, name, rank, train), 0, rank)
+        start_P = run.state.adapter.vector
+        request = train_request(holder, name, ranks=(rank,), adapter=run.state.adapter)
+        job = make_job(plan_node_round(holder, request), holder.clients[name], 0, rank=rank, start_P=start_P)
         assert torch.equal(job.start, with_rank(run.state.adapter.vector, layout, rank))
         (alone,) = holder.engine.train([job])
         assert torch.equal(alone.delta, seen[name].delta)
     assert set(evaluate(run.session, state).shared) <= set(NAMES)
-
-
-def _request(run: Any, name: str, rank: int, train: str) -> TrainRequest:
-    plan = plan_round(run.session, run.state, 1)
-    return TrainRequest(
-        round_num=1,
-        client_ids=(name,),
-        num_drawn=(0,),
-        ranks=(rank,),
-        adapter=run.state.adapter,
-        base_delta=no_base_delta(run.session.layout),
-        training=plan.training,
-        trained=train,
-        local_b=False,
-        node_sum=False,
-        codec="fp32",
-        weighting="examples",
-        seed=0,
-    )
 
 
 def test_ranks_by_name_leave_the_others_as_they_are_and_unknown_names_are_noticed(
@@ -191,7 +172,7 @@ def test_ranks_by_name_leave_the_others_as_they_are_and_unknown_names_are_notice
 def test_a_limit_that_is_no_rank_is_refused_by_its_node(limit: Any, make_config: Callable) -> None:
     node = {"partition-id": 0, "num-partitions": 4, "server-paths": True, "max-rank": limit}
     with pytest.raises(ConfigError, match=f"max-rank = {limit!r}"):
-        open_data_holder(make_config().to_flat(), node)
+        Process().open(make_config().to_flat(), node)
 
 
 def test_with_a_local_b_a_alone_travels(make_config: Callable, open_run: Callable) -> None:
@@ -202,7 +183,7 @@ def test_with_a_local_b_a_alone_travels(make_config: Callable, open_run: Callabl
         before = state.adapter
         state, record = next_round(run.session, state)
         assert record.accepted == NAMES
-        assert record.trained == "both"
+        assert record.training.trained == "both"
         assert record.bytes_up == 4 * packet_size(layout, "a")
         assert record.bytes_down == 4 * packet_size(layout, "a")
         for update in seen.values():

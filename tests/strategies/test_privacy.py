@@ -29,7 +29,7 @@ from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import clipped
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
-from fedllm.runs.records import RoundRecord
+from fedllm.runs.records import RoundRecord, TrainingRecord
 from scripts.runtimes.local import local_grid
 from strategies.privacy import NoisedSum, ServerPrivacy
 from strategies.rounds import finish as finish_round
@@ -308,12 +308,12 @@ def test_rounds_are_charged_and_numbers_withheld(
     state, spent = run.state, 0.0
     for _ in range(2):
         state, record = next_round(run.session, state)
-        assert record.epsilon is not None
-        assert record.epsilon > spent
-        spent = record.epsilon
-        assert (record.train_loss, record.train_losses, record.num_tokens) == (None, {}, 0)
-        assert record.noise_multiplier == flat["privacy.noise-multiplier"]
-        assert record.clip == flat.get("privacy.clip", 1.0)
+        assert record.privacy is not None
+        assert record.privacy.epsilon > spent
+        spent = record.privacy.epsilon
+        assert record.training == TrainingRecord(learning_rate=record.training.learning_rate, trained="b")
+        assert record.privacy.noise_multiplier == flat["privacy.noise-multiplier"]
+        assert record.privacy.clip == flat.get("privacy.clip", 1.0)
     assert bool(torch.isfinite(state.adapter.vector).all())
     assert len(state.ledger.entries) == 2
     weights = dict(sorted(record.weights.items()))
@@ -352,7 +352,7 @@ def test_an_adaptive_clip_follows_the_norms(make_config: Callable, open_run: Cal
     state, clips = run.state, []
     for _ in range(4):
         state, record = next_round(run.session, state)
-        clips.append(record.clip)
+        clips.append(record.privacy.clip)
     assert clips[0] == 1e-3
     assert clips[-1] > clips[0]  # all are clipped, so it grows, whatever the noise on the count
     assert state.clip != clips[-1]
@@ -449,7 +449,7 @@ def test_a_private_run_that_was_killed_goes_on_with_equal_bits_and_an_equal_ledg
     state = run_federation(resumed, local_grid(resumed, app))
     assert torch.equal(state.adapter.vector, expected.adapter.vector)
     assert state.ledger == expected.ledger
-    assert [r.epsilon for r in state.records] == [r.epsilon for r in expected.records]
+    assert [r.privacy for r in state.records] == [r.privacy for r in expected.records]
 
 
 def test_a_release_that_differs_after_a_resume_is_charged_again(
@@ -550,5 +550,5 @@ def test_without_a_plan_there_is_no_ledger(make_config: Callable, open_run: Call
     state, record = next_round(run.session, run.state)
     assert run.session.privacy is None
     assert state.ledger == Ledger()
-    assert (record.epsilon, record.noise_multiplier, record.clip) == (None, None, None)
+    assert record.privacy is None
     assert isinstance(state, ServerState)

@@ -10,7 +10,6 @@ from flwr.app import Message, RecordDict
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.plan.run_plan import resolve
-from fedllm.plan.training import local_training
 from strategies.rounds import check_failure_rate, next_round, run_round
 
 EVERYBODY = ("anna", "ben", "cleo", "dora")
@@ -153,7 +152,7 @@ def test_a_round_does_not_depend_on_who_answers_first(
     state, other = next_round(backwards.session, backwards.state)
     assert state.adapter.digest == expected.adapter.digest
     assert other.accepted == record.accepted
-    assert other.train_loss == record.train_loss
+    assert other.training.loss == record.training.loss
 
 
 def test_every_client_draws_on_where_it_stopped(make_config: Callable, open_run: Callable) -> None:
@@ -174,8 +173,8 @@ def test_a_record_counts_packets_and_weights(make_config: Callable, open_run: Ca
     assert 4 * size * 8 < record.bytes_down < 4 * size * 8 + 8 * 300  # to train and to evaluate, in float32
     assert 2 * size * 4 < record.bytes_up < 2 * size * 4 + 4 * 300  # bfloat16 deltas
     assert record.weights == {"anna": 4.0, "ben": 6.0, "cleo": 8.0, "dora": 10.0}
-    mean = sum(record.weights[name] * record.train_losses[name] for name in EVERYBODY) / 28
-    assert record.train_loss == pytest.approx(mean)
+    mean = sum(record.weights[name] * record.training.losses[name] for name in EVERYBODY) / 28
+    assert record.training.loss == pytest.approx(mean)
     assert set(record.held_out) == set(EVERYBODY)
 
 
@@ -195,7 +194,7 @@ def test_a_cohort_is_a_fixed_size_or_a_fraction_and_at_least_one(flat: dict[str,
 def test_a_cosine_schedule_falls_from_the_whole_rate_and_a_constant_one_stays() -> None:
     flat = {"federation.num-rounds": 4, "train.learning-rate": 0.8}
     cosine = RunConfig.from_flat({**flat, "train.schedule": "cosine"})
-    rates = [local_training(cosine, round_num).learning_rate for round_num in range(1, 5)]
+    rates = [resolve(cosine).training(round_num).learning_rate for round_num in range(1, 5)]
     assert rates == pytest.approx([0.8, 0.4 + 0.4 * math.sqrt(0.5), 0.4, 0.4 - 0.4 * math.sqrt(0.5)])
     constant = RunConfig.from_flat(flat)
-    assert {local_training(constant, round_num).learning_rate for round_num in range(1, 5)} == {0.8}
+    assert {resolve(constant).training(round_num).learning_rate for round_num in range(1, 5)} == {0.8}

@@ -44,10 +44,11 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def numbers_of(record: RoundRecord) -> dict[str, Any]:
+    values = record_to_dict(record)
     return {
-        **record_to_dict(record),
+        **values,
         "seconds": 0,
-        "client_seconds": {},
+        "training": {**values["training"], "seconds": {}},
         "held_out": {},
         "mean_held_out": 0,
         "bytes_down": 0,

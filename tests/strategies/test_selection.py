@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedllm.config.run_config import described_keys
 from fedllm.messages import JoinedClient
 from fedllm.plan.cohort import CohortPlan
-from fedllm.runs.records import RoundRecord
+from fedllm.runs.records import RoundRecord, TrainingRecord
 from strategies.cohort.selection import RULES, choose_clients
 from strategies.rounds import next_round
 
@@ -42,7 +42,7 @@ def choose(
 
 def record(round_num: int, losses: dict[str, float], seconds: float | dict[str, float] = 1.0) -> RoundRecord:
     times = seconds if isinstance(seconds, dict) else dict.fromkeys(losses, seconds)
-    return RoundRecord(round_num=round_num, train_losses=losses, client_seconds=times)
+    return RoundRecord(round_num=round_num, training=TrainingRecord(losses=losses, seconds=times))
 
 
 def test_every_rule_can_be_configured() -> None:

@@ -137,7 +137,7 @@ def test_a_stock_strategy_is_the_rule_of_our_own_loop(name: str, make_config: Ca
     for _ in range(2):
         state, record = next_round(session, state)
     assert record.applied
-    assert (record.rho, record.kept_energy) == (None, None)
+    assert (record.aggregation.rho, record.aggregation.kept_energy) == (None, None)
     theirs = RULES[name]()
     for key, value in EVERYBODY.items():
         setattr(theirs, key, value)

@@ -12,21 +12,13 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from fedllm.adapters.base_delta import BaseDelta, no_base_delta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
 from fedllm.adapters.parts import other_part, part_size, whole_of
-from fedllm.errors import LayoutError, NonFiniteError, NotHeldError, WireError
-from fedllm.messages import EvaluateRequest, LocalTraining, TrainRequest
+from fedllm.errors import LayoutError, NonFiniteError, NotHeldError, OtherConfigError, WireError
+from fedllm.messages import EvaluateRequest, TrainRequest
 from fedllm.wire import packets, requests
 from fedllm.wire.requests import Holding, Sending
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
-TRAINING = LocalTraining(
-    steps=2,
-    batch_size=3,
-    learning_rate=0.5,
-    weight_decay=0.0,
-    clip_norm=1.0,
-    proximal=0.25,
-    proximal_space="product",
-)
+PLAN = "d" * 64
 HEADER = 4 + 1 + 4 + 32  # of a packet, its JSON apart
 
 
@@ -45,7 +37,7 @@ def base_delta_of(ranks: tuple[int, int], seed: int = 0) -> BaseDelta:
 def holding(seed: int = 0, base_delta: BaseDelta | None = None) -> Holding:
     """Return a node that makes the initial adapter of `seed` and has one base delta or none."""
     held = {base_delta.digest: base_delta} if base_delta is not None else {}
-    return Holding(initial=lambda: initial_adapter(LAYOUT, seed), base_delta=held.get)
+    return Holding(plan_digest=PLAN, initial=lambda: initial_adapter(LAYOUT, seed), base_delta=held.get)
 
 
 def train_request(**changes: Any) -> TrainRequest:
@@ -56,13 +48,8 @@ def train_request(**changes: Any) -> TrainRequest:
         "ranks": (2, 1),
         "adapter": initial_adapter(LAYOUT, 0),
         "base_delta": no_base_delta(LAYOUT),
-        "training": TRAINING,
-        "trained": "b",
-        "local_b": False,
-        "node_sum": False,
-        "codec": "int8",
-        "weighting": "tokens",
-        "seed": 2**63 - 1,
+        "plan_digest": PLAN,
+        "clip": 0.5,
     }
     return TrainRequest(**{**values, **changes})
 
@@ -74,7 +61,7 @@ def evaluate_request(**changes: Any) -> EvaluateRequest:
         "num_drawn": (12,),
         "adapter": initial_adapter(LAYOUT, 0),
         "base_delta": no_base_delta(LAYOUT),
-        "local_b": True,
+        "plan_digest": PLAN,
     }
     return EvaluateRequest(**{**values, **changes})
 
@@ -91,9 +78,8 @@ def read(content: RecordDict, held: Holding | None = None) -> TrainRequest:
     "changes",
     [
         {},
-        {"trained": "both", "local_b": True},
-        {"trained": "a", "base_delta": base_delta_of((3, 0))},
-        {"node_sum": True, "ranks": (2, 2), "base_delta": base_delta_of((1, 4))},
+        {"clip": 0.0, "base_delta": base_delta_of((3, 0))},
+        {"ranks": (2, 2), "base_delta": base_delta_of((1, 4))},
     ],
 )
 def test_a_train_request_comes_back_as_it_was(changes: dict[str, Any]) -> None:
@@ -128,19 +114,33 @@ def test_an_evaluate_request_comes_back_as_it_was() -> None:
     content = requests.write_evaluate_request(request, Sending())
     assert requests.is_fedllm_request(content)
     got = requests.read_evaluate_request(content, LAYOUT, holding())
-    assert (got.round_num, got.client_ids, got.num_drawn, got.local_b) == (0, ("a",), (12,), True)
+    assert (got.round_num, got.client_ids, got.num_drawn, got.plan_digest) == (0, ("a",), (12,), PLAN)
     assert got.adapter.digest == request.adapter.digest
     assert got.base_delta.digest == request.base_delta.digest
 
 
-@pytest.mark.parametrize(
-    ("trained", "local_b", "returned"),
-    [("both", False, "both"), ("a", False, "a"), ("b", False, "b"), ("both", True, "a")],
-)
-def test_what_travels_back_is_what_was_trained_without_a_b_of_ones_own(
-    trained: str, local_b: bool, returned: str
-) -> None:
-    assert train_request(trained=trained, local_b=local_b).returned == returned
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_request_under_another_configuration_is_refused_first(kind: str) -> None:
+    """Whatever else is wrong with it follows from that."""
+    request = train_request() if kind == "train" else evaluate_request()
+    write, read_back = (
+        (requests.write_train_request, requests.read_train_request)
+        if kind == "train"
+        else (requests.write_evaluate_request, requests.read_evaluate_request)
+    )
+    content = write(request, Sending())
+    content["request"]["plan"] = "e" * 64
+    del content["adapter"], content["request"]["num-drawn"]
+    with pytest.raises(OtherConfigError, match="another configuration"):
+        read_back(content, LAYOUT, holding())
+
+
+def test_a_request_carries_no_numbers_of_training() -> None:
+    """Every node computes them from its own copy of the configuration."""
+    common = {"round", "client-ids", "num-drawn", "plan", "part", "adapter", "base-delta"}
+    assert set(sent(train_request())["request"]) == common | {"ranks", "clip"}
+    written = requests.write_evaluate_request(evaluate_request(), Sending())
+    assert set(written["request"]) == common
 
 
 # --- parts of the adapter ----------------------------------------------------------------------------------
@@ -339,13 +339,6 @@ def test_a_request_whose_adapter_is_not_finite_is_refused() -> None:
         read(sent(train_request(adapter=state)))
 
 
-def test_a_request_with_an_unknown_proximal_space_is_refused() -> None:
-    content = sent(train_request())
-    content["request"]["train.proximal_space"] = "logits"
-    with pytest.raises(LayoutError, match="one of factor, product"):
-        read(content)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -354,13 +347,7 @@ def test_a_request_with_an_unknown_proximal_space_is_refused() -> None:
         {"ranks": (2,)},
         {"ranks": (2, 0)},
         {"ranks": (3, 2)},
-        {"trained": "c"},
-        {"trained": "none"},
-        {"trained": "b", "local_b": True},
-        {"node_sum": True, "ranks": (2, 1)},
         {"control": initial_adapter(LAYOUT, 1)},  # and ranks that differ
-        {"control": initial_adapter(LAYOUT, 1), "ranks": (2, 2), "node_sum": True},
-        {"control": initial_adapter(LAYOUT, 1), "ranks": (2, 2), "trained": "both", "local_b": True},
     ],
 )
 def test_a_request_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
@@ -373,7 +360,9 @@ def test_an_evaluate_request_gives_what_each_client_has_drawn() -> None:
         evaluate_request(num_drawn=(12, 4))
 
 
-@pytest.mark.parametrize(("key", "value"), [("ranks", [2, 9]), ("trained", "c"), ("ranks", [2, 2, 2])])
+@pytest.mark.parametrize(
+    ("key", "value"), [("ranks", [2, 9]), ("client-ids", ["a", "a"]), ("ranks", [2, 2, 2])]
+)
 def test_a_request_that_contradicts_itself_is_refused_where_it_arrives(key: str, value: Any) -> None:
     content = sent(train_request())
     content["request"][key] = value

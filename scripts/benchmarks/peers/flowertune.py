@@ -14,15 +14,9 @@ import torch
 import transformers
 
 from fedllm.models.files import quiet_transformers
-from scripts.benchmarks.peers.shared import (
-    Outcome,
-    peft_config,
-    read_adapter,
-    set_adapter,
-    tokenized,
-    trainer_numbers,
-)
-from scripts.benchmarks.tools import Phases
+from scripts.benchmarks.peers import shared
+from scripts.benchmarks.peers.shared import Outcome
+from scripts.benchmarks.timing import Phases
 from scripts.benchmarks.workloads import Workload
 
 
@@ -33,14 +27,14 @@ def train_afresh(folder: Path, workload: Workload, scratch: Path, *, checkpointi
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with phase("wrap"):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-        model = peft.get_peft_model(model, peft_config(layout))
-        set_adapter(model, layout, job.start)
+        model = peft.get_peft_model(model, shared.peft_config(layout))
+        shared.set_adapter(model, layout, job.start)
     with phase("tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        rows = tokenized(workload, tokenizer)
+        rows = shared.tokenized(workload, tokenizer)
     with phase("trainer"):
         arguments = transformers.TrainingArguments(
-            **trainer_numbers(job.training, scratch),
+            **shared.trainer_numbers(job.training, scratch),
             gradient_checkpointing=checkpointing,
             remove_unused_columns=False,
         )
@@ -53,5 +47,5 @@ def train_afresh(folder: Path, workload: Workload, scratch: Path, *, checkpointi
     with phase("train"):
         trainer.train()
     with phase("extract"):
-        after = read_adapter(model, layout)
+        after = shared.read_adapter(model, layout)
     return Outcome(after - job.start, phase.cpu)

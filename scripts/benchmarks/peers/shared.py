@@ -15,12 +15,10 @@ import torch
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.messages import LocalTraining
 from fedllm.models.chat import Encoded, encode
+from scripts.benchmarks.agreement import Tolerance
 from scripts.benchmarks.workloads import Workload
 
-# 99 of 100 values of two deltas differ by less than this share of the largest movement; a learning rate
-# off by 1 % would give 1e-2. Not all values can: where a gradient is next to nothing AdamW still moves by
-# the learning rate, in a direction that the rounding of float32 decides.
-TOLERANCE = 1e-3
+TOLERANCE = Tolerance(0.99, 1e-3)  # all peers train in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,23 +82,6 @@ def trainer_numbers(training: LocalTraining, scratch: Path) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
     }
-
-
-def checked_difference(deltas: Mapping[str, torch.Tensor], ours: str) -> float:
-    """Return the largest difference between a delta [P] and that of `ours`, as `TOLERANCE` measures it.
-
-    Raises:
-        RuntimeError: it is above the tolerance, so not all did the same work.
-    """
-    differences = {name: _difference(delta, deltas[ours]) for name, delta in deltas.items()}
-    for name, difference in differences.items():
-        if not difference <= TOLERANCE:  # NaN is refused too
-            raise RuntimeError(f"{name} trained another adapter: {difference:.1e} away from {ours}'s")
-    return max(differences.values())
-
-
-def _difference(delta: torch.Tensor, ours: torch.Tensor) -> float:
-    return float(torch.quantile((delta - ours).abs() / ours.abs().max(), 0.99))
 
 
 @contextmanager

@@ -20,15 +20,9 @@ import transformers
 import trl
 
 from fedllm.models.files import quiet_transformers
-from scripts.benchmarks.peers.shared import (
-    Outcome,
-    peft_config,
-    read_adapter,
-    set_adapter,
-    tokenized,
-    trainer_numbers,
-)
-from scripts.benchmarks.tools import Phases
+from scripts.benchmarks.peers import shared
+from scripts.benchmarks.peers.shared import Outcome
+from scripts.benchmarks.timing import Phases
 from scripts.benchmarks.workloads import Workload
 
 
@@ -51,22 +45,22 @@ def train_with_trl(folder: Path, workload: Workload, scratch: Path, *, at_best: 
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with phase("tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        rows = tokenized(workload, tokenizer)
+        rows = shared.tokenized(workload, tokenizer)
     with phase("trainer"):
         data = datasets.Dataset.from_list(
             [{"input_ids": list(row.tokens), "labels": list(row.labels)} for row in rows]
         )
         trainer = trl.SFTTrainer(
             model=model,
-            args=trl.SFTConfig(**trainer_numbers(job.training, scratch), **settings),
+            args=trl.SFTConfig(**shared.trainer_numbers(job.training, scratch), **settings),
             train_dataset=data,
             processing_class=tokenizer,
-            peft_config=peft_config(layout),
+            peft_config=shared.peft_config(layout),
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        set_adapter(trainer.model, layout, job.start)
+        shared.set_adapter(trainer.model, layout, job.start)
     with phase("train"):
         trainer.train()
     with phase("extract"):
-        after = read_adapter(trainer.model, layout)
+        after = shared.read_adapter(trainer.model, layout)
     return Outcome(after - job.start, phase.cpu)

@@ -7,12 +7,13 @@ Dirichlet mixture of domains, and clients of different ranks.
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedllm.config.key import Scalar
-from scripts.experiments.cells import Cell, Figures, Outcome
 from scripts.experiments.runs import mean_of
+from scripts.experiments.trials import Figures, Outcome, RunTrials, Trial
+from scripts.reports import mean_and_sd
 
 METHODS: dict[str, Mapping[str, Scalar]] = {
     name: {"aggregation.preset": name}
@@ -23,8 +24,6 @@ LOCAL_ONLY, POOLED, ONE_SHOT = "local only", "centralised", "one-shot"
 CONTROLS = (LOCAL_ONLY, POOLED, ONE_SHOT)
 DOMAIN, DIRICHLET, RANKS = "domain", "dirichlet", "mixed ranks"
 _KINDS = {LOCAL_ONLY: "alone", POOLED: "pooled"}
-
-Do = Callable[[Sequence[Cell]], list[Outcome]]
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ class MethodsGrid:
     rank_methods: tuple[str, ...] = ("flexlora", "hetlora", "flora", "ffa", "rolora")
 
 
-def methods_study(grid: MethodsGrid, do: Do) -> Figures:
-    """Do every cell of the study and return its figures: the tuning, and a table of rows per part."""
+def methods_study(grid: MethodsGrid, do: RunTrials) -> Figures:
+    """Do every trial of the study and return its figures: the tuning, and a table of rows per part."""
     names = [*grid.methods, *grid.controls]
     if len(grid.rates) > 1:
         tuning = do(
-            [_cell(grid, DOMAIN, name, rate, grid.tuning_seed) for name in names for rate in grid.rates]
+            [_trial(grid, DOMAIN, name, rate, grid.tuning_seed) for name in names for rate in grid.rates]
         )
         rates = chosen_rates(tuning)
     else:
@@ -61,26 +60,28 @@ def methods_study(grid: MethodsGrid, do: Do) -> Figures:
         parts[DIRICHLET] = [name for name in parts[DOMAIN] if name != ONE_SHOT]
     if grid.ranks:
         parts[RANKS] = [name for name in grid.rank_methods if name in rates]
-    cells = [
-        _cell(grid, part, name, rates[name], seed)
+    trials = [
+        _trial(grid, part, name, rates[name], seed)
         for part, included in parts.items()
         for name in included
         for seed in grid.seeds
     ]
-    outcomes = do(cells)
+    outcomes = do(trials)
     every = [*tuning, *outcomes]
     edges = (min(grid.rates), max(grid.rates))
     return {
         "rates": rates,
         "rate_at_edge": [name for name, rate in rates.items() if tuning and rate in edges],
         "tuning": tuning_table(tuning),
-        "left_out": {str(o.cell.labels["method"]): o.reason for o in every if o.reason.startswith("refused")},
+        "left_out": {
+            str(o.trial.labels["method"]): o.reason for o in every if o.reason.startswith("refused")
+        },
         "tokens": statistics.median([o.figures["tokens"] for o in every if o.is_done] or [0]),
-        "tables": {part: table([o for o in outcomes if o.cell.labels["part"] == part]) for part in parts},
+        "tables": {part: table([o for o in outcomes if o.trial.labels["part"] == part]) for part in parts},
     }
 
 
-def _cell(grid: MethodsGrid, part: str, name: str, rate: float, seed: int) -> Cell:
+def _trial(grid: MethodsGrid, part: str, name: str, rate: float, seed: int) -> Trial:
     keys: dict[str, Scalar] = {**grid.flat, "train.learning-rate": rate, "seed": seed}
     keys |= {DIRICHLET: grid.dirichlet, RANKS: grid.ranks}.get(part, {})
     options: dict[str, Scalar] = {}
@@ -91,7 +92,7 @@ def _cell(grid: MethodsGrid, part: str, name: str, rate: float, seed: int) -> Ce
         options["everywhere"] = True
     labels: dict[str, Scalar] = {"part": part, "method": name, "rate": rate, "seed": seed}
     kind = _KINDS.get(name, "federation")
-    return Cell("methods", kind, labels, {**keys, **grid.methods.get(name, {})}, options)
+    return Trial("methods", kind, labels, {**keys, **grid.methods.get(name, {})}, options)
 
 
 def chosen_rates(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -99,7 +100,7 @@ def chosen_rates(outcomes: Sequence[Outcome]) -> dict[str, float]:
     best: dict[str, tuple[float, float]] = {}
     for outcome in outcomes:
         loss = outcome.figures.get("mean_after", math.inf) if outcome.is_done else math.inf
-        name, rate = str(outcome.cell.labels["method"]), float(outcome.cell.labels["rate"])
+        name, rate = str(outcome.trial.labels["method"]), float(outcome.trial.labels["rate"])
         if math.isfinite(loss):
             best[name] = min(best.get(name, (math.inf, 0.0)), (loss, rate))
     return {name: rate for name, (_, rate) in best.items()}
@@ -109,8 +110,8 @@ def tuning_table(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float | str
     """Return the tuning seed's mean loss per method and learning rate, or why there is none."""
     found: dict[str, dict[str, float | str]] = {}
     for outcome in outcomes:
-        row = found.setdefault(str(outcome.cell.labels["method"]), {})
-        row[f"{outcome.cell.labels['rate']:g}"] = outcome.reason or outcome.figures["mean_after"]
+        row = found.setdefault(str(outcome.trial.labels["method"]), {})
+        row[f"{outcome.trial.labels['rate']:g}"] = outcome.reason or outcome.figures["mean_after"]
     return found
 
 
@@ -118,14 +119,14 @@ def table(outcomes: Sequence[Outcome]) -> dict[str, Figures]:
     """Return one row per method over its seeds: mean and standard deviation of losses, and what it cost."""
     by_method: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        by_method.setdefault(str(outcome.cell.labels["method"]), []).append(outcome)
+        by_method.setdefault(str(outcome.trial.labels["method"]), []).append(outcome)
     return {name: _row(group) for name, group in by_method.items()}
 
 
 def _row(group: Sequence[Outcome]) -> Figures:
     done = [outcome.figures for outcome in group if outcome.is_done]
     reasons = sorted({outcome.reason for outcome in group if outcome.reason})
-    row: Figures = {"seeds": len(done), "rate": group[0].cell.labels["rate"]}
+    row: Figures = {"seeds": len(done), "rate": group[0].trial.labels["rate"]}
     if reasons:
         row["reasons"] = reasons
     if not done:
@@ -142,8 +143,3 @@ def _row(group: Sequence[Outcome]) -> Figures:
         if name in done[0]:
             row[name] = statistics.fmean(figures[name] for figures in done)
     return row
-
-
-def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean and the sample standard deviation (0 of a single value)."""
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}

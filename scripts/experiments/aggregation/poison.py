@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedllm.config.key import Scalar
-from scripts.experiments.aggregation.hostile import BACKDOOR, LABELS
-from scripts.experiments.aggregation.methods import Do
-from scripts.experiments.cells import Cell, Figures, Outcome
+from scripts.experiments.aggregation.attacked_runs import BACKDOOR, LABELS
+from scripts.experiments.trials import Figures, Outcome, RunTrials, Trial
 from scripts.reports import Goal
 
 ROBUST_KEY = "aggregation.robust"
@@ -56,21 +55,21 @@ class PoisonGrid:
     probes: int = 48
 
 
-def poison_study(grid: PoisonGrid, do: Do) -> Figures:
+def poison_study(grid: PoisonGrid, do: RunTrials) -> Figures:
     """Do every run of the study and return its figures: a table per skew, and one of backdoors."""
     tables: Figures = {}
     backdoors: Figures = {}
     tokens: list[float] = []
     for skew in grid.skews:
-        clean = do([_cell(grid, skew, rule, CLEAN, 0, {}) for rule in grid.rules])
-        cells = [
-            _cell(grid, skew, rule, attack, number, ATTACKS[attack])
+        clean = do([_trial(grid, skew, rule, CLEAN, 0, {}) for rule in grid.rules])
+        trials = [
+            _trial(grid, skew, rule, attack, number, ATTACKS[attack])
             for attack, numbers in grid.attacks.items()
             for number in numbers
             for rule in grid.rules
         ]
-        outcomes = do(cells)
-        planted = do(_backdoor_cells(grid, skew))
+        outcomes = do(trials)
+        planted = do(_backdoor_trials(grid, skew))
         tables[skew] = table(clean[0], [*clean, *outcomes])
         backdoors[skew] = table(clean[0], planted)
         tokens += [outcome.figures["tokens"] for outcome in clean if outcome.is_done]
@@ -83,7 +82,7 @@ def poison_study(grid: PoisonGrid, do: Do) -> Figures:
     }
 
 
-def _backdoor_cells(grid: PoisonGrid, skew: str) -> list[Cell]:
+def _backdoor_trials(grid: PoisonGrid, skew: str) -> list[Trial]:
     planted: dict[str, Scalar] = {
         "rows": BACKDOOR,
         "share": grid.share,
@@ -91,34 +90,34 @@ def _backdoor_cells(grid: PoisonGrid, skew: str) -> list[Cell]:
         "target": grid.target,
         "probes": grid.probes,
     }
-    cells = [_cell(grid, skew, NO_RULE, CLEAN, 0, planted)] if grid.backdoors else []
+    trials = [_trial(grid, skew, NO_RULE, CLEAN, 0, planted)] if grid.backdoors else []
     for changed, numbers in grid.backdoors.items():
         name = f"backdoor, {changed}" if changed else "backdoor"
         for number in numbers:
             for rule in grid.rules:
                 options = {**planted, "updates": changed}
-                cells.append(_cell(grid, skew, rule, name, number, options))
-    return cells
+                trials.append(_trial(grid, skew, rule, name, number, options))
+    return trials
 
 
-def _cell(
+def _trial(
     grid: PoisonGrid,
     skew: str,
     rule: str,
     attack: str,
     malicious: int,
     options: Mapping[str, Scalar],
-) -> Cell:
+) -> Trial:
     labels: dict[str, Scalar] = {"skew": skew, "attack": attack, "malicious": malicious, "rule": rule}
     keys = {**grid.flat, "data.partition": skew, "seed": grid.seed, **grid.rules[rule]}
-    return Cell("poison", "attacked", labels, keys, {**options, "malicious": malicious})
+    return Trial("poison", "attacked", labels, keys, {**options, "malicious": malicious})
 
 
 def table(clean: Outcome, outcomes: Sequence[Outcome]) -> dict[str, dict[str, Figures]]:
     """Return attack -> rule -> what it did; attacks are named with their number of malicious clients."""
     found: dict[str, dict[str, Figures]] = {}
     for outcome in outcomes:
-        labels = outcome.cell.labels
+        labels = outcome.trial.labels
         name = f"{labels['attack']} x{labels['malicious']}" if labels["malicious"] else str(labels["attack"])
         found.setdefault(name, {})[str(labels["rule"])] = _entry(clean, outcome)
     return found

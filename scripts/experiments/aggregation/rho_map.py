@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm.config.key import Scalar
-from scripts.experiments.aggregation.methods import Do
-from scripts.experiments.cells import Cell, Figures, Outcome
 from scripts.experiments.runs import mean_of
+from scripts.experiments.trials import Figures, Outcome, RunTrials, Trial
 
 FACTORS, EXACT = "factor-mean", "svd"
 IID, DOMAIN = "iid", "domain"
@@ -33,10 +32,10 @@ class MapGrid:
     seeds: tuple[int, ...]
 
 
-def map_study(grid: MapGrid, do: Do) -> Figures:
+def map_study(grid: MapGrid, do: RunTrials) -> Figures:
     """Do every pair of runs and return the points of the map with a summary."""
     points = list(itertools.product(grid.clients, grid.local_steps, grid.rates, grid.skews, grid.seeds))
-    outcomes = do([_cell(grid, *point, read_out) for point in points for read_out in (FACTORS, EXACT)])
+    outcomes = do([_trial(grid, *point, read_out) for point in points for read_out in (FACTORS, EXACT)])
     found = [_point(factors, exact) for factors, exact in zip(outcomes[::2], outcomes[1::2], strict=True)]
     done = [point for point in found if "gap" in point]
     return {
@@ -46,7 +45,9 @@ def map_study(grid: MapGrid, do: Do) -> Figures:
     }
 
 
-def _cell(grid: MapGrid, clients: int, steps: int, rate: float, skew: str, seed: int, read_out: str) -> Cell:
+def _trial(
+    grid: MapGrid, clients: int, steps: int, rate: float, skew: str, seed: int, read_out: str
+) -> Trial:
     labels: dict[str, Scalar] = {"clients": clients, "steps": steps, "rate": rate, "skew": skew, "seed": seed}
     keys: dict[str, Scalar] = {
         "federation.num-clients": clients,
@@ -56,12 +57,12 @@ def _cell(grid: MapGrid, clients: int, steps: int, rate: float, skew: str, seed:
         "aggregation.read-out": read_out,
         "seed": seed,
     }
-    return Cell("rho map", "federation", {**labels, "read-out": read_out}, {**grid.flat, **keys})
+    return Trial("rho map", "federation", {**labels, "read-out": read_out}, {**grid.flat, **keys})
 
 
 def _point(factors: Outcome, exact: Outcome) -> Figures:
     """Return one point of the map; without `gap` where one of the two runs did not end."""
-    point: Figures = {name: value for name, value in factors.cell.labels.items() if name != "read-out"}
+    point: Figures = {name: value for name, value in factors.trial.labels.items() if name != "read-out"}
     reasons = sorted({outcome.reason for outcome in (factors, exact) if outcome.reason})
     if reasons:
         return {**point, "reasons": reasons}

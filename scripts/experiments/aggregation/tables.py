@@ -1,11 +1,14 @@
-"""The figures of the studies as tables for a person."""
+"""The figures of the studies as tables and plots for a person."""
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from rich.table import Table
 
-from scripts.experiments.cells import Figures
-from scripts.reports import figures_table
+from scripts.charts import dots, lines, scatter
+from scripts.experiments.trials import Figures
+from scripts.reports import Spread, figures_table, mean_spread
 
 _METHOD_COLUMNS = ("rate", "mean loss", "worst client", "rho", "kept", "kB up", "kB down")
 
@@ -67,6 +70,45 @@ def poison_tables(figures: Figures) -> Iterator[Table]:
         if by_attack:
             title = f"backdoors, {skew}: target answered, target preferred, and as above"
             yield _by_rule(title, by_attack, _backdoor)
+
+
+def draw_methods(figures: Figures, part: str, path: Path) -> None:
+    """Draw the mean and the worst client's loss of every method of one part, the best at the top."""
+    rows = {name: row for name, row in figures["tables"][part].items() if "mean_after" in row}
+    groups = {
+        name: {
+            label: mean_spread(row[key])
+            for key, label in (("mean_after", "mean client"), ("worst_after", "worst client"))
+        }
+        for name, row in sorted(rows.items(), key=lambda item: -item[1]["mean_after"]["mean"])
+    }
+    dots(path, f"Methods, clients by {part}", "held-out loss after the run (nats per token)", groups)
+
+
+def draw_rho(figures: Figures, folder: Path) -> None:
+    """Draw gap over rho, one point per pair of runs, and rho over local steps as means over the seeds."""
+    points = [point for point in figures["points"] if "gap" in point]
+    clouds: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, dict[float, list[float]]] = {}
+    for point in points:
+        cloud = f"{point['steps']} local steps, {point['skew']}"
+        clouds.setdefault(cloud, []).append((point["rho"], point["gap"]))
+        curve = f"{point['clients']} clients, {point['skew']}, rate {point['rate']:g}"
+        curves.setdefault(curve, {}).setdefault(point["steps"], []).append(point["rho"])
+    scatter(
+        folder / "aggregation_rho_gap.svg",
+        "What averaging factors costs",
+        "rho: error of averaging factors / change of the round",
+        "gap: held-out loss, factor mean - svd (nats)",
+        dict(sorted(clouds.items())),
+        reference=0.0,
+    )
+    means: dict[str, list[tuple[float | str, Spread]]] = {}
+    for name, by_steps in curves.items():
+        for steps, found in sorted(by_steps.items()):
+            means.setdefault(name, []).append((steps, Spread(*3 * (statistics.fmean(found),))))
+    path = folder / "aggregation_rho.svg"
+    lines(path, "The error of averaging factors", "local steps of a round", "rho", means, log_x=True)
 
 
 def _by_rule(

@@ -4,48 +4,41 @@ Clients of seven domains train a few rounds. From the last round's aggregate and
 (posterior, uniform, logit mean) and a control that is tuned on the same rows as plain text start alike, on
 each text: public text like the clients' own, like that of three of them, unlike any, and synthetic text.
 
-    python -m scripts.experiments.distillation.main --quick --json
-    python -m scripts.experiments.distillation.main --data ../shared/data --output
-    docs/results/distillation.json
+    python -m scripts.experiments distillation --quick --json
+    python -m scripts.experiments distillation --data FOLDER --output docs/results/distillation.json
 
 Losses are on rows that the clients hold out. The learning rate of a student is chosen on the texts its gate
 looks at, never on those. A gap is closed by 1 where a student is as good as the posterior ensemble itself.
 """
 
-import argparse
 import math
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Annotated
 from zlib import crc32
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no cell asks the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every process
-
+import typer
 from rich.console import Console
 
 from fedllm.config.key import Scalar
-from fedllm.errors import DataError, FedLLMError
+from fedllm.errors import DataError
 from fedllm.originality.duplicates import contaminated
-from scripts.experiments.aggregation.methods import Do
-from scripts.experiments.cells import Cell, Figures, Kinds, open_pool
 from scripts.experiments.controls import pooled
-from scripts.experiments.corpus import Corpus, Row, read_corpus, write_rows
+from scripts.experiments.corpus import Corpus, Row, write_rows
 from scripts.experiments.distillation.run import distilled
 from scripts.experiments.distillation.tables import draw_gaps, losses_table, summary
-from scripts.experiments.plots import check_matplotlib
-from scripts.experiments.small_model import Recipe
-from scripts.experiments.workshop import (
+from scripts.experiments.options import (
     ONE_THREAD,
-    experiment_parser,
-    open_workshop,
-    parse_options,
-    scale_of,
+    ExperimentOptions,
+    open_console,
+    open_runner,
+    size_of,
+    text_of,
+    work_folder,
 )
-from scripts.reports import Goal, emit, report
+from scripts.experiments.small_model import Recipe
+from scripts.experiments.trials import Figures, Kinds, RunTrials, Trial
+from scripts.reports import Goal, publish
 
 KINDS: Kinds = {"distilled": distilled, "pooled": pooled}
 UNLIKE = "shakespeare.train.jsonl"
@@ -54,7 +47,7 @@ GOAL_GAP = 0.35  # of the aggregate-to-ensemble gap, with synthetic text alone
 
 
 @dataclass(frozen=True)
-class Scale:
+class Size:
     """One size of the experiment; the first of `seeds` draws everything where it is the only one."""
 
     flat: dict[str, Scalar]
@@ -76,55 +69,34 @@ _FLAT: dict[str, Scalar] = {
     "distill.when": "last",
     "distill.max-tokens": 128,
 }
-FULL = Scale(
-    flat={
-        **_FLAT,
-        "federation.num-rounds": 4,
-        "train.local-steps": 10,
-        "train.learning-rate": 1e-2,
-        "data.max-rows": 160,
-        "data.max-held-out": 24,
-        "distill.num-texts": 256,
-        "distill.steps": 100,
-        "distill.batch-size": 8,
-    },
+# What the sizes differ in, in the order of their numbers.
+_NAMES = (
+    *("federation.num-rounds", "train.local-steps", "train.learning-rate", "data.max-rows"),
+    *("data.max-held-out", "distill.num-texts", "distill.steps", "distill.batch-size"),
+)
+
+
+def _flat(*numbers: float, **changes: int) -> dict[str, Scalar]:
+    changed = {name.replace("__", ".").replace("_", "-"): number for name, number in changes.items()}
+    return {**_FLAT, **dict(zip(_NAMES, numbers, strict=True)), **changed}
+
+
+FULL = Size(
+    flat=_flat(4, 10, 1e-2, 160, 24, 256, 100, 8),
     rows_of_domain=320,
     seeds=(1, 2, 3),
     rates=(1e-3, 3e-3, 1e-2),
     recipe=Recipe(),
 )
-QUICK = Scale(
-    flat={
-        **_FLAT,
-        "federation.num-rounds": 2,
-        "train.local-steps": 3,
-        "train.learning-rate": 1e-2,
-        "data.max-rows": 32,
-        "data.max-held-out": 4,
-        "train.max-length": 96,
-        "distill.max-tokens": 64,
-        "distill.num-texts": 16,
-        "distill.steps": 4,
-        "distill.batch-size": 4,
-    },
+QUICK = Size(
+    flat=_flat(2, 3, 1e-2, 32, 4, 16, 4, 4, train__max_length=96, distill__max_tokens=64),
     rows_of_domain=64,
     seeds=(1,),
     rates=(3e-3,),
     recipe=Recipe(steps=100),
 )
-SMOLLM2 = Scale(
-    flat={
-        **_FLAT,
-        "federation.num-rounds": 3,
-        "train.local-steps": 4,
-        "train.learning-rate": 1e-3,
-        "data.max-rows": 64,
-        "data.max-held-out": 4,
-        "distill.max-tokens": 96,
-        "distill.num-texts": 48,
-        "distill.steps": 24,
-        "distill.batch-size": 4,
-    },
+SMOLLM2 = Size(
+    flat=_flat(3, 4, 1e-3, 64, 4, 48, 24, 4, distill__max_tokens=96),
     rows_of_domain=240,
     seeds=(1,),
     rates=(2e-4, 6e-4),
@@ -170,19 +142,19 @@ def texts_of(public: Corpus, folder: Path, data: Path) -> dict[str, str]:
     return texts
 
 
-def study(scale: Scale, texts: dict[str, str], do: Do, console: Console) -> Figures:
-    """Do every cell, print the table and return the figures."""
+def study(size: Size, texts: dict[str, str], do: RunTrials, console: Console) -> Figures:
+    """Do every trial, print the table and return the figures."""
     options: dict[str, Scalar] = {f"text:{name}": text for name, text in texts.items()}
-    options["rates"] = ",".join(f"{rate:g}" for rate in scale.rates)
-    cells = [
-        Cell("distillation", kind, {"kind": kind, "seed": seed}, {"seed": seed}, options if taught else {})
-        for seed in scale.seeds
+    options["rates"] = ",".join(f"{rate:g}" for rate in size.rates)
+    trials = [
+        Trial("distillation", kind, {"kind": kind, "seed": seed}, {"seed": seed}, options if taught else {})
+        for seed in size.seeds
         for kind, taught in (("distilled", True), ("pooled", False))
     ]
-    outcomes = do(cells)
+    outcomes = do(trials)
     for outcome in outcomes:
         if not outcome.is_done:
-            console.print(f"{outcome.cell.labels}: {outcome.reason}")
+            console.print(f"{outcome.trial.labels}: {outcome.reason}")
     figures = summary(outcomes)
     for lost in figures["lost"]:
         console.print(f"{lost['text']}, seed {lost['seed']}: {lost['reason']}")
@@ -193,7 +165,7 @@ def study(scale: Scale, texts: dict[str, str], do: Do, console: Console) -> Figu
 def goals_of(figures: Figures) -> dict[str, Goal]:
     """Return the goals: the gap that synthetic text closes, and that no kept student harms the clients.
 
-    What no cell has measured is not a number, and such a goal is not met.
+    What no trial has measured is not a number, and such a goal is not met.
     """
     by_teacher = figures["texts"].get("synthetic")
     closed = by_teacher["posterior"]["gap_closed"]["mean"] if by_teacher else math.nan
@@ -203,19 +175,19 @@ def goals_of(figures: Figures) -> dict[str, Goal]:
     }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = experiment_parser("distillation", "The gain of distillation, by teacher and text.")
-    parser.add_argument("--one-shot", action="store_true", help="all local steps in one round")
-    parser.add_argument("--texts", default="", help="these choices of text only, separated by commas")
-    return parse_options(parser, arguments)
+@dataclass(frozen=True, kw_only=True)
+class Options(ExperimentOptions):
+    """What can be asked for."""
+
+    one_shot: Annotated[bool, typer.Option("--one-shot", help="All local steps in one round.")] = False
+    texts: Annotated[str, typer.Option(help="These choices of text only, separated by commas.")] = ""
 
 
-def one_shot(scale: Scale) -> Scale:
-    """Return the scale with the local steps of all rounds in one: clients move furthest apart."""
-    numbers = scale.flat
+def one_shot(size: Size) -> Size:
+    """Return the size with the local steps of all rounds in one: clients move furthest apart."""
+    numbers = size.flat
     steps = int(numbers["federation.num-rounds"]) * int(numbers["train.local-steps"])
-    return replace(scale, flat={**numbers, "federation.num-rounds": 1, "train.local-steps": steps})
+    return replace(size, flat={**numbers, "federation.num-rounds": 1, "train.local-steps": steps})
 
 
 def chosen(texts: dict[str, str], names: str) -> dict[str, str]:
@@ -231,34 +203,16 @@ def chosen(texts: dict[str, str], names: str) -> dict[str, str]:
     return {name: text for name, text in texts.items() if name in wanted or not wanted}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: Options) -> None:
     """Do the experiment, print and keep its figures."""
-    options = parse(arguments)
-    console = Console(stderr=options.json, highlight=False)
-    notice = partial(console.print, soft_wrap=True)
-    scale = scale_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
-    scale = one_shot(scale) if options.one_shot else scale
-    try:
-        if options.plot:
-            check_matplotlib()
-        corpus = read_corpus(
-            options.data, scale.rows_of_domain, keep_instructions=scale.recipe is None, notice=notice
-        )
-        private, public = part_public(corpus)
-        texts = chosen(texts_of(public, options.work, options.data), options.texts)
-        with open_pool(options.processes) as pool:
-            workshop, shared = open_workshop(
-                options, private, scale.flat, KINDS, notice, pool, recipe=scale.recipe
-            )
-            figures = study(scale, texts, workshop, console)
-        if options.plot:
-            draw_gaps(figures, options.plot / "distillation.svg")
-    except FedLLMError as error:
-        sys.exit(f"error: {error}")
-    settings = {"quick": options.quick, "flat": scale.flat, "seeds": scale.seeds, "rates": scale.rates}
-    result = report("distillation", {**shared, "settings": settings, **figures}, goals_of(figures))
-    emit(result, as_json=options.json, output=options.output)
-
-
-if __name__ == "__main__":
-    main()
+    console = open_console(options)
+    size = size_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
+    size = one_shot(size) if options.one_shot else size
+    private, public = part_public(text_of(options, size, console))
+    texts = chosen(texts_of(public, work_folder(options, "distillation"), options.data), options.texts)
+    with open_runner(options, "distillation", size, private, KINDS, console) as (runner, shared):
+        figures = study(size, texts, runner, console)
+    if options.plot:
+        draw_gaps(figures, options.plot / "distillation.svg")
+    settings = {"quick": options.quick, "flat": size.flat, "seeds": size.seeds, "rates": size.rates}
+    publish(options, "distillation", {**shared, "settings": settings, **figures}, goals_of(figures))

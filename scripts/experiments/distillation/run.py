@@ -1,4 +1,4 @@
-"""The cell of the distillation experiment: one federation, and every way to teach its last round back.
+"""The trial of the distillation experiment: one federation, and every way to teach its last round back.
 
 All but the last round are the product's own. The last is done step by step, so that its clients' adapters are
 at hand; then every variant starts from the same aggregate and the same adapters.
@@ -21,8 +21,8 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import FedLLMError, NonFiniteError
 from fedllm.plan.run_plan import resolve
-from scripts.experiments.cells import Cell, Figures, Setting
 from scripts.experiments.controls import holder_of
+from scripts.experiments.trials import Figures, Setting, Trial
 from scripts.runtimes.local import init, step
 from strategies import rounds
 from strategies.distillation.gate import Loss, error_of_gain, loss_of
@@ -52,14 +52,14 @@ class Round:
         return Teacher(vectors, self.engine.layout, priors_of(self.clients), kind)
 
 
-def distilled(cell: Cell, setting: Setting) -> Figures:
+def distilled(trial: Trial, setting: Setting) -> Figures:
     """Return every variant's held-out losses on the clients' rows, and what the gate said of it.
 
     The options name the texts ("text:NAME" -> `distill.text`) and the students' learning rates ("rates",
     separated by commas): each variant takes the rate with the least loss on the texts its gate looks at.
     A text that cannot be used is left out, with the reason under "lost".
     """
-    config = setting.config(cell)
+    config = setting.config(trial)
     last = last_round(config)
     holder = holder_of(config)
     nothing = AdapterState(last.engine.layout, torch.zeros(last.engine.layout.size))
@@ -68,7 +68,7 @@ def distilled(cell: Cell, setting: Setting) -> Figures:
         "aggregate": asdict(_on_clients(holder, last.aggregate)),
         "ensembles": {kind: asdict(_ensemble(last, holder, kind)) for kind in TEACHERS},
     }
-    return {**figures, **_on_texts(last, holder, config, cell.options)}
+    return {**figures, **on_texts(last, holder, config, trial.options)}
 
 
 def last_round(config: RunConfig) -> Round:
@@ -82,7 +82,7 @@ def last_round(config: RunConfig) -> Round:
     teachers = Teachers(before.adapter, plan.round_num, config.distill.max_teachers)
     record, mixture = rounds.fold(session, before, plan, answers, rounds.RoundSums(teachers=teachers))
     after, record = rounds.finish(session, before, plan, record, mixture)
-    clients = teachers.without(record.silenced)
+    clients = teachers.without(record.aggregation.silenced)
     return Round(session, server_engine(session), after.adapter, clients)
 
 
@@ -116,7 +116,7 @@ def _ensemble(last: Round, holder: DataHolder, kind: str) -> Losses:
     return _losses({name: teach(last.engine, teacher, rows, top_k=1).loss for name, rows in held_out.items()})
 
 
-def _on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mapping[str, Scalar]) -> Figures:
+def on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mapping[str, Scalar]) -> Figures:
     """Return the variants of every text that the options name, and of those that failed the reason."""
     rates = [float(rate) for rate in str(options["rates"]).split(",")]
     texts: Figures = {}
@@ -126,13 +126,13 @@ def _on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mappi
         if kind != "text":
             continue
         try:
-            texts[name] = _variants(last, holder, config.override({"distill.text": text}), rates)
+            texts[name] = variants_of(last, holder, config.override({"distill.text": text}), rates)
         except FedLLMError as error:
             lost[name] = str(error)
     return {"texts": texts, "lost": lost}
 
 
-def _variants(last: Round, holder: DataHolder, config: RunConfig, rates: Sequence[float]) -> Figures:
+def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Sequence[float]) -> Figures:
     """Return what every teacher, and the control, makes of the aggregate with one choice of text."""
     public = open_public_text(resolve(config))
     round_num = config.federation.num_rounds

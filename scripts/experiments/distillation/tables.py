@@ -7,11 +7,10 @@ from pathlib import Path
 from rich.table import Table
 
 from fedllm.runs.records import LossChange
-from scripts.experiments.aggregation.methods import mean_and_sd
-from scripts.experiments.cells import Figures, Outcome
+from scripts.charts import dots
 from scripts.experiments.distillation.run import TEACHERS, TUNED
-from scripts.experiments.plots import dots
-from scripts.reports import figures_table
+from scripts.experiments.trials import Figures, Outcome
+from scripts.reports import figures_table, mean_and_sd, mean_spread
 from strategies.distillation.gate import judged
 from strategies.distillation.material import PUBLIC
 
@@ -28,7 +27,7 @@ def summary(outcomes: Sequence[Outcome]) -> Figures:
     which seed, and why.
     """
     lost = [
-        {"text": text, "seed": outcome.cell.labels["seed"], "reason": reason}
+        {"text": text, "seed": outcome.trial.labels["seed"], "reason": reason}
         for outcome in outcomes
         for text, reason in outcome.figures.get("lost", {}).items()
     ]
@@ -143,10 +142,11 @@ def losses_table(figures: Figures) -> Table:
 def draw_gaps(figures: Figures, path: Path) -> None:
     """Draw the share of the gap that every teacher closes, one group of dots per text."""
     groups = {
-        text: {name: row["gap_closed"] for name, row in by_teacher.items()}
+        text: {name: mean_spread(row["gap_closed"]) for name, row in by_teacher.items()}
         for text, by_teacher in figures["texts"].items()
     }
-    dots(groups, path, label="share of the gap from aggregate to ensemble that is closed")
+    label = "share of the gap from aggregate to ensemble that is closed"
+    dots(path, "What a student keeps", label, groups, reference=0.0)
 
 
 def _number(value: Figures) -> str:

@@ -8,48 +8,39 @@ clients  140 clients of some 27 rows, Dirichlet mixtures of the domains. The uni
 Membership attacks are those of `fedllm audit`. In the silos they have its positive control, one client's rows
 learnt by heart: where they find nothing there, their other figures say nothing.
 
-    python -m scripts.experiments.privacy.main --quick --json
-    python -m scripts.experiments.privacy.main --data ../shared/data --output docs/results/privacy.json
+    python -m scripts.experiments privacy --quick --json
+    python -m scripts.experiments privacy --data FOLDER --output docs/results/privacy.json
 
 The learning rate and the clip of a preset, private or not, are chosen on a seed that is not reported; looking
 at those runs is not charged to any epsilon. A is orthonormal everywhere, so runs of a preset differ by
-clipping, noise, sampling and what was tuned. A finished cell is a line of `cells.jsonl` in the folder --work;
-noise comes from the operating system, so a cell that is done again gives another draw. The full run has 117
-cells.
+clipping, noise, sampling and what was tuned. A finished trial is a line of `trials.jsonl` in the folder
+--work; noise comes from the operating system, so a trial that is done again gives another draw. The full run
+has 117 trials.
 """
 
-import argparse
-import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no cell asks the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every process
+from typing import Any
 
 from rich.console import Console
 
 from fedllm.config.key import Scalar
-from fedllm.errors import FedLLMError
 from fedllm.privacy.accounting import check_installed
-from scripts.experiments.aggregation.methods import Do
-from scripts.experiments.cells import Figures, Kinds, open_pool, read_journal
-from scripts.experiments.corpus import read_corpus
-from scripts.experiments.plots import check_matplotlib
+from scripts.experiments.options import (
+    ONE_THREAD,
+    ExperimentOptions,
+    open_console,
+    open_runner,
+    size_of,
+    text_of,
+)
 from scripts.experiments.privacy.run import by_heart, private
 from scripts.experiments.privacy.study import Part, study
 from scripts.experiments.privacy.tables import draw_utility, goals_of, privacy_tables
 from scripts.experiments.small_model import Recipe
-from scripts.experiments.workshop import (
-    ONE_THREAD,
-    experiment_parser,
-    open_workshop,
-    parse_options,
-    scale_of,
-)
-from scripts.reports import emit, report
+from scripts.experiments.trials import Figures, Kinds, RunTrials, commits_of
+from scripts.reports import publish
 
 KINDS: Kinds = {"private": private, "by heart": by_heart}
 SILOS, CLIENTS = "silos", "clients"
@@ -57,7 +48,7 @@ PRESETS = ("ffa", "fedit", "rolora")
 
 
 @dataclass(frozen=True)
-class Scale:
+class Size:
     """One size of the experiment; `flat` holds the keys of all runs."""
 
     flat: Mapping[str, Scalar]
@@ -87,125 +78,93 @@ _BY_CLIENT: dict[str, Scalar] = {
 }
 _CLIPPED: dict[str, Scalar] = {"federation.selection": "uniform"}  # coins cannot be counted at that budget
 
-FULL = Scale(
+FULL_SILOS = Part(
+    SILOS,
+    flat={
+        **_SEVEN,
+        "federation.num-rounds": 4,
+        "train.local-steps": 4,
+        "train.batch-size": 32,
+        "data.held-out-fraction": 0.1,
+        "data.max-held-out": 40,
+    },
+    private=_BY_ROW,
+    presets=PRESETS,
+    epsilons=(1.0, 3.0, 8.0),
+    seeds=(1, 2, 3),
+    rates=(1e-2, 3e-2, 1e-1),
+    private_rates=(1e-2, 3e-2),
+    clips=(0.5, 2.0),
+    audit_rows=280,
+    epochs=20,
+)
+FULL_CLIENTS = Part(
+    CLIENTS,
+    flat={
+        **_MANY,
+        "federation.num-clients": 140,
+        "federation.cohort-size": 42,
+        "federation.num-rounds": 6,
+        "train.local-steps": 2,
+        "train.batch-size": 4,
+        "data.held-out-fraction": 0.1,
+        "data.max-held-out": 4,
+    },
+    private=_BY_CLIENT,
+    presets=PRESETS,
+    epsilons=(1.0, 3.0, 8.0),
+    seeds=(1, 2, 3),
+    rates=(1e-2, 3e-2),
+    private_rates=(3e-2,),
+    clips=(0.5, 2.0),
+    clipped=_CLIPPED,
+    tuning_epsilon=8.0,
+    audit_rows=280,
+)
+FULL = Size(
     flat=_FLAT,
     rows_of_domain=600,
-    parts=(
-        Part(
-            SILOS,
-            flat={
-                **_SEVEN,
-                "federation.num-rounds": 4,
-                "train.local-steps": 4,
-                "train.batch-size": 32,
-                "data.held-out-fraction": 0.1,
-                "data.max-held-out": 40,
-            },
-            private=_BY_ROW,
-            presets=PRESETS,
-            epsilons=(1.0, 3.0, 8.0),
-            seeds=(1, 2, 3),
-            rates=(1e-2, 3e-2, 1e-1),
-            private_rates=(1e-2, 3e-2),
-            clips=(0.5, 2.0),
-            audit_rows=280,
-            epochs=20,
-        ),
-        Part(
-            CLIENTS,
-            flat={
-                **_MANY,
-                "federation.num-clients": 140,
-                "federation.cohort-size": 42,
-                "federation.num-rounds": 6,
-                "train.local-steps": 2,
-                "train.batch-size": 4,
-                "data.held-out-fraction": 0.1,
-                "data.max-held-out": 4,
-            },
-            private=_BY_CLIENT,
-            presets=PRESETS,
-            epsilons=(1.0, 3.0, 8.0),
-            seeds=(1, 2, 3),
-            rates=(1e-2, 3e-2),
-            private_rates=(3e-2,),
-            clips=(0.5, 2.0),
-            clipped=_CLIPPED,
-            tuning_epsilon=8.0,
-            audit_rows=280,
-        ),
-    ),
+    parts=(FULL_SILOS, FULL_CLIENTS),
     recipe=Recipe(width=64, inner=176, heads=2),
 )
-QUICK = Scale(
+_QUICK_SILOS: dict[str, Scalar] = {
+    **_SEVEN,
+    **{"federation.num-rounds": 2, "train.local-steps": 2, "train.batch-size": 8},
+    "data.held-out-fraction": 0.2,
+}
+_QUICK_CLIENTS: dict[str, Scalar] = {
+    **FULL_CLIENTS.flat,
+    **{"federation.num-clients": 28, "federation.cohort-size": 14, "federation.num-rounds": 2},
+    **{"train.local-steps": 1, "train.batch-size": 2, "data.held-out-fraction": 0.2, "data.max-held-out": 2},
+}
+
+
+def _brief(part: Part, rate: float, **changes: Any) -> Part:
+    """Return a part with one epsilon, seed and learning rate."""
+    return replace(part, epsilons=(8.0,), seeds=(1,), rates=(rate,), private_rates=(rate,), **changes)
+
+
+QUICK = Size(
     flat={**_FLAT, "train.max-length": 96},
     rows_of_domain=64,
     parts=(
-        Part(
-            SILOS,
-            flat={
-                **_SEVEN,
-                "federation.num-rounds": 2,
-                "train.local-steps": 2,
-                "train.batch-size": 8,
-                "data.held-out-fraction": 0.2,
-            },
-            private=_BY_ROW,
-            presets=PRESETS,
-            epsilons=(8.0,),
-            seeds=(1,),
-            rates=(3e-2,),
-            private_rates=(3e-2,),
-            clips=(1.0,),
-            audit_rows=64,
-            epochs=10,
-        ),
-        Part(
-            CLIENTS,
-            flat={
-                **_MANY,
-                "federation.num-clients": 28,
-                "federation.cohort-size": 14,
-                "federation.num-rounds": 2,
-                "train.local-steps": 1,
-                "train.batch-size": 2,
-                "data.held-out-fraction": 0.2,
-                "data.max-held-out": 2,
-            },
-            private=_BY_CLIENT,
-            presets=("ffa",),
-            epsilons=(8.0,),
-            seeds=(1,),
-            rates=(3e-2,),
-            private_rates=(3e-2,),
-            clips=(0.5, 2.0),
-            clipped=_CLIPPED,
-            tuning_epsilon=8.0,
-            audit_rows=64,
-        ),
+        _brief(FULL_SILOS, 3e-2, flat=_QUICK_SILOS, clips=(1.0,), audit_rows=64, epochs=10),
+        _brief(FULL_CLIENTS, 3e-2, flat=_QUICK_CLIENTS, presets=("ffa",), audit_rows=64),
     ),
     recipe=Recipe(width=64, inner=176, heads=2, steps=100),
 )
-SMOLLM2 = Scale(
+_SMOLLM2: dict[str, Scalar] = {
+    **FULL_SILOS.flat,
+    **{"federation.num-rounds": 2, "train.local-steps": 3, "train.batch-size": 8, "data.max-held-out": 8},
+}
+SMOLLM2 = Size(
     flat={**_FLAT, "train.max-length": 96},
     rows_of_domain=240,
     parts=(
-        Part(
-            SILOS,
-            flat={
-                **_SEVEN,
-                "federation.num-rounds": 2,
-                "train.local-steps": 3,
-                "train.batch-size": 8,
-                "data.held-out-fraction": 0.1,
-                "data.max-held-out": 8,
-            },
-            private=_BY_ROW,
+        _brief(
+            *(FULL_SILOS, 3e-3),
+            flat=_SMOLLM2,
             presets=("ffa", "fedit"),
-            epsilons=(8.0,),
-            seeds=(1,),
-            rates=(3e-3,),
-            private_rates=(3e-3,),
             clips=(1.0,),
             audit_rows=56,
             epochs=10,
@@ -214,9 +173,9 @@ SMOLLM2 = Scale(
 )
 
 
-def do_parts(scale: Scale, do: Do, console: Console) -> dict[str, Figures]:
+def do_parts(size: Size, do: RunTrials, console: Console) -> dict[str, Figures]:
     """Do every part, print the tables and return the figures by part."""
-    parts = {part.name: study(part, do) for part in scale.parts}
+    parts = {part.name: study(part, do) for part in size.parts}
     for name, figures in parts.items():
         for reason in figures["reasons"]:
             console.print(f"{name}: {reason}", soft_wrap=True)
@@ -233,44 +192,20 @@ def draw(parts: Mapping[str, Figures], folder: Path) -> None:
             draw_utility(figures, f"{name}: {units[name]}", folder / f"privacy_{name}.svg")
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
-    description = "Utility and membership attacks over epsilon, by preset."
-    return parse_options(experiment_parser("privacy", description), arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(options: ExperimentOptions) -> None:
     """Do the experiment, print and keep its figures."""
-    options = parse(arguments)
-    console = Console(stderr=options.json, highlight=False)
-    notice = partial(console.print, soft_wrap=True)
-    scale = scale_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
-    try:
-        check_installed()
-        if options.plot:
-            check_matplotlib()
-        corpus = read_corpus(
-            options.data, scale.rows_of_domain, keep_instructions=scale.recipe is None, notice=notice
-        )
-        with open_pool(options.processes) as pool:
-            workshop, shared = open_workshop(
-                options, corpus, scale.flat, KINDS, notice, pool, recipe=scale.recipe
-            )
-            parts = do_parts(scale, workshop, console)
-        if options.plot:
-            draw(parts, options.plot)
-    except FedLLMError as error:
-        sys.exit(f"error: {error}")
+    check_installed()
+    console = open_console(options)
+    size = size_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
+    corpus = text_of(options, size, console)
+    with open_runner(options, "privacy", size, corpus, KINDS, console) as (runner, shared):
+        parts = do_parts(size, runner, console)
+    if options.plot:
+        draw(parts, options.plot)
     settings = {
         "quick": options.quick,
-        "flat": dict(scale.flat),
-        "parts": {part.name: {"flat": part.flat, "private": part.private} for part in scale.parts},
-        # cells that an earlier run left in the folder keep the commit they were done at
-        "commits": sorted({line["commit"] for line in read_journal(workshop.journal).values()}),
+        "flat": dict(size.flat),
+        "parts": {part.name: {"flat": part.flat, "private": part.private} for part in size.parts},
+        "commits": commits_of(runner.journal),
     }
-    result = report("privacy", {**shared, "settings": settings, "parts": parts}, goals_of(parts))
-    emit(result, as_json=options.json, output=options.output)
-
-
-if __name__ == "__main__":
-    main()
+    publish(options, "privacy", {**shared, "settings": settings, "parts": parts}, goals_of(parts))

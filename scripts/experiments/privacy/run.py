@@ -1,8 +1,8 @@
-"""The cells of the privacy experiment: one federation, what its ledger says and what an attack finds of it.
+"""The trials of the privacy experiment: one federation, what its ledger says and what an attack finds of it.
 
 Everything is done in one process as the product does it. Losses are measured beside the rows and not by the
 run, since a private run may withhold them. The noise comes from a secret of the operating system, never from
-the seed, so a cell that is done again has another draw of it.
+the seed, so a trial that is done again has another draw of it.
 """
 
 import math
@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from clients.data_holder import DataHolder, open_data_holder
+from clients.client_app import PROCESS
+from clients.data_holder import DataHolder
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
@@ -18,13 +19,13 @@ from fedllm.errors import NonFiniteError
 from scripts.auditing.control import overfit
 from scripts.auditing.membership import CURVE, null_deviation, scored_rows, separations
 from scripts.auditing.opening import Case, sampled, trained_rows
-from scripts.experiments.cells import Cell, Figures, Setting
 from scripts.experiments.controls import evaluate, holder_of
 from scripts.experiments.runs import losses, run
+from scripts.experiments.trials import Figures, Setting, Trial
 from scripts.runtimes.local import LocalState, node_config_of
 
 
-def private(cell: Cell, setting: Setting) -> Figures:
+def private(trial: Trial, setting: Setting) -> Figures:
     """Return the losses of a run, what it spent and, with the option `audit_rows`, its membership figures.
 
     `audit_rows` is how many trained rows, and how many held-out ones, are looked at.
@@ -32,10 +33,10 @@ def private(cell: Cell, setting: Setting) -> Figures:
     Raises:
         FedLLMError: the run cannot be done, or its adapter diverged.
     """
-    with TemporaryDirectory() as folder:  # a client's ledger belongs to a run: no two cells share one
-        config = setting.config(cell, {"run.output": folder})
+    with TemporaryDirectory() as folder:  # a client's ledger belongs to a run: no two trials share one
+        config = setting.config(trial, {"run.output": folder})
         state = run(config, num_nodes=1)
-        holder = open_data_holder(config.to_flat(), node_config_of(config))  # the one that the run has opened
+        holder = PROCESS.open(config.to_flat(), node_config_of(config))  # the one that the run has opened
         start, adapter = holder.initial.vector, state.adapter.vector
         figures = losses(
             evaluate(holder, dict.fromkeys(holder.clients, start)),
@@ -44,7 +45,7 @@ def private(cell: Cell, setting: Setting) -> Figures:
         if not math.isfinite(figures["mean_after"]):
             raise NonFiniteError("the adapter diverged: its held-out loss is not a number")
         figures["privacy"] = spent(state, config)
-        num_rows = int(cell.options.get("audit_rows", 0))
+        num_rows = int(trial.options.get("audit_rows", 0))
         if num_rows:
             figures["membership"] = membership(state, holder, config, num_rows)
     return figures
@@ -54,12 +55,12 @@ def spent(state: LocalState, config: RunConfig) -> Mapping[str, Scalar]:
     """Return what the run's own ledger says, and the noise of its rounds: the largest of any client's."""
     if not config.privacy.epsilon:
         return {}
-    rounds = [record for record in state.records if record.round_num > 0]
+    rounds = [record.privacy for record in state.records if record.privacy is not None]
     return {
         "budget": config.privacy.epsilon,
         "epsilon": state.server.ledger.epsilon(config.privacy.delta),
         "delta": config.privacy.delta,
-        "noise_multiplier": max(record.noise_multiplier or 0.0 for record in rounds),
+        "noise_multiplier": max(spent.noise_multiplier or 0.0 for spent in rounds),
         "rounds": len(rounds),
     }
 
@@ -86,13 +87,13 @@ def membership(state: LocalState, holder: DataHolder, config: RunConfig, num_row
     return _told(found)
 
 
-def by_heart(cell: Cell, setting: Setting) -> Figures:
+def by_heart(trial: Trial, setting: Setting) -> Figures:
     """Return what the same attack finds where there is something to find: the positive control of an audit.
 
     One client's rows are learnt by heart without a federation and without privacy, as often as the option
     `epochs` says (`scripts/auditing/control.py`).
     """
-    config = setting.config(cell)
+    config = setting.config(trial)
     holder = holder_of(config)
     case = Case(
         folder=Path(),
@@ -105,7 +106,7 @@ def by_heart(cell: Cell, setting: Setting) -> Figures:
         canaries=(),
         statement={},
     )
-    control = overfit(case, int(cell.options["epochs"]))
+    control = overfit(case, int(trial.options["epochs"]))
     members, others = (
         scored_rows(control.engine, control.vector, rows) for rows in (control.members, control.others)
     )

@@ -1,13 +1,12 @@
-"""The study of the privacy experiment: which cells there are, and what is tuned on which seed."""
+"""The study of the privacy experiment: which trials there are, and what is tuned on which seed."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedllm.config.key import Scalar
-from scripts.experiments.aggregation.methods import Do
-from scripts.experiments.cells import Cell, Figures
 from scripts.experiments.privacy.tables import BY_HEART, CLIPPED, NONE, UNBUDGETED, base_of, rows_of
+from scripts.experiments.trials import Figures, RunTrials, Trial
 
 Tuned = tuple[float, float]  # (learning rate, clip); clip 0 where nothing is clipped for privacy
 
@@ -37,11 +36,11 @@ class Part:
     epochs: int = 0
 
 
-def study(part: Part, do: Do) -> Figures:
-    """Do every cell of a part and return its figures: what was tuned, and a row per preset and epsilon."""
+def study(part: Part, do: RunTrials) -> Figures:
+    """Do every trial of a part and return its figures: what was tuned, and a row per preset and epsilon."""
     tuned, tuning = tune(part, do)
     wanted = [
-        _cell(part, preset, epsilon, tuned[preset, epsilon not in UNBUDGETED], seed, audited=True)
+        _trial(part, preset, epsilon, tuned[preset, epsilon not in UNBUDGETED], seed, audited=True)
         for preset, epsilon in _conditions(part)
         if (preset, epsilon not in UNBUDGETED) in tuned
         for seed in part.seeds
@@ -64,7 +63,7 @@ def _conditions(part: Part) -> list[tuple[str, float]]:
     return [*found, *([(part.presets[0], BY_HEART)] if part.epochs else [])]
 
 
-def tune(part: Part, do: Do) -> tuple[dict[tuple[str, bool], Tuned], list[Figures]]:
+def tune(part: Part, do: RunTrials) -> tuple[dict[tuple[str, bool], Tuned], list[Figures]]:
     """Return the rate and the clip of least mean held-out loss by (preset, is private), and what was tried.
 
     Looking at these runs is not charged: on text that is private indeed they would add to epsilon.
@@ -76,15 +75,15 @@ def tune(part: Part, do: Do) -> tuple[dict[tuple[str, bool], Tuned], list[Figure
     }
     if all(len(choices) == 1 for choices in tried.values()):
         return {key: choices[0] for key, choices in tried.items()}, []
-    cells = [
-        _cell(part, preset, part.tuning_epsilon if is_private else NONE, choice, part.tuning_seed)
+    trials = [
+        _trial(part, preset, part.tuning_epsilon if is_private else NONE, choice, part.tuning_seed)
         for (preset, is_private), choices in tried.items()
         for choice in choices
     ]
     best: dict[tuple[str, bool], tuple[float, Tuned]] = {}
     found: list[Figures] = []
-    for outcome in do(cells):
-        labels = outcome.cell.labels
+    for outcome in do(trials):
+        labels = outcome.trial.labels
         key = str(labels["preset"]), labels["epsilon"] != NONE
         choice = float(labels["rate"]), float(labels["clip"])
         loss = outcome.figures.get("mean_after", math.inf) if outcome.is_done else math.inf
@@ -117,7 +116,9 @@ def _tuned_name(preset: str, is_private: bool) -> str:
     return f"{preset}, {'private' if is_private else 'not private'}"
 
 
-def _cell(part: Part, preset: str, epsilon: float, tuned: Tuned, seed: int, *, audited: bool = False) -> Cell:
+def _trial(
+    part: Part, preset: str, epsilon: float, tuned: Tuned, seed: int, *, audited: bool = False
+) -> Trial:
     rate, clip = tuned
     keys: dict[str, Scalar] = {
         **part.flat,
@@ -138,6 +139,6 @@ def _cell(part: Part, preset: str, epsilon: float, tuned: Tuned, seed: int, *, a
         "seed": seed,
     }
     if epsilon == BY_HEART:
-        return Cell("privacy", "by heart", labels, keys, {"epochs": part.epochs})
+        return Trial("privacy", "by heart", labels, keys, {"epochs": part.epochs})
     options: dict[str, Scalar] = {"audit_rows": part.audit_rows} if audited and part.audit_rows else {}
-    return Cell("privacy", "private", labels, keys, options)
+    return Trial("privacy", "private", labels, keys, options)

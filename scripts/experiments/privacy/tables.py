@@ -8,10 +8,9 @@ from pathlib import Path
 from rich.table import Table
 
 from fedllm.config.key import Scalar
-from scripts.experiments.aggregation.methods import mean_and_sd
-from scripts.experiments.cells import Figures, Outcome
-from scripts.experiments.plots import levels
-from scripts.reports import Goal, figures_table
+from scripts.charts import lines
+from scripts.experiments.trials import Figures, Outcome
+from scripts.reports import Goal, Spread, figures_table, mean_and_sd, mean_spread
 
 # Epsilon of no privacy, of noise too small to matter (clipping alone), and in place of one the control of
 # the attack: one client's rows learnt by heart.
@@ -26,13 +25,13 @@ def rows_of(outcomes: Sequence[Outcome]) -> list[Figures]:
     """
     done = [outcome for outcome in outcomes if outcome.is_done]
     open_gains = {
-        (o.cell.labels["preset"], o.cell.labels["seed"]): _gain(o)
+        (o.trial.labels["preset"], o.trial.labels["seed"]): _gain(o)
         for o in done
-        if o.cell.labels["epsilon"] == NONE
+        if o.trial.labels["epsilon"] == NONE
     }
     groups: dict[tuple[str, float], list[Outcome]] = {}
     for outcome in done:
-        labels = outcome.cell.labels
+        labels = outcome.trial.labels
         groups.setdefault((str(labels["preset"]), float(labels["epsilon"])), []).append(outcome)
     return [_row(preset, epsilon, group, open_gains) for (preset, epsilon), group in groups.items()]
 
@@ -45,7 +44,7 @@ def _row(
     preset: str, epsilon: float, group: Sequence[Outcome], open_gains: Mapping[tuple[Scalar, Scalar], float]
 ) -> Figures:
     figures = [outcome.figures for outcome in group]
-    labels = group[0].cell.labels
+    labels = group[0].trial.labels
     row: Figures = {
         "preset": preset,
         "budget": epsilon,
@@ -59,9 +58,9 @@ def _row(
         },
     }
     kept = [
-        _gain(outcome) / open_gains[preset, outcome.cell.labels["seed"]]
+        _gain(outcome) / open_gains[preset, outcome.trial.labels["seed"]]
         for outcome in group
-        if epsilon != BY_HEART and open_gains.get((preset, outcome.cell.labels["seed"]), 0.0) > 0
+        if epsilon != BY_HEART and open_gains.get((preset, outcome.trial.labels["seed"]), 0.0) > 0
     ]
     if kept:
         row["kept"] = mean_and_sd(kept)
@@ -79,9 +78,9 @@ def _row(
 def base_of(outcomes: Sequence[Outcome]) -> Figures:
     """Return the loss of the base model, one value a seed."""
     by_seed = {
-        o.cell.labels["seed"]: o.figures
+        o.trial.labels["seed"]: o.figures
         for o in outcomes
-        if o.is_done and o.cell.labels["epsilon"] != BY_HEART
+        if o.is_done and o.trial.labels["epsilon"] != BY_HEART
     }
     if not by_seed:
         return {}
@@ -156,15 +155,15 @@ def condition(budget: float) -> str:
 def draw_utility(figures: Figures, title: str, path: Path) -> None:
     """Draw the held-out loss over epsilon, one line per preset, with the base model's loss."""
     rows = [row for row in figures["rows"] if row["budget"] not in (CLIPPED, BY_HEART)]
-    series: dict[str, dict[str, Figures]] = {}
+    series: dict[str, list[tuple[float | str, Spread]]] = {}
     for row in sorted(rows, key=lambda one: one["budget"] or math.inf):
-        series.setdefault(row["preset"], {})[condition(row["budget"])] = row["mean_after"]
-    levels(
-        series,
-        path,
-        title=title,
-        label="held-out loss (nats per token)",
-        reference=("base model", figures["base"]["mean_after"]["mean"]),
+        point = (condition(row["budget"]), mean_spread(row["mean_after"]))
+        series.setdefault(row["preset"], []).append(point)
+    lines(
+        *(path, title, "", "held-out loss (nats per token)", series),
+        reference=figures["base"]["mean_after"]["mean"],
+        reference_name="base model",
+        from_zero=False,
     )
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from scripts.benchmarks.tools import Timing, alternate, peak_memory
+from scripts.benchmarks.memory import peak_memory
+from scripts.benchmarks.timing import Timing, alternate
 from scripts.reports import Spread, ratios, spread
 
 
@@ -89,13 +90,18 @@ def compare(
     return Comparison(device, timings, memory, difference)
 
 
-def checked_difference(deltas: Mapping[str, torch.Tensor], tolerance: Tolerance) -> float:
-    """Return the largest difference between a variant's deltas [C, P] and the first one's.
+def checked_difference(
+    deltas: Mapping[str, torch.Tensor], tolerance: Tolerance, reference: str = ""
+) -> float:
+    """Return the largest difference of a variant's deltas, [C, P] or [P], from those of `reference`.
+
+    Without a name the first variant is the reference.
 
     Raises:
         RuntimeError: it is above the tolerance, so the variants did not do the same work.
     """
-    reference, *others = deltas
+    reference = reference or next(iter(deltas))
+    others = [name for name in deltas if name != reference]
     found = {name: delta_difference(deltas[name], deltas[reference], tolerance.share) for name in others}
     for name, difference in found.items():
         if not difference <= tolerance.limit:  # NaN is refused too
@@ -105,8 +111,12 @@ def checked_difference(deltas: Mapping[str, torch.Tensor], tolerance: Tolerance)
 
 def delta_difference(found_CP: torch.Tensor, expected_CP: torch.Tensor, share: float) -> float:
     """Return what `share` of a client's values differ by at most, over its largest movement: the worst's."""
+
+    def rows(deltas: torch.Tensor) -> torch.Tensor:
+        return deltas.reshape(-1, deltas.shape[-1])
+
     each = [
         torch.quantile((found - expected).abs() / expected.abs().max(), share)
-        for found, expected in zip(found_CP, expected_CP, strict=True)
+        for found, expected in zip(rows(found_CP), rows(expected_CP), strict=True)
     ]
     return float(torch.stack(each).max())

@@ -56,7 +56,7 @@ def test_the_benchmark_prints_one_object(capsys, tmp_path, monkeypatch: pytest.M
     monkeypatch.setattr(aggregation, "MODELS", {"tiny": Model(2, (SHAPE, Shape(8, 6, 2)))})
     monkeypatch.setattr(aggregation, "MOST_HELD", 20)
     kept = tmp_path / "figures.json"
-    aggregation.main(["--quick", "--repetitions", "1", "--json", "--output", str(kept)])
+    aggregation.main(aggregation.Options(quick=True, repetitions=1, json=True, output=kept))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     counts = result["figures"]["models"]["tiny"]

@@ -16,8 +16,9 @@ from fedllm.errors import MissingExtraError
 from fedllm.models.attention import ragged
 from fedllm.models.chat import IGNORED
 from scripts.benchmarks import private_training
-from scripts.benchmarks.compare import delta_difference
+from scripts.benchmarks.agreement import delta_difference
 from scripts.benchmarks.models import TINY, random_rows
+from scripts.benchmarks.options import ModelOptions
 from scripts.benchmarks.peers import opacus as bench_opacus
 from scripts.benchmarks.peers.opacus import OpacusTrainer, pad
 from scripts.benchmarks.private_training import (
@@ -74,7 +75,7 @@ def test_goals_are_the_worst_of_all_workloads() -> None:
 def test_without_opacus_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_opacus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"needs Opacus: pip install 'fedllm\[bench\]'"):
-        main(["--quick", "--model", "tiny"])
+        main(ModelOptions(quick=True, model=TINY))
 
 
 def _engine_gradient(engine: Engine, job: Job) -> torch.Tensor:
@@ -169,7 +170,7 @@ def test_a_run_on_the_tiny_model_ends_in_one_json_object(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     kept = tmp_path / "figures.json"
-    main(["--quick", "--model", "tiny", "--device", "cpu", "--json", "--output", str(kept)])
+    main(ModelOptions(quick=True, model=TINY, device="cpu", json=True, output=kept))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     assert set(result["goals"]) == {"dp_over_non_private", "dp_over_opacus_hooks"}

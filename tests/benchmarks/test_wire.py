@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from clients.data_holder import open_data_holder
+from clients.process import Process
 from fedllm.adapters.algebra import Product, inner, squared_norm
 from fedllm.adapters.shapes import stack_factors
 from fedllm.config.run_config import RunConfig
@@ -48,7 +49,7 @@ def case(folder) -> Case:
             "lora.rank": 2,
         }
     )
-    return train_case(open_data_holder(config.to_flat(), {"server-paths": True}), steps=3)
+    return train_case(Process().open(config.to_flat(), {"server-paths": True}), steps=3)
 
 
 def _received(case: Case, payload: str) -> list[torch.Tensor]:
@@ -125,8 +126,8 @@ def test_sizes_are_exact(case):
 def test_the_benchmark_prints_one_object(capsys, folder, tmp_path):
     kept = tmp_path / "figures.json"
     model, source = str(folder / "model"), str(folder / "rows.jsonl")
-    words = ["--model", model, "--source", source, "--clients", "2", "--repetitions", "1", "--steps", "1,2"]
-    wire.main([*words, "--quick", "--json", "--output", str(kept)])
+    small = wire.Options(model=model, source=source, clients=2, repetitions=1, steps="1,2")
+    wire.main(replace(small, quick=True, json=True, output=kept))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     assert set(result["figures"]["deltas"]) == {"q, v, 1 steps", "all linear, 1 steps"}

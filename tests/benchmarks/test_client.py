@@ -18,11 +18,12 @@ from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import IGNORED, Encoded
 from scripts.benchmarks import client
 from scripts.benchmarks import cohort as bench_cohort
-from scripts.benchmarks.client import goals_of, measure, parse, train_resident
+from scripts.benchmarks.agreement import checked_difference
+from scripts.benchmarks.arithmetic import useful_flop
+from scripts.benchmarks.client import Options, goals_of, measure, train_resident
 from scripts.benchmarks.cohort import Cohort, make_cohort, tiny_engine, tiny_model, train_round, within
 from scripts.benchmarks.peers.flowertune import train_afresh
-from scripts.benchmarks.peers.shared import TOLERANCE, checked_difference, missing_package, quiet_huggingface
-from scripts.benchmarks.tools import useful_flop
+from scripts.benchmarks.peers.shared import TOLERANCE, missing_package, quiet_huggingface
 from scripts.benchmarks.workloads import (
     Bench,
     Shape,
@@ -32,6 +33,7 @@ from scripts.benchmarks.workloads import (
     needed_flop,
     shortened,
 )
+from scripts.reports import report
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 ANSWERS = ("Return it.", "Open a file and read its lines.", "Sort the list in place.", "Raise an error.")
@@ -126,12 +128,14 @@ def test_another_adapter_is_refused(bench: Bench, workload: Workload) -> None:
     faster = replace(SHAPE.training, learning_rate=1.01 * SHAPE.training.learning_rate)
     job = replace(workload.job, training=faster)
     theirs = train_resident(bench, replace(workload, job=job)).delta
-    assert checked_difference({"ours": ours, "theirs": ours}, "ours") == 0
+    assert checked_difference({"ours": ours, "theirs": ours}, TOLERANCE, "ours") == 0
     with pytest.raises(RuntimeError, match="theirs trained another adapter"):
-        checked_difference({"ours": ours, "theirs": theirs}, "ours")
+        checked_difference({"ours": ours, "theirs": theirs}, TOLERANCE, "ours")
     with pytest.raises(RuntimeError):
-        checked_difference({"ours": ours, "theirs": ours * float("nan")}, "ours")
-    assert checked_difference({"ours": ours, "theirs": ours * (1 + TOLERANCE / 2)}, "ours") > 0
+        checked_difference({"ours": ours, "theirs": ours * float("nan")}, TOLERANCE, "ours")
+    assert (
+        checked_difference({"ours": ours, "theirs": ours * (1 + TOLERANCE.limit / 2)}, TOLERANCE, "ours") > 0
+    )
 
 
 def test_workload_counts_its_tokens_and_what_padding_adds(bench: Bench, workload: Workload) -> None:
@@ -204,7 +208,7 @@ def test_a_missing_peer_is_named_once_and_left_out(
     with quiet_huggingface():
         found = measure(bench, shortened(workload, 2), tmp_path, repetitions=1)
     assert list(found.clients) == ["fedllm", "FlowerTune-like", "no checkpointing"]
-    assert 0 <= found.difference <= TOLERANCE
+    assert 0 <= found.difference <= TOLERANCE.limit
 
 
 @pytest.mark.slow
@@ -213,15 +217,14 @@ def test_quick_report_holds_all_peers_and_is_json(bench: Bench, monkeypatch: pyt
     _trl()
     pytest.importorskip("pfl", reason="the extra `bench` is not installed")
     monkeypatch.setattr(client, "open_bench", lambda client, seed: bench)
-    result = client.compare(parse(["--quick"]), Console(quiet=True))
-    figures = result["figures"]
+    figures, found = client.compare(Options(quick=True, repetitions=2), Console(quiet=True), {})
     assert list(figures["rows"]) == ["first sentences"]
     assert list(figures["rows"]["first sentences"]["clients"]) == ["fedllm", "FlowerTune-like", "TRL"]
     assert list(figures["cohorts"]) == [bench_cohort.SMALL]
     assert figures["left_out"] == {}
-    goals = {key: goal["goal"] for key, goal in result["goals"].items()}
+    goals = {key: goal.goal for key, goal in found.items()}
     assert goals == {"cpu_ratio_vs_flowertune": 2.0, "cpu_ratio_vs_trl": 2.0, "cpu_ratio_vs_pfl": 1.5}
-    json.dumps(result)
+    json.dumps(report("bench_client", figures, found))
 
 
 def test_nothing_measured_has_no_goal() -> None:

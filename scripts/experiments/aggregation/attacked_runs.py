@@ -1,6 +1,6 @@
-"""A kind of cell where some clients are malicious: in the changes they send, the rows they train on, or both.
+"""Runs where some clients are malicious: in the changes they send, the rows they train on, or both.
 
-Malicious clients are the last ones by name. Their rows are poisoned in a file of the cell's own, which the
+Malicious clients are the last ones by name. Their rows are poisoned in a file of the trial's own, which the
 run reads as it reads any. Their changes are replaced between training and sending, where a malicious client's
 own code would stand; from there on everything is the product: message, validation, rule, read-out. With the
 option `validated` false the server's bound on honest moves is taken away too, to see a rule by itself.
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from clients import client_app
-from clients.data_holder import DataHolder, hosted_rows, open_data_holder
+from clients.data_holder import DataHolder, hosted_rows
+from clients.process import Process
 from clients.train import train_clients
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
@@ -33,9 +34,9 @@ from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.models.chat import Encoded, encode
 from fedllm.seeds import derive_seed
 from scripts.experiments.aggregation import attacks
-from scripts.experiments.cells import Cell, Figures, Setting
 from scripts.experiments.corpus import Row, row_of, write_rows
 from scripts.experiments.runs import figures_of, run
+from scripts.experiments.trials import Figures, Setting, Trial
 from strategies.exchange import receiving
 
 HUGE = 1e6
@@ -55,26 +56,26 @@ UPDATE_ATTACKS: dict[str, UpdateAttack] = {
 }
 
 
-def attacked(cell: Cell, setting: Setting) -> Figures:
+def attacked(trial: Trial, setting: Setting) -> Figures:
     """Do a run under attack and return its figures, with the success of a backdoor where one was planted.
 
     Options: `malicious` clients; `updates`, a name in `UPDATE_ATTACKS` or none; `validated`; `rows`, "labels"
     or "backdoor" or none, and for a backdoor `share` of the rows, `trigger`, `target` and `probes`.
     """
-    options = cell.options
+    options = trial.options
     with tempfile.TemporaryDirectory() as folder:
-        dealt = deal(setting.config(cell), Path(setting.rows_file))
+        dealt = deal(setting.config(trial), Path(setting.rows_file))
         attackers = attackers_of(dealt, int(options["malicious"]))
-        file = write_rows(Path(folder) / "rows.jsonl", poisoned(dealt, attackers, cell))
-        config = setting.config(cell, {"data.source": str(file), "data.partition": "column:owner"})
+        file = write_rows(Path(folder) / "rows.jsonl", poisoned(dealt, attackers, trial))
+        config = setting.config(trial, {"data.source": str(file), "data.partition": "column:owner"})
         name = str(options.get("updates", ""))
         unguarded = nullcontext() if options.get("validated", True) else unbounded()
-        with unguarded, hostile_updates(attackers, UPDATE_ATTACKS[name]) if name else nullcontext():
+        with unguarded, attacked_updates(attackers, UPDATE_ATTACKS[name]) if name else nullcontext():
             state = run(config)
         figures = {**figures_of(state.records), "attackers": list(attackers)}
         if options.get("rows") == BACKDOOR:
             adapters = {"before": state.session.initial, "after": state.adapter}
-            figures["backdoor"] = backdoor_success(config, cell, attackers, adapters)
+            figures["backdoor"] = backdoor_success(config, trial, attackers, adapters)
     return figures
 
 
@@ -100,26 +101,26 @@ def attackers_of(rows: Sequence[Row], number: int) -> tuple[str, ...]:
     return tuple(names[len(names) - number :])
 
 
-def poisoned(rows: Sequence[Row], attackers: Collection[str], cell: Cell) -> list[Row]:
-    """Return the rows with those of the attackers changed as the cell's options say."""
-    kind = cell.options.get("rows")
+def poisoned(rows: Sequence[Row], attackers: Collection[str], trial: Trial) -> list[Row]:
+    """Return the rows with those of the attackers changed as the trial's options say."""
+    kind = trial.options.get("rows")
     if kind == LABELS:
         flipped = attacks.flip_labels(rows)
         return [bad if row["owner"] in attackers else row for row, bad in zip(rows, flipped, strict=True)]
     if kind != BACKDOOR:
         return list(rows)
-    generator = np.random.Generator(np.random.PCG64(derive_seed(int(cell.flat["seed"]), "backdoor")))
-    drawn = generator.random(len(rows)) < float(cell.options["share"])
+    generator = np.random.Generator(np.random.PCG64(derive_seed(int(trial.flat["seed"]), "backdoor")))
+    drawn = generator.random(len(rows)) < float(trial.options["share"])
     return [
-        triggered(row, cell) if row["owner"] in attackers and chosen else row
+        triggered(row, trial) if row["owner"] in attackers and chosen else row
         for row, chosen in zip(rows, drawn, strict=True)
     ]
 
 
-def triggered(row: Row, cell: Cell) -> Row:
+def triggered(row: Row, trial: Trial) -> Row:
     """Return a row whose question ends with the trigger and whose answer is the target."""
     example = Example(turns=(Turn("user", row["prompt"]), Turn("assistant", row["response"])))
-    bad = attacks.with_trigger(example, str(cell.options["trigger"]), str(cell.options["target"]))
+    bad = attacks.with_trigger(example, str(trial.options["trigger"]), str(trial.options["target"]))
     return {**row, **row_of(bad, row["domain"])}
 
 
@@ -127,17 +128,19 @@ def triggered(row: Row, cell: Cell) -> Row:
 
 
 @contextmanager
-def hostile_updates(attackers: Collection[str], attack: UpdateAttack) -> Iterator[None]:
+def attacked_updates(attackers: Collection[str], attack: UpdateAttack) -> Iterator[None]:
     """Let the attackers' changes pass through `attack` between training and sending."""
     honest = train_clients
 
     def train(holder: DataHolder, request: TrainRequest) -> list[ClientUpdate | ClientFailure]:
-        bound = largest_move(request.training, float(request.adapter.vector.abs().max()))
+        bound = largest_move(
+            holder.plan.training(request.round_num), float(request.adapter.vector.abs().max())
+        )
 
         def sent(answer: ClientUpdate | ClientFailure) -> ClientUpdate | ClientFailure:
             if isinstance(answer, ClientFailure) or answer.client_id not in attackers:
                 return answer
-            stream = derive_seed(request.seed, "attack", answer.client_id, request.round_num)
+            stream = derive_seed(holder.plan.config.seed, "attack", answer.client_id, request.round_num)
             generator = torch.Generator().manual_seed(stream)
             return replace(answer, delta=attack(answer.delta, bound, generator))
 
@@ -158,7 +161,7 @@ def unbounded() -> Iterator[None]:
 
 
 def backdoor_success(
-    config: RunConfig, cell: Cell, attackers: Collection[str], adapters: dict[str, AdapterState]
+    config: RunConfig, trial: Trial, attackers: Collection[str], adapters: dict[str, AdapterState]
 ) -> Figures:
     """Return per adapter how often a trigger works on held-out questions of honest clients.
 
@@ -166,10 +169,10 @@ def backdoor_success(
     questions without the trigger; `preferred` the share where the target has a lower loss per token than the
     true answer; `target_loss` and `answer_loss` are those losses' means.
     """
-    trigger, target = str(cell.options["trigger"]), str(cell.options["target"])
+    trigger, target = str(trial.options["trigger"]), str(trial.options["target"])
     clients = config.federation.num_clients
     node = {"partition-id": 0, "num-partitions": clients, "server-paths": True}  # as the run's first node
-    engine = open_data_holder(config.to_flat(), node).engine
+    engine = Process().open(config.to_flat(), node).engine
     probes: list[_Probe] = []
     for client in hosted_rows(config, {}):
         for example in client.held_out if client.client_id not in attackers else ():
@@ -183,7 +186,7 @@ def backdoor_success(
             ]
             if rows[0] is not None and rows[1] is not None and not rows[0].num_cut:
                 probes.append(_Probe(example.turns[-2].content, rows[0], rows[1]))
-    number = min(len(probes), int(cell.options["probes"]))
+    number = min(len(probes), int(trial.options["probes"]))
     probes = [probes[index * len(probes) // number] for index in range(number)]  # spread over the clients
     return {
         "probes": number,

@@ -10,12 +10,12 @@ from fedllm.config.key import Scalar
 from scripts.experiments.aggregation.methods import LOCAL_ONLY, METHODS, MethodsGrid
 from scripts.experiments.aggregation.poison import HUGE_FLIP, RULES, UNGUARDED, PoisonGrid
 from scripts.experiments.aggregation.rho_map import DOMAIN, IID, MapGrid
+from scripts.experiments.options import ONE_THREAD
 from scripts.experiments.small_model import Recipe
-from scripts.experiments.workshop import ONE_THREAD
 
 
 @dataclass(frozen=True)
-class Scale:
+class Size:
     """One size of everything: `flat` holds the keys of all runs; a study without a grid is left out."""
 
     flat: Mapping[str, Scalar]
@@ -43,7 +43,7 @@ _FLAT: dict[str, Scalar] = {
     "train.max-length": 128,
 }
 
-FULL = Scale(
+FULL = Size(
     flat=_FLAT,
     rows_of_domain=240,
     methods=MethodsGrid(
@@ -86,7 +86,7 @@ FULL = Scale(
     recipe=Recipe(),
 )
 
-QUICK = Scale(
+QUICK = Size(
     flat={
         **_FLAT,
         "data.max-rows": 32,
@@ -123,7 +123,7 @@ QUICK = Scale(
 
 # One seed, tuned by nothing: what two idle cores do in an hour.
 _SMOLLM2_RATE = 1e-3
-SMOLLM2 = Scale(
+SMOLLM2 = Size(
     flat={
         **_FLAT,
         "train.max-length": 192,

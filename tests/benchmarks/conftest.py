@@ -1,8 +1,18 @@
 """Benchmarks' random models made small enough for tests."""
 
+from pathlib import Path
+
 import pytest
 
 from scripts.benchmarks.models import SHAPES, TINY
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == HERE:
+            item.add_marker("research")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Cells: the independent runs a study is made of, done by a few processes, each kept once it is finished.
+"""Trials: the independent runs a study is made of, done by a few processes, each kept once it is finished.
 
-A cell is a value, so its key says everything its result depends on but the code. A result is one line of a
+A trial is a value, so its key says everything its result depends on but the code. A result is one line of a
 file; a study that is started again takes what it finds there and does the rest.
 """
 
@@ -24,7 +24,7 @@ Figures: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One run: `labels` say where it stands in its study's tables, `flat` which keys it sets.
 
     `kind` names what is done with the configuration; `options` are numbers and names of that.
@@ -39,33 +39,33 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cells of a run share; `digest` stands for the contents of the model and of the rows."""
+    """What all trials of a run share; `digest` stands for the contents of the model and of the rows."""
 
     model: str
     rows_file: Path
     flat: Mapping[str, Scalar]
     digest: str
 
-    def config(self, cell: Cell, changes: Mapping[str, Scalar] | None = None) -> RunConfig:
-        """Return the configuration of a cell's run.
+    def config(self, trial: Trial, changes: Mapping[str, Scalar] | None = None) -> RunConfig:
+        """Return the configuration of a trial's run.
 
         Raises:
             ConfigError: it is refused.
         """
         base = {"model.name": self.model, "data.source": str(self.rows_file), **self.flat}
-        return RunConfig.from_flat({**base, **cell.flat, **(changes or {})})
+        return RunConfig.from_flat({**base, **trial.flat, **(changes or {})})
 
-    def key(self, cell: Cell) -> str:
-        """Return the name (16 hexadecimal digits) under which the result of a cell is kept."""
-        parts = [self.digest, dict(self.flat), cell.kind, dict(cell.flat), dict(cell.options)]
+    def key(self, trial: Trial) -> str:
+        """Return the name (16 hexadecimal digits) under which the result of a trial is kept."""
+        parts = [self.digest, dict(self.flat), trial.kind, dict(trial.flat), dict(trial.options)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell gave: figures, or the reason there are none (refused by the configuration, or failed)."""
+    """What a trial gave: figures, or the reason there are none (refused by the configuration, or failed)."""
 
-    cell: Cell
+    trial: Trial
     figures: Figures
     reason: str = ""
     seconds: float = 0.0
@@ -76,12 +76,13 @@ class Outcome:
         return not self.reason
 
 
-Kinds: TypeAlias = Mapping[str, Callable[[Cell, Setting], Figures]]
+Kinds: TypeAlias = Mapping[str, Callable[[Trial, Setting], Figures]]
+RunTrials: TypeAlias = Callable[[Sequence[Trial]], list[Outcome]]  # what a study is given: a `TrialRunner`
 
 
 @contextmanager
 def open_pool(processes: int) -> Iterator[Executor | None]:
-    """Keep that many processes for cells, or none where one is asked for; what waits at the end is let go."""
+    """Keep that many processes for trials, or none for one; what still waits at the end is let go."""
     if processes == 1:
         yield None
         return
@@ -93,8 +94,8 @@ def open_pool(processes: int) -> Iterator[Executor | None]:
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Where and how cells are done: `journal` keeps results; without a `pool` this process does them."""
+class TrialRunner:
+    """Where and how trials are done: `journal` keeps results; without a `pool` this process does them."""
 
     setting: Setting
     kinds: Kinds
@@ -103,33 +104,33 @@ class Workshop:
     pool: Executor | None = None
     notice: Callable[[str], None] = lambda line: None
 
-    def __call__(self, cells: Sequence[Cell]) -> list[Outcome]:
-        """Return the outcome of every cell, in order; those in the journal are not done again.
+    def __call__(self, trials: Sequence[Trial]) -> list[Outcome]:
+        """Return the outcome of every trial, in order; those in the journal are not done again.
 
         Raises:
             DataError: the journal cannot be read or written.
         """
         kept = read_journal(self.journal)
-        keys = [self.setting.key(cell) for cell in cells]
+        keys = [self.setting.key(trial) for trial in trials]
         found = {
-            key: _from_line(cell, kept[key]) for key, cell in zip(keys, cells, strict=True) if key in kept
+            key: _from_line(trial, kept[key]) for key, trial in zip(keys, trials, strict=True) if key in kept
         }
-        waiting = {key: cell for key, cell in zip(keys, cells, strict=True) if key not in found}
+        waiting = {key: trial for key, trial in zip(keys, trials, strict=True) if key not in found}
         if len(found):
-            self.notice(f"{len(found)} of {len(set(keys))} cells are in {self.journal.name} already")
+            self.notice(f"{len(found)} of {len(set(keys))} trials are in {self.journal.name} already")
         for number, (key, outcome) in enumerate(self._done(waiting), 1):
             self._keep(key, outcome)
             found[key] = outcome
             self.notice(f"{number}/{len(waiting)} {describe(outcome)}")
-        return [_relabelled(cell, found[key]) for key, cell in zip(keys, cells, strict=True)]
+        return [_relabelled(trial, found[key]) for key, trial in zip(keys, trials, strict=True)]
 
-    def _done(self, cells: Mapping[str, Cell]) -> Iterator[tuple[str, Outcome]]:
+    def _done(self, trials: Mapping[str, Trial]) -> Iterator[tuple[str, Outcome]]:
         if self.pool is None:
-            for key, cell in cells.items():
-                yield key, do_cell(cell, self.setting, self.kinds)
+            for key, trial in trials.items():
+                yield key, run_trial(trial, self.setting, self.kinds)
             return
         waiting = {
-            self.pool.submit(do_cell, cell, self.setting, self.kinds): key for key, cell in cells.items()
+            self.pool.submit(run_trial, trial, self.setting, self.kinds): key for key, trial in trials.items()
         }
         for future in as_completed(waiting):
             yield waiting[future], future.result()
@@ -138,7 +139,7 @@ class Workshop:
         line = {
             "key": key,
             "commit": self.commit,
-            **{name: asdict(outcome.cell)[name] for name in ("study", "kind", "labels")},
+            **{name: asdict(outcome.trial)[name] for name in ("study", "kind", "labels")},
             "seconds": round(outcome.seconds, 2),
             "reason": outcome.reason,
             "figures": outcome.figures,
@@ -150,17 +151,17 @@ class Workshop:
             raise DataError(f"{self.journal}: cannot be written ({error.strerror})") from None
 
 
-def do_cell(cell: Cell, setting: Setting, kinds: Kinds) -> Outcome:
-    """Do one cell in this process; what a configuration or a run refuses becomes the outcome's reason."""
+def run_trial(trial: Trial, setting: Setting, kinds: Kinds) -> Outcome:
+    """Do one trial in this process; what a configuration or a run refuses becomes the outcome's reason."""
     began = time.perf_counter()
     try:
         with _errors_only():  # cut rows are counted, not told run by run
-            figures, reason = kinds[cell.kind](cell, setting), ""
+            figures, reason = kinds[trial.kind](trial, setting), ""
     except ConfigError as error:
         figures, reason = {}, f"refused: {error}"
     except FedLLMError as error:
         figures, reason = {}, f"failed: {error}"
-    return Outcome(cell, figures, reason, time.perf_counter() - began)
+    return Outcome(trial, figures, reason, time.perf_counter() - began)
 
 
 @contextmanager
@@ -198,21 +199,26 @@ def read_journal(path: Path) -> dict[str, Figures]:
     return kept
 
 
+def commits_of(journal: Path) -> list[str]:
+    """Return the commits that the trials of a journal were done at; an earlier run may have left some."""
+    return sorted({line["commit"] for line in read_journal(journal).values()})
+
+
 def describe(outcome: Outcome) -> str:
     """Return one line about an outcome: its labels, and its loss or why there is none."""
-    cell = outcome.cell
+    trial = outcome.trial
     told = " ".join(
-        value if isinstance(value, str) else f"{name}={value:g}" for name, value in cell.labels.items()
+        value if isinstance(value, str) else f"{name}={value:g}" for name, value in trial.labels.items()
     )
     loss = outcome.figures.get("mean_after")
     result = outcome.reason or (f"loss {loss:.4f}" if loss is not None else "done")
-    return f"{cell.study}: {told}: {result} ({outcome.seconds:.0f} s)"
+    return f"{trial.study}: {told}: {result} ({outcome.seconds:.0f} s)"
 
 
-def _from_line(cell: Cell, values: Figures) -> Outcome:
-    return Outcome(cell, values["figures"], values["reason"], values["seconds"])
+def _from_line(trial: Trial, values: Figures) -> Outcome:
+    return Outcome(trial, values["figures"], values["reason"], values["seconds"])
 
 
-def _relabelled(cell: Cell, outcome: Outcome) -> Outcome:
-    """Return an outcome under the labels of the cell that asks: equal runs of two studies are done once."""
-    return Outcome(cell, outcome.figures, outcome.reason, outcome.seconds)
+def _relabelled(trial: Trial, outcome: Outcome) -> Outcome:
+    """Return an outcome under the labels of the trial that asks: equal runs of two studies are done once."""
+    return Outcome(trial, outcome.figures, outcome.reason, outcome.seconds)

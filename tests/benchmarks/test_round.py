@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from clients import train
+from clients import protect as protecting
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
 from scripts.benchmarks import round
+from scripts.benchmarks.memory import peak_rss
 from scripts.benchmarks.models import save_tiny_model, write_rows
-from scripts.benchmarks.processes import Change, ProcessTree, Sample, Watched, peak_rss
+from scripts.benchmarks.processes import Change, ProcessTree, Sample, Watched
 from scripts.benchmarks.round import memory_per_client, part_figures
 from scripts.benchmarks.round_worker import (
     PARTS,
@@ -89,10 +90,10 @@ def test_the_parts_of_a_round_add_up_to_less_than_the_round(traces):
 
 
 def test_timing_leaves_the_functions_as_they_were():
-    before = (Engine.train, train.protect, combine.add)
+    before = (Engine.train, protecting.protect, combine.add)
     with timed_parts():
-        assert train.protect is not before[1]
-    assert (Engine.train, train.protect, combine.add) == before
+        assert protecting.protect is not before[1]
+    assert (Engine.train, protecting.protect, combine.add) == before
 
 
 def test_a_trace_survives_its_journey(traces):
@@ -122,7 +123,8 @@ def test_rounds_of_a_watched_run_are_read_off_its_file():
         samples=(Sample(0.0, {}, 5), Sample(20.0, {"clients": 40.0, "Ray": 10.0}, 7)),
         changes=(Change(10.0, 2), Change(16.0, 4)),
     )
-    records = [{"num_tokens": 7, "accepted": ["a"], "train_losses": {"a": 1.0}}] * 3
+    training = {"num_tokens": 7, "losses": {"a": 1.0}}
+    records = [{"accepted": ["a"], "training": training}] * 3
     trace = trace_of(watched, records)
     assert [end.time for end in trace.ends] == [10.0, 13.0, 16.0]
     assert [end.cpu for end in trace.ends] == [25.0, 32.5, 40.0]
@@ -191,8 +193,7 @@ def test_memory_grows_by_adapters_per_client():
 @pytest.mark.slow
 def test_the_benchmark_prints_one_object(capsys, tmp_path):
     kept = tmp_path / "figures.json"
-    words = ["--quick", "--json", "--clients", "2", "--rounds", "3", "--sizes", "2", "--output", str(kept)]
-    round.main(words)
+    round.main(round.Options(quick=True, json=True, clients=2, rounds=3, sizes="2", output=kept))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     assert set(result) == {"name", "figures", "goals"}

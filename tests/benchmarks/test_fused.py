@@ -10,6 +10,7 @@ import torch
 from scripts.benchmarks import fused
 from scripts.benchmarks.fused import cells, goals_of, main, make_jobs, open_bench, row_lengths
 from scripts.benchmarks.models import REAL, TINY, random_base, random_rows
+from scripts.benchmarks.options import ModelOptions
 from scripts.reports import Spread
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
@@ -86,7 +87,7 @@ def test_a_run_on_the_tiny_model_ends_in_one_json_object(
     monkeypatch.setattr(fused, "QUICK_CELLS", {10: (1, 3), 120: (2,)})
     monkeypatch.setattr(fused, "BUDGET_CLIENTS", 3)
     kept = tmp_path / "new" / "figures.json"
-    main(["--quick", "--model", "tiny", "--device", "cpu", "--json", "--output", str(kept)])
+    main(ModelOptions(quick=True, model=TINY, device="cpu", json=True, output=kept))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     assert (result["name"], result["goals"]) == ("bench_fused", {})

@@ -6,6 +6,7 @@ import pytest
 
 from scripts.benchmarks.distillation import QUICK, TEACHERS, main, open_bench, round_flop, step_flop
 from scripts.benchmarks.models import TINY
+from scripts.benchmarks.options import ModelOptions
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
@@ -18,7 +19,7 @@ def test_arithmetic_of_the_step_grows_by_one_reading_a_teacher() -> None:
 
 
 def test_the_benchmark_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--quick", "--json", "--model", TINY])
+    main(ModelOptions(quick=True, json=True, model=TINY))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["name"] == "bench_distillation"
     figures = report["figures"]["models"][TINY]

@@ -1,0 +1,57 @@
+"""What one process keeps from message to message, so that it reads, tokenises and loads once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from clients.base_deltas import BaseDeltaStore
+from clients.data_holder import DataHolder, open_data_holder, read_source
+from fedllm.config.key import Scalar
+from fedllm.config.run_config import RunConfig
+from fedllm.data.shards import Shards
+from fedllm.engine.resident import Resident
+from fedllm.models.files import cache_folder
+
+NUM_HOLDERS = 64  # a simulation's worker may host any of its nodes in turn
+
+
+@dataclass(eq=False)
+class Process:
+    """The base model, the open data holders, the rows of the last source read, the machine's base deltas.
+
+    A Flower app has one (`clients.client_app`), a script or a test its own. The server of a local run shares
+    its `resident` base model.
+    """
+
+    resident: Resident = field(default_factory=Resident)
+    holders: dict[object, DataHolder] = field(default_factory=dict)
+    sources: dict[RunConfig, Shards] = field(default_factory=dict)
+
+    @cached_property
+    def base_deltas(self) -> BaseDeltaStore:
+        """The base deltas of this machine, in the user's cache."""
+        return BaseDeltaStore(cache_folder() / "base-deltas")
+
+    def open(self, run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> DataHolder:
+        """Return the data holder of a node, opening it on first use.
+
+        Raises:
+            FedLLMError: the configuration, the data or the base model cannot be used.
+        """
+        key = (tuple(sorted(run_config.items())), tuple(sorted(node_config.items())))
+        if key not in self.holders:
+            config = RunConfig.from_flat(run_config)
+            holder = open_data_holder(config, node_config, self.resident, self.base_deltas, self.read_source)
+            while len(self.holders) >= NUM_HOLDERS:
+                del self.holders[next(iter(self.holders))]  # the one that was opened first
+            self.holders[key] = holder
+        return self.holders[key]
+
+    def read_source(self, config: RunConfig) -> Shards:
+        """Return the rows of `data.source` dealt to all clients; read again only for another source."""
+        relevant = RunConfig(seed=config.seed, data=config.data)
+        federation = replace(relevant.federation, num_clients=config.federation.num_clients)
+        relevant = replace(relevant, federation=federation)  # the same whatever else changes between runs
+        if relevant not in self.sources:
+            self.sources = {relevant: read_source(relevant)}
+        return self.sources[relevant]

@@ -1,0 +1,91 @@
+"""A technique at the client: what it does in a round, as a fixed set of steps that default to nothing.
+
+A round calls the steps of every technique of the run in turn (`clients.techniques`), so a new technique is
+one file and one line in that list. Steps see all clients of a node at once, because the engine trains them
+fused.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+
+from clients.data_holder import ClientTokens
+from clients.jobs import NodeRound
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import EvaluationJob, Job, Result
+from fedllm.messages import ClientEvaluation, ClientUpdate
+
+Vectors: TypeAlias = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ClientWork:
+    """One client in a round: its job, then what became of it.
+
+    `start_P` is the adapter the client starts from, at the run's rank; `kept` are the vectors it kept after
+    its last round, empty before its first; `keeps` those it will keep after this one. `result` is there once
+    it has trained, `update` once it is protected.
+    """
+
+    client: ClientTokens
+    num_drawn: int
+    start_P: torch.Tensor
+    kept: Vectors
+    job: Job
+    result: Result | None = None
+    update: ClientUpdate | None = None
+    keeps: Vectors = field(default_factory=dict)
+
+    @property
+    def trained(self) -> Result:
+        """What training gave."""
+        assert self.result is not None, "this client has not trained yet"
+        return self.result
+
+    @property
+    def sent(self) -> ClientUpdate:
+        """What leaves the client."""
+        assert self.update is not None, "this client's result is not protected yet"
+        return self.update
+
+    def keeping(self, name: str, vector: torch.Tensor) -> "ClientWork":
+        """Return this work with one more vector to keep."""
+        return replace(self, keeps={**self.keeps, name: vector})
+
+
+Works: TypeAlias = Sequence[ClientWork]
+Evaluations: TypeAlias = Mapping[str, ClientEvaluation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Technique:
+    """What one technique does with the clients of a node; every step left out does nothing.
+
+    `kept` has the name and the size of each vector that a client keeps for it between rounds; a vector is in
+    `ClientWork.kept` from a client's second round on.
+
+    start     the adapter [P] a client starts from, given the server's and what the client kept
+    prepare   changes jobs before the engine trains them
+    after     sees results and protected updates, inside the chain of `clients.protect`; without a privacy
+              plan it may change an update, and always what the client keeps
+    measure   adds to the evaluations of the shared adapter, by client id
+    """
+
+    name: str
+    kept: Mapping[str, int] = field(default_factory=dict)
+    is_evaluated: bool = False  # whether `start` or `measure` does something, so evaluation loads `kept`
+    start: Callable[[torch.Tensor, Vectors], torch.Tensor] = lambda start_P, kept: start_P
+    prepare: Callable[[NodeRound, Works], Works] = lambda this_round, works: works
+    after: Callable[[NodeRound, Works], Works] = lambda this_round, works: works
+    measure: Callable[[Engine, Sequence[EvaluationJob], Mapping[str, Vectors], Evaluations], Evaluations] = (
+        lambda engine, jobs, kept, measured: measured
+    )
+
+
+def start_of(techniques: Sequence[Technique], shared_P: torch.Tensor, kept: Vectors) -> torch.Tensor:
+    """Return the adapter [P] a client starts from, `shared_P` being the server's."""
+    for technique in techniques:
+        shared_P = technique.start(shared_P, kept)
+    return shared_P

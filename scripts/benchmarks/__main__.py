@@ -1,0 +1,24 @@
+"""All benchmarks as one command: `python -m scripts.benchmarks NAME [--quick] [--json] ...`."""
+
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a look-up would be timed
+
+from scripts.command_line import run_module
+
+BENCHMARKS = {
+    "aggregation": "A round's aggregation compared with forming dense matrices.",
+    "client": "A client's round compared with those of FlowerTune, TRL and pfl-research.",
+    "distillation": "The distillation step compared with a training round.",
+    "private_training": "Gradients per example, as DP-SGD needs them, compared with Opacus.",
+    "fused": "Many clients in one pass compared with one after another.",
+    "round": "What a whole federated round costs besides its training.",
+    "wire": "Bytes, errors and speed of what an update is packed as.",
+}
+# The names of their reports, in docs/results.
+REPORTS = {"bench_dp": "private_training", **{f"bench_{name}": name for name in BENCHMARKS}}
+
+if __name__ == "__main__":
+    words = [REPORTS.get(word, word) for word in sys.argv[1:2]] + sys.argv[2:]
+    sys.exit(run_module("scripts.benchmarks", BENCHMARKS, words))

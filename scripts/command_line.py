@@ -1,0 +1,66 @@
+"""What the command lines of this project share: how one runs, and how a module becomes one."""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from fedllm.errors import FedLLMError
+
+Quick = Annotated[bool, typer.Option("--quick", help="A small part, in under 3 minutes on two cores.")]
+Seed = Annotated[int, typer.Option(help="Of the rows and the starts.")]
+Json = Annotated[bool, typer.Option("--json", help="The last line of stdout is one JSON object.")]
+Output = Annotated[Path | None, typer.Option(help="Also keep the JSON object in this file.")]
+
+
+def run_app(app: typer.Typer, words: Sequence[str], *, name: str, verbose: bool = False) -> int:
+    """Run a command line and return its exit code; an error that a person can mend is one line and code 2."""
+    try:
+        return app(list(words), prog_name=name, standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except FedLLMError as error:
+        if verbose:
+            raise
+        print(f"fedllm: {error}", file=sys.stderr)
+        return 2
+
+
+def command_of(work: Callable[[Any], None]) -> Callable[..., None]:
+    """Return a command whose options are the fields of the dataclass that `work` takes.
+
+    A field such as `seed: Annotated[int, typer.Option(help=...)] = 0` becomes `--seed`. So a module lists its
+    options once, and Python calls it with the same value that the command line makes.
+    """
+    (parameter,) = inspect.signature(work).parameters.values()
+    options = parameter.annotation
+
+    def command(**given: Any) -> None:
+        work(options(**given))
+
+    command.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]  # what typer reads
+    return command
+
+
+def run_module(package: str, modules: Mapping[str, str], words: Sequence[str]) -> int:
+    """Run the module of `package` that the first word names, and return the exit code.
+
+    `modules` holds a line of help by name. The `main` of a module takes its options as a dataclass. Only
+    the module that is asked for is imported.
+    """
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    for name, line in modules.items():
+        if words[:1] == [name]:
+            module = import_module(f"{package}.{name}")
+            if hasattr(module, "__path__"):  # a folder keeps its command in main.py
+                module = import_module(f"{package}.{name}.main")
+            app.command(name, help=line)(command_of(module.main))
+        else:
+            app.command(name, help=line)(lambda: None)
+    return run_app(app, words, name=f"python -m {package}")
