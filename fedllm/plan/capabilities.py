@@ -188,7 +188,7 @@ def refuse_conflicts(parts: Sequence[Part]) -> None:
             if need in other.setting.hides:
                 raise ConfigError(
                     f"{one.name} cannot go with {other.name}: {one.setting.does}, which needs {need}, while"
-                    f" {other.setting.does}; {other.cure} or {one.cure}"
+                    f" {other.setting.does}; {other.cure}, or {one.cure}"
                 )
 
 
