@@ -21,7 +21,8 @@ from fedllm.runs.privacy_statement import summary_line
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import described
 from strategies.aggregation.stock import check_stock
-from strategies.distillation.step import open_public_text, undistilled
+from strategies.distillation.ending import undo_distillation
+from strategies.distillation.public_text import open_public_text
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import join_clients
 from strategies.grid.transport import Transport
@@ -98,7 +99,7 @@ def open_session(
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
         check_stock(plan)
-    public_text = open_public_text(plan)
+    public_text = open_public_text(plan.distillation, config.data)
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
@@ -178,7 +179,7 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
     try:
         while state.round_num < session.config.federation.num_rounds:
             # Where the round does not come about, the run ends with the adapter that was distilled.
-            state, _ = next_round(session, undistilled(state))
+            state, _ = next_round(session, undo_distillation(state))
             is_saved = _is_saved(session, state, folder)
             check_failure_rate(state, session.config.federation.max_failure_rate)
     except BudgetSpentError as error:

@@ -38,6 +38,14 @@ class ChosenModel:
     checkpointing: bool
 
 
+@dataclass(frozen=True, eq=False)
+class PlainLinear:
+    """A linear layer that computes W x + b and nothing else."""
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None
+
+
 def choose_model(config: ModelConfig) -> ChosenModel:
     """Return what `config` means on this machine, and let torch use the threads it names.
 
@@ -237,13 +245,12 @@ def linear_shape(module: Any) -> tuple[int, int]:
     return module.weight.shape[0], module.weight.shape[1]
 
 
-def plain_weight(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return (weight [D_out, D_in], bias) of a layer that is nothing but that, else (None, None)."""
+def plain_linear(layer: Any) -> PlainLinear | None:
+    """Return a layer's weight and bias, or None where it computes anything else (a quantised one, say)."""
     from transformers.pytorch_utils import Conv1D
 
-    layer: Any = base
-    if type(base) is nn.Linear:
-        return layer.weight, layer.bias
-    if type(base) is Conv1D:  # stored [D_in, D_out]
-        return layer.weight.T, layer.bias
-    return None, None
+    if type(layer) is nn.Linear:
+        return PlainLinear(layer.weight, layer.bias)
+    if type(layer) is Conv1D:  # stored [D_in, D_out]
+        return PlainLinear(layer.weight.T, layer.bias)
+    return None

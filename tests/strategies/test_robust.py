@@ -207,7 +207,7 @@ def test_a_change_of_gauge_changes_no_verdict(name: str) -> None:
         for a_RI, b_OR in LAYOUT.factors(item.delta):
             gauge = torch.eye(RANK).double() + 0.5 * gaussian(RANK**2, index).view(RANK, RANK)
             factors.append((gauge @ a_RI.double(), b_OR.double() @ torch.linalg.inv(gauge)))
-        turned.append(update(item.client_id, LAYOUT.flatten(factors)))
+        turned.append(update(item.client_id, LAYOUT.flatten(factors).float()))
     state = ServerState(0, start)
     one, other = (model_change(aggregate(items, state, robust=name)) for items in (updates, turned))
     assert float((one - other).norm() / one.norm()) < 1e-4
