@@ -57,7 +57,7 @@ def run_federation(
         state = _first_state(session, folder, start)
         describe_run(folder, config)
         state, stopped = _rounds(session, state, folder)
-        files = resolve_model(config.model.name, config.model.revision)
+        files = resolve_model(config.model.name)
         adapter = publish_adapter(folder, plan, files, state)
         ended = {"stopped": stopped} if stopped else {}
         write_result(folder, {**summary(state, adapter), **ended, **publish_privacy(folder, plan, state)})

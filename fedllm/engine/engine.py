@@ -41,12 +41,12 @@ _logger = logging.getLogger("fedllm.training")
 class Engine:
     """Trains, evaluates and generates with adapters of one layout on one base model.
 
-    `token_budget` is the number of tokens a forward pass holds (0 = 512 on a CPU, measured on a GPU):
+    `token_budget` is the number of tokens a forward pass holds ("auto" = 512 on a CPU, measured on a GPU):
     clients are fused until it is full, and a step that exceeds it is split (on a CPU from 4,096 tokens). It
     changes speed and rounding, nothing else.
     """
 
-    def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int = 0):
+    def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int | str = "auto"):
         if layout.fingerprint != base.fingerprint:
             raise LayoutError(
                 f"the run's base model ({layout.fingerprint[:12]}) is not the one on this machine"
@@ -63,7 +63,7 @@ class Engine:
         if not self.is_ragged:
             kind = type(base.model).__name__
             _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
-        self.token_budget = token_budget or self._default_budget()
+        self.token_budget = token_budget if isinstance(token_budget, int) else self._default_budget()
 
     # --- training -----------------------------------------------------------------------------------------
 

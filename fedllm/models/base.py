@@ -52,10 +52,10 @@ def choose_model(config: ModelConfig) -> ChosenModel:
     Raises:
         ModelError: the model's files are absent, or the device does not exist here.
     """
-    if config.num_threads:
+    if isinstance(config.num_threads, int):
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
-    files = resolve_model(config.name, config.revision)
+    files = resolve_model(config.name)
     dtype = choose_dtype(config.dtype, device)
     return ChosenModel(files, device, dtype, config.quantization, config.gradient_checkpointing)
 
@@ -191,7 +191,7 @@ def describe_layout(model: ModelConfig, lora: LoraConfig) -> AdapterLayout:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    files = resolve_model(model.name, model.revision)
+    files = resolve_model(model.name)
     trusted = files.public_name in load_policy().trust_remote_code
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trusted)

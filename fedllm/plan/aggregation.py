@@ -8,6 +8,7 @@ that would not do what its name says, is refused with the reason.
 from dataclasses import dataclass, field
 
 from fedllm.adapters.parts import returned_part
+from fedllm.config.key import named_values, number_or, split_number
 from fedllm.config.keys import PRESETS, AggregationConfig, PrivacyConfig
 from fedllm.errors import ConfigError
 
@@ -15,6 +16,7 @@ COORDINATE_RULES = frozenset({"trimmed-mean", "coordinate-median"})  # they comp
 # Published values: FedOpt (arXiv 2003.00295) and DiLoCo (arXiv 2311.08105).
 LEARNING_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "nesterov": 0.7}
 ADAPTIVE_LEARNING_RATE = 1e-3
+MAX_MALICIOUS = 0.2  # of a round's clients, where aggregation.robust names no share
 
 PRIVATE_PRESET = "ffa"  # of a run with differential privacy that names no rule of its own
 AXES = ("aggregation.train", "aggregation.read-out", "aggregation.weighting")
@@ -33,6 +35,15 @@ class ServerOptimizer:
     momentum: float = 0.9
     second_moment: float = 0.99
     adaptivity: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not (
+            0 <= self.momentum <= 0.9999 and 0 <= self.second_moment <= 0.9999 and 0 < self.adaptivity < 1e9
+        ):
+            raise ConfigError(
+                "aggregation.optimizer: expected momentum and second-moment from 0 to 0.9999 and adaptivity"
+                " above 0"
+            )
 
     @property
     def rate(self) -> float:
@@ -56,7 +67,7 @@ class AggregationRule:
     read_out: str = "svd"
     weighting: str = "examples"
     robust: str = "none"
-    max_malicious: float = 0.2
+    max_malicious: float = MAX_MALICIOUS
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     node_sum: bool = False
 
@@ -93,6 +104,22 @@ class AggregationRule:
         return self.robust != "none"
 
 
+def server_optimizer(section: AggregationConfig) -> ServerOptimizer:
+    """Return the optimizer that `aggregation.optimizer` names, such as "fedadam:second-moment=0.95".
+
+    Raises:
+        ConfigError: a constant is unknown, no number or out of range.
+    """
+    name, _, text = section.optimizer.partition(":")
+    named = named_values("aggregation.optimizer", text, ("momentum", "second-moment", "adaptivity"))
+    try:
+        constants = {constant.replace("-", "_"): float(value) for constant, value in named.items()}
+    except ValueError as error:
+        raise ConfigError(f"aggregation.optimizer = {section.optimizer!r}: {error}") from None
+    rate = number_or(section.server_learning_rate, 0.0)
+    return ServerOptimizer(name=name, learning_rate=rate, **constants)
+
+
 def aggregation_rule(given: AggregationConfig, privacy: PrivacyConfig, *, node_sum: bool) -> AggregationRule:
     """Return the aggregation rule of a run, its preset resolved.
 
@@ -103,9 +130,9 @@ def aggregation_rule(given: AggregationConfig, privacy: PrivacyConfig, *, node_s
         ConfigError: the preset contradicts an axis, or nothing would be learnt.
     """
     preset, asked_weighting = given.preset, given.weighting
-    if privacy.epsilon and (given.train, given.read_out, preset) == _DEFAULT_AXES:
+    if privacy.epsilon != "off" and (given.train, given.read_out, preset) == _DEFAULT_AXES:
         preset = PRIVATE_PRESET
-        is_capped = privacy.weight_cap > 0 or privacy.unit == "example"
+        is_capped = privacy.weight_cap != "off" or privacy.unit == "example"
         asked_weighting = asked_weighting if is_capped or asked_weighting != "examples" else "uniform"
     train, read_out, weighting = _preset_axes(preset, (given.train, given.read_out, asked_weighting))
     if train == "a":
@@ -113,20 +140,14 @@ def aggregation_rule(given: AggregationConfig, privacy: PrivacyConfig, *, node_s
             "aggregation.train = 'a' would learn nothing: a run starts from B = 0, where the gradient of A is"
             " 0 and stays so; set aggregation.train = 'alternate', which trains both in turn, or 'b'"
         )
-    optimizer = ServerOptimizer(
-        name=given.optimizer,
-        learning_rate=given.server_learning_rate,
-        momentum=given.server_momentum,
-        second_moment=given.second_moment,
-        adaptivity=given.adaptivity,
-    )
+    robust, max_malicious = split_number(given.robust, MAX_MALICIOUS)
     return AggregationRule(
         train=train,
         read_out=read_out,
         weighting=weighting,
-        robust=given.robust,
-        max_malicious=given.max_malicious,
-        optimizer=optimizer,
+        robust=robust,
+        max_malicious=max_malicious,
+        optimizer=server_optimizer(given),
         node_sum=node_sum,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from fedllm.config.key import Scalar
-from fedllm.config.run_config import RunConfig
+from fedllm.config.run_config import KEYS
 from fedllm.errors import ConfigError
 
 # What a setting may need of a run, in the words of a refusal.
@@ -67,11 +67,11 @@ _NONE_HELD = Setting("clients hold no rows out", hides=[HELD_OUT_LOSSES])
 
 SETTINGS: dict[str, dict[Scalar, Setting]] = {
     "privacy.epsilon": {
-        0.0: Setting("nothing is clipped or noised", hides=[BUDGET], instead=8.0),
+        "off": Setting("nothing is clipped or noised", hides=[BUDGET], instead=8.0),
         ANY: Setting("the guarantee covers what is noised in its own round", [NOISE, FRESH_UPDATES]),
     },
     "privacy.noise-multiplier": {ANY: Setting("the run ends when its budget is spent", [BUDGET])},
-    "privacy.adaptive-clip": {ANY: Setting("the clip follows a noised count", [BUDGET, NOISED_SUM])},
+    "privacy.clip": {"adaptive": Setting("the clip follows a noised count", [BUDGET, NOISED_SUM])},
     "privacy.unit": {
         "client": Setting("all that a client does is protected, its speed too", [ANY_SPEED], [], "example"),
         "example": Setting("every client adds the noise itself", [], [NOISED_SUM], "client"),
@@ -89,7 +89,7 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         "withheld": Setting("nothing leaves a client but its update", [], [HELD_OUT_LOSSES], "held-out")
     },
     "privacy.weight-cap": {
-        0.0: Setting("nothing bounds weights by rows", hides=[CAPPED_WEIGHTS], instead=100.0),
+        "off": Setting("nothing bounds weights by rows", hides=[CAPPED_WEIGHTS], instead=100.0),
         ANY: Setting("weights count rows up to the cap", [NOISED_SUM, ROW_WEIGHTS]),
     },
     "federation.selection": {
@@ -153,7 +153,7 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
             [NOISE],
         )
     },
-    "train.clip-norm": {0.0: Setting("nothing bounds what one client adds", hides=[CLIPPED_GRADIENTS])},
+    "train.clip-norm": {"off": Setting("nothing bounds what one client adds", hides=[CLIPPED_GRADIENTS])},
     "personal.mode": {ANY: Setting("personal adapters go on top of a shared one", [SHARED_B])},
     "distill.when": {ANY: Setting("clients' own adapters teach", [OWN_UPDATES, SHARED_B, OUR_MEAN])},
     "distill.gate": {"clients": Setting("clients judge the result", [HELD_OUT_LOSSES], instead="public")},
@@ -166,13 +166,13 @@ INSTEAD: dict[str, Scalar] = {"aggregation.read-out": "factor-mean", "aggregatio
 
 def active_parts(in_use: Mapping[str, Scalar], by: Mapping[str, str]) -> Iterator[Part]:
     """Yield the parts of a run that has these keys in use; `by` says what has set a key, if not a person."""
-    defaults = RunConfig().to_flat()
     for key, settings in SETTINGS.items():
-        value = in_use.get(key, defaults[key])
-        is_default = value == defaults[key]
+        default = KEYS[key].default
+        value = in_use.get(key, default)
+        word = value.partition(":")[0] if isinstance(value, str) else value  # "oort" of "oort:30"
         for wanted, setting in settings.items():
-            if key in in_use and (wanted == value or (wanted == ANY and not is_default)):
-                instead = setting.instead if setting.instead is not None else INSTEAD.get(key, defaults[key])
+            if key in in_use and (wanted == word or (wanted == ANY and value != default)):
+                instead = setting.instead if setting.instead is not None else INSTEAD.get(key, default)
                 name = assigned(key, value) + (f" (by {by[key]})" if key in by else "")
                 yield Part(name, setting, f"set {assigned(key, instead)}")
 

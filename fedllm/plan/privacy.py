@@ -16,7 +16,8 @@ anywhere else.
 import math
 from dataclasses import dataclass
 
-from fedllm.config.keys import TRUSTS, UNITS, FederationConfig, PrivacyConfig, TrainConfig
+from fedllm.config.key import number_or, split_number
+from fedllm.config.keys import FederationConfig, PrivacyConfig, TrainConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
 from fedllm.privacy.accounting import Charge, noise_for, rate_bound
@@ -56,7 +57,7 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and 0 < self.delta < 1 and self.clip > 0):
             raise ConfigError("a privacy plan needs epsilon and clip above 0 and delta between 0 and 1")
-        if self.unit not in UNITS or self.trust not in TRUSTS[1:]:
+        if self.unit not in {"example", "client"} or self.trust not in {"central", "local", "distributed"}:
             raise ConfigError(f"no privacy plan is known for unit {self.unit!r} and trust {self.trust!r}")
         if self.unit == "example" and self.trust != "local":
             raise ConfigError(
@@ -120,9 +121,9 @@ class PrivacyPlan:
         left = z**-2 - (2 * count_deviation) ** -2
         if left <= 0:
             raise ConfigError(
-                f"privacy.adaptive-clip: with {self.denominator:g} clients a round and noise multiplier"
+                f"privacy.clip = 'adaptive': with {self.denominator:g} clients a round and noise multiplier"
                 f" {z:.3g} the noise on the count of clipped clients would hide it; use at least"
-                f" {math.ceil(10 * z) + 1} clients a round, or a fixed privacy.clip"
+                f" {math.ceil(10 * z) + 1} clients a round, or a number"
             )
         return left**-0.5, count_deviation
 
@@ -145,13 +146,14 @@ class PrivacyPlan:
 def privacy_plan(
     section: PrivacyConfig, train: TrainConfig, cohort: CohortPlan, federation: FederationConfig
 ) -> PrivacyPlan | None:
-    """Return the privacy plan of a run, None where it has none (`privacy.epsilon = 0`).
+    """Return the privacy plan of a run, None where it has none (`privacy.epsilon = "off"`).
 
     Raises:
         ConfigError: the noise is to be added by nobody who can.
     """
-    if not section.epsilon:
+    if isinstance(section.epsilon, str):  # "off"
         return None
+    word, clip = split_number(section.clip, 1.0)
     by_example = section.unit == "example"
     automatic = "local" if by_example else "central"
     trust = automatic if section.trust == "auto" else section.trust
@@ -162,16 +164,16 @@ def privacy_plan(
         delta=section.delta,
         unit=section.unit,
         trust=trust,
-        clip=section.clip,
-        adaptive=section.adaptive_clip,
-        noise_multiplier=section.noise_multiplier,
-        participations=rounds if has_coins else section.max_participations or rounds,
+        clip=clip,
+        adaptive=word == "adaptive",
+        noise_multiplier=number_or(section.noise_multiplier, 0.0),
+        participations=rounds if has_coins else number_or(section.max_participations, rounds),
         steps=train.local_steps if by_example else 1,
         rate=cohort.size / cohort.num_clients if has_coins else 1.0,
         denominator=float(cohort.size),
         batch_size=train.batch_size,
-        limit=section.max_participations,
-        weight_cap=section.weight_cap,
+        limit=number_or(section.max_participations, 0),
+        weight_cap=number_or(section.weight_cap, 0.0),
         metrics=section.metrics if section.metrics != "auto" else ("held-out" if by_example else "withheld"),
     )
     if trust == "distributed":

@@ -3,8 +3,11 @@
 import math
 from dataclasses import dataclass, replace
 
+from fedllm.config.key import number_or, split_number
 from fedllm.config.keys import PersonalConfig, TrainConfig
 from fedllm.messages import LocalTraining
+
+DITTO_PULL = 0.1  # where `personal.mode` gives none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +27,13 @@ def personal_training(section: PersonalConfig) -> PersonalTraining | None:
     """Return the numbers of personal adapters, None where clients have none."""
     if section.mode == "none":
         return None
-    pull = section.pull if section.mode == "ditto" else 0.0
-    return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull)
+    mode, pull = split_number(section.mode, DITTO_PULL)
+    return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull if mode == "ditto" else 0.0)
 
 
 def local_training(train: TrainConfig, dropout: float, *, round_num: int, num_rounds: int) -> LocalTraining:
     """Return how a client trains in a round, counted from 1."""
+    word, proximal = split_number(train.proximal, 0.0)
     rate = train.learning_rate
     if train.schedule == "cosine":  # half a cosine over the run; rounds beyond it stay at its end
         progress = min(1.0, (round_num - 1) / num_rounds)
@@ -39,8 +43,8 @@ def local_training(train: TrainConfig, dropout: float, *, round_num: int, num_ro
         batch_size=train.batch_size,
         learning_rate=rate,
         weight_decay=train.weight_decay,
-        clip_norm=train.clip_norm,
+        clip_norm=number_or(train.clip_norm, 0.0),
         dropout=dropout,
-        proximal=train.proximal,
-        proximal_space=train.proximal_space,
+        proximal=proximal,
+        proximal_space=word or "factor",
     )

@@ -7,6 +7,7 @@ is the aggregate of their updates; the loss is the forward KL of `fedllm.distill
 from collections.abc import Sequence
 
 from fedllm.adapters.layout import AdapterState
+from fedllm.data.fields import mapped_columns
 from fedllm.engine.engine import Engine
 from fedllm.models.with_base_delta import with_base_delta
 from fedllm.plan.run_plan import RunPlan, distillation_of
@@ -35,7 +36,7 @@ def open_engine(session: Session) -> Engine:
 
 def writers_of(plan: RunPlan, engine: Engine, adapters: Sequence[ClientAdapter], round_num: int) -> Writers:
     """Return the clients' adapters of a round as writers of synthetic text."""
-    is_plain = bool(plan.config.data.text_column)
+    is_plain = "text" in mapped_columns(plan.config.data.columns)
     return Writers(engine, adapters, plan.config.seed, round_num, plan.prompts, is_plain)
 
 

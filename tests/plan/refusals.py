@@ -9,8 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from fedllm.config.keys import OPTIMIZERS, PRESETS, READ_OUTS, ROBUST_RULES, TRAINED, WEIGHTINGS
-from fedllm.config.run_config import RunConfig
+from fedllm.config.run_config import KEYS, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.run_plan import resolve
 
@@ -19,41 +18,49 @@ MEAN = {"aggregation.preset": "fedit"}
 SHARED_A = {"aggregation.preset": "ffa"}
 CENTRAL = {"privacy.epsilon": 8.0, "privacy.unit": "client"}
 LOCAL = {**CENTRAL, "privacy.trust": "local"}
-COINS = {**CENTRAL, "federation.selection": "poisson", "federation.cohort-size": 4}
+COINS = {**CENTRAL, "federation.selection": "poisson", "federation.cohort": 4}
 DISTIL = {"distill.when": "last"}
+
+
+def each(axis: str) -> dict[str, dict[str, Any]]:
+    """Return a technique for each value of an axis but its default."""
+    key = KEYS[f"aggregation.{axis}"]
+    return {f"{axis} {word}": {key.name: word} for word in key.words if word != key.default}
+
 
 # name -> the keys that turn it on, together with what it cannot do without
 TECHNIQUES: dict[str, dict[str, Any]] = {
-    **{f"train {name}": {"aggregation.train": name} for name in TRAINED},
-    **{f"preset {name}": {"aggregation.preset": name} for name in PRESETS},
-    **{f"read-out {name}": {"aggregation.read-out": name} for name in READ_OUTS},
-    **{f"weighting {name}": {"aggregation.weighting": name} for name in WEIGHTINGS},
-    **{f"robust {name}": {"aggregation.robust": name} for name in ROBUST_RULES[1:]},
-    **{f"robust {name}, A fixed": {"aggregation.robust": name, **SHARED_A} for name in ROBUST_RULES[5:]},
-    **{f"optimizer {name}": {"aggregation.optimizer": name} for name in OPTIMIZERS[1:]},
+    **each("train"),
+    **each("preset"),
+    **each("read-out"),
+    **each("weighting"),
+    **each("robust"),
+    "robust trimmed-mean, A fixed": {"aggregation.robust": "trimmed-mean:0.3", **SHARED_A},
+    "robust coordinate-median, A fixed": {"aggregation.robust": "coordinate-median", **SHARED_A},
+    **each("optimizer"),
     "server learning rate": {"aggregation.server-learning-rate": 0.5},
     "server learning rate 1": {"aggregation.server-learning-rate": 1.0},
     "8 bits": {"model.quantization": "8bit"},
     "ranks": {"lora.client-ranks": "4,8"},
     "equal ranks": {"lora.client-ranks": "8,8"},
     "node sums": {"wire.node-sum": True, **MEAN},
-    "poisson": {"federation.selection": "poisson", "federation.cohort-size": 4},
+    "poisson": {"federation.selection": "poisson", "federation.cohort": 4},
     "weighted": {"federation.selection": "weighted"},
     "power of choice": {"federation.selection": "power-of-choice"},
-    "oort": {"federation.selection": "oort"},
+    "oort": {"federation.selection": "oort:30"},
     "over-selection": {"federation.over-selection": 1.5},
     "late updates": {"federation.max-staleness": 2, **MEAN},
     "two updates a round": {"federation.min-clients": 2},
     "SCAFFOLD": {"train.control-variates": True, **MEAN},
-    "no gradient clip": {"train.clip-norm": RunConfig.from_flat({"train.clip-norm": 0}).train.clip_norm},
+    "no gradient clip": {"train.clip-norm": "off"},
     "private rows": {"privacy.epsilon": 8.0},
     "private clients": CENTRAL,
     "private clients, local noise": LOCAL,
     "private clients, coins": COINS,
     "noise multiplier": {"privacy.noise-multiplier": 1.0},
-    "adaptive clip": {"privacy.adaptive-clip": True},
-    "adaptive clip of clients": {"privacy.adaptive-clip": True, **CENTRAL},
-    "adaptive clip of rows": {"privacy.adaptive-clip": True, "privacy.epsilon": 8.0},
+    "adaptive clip": {"privacy.clip": "adaptive"},
+    "adaptive clip of clients": {"privacy.clip": "adaptive", **CENTRAL},
+    "adaptive clip of rows": {"privacy.clip": "adaptive", "privacy.epsilon": 8.0},
     "weight cap of uniform weights": {"privacy.weight-cap": 9.0, "aggregation.weighting": "uniform"},
     "participations": {"privacy.max-participations": 2},
     "weight cap": {"privacy.weight-cap": 10.0},

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 import pytest
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import PRESETS, READ_OUTS, ROBUST_RULES, TRAINED
-from fedllm.config.run_config import RunConfig
+from fedllm.config.keys import PRESETS
+from fedllm.config.run_config import KEYS, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.aggregation import AggregationRule
 from fedllm.plan.run_plan import resolve
+
+AXES = [KEYS[f"aggregation.{axis}"].words for axis in ("train", "read-out", "robust")]
 
 
 def rule_of(axes: Mapping[str, Scalar]) -> AggregationRule:
@@ -20,7 +22,7 @@ def rule_of(axes: Mapping[str, Scalar]) -> AggregationRule:
 
 def test_every_point_of_the_grid_that_means_something_can_be_built() -> None:
     built = []
-    for train, read_out, robust in itertools.product(TRAINED, READ_OUTS, ROBUST_RULES):
+    for train, read_out, robust in itertools.product(*AXES):
         axes = {"train": train, "read-out": read_out, "robust": robust}
         try:
             built.append(rule_of(axes))
@@ -28,7 +30,7 @@ def test_every_point_of_the_grid_that_means_something_can_be_built() -> None:
             continue
     grid = {(one.train, one.read_out) for one in built}
     shared = {(train, "factor-mean") for train in ("b", "alternate")}
-    assert grid == shared | {("both", read_out) for read_out in READ_OUTS}
+    assert grid == shared | {("both", read_out) for read_out in KEYS["aggregation.read-out"].words}
     # 5 read-outs x 5 rules on products, local-b alone, and 2 shared factors x 7 rules
     assert len(built) == 5 * 5 + 1 + 2 * 7
 

@@ -29,10 +29,10 @@ def test_the_digest_has_the_number_of_rounds_where_it_counts(keys: dict[str, Any
 
 
 def test_an_own_copy_of_the_model_keeps_the_digest() -> None:
-    plan = planned(model__revision="main")
+    plan = planned(model__name="org/model@main")
     own = plan.with_own_model("somewhere/model")
     assert own.digest == plan.digest
-    assert (own.config.model.name, own.config.model.revision) == ("somewhere/model", "")
+    assert own.config.model.name == "somewhere/model"
 
 
 def test_evaluation_comes_as_often_as_asked_and_at_the_end() -> None:
@@ -50,20 +50,23 @@ def test_ranks_are_dealt_by_the_plan() -> None:
 @pytest.mark.parametrize(
     ("flat", "names"),
     [
-        ({"federation.cohort-size": 9}, ["federation.cohort-size = 9", "federation.num-clients = 8"]),
+        ({"federation.cohort": 9}, ["federation.cohort = 9", "federation.num-clients = 8"]),
+        ({"federation.cohort": 1.5}, ["federation.cohort = 1.5"]),
+        ({"federation.selection": "power-of-choice:7.5"}, ["federation.selection = 'power-of-choice:7.5'"]),
+        ({"aggregation.optimizer": "fedadam:momentum=x"}, ["aggregation.optimizer = 'fedadam:momentum=x'"]),
+        ({"aggregation.optimizer": "fedadam:momentum=1"}, ["aggregation.optimizer"]),
         ({"federation.min-clients": 9}, ["federation.min-clients = 9", "cohort of 8"]),
         (
-            {"federation.cohort-fraction": 0.5, "federation.min-clients": 5},
+            {"federation.cohort": 0.5, "federation.min-clients": 5},
             ["federation.min-clients = 5", "cohort of 4"],
         ),
         (
             {
-                "federation.selection": "power-of-choice",
-                "federation.candidates": 7,
-                "federation.cohort-size": 5,
+                "federation.selection": "power-of-choice:7",
+                "federation.cohort": 5,
                 "federation.over-selection": 1.5,
             },
-            ["federation.candidates = 7", "the 8 clients"],
+            ["federation.selection = 'power-of-choice:7'", "the 8 clients"],
         ),
         ({"lora.client-ranks": "4,16"}, ["lora.client-ranks = '4,16'", "lora.rank = 8"]),
         (

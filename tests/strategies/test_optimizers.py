@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.config.keys import OPTIMIZERS
+from fedllm.config.run_config import KEYS
 from fedllm.messages import ClientUpdate
 from fedllm.plan.aggregation import AggregationRule, ServerOptimizer
 from fedllm.runs.checkpoint import ServerState
@@ -17,6 +17,7 @@ from fedllm.runs.records import OptimizerState
 from strategies.aggregation import combine
 from strategies.aggregation.optimizers import aligned, step
 
+OPTIMIZERS = tuple(KEYS["aggregation.optimizer"].words)
 RANK, BETA, BETA2, TAU = 3, 0.8, 0.95, 1e-2
 LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), RANK, 6.0, "f")
 DELTAS = ((0.3, -0.02, 0.0), (-0.1, 0.04, 1e-3), (0.2, 0.0, -0.5), (0.0, 0.0, 0.0), (0.05, -0.3, 0.1))
