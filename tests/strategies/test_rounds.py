@@ -10,7 +10,8 @@ from flwr.app import Message, RecordDict
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.plan.run_plan import resolve
-from strategies.rounds import check_failure_rate, next_round, run_round
+from strategies.rounds import next_round, run_round
+from strategies.run import check_failure_rate
 
 EVERYBODY = ("anna", "ben", "cleo", "dora")
 
