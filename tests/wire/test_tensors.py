@@ -9,24 +9,19 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
+from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
 from fedllm.errors import NonFiniteError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.wire import packets, replies, stock
+from tests.builders import client_update, small_layout
 
-LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
-OTHER_RANK = AdapterLayout(LAYOUT.matrices, 1, 4.0, LAYOUT.fingerprint)
+LAYOUT, OTHER_RANK = small_layout(), small_layout(rank=1)
 DELTA = torch.linspace(-1, 1, LAYOUT.size)
 SECRET = "xyzzy-private"
 
 
 def reply() -> RecordDict:
-    updates = [
-        ClientUpdate(
-            client_id=name, round_num=4, rank=2, delta=DELTA, weight=1.0, num_tokens=3, train_loss=0.5
-        )
-        for name in ("a", "b")
-    ]
+    updates = [client_update(name, DELTA) for name in ("a", "b")]
     return replies.write_updates(updates, layout=LAYOUT, part="both", payload="fp32")
 
 
