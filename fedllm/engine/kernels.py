@@ -84,7 +84,7 @@ class MaskedKernel:
     def backward(
         self, bank: Bank, index: int, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
-        """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
+        """Add gradients to the bank and to dx; see `Kernel`."""
         a_CRI, b_COR = bank.factors(index)
         grad_a_SRI, grad_b_SOR = bank.gradients(index)
         rank = a_CRI.shape[1]

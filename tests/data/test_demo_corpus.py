@@ -11,6 +11,7 @@ from fedllm.data import demo_corpus
 from fedllm.data.demo_corpus import docstring_rows, first_sentence
 from fedllm.data.installed_packages import REQUIREMENTS, Package, installed_packages, source_files
 from fedllm.errors import DataError
+from tests.data.builders import write
 
 
 def test_what_is_required_without_metadata_is_what_the_project_requires() -> None:
@@ -29,11 +30,6 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         lambda: tuple(Package(folder.name, folder) for folder in sorted(tmp_path.iterdir())),
     )
     return tmp_path
-
-
-def write(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def function(name: str, sentence: str) -> str:

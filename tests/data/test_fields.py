@@ -13,8 +13,7 @@ from fedllm.data.fields import (
     to_example,
 )
 from fedllm.errors import ConfigError, DataError
-
-SECRET = "xyzzy-private"
+from tests.data.builders import SECRET
 
 
 @pytest.mark.parametrize(

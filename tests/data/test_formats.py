@@ -1,23 +1,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedllm.data.rows import Rows, read_rows
-
-SECRET = "xyzzy-private"
-
-
-def write(path: Path, content: bytes | str) -> str:
-    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return str(path)
-
-
-def line(**row: Any) -> str:
-    return json.dumps(row) + "\n"
-
+from tests.data.builders import SECRET, line, write
 
 BAD_LINES = {
     "malformed": (f'{{"text": "{SECRET}", }}'.encode(), "not valid JSON at character"),

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedllm.data.partition import load_partition, make_partition, partition_rows, save_partition
 from fedllm.errors import ConfigError, DataError, IntegrityError
+from tests.data.builders import SECRET
 
-SECRET = "xyzzy-private"
 laws = settings(deadline=None, max_examples=60)
 
 rows_with_labels = st.lists(

@@ -1,4 +1,3 @@
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,17 +6,7 @@ import pytest
 
 from fedllm.data.rows import find_files, is_local, read_rows
 from fedllm.errors import ConfigError
-
-SECRET = "xyzzy-private"
-
-
-def write(path: Path, content: bytes | str) -> str:
-    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return str(path)
-
-
-def line(**row: Any) -> str:
-    return json.dumps(row) + "\n"
+from tests.data.builders import SECRET, line, write
 
 
 @pytest.fixture

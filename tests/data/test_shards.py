@@ -10,8 +10,8 @@ from fedllm.config.keys import DataConfig
 from fedllm.data.fields import ClientRows
 from fedllm.data.shards import draw_rows, load_one_client, load_shards
 from fedllm.errors import ConfigError, DataError, NoDataError
+from tests.data.builders import SECRET
 
-SECRET = "xyzzy-private"
 laws = settings(deadline=None, max_examples=60)
 
 

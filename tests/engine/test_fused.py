@@ -194,7 +194,7 @@ def test_growing_and_shrinking_a_rank_undo_each_other(make_engine: Callable) -> 
 def _step(engine: Engine, jobs: list[Job]) -> torch.Tensor:
     engine.bank.load(engine.layout, [job.start for job in jobs], [engine.layout.scale] * len(jobs))
     with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-        return engine._step(jobs, 0)[0].clone()
+        return engine.step_gradients(jobs, 0)[0].clone()
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["loop", "masked"])

@@ -85,7 +85,7 @@ def test_the_gradient_of_one_factor_is_its_share_of_both(
     def gradients(part: str) -> torch.Tensor:
         engine.bank.load(engine.layout, [job.start for job in jobs], [engine.layout.scale] * 3, part)
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            return engine._step(jobs, 0)[0].clone()
+            return engine.step_gradients(jobs, 0)[0].clone()
 
     both, one = gradients("both"), gradients(trained)
     assert one.shape == (3, part_size(engine.layout, trained))
@@ -104,7 +104,8 @@ def test_example_gradients_are_clipped_by_the_trained_factor(
     def gradient(rows: Any, example_clip: float) -> torch.Tensor:
         engine.bank.load(engine.layout, [job.start], [engine.layout.scale], trained)
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            return engine._step([replace(job, batches=(rows,), example_clip=example_clip)], 0)[0][0].clone()
+            clipped = replace(job, batches=(rows,), example_clip=example_clip)
+            return engine.step_gradients([clipped], 0)[0][0].clone()
 
     singles = [gradient((row,), 0.0) for row in job.batches[0]]
     assert min(float(single.norm()) for single in singles) > clip
