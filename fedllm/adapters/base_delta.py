@@ -105,7 +105,7 @@ def to_tensors(base_delta: BaseDelta) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(layout: AdapterLayout, tensors: Mapping[str, torch.Tensor]) -> BaseDelta:
-    """Return the base delta whose factors `to_tensors` has named.
+    """Return the base delta that `to_tensors` has written.
 
     Raises:
         LayoutError: a factor is missing or has the wrong shape.

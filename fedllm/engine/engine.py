@@ -54,7 +54,7 @@ class Engine:
             )
         self.base = base
         self.layout = layout
-        # Adapters are trained in float32 whatever the base holds; float64 is for exactness tests.
+        # Adapters are trained in float32, also on a bfloat16 base; float64 is for exactness tests.
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         kernel = MaskedKernel() if base.device.type == "cuda" else LoopKernel()
         self.bank = Bank(layout, kernel, base.device, dtype)
@@ -73,7 +73,7 @@ class Engine:
             yield from self._train_group(group)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Split jobs into neighbours that train alike and whose largest steps fit a pass."""
+        """Split jobs into neighbours that train one part, have one objective and fit a pass together."""
         for _, same in groupby(jobs, key=lambda job: (job.trained, id(job.objective))):
             together = list(same)
             sizes = [max(sum(len(row.tokens) for row in batch) for batch in job.batches) for job in together]
