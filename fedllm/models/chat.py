@@ -33,9 +33,14 @@ class Encoded:
     num_cut: int = 0  # tokens lost to the length limit
 
     @property
+    def learnt_tokens(self) -> list[int]:
+        """The tokens whose prediction is learnt (the first token has no prediction)."""
+        return [label for label in self.labels[1:] if label != IGNORED]
+
+    @property
     def num_supervised(self) -> int:
-        """Number of tokens whose prediction is learnt (the first token has no prediction)."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        """Number of tokens whose prediction is learnt."""
+        return len(self.learnt_tokens)
 
 
 def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
