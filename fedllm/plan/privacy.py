@@ -94,7 +94,7 @@ class PrivacyPlan:
 
     def sampling_rate(self, num_rows: int) -> float:
         """Return the probability of a row's coin in a step of DP-SGD: exactly batch / rows, at most 1."""
-        return min(1.0, self.batch_size / num_rows)
+        return min(1.0, self.batch_size / num_rows)  # fewer rows than a batch: all of them, every step
 
     def split_noise(self, z: float) -> tuple[float, float]:
         """Return (z of the sum, deviation of the count) where the clip is adaptive (arXiv 1905.03871).
@@ -106,7 +106,7 @@ class PrivacyPlan:
         Raises:
             ConfigError: the count alone would take more than the whole budget.
         """
-        count_deviation = self.denominator / 20
+        count_deviation = self.denominator / 20  # the share that the paper recommends
         left = z**-2 - (2 * count_deviation) ** -2
         if left <= 0:
             raise ConfigError(
@@ -157,6 +157,7 @@ def privacy_plan(
             " sees only a masked sum, which is not built yet; use central or local"
         )
     rounds = federation.num_rounds
+    # Noise that a client adds itself is counted without coins: the server knows who was drawn.
     has_coins = cohort.rule == "poisson" and trust != "local"
     plan = PrivacyPlan(
         epsilon=section.epsilon,
@@ -169,7 +170,7 @@ def privacy_plan(
         participations=rounds if has_coins else number_or(section.max_participations, rounds),
         steps=train.local_steps if by_example else 1,
         rate=cohort.size / cohort.num_clients if has_coins else 1.0,
-        denominator=float(cohort.size),
+        denominator=float(cohort.size),  # expected, not met: who came must not change the divisor
         batch_size=train.batch_size,
         limit=number_or(section.max_participations, 0),
         weight_cap=number_or(section.weight_cap, 0.0),
