@@ -36,10 +36,6 @@ class NodeRound:
         """The seed of the run."""
         return self.holder.plan.config.seed
 
-    def rank_of(self, client_id: str) -> int:
-        """Return the rank a client trains at."""
-        return self.request.ranks[self.request.client_ids.index(client_id)]
-
 
 def plan_node_round(holder: DataHolder, request: TrainRequest, *, weighting: str = "") -> NodeRound:
     """Return the round of a request; `weighting` replaces the plan's own, as a stock strategy needs."""

@@ -32,16 +32,11 @@ def private_rows(plan: RunPlan) -> Technique | None:
         return None
 
     def prepare(this_round: NodeRound, works: Works) -> Works:
-        secret = secret_of(this_round.holder)
-        return [
-            replace(
-                work,
-                job=private_job(
-                    work.job, work.client, privacy, request_key(this_round, privacy, work.client, secret)
-                ),
-            )
-            for work in works
-        ]
+        secret, private = secret_of(this_round.holder), []
+        for work in works:
+            key = request_key(this_round, privacy, work.client, secret)
+            private.append(replace(work, job=private_job(work.job, work.client, privacy, key)))
+        return private
 
     return Technique(name="private rows", prepare=prepare)
 
@@ -105,20 +100,18 @@ def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, 
 
     What the plan does is part of it: the same noise in two amounts, on what is otherwise the same, cancels.
     """
-    request = this_round.request
+    request, name = this_round.request, client.client_id
     protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(len(client.train)), plan.batch_size)
     numbers = json.dumps([protected, asdict(this_round.training)], sort_keys=True)
-    place = request.client_ids.index(client.client_id)
-    names = (
-        client.client_id,
-        client.digest,
-        request.round_num,
-        request.adapter.digest,
-        request.base_delta.digest,
+    start = (request.round_num, request.adapter.digest, request.base_delta.digest)
+    what = (
+        this_round.trained,
+        this_round.returned,
+        request.ranks[name],
+        request.drawn[name],
+        this_round.seed,
     )
-    parts = (this_round.trained, this_round.returned)
-    what = (*parts, request.ranks[place], request.num_drawn[place], this_round.seed)
-    return derived_key(secret, "train", *names, *what, numbers)
+    return derived_key(secret, "train", name, client.digest, *start, *what, numbers)
 
 
 def private_job(job: Job, client: ClientTokens, plan: PrivacyPlan, key: bytes) -> Job:

@@ -32,12 +32,12 @@ def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | 
             raise ConfigError(
                 f"{technique.name}: needs fedllm's own rounds, since a stock strategy keeps no count of turns"
             )
-    training, number = holder.plan.training(round_num), len(holder.clients)
+    training = holder.plan.training(round_num)
+    drawn = (round_num - 1) * training.steps * training.batch_size  # in every earlier round as many
     request = TrainRequest(
         round_num=round_num,
-        client_ids=tuple(holder.clients),
-        num_drawn=((round_num - 1) * training.steps * training.batch_size,) * number,
-        ranks=(start.layout.rank,) * number,
+        drawn=dict.fromkeys(holder.clients, drawn),
+        ranks=dict.fromkeys(holder.clients, start.layout.rank),
         adapter=start,
         base_delta=no_base_delta(start.layout),
         plan_digest=holder.plan.digest,
@@ -49,12 +49,8 @@ def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | 
     total = sum(update.weight for update in updates)
     after = AdapterState(start.layout, start.vector + node_mean(updates))
     loss = sum(update.weight / total * update.train_loss for update in updates)
-    return RecordDict(
-        {
-            "arrays": write_plain(after),
-            "metrics": MetricRecord({"num-examples": int(total), "train-loss": loss}),
-        }
-    )
+    metrics = MetricRecord({"num-examples": int(total), "train-loss": loss})
+    return RecordDict({"arrays": write_plain(after), "metrics": metrics})
 
 
 def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context | None = None) -> RecordDict:
@@ -62,9 +58,8 @@ def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context
     start = _read_adapter(holder, content)
     request = EvaluateRequest(
         round_num=_round_of(content),
-        client_ids=tuple(holder.clients),
+        drawn=dict.fromkeys(holder.clients, 0),
         adapter=start,
-        num_drawn=(0,) * len(holder.clients),
         base_delta=no_base_delta(start.layout),
         plan_digest=holder.plan.digest,
     )

@@ -24,16 +24,9 @@ def train_clients(
     """
     this_round = plan_node_round(holder, request, weighting=weighting)
     techniques = techniques_of(holder.plan, this_round.layout)
-    answers: dict[str, ClientUpdate | ClientFailure] = {
-        client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
-    }
-    drawn = {
-        client_id: num_drawn
-        for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
-        if client_id in holder.clients and holder.clients[client_id].train
-    }
-    unpaid = charge_clients(this_round, drawn)
-    drawn = {client_id: number for client_id, number in drawn.items() if client_id not in unpaid}
+    able = [name for name in request.drawn if name in holder.clients and holder.clients[name].train]
+    unpaid = charge_clients(this_round, able)
+    drawn = {name: request.drawn[name] for name in able if name not in unpaid}
     # Everything trains on the base model with the base delta, the techniques' own adapters too.
     with with_base_delta(holder.engine.base, holder.base_deltas.keep(request.base_delta)):
         works = prepare_clients(this_round, techniques, drawn)
@@ -42,21 +35,20 @@ def train_clients(
         works, diverged = protect_clients(this_round, works, techniques)
     unsaved = save_kept(holder.store, works, this_round.training.steps * this_round.training.batch_size)
     updates = {work.client.client_id: work.sent for work in works}
-    answers.update({**unpaid, **diverged, **updates, **unsaved})
-    return list(answers.values())
+    answers: dict[str, ClientUpdate | ClientFailure] = {**unpaid, **diverged, **updates, **unsaved}
+    return [answers.get(name, ClientFailure(client_id=name, code="no-data")) for name in request.drawn]
 
 
 def prepare_clients(
     this_round: NodeRound, techniques: Sequence[Technique], drawn: Mapping[str, int]
 ) -> Works:
     """Return the work of each client in `drawn`, which counts the rows it has drawn so far."""
-    holder, works = this_round.holder, list[ClientWork]()
-    for client_id, kept in load_kept(holder.store, techniques, drawn).items():
-        client, number = holder.clients[client_id], drawn[client_id]
-        start_P = start_of(techniques, this_round.request.adapter.vector, kept)
-        job = make_job(this_round, client, number, rank=this_round.rank_of(client_id), start_P=start_P)
-        works.append(ClientWork(client, number, start_P, kept, job))
-    prepared: Works = works
+    holder, request, begun = this_round.holder, this_round.request, []
+    for name, kept in load_kept(holder.store, techniques, drawn).items():
+        client, start_P = holder.clients[name], start_of(techniques, request.adapter.vector, kept)
+        job = make_job(this_round, client, drawn[name], rank=request.ranks[name], start_P=start_P)
+        begun.append(ClientWork(client, drawn[name], start_P, kept, job))
+    works: Works = begun
     for technique in techniques:
-        prepared = technique.prepare(this_round, prepared)
-    return prepared
+        works = technique.prepare(this_round, works)
+    return works

@@ -45,7 +45,8 @@ class Holding:
 
 def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
     """Return the message content of a train request; adapter, base delta and control travel as float32."""
-    content = _write(request, sending, {"ranks": list(request.ranks), "clip": request.clip})
+    ranks = [request.ranks[client_id] for client_id in request.drawn]
+    content = _write(request, sending, {"ranks": ranks, "clip": request.clip})
     if request.control is not None:
         control = request.control
         array = _array(control.vector, control.layout, request.round_num, "control")
@@ -63,11 +64,11 @@ def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: di
     sent = part_of(adapter.layout, adapter.vector, sending.part)
     config: dict[str, Any] = {
         "round": request.round_num,
-        "client-ids": list(request.client_ids),
+        "client-ids": list(request.drawn),
         "part": sending.part,
         "adapter": adapter.digest,
         "base-delta": base_delta.digest,
-        "num-drawn": list(request.num_drawn),
+        "num-drawn": list(request.drawn.values()),
         "plan": request.plan_digest,
         **values,
     }
@@ -110,7 +111,7 @@ def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Hold
     config = content.config_records["request"]
     return TrainRequest(
         **_read_common(content, layout, holding),
-        ranks=tuple(list_field(config, "ranks", int)),
+        ranks=_by_client(config, "ranks"),
         control=_read_control(content, layout),
         clip=scalar_field(config, "clip", float),
     )
@@ -128,12 +129,19 @@ def _read_common(content: RecordDict, layout: AdapterLayout, holding: Holding) -
         raise OtherConfigError("the server runs another configuration than this node was given")
     return {
         "round_num": scalar_field(config, "round", int),
-        "client_ids": tuple(list_field(config, "client-ids", str)),
-        "num_drawn": tuple(list_field(config, "num-drawn", int)),
+        "drawn": _by_client(config, "num-drawn"),
         "plan_digest": holding.plan_digest,
         "adapter": _read_adapter(content, layout, holding),
         "base_delta": _read_base_delta(content, layout, holding),
     }
+
+
+def _by_client(config: ConfigRecord, name: str) -> dict[str, int]:
+    """Return a list of numbers by the client that each is of."""
+    client_ids, numbers = list_field(config, "client-ids", str), list_field(config, name, int)
+    if not len(client_ids) == len(set(client_ids)) == len(numbers):
+        raise WireError(f"field {name!r} or 'client-ids' is not one entry for every client")
+    return dict(zip(client_ids, numbers, strict=True))
 
 
 def _read_adapter(content: RecordDict, layout: AdapterLayout, holding: Holding) -> AdapterState:

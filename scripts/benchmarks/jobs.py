@@ -22,9 +22,8 @@ def round_jobs(holder: DataHolder, *, round_num: int, steps: int) -> list[Job]:
     adapter = initial_adapter(layout, plan.config.seed, plan.init_a)
     request = TrainRequest(
         round_num=round_num,
-        client_ids=tuple(clients),
-        num_drawn=(drawn,) * len(clients),
-        ranks=(layout.rank,) * len(clients),
+        drawn=dict.fromkeys(clients, drawn),
+        ranks=dict.fromkeys(clients, layout.rank),
         adapter=adapter,
         base_delta=no_base_delta(layout),
         plan_digest=plan.digest,

@@ -57,8 +57,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
         node: requests.write_evaluate_request(
             EvaluateRequest(
                 round_num=state.round_num,
-                client_ids=tuple(clients),
-                num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+                drawn={client: state.num_drawn.get(client, 0) for client in clients},
                 adapter=state.adapter,
                 base_delta=state.base_delta,
                 plan_digest=session.plan.digest,

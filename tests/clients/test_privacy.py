@@ -238,7 +238,7 @@ def test_the_key_of_an_answer_depends_on_all_it_answers(open_one: Callable) -> N
         key(),
         key(round_num=2),
         key(adapter=other),
-        key(num_drawn=(4, 0)),
+        key(drawn={"anna": 4, "ben": 0}),
         request_key(this_round, plan, client, bytes(31) + b"1"),
         request_key(this_round, plan, holder.clients["ben"], zeros),
         request_key(this_round, plan, more.clients["anna"], zeros),

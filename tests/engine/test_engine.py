@@ -160,8 +160,9 @@ def test_a_diverged_job_has_a_result_that_is_not_finite_and_harms_no_neighbour(
     expected = only(engine.train([sound])).delta
     first, diverged, last = engine.train([sound, wild, sound])
     assert not bool(torch.isfinite(diverged.delta).all())
+    plain = Protection(layout=engine.layout, part="both", weighting="uniform", with_numbers=True)
     with pytest.raises(NonFiniteError):
-        protect(diverged, (), rank=2, round_num=1, weighting="uniform", num_train=9)
+        protect(diverged, (), 9, 1, plain)
     assert torch.equal(first.delta, expected)
     assert torch.equal(last.delta, expected)
 
