@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clients.protect import protect
+from clients.protect import Protection, protect
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.engine.engine import Engine
