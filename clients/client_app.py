@@ -49,7 +49,7 @@ def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordD
     request = requests.read_train_request(content, layout, _holding(holder))
     answers = train_clients(holder, request)
     part, codec = plan.aggregation.returned_in(request.round_num), plan.config.wire.codec
-    if plan.is_summed(request.ranks.values()):
+    if plan.is_summed(request.ranks.values()):  # the server decides alike, from the same plan and ranks
         mean_P = node_mean([answer for answer in answers if isinstance(answer, ClientUpdate)])
         return replies.write_sum(answers, mean_P, layout=layout, part=part, payload=codec)
     return replies.write_updates(answers, layout=layout, part=part, payload=codec)
@@ -65,6 +65,7 @@ def _overlap(holder: DataHolder, content: RecordDict, context: Context) -> Recor
     # Flower keeps a node's state for the length of a run, even where every message has a new process.
     last = context.state.config_records.get("overlap", ConfigRecord({"round": 0}))
     check_limit(request, packets.scalar_field(last, "round", int), holder.plan.config.federation.num_rounds)
+    # Counted before it is answered: a query that fails half-way may have told something.
     context.state["overlap"] = ConfigRecord({"round": request.round_num})
     return overlaps.write_overlaps(answer_overlap(holder, request))
 
@@ -73,7 +74,7 @@ def _holding(holder: DataHolder) -> requests.Holding:
     layout = holder.engine.layout
     return requests.Holding(
         plan_digest=holder.plan.digest,
-        initial=lambda: holder.initial,
+        initial=lambda: holder.initial,  # made only where a request leaves a factor out
         base_delta=lambda digest: holder.base_deltas.held(digest, layout),
     )
 
@@ -105,7 +106,7 @@ def _answer(
         _logger.error("out of memory: lower train.batch-size or train.max-length")
         code = "out-of-memory"
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # where it happened quotes no row
         _logger.error("internal error: %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
         code = "internal"
     if is_stock:  # stock strategies drop error messages and abort on anything else

@@ -41,7 +41,7 @@ def changed(own_P: torch.Tensor, change_P: torch.Tensor, payload: str) -> torch.
 
 def _correct(this_round: NodeRound, works: Works) -> Works:
     """Return jobs whose gradients are corrected by c - c_i."""
-    control = this_round.request.control
+    control = this_round.request.control  # the one thing here that no plan can tell
     if control is None:
         raise ConfigError("train.control-variates needs a fedllm server, which sends c with every request")
     return [
@@ -52,6 +52,7 @@ def _correct(this_round: NodeRound, works: Works) -> Works:
 
 def _send_change(this_round: NodeRound, works: Works) -> Works:
     """Put the change of c_i in each update, and keep the new c_i."""
+    # The plan lets control variates go only with clients of the run's rank, so every vector is [P].
     codec, done = this_round.holder.plan.config.wire.codec, []
     for work in works:
         own_P = _own_control(work, work.trained.delta)

@@ -82,11 +82,13 @@ class DataHolder:
     def store(self) -> PrivateStore:
         """Where this run's clients keep what never leaves them."""
         digest = self.engine.layout.digest
+        # The layout is in the name: vectors of another one, of a run of the same name, are not even tried.
         return PrivateStore(self.state_path / f"{self.plan.config.run.name}-{digest[:16]}", digest)
 
     @cached_property
     def initial(self) -> AdapterState:
         """The adapter that the run's seed gives, of which a server may leave out what it has not changed."""
+        # Server and node draw it alike, so a frozen or local factor need not travel.
         return initial_adapter(self.engine.layout, self.plan.config.seed, self.plan.init_a)
 
 
@@ -102,7 +104,7 @@ def open_data_holder(
     Raises:
         FedLLMError: the configuration, the data or the base model cannot be used.
     """
-    check_paths(config, node)
+    check_paths(config, node)  # before anything is opened that a server may have named
     plan = resolve(config)
     check_privacy(plan.privacy)
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
@@ -112,6 +114,7 @@ def open_data_holder(
     clients = {}
     for rows in hosted_rows(config, node, read):
         client = encode_client(rows, tokenizer, config.train.max_length)
+        # A client without rows gets no canaries either: it declares none and is left out.
         extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.train else ()
         clients[client.client_id] = replace(client, train=(*client.train, *extra))
     return DataHolder(plan, resident, base_deltas, files, clients, max_rank_of(node), state_path)
@@ -143,10 +146,10 @@ def hosted_rows(
             )
         except NoDataError as error:
             _logger.warning("%s", error)
-            return [ClientRows(client_id, (), ())]
+            return [ClientRows(client_id, (), ())]  # it joins and declares no rows; the server leaves it out
         _report(shard.bad)
         return [shard.client]
-    return list(read(config).clients[partition::num_partitions])
+    return list(read(config).clients[partition::num_partitions])  # so that all nodes host about as many
 
 
 def _report(bad: tuple[BadRow, ...]) -> None:

@@ -19,12 +19,14 @@ def evaluate_clients(holder: DataHolder, request: EvaluateRequest) -> list[Clien
     if holder.plan.privacy is not None and holder.plan.privacy.metrics == "withheld":
         raise WithheldError("privacy.metrics = 'withheld': held-out losses stay with the clients")
     able = [name for name in request.drawn if name in holder.clients and holder.clients[name].held_out]
+    # The others keep vectors (c_i, say) that evaluation would load for nothing.
     every = techniques_of(holder.plan, request.adapter.layout)
     techniques = [technique for technique in every if technique.is_evaluated]
     kept = load_kept(holder.store, techniques, {name: request.drawn[name] for name in able})
     jobs = []
     for name in able:
         start_P = start_of(techniques, request.adapter.vector, kept[name])
+        # Clients that share the vector object share its row in the engine.
         jobs.append(EvaluationJob(name, start_P, holder.clients[name].held_out))
     with with_base_delta(holder.engine.base, holder.base_deltas.keep(request.base_delta)):
         measured: Evaluations = {answer.client_id: answer for answer in holder.engine.evaluate(jobs)}

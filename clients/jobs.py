@@ -63,13 +63,13 @@ def make_job(
         len(client.train),
         seed=this_round.seed,
         client_id=client.client_id,
-        start=num_drawn,
+        start=num_drawn,  # on from there: no row comes twice before all have come once
         count=training.steps * size,
     )
     rows = tuple(client.train[index] for index in drawn)
     return Job(
         client.client_id,
-        with_rank(start_P, layout, rank),
+        with_rank(start_P, layout, rank),  # the same object where the rank is the run's
         tuple(rows[step * size : (step + 1) * size] for step in range(training.steps)),
         training,
         trained=this_round.trained,

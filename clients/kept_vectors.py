@@ -22,6 +22,7 @@ def load_kept(
     Every client has an entry, which is empty before its first round and where its state is lost.
     """
     sizes = {name: size for technique in techniques for name, size in technique.kept.items()}
+    # Without sizes no file is looked for: most runs keep nothing.
     return {
         client_id: load_private(store, client_id, num_drawn, sizes) if sizes else {}
         for client_id, num_drawn in drawn.items()
@@ -36,7 +37,7 @@ def save_kept(store: PrivateStore, works: Works, num_rows: int) -> dict[str, Cli
         if work.keeps:
             try:
                 save_private(store, client_id, work.num_drawn + num_rows, work.keeps)
-            except CheckpointError as error:
+            except CheckpointError as error:  # its update would not match what it has next round
                 _logger.error("%s", error)
                 failed[client_id] = ClientFailure(client_id=client_id, code=error.code)
     return failed

@@ -57,6 +57,7 @@ def _train_own(numbers: PersonalTraining, this_round: NodeRound, works: Works) -
     It goes on top of the whole shared adapter, which is what it is evaluated with, whatever part of that and
     at which rank the client trains.
     """
+    # Its rows are the round's: the same stream, drawn to the personal number of steps.
     own_round = replace(this_round, training=numbers.training(this_round.training), trained="both")
     layout, own = this_round.layout, {}
     for work in works:
@@ -98,7 +99,7 @@ def personal_jobs(
     layout: AdapterLayout, shared: Sequence[Job], personal: Vectors, numbers: PersonalTraining
 ) -> Iterator[Job]:
     """Yield the job of each personal adapter; `shared` have the rows and the shared adapter, of `layout`."""
-    movable = second_mask(layout, numbers.rank)
+    movable = second_mask(layout, numbers.rank)  # the shared half keeps its bits, weight decay or not
     anchors: dict[int, torch.Tensor] = {}
     for job in shared:
         own_P = personal[job.client_id]
@@ -110,7 +111,7 @@ def personal_jobs(
             layout=wide_layout(layout, numbers),
             anchor=anchors[id(job.start)],
             movable=movable,
-            seed=derive_seed(job.seed, "personal"),
+            seed=derive_seed(job.seed, "personal"),  # its own dropout masks
         )
 
 
@@ -121,7 +122,7 @@ def train_personal(
     after = {}
     for result in engine.train(list(personal_jobs(layout, shared, personal, numbers))):
         own_P, name = personal[result.client_id], result.client_id
-        if is_finite(result):
+        if is_finite(result):  # AdamW starts afresh, so one bad round need not spoil the next
             after[name] = own_P + second_of(layout, result.delta.float(), numbers.rank)
         else:
             _logger.warning("client %s: its personal adapter diverged and stays as it was", name)

@@ -40,7 +40,7 @@ class Process:
         """
         key = (tuple(sorted(run_config.items())), tuple(sorted(node_config.items())))
         if key not in self.holders:
-            config = RunConfig.from_flat(run_config)
+            config = RunConfig.from_flat(run_config)  # refuses unknown keys before anything is opened
             holder = open_data_holder(config, node_config, self.resident, self.base_deltas, self.read_source)
             while len(self.holders) >= NUM_HOLDERS:
                 del self.holders[next(iter(self.holders))]  # the one that was opened first

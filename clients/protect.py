@@ -69,10 +69,12 @@ def protect_clients(
         except NonFiniteError as error:
             _logger.warning("%s", error)
             failed[work.client.client_id] = ClientFailure(client_id=work.client.client_id, code=error.code)
+    # Last, so that a technique sees what the server will see (SCAFFOLD), or thins it out.
     done: Works = protected
     for technique in techniques:
         changed = technique.after(this_round, done)
         is_same = [one.update is other.update for one, other in zip(done, changed, strict=True)]
+        # Noise was sized for exactly this update: anything added to it is not accounted for.
         if this_round.holder.plan.privacy is not None and not all(is_same):
             raise RuntimeError(f"{technique.name} changes an update that the privacy plan has protected")
         done = changed
@@ -109,6 +111,7 @@ def protect(
         NonFiniteError: training diverged and nothing is clipped; nothing is sent.
         ConfigError: the weighting is unknown.
     """
+    # A result that is clipped counts as zero instead: a failure would be a message without noise.
     if not protection.clip and not is_finite(result):
         raise NonFiniteError(f"client {result.client_id}: the loss is not finite; lower train.learning-rate")
     has_numbers = protection.with_numbers and is_finite(result)

@@ -18,7 +18,7 @@ LARGEST_DELTA = 1e-5  # of a run where the machine's policy limits epsilon
 def max_rank_of(node: Mapping[str, Scalar]) -> int:
     """Return the largest rank this machine has room for, 0 = any."""
     rank = node.get("max-rank", 0)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:  # True is an int in Python
         raise ConfigError(f"max-rank = {rank!r} in the node config: expected a whole number, 0 = any rank")
     return rank
 
@@ -31,7 +31,7 @@ def state_path_of(node: Mapping[str, Scalar]) -> Path:
 
 def check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
     """Refuse local paths that came from a server, unless this machine's owner allows such paths."""
-    if node.get("server-paths") is True or load_policy().server_paths:
+    if node.get("server-paths") is True or load_policy().server_paths:  # the text "false" permits nothing
         return
     source = config.data.source
     if "data-path" not in node and source != "docstrings" and is_local(source):
@@ -48,7 +48,7 @@ def check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
 
 def check_privacy(plan: PrivacyPlan | None) -> None:
     """Refuse a run that gives away more than this machine's owner allows, or leaves the noise to a server."""
-    limit = load_policy().max_epsilon
+    limit = load_policy().max_epsilon  # the owner's word, against which a server's configuration counts
     if not limit:
         return
     if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > LARGEST_DELTA:

@@ -73,7 +73,7 @@ def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context
 
 def _read_adapter(holder: DataHolder, content: RecordDict) -> AdapterState:
     arrays = list(content.array_records.values())
-    if len(arrays) != 1:
+    if len(arrays) != 1:  # a strategy may name its record as it likes, so it is known by being alone
         raise WireError(f"a request carries exactly one adapter, not {len(arrays)}")
     return read_plain(arrays[0], holder.engine.layout)
 
@@ -82,5 +82,5 @@ def _round_of(content: RecordDict) -> int:
     for config in content.config_records.values():
         round_num = config.get("server-round")
         if isinstance(round_num, int) and round_num >= 0:
-            return max(1, round_num)
+            return max(1, round_num)  # Flower evaluates before round 1 under the number 0
     return 1

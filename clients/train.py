@@ -25,6 +25,7 @@ def train_clients(
     this_round = plan_node_round(holder, request, weighting=weighting)
     techniques = techniques_of(holder.plan, this_round.layout)
     able = [name for name in request.drawn if name in holder.clients and holder.clients[name].train]
+    # The ledger is written before there is anything to account for: a crash can only count too much.
     unpaid = charge_clients(this_round, able)
     drawn = {name: request.drawn[name] for name in able if name not in unpaid}
     # Everything trains on the base model with the base delta, the techniques' own adapters too.
@@ -33,6 +34,7 @@ def train_clients(
         results = holder.engine.train([work.job for work in works])
         works = [replace(work, result=result) for work, result in zip(works, results, strict=True)]
         works, diverged = protect_clients(this_round, works, techniques)
+    # After protection, since what a client keeps may depend on what has left it (SCAFFOLD's c_i).
     unsaved = save_kept(holder.store, works, this_round.training.steps * this_round.training.batch_size)
     updates = {work.client.client_id: work.sent for work in works}
     answers: dict[str, ClientUpdate | ClientFailure] = {**unpaid, **diverged, **updates, **unsaved}

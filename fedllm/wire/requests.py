@@ -66,7 +66,7 @@ def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: di
         "round": request.round_num,
         "client-ids": list(request.drawn),
         "part": sending.part,
-        "adapter": adapter.digest,
+        "adapter": adapter.digest,  # of the whole, whatever part travels
         "base-delta": base_delta.digest,
         "num-drawn": list(request.drawn.values()),
         "plan": request.plan_digest,
@@ -81,6 +81,7 @@ def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: di
 
 
 def _array(vector: torch.Tensor, layout: AdapterLayout, round_num: int, part: str) -> Array:
+    # Unrounded: every client must start from the server's bits, which the digest vouches for.
     packet = packets.encode(
         vector, layout_digest=layout.digest, round_num=round_num, payload="fp32", part=part
     )
@@ -152,7 +153,7 @@ def _read_adapter(content: RecordDict, layout: AdapterLayout, holding: Holding) 
     sent = _read_packet(content, "adapter", layout, part, part_size(layout, part))
     rest = None if part == "both" else holding.initial().vector
     state = AdapterState(layout, whole_of(layout, sent, part, rest)).checked_finite()
-    if state.digest == digest:
+    if state.digest == digest:  # the sent part and this machine's own make the server's adapter
         return state
     if part == "both":
         raise WireError("the adapter has not the digest that its request names")
@@ -164,14 +165,14 @@ def _read_adapter(content: RecordDict, layout: AdapterLayout, holding: Holding) 
 def _read_base_delta(content: RecordDict, layout: AdapterLayout, holding: Holding) -> BaseDelta:
     config = content.config_records["request"]
     digest = scalar_field(config, "base-delta", str)
-    if not digest:
+    if not digest:  # the base model as it was published
         return no_base_delta(layout)
     if "base-delta" not in content.array_records:
         held = holding.base_delta(digest)
         if held is None:
             raise NotHeldError("the base delta that the request names is not held here; it is sent next time")
         return held
-    ranks = list_field(config, "base-delta-ranks", int)
+    ranks = list_field(config, "base-delta-ranks", int)  # it grows with the rounds, so no layout tells them
     if len(ranks) != len(layout.matrices) or min(ranks) < 0:
         raise WireError("field 'base-delta-ranks' does not give a rank to every matrix")
     flat = _read_packet(content, "base-delta", layout, "base-delta", flat_size(layout, ranks))
@@ -190,7 +191,7 @@ def _read_control(content: RecordDict, layout: AdapterLayout) -> AdapterState | 
 
 def _read_packet(content: RecordDict, name: str, layout: AdapterLayout, part: str, size: int) -> torch.Tensor:
     record = content.array_records[name]
-    if list(record) != [name]:
+    if list(record) != [name]:  # what is not read is not taken either
         raise WireError(f"a request carries exactly one {name}")
     round_num = scalar_field(content.config_records["request"], "round", int)
     packet = packets.decode(

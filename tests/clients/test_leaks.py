@@ -133,7 +133,7 @@ def test_replies_hold_exactly_the_records_and_fields_on_the_list(ask: Callable) 
     assert fields_of(ask("query.overlap").content) == {"metrics": (MetricRecord, {"matched", "verbatim"})}
 
 
-def test_a_train_reply_is_as_long_as_its_packets_and_a_few_numbers(ask: Callable) -> None:
+def test_train_reply_is_packets_and_a_few_numbers(ask: Callable) -> None:
     reply = ask("train")
     sent = list(reply.content["updates"].values())
     largest = packets.max_packet_bytes(2 * 2 * (32 + 32))  # two layers, rank 2, 32 features in and out
@@ -170,7 +170,7 @@ PLACES = [
     ],
 )
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
-def test_an_exception_with_the_text_of_a_row_leaves_as_a_code_and_is_logged_without_its_words(
+def test_exception_that_quotes_a_row_leaves_as_a_code_alone(
     place: tuple[Any, str],
     error: Exception,
     code: str,

@@ -66,7 +66,7 @@ def random_personal(layout: AdapterLayout, numbers: PersonalTraining) -> torch.T
 
 
 @pytest.mark.parametrize("numbers", [DUAL, DITTO], ids=["dual", "ditto"])
-def test_it_is_trained_as_if_the_shared_adapter_were_merged_into_the_base(
+def test_personal_adapter_trains_as_on_the_merged_base(
     numbers: PersonalTraining, base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     own_layout, start = at_rank(layout, numbers.rank), random_personal(layout, numbers)
@@ -81,7 +81,7 @@ def test_it_is_trained_as_if_the_shared_adapter_were_merged_into_the_base(
     torch.testing.assert_close(found["anna"], start + expected.delta.float(), rtol=0, atol=1e-6)
 
 
-def test_in_float64_the_wide_engine_gives_the_delta_of_the_merged_base_exactly(
+def test_wide_engine_equals_merged_base_exactly_in_float64(
     base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     start = random_personal(layout, DITTO)
@@ -97,7 +97,7 @@ def test_in_float64_the_wide_engine_gives_the_delta_of_the_merged_base_exactly(
     torch.testing.assert_close(result.delta, found, **EXACT)
 
 
-def test_without_a_pull_the_merged_base_agrees_with_the_plain_twin(
+def test_merged_base_without_pull_agrees_with_plain_twin(
     base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     start, training = random_personal(layout, DUAL), DUAL.training(TRAINING)
@@ -124,7 +124,7 @@ def test_a_stronger_pull_leaves_less_of_the_personal_adapter(
     assert sizes[0] > sizes[1] > sizes[2]
 
 
-def test_fused_with_others_a_personal_adapter_is_trained_as_alone(
+def test_fused_personal_adapter_is_trained_as_alone(
     base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     engine = Engine(base, wide_layout(layout, DITTO), token_budget=100_000)

@@ -91,7 +91,7 @@ def test_a_train_request_comes_back_as_it_was(changes: dict[str, Any]) -> None:
         assert getattr(got, name) == getattr(request, name)
 
 
-def test_control_variates_travel_with_a_train_request_that_has_them() -> None:
+def test_control_variates_travel_with_their_request() -> None:
     control = initial_adapter(LAYOUT, 1)
     content = sent(train_request(control=control, ranks={"a": 2, "b": 2}))
     got = read(content)
@@ -151,7 +151,7 @@ def half_initial(part: str) -> AdapterState:
 
 
 @pytest.mark.parametrize("part", ["a", "b"])
-def test_one_factor_travels_and_the_node_makes_the_other_from_the_seed(part: str) -> None:
+def test_one_factor_travels_and_the_seed_gives_the_other(part: str) -> None:
     adapter = half_initial(part)
     content = sent(train_request(adapter=adapter), part)
     assert read(content).adapter.digest == adapter.digest
@@ -189,7 +189,7 @@ def test_a_part_that_does_not_exist_is_refused(part: str) -> None:
 
 
 @pytest.mark.parametrize(("written", "said"), [("a", "b"), ("b", "both"), ("both", "a")])
-def test_a_packet_of_another_part_than_the_request_says_is_refused(written: str, said: str) -> None:
+def test_packet_of_another_part_is_refused(written: str, said: str) -> None:
     content = sent(train_request(), written)
     content["request"]["part"] = said
     with pytest.raises(WireError, match=f"part '{written}', expected part '{said}'"):
@@ -283,7 +283,7 @@ def _flipped_bit(content: RecordDict) -> None:
         _no_ranks, _adapter_as_base_delta, _second_packet, _changed_value, _another_run, _flipped_bit,
     ],
 )  # fmt: skip
-def test_a_base_delta_that_is_not_what_the_request_names_is_refused(
+def test_base_delta_other_than_the_named_one_is_refused(
     damage: Callable[[RecordDict], None],
 ) -> None:
     content = sent(train_request(base_delta=base_delta_of((3, 0))))
@@ -306,7 +306,7 @@ def test_a_base_delta_that_is_not_finite_is_refused() -> None:
 
 @pytest.mark.parametrize("key", list(sent(train_request())["request"]))
 @pytest.mark.parametrize("value", [None, "text", 1.5, True, [1.5], []])
-def test_a_train_request_with_a_missing_or_mistyped_field_is_refused(key: str, value: Any) -> None:
+def test_missing_or_mistyped_field_is_refused(key: str, value: Any) -> None:
     content = sent(train_request())
     before = content["request"].pop(key)
     if type(value) is type(before) and not isinstance(value, list):
