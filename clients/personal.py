@@ -24,7 +24,7 @@ import torch
 from clients.jobs import NodeRound, make_job
 from clients.technique import Evaluations, Technique, Vectors, Works
 from fedllm.adapters.layout import AdapterLayout, at_rank, initial_adapter
-from fedllm.adapters.side_by_side import second_mask, second_of, side_by_side
+from fedllm.adapters.side_by_side import mask_of_second, side_by_side, take_second
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob, Job, is_finite
 from fedllm.plan.run_plan import RunPlan
@@ -99,7 +99,7 @@ def personal_jobs(
     layout: AdapterLayout, shared: Sequence[Job], personal: Vectors, numbers: PersonalTraining
 ) -> Iterator[Job]:
     """Yield the job of each personal adapter; `shared` have the rows and the shared adapter, of `layout`."""
-    movable = second_mask(layout, numbers.rank)  # the shared half keeps its bits, weight decay or not
+    movable = mask_of_second(layout, numbers.rank)  # the shared half keeps its bits, weight decay or not
     anchors: dict[int, torch.Tensor] = {}
     for job in shared:
         own_P = personal[job.client_id]
@@ -123,7 +123,7 @@ def train_personal(
     for result in engine.train(list(personal_jobs(layout, shared, personal, numbers))):
         own_P, name = personal[result.client_id], result.client_id
         if is_finite(result):  # AdamW starts afresh, so one bad round need not spoil the next
-            after[name] = own_P + second_of(layout, result.delta.float(), numbers.rank)
+            after[name] = own_P + take_second(layout, result.delta.float(), numbers.rank)
         else:
             _logger.warning("client %s: its personal adapter diverged and stays as it was", name)
             after[name] = own_P

@@ -117,6 +117,42 @@ def audit(
 
 
 @app.command()
+def distil(
+    teacher: Annotated[str, typer.Argument(help="A base model, or an adapter folder or run folder on one.")],
+    student: Annotated[str, typer.Option(help="A smaller model, or layers=N: cut from the teacher.")],
+    text: Annotated[str, typer.Option(help="What it learns on: a source, as data.source takes.")],
+    out: Annotated[Path, typer.Option(help="The folder that is written.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a step.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Likeliest tokens kept of the teacher.")] = 64,
+    on_policy: Annotated[int, typer.Option(min=0, help="Rounds on the student's own texts, after.")] = 0,
+    rank: Annotated[int, typer.Option(min=1, help="Of the student's LoRA adapter.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of a text.")] = 256,
+    num_texts: Annotated[int, typer.Option(min=4, help="To learn on, at most.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the texts' order and the adapter.")] = 0,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda[:N]")] = "auto",
+    json: Json = False,
+) -> None:
+    """Teach a smaller model what a large one says: the same tokenizer, another, or cut from its layers."""
+    from scripts.commands import distil_command
+
+    numbers = distil_command.Numbers(
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        top_k=top_k,
+        on_policy=on_policy,
+        rank=rank,
+        max_tokens=max_tokens,
+        num_texts=num_texts,
+        seed=seed,
+        device=device,
+    )
+    distil_command.distil(teacher, student=student, text=text, out=out, numbers=numbers, as_json=json)
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A run folder.")],
     second: Annotated[Path, typer.Argument(help="Another run folder.")],

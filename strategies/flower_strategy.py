@@ -20,7 +20,7 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
-from strategies.distillation.step import end_with_distillation
+from strategies.distillation.ending import end_with_distillation
 from strategies.exchange.evaluation import evaluate_requests, read_evaluations
 from strategies.exchange.joining import rejoin
 from strategies.exchange.receiving import read_reply

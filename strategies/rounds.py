@@ -19,8 +19,8 @@ from strategies.aggregation.stock import stock_change
 from strategies.cohort.late_updates import discounted
 from strategies.cohort.selection import choose_clients
 from strategies.control_variates import ControlSum, control_of, empty_sum, num_in_mean
-from strategies.distillation.step import end_with_distillation, teachers_of
-from strategies.distillation.teachers import Teachers
+from strategies.distillation.ending import end_with_distillation
+from strategies.distillation.teachers import Teachers, open_teachers
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import rejoin
 from strategies.exchange.receiving import Answer, first_updates, in_order, receive
@@ -185,7 +185,8 @@ def open_sums(session: Session, state: ServerState, plan: RoundPlan) -> RoundSum
     """Return the empty sums of a round."""
     controls = empty_sum(session.layout) if session.config.train.control_variates else None
     noised = empty_noised(session.privacy, state, session.layout, plan.returned)
-    return RoundSums(controls, noised, teachers_of(session.plan.distillation, state, plan.round_num))
+    teachers = open_teachers(session.plan.distillation, state.adapter, plan.round_num)
+    return RoundSums(controls, noised, teachers)
 
 
 NO_SUMS = RoundSums()

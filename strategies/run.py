@@ -21,7 +21,8 @@ from fedllm.runs.privacy_statement import summary_line
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import described
 from strategies.aggregation.stock import check_stock
-from strategies.distillation.step import open_public_text, undistilled
+from strategies.distillation.ending import undo_distillation
+from strategies.distillation.public_text import open_public_text
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import join_clients
 from strategies.grid.transport import Transport
@@ -56,7 +57,7 @@ def run_federation(
         state = _first_state(session, folder, start)
         describe_run(folder, config)
         state, stopped = _rounds(session, state, folder)
-        files = resolve_model(config.model.name, config.model.revision)
+        files = resolve_model(config.model.name)
         adapter = publish_adapter(folder, plan, files, state)
         ended = {"stopped": stopped} if stopped else {}
         write_result(folder, {**summary(state, adapter), **ended, **publish_privacy(folder, plan, state)})
@@ -100,7 +101,7 @@ def open_session(
         check_stock(plan.aggregation, distils=plan.distillation is not None)
         if privacy is not None and privacy.plan.is_central:
             raise ConfigError("a stock Flower strategy adds no noise; use privacy.trust = local without it")
-    public_text = open_public_text(plan)
+    public_text = open_public_text(plan.distillation, config.data)
     layout = describe_layout(config.model, config.lora)
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
@@ -180,7 +181,7 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
     try:
         while state.round_num < session.config.federation.num_rounds:
             # Where the round does not come about, the run ends with the adapter that was distilled.
-            state, _ = next_round(session, undistilled(state))
+            state, _ = next_round(session, undo_distillation(state))
             is_saved = _is_saved(session, state, folder)
             check_failure_rate(state, session.config.federation.max_failure_rate)
     except BudgetSpentError as error:

@@ -1,7 +1,7 @@
 """Which columns of a row are the prompt and the answer, and what a row becomes.
 
-Columns are recognised by the names that public data sets use, in any case of letters; the three mapping keys
-`data.prompt-column`, `data.response-column` and `data.text-column` win over that.
+Columns are recognised by the names that public data sets use, in any case of letters, unless `data.columns`
+names them.
 """
 
 import re
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedllm.config.key import named_values
 from fedllm.errors import ConfigError, DataError
 
 
@@ -65,7 +66,7 @@ _ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
-_KEYS = "data.prompt-column and data.response-column, or data.text-column"
+_HINT = "set data.columns to prompt=NAME,response=NAME or text=NAME"
 _PLAIN_NAME = re.compile(r"[^\W\d][\w.-]{0,39}")
 _MOST_NAMES = 20
 
@@ -85,24 +86,30 @@ class Fields:
     text: str = ""
 
 
-def detect_fields(
-    columns: Iterable[str], *, prompt_column: str = "", response_column: str = "", text_column: str = ""
-) -> Fields:
-    """Return the fields that the mapping names or, without one, the first usual ones among `columns`.
-
-    Args:
-        columns: the column names of all rows together.
-        prompt_column: exact name of the prompt's column; empty = detect.
-        response_column: exact name of the answer's column; empty = detect.
-        text_column: exact name of a column of plain text; empty = detect.
+def mapped_columns(text: str) -> dict[str, str]:
+    """Return what `data.columns` = `text` names: {}, {"prompt": name, "response": name} or {"text": name}.
 
     Raises:
-        ConfigError: the mapping names half a pair, or a pair and a text.
-        DataError: a mapped column is absent, or nothing is recognised.
+        ConfigError: it names half a pair, or a pair and a text.
+    """
+    named = named_values("data.columns", text, ("prompt", "response", "text"))
+    if set(named) not in (set(), {"prompt", "response"}, {"text"}):
+        raise ConfigError(f"data.columns = {text!r}: one column of text, or a prompt and a response; {_HINT}")
+    return named
+
+
+def detect_fields(columns: Iterable[str], named: Mapping[str, str] | None = None) -> Fields:
+    """Return the `named` fields (`mapped_columns`), or else the first usual ones among `columns`.
+
+    Raises:
+        DataError: a named column is absent, or nothing is recognised.
     """
     present = tuple(dict.fromkeys(columns))
-    if prompt_column or response_column or text_column:
-        return _mapped(present, prompt_column, response_column, text_column)
+    if named:
+        for name in named.values():
+            if name not in present:
+                raise DataError(f"data.columns: {name!r} is not among {name_columns(present)}")
+        return Fields(**named)
     by_name = {name.lower(): name for name in reversed(present)}
     for conversation in _CONVERSATIONS:
         if conversation in by_name:
@@ -114,7 +121,7 @@ def detect_fields(
             return Fields(prompt=by_name[prompt], subject=subject, response=by_name[response])
     if "text" in by_name:
         return Fields(text=by_name["text"])
-    raise DataError(f"no known text columns among {name_columns(present)}; set {_KEYS}")
+    raise DataError(f"no known text columns among {name_columns(present)}; {_HINT}")
 
 
 def to_example(row: Mapping[str, Any], fields: Fields) -> Example:
@@ -149,17 +156,6 @@ def name_columns(columns: Iterable[str]) -> str:
     others = len(names) - len(plain)
     parts = [*plain, *([f"{others} not shown"] if others else [])]
     return f"the columns ({', '.join(parts)})" if parts else "no columns at all"
-
-
-def _mapped(present: tuple[str, ...], prompt: str, response: str, text: str) -> Fields:
-    if text and (prompt or response):
-        raise ConfigError(f"data.text-column = {text!r} contradicts a prompt or response column; set {_KEYS}")
-    if not text and not (prompt and response):
-        raise ConfigError(f"only one of data.prompt-column and data.response-column is set; set {_KEYS}")
-    for key, name in (("prompt", prompt), ("response", response), ("text", text)):
-        if name and name not in present:
-            raise DataError(f"data.{key}-column = {name!r} is not among {name_columns(present)}")
-    return Fields(prompt=prompt, response=response, text=text)
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

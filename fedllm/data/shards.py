@@ -7,8 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from fedllm.config.key import number_or
 from fedllm.config.keys import DataConfig
-from fedllm.data.fields import BadRow, ClientRows, Example, RowProblem, detect_fields, to_example
+from fedllm.data.fields import (
+    BadRow,
+    ClientRows,
+    Example,
+    RowProblem,
+    detect_fields,
+    mapped_columns,
+    to_example,
+)
 from fedllm.data.partition import Partition, parse_partition, partition_rows, row_label
 from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
 from fedllm.errors import NoDataError
@@ -116,12 +125,8 @@ def _permutation(length: int, seed: int, *names: str | int) -> np.ndarray[Any, n
 def _usable(rows: Rows, data: DataConfig, partition_column: str) -> _Usable:
     if not rows.rows:
         return _Usable((), (), rows.bad)
-    fields = detect_fields(
-        dict.fromkeys(name for row in rows.rows for name in row),
-        prompt_column=data.prompt_column,
-        response_column=data.response_column,
-        text_column=data.text_column,
-    )
+    present = dict.fromkeys(name for row in rows.rows for name in row)
+    fields = detect_fields(present, mapped_columns(data.columns))
     # A column that no row has is a wrong setting, which partition_rows reports, not a file of bad rows
     labelled = partition_column and any(row_label(row, partition_column) for row in rows.rows)
     kept: list[tuple[dict[str, Any], Example]] = []
@@ -146,13 +151,13 @@ def _nothing_usable(source: str, bad: Sequence[BadRow]) -> NoDataError:
     first = bad[0]
     return NoDataError(
         f"{source}: none of its {len(bad)} rows can be used; the first, {first.file}, line {first.line}: "
-        f"{first.reason}; check the file and the data.*-column keys"
+        f"{first.reason}; check the file and data.columns"
     )
 
 
 def _client_rows(examples: Sequence[Example], data: DataConfig, client_id: str, seed: int) -> ClientRows:
-    if data.max_rows and len(examples) > data.max_rows:
-        drawn = _permutation(len(examples), seed, "max-rows", client_id)[: data.max_rows]
+    if len(examples) > (most := number_or(data.max_rows, len(examples))):
+        drawn = _permutation(len(examples), seed, "max-rows", client_id)[:most]
         examples = [examples[index] for index in sorted(drawn)]
     order = _permutation(len(examples), seed, "held-out", client_id)
     chosen = {int(index) for index in order[: _held_out_count(len(examples), data)]}

@@ -20,7 +20,7 @@ from torch import nn
 from fedllm.distillation.student import StudentTraining, student_batches
 from fedllm.distillation.targets import Targets, TaughtBy
 from fedllm.engine.flat_row import lay_out, token_losses
-from fedllm.engine.probe import can_be_ragged, has_plain_head
+from fedllm.engine.probe import can_be_ragged, plain_head
 from fedllm.errors import ConfigError, ModelError, NoDataError, NonFiniteError
 from fedllm.models.attention import ragged
 from fedllm.models.base import BaseModel
@@ -129,7 +129,7 @@ def distil_layers(student: BaseModel, targets: Targets, training: StudentTrainin
     if training.pull:
         raise ConfigError("a pull is for adapters; teach layers with a pull of 0")
     model, objective = student.model, TaughtBy(targets)
-    together, through_head = can_be_ragged(model, student.device), has_plain_head(model, student.device)
+    together, head = can_be_ragged(model, student.device), plain_head(model, student.device)
     parameters = list(decoder_layers(model).parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999)
@@ -147,9 +147,7 @@ def distil_layers(student: BaseModel, targets: Targets, training: StudentTrainin
                     flat = lay_out(rows, student.device)
                     weights_N = torch.full(flat.targets_N.shape, 1 / num_learnt, device=student.device)
                     criterion = objective.criterion(rows, student.device)
-                    loss, _ = token_losses(
-                        model, flat, weights_N, through_head=through_head, criterion=criterion
-                    )
+                    loss, _ = token_losses(model, flat, head, weights_N, criterion)
                     loss.backward()  # type: ignore[no-untyped-call]
                     losses[-1] += float(loss.detach())
                 if training.clip_norm:

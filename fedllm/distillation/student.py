@@ -128,8 +128,12 @@ def on_policy(
     prompts: Sequence[Sequence[int]],
     stage: OnPolicy,
     training: StudentTraining,
+    *,
+    teacher_engine: Engine | None = None,
 ) -> DistilResult:
     """Return `start` corrected by the teacher on texts that it writes itself, after `prompts` of tokens.
+
+    A teacher on another base model has an engine of its own, `teacher_engine`.
 
     Raises:
         NoDataError: there is no prompt.
@@ -149,7 +153,7 @@ def on_policy(
             seed=seed,
             layout=start.layout,
         )
-        targets = teach(engine, teacher, samples.rows, top_k=stage.top_k)
+        targets = teach(teacher_engine or engine, teacher, samples.rows, top_k=stage.top_k)
         objective = TaughtBy(targets, divergence)
         numbers = replace(training, seed=seed)
         # The pull is to where the stage began, whatever round it is in.

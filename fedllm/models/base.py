@@ -38,16 +38,24 @@ class ChosenModel:
     checkpointing: bool
 
 
+@dataclass(frozen=True, eq=False)
+class PlainLinear:
+    """A linear layer that computes W x + b and nothing else."""
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None
+
+
 def choose_model(config: ModelConfig) -> ChosenModel:
     """Return what `config` means on this machine, and let torch use the threads it names.
 
     Raises:
         ModelError: the model's files are absent, or the device does not exist here.
     """
-    if config.num_threads:
+    if isinstance(config.num_threads, int):
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
-    files = resolve_model(config.name, config.revision)
+    files = resolve_model(config.name)
     dtype = choose_dtype(config.dtype, device)
     return ChosenModel(files, device, dtype, config.quantization, config.gradient_checkpointing)
 
@@ -183,7 +191,7 @@ def describe_layout(model: ModelConfig, lora: LoraConfig) -> AdapterLayout:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    files = resolve_model(model.name, model.revision)
+    files = resolve_model(model.name)
     trusted = files.public_name in load_policy().trust_remote_code
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trusted)
@@ -237,13 +245,12 @@ def linear_shape(module: Any) -> tuple[int, int]:
     return module.weight.shape[0], module.weight.shape[1]
 
 
-def plain_weight(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return (weight [D_out, D_in], bias) of a layer that is nothing but that, else (None, None)."""
+def plain_linear(layer: Any) -> PlainLinear | None:
+    """Return a layer's weight and bias, or None where it computes anything else (a quantised one, say)."""
     from transformers.pytorch_utils import Conv1D
 
-    layer: Any = base
-    if type(base) is nn.Linear:
-        return layer.weight, layer.bias
-    if type(base) is Conv1D:  # stored [D_in, D_out]
-        return layer.weight.T, layer.bias
-    return None, None
+    if type(layer) is nn.Linear:
+        return PlainLinear(layer.weight, layer.bias)
+    if type(layer) is Conv1D:  # stored [D_in, D_out]
+        return PlainLinear(layer.weight.T, layer.bias)
+    return None

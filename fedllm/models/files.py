@@ -37,19 +37,20 @@ class ModelFiles:
     revision: str = ""
 
 
-def resolve_model(name: str, revision: str = "") -> ModelFiles:
-    """Return the local folder of a model given by alias, hub id, local folder or `.gguf` file.
+def resolve_model(name: str) -> ModelFiles:
+    """Return the local folder of a model given by alias, hub id (ID@REVISION), folder or `.gguf` file.
 
     Raises:
         ModelError: the model is absent, cannot be downloaded, or has no safetensors weights.
     """
-    if name == EMBEDDED_ALIAS:
+    if not is_local_model(name):
+        hub_id, _, revision = name.partition("@")
+        if hub_id != EMBEDDED_ALIAS:
+            return _download(hub_id, revision)
         gguf = embedded_gguf()
         if gguf is not None:
             return ModelFiles(converted_gguf(gguf), EMBEDDED_HUB_ID)
         return _download(EMBEDDED_HUB_ID, revision, hint=_EMBEDDED_HINT)
-    if not is_local_model(name):
-        return _download(name, revision)
     path = _local_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -62,9 +63,9 @@ def resolve_model(name: str, revision: str = "") -> ModelFiles:
 
 def is_local_model(name: str) -> bool:
     """Return whether a model's name is a path on this machine rather than the alias or a hub id."""
-    path = _local_path(name)
-    looks_local = name.startswith((".", "~", "/")) or name.count("/") > 1 or path.suffix == ".gguf"
-    return name != EMBEDDED_ALIAS and (looks_local or path.is_dir())
+    path, hub_id = _local_path(name), name.partition("@")[0]  # a revision too may have slashes
+    looks_local = name.startswith((".", "~", "/")) or hub_id.count("/") > 1 or path.suffix == ".gguf"
+    return hub_id != EMBEDDED_ALIAS and (looks_local or path.is_dir())
 
 
 def _local_path(name: str) -> Path:

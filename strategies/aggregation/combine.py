@@ -23,7 +23,7 @@ from fedllm.adapters.algebra import Product, squared_norm
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
 from fedllm.adapters.parts import returned_part
-from fedllm.adapters.shapes import parts_of, put_factors, shape_groups
+from fedllm.adapters.shapes import chunks_of, put_factors, shape_groups
 from fedllm.errors import LayoutError
 from fedllm.messages import ClientUpdate
 from fedllm.plan.aggregation import COORDINATE_RULES, AggregationRule
@@ -279,7 +279,7 @@ def _changes(mixture: Mixture, verdict: robust.Verdict) -> Iterator[tuple[int, s
         delta_P = robust.of_coordinates(rule.robust, [client.delta for client in held], rule.max_malicious)
     shares_R = sums.rank_weights(held, verdict.weights, layout.rank)
     for place, group in enumerate(shape_groups(layout)):
-        for part in parts_of(group, sums.matrices_at_once(group, layout.rank * (len(held) + 2))):
+        for part in chunks_of(group, sums.matrices_at_once(group, layout.rank * (len(held) + 2))):
             indices = group.indices[part]
             if delta_P is not None:
                 yield place, part, sums.change_of_vector(layout, delta_P, indices)

@@ -5,7 +5,7 @@ whatever else can be measured is measured here. A text that could not be checked
 """
 
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -13,12 +13,56 @@ from fedllm.attacks.membership import leads, likelihood, outliers
 from fedllm.attacks.token_scores import no_adapter, score
 from fedllm.engine.engine import Engine
 from fedllm.errors import WireError
-from fedllm.models.chat import Encoded
+from fedllm.models.chat import Encoded, form_tokens
 from fedllm.originality.duplicates import contaminated, near_duplicates
 from fedllm.originality.overlap import SALT_BYTES, Overlap, OverlapRequest, most, probe, without_form
-from fedllm.originality.verdict import Verdict, tokens_digest
+from fedllm.originality.verdict import FILE, Provenance, Screening, Verdict, tokens_digest, write_screening
 from fedllm.wire.overlaps import read_overlaps, write_overlap_request
+from strategies.distillation.teachers import ClientAdapter
 from strategies.session import Session
+
+UNSTATED = "not stated by the run; the terms of the base model and of the data holders bind"
+
+
+def text_screen(
+    session: Session, engine: Engine, adapters: Sequence[ClientAdapter], round_num: int
+) -> Callable[[Sequence[Encoded], Sequence[Encoded]], list[bool]]:
+    """Return the screen of a round: from texts, and public ones that none may repeat, to whether each passes.
+
+    Its verdicts are kept as `synthetic.json` in the run's folder, if there is one. It may be called once,
+    since data holders answer one query about originality a round.
+    """
+
+    def screen_texts(texts: Sequence[Encoded], public: Sequence[Encoded]) -> list[bool]:
+        verdicts = screen(
+            session,
+            texts,
+            round_num=round_num,
+            boilerplate=form_tokens(engine.base.tokenizer),
+            public=public,
+            known=known_to_one(engine, [adapter.vector for adapter in adapters], texts),
+        )
+        if session.folder is not None:
+            provenance = _provenance(session, adapters, round_num)
+            write_screening(session.folder / FILE, Screening(provenance, verdicts))
+        return [verdict.passed for verdict in verdicts]
+
+    return screen_texts
+
+
+def _provenance(session: Session, adapters: Sequence[ClientAdapter], round_num: int) -> Provenance:
+    config = session.config
+    return Provenance(
+        run=config.run.name,
+        round_num=round_num,
+        model=config.model.name,
+        fingerprint=session.layout.fingerprint,
+        source="client adapters",
+        adapters=tuple(adapter.digest for adapter in adapters),
+        seed=config.seed,
+        temperature=1.0,
+        licence=config.distill.licence or UNSTATED,
+    )
 
 
 def screen(

@@ -4,22 +4,21 @@ What stands in `distill.text` is read when a run starts, so that a file that can
 before its first round and not after its last.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedllm.config.keys import DataConfig
-from fedllm.data.fields import Fields, RowProblem, detect_fields, to_example
+from fedllm.data.fields import Fields, RowProblem, detect_fields, mapped_columns, to_example
 from fedllm.data.partition import parse_partition, row_label
 from fedllm.data.public_text import PublicText
 from fedllm.data.rows import Rows, read_rows
 from fedllm.errors import DataError, NoDataError
 from fedllm.originality.duplicates import contaminated
-from fedllm.plan.distillation import HELD_OUT_SHARE, num_held_out
+from fedllm.plan.distillation import HELD_OUT_SHARE, DistillationPlan, num_held_out
 from fedllm.seeds import derive_seed
 
 
@@ -30,6 +29,17 @@ class Split:
     train: tuple[PublicText, ...]
     held_out: tuple[PublicText, ...]
     num_removed: int  # near copies of held-out texts, which are not distilled on
+
+
+def open_public_text(plan: DistillationPlan | None, data: DataConfig) -> tuple[PublicText, ...]:
+    """Return the public text that a run's steps use, none where they use none.
+
+    Raises:
+        DataError: it cannot be read or is too little.
+    """
+    if plan is None or not plan.public_source:
+        return ()
+    return read_public(plan.public_source, data)
 
 
 def read_public(source: str, data: DataConfig) -> tuple[PublicText, ...]:
@@ -70,10 +80,8 @@ def _texts(rows: Rows, data: DataConfig) -> Iterator[PublicText]:
 
 def _fields(columns: Sequence[str], data: DataConfig) -> Fields:
     """Return the columns by the names the private text has, where public text has them too, else detected."""
-    names = (data.prompt_column, data.response_column, data.text_column)
-    if any(name and name not in columns for name in names):
-        names = ("", "", "")
-    return detect_fields(columns, prompt_column=names[0], response_column=names[1], text_column=names[2])
+    named = mapped_columns(data.columns)
+    return detect_fields(columns, named if set(named.values()) <= set(columns) else {})
 
 
 def split_texts(
@@ -104,9 +112,9 @@ def split_texts(
         count = min(len(names) - 1, max(1, round(len(names) * HELD_OUT_SHARE / (1 + HELD_OUT_SHARE))))
         held_out.append([text for name in names[:count] for text in documents[name]])
         train.append([text for name in names[count:] for text in documents[name]])
-    kept = _in_turn(held_out)[:number]
-    wanted = _in_turn(train)
-    tokens, held_out_tokens = ([tokens_of(words_of(text)) for text in part] for part in (wanted, kept))
+    kept = _interleave(held_out)[:number]
+    wanted = _interleave(train)
+    tokens, held_out_tokens = ([tokens_of(plain_words(text)) for text in part] for part in (wanted, kept))
     copies = contaminated(tokens, held_out_tokens)
     clean = [text for text, is_copy in zip(wanted, copies, strict=True) if not is_copy]
     if not clean:
@@ -114,19 +122,11 @@ def split_texts(
     return Split(tuple(clean[:num_texts]), tuple(kept), len(wanted) - len(clean))
 
 
-def _in_turn(groups: Sequence[Sequence[PublicText]]) -> list[PublicText]:
+def _interleave(groups: Sequence[Sequence[PublicText]]) -> list[PublicText]:
     """Return one text of every group, then the second of each, and so on."""
     return [text for text in chain.from_iterable(zip_longest(*groups)) if text is not None]
 
 
-def words_of(text: PublicText) -> str:
+def plain_words(text: PublicText) -> str:
     """Return what a text says, without the marks of a chat template, which all have in common."""
     return text.example.text or "\n".join(turn.content for turn in text.example.turns)
-
-
-def by_domain(domains: Sequence[str], values: Sequence[Any]) -> Mapping[str, list[Any]]:
-    """Return values grouped by their domain, in order of its name."""
-    grouped: dict[str, list[Any]] = {domain: [] for domain in sorted(set(domains))}
-    for domain, value in zip(domains, values, strict=True):
-        grouped[domain].append(value)
-    return grouped

@@ -1,147 +1,89 @@
-"""Synthetic text: what a round's clients' adapters write, and which of it is new enough to learn from."""
+"""Synthetic text: what the clients' adapters of a round write, to distil on or to measure on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedllm.data.fields import Turn
 from fedllm.distillation.sample import sample_texts
 from fedllm.distillation.targets import learnt_tokens
 from fedllm.engine.engine import Engine
 from fedllm.errors import DataError, NoDataError
-from fedllm.models.chat import Encoded, chat_text, form_tokens
-from fedllm.originality.verdict import FILE, Provenance, Screening, write_screening
-from fedllm.plan.run_plan import RunPlan, distillation_of
+from fedllm.models.chat import Encoded, chat_text
 from fedllm.seeds import derive_seed
-from strategies.distillation.originality import known_to_one, screen
 from strategies.distillation.public_text import Split
-from strategies.distillation.teachers import ClientAdapter, digest_of, priors_of
-from strategies.session import Session
+from strategies.distillation.teachers import ClientAdapter, priors_of
+
+Text: TypeAlias = tuple[Encoded, str]  # with its domain; for a synthetic text, the client that wrote it
+Tokens: TypeAlias = tuple[int, ...]
 
 _MARK = "\x00"  # stands in for a message no user has written
 _PROMPT_SHARE = 0.5  # of a text's tokens that a prompt may take at most
-UNSTATED = "not stated by the run; the terms of the base model and of the data holders bind"
-
-# (texts, public rows that none may repeat) -> whether each may be used
-Screen = Callable[[Sequence[Encoded], Sequence[Encoded]], Sequence[bool]]
-
-
-def anything(texts: Sequence[Encoded], public: Sequence[Encoded]) -> Sequence[bool]:
-    """Let every text pass: for runs that do not screen."""
-    return [True] * len(texts)
 
 
 @dataclass(frozen=True, eq=False)
-class Gates:
-    """The gates of originality for the texts of one round; verdicts are kept in the run's folder, if any.
+class Writers:
+    """The clients' adapters of a round, which write text, and what is known of how their rows begin.
 
-    It asks the data holders, which answer one such query a round.
+    `prompts` are the run's public prompts; `is_plain` says that clients' rows are plain text, not chats.
     """
 
-    session: Session
     engine: Engine
     adapters: Sequence[ClientAdapter]
+    seed: int  # the run's
     round_num: int
-    folder: Path | None = None
+    prompts: tuple[str, ...]
+    is_plain: bool
 
-    def __call__(self, texts: Sequence[Encoded], public: Sequence[Encoded]) -> Sequence[bool]:
-        """Return whether each text passes, and write `synthetic.json`."""
-        vectors = [adapter.vector for adapter in self.adapters]
-        verdicts = screen(
-            self.session,
-            texts,
-            round_num=self.round_num,
-            boilerplate=form_tokens(self.engine.base.tokenizer),
-            public=public,
-            known=known_to_one(self.engine, vectors, texts),
-        )
-        if self.folder is not None:
-            write_screening(self.folder / FILE, Screening(self._provenance(), verdicts))
-        return [verdict.passed for verdict in verdicts]
-
-    def _provenance(self) -> Provenance:
-        config = self.session.config
-        return Provenance(
-            run=config.run.name,
-            round_num=self.round_num,
-            model=config.model.name,
-            fingerprint=self.session.layout.fingerprint,
-            source="client adapters",
-            adapters=tuple(digest_of(adapter) for adapter in self.adapters),
-            seed=config.seed,
-            temperature=1.0,
-            licence=config.distill.licence or UNSTATED,
-        )
-
-
-def written(
-    plan: RunPlan,
-    split: Split | None,
-    engine: Engine,
-    adapters: Sequence[ClientAdapter],
-    number: int,
-    round_num: int,
-    name: str = "synthetic",
-) -> list[tuple[Encoded, str]]:
-    """Return up to `number` texts that the clients' adapters wrote, with the writer's id.
-
-    They begin, in this order, with the prompts of the public texts that are distilled on; the run's public
-    prompts; where the clients' rows are known to be plain text, or the public texts are, as every text
-    begins; else with questions that the adapters write first (after Magpie, arXiv 2406.08464). A prompt is at
-    most half a text long.
-    Other names give other texts.
-
-    Raises:
-        NoDataError: every prompt is longer.
-    """
-    tokenizer, numbers = engine.base.tokenizer, distillation_of(plan).numbers
-    most = int(numbers.max_tokens * _PROMPT_SHARE)
-
-    def write(prompts: Sequence[Sequence[int]], length: int, part: str) -> list[tuple[Encoded, str]]:
+    def write(self, prompts: Sequence[Tokens], number: int, max_tokens: int, name: str) -> list[Text]:
+        """Return `number` texts that continue prompts by `max_tokens` at most; other names, other texts."""
         samples = sample_texts(
-            engine,
-            [adapter.vector for adapter in adapters],
-            priors_of(adapters),
+            self.engine,
+            [adapter.vector for adapter in self.adapters],
+            priors_of(self.adapters),
             prompts,
             number=number,
-            max_tokens=length,
-            seed=derive_seed(plan.config.seed, f"{name}-{part}", round_num),
+            max_tokens=max_tokens,
+            seed=derive_seed(self.seed, name, self.round_num),
         )
-        writers = (adapters[place].client_id for place in samples.writers)
+        writers = (self.adapters[place].client_id for place in samples.writers)
         return list(zip(samples.rows, writers, strict=True))
 
-    begins = [text.example.turns[:-1] for text in split.train if text.example.turns] if split else []
-    begins = begins or [(Turn("user", prompt),) for prompt in plan.prompts]
-    if not begins and not split and not plan.config.data.text_column:
-        header = _tokens(tokenizer, chat_text(tokenizer, [Turn("user", _MARK)]).partition(_MARK)[0])
-        questions = write([header or _begin(tokenizer)], most // 2, "question")
-        words = [
-            tokenizer.decode(learnt_tokens(row), skip_special_tokens=True).strip() for row, _ in questions
-        ]
-        begins = [(Turn("user", question),) for question in words if question]
-    prompts = [_prompt(tokenizer, turns) for turns in begins]
-    prompts = _short_enough([prompt for prompt in prompts if prompt], most) or [_begin(tokenizer)]
-    texts = write(prompts, numbers.max_tokens - max(map(len, prompts)), "text")
-    return [(row, writer) for row, writer in texts if row.num_supervised]
 
+def write_synthetic_texts(
+    writers: Writers, split: Split | None, number: int, max_tokens: int, name: str = "synthetic"
+) -> list[Text]:
+    """Return up to `number` texts of at most `max_tokens` that the clients' adapters wrote.
 
-def _short_enough(prompts: Sequence[tuple[int, ...]], most: int) -> list[tuple[int, ...]]:
-    """Return the prompts of at most `most` tokens.
+    They continue the first of these prompts that there are: those of the public texts to distil on; the run's
+    public prompts; the beginning of every text, if clients' rows or public texts are plain; else questions
+    that the adapters write first (after Magpie, arXiv 2406.08464).
 
     Raises:
-        NoDataError: there are prompts, and all are longer.
+        NoDataError: every prompt takes more than half of a text.
     """
+    tokenizer, most = writers.engine.base.tokenizer, int(max_tokens * _PROMPT_SHARE)
+    begins = [text.example.turns[:-1] for text in split.train if text.example.turns] if split else []
+    begins = begins or [(Turn("user", prompt),) for prompt in writers.prompts]
+    if not begins and not split and not writers.is_plain:
+        header = _tokens(tokenizer, chat_text(tokenizer, [Turn("user", _MARK)]).partition(_MARK)[0])
+        # A question takes half of what a prompt may: the template's marks around it need room too.
+        asked = writers.write([header or _begin(tokenizer)], number, most // 2, f"{name}-question")
+        words = [tokenizer.decode(learnt_tokens(row), skip_special_tokens=True).strip() for row, _ in asked]
+        begins = [(Turn("user", question),) for question in words if question]
+    prompts = [prompt for prompt in (_prompt(tokenizer, turns) for turns in begins) if prompt]
     kept = [prompt for prompt in prompts if len(prompt) <= most]
     if prompts and not kept:
         raise NoDataError(
             f"distill.max-tokens: the shortest prompt of synthetic text has {min(map(len, prompts))} tokens"
             f" and may take {most}, half of a text; raise it"
         )
-    return kept
+    prompts = kept or [_begin(tokenizer)]
+    texts = writers.write(prompts, number, max_tokens - max(map(len, prompts)), f"{name}-text")
+    return [(row, writer) for row, writer in texts if row.num_supervised]
 
 
-def _prompt(tokenizer: Any, turns: Sequence[Turn]) -> tuple[int, ...]:
+def _prompt(tokenizer: Any, turns: Sequence[Turn]) -> Tokens:
     """Return what comes before an answer as tokens; none where the chat template refuses it."""
     try:
         return _tokens(tokenizer, chat_text(tokenizer, turns, prompt_answer=True))
@@ -149,12 +91,12 @@ def _prompt(tokenizer: Any, turns: Sequence[Turn]) -> tuple[int, ...]:
         return ()
 
 
-def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Return a prompt as tokens; a chat template writes its own special ones."""
+def _tokens(tokenizer: Any, text: str) -> Tokens:
+    # A chat template writes special tokens of its own, so the tokenizer must not add them again.
     return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
 
 
-def _begin(tokenizer: Any) -> tuple[int, ...]:
+def _begin(tokenizer: Any) -> Tokens:
     """Return the tokens that every text begins with; where there are none, the end of the one before."""
     begin = tuple(tokenizer("", add_special_tokens=True)["input_ids"])
     token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -1,8 +1,7 @@
 """Whose adapters teach: the clients of a round, at most so many, the heaviest first.
 
-Updates are folded into the aggregate as they arrive and let go; those of teachers are kept until the step
-is done, K x P float32 values. Others count in the aggregate as ever. A late update does not teach: the
-adapter it was made from is gone.
+Updates are added to the aggregate as they arrive and let go; those of teachers are kept until the step is
+done, K x P float32 values. A late update does not teach: the adapter it was made from is gone.
 Tensor suffixes: K teachers, P flat adapter.
 """
 
@@ -14,6 +13,7 @@ import torch
 
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
 from fedllm.messages import ClientUpdate
+from fedllm.plan.distillation import DistillationPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +24,15 @@ class ClientAdapter:
     weight: float
     vector: torch.Tensor
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the adapter's values."""
+        return hashlib.sha256(self.vector.float().contiguous().numpy().tobytes()).hexdigest()
+
 
 @dataclass(eq=False)
 class Teachers:
-    """The teachers of a round so far. `start` is the adapter its clients began with."""
+    """Collects the teachers of a round, which began with the adapter `start`; at most `most` are kept."""
 
     start: AdapterState
     round_num: int
@@ -48,20 +53,22 @@ class Teachers:
             ClientAdapter(update.client_id, update.weight, with_rank(adapter_P, own, layout.rank))
         )
         if len(self.kept) > self.most:
-            weights = [adapter.weight for adapter in reversed(self.kept)]
-            self.kept.pop(len(weights) - 1 - weights.index(min(weights)))
+            # min() gives the first of equals, and the last to come is the one to go: hence from the end.
+            self.kept.remove(min(reversed(self.kept), key=lambda adapter: adapter.weight))
 
     def without(self, silenced: Collection[str]) -> tuple[ClientAdapter, ...]:
-        """Return the teachers but those whom the aggregation has silenced."""
+        """Return the teachers but those that a robust rule has silenced."""
         return tuple(adapter for adapter in self.kept if adapter.client_id not in silenced)
 
 
+def open_teachers(plan: DistillationPlan | None, start: AdapterState, round_num: int) -> Teachers | None:
+    """Return the empty collection of a round that ends with a step, None for other rounds."""
+    if plan is None or not plan.is_due(round_num):
+        return None
+    return Teachers(start, round_num, plan.numbers.max_teachers)
+
+
 def priors_of(adapters: Collection[ClientAdapter]) -> torch.Tensor:
-    """Return the teachers' shares [K] of their weight, in float64; they add up to 1."""
+    """Return the teachers' shares [K] of their total weight, in float64; they add up to 1."""
     weights_K = torch.tensor([adapter.weight for adapter in adapters], dtype=torch.float64)
     return weights_K / weights_K.sum()
-
-
-def digest_of(adapter: ClientAdapter) -> str:
-    """Return the SHA-256 (hex) of a teacher's values."""
-    return hashlib.sha256(adapter.vector.float().contiguous().numpy().tobytes()).hexdigest()

@@ -8,7 +8,7 @@ import torch
 
 from clients.control_variates import change_of, changed
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
-from fedllm.engine.gradient_terms import correction_of
+from fedllm.engine.gradient_terms import control_correction
 from fedllm.engine.jobs import Result
 from fedllm.engine.plain import train_plainly
 from fedllm.messages import ClientUpdate, LocalTraining
@@ -50,7 +50,7 @@ def federate(num_rounds: int, *, is_corrected: bool, cohort_size: int = NUM_CLIE
         corrections = torch.stack([(control.vector - own[client]).double() for client in clients])
         theta = x.repeat(len(clients), 1)
         used = corrections if is_corrected else 0 * corrections
-        correction = correction_of(used, theta, [FREE] * len(clients))
+        correction = control_correction(used, theta, [FREE] * len(clients))
         assert correction is not None
         for _ in range(STEPS):
             grads = losses.gradient(theta, clients)

@@ -150,7 +150,7 @@ def test_a_student_that_diverged_is_read_back_as_not_a_number() -> None:
     losses = DistillationLosses(base=9.0, ensemble=2.0, held_out=LossChange(3.0, math.nan))
     step = DistillationRecord(kept=False, reason="the student diverged", losses=losses)
     values = record_to_dict(RoundRecord(round_num=1, distillation=step))
-    assert values["distil"]["losses"]["held_out"] == {"before": 3.0, "after": None}
+    assert values["distillation"]["losses"]["held_out"] == {"before": 3.0, "after": None}
     read = record_from_dict(values).distillation
     assert read is not None
     assert read.losses is not None

@@ -180,7 +180,7 @@ def test_a_change_of_gauge_changes_factor_mean_and_no_product(read_out: str) -> 
             (gauge @ a_RI.double(), b_OR.double() @ torch.linalg.inv(gauge))
             for a_RI, b_OR in LAYOUT.factors(item.delta)
         ]
-        turned.append(update(item.client_id, LAYOUT.flatten(factors), item.weight))
+        turned.append(update(item.client_id, LAYOUT.flatten(factors).float(), item.weight))
     products = [model_change(combine(start, items, read_out)) for items in (updates, turned)]
     assert norm(difference(*products)) < 1e-4 * norm(products[0])
     means = [dense(combine(start, items, "factor-mean").adapter.vector) for items in (updates, turned)]

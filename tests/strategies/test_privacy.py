@@ -326,7 +326,7 @@ def test_coins_charge_everybody_a_little_and_release_noise_even_for_nobody(
     make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("dp_accounting", reason="the extra dp is not installed")
-    flat = {**CLIENT, "federation.selection": "poisson", "federation.cohort-size": 1}
+    flat = {**CLIENT, "federation.selection": "poisson", "federation.cohort": 1}
     run = open_run(make_config(flat))
     monkeypatch.setattr("strategies.rounds.choose_clients", lambda *args, **kwargs: ())
     state, record = run_round(run.session, run.state)
@@ -337,7 +337,7 @@ def test_coins_charge_everybody_a_little_and_release_noise_even_for_nobody(
 
 
 def test_coins_come_from_the_secret_and_not_from_the_seed() -> None:
-    poisson = {"federation.selection": "poisson", "federation.cohort-size": 2}
+    poisson = {"federation.selection": "poisson", "federation.cohort": 2}
     seeds = {serving.cohort_seed(privacy_of(bytes([n]) * 32, **poisson), 0) for n in range(5)}
     assert len(seeds) == 5
     assert serving.cohort_seed(privacy_of(), 7) == 7
@@ -345,7 +345,7 @@ def test_coins_come_from_the_secret_and_not_from_the_seed() -> None:
 
 
 def test_an_adaptive_clip_follows_the_norms(make_config: Callable, open_run: Callable) -> None:
-    few = {**CLIENT, "privacy.adaptive-clip": True}
+    few = {**CLIENT, "privacy.clip": "adaptive"}
     with pytest.raises(ConfigError, match=r"at least 21 clients a round"):
         open_run(make_config(few))
     quiet = {**few, "privacy.noise-multiplier": 0.3, "privacy.clip": 1e-3, "federation.num-rounds": 9}
@@ -477,7 +477,7 @@ def test_a_release_that_differs_after_a_resume_is_charged_again(
 def test_who_is_asked_for_a_round_again_is_charged_once_and_a_newcomer_as_well(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
-    config = make_config({**LOCAL, "federation.cohort-size": 3, "run.output": str(tmp_path)})
+    config = make_config({**LOCAL, "federation.cohort": 3, "run.output": str(tmp_path)})
     journal, run = tmp_path / "server", open_run(config)
     session = replace(run.session, privacy=serving.open_privacy(resolve(config).privacy, journal))
     _, first = next_round(session, run.state)  # and then the process is gone, and a client with it
@@ -528,7 +528,7 @@ def test_a_second_release_of_a_round_does_not_exceed_the_budget(
 def test_clients_that_took_part_as_often_as_allowed_are_not_asked_again(
     make_config: Callable, open_run: Callable
 ) -> None:
-    flat = {**CLIENT, "privacy.max-participations": 1, "federation.cohort-size": 2}
+    flat = {**CLIENT, "privacy.max-participations": 1, "federation.cohort": 2}
     run = open_run(make_config(flat))
     state, first = next_round(run.session, run.state)
     state, second = next_round(run.session, state)

@@ -33,7 +33,7 @@ def end(make_config: Callable) -> Callable[..., tuple[str, Mapping[str, Any]]]:
         )
         state = ServerState(2, state.adapter, records=records)
         result = summary(state, Path("adapter"))
-        files = resolve_model(config.model.name, config.model.revision)
+        files = resolve_model(config.model.name)
         return model_card(resolve(config), files, state), result["held_out"]  # type: ignore[return-value]
 
     return do

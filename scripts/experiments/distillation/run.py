@@ -20,15 +20,17 @@ from fedllm.distillation.teacher import Teacher, teach
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import FedLLMError, NonFiniteError
-from fedllm.plan.run_plan import resolve
+from fedllm.plan.run_plan import distillation_of, resolve
 from scripts.experiments.controls import holder_of
 from scripts.experiments.trials import Figures, Setting, Trial
 from scripts.runtimes.local import init, step
 from strategies import rounds
-from strategies.distillation.gate import Loss, error_of_gain, loss_of
+from strategies.distillation.learn import student_training
+from strategies.distillation.losses import Loss, error_of_gain, measure_base, measure_change, measure_loss
 from strategies.distillation.material import Material, make_material
-from strategies.distillation.step import open_public_text, own_losses, server_engine, student_training
-from strategies.distillation.synthetic_text import Gates
+from strategies.distillation.originality import text_screen
+from strategies.distillation.public_text import open_public_text
+from strategies.distillation.step import open_engine, writers_of
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.exchange.receiving import receive
 from strategies.session import Session
@@ -83,7 +85,7 @@ def last_round(config: RunConfig) -> Round:
     record, mixture = rounds.fold(session, before, plan, answers, rounds.RoundSums(teachers=teachers))
     after, record = rounds.finish(session, before, plan, record, mixture)
     clients = teachers.without(record.aggregation.silenced)
-    return Round(session, server_engine(session), after.adapter, clients)
+    return Round(session, open_engine(session), after.adapter, clients)
 
 
 @dataclass(frozen=True)
@@ -134,15 +136,15 @@ def on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mappin
 
 def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Sequence[float]) -> Figures:
     """Return what every teacher, and the control, makes of the aggregate with one choice of text."""
-    public = open_public_text(resolve(config))
-    round_num = config.federation.num_rounds
-    gates = Gates(last.session, last.engine, last.clients, round_num)
-    material = make_material(resolve(config), public, last.engine, last.clients, round_num, gates)
+    plan, round_num = resolve(config), config.federation.num_rounds
+    public = open_public_text(plan.distillation, config.data)
+    screen = text_screen(last.session, last.engine, last.clients, round_num)
+    writers = writers_of(plan, last.engine, last.clients, round_num)
+    material = make_material(distillation_of(plan), public, writers, screen)
 
     def at_gate(adapter: AdapterState) -> Loss:
-        return loss_of(last.engine, adapter, material.held_out, material.held_out_domains)
+        return measure_loss(last.engine, adapter, material.held_out, material.held_out_domains)
 
-    nothing = AdapterState(last.engine.layout, torch.zeros(last.engine.layout.size))
     before = at_gate(last.aggregate)
     found: Figures = {
         "rows": len(material.rows),
@@ -152,7 +154,7 @@ def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Seque
         "refused": material.texts.num_refused,
         "held_out": len(material.held_out),
         "held_out_text": material.texts.held_out_kind,
-        "gate_base": at_gate(nothing).mean,
+        "gate_base": measure_base(last.engine, material.held_out),
         "gate_before": before.mean,
     }
     for name in (*TEACHERS, TUNED):
@@ -165,7 +167,7 @@ def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Seque
         losses = [at_gate(adapter) for _, adapter in tried]
         place = min(range(len(rates)), key=lambda place: losses[place].mean)
         (rate, adapter), after = tried[place], losses[place]
-        own = own_losses(last.engine, material, last.aggregate, adapter)
+        own = measure_change(last.engine, last.aggregate, adapter, material.own)
         found[name] = {
             **asdict(_on_clients(holder, adapter)),
             "rate": rate,
@@ -181,7 +183,9 @@ def _student(
     last: Round, config: RunConfig, material: Material, targets: Targets | None, rate: float
 ) -> AdapterState:
     """Return a student, the start where it diverged; without targets it is tuned on the rows' own tokens."""
-    training = replace(student_training(config, config.federation.num_rounds), learning_rate=rate)
+    training = replace(
+        student_training(config.distill, config.seed, config.federation.num_rounds), learning_rate=rate
+    )
     with suppress(NonFiniteError):
         if targets is None:
             return supervised(last.engine, last.aggregate, material.rows, training).adapter

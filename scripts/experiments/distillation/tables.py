@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fedllm.runs.records import LossChange
+from fedllm.runs.records import DistillationLosses, LossChange
 from scripts.charts import dots
 from scripts.experiments.distillation.run import TEACHERS, TUNED
 from scripts.experiments.trials import Figures, Outcome
 from scripts.reports import figures_table, mean_and_sd, mean_spread
-from strategies.distillation.gate import judged
+from strategies.distillation.gate import judge_losses
 from strategies.distillation.material import PUBLIC
 
 ENSEMBLE = "posterior"  # the one whose loss is the ceiling
@@ -93,15 +93,15 @@ def is_kept(seed: Figures, text: str, name: str) -> bool:
     """Return whether the gate keeps that student, as the product's would."""
     found, cell = seed["texts"][text], student_of(seed, text, name)
     after = math.nan if cell["gate_after"] is None else cell["gate_after"]
-    kept, _ = judged(
-        found["gate_before"],
-        after,
-        found["held_out_text"],
-        error=cell.get("gate_error", 0.0),
-        teacher=cell["gate_ensemble"],
+    losses = DistillationLosses(
+        base=found["gate_base"],
+        # The control has no teacher, so none that could know too little.
+        ensemble=-math.inf if cell["gate_ensemble"] is None else cell["gate_ensemble"],
+        held_out=LossChange(found["gate_before"], after),
+        error=cell.get("gate_error"),
         own=LossChange(*cell["own"]) if cell["own"] else None,
     )
-    return kept
+    return judge_losses(losses, found["held_out_text"])[0]
 
 
 def _losses(found: Sequence[Figures]) -> Figures:

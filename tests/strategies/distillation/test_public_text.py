@@ -14,7 +14,7 @@ from fedllm.data.public_text import PublicText
 from fedllm.errors import DataError, NoDataError
 from fedllm.originality.duplicates import jaccard, shingles
 from fedllm.plan.run_plan import distillation_of, resolve
-from strategies.distillation.public_text import read_public, split_texts, words_of
+from strategies.distillation.public_text import plain_words, read_public, split_texts
 
 WORDS = tuple(f"word{number}" for number in range(15))
 
@@ -73,8 +73,8 @@ def test_a_document_is_a_file_of_plain_text_where_there_are_several(tmp_path: Pa
 
 def test_public_text_need_not_have_the_columns_of_private_text(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", [{"text": "first"}, {"text": "second"}])
-    read = read_public(source, DataConfig(prompt_column="asked", response_column="said"))
-    assert [words_of(text) for text in read] == ["first", "second"]
+    read = read_public(source, DataConfig(columns="prompt=asked,response=said"))
+    assert [plain_words(text) for text in read] == ["first", "second"]
 
 
 @pytest.mark.parametrize(
@@ -142,14 +142,14 @@ def test_paragraphs_of_one_document_stay_together() -> None:
 def test_near_copies_of_held_out_text_are_not_distilled_on() -> None:
     texts = texts_of("a", 20)
     first = split_texts(texts, 100, seed=0, tokens_of=tokens_of)
-    leaked = words_of(first.held_out[0])
+    leaked = plain_words(first.held_out[0])
     copy = PublicText(Example(text=leaked + " sixteen"), "copy", "a")
     copies = [PublicText(Example(text=f"{leaked}  {number}"), f"copy{number}", "a") for number in range(20)]
     split = split_texts([*texts, copy, *copies], 100, seed=0, tokens_of=tokens_of)
-    held_out = [shingles(tokens_of(words_of(text))) for text in split.held_out]
+    held_out = [shingles(tokens_of(plain_words(text))) for text in split.held_out]
     assert split.num_removed > 0
     assert all(
-        jaccard(shingles(tokens_of(words_of(text))), other) < 0.7
+        jaccard(shingles(tokens_of(plain_words(text))), other) < 0.7
         for text in split.train
         for other in held_out
     )

@@ -1,0 +1,71 @@
+"""How a round with a distillation step ends: whatever goes wrong costs the step and never the round."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fedllm.adapters.layout import AdapterState
+from fedllm.errors import FedLLMError
+from fedllm.models.files import first_line
+from fedllm.plan.run_plan import distillation_of
+from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import DistillationRecord, RoundRecord
+from strategies.distillation.gate import ask_clients
+from strategies.distillation.report import describe_step
+from strategies.distillation.step import distil_aggregate
+from strategies.distillation.teachers import ClientAdapter, Teachers
+from strategies.exchange.evaluation import HeldOut
+from strategies.session import Session
+
+
+def end_with_distillation(
+    session: Session, before: ServerState, after: ServerState, record: RoundRecord, teachers: Teachers
+) -> tuple[ServerState, RoundRecord, HeldOut | None]:
+    """Let the clients' adapters teach the aggregate; it stays where the step fails or a gate refuses.
+
+    Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
+    """
+    adapter, outcome = try_step(session, before, after, teachers.without(record.aggregation.silenced))
+    plan, held_out = distillation_of(session.plan), None
+    # A run that is resumed with more rounds goes on from the aggregate, so it is kept as well.
+    aggregate = after.adapter if plan.numbers.when == "last" and outcome.kept else None
+    state = replace(after, adapter=adapter, undistilled=aggregate)
+    if outcome.kept and plan.asks_clients:
+        state, outcome, held_out = ask_clients(session, after, state, outcome)
+    session.watch.notice(f"round {record.round_num}: {describe_step(outcome)}")
+    return state, replace(record, distillation=outcome, adapter=state.adapter.digest), held_out
+
+
+def try_step(
+    session: Session, before: ServerState, after: ServerState, adapters: Sequence[ClientAdapter]
+) -> tuple[AdapterState, DistillationRecord]:
+    """Return the adapter that a round ends with and what the step did; a failure leaves the aggregate."""
+    began = time.perf_counter()
+    try:
+        if adapters:
+            adapter, record = distil_aggregate(session, before, after, adapters)
+            return adapter, replace(record, seconds=time.perf_counter() - began)
+        reason = "no client of the round is left to teach"
+    except FedLLMError as error:
+        reason = str(error)
+    except (MemoryError, torch.OutOfMemoryError):
+        reason = "out of memory; lower distill.max-tokens or distill.batch-size"
+    except (RuntimeError, OSError) as error:  # what torch and the disk raise
+        reason = f"it failed: {first_line(error)}"
+    return after.adapter, DistillationRecord(kept=False, reason=reason, seconds=time.perf_counter() - began)
+
+
+def undo_distillation(state: ServerState) -> ServerState:
+    """Return the state as it was before the distillation after what is no longer the last round.
+
+    So a run that goes on with more rounds has the bits of one that was planned with them.
+    """
+    if state.undistilled is None:
+        return state
+    *earlier, last = state.records
+    last = replace(
+        last, distillation=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={}
+    )
+    return replace(state, adapter=state.undistilled, undistilled=None, records=(*earlier, last))
