@@ -57,8 +57,8 @@ def _send_change(this_round: NodeRound, works: Works) -> Works:
     for work in works:
         own_P = _own_control(work, work.trained.delta)
         change_P = change_of(work.trained, own_P)
-        work = replace(work, update=replace(work.sent, control_delta=change_P))
-        done.append(work.keeping(CONTROL, changed(own_P, change_P, codec)))
+        kept_P = changed(own_P, change_P, codec)
+        done.append(work.sending(control_delta=change_P).keeping(CONTROL, kept_P))
     return done
 
 

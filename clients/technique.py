@@ -7,7 +7,7 @@ fused.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -49,6 +49,10 @@ class ClientWork:
         """What leaves the client."""
         assert self.update is not None, "this client's result is not protected yet"
         return self.update
+
+    def sending(self, **changes: Any) -> "ClientWork":
+        """Return this work with fields of its update changed; without a privacy plan only."""
+        return replace(self, update=replace(self.sent, **changes))
 
     def keeping(self, name: str, vector: torch.Tensor) -> "ClientWork":
         """Return this work with one more vector to keep."""
