@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from clients.jobs import NodeRound
-from clients.technique import ClientWork, Technique, Works
+from clients.technique import ClientWork, NodeRound, Technique, Works
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.jobs import Result
 from fedllm.errors import ConfigError

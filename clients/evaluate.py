@@ -1,7 +1,7 @@
 """What a node does with an evaluate request: the held-out loss of the clients it names."""
 
 from clients.data_holder import DataHolder
-from clients.kept_vectors import load_kept
+from clients.jobs import load_kept
 from clients.technique import Evaluations, start_of
 from clients.techniques import techniques_of
 from fedllm.engine.jobs import EvaluationJob

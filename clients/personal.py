@@ -21,8 +21,8 @@ from functools import partial
 
 import torch
 
-from clients.jobs import NodeRound, make_job
-from clients.technique import Evaluations, Technique, Vectors, Works
+from clients.jobs import make_job
+from clients.technique import Evaluations, NodeRound, Technique, Vectors, Works
 from fedllm.adapters.layout import AdapterLayout, at_rank, initial_adapter
 from fedllm.adapters.side_by_side import mask_of_second, side_by_side, take_second
 from fedllm.engine.engine import Engine

@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clients.jobs import NodeRound
 from clients.privacy import secret_of
-from clients.technique import Technique, Works
+from clients.technique import NodeRound, Works
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size, whole_of
 from fedllm.engine.jobs import Result, is_finite
@@ -55,9 +54,7 @@ class Protection:
     weight_cap: float = 0.0
 
 
-def protect_clients(
-    this_round: NodeRound, works: Works, techniques: Sequence[Technique]
-) -> tuple[Works, dict[str, ClientFailure]]:
+def protect_clients(this_round: NodeRound, works: Works) -> tuple[Works, dict[str, ClientFailure]]:
     """Return the work of each client with what leaves it, and those whose training diverged as failures."""
     protected, failed = [], {}
     for work in works:
@@ -71,7 +68,7 @@ def protect_clients(
             failed[work.client.client_id] = ClientFailure(client_id=work.client.client_id, code=error.code)
     # Last, so that a technique sees what the server will see (SCAFFOLD), or thins it out.
     done: Works = protected
-    for technique in techniques:
+    for technique in this_round.techniques:
         changed = technique.after(this_round, done)
         is_same = [one.update is other.update for one, other in zip(done, changed, strict=True)]
         # Noise was sized for exactly this update: anything added to it is not accounted for.

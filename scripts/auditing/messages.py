@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from clients.data_holder import DataHolder
-from clients.jobs import plan_node_round
 from clients.protect import node_mean
-from clients.techniques import techniques_of
+from clients.techniques import plan_node_round
 from clients.train import prepare_clients, train_clients
 from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_rank
@@ -156,8 +155,7 @@ def request_of(case: Case) -> TrainRequest:
 
 def _trained_rows(holder: DataHolder, request: TrainRequest) -> Iterator[Encoded]:
     """Yield the rows that the clients of a request train on, as they draw them."""
-    techniques = techniques_of(holder.plan, request.adapter.layout)
-    for work in prepare_clients(plan_node_round(holder, request), techniques, request.drawn):
+    for work in prepare_clients(plan_node_round(holder, request), request.drawn):
         yield from (row for batch in work.job.batches for row in batch)
 
 

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from clients.data_holder import DataHolder
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
+from clients.techniques import plan_node_round
 from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import initial_adapter
 from fedllm.engine.jobs import Job

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
 from clients.process import Process
+from clients.techniques import plan_node_round
 from clients.train import train_clients
 from scripts.auditing.messages import leaving_message, request_of
 from scripts.auditing.opening import Case, open_case

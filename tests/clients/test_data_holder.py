@@ -8,9 +8,10 @@ import pytest
 
 from clients.data_holder import DataHolder, hosted_rows
 from clients.evaluate import evaluate_clients
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
 from clients.join import declare_clients
 from clients.process import NUM_HOLDERS, Process
+from clients.techniques import plan_node_round
 from clients.train import train_clients
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import EvaluationJob, Job

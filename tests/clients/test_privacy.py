@@ -13,12 +13,13 @@ from flwr.app import RecordDict
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
-from clients.jobs import NodeRound, make_job, plan_node_round
+from clients.jobs import make_job
 from clients.privacy import private_job, request_key
 from clients.process import Process
 from clients.protect import protect_clients
 from clients.stock import train_for_stock
-from clients.technique import Technique, Works
+from clients.technique import NodeRound, Technique, Works
+from clients.techniques import plan_node_round
 from clients.train import prepare_clients, train_clients
 from fedllm.adapters.layout import initial_adapter
 from fedllm.engine.jobs import Job
@@ -140,15 +141,15 @@ def test_no_technique_changes_what_is_protected(open_one: Callable) -> None:
     technique = Technique(name="louder", after=louder)
     for flat, is_refused in (({}, False), (LOCAL, True)):
         holder = open_one(**flat)
-        this_round = plan_node_round(holder, request(holder))
-        works = prepare_clients(this_round, (), {"anna": 0})
+        this_round = replace(plan_node_round(holder, request(holder)), techniques=(technique,))
+        works = prepare_clients(this_round, {"anna": 0})
         results = holder.engine.train([work.job for work in works])
         works = [replace(work, result=result) for work, result in zip(works, results, strict=True)]
         if is_refused:
             with pytest.raises(RuntimeError, match="louder"):
-                protect_clients(this_round, works, [technique])
+                protect_clients(this_round, works)
         else:
-            (work,), _ = protect_clients(this_round, works, [technique])
+            (work,), _ = protect_clients(this_round, works)
             assert torch.equal(work.sent.delta, 9 * work.trained.delta.float())
 
 

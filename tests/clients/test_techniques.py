@@ -7,11 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clients import train
+from clients import techniques
 from clients.data_holder import DataHolder
-from clients.jobs import NodeRound
 from clients.process import Process
-from clients.technique import ClientWork, Technique, Works, start_of
+from clients.technique import ClientWork, NodeRound, Technique, Works, start_of
 from clients.techniques import techniques_of
 from clients.train import train_clients
 from fedllm.errors import ConfigError
@@ -41,7 +40,8 @@ def open_one(write_rows: Callable, make_config: Callable, tmp_path: Any) -> Call
         (SCAFFOLD, ["control variates"]),
         ({**SCAFFOLD, "personal.mode": "dual"}, ["control variates", "personal adapter"]),
         (EXAMPLE, ["private rows"]),
-        (CENTRAL, ["central clip"]),
+        (CENTRAL, ["central noise"]),
+        ({**CENTRAL, "privacy.trust": "local"}, ["local noise"]),
     ],
 )
 def test_a_run_has_the_techniques_of_its_plan(
@@ -94,7 +94,7 @@ def test_a_new_technique_is_one_value(open_one: Callable, monkeypatch: pytest.Mo
     ]
     whole = [train_clients(holder, request)[0].delta for request in asked]
     technique = sparsify(holder.engine.layout.size, 5)
-    monkeypatch.setattr(train, "techniques_of", lambda plan, layout: (technique,))
+    monkeypatch.setattr(techniques, "techniques_of", lambda plan, layout: (technique,))
     sparse = [train_clients(holder, request)[0].delta for request in asked]
     assert [int(delta.count_nonzero()) for delta in sparse] == [5, 5, 5]
     (file,) = sorted(holder.store.folder.glob(f"anna/*{3 * drawn}.safetensors"))

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from clients.client_app import app
 from clients.evaluate import evaluate_clients
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
+from clients.techniques import plan_node_round
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.engine.jobs import EvaluationJob

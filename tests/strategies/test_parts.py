@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
 from clients.process import Process
+from clients.techniques import plan_node_round
 from fedllm.adapters.layout import AdapterState, at_rank, initial_adapter, with_rank
 from fedllm.adapters.parts import other_part, part_of, part_size
 from fedllm.errors import ConfigError
