@@ -7,11 +7,10 @@ Tensor suffixes: N learnt token of a text, V vocabulary, D feature, P adapter va
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from fedllm.distillation.targets import learnt_tokens
 from fedllm.engine.engine import Engine
 from fedllm.engine.head import CHUNK
 from fedllm.engine.layers import attached
@@ -70,7 +69,7 @@ def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
     """Return the scores of the samples of one pass, in order."""
     states_ND = engine.passes.states(items)
     targets_N = torch.tensor(
-        [token for item in items for token in learnt_tokens(item.row)],
+        [token for item in items for token in item.row.learnt_tokens],
         device=states_ND.device,
         dtype=torch.int64,
     )
@@ -93,8 +92,3 @@ def _chunk_scores(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[tor
     chosen_N = log_NV.gather(1, targets_N[:, None])[:, 0]
     numbers = (chosen_N, means_N, deviations_N)
     return (*(column.double().cpu() for column in numbers), (log_NV.argmax(dim=1) == targets_N).cpu())
-
-
-def part_of_text(scores: TokenScores, begin: int, end: int | None = None) -> TokenScores:
-    """Return the scores of the learnt tokens from `begin` to before `end`."""
-    return TokenScores(*(getattr(scores, item.name)[begin:end] for item in fields(scores)))

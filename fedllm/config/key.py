@@ -39,8 +39,8 @@ class Key:
         parts = ["true or false"] if bool in self.types else []
         if int in self.types or float in self.types:
             noun = "a number" if float in self.types else "a whole number"
-            most = "" if math.isinf(self.high) else f" and at most {self.high:,}"
-            parts.append(f"{noun} {'above' if self.is_open else 'of at least'} {self.low:,}{most}")
+            most = "" if math.isinf(self.high) else f" up to {self.high:,}"
+            parts.append(f"{noun} {'above' if self.is_open else 'from'} {self.low:,}{most}")
         if str in self.types:
             forms = ", ".join(word + ending for word, ending in self.words.items())
             parts.append(f"one of {forms}" if len(self.words) > 1 else forms or "text")
@@ -52,24 +52,23 @@ class Key:
         Raises:
             ConfigError: `value` does not denote a value of these types.
         """
-        found: Scalar | None = next(
-            (one for kind in self.types if (one := _as(kind, value)) is not None), None
-        )
-        if found is None:
-            raise ConfigError(f"{self.name} = {value!r}: expected {self.allowed}")
-        return found
+        for kind in self.types:
+            found: Scalar | None = _as(kind, value)
+            if found is not None:
+                return found
+        raise ConfigError(f"{self.name} = {value!r}: expected {self.allowed}")
 
     def check(self, value: Scalar) -> None:
         """Refuse a value that the key does not take; raises `ConfigError`."""
         takes = self._takes_text(value) if isinstance(value, str) else self._takes_number(value)
-        if not takes and value != self.default:
+        if not takes and value != self.default:  # "" may stand for "none of the words"
             raise ConfigError(f"{self.name} = {value!r}: expected {self.allowed}")
 
     def _takes_text(self, value: str) -> bool:
         word, colon, after = value.partition(":")
         ending = self.words.get(word)
         if not self.words or ending is None:
-            return not self.words
+            return not self.words  # any text, such as a path
         if not colon:
             return not ending.startswith(":")  # as in "product:MU", which means nothing alone
         if "=" in ending:  # named numbers, checked where their names are known
@@ -78,7 +77,7 @@ class Key:
 
     def _takes_number(self, value: float | None) -> bool:
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            return False
+            return False  # even where nothing bounds it from above
         return self.low <= value <= self.high and not (self.is_open and value == self.low)
 
 
@@ -97,7 +96,7 @@ def key(
     `rank: int = key(8, "rank R of the factors", at_least=1, at_most=4096)`
     """
     low, is_open = (at_least, False) if above is None else (above, True)
-    forms = dict(re.findall(r"([^\s\[:]+)(\S*)", words))
+    forms = dict(re.findall(r"([^\s\[:]+)(\S*)", words))  # "none oort[:SECONDS]" -> none and oort
     metadata = {"meaning": meaning, "words": forms, "low": low, "high": at_most}
     return field(default=default, metadata={**metadata, "is_open": is_open, "is_resumable": resumable})
 
@@ -110,7 +109,7 @@ def declared_key(name: str, item: "Field[Any]") -> Key:
 
 def _as(kind: type, value: Any) -> Any:
     """Return `value` as a value of one type, None where it is none."""
-    if type(value) is kind:
+    if type(value) is kind:  # not isinstance: True is no number
         return value
     if kind is bool:
         return {"true": True, "false": False}.get(str(value).lower())

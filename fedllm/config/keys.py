@@ -28,6 +28,7 @@ PRESETS: dict[str, tuple[str, str, str, str]] = {
 class RunSection:
     """The run itself: its folder and whether it continues an earlier one."""
 
+    # What a resumed run may change says where, how long or how loudly it works, never what a round computes.
     name: str = key("run", "name of the run and of its folder", resumable=True)
     output: str = key("", "folder that holds run folders; empty = ./runs", resumable=True)
     resume: bool = key(False, "continue the run of this name after its last complete round", resumable=True)
@@ -43,11 +44,17 @@ class ModelConfig:
         "type of the weights; auto = float32 on a CPU, bfloat16 on a GPU",
         words="auto float32 bfloat16 float16 float64",
     )
+    # Another machine may go on with a run: only rounding differs.
     device: str = key("auto", "device of torch; auto = cuda where there is one, else cpu", resumable=True)
     quantization: str = key("none", "bits of the frozen weights (bitsandbytes, GPU)", words="none 8bit 4bit")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
     num_threads: int | str = key(
-        "auto", "CPU threads of torch", words="auto", at_least=1, at_most=1024, resumable=True
+        "auto",
+        "CPU threads; auto = torch's own number",
+        words="auto",
+        at_least=1,
+        at_most=1024,
+        resumable=True,
     )
 
 
@@ -66,6 +73,7 @@ class LoraConfig:
     client_ranks: str = key(
         "", 'ranks of clients, dealt in turn ("4,8,16") or by name ("anna:4,ben:8"); empty = lora.rank'
     )
+    # At 1 nothing would be left to scale up.
     dropout: float = key(0.0, "share of an adapter's inputs that training drops", at_least=0, at_most=0.99)
 
 
@@ -78,6 +86,7 @@ class DataConfig:
     partition: str = key("column:client", "column:NAME, iid, dirichlet:NAME:ALPHA or quantity:SKEW")
     columns: str = key("", '"prompt=NAME,response=NAME" or "text=NAME"; empty = columns of the usual names')
     on_bad_row: str = key("skip", "what to do at a row that cannot be used", words="skip stop")
+    # Something must be left to train on.
     held_out_fraction: float = key(0.1, "share of a client's rows for evaluation", at_least=0, at_most=0.9)
     max_held_out: int = key(64, "most rows that a client keeps for evaluation", at_least=0)
     max_rows: int | str = key("all", "most rows of a client, held-out ones included", words="all", at_least=1)
@@ -89,6 +98,7 @@ class FederationConfig:
 
     num_clients: int = key(8, "clients of the federation, who share data.source", at_least=1, at_most=MILLION)
     num_rounds: int = key(3, "rounds of the run", at_least=1, at_most=MILLION, resumable=True)
+    # Tried in this order: 5 is a number of clients, 0.5 a share of them.
     cohort: int | float | str = key(
         "all", "clients of a round: a number, or a share such as 0.1", words="all", above=0, at_most=MILLION
     )
@@ -97,20 +107,17 @@ class FederationConfig:
         "how a round's clients are chosen: alike, by rows, a coin for each, the highest losses of CANDIDATES"
         " (else twice the cohort), or by utility, those slower than SECONDS less often (docs/non-iid.md)",
         words="uniform weighted poisson power-of-choice[:CANDIDATES] oort[:SECONDS]",
-        above=0,
+        above=0,  # the number after the colon
     )
+    # 1.3 in production, where many drop out (Bonawitz et al. 2019, arXiv 1902.01046).
     over_selection: float = key(
         1.0, "ask this many times the cohort and keep the first to answer", at_least=1, at_most=10
     )
     max_staleness: int = key(0, "rounds that an update may be late and still count", at_least=0, at_most=1000)
-    min_clients: int = key(
-        1, "accepted updates below which a round changes nothing", at_least=1, at_most=MILLION
-    )
+    min_clients: int = key(1, "fewest updates with which a round counts", at_least=1, at_most=MILLION)
     round_deadline: float = key(600.0, "seconds that a round waits for replies", above=0, resumable=True)
     join_deadline: float = key(120.0, "seconds to wait for nodes to answer at all", above=0, resumable=True)
-    max_retries: int = key(
-        2, "attempts at a failed round after the first", at_least=0, at_most=1000, resumable=True
-    )
+    max_retries: int = key(2, "further attempts at a failed round", at_least=0, at_most=1000, resumable=True)
     max_failure_rate: float = key(
         0.5,
         "share of a round's clients that may fail; three rounds in a row above it end the run",
@@ -127,11 +134,11 @@ class TrainConfig:
     local_steps: int = key(4, "optimizer steps of a client in a round", at_least=1, at_most=MILLION)
     batch_size: int = key(4, "rows of one step", at_least=1, at_most=MILLION)
     learning_rate: float = key(1e-3, "learning rate", above=0)
-    schedule: str = key(
-        "constant", "learning rate over the rounds: cosine falls to 0", words="constant cosine"
-    )
+    schedule: str = key("constant", "course of the learning rate over the rounds", words="constant cosine")
     weight_decay: float = key(0.0, "weight decay", at_least=0)
+    # SCAFFOLD needs one: it bounds what a client may add to the control variates.
     clip_norm: float | str = key(1.0, "largest norm of a step's gradient", words="off", above=0)
+    # Many pairs of A and B have one product, which is what the layers compute.
     proximal: float | str = key(
         0.0,
         "FedProx: strength of the pull to the round's start, of A and B, or of their product",
@@ -139,13 +146,10 @@ class TrainConfig:
         at_least=0,
     )
     control_variates: bool = key(False, "SCAFFOLD (experimental)")
+    # A prompt, an answer and the end token have room in 8.
     max_length: int = key(256, "most tokens of a row", at_least=8, at_most=10 * MILLION)
     token_budget: int | str = key(
-        "auto",
-        "tokens that train in one pass; 1 = one client",
-        words="auto",
-        at_least=1,
-        at_most=100 * MILLION,
+        "auto", "tokens of one pass; 1 = each client alone", words="auto", at_least=1, at_most=100 * MILLION
     )
 
 
@@ -154,9 +158,7 @@ class AggregationConfig:
     """How client updates become one adapter: train, read-out and weighting, or a preset in their place."""
 
     preset: str = key("", "a published method; empty = none", words=" ".join(PRESETS))
-    train: str = key(
-        "both", "factors that clients train and send; alternate = B, then A", words="both a b alternate"
-    )
+    train: str = key("both", "factors trained and sent; alternate = B, then A", words="both a b alternate")
     read_out: str = key(
         "svd",
         "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B; residual = that,"
@@ -175,7 +177,7 @@ class AggregationConfig:
         words="none norm-clip multi-krum[:SHARE] geometric-median similarity trimmed-mean[:SHARE]"
         " coordinate-median",
         at_least=0,
-        at_most=0.5,
+        at_most=0.5,  # no rule can tell a majority of attackers from honest clients
     )
     optimizer: str = key(
         "fedavg",
@@ -186,8 +188,9 @@ class AggregationConfig:
     server_learning_rate: float | str = key(
         "auto", "its learning rate; auto = 1, nesterov 0.7, adaptive ones 0.001", words="auto", above=0
     )
+    # The square root is FedBuff's (arXiv 2106.06639).
     staleness_exponent: float = key(
-        0.5, "a late update weighs 1 / (1 + rounds late)^this", at_least=0, at_most=100
+        0.5, "a late update weighs (1 + rounds late)^-this", at_least=0, at_most=100
     )
 
 
@@ -195,16 +198,17 @@ class AggregationConfig:
 class PrivacyConfig:
     """Differential privacy; `privacy.epsilon` alone turns it on (docs/privacy.md)."""
 
-    epsilon: float | str = key("off", "budget of the whole run", words="off", above=0, at_most=MILLION)
-    delta: float = key(
-        1e-5, "probability that epsilon fails; well below 1 / number of units", above=0, at_most=0.5
+    epsilon: float | str = key(
+        "off", "privacy budget of the whole run", words="off", above=0, at_most=MILLION
     )
+    delta: float = key(1e-5, "chance that epsilon fails; below 1 / number of units", above=0, at_most=0.5)
     unit: str = key("example", "what is hidden: one row, or all of a client", words="example client")
     trust: str = key(
         "auto",
         "who adds noise: the server or each client; auto = central for unit client, else local",
         words="auto central local distributed",
     )
+    # `adaptive` follows arXiv 1905.03871.
     clip: float | str = key(
         1.0,
         "norm C that bounds an update or a row's gradient; adaptive = the median, from START (else 1) on",
@@ -222,6 +226,7 @@ class PrivacyConfig:
         "all", "most rounds of one client", words="all", at_least=1, at_most=MILLION
     )
     weight_cap: float | str = key("off", "rows from which a client counts fully", words="off", above=0)
+    # A mean loss of a few rows tells something of each.
     metrics: str = key(
         "auto",
         "what leaves a client besides its update: nothing, held-out losses, or training losses too; auto ="
@@ -234,9 +239,8 @@ class PrivacyConfig:
 class AuditConfig:
     """Canaries: texts of random tokens among the clients' rows, to audit the run (docs/audit.md)."""
 
-    canaries: int = key(
-        0, "texts that a client draws; it trains on each by a coin", at_least=0, at_most=100_000
-    )
+    # A coin for each decides whether it is trained on; the others are what a guess is compared with.
+    canaries: int = key(0, "texts each client draws; it trains on about half", at_least=0, at_most=100_000)
     canary_tokens: int = key(16, "length of a canary", at_least=2, at_most=10 * MILLION)
     canary_repeats: str = key("1", 'copies of a canary that is trained on; "1,4,16" is dealt in turn')
 
@@ -269,18 +273,16 @@ class DistillConfig:
         at_most=100,
     )
     text: str = key("synthetic", 'synthetic, public text as in data.source, or "synthetic+SOURCE"')
-    num_texts: int = key(
-        64, "texts to distil on; a quarter as many more are held out", at_least=2, at_most=10 * MILLION
-    )
+    num_texts: int = key(64, "texts to distil on; 1/4 more are held out", at_least=2, at_most=10 * MILLION)
     max_tokens: int = key(128, "most tokens of a text", at_least=8, at_most=10 * MILLION)
     steps: int = key(50, "optimizer steps of the student", at_least=1, at_most=MILLION)
     batch_size: int = key(8, "texts of a step", at_least=1, at_most=MILLION)
     learning_rate: float = key(5e-4, "learning rate of the student", above=0)
+    # The rest of the vocabulary is one bucket.
     top_k: int = key(64, "likeliest tokens kept one by one in a target", at_least=1, at_most=MILLION)
     pull: float = key(0.0, "strength of the pull to the aggregated adapter", at_least=0)
-    max_teachers: int = key(
-        8, "most clients that teach, the heaviest; memory grows with them", at_least=1, at_most=100_000
-    )
+    # The server keeps an adapter for each, 4 bytes a value.
+    max_teachers: int = key(8, "most clients that teach, the heaviest", at_least=1, at_most=100_000)
     originality: str = key("auto", "screen texts for copies; auto = without privacy", words="auto on off")
     licence: str = key("", "licence of the synthetic texts, in your words")
     control: bool = key(False, "also fine-tune on the same texts, for comparison")

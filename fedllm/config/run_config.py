@@ -6,22 +6,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+from fedllm.config import keys
 from fedllm.config.key import Key, Scalar, declared_key, key
-from fedllm.config.keys import (
-    AggregationConfig,
-    AuditConfig,
-    DataConfig,
-    DistillConfig,
-    EvaluationConfig,
-    FederationConfig,
-    LoraConfig,
-    ModelConfig,
-    PersonalConfig,
-    PrivacyConfig,
-    RunSection,
-    TrainConfig,
-    WireConfig,
-)
 from fedllm.errors import ConfigError
 
 
@@ -29,20 +15,22 @@ from fedllm.errors import ConfigError
 class RunConfig:
     """A whole run. Build it with `from_flat`; read a key as an attribute: `config.train.local_steps`."""
 
-    seed: int = key(0, "every random draw of a run is derived from it", at_least=0, at_most=2**63 - 1)
-    run: RunSection = RunSection()
-    model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()
-    data: DataConfig = DataConfig()
-    federation: FederationConfig = FederationConfig()
-    train: TrainConfig = TrainConfig()
-    aggregation: AggregationConfig = AggregationConfig()
-    privacy: PrivacyConfig = PrivacyConfig()
-    audit: AuditConfig = AuditConfig()
-    personal: PersonalConfig = PersonalConfig()
-    distill: DistillConfig = DistillConfig()
-    wire: WireConfig = WireConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = key(
+        0, "every random draw of a run is derived from it", at_least=0, at_most=2**63 - 1
+    )  # as 64 bits hold
+    run: keys.RunSection = keys.RunSection()
+    model: keys.ModelConfig = keys.ModelConfig()
+    lora: keys.LoraConfig = keys.LoraConfig()
+    data: keys.DataConfig = keys.DataConfig()
+    federation: keys.FederationConfig = keys.FederationConfig()
+    train: keys.TrainConfig = keys.TrainConfig()
+    aggregation: keys.AggregationConfig = keys.AggregationConfig()
+    privacy: keys.PrivacyConfig = keys.PrivacyConfig()
+    audit: keys.AuditConfig = keys.AuditConfig()
+    personal: keys.PersonalConfig = keys.PersonalConfig()
+    distill: keys.DistillConfig = keys.DistillConfig()
+    wire: keys.WireConfig = keys.WireConfig()
+    evaluation: keys.EvaluationConfig = keys.EvaluationConfig()
 
     def __post_init__(self) -> None:
         for name, value in self.to_flat().items():
@@ -65,7 +53,7 @@ class RunConfig:
                 raise ConfigError(f"unknown key {name!r}{nearest(name)}")
             section, _, leaf = name.replace("-", "_").rpartition(".")
             sections.setdefault(section, {})[leaf] = KEYS[name].typed(value)
-        values = sections.pop("", {})
+        values = sections.pop("", {})  # the seed, which is in no section
         defaults = cls()
         built = {name: replace(getattr(defaults, name), **part) for name, part in sections.items()}
         return cls(**values, **built)
@@ -76,14 +64,12 @@ class RunConfig:
 
 
 def _declared_keys() -> dict[str, Key]:
-    keys = []
+    declared = {}
     for item in fields(RunConfig):
-        if is_dataclass(item.type):
-            names = ((f"{item.name}.{leaf.name}".replace("_", "-"), leaf) for leaf in fields(item.type))
-            keys += [declared_key(name, leaf) for name, leaf in names]
-        else:
-            keys.append(declared_key(item.name, item))
-    return {each.name: each for each in keys}
+        for leaf in fields(item.type) if is_dataclass(item.type) else (item,):
+            name = leaf.name if leaf is item else f"{item.name}.{leaf.name}".replace("_", "-")
+            declared[name] = declared_key(name, leaf)
+    return declared
 
 
 KEYS = _declared_keys()  # in the order of declaration

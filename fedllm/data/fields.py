@@ -1,4 +1,4 @@
-"""Which columns of a row are the prompt and the answer, and what a row becomes.
+"""Turns a row into a training example: which of its columns are the prompt and the answer, or the text.
 
 Columns are recognised by the names that public data sets use, in any case of letters, unless `data.columns`
 names them.
@@ -11,6 +11,29 @@ from typing import Any
 
 from fedllm.config.key import named_values
 from fedllm.errors import ConfigError, DataError
+
+_CONVERSATIONS = ("messages", "conversations")
+# (prompt, response) in order of preference; an instruction may come with the text it is about
+_PAIRS = (
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "response"),
+)
+_SUBJECTS = ("input", "context")
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+_HINT = "set data.columns to prompt=NAME,response=NAME or text=NAME"
+_PLAIN_NAME = re.compile(r"[^\W\d][\w.-]{0,39}")
+_MOST_NAMES = 20
 
 
 @dataclass(frozen=True)
@@ -47,34 +70,6 @@ class ClientRows:
     held_out: tuple[Example, ...]
 
 
-_CONVERSATIONS = ("messages", "conversations")
-# (prompt, response) in order of preference; an instruction may come with the text it is about
-_PAIRS = (
-    ("instruction", "output"),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("instruction", "response"),
-)
-_SUBJECTS = ("input", "context")
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-_HINT = "set data.columns to prompt=NAME,response=NAME or text=NAME"
-_PLAIN_NAME = re.compile(r"[^\W\d][\w.-]{0,39}")
-_MOST_NAMES = 20
-
-
-class RowProblem(Exception):
-    """Why one row cannot be used; the message never holds text of the row."""
-
-
 @dataclass(frozen=True)
 class Fields:
     """The columns of a row: `conversation`, or `prompt` (and `subject`) and `response`, or `text`."""
@@ -84,6 +79,10 @@ class Fields:
     subject: str = ""  # optional text that the prompt is about, as Alpaca's `input`
     response: str = ""
     text: str = ""
+
+
+class RowProblem(Exception):
+    """Why one row cannot be used; the message never holds text of the row."""
 
 
 def mapped_columns(text: str) -> dict[str, str]:
@@ -110,13 +109,13 @@ def detect_fields(columns: Iterable[str], named: Mapping[str, str] | None = None
             if name not in present:
                 raise DataError(f"data.columns: {name!r} is not among {name_columns(present)}")
         return Fields(**named)
-    by_name = {name.lower(): name for name in reversed(present)}
+    by_name = {name.lower(): name for name in reversed(present)}  # of two in different case the first wins
     for conversation in _CONVERSATIONS:
         if conversation in by_name:
             return Fields(conversation=by_name[conversation])
     for prompt, response in _PAIRS:
         if prompt in by_name and response in by_name:
-            subjects = _SUBJECTS if prompt == "instruction" else ()
+            subjects = _SUBJECTS if prompt == "instruction" else ()  # elsewhere "context" means other things
             subject = next((by_name[name] for name in subjects if name in by_name), "")
             return Fields(prompt=by_name[prompt], subject=subject, response=by_name[response])
     if "text" in by_name:
@@ -158,26 +157,25 @@ def name_columns(columns: Iterable[str]) -> str:
     return f"the columns ({', '.join(parts)})" if parts else "no columns at all"
 
 
-def _text(row: Mapping[str, Any], column: str) -> str:
+def _cell(row: Mapping[str, Any], column: str) -> Any:
     if column not in row:
         raise RowProblem(f"column {column!r} is missing")
-    return _filled(row[column], f"column {column!r}")
+    return row[column]
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    return _filled(_cell(row, column), f"column {column!r}")
 
 
 def _filled(value: Any, what: str) -> str:
-    if value is None:
-        raise RowProblem(f"{what} is null")
-    if not isinstance(value, str):
-        raise RowProblem(f"{what} is not text")
-    if not value.strip():
-        raise RowProblem(f"{what} is empty")
-    return value
+    if isinstance(value, str) and value.strip():
+        return value
+    state = "null" if value is None else "empty" if isinstance(value, str) else "not text"
+    raise RowProblem(f"{what} is {state}")
 
 
 def _turns(row: Mapping[str, Any], column: str) -> tuple[Turn, ...]:
-    if column not in row:
-        raise RowProblem(f"column {column!r} is missing")
-    messages = row[column]
+    messages = _cell(row, column)
     if not isinstance(messages, list):
         raise RowProblem(f"column {column!r} is not a list of messages")
     turns = [_turn(message, number) for number, message in enumerate(messages, 1)]
@@ -191,6 +189,7 @@ def _turns(row: Mapping[str, Any], column: str) -> tuple[Turn, ...]:
 def _turn(message: Any, number: int) -> Turn:
     if not isinstance(message, dict):
         raise RowProblem(f"message {number} is not an object")
+    # OpenAI's form is {"role", "content"}, ShareGPT's {"from", "value"}.
     role = _ROLES.get(str(message.get("role", message.get("from"))).lower())
     if role is None:
         raise RowProblem(f"message {number} has no known role ({', '.join(_ROLES)})")

@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 from fedllm.data.fields import Turn
 from fedllm.distillation.sample import sample_texts
-from fedllm.distillation.targets import learnt_tokens
 from fedllm.engine.engine import Engine
 from fedllm.errors import DataError, NoDataError
 from fedllm.models.chat import Encoded, chat_text
@@ -69,7 +68,7 @@ def write_synthetic_texts(
         header = _tokens(tokenizer, chat_text(tokenizer, [Turn("user", _MARK)]).partition(_MARK)[0])
         # A question takes half of what a prompt may: the template's marks around it need room too.
         asked = writers.write([header or _begin(tokenizer)], number, most // 2, f"{name}-question")
-        words = [tokenizer.decode(learnt_tokens(row), skip_special_tokens=True).strip() for row, _ in asked]
+        words = [tokenizer.decode(row.learnt_tokens, skip_special_tokens=True).strip() for row, _ in asked]
         begins = [(Turn("user", question),) for question in words if question]
     prompts = [prompt for prompt in (_prompt(tokenizer, turns) for turns in begins) if prompt]
     kept = [prompt for prompt in prompts if len(prompt) <= most]

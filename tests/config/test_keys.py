@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.config.key import Key, Scalar
 from fedllm.config.run_config import KEYS as DECLARED
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
@@ -107,15 +106,15 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("seed", -1, "a whole number of at least 0 and at most 9,223,372,036,854,775,807"),
-        ("seed", 2**63, "a whole number of at least 0 and at most 9,223,372,036,854,775,807"),
-        ("model.num-threads", 0, "a whole number of at least 1 and at most 1,024, or auto"),
-        ("model.num-threads", "off", "a whole number of at least 1 and at most 1,024, or auto"),
+        ("seed", -1, "a whole number from 0 up to 9,223,372,036,854,775,807"),
+        ("seed", 2**63, "a whole number from 0 up to 9,223,372,036,854,775,807"),
+        ("model.num-threads", 0, "a whole number from 1 up to 1,024, or auto"),
+        ("model.num-threads", "off", "a whole number from 1 up to 1,024, or auto"),
         ("lora.alpha", 0.0, "a number above 0"),
         ("lora.alpha", math.nan, "a number above 0"),
         ("lora.alpha", math.inf, "a number above 0"),
-        ("federation.cohort", 0, "a number above 0 and at most 1,000,000, or all"),
-        ("train.proximal", "product", "a number of at least 0, or product:MU"),
+        ("federation.cohort", 0, "a number above 0 up to 1,000,000, or all"),
+        ("train.proximal", "product", "a number from 0, or product:MU"),
         ("train.schedule", "SVD", "one of constant, cosine"),
     ],
 )
@@ -183,263 +182,6 @@ def test_every_word_of_a_key_is_a_value(key: str) -> None:
         values += [f"{word}:0.25"] * ("=" not in ending and bool(ending))
         for value in values:
             assert RunConfig.from_flat({key: value}).to_flat()[key] == value
-
-
-@pytest.mark.parametrize(
-    ("flat", "expected"),
-    [
-        (
-            {"federation.cohort": 9},
-            "federation.cohort = 9 is above federation.num-clients = 8",
-        ),
-        (
-            {"federation.cohort": 1.5},
-            "federation.cohort = 1.5: expected a whole number of clients, or a share up to 1",
-        ),
-        (
-            {"federation.selection": "power-of-choice:7.5"},
-            "federation.selection = 'power-of-choice:7.5': expected whole candidates",
-        ),
-        (
-            {"aggregation.optimizer": "fedadam:momentum=x"},
-            "aggregation.optimizer = 'fedadam:momentum=x': could not convert string to float: 'x'",
-        ),
-        (
-            {"aggregation.optimizer": "fedadam:momentum=1"},
-            "aggregation.optimizer: expected momentum and second-moment from 0 to 0.9999 and adaptivity above"
-            " 0",
-        ),
-        ({"federation.min-clients": 9}, "federation.min-clients = 9 is above the cohort of 8"),
-        (
-            {"federation.cohort": 0.5, "federation.min-clients": 5},
-            "federation.min-clients = 5 is above the cohort of 4",
-        ),
-        (
-            {"federation.selection": "poisson", "federation.over-selection": 1.5},
-            "federation.over-selection needs a cohort of a fixed size, and federation.selection = 'poisson'"
-            " has none: keeping only the first to answer would be another law; set it to 1",
-        ),
-        (
-            {
-                "federation.selection": "power-of-choice:7",
-                "federation.cohort": 5,
-                "federation.over-selection": 1.5,
-            },
-            "federation.selection = 'power-of-choice:7' names fewer candidates than the 8 clients a round"
-            " asks",
-        ),
-        (
-            {"federation.max-staleness": 2, "federation.selection": "poisson"},
-            "federation.max-staleness = 2: a poisson round waits for everyone it drew, so none is late;"
-            " set it to 0",
-        ),
-        (
-            {"federation.max-staleness": 2},
-            "federation.max-staleness = 2 needs aggregation.read-out = 'factor-mean' or 'local-b': any other"
-            " turns the factors' basis or changes the base model every round, and a late change was made on"
-            " the old one",
-        ),
-        (
-            {"federation.max-staleness": 2, "aggregation.preset": "fedex"},
-            "federation.max-staleness = 2 needs aggregation.read-out = 'factor-mean' or 'local-b': any other"
-            " turns the factors' basis or changes the base model every round, and a late change was made on"
-            " the old one",
-        ),
-        (
-            {"federation.max-staleness": 2, "aggregation.preset": "rolora"},
-            "federation.max-staleness = 2: under aggregation.train = 'alternate' a late change of one factor"
-            " may come in a round that combines the other; set it to 0",
-        ),
-        (
-            {"federation.max-staleness": 2, "aggregation.preset": "fedit", "wire.node-sum": True},
-            "federation.max-staleness = 2: under wire.node-sum a node answers once its last client is done,"
-            " so one slow client would make all of its node's late; leave one of them out",
-        ),
-        (
-            {
-                "federation.max-staleness": 2,
-                "aggregation.read-out": "factor-mean",
-                "train.control-variates": True,
-            },
-            "federation.max-staleness = 2 cannot go with train.control-variates, which assume updates of one"
-            " round",
-        ),
-        (
-            {"train.control-variates": True, "train.clip-norm": "off"},
-            "train.control-variates needs train.clip-norm above 0: it bounds what one client may add to them",
-        ),
-        (
-            {"train.control-variates": True},
-            "train.control-variates needs aggregation.read-out = 'factor-mean': they are gradients of factors"
-            " that all share, and any other read-out turns their basis, changes the base model beneath them"
-            " or keeps B with the clients",
-        ),
-        (
-            {"train.control-variates": True, "aggregation.preset": "fedsa"},
-            "train.control-variates needs aggregation.read-out = 'factor-mean': they are gradients of factors"
-            " that all share, and any other read-out turns their basis, changes the base model beneath them"
-            " or keeps B with the clients",
-        ),
-        (
-            {"train.control-variates": True, "aggregation.preset": "ffa"},
-            "train.control-variates needs aggregation.train = 'both', not 'b': c and every c_i are gradients"
-            " of both factors",
-        ),
-        (
-            {
-                "train.control-variates": True,
-                "aggregation.preset": "hetlora",
-                "lora.client-ranks": "4,8",
-            },
-            "train.control-variates cannot go with lora.client-ranks: no c_i has the columns its client does"
-            " not train, so their mean is not the gradient of any loss; leave one of them out",
-        ),
-        (
-            {"train.control-variates": True, "aggregation.preset": "fedit", "wire.node-sum": True},
-            "train.control-variates cannot go with wire.node-sum: the change of every client's own would"
-            " travel beside the sum that is to replace it; leave one of them out",
-        ),
-        (
-            {
-                "train.control-variates": True,
-                "aggregation.preset": "fedit",
-                "aggregation.robust": "multi-krum",
-            },
-            "train.control-variates cannot go with aggregation.robust = 'multi-krum': what it leaves out of"
-            " the adapter would still enter the control variates; leave one of them out",
-        ),
-        (
-            {"aggregation.train": "a", "aggregation.read-out": "factor-mean"},
-            "aggregation.train = 'a': a run starts from B = 0, where the gradient of A is 0 and stays so, and"
-            " nothing would ever be learnt; use alternate, which trains both in turn, or b",
-        ),
-        (
-            {"personal.mode": "dual", "aggregation.preset": "fedsa"},
-            "personal.mode = 'dual': under aggregation.read-out = 'local-b' every client has a B of its own,"
-            " so no adapter is shared that a personal one could go on top of; use none",
-        ),
-        (
-            {"lora.client-ranks": "4,16"},
-            "lora.client-ranks = '4,16': expected ranks from 1 to lora.rank = 8, dealt in turn as in 4,8,16,"
-            " or for each client once as in anna:4,ben:8",
-        ),
-        (
-            {"aggregation.read-out": "local-b", "aggregation.train": "b"},
-            "aggregation.train = 'b': read-out local-b trains both factors and shares A; use both",
-        ),
-        (
-            {"wire.node-sum": True},
-            "wire.node-sum = true: aggregation.read-out = 'svd', aggregation.robust = 'none' and"
-            " aggregation.weighting = 'examples' need every client's own factors; use factor-mean, no robust"
-            " rule and another weighting, or wire.node-sum = false",
-        ),
-        (
-            {"wire.node-sum": True, "aggregation.read-out": "factor-mean", "lora.client-ranks": "4,8"},
-            "wire.node-sum = true: clients of different ranks have no common sum; leave lora.client-ranks"
-            " empty",
-        ),
-        ({"run.name": ""}, "run.name = '': expected a plain folder name"),
-        ({"run.name": "../x"}, "run.name = '../x': expected a plain folder name"),
-        ({"run.name": "a/b"}, "run.name = 'a/b': expected a plain folder name"),
-        ({"run.name": ".hidden"}, "run.name = '.hidden': expected a plain folder name"),
-    ],
-)
-def test_values_that_contradict_each_other_are_refused(flat: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        resolve(RunConfig.from_flat(flat))
-    assert str(caught.value) == expected
-
-
-def typed(value: Any, *types: type) -> Scalar:
-    """Return a value as a key of these types takes it."""
-    bounds: dict[str, Any] = {"low": 0, "high": math.inf, "is_open": False, "is_resumable": False}
-    return Key(name="some.key", default="", types=types, meaning="", words={}, **bounds).typed(value)
-
-
-@laws
-@given(st.integers(-(10**400), 10**400))
-def test_whole_numbers_are_read_from_their_text(number: int) -> None:
-    for types in ((int,), (int, str), (int, float, str)):
-        assert typed(number, *types) == typed(f" {number} ", *types) == number
-    if abs(number) < 10**300:
-        for types in ((float,), (float, str)):
-            as_float = typed(number, *types)
-            assert as_float == float(number)
-            assert type(as_float) is float
-
-
-@laws
-@given(st.floats(allow_nan=False))
-def test_numbers_are_read_from_their_text(number: float) -> None:
-    for types in ((float,), (float, str), (int, float, str)):
-        assert typed(number, *types) == typed(str(number), *types) == number
-
-
-@laws
-@given(st.text())
-def test_texts_are_taken_as_they_are_and_numbers_only_from_numerals(text: str) -> None:
-    assert typed(text, str) == text
-    for kind in (int, float, bool):
-        try:
-            value = typed(text, kind)
-        except ConfigError:
-            assert kind is bool or typed(text, kind, str) == text
-            continue
-        assert type(value) is kind
-
-
-@pytest.mark.parametrize(
-    ("value", "types", "expected"),
-    [
-        ("true", (bool,), True),
-        ("FALSE", (bool,), False),
-        (True, (bool,), True),
-        (["q_proj", "v_proj"], (str,), "q_proj,v_proj"),
-        ([], (str,), ""),
-        (3, (float,), 3.0),
-        ("1e-3", (float,), 0.001),
-        ("off", (float, str), "off"),
-        ("8", (float, str), 8.0),
-        ("5", (int, float, str), 5),
-        ("1.0", (int, float, str), 1.0),
-    ],
-)
-def test_what_toml_and_a_command_line_give_is_taken(
-    value: Any, types: tuple[type, ...], expected: Any
-) -> None:
-    found = typed(value, *types)
-    assert found == expected
-    assert type(found) is type(expected)
-
-
-@pytest.mark.parametrize(
-    ("value", "types", "expected"),
-    [
-        (1, (bool,), "true or false"),
-        ("yes", (bool,), "true or false"),
-        ("", (bool,), "true or false"),
-        (1.0, (int,), "a whole number of at least 0"),
-        ("1.0", (int,), "a whole number of at least 0"),
-        (True, (int,), "a whole number of at least 0"),
-        ("", (int,), "a whole number of at least 0"),
-        ("one", (float,), "a number of at least 0"),
-        (True, (float,), "a number of at least 0"),
-        (None, (float,), "a number of at least 0"),
-        ([1.0], (float,), "a number of at least 0"),
-        pytest.param(10**400, (float,), "a number of at least 0", id="beyond any float"),
-        (1, (str,), "text"),
-        (None, (str,), "text"),
-        ([1], (str,), "text"),
-        ({"a": 1}, (str,), "text"),
-        (True, (int, str), "a whole number of at least 0, or text"),
-    ],
-)
-def test_a_value_of_another_type_is_named_with_what_is_expected(
-    value: Any, types: tuple[type, ...], expected: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        typed(value, *types)
-    assert str(caught.value) == f"some.key = {value!r}: expected {expected}"
 
 
 def test_a_number_too_large_for_any_range_is_a_config_error() -> None:

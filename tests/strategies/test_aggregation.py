@@ -18,7 +18,7 @@ from fedllm.wire import packets
 from strategies.aggregation import combine as combining
 from strategies.aggregation import sums
 from strategies.aggregation.combine import Aggregate, Mixture
-from strategies.exchange.receiving import in_order
+from strategies.exchange.receiving import sort_answers
 
 RANK = 3
 LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), RANK, 6.0, "f")
@@ -240,7 +240,7 @@ def test_the_order_of_arrival_changes_no_bit(arrival: list[int], read_out: str) 
     plan = [item.client_id for item in updates]
     expected = combine(start, updates, read_out)
     arrived = [updates[index] for index in arrival]
-    ordered = combine(start, list(in_order(iter(arrived), plan)), read_out)
+    ordered = combine(start, list(sort_answers(iter(arrived), plan)), read_out)
     assert ordered.adapter.digest == expected.adapter.digest
     assert ordered.base_delta.digest == expected.base_delta.digest
     products = model_change(expected)
@@ -256,7 +256,7 @@ def test_answers_come_in_the_plans_order_whoever_is_missing(
     plan = [f"c{number}" for number in range(10)]
     generator.shuffle(plan)
     answers = [update(f"c{number}", torch.zeros(0)) for number in present]
-    ordered = [answer.client_id for answer in in_order(iter(answers), plan)]
+    ordered = [answer.client_id for answer in sort_answers(iter(answers), plan)]
     assert ordered == [client for client in plan if client in {answer.client_id for answer in answers}]
 
 
@@ -435,7 +435,7 @@ def grown(start: AdapterState, updates: list[ClientUpdate]) -> list[ClientUpdate
 def test_clients_of_different_ranks_mix_as_their_products(read_out: str) -> None:
     start = trained_start()
     updates = ranked_updates(start)
-    found = combine(start, updates, read_out, mixed_ranks=True)
+    found = combine(start, updates, read_out)
     mean = dense_mean(start, grown(start, updates))
     error = norm(difference(model_change(found), mean))
     if read_out in EXACT:
@@ -449,7 +449,7 @@ def test_clients_of_different_ranks_mix_as_their_products(read_out: str) -> None
 def test_hetlora_pads_with_zeros_and_weighs_by_the_norm_of_the_product() -> None:
     start = trained_start()
     updates = ranked_updates(start)
-    found = combine(start, updates, "factor-mean", weighting="product-norm", mixed_ranks=True)
+    found = combine(start, updates, "factor-mean", weighting="product-norm")
     padded = [start.vector.double() + item.delta for item in grown(start, updates)]
     norms = [item.weight * norm(dense(adapter)) for item, adapter in zip(updates, padded, strict=True)]
     expected = sum(size * adapter for size, adapter in zip(norms, padded, strict=True)) / sum(norms)
@@ -466,7 +466,7 @@ def test_product_norms_of_zero_leave_an_ordinary_mean() -> None:
 
 @pytest.mark.parametrize("num_copies", [1, 8])  # the second is folded on the way
 def test_every_column_is_the_mean_over_the_clients_that_train_it(num_copies: int) -> None:
-    start, rule = trained_start(), AggregationRule(train="b", read_out="factor-mean", mixed_ranks=True)
+    start, rule = trained_start(), AggregationRule(train="b", read_out="factor-mean")
     updates = [item for item in ranked_updates(start) if RANKS[int(item.client_id[1:])] < 3]
     mixture = open_mixture(start, rule, "b")
     for item in updates * num_copies:
@@ -490,7 +490,7 @@ def test_every_column_is_the_mean_over_the_clients_that_train_it(num_copies: int
 def test_every_clients_own_scale_is_folded_into_its_product(read_out: str) -> None:
     """I2 with unequal alphas: M = sum p_i s_i B_i A_i, in units of the run's scale."""
     start, scales = trained_start(), (0.5, 1.0, 2.0, 3.0, 4.0, 8.0)
-    mixture = open_mixture(start, AggregationRule(read_out=read_out, mixed_ranks=True))
+    mixture = open_mixture(start, AggregationRule(read_out=read_out))
     updates, total = ranked_updates(start), sum(WEIGHTS)
     for item, scale in zip(updates, scales, strict=True):
         mixture = combining.add(mixture, item, scale)

@@ -13,8 +13,7 @@ from fedllm.models.files import resolve_model
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
-from strategies.publish import model_card
-from strategies.run import summary
+from strategies.publish import model_card, summary
 
 BASE = {"anna": 4.0, "ben": 8.0}
 

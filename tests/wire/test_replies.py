@@ -6,27 +6,14 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.wire import packets, replies
+from tests.builders import client_update, small_layout
 
-LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
+LAYOUT = small_layout()
+DELTA = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(1))
 SECRET = "xyzzy-private"
-
-
-def update(client_id: str, **changes: Any) -> ClientUpdate:
-    values: dict[str, Any] = {
-        "round_num": 4,
-        "rank": 2,
-        "delta": torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(1)),
-        "weight": 7.0,
-        "num_tokens": 31,
-        "train_loss": 0.25,
-        "num_truncated": 1,
-        "seconds": 0.5,
-    }
-    return ClientUpdate(client_id=client_id, **{**values, **changes})
 
 
 def evaluation(client_id: str) -> ClientEvaluation:
@@ -42,7 +29,10 @@ def joined(client_id: str) -> JoinedClient:
 def updates_reply() -> RecordDict:
     failure = ClientFailure(client_id="c", code="no-data")
     return replies.write_updates(
-        [update("a"), failure, update("b")], layout=LAYOUT, part="both", payload="fp32"
+        [client_update("a", DELTA), failure, client_update("b", DELTA)],
+        layout=LAYOUT,
+        part="both",
+        payload="fp32",
     )
 
 
@@ -77,8 +67,8 @@ def test_an_updates_reply_comes_back_as_it_was() -> None:
     a, c, b = read_updates(updates_reply())
     assert isinstance(a, ClientUpdate)
     assert isinstance(b, ClientUpdate)
-    sent = update("a")
-    assert torch.equal(a.delta, sent.delta)
+    sent = client_update("a", DELTA)
+    assert torch.equal(a.delta, DELTA)
     for name in ("round_num", "weight", "num_tokens", "train_loss", "num_truncated", "seconds"):
         assert getattr(a, name) == getattr(sent, name)
     assert (b.client_id, c) == ("b", ClientFailure(client_id="c", code="no-data", reason=c.reason))
@@ -86,20 +76,20 @@ def test_an_updates_reply_comes_back_as_it_was() -> None:
 
 def controls_reply() -> RecordDict:
     changes = {name: torch.full((LAYOUT.size,), float(number)) for number, name in enumerate("ab")}
-    sent = [update(name, control_delta=change) for name, change in changes.items()]
+    sent = [client_update(name, DELTA, control_delta=change) for name, change in changes.items()]
     return replies.write_updates(sent, layout=LAYOUT, part="both", payload="fp32")
 
 
-def test_changes_of_control_variates_come_back_where_they_are_wanted() -> None:
+def test_control_variates_come_back_where_they_are_wanted() -> None:
     answers = read_updates(controls_reply(), with_controls=True)
     for number, answer in enumerate(answers):
         assert isinstance(answer, ClientUpdate)
         assert answer.control_delta is not None
         assert answer.control_delta.tolist() == [number] * LAYOUT.size
-        assert torch.equal(answer.delta, update("a").delta)
+        assert torch.equal(answer.delta, DELTA)
 
 
-def test_changes_of_control_variates_are_refused_where_not_wanted_and_missed_where_wanted() -> None:
+def test_control_variates_come_exactly_where_they_are_wanted() -> None:
     with pytest.raises(WireError, match="not on the list"):
         read_updates(controls_reply())
     with pytest.raises(WireError, match="do not match the clients"):
@@ -147,7 +137,7 @@ def test_replies_with_nothing_done_can_be_written_and_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics", "updates"])
-def test_a_reply_with_nothing_done_hides_no_text_under_a_known_name(name: str) -> None:
+def test_no_text_hides_under_a_known_name(name: str) -> None:
     failures = [ClientFailure(client_id="a", code="no-data")]
     content = replies.write_updates(failures, layout=LAYOUT, part="both", payload="bf16")
     content[name] = ConfigRecord({"text": SECRET})
@@ -156,7 +146,7 @@ def test_a_reply_with_nothing_done_hides_no_text_under_a_known_name(name: str) -
 
 
 def test_packet_bytes_are_those_of_the_packets() -> None:
-    length = len(packets.encode(update("a").delta, layout_digest=LAYOUT.digest, round_num=4, payload="fp32"))
+    length = len(packets.encode(DELTA, layout_digest=LAYOUT.digest, round_num=4, payload="fp32"))
     assert packets.packet_bytes(updates_reply()) == 2 * length
     assert packets.packet_bytes(evaluations_reply()) == 0
 
@@ -279,7 +269,7 @@ def test_a_code_outside_the_list_is_refused(kind: str, code: str) -> None:
 
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("code", [SECRET, 7, ["failed"], "out-of-memory"])
-def test_an_error_reply_is_refused_with_a_known_code_and_nothing_of_its_text(kind: str, code: Any) -> None:
+def test_an_error_reply_is_refused_with_a_known_code_alone(kind: str, code: Any) -> None:
     content = RecordDict({"error": ConfigRecord({"code": code, "note": SECRET})})
     with pytest.raises(WireError) as caught:
         READERS[kind][1](content)

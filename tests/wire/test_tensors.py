@@ -9,24 +9,19 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
+from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
 from fedllm.errors import NonFiniteError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.wire import packets, replies, stock
+from tests.builders import client_update, small_layout
 
-LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
-OTHER_RANK = AdapterLayout(LAYOUT.matrices, 1, 4.0, LAYOUT.fingerprint)
+LAYOUT, OTHER_RANK = small_layout(), small_layout(rank=1)
 DELTA = torch.linspace(-1, 1, LAYOUT.size)
 SECRET = "xyzzy-private"
 
 
 def reply() -> RecordDict:
-    updates = [
-        ClientUpdate(
-            client_id=name, round_num=4, rank=2, delta=DELTA, weight=1.0, num_tokens=3, train_loss=0.5
-        )
-        for name in ("a", "b")
-    ]
+    updates = [client_update(name, DELTA) for name in ("a", "b")]
     return replies.write_updates(updates, layout=LAYOUT, part="both", payload="fp32")
 
 
@@ -94,7 +89,7 @@ def _report_failure_with_a_packet(content: RecordDict) -> None:
 
 
 @pytest.mark.parametrize("damage", [_rename, _drop, _add, _drop_all, _report_failure_with_a_packet])
-def test_packets_of_other_clients_than_those_with_an_update_are_refused(
+def test_packets_of_clients_without_an_update_are_refused(
     damage: Callable[[RecordDict], None],
 ) -> None:
     content = reply()
@@ -147,7 +142,7 @@ def _replaced_by(array: np.ndarray) -> Callable[[ArrayRecord], None]:
         _replaced_by(np.zeros((), "float32")),
     ],
 )
-def test_plain_tensors_of_another_name_shape_or_dtype_are_refused(
+def test_tensors_of_another_name_shape_or_dtype_are_refused(
     damage: Callable[[ArrayRecord], None],
 ) -> None:
     record = stock.write_plain(initial_adapter(LAYOUT, 0))
@@ -195,7 +190,7 @@ WHOLE = npy(np.zeros((2, 3), "float32"))
         (WHOLE, "pickle"),
     ],
 )
-def test_plain_tensors_whose_bytes_are_not_what_they_declare_are_refused(data: bytes, stype: str) -> None:
+def test_tensors_that_are_not_what_they_declare_are_refused(data: bytes, stype: str) -> None:
     record = stock.write_plain(initial_adapter(LAYOUT, 0))
     record[FIRST] = Array(dtype="float32", shape=(2, 3), stype=stype, data=data)
     with pytest.raises(WireError):
