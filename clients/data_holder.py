@@ -87,7 +87,7 @@ class DataHolder:
 
     @cached_property
     def initial(self) -> AdapterState:
-        """The adapter that the run's seed gives, of which a server may leave out what it has not changed."""
+        """The adapter that the run's seed gives; a server need not send the parts it has not changed."""
         # Server and node draw it alike, so a frozen or local factor need not travel.
         return initial_adapter(self.engine.layout, self.plan.config.seed, self.plan.init_a)
 

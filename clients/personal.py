@@ -3,11 +3,12 @@
 A layer computes W x + s B_g A_g x + s B_p A_p x. After a client has trained the shared adapter of a round, it
 trains its personal one for some steps on the same stream of rows, with the shared adapter *as received*
 frozen underneath (the pattern of FDLoRA, arXiv 2406.07925, and FedDPA, arXiv 2403.19211). Both stand side by
-side in one adapter of the ranks' sum (`fedllm.adapters.side_by_side`) of which only the second half may move.
+side in one adapter, whose rank is the sum of theirs (`fedllm.adapters.side_by_side`); only the second half
+may move.
 
 dual    nothing holds the personal adapter back but the number of steps and weight decay
 ditto   it is pulled to the shared adapter as in Ditto (arXiv 2012.04221): min f(v) + pull/2 ||v - shared||^2,
-        with the distance measured on what the layers do. v - shared is s B_p A_p, whose squared Frobenius
+        with the distance measured on what the layers do: v - shared is s B_p A_p, and its squared Frobenius
         norm is the product form of FedProx (`fedllm.engine.gradient_terms`). It is a gradient, not a decay of
         the factors: it depends on their product alone, and Adam rescales it with the gradient of the loss
 
@@ -62,7 +63,10 @@ def _train_own(numbers: PersonalTraining, this_round: NodeRound, works: Works) -
     layout, own = this_round.layout, {}
     for work in works:
         name = work.client.client_id
-        own[name] = work.kept.get(PERSONAL, initial_personal(layout, numbers, this_round.seed, name))
+        if PERSONAL in work.kept:
+            own[name] = work.kept[PERSONAL]
+        else:
+            own[name] = initial_personal(layout, numbers, this_round.seed, name)
     jobs = [make_job(own_round, w.client, w.num_drawn, rank=layout.rank, start_P=w.start_P) for w in works]
     trained = train_personal(this_round.holder.engine, layout, jobs, own, numbers)
     return [work.keeping(PERSONAL, trained[work.client.client_id]) for work in works]

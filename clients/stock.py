@@ -1,7 +1,7 @@
 """Requests of stock Flower strategies: named PEFT tensors in, named PEFT tensors out.
 
-FedAvg and its kin know one array record and one `num-examples` a node, so a node that hosts several clients
-answers with their weighted mean, which is what FedAvg over the clients would have computed.
+Such a strategy knows one array record and one `num-examples` a node. So a node that hosts several clients
+answers with their weighted mean, as FedAvg over the clients would have computed it.
 """
 
 from flwr.app import Context, MetricRecord, RecordDict
@@ -22,11 +22,12 @@ def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | 
     """Return the node's new adapter and `num-examples`.
 
     Raises:
-        ConfigError: clients of the run keep vectors (a personal adapter, say), of which round is not known.
+        ConfigError: clients of the run keep vectors between rounds (a personal adapter, say).
         WireError: the request does not hold exactly one adapter of this run's layout.
         NoDataError: no client of this node has an update.
     """
     start, round_num = _read_adapter(holder, content), _round_of(content)
+    # Kept vectors are found by how often a client took part, and a stock strategy does not count that.
     for technique in techniques_of(holder.plan, start.layout):
         if technique.kept:
             raise ConfigError(

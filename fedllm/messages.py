@@ -10,7 +10,7 @@ from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import LayoutError
 
-# The only numbers besides its delta that a client's update may carry.
+# A client's update carries its delta, and of numbers only these.
 UPDATE_METRICS = ("weight", "num_tokens", "train_loss", "num_truncated", "seconds")
 EVALUATION_METRICS = ("loss", "personal_loss", "num_tokens", "num_rows")
 
