@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import RecordDict
 from safetensors.torch import load_file
 
 from clients import techniques
 from clients.data_holder import DataHolder
 from clients.process import Process
+from clients.stock import train_for_stock
 from clients.technique import ClientWork, NodeRound, Technique, Works, start_of
 from clients.techniques import techniques_of
 from clients.train import train_clients
+from fedllm.adapters.layout import initial_adapter
 from fedllm.errors import ConfigError
+from fedllm.wire.stock import write_plain
 from tests.builders import train_request
 
 SCAFFOLD = {"train.control-variates": True, "aggregation.read-out": "factor-mean"}
@@ -64,6 +68,14 @@ def test_control_variates_need_a_server_that_sends_c(open_one: Callable) -> None
     holder = open_one(**SCAFFOLD)
     with pytest.raises(ConfigError, match=r"train\.control-variates"):
         train_clients(holder, train_request(holder, "anna"))
+
+
+@pytest.mark.parametrize("flat", [SCAFFOLD, {"aggregation.preset": "fedsa"}, {"personal.mode": "dual"}])
+def test_a_stock_strategy_gets_no_technique_that_keeps(flat: dict[str, Any], open_one: Callable) -> None:
+    holder = open_one(**flat)
+    content = RecordDict({"arrays": write_plain(initial_adapter(holder.engine.layout, 0))})
+    with pytest.raises(ConfigError, match="own rounds"):
+        train_for_stock(holder, content)
 
 
 RESIDUAL = "residual"
