@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from clients.data_holder import ClientTokens
 from clients.state import PrivateStore, load_private
 from clients.technique import ClientWork, NodeRound, Technique, Vectors, Works, start_of
+from clients.tokens import ClientTokens
 from fedllm.adapters.layout import at_rank, with_rank
 from fedllm.data.shards import draw_rows
 from fedllm.engine.jobs import Job

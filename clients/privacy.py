@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import partial
 
-from clients.data_holder import ClientTokens, DataHolder
+from clients.data_holder import DataHolder
 from clients.technique import NodeRound, Technique, Works
+from clients.tokens import ClientTokens
 from fedllm.engine.jobs import Job, StepNoise
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.messages import ClientFailure

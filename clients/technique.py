@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from clients.data_holder import ClientTokens, DataHolder
+from clients.data_holder import DataHolder
+from clients.tokens import ClientTokens
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob, Job, Result

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from clients.data_holder import DataHolder, hosted_rows
+from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
 from clients.jobs import make_job
 from clients.join import declare_clients
 from clients.process import NUM_HOLDERS, Process
 from clients.techniques import plan_node_round
+from clients.tokens import hosted_rows
 from clients.train import train_clients
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import EvaluationJob, Job

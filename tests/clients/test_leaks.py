@@ -13,7 +13,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
 
-from clients import client_app, data_holder, jobs, protect
+from clients import client_app, data_holder, jobs, protect, tokens
 from clients.process import Process
 from fedllm.errors import NoDataError
 from fedllm.messages import EVALUATION_METRICS, UPDATE_METRICS
@@ -152,7 +152,7 @@ def crash(error: Exception) -> Callable[..., Any]:
 
 
 PLACES = [
-    (data_holder, "encode"),
+    (tokens, "encode"),
     (jobs, "draw_rows"),
     (protect, "protect"),
     (client_app.replies, "write_updates"),
@@ -193,7 +193,7 @@ def test_exception_that_quotes_a_row_leaves_as_a_code_alone(
 def test_every_kind_of_request_fails_without_a_word(
     kind: str, stock: bool, ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_holder, "encode", crash(RuntimeError(TEXT)))
+    monkeypatch.setattr(tokens, "encode", crash(RuntimeError(TEXT)))
     reply = ask(kind, stock)
     assert leaks(bytes_of(reply)) == []
     if stock:
