@@ -107,14 +107,14 @@ def test_a_release_made_again_is_charged_once_and_another_attempt_twice() -> Non
     assert ledger.with_entry(entry(1, 1, "x", anna=1)) is ledger
     for other in (entry(1, 2, "x", anna=1), entry(1, 1, "y", anna=1), entry(2, 1, "x", anna=1)):
         twice = ledger.with_entry(other)
-        assert twice.of("anna") == (Charge(2.0, 1.0, 2),)
+        assert twice.charges_of("anna") == (Charge(2.0, 1.0, 2),)
         assert twice.epsilon(1e-5) == pytest.approx(gaussian_epsilon(math.sqrt(2) / 2, 1e-5))
 
 
 def test_the_ledger_reports_the_account_that_spent_most() -> None:
     ledger = Ledger((entry(1, 1, "", anna=1, ben=1), entry(2, 1, "", anna=1)))
     assert ledger.epsilon(1e-5) == epsilon_of([Charge(2.0, 1.0, 2)], 1e-5)
-    assert ledger.of("cleo") == ()
+    assert ledger.charges_of("cleo") == ()
     assert Ledger().epsilon(1e-5) == 0.0
 
 
@@ -134,7 +134,7 @@ def test_the_ledger_reports_the_largest_of_accounts_that_differ_in_noise_and_rat
 
 def test_an_account_that_is_asked_again_for_a_release_is_not_charged_again_and_a_new_one_is() -> None:
     ledger = Ledger().with_entry(entry(1, 1, "x", anna=1, ben=1)).with_entry(entry(1, 1, "x", ben=1, cleo=1))
-    assert [ledger.of(name)[0].count for name in ("anna", "ben", "cleo")] == [1, 1, 1]
+    assert [ledger.charges_of(name)[0].count for name in ("anna", "ben", "cleo")] == [1, 1, 1]
     assert len(ledger.entries) == 1
     assert Ledger().with_all(ledger).with_all(ledger) == ledger
 

@@ -473,7 +473,7 @@ def test_a_release_that_differs_after_a_resume_is_charged_again(
     assert len(state.ledger.entries) == 1
     state, _ = next_round(again, state)
     assert [entry.name[:2] for entry in state.ledger.entries] == [(1, 1), (1, 1)]
-    assert state.ledger.of("anna")[0].count == 2
+    assert state.ledger.charges_of("anna")[0].count == 2
     (journal / "privacy-ledger.json").write_text("[{}]")
     with pytest.raises(CheckpointError, match="is damaged"):
         serving.with_journal(again.privacy, fewer.state)
@@ -491,7 +491,7 @@ def test_who_is_asked_for_a_round_again_is_charged_once_and_a_newcomer_as_well(
     state, second = next_round(again, serving.with_journal(again.privacy, others.state))
     assert set(first.asked) != set(second.asked)
     everybody = {*first.asked, *second.asked}
-    assert {name: state.ledger.of(name)[0].count for name in everybody} == dict.fromkeys(everybody, 1)
+    assert {name: state.ledger.charges_of(name)[0].count for name in everybody} == dict.fromkeys(everybody, 1)
     assert serving.with_journal(again.privacy, others.state).ledger == state.ledger
 
 

@@ -84,14 +84,9 @@ def test_another_part_than_asked_for_is_refused(sent: str, asked: str) -> None:
 def test_another_rank_than_asked_for_is_refused(rank: int) -> None:
     content = reply("b")
     layout = at_rank(LAYOUT, rank)
-    data = packets.encode(
-        torch.zeros(part_size(layout, "b")),
-        layout_digest=layout.digest,
-        part="b",
-        round_num=4,
-        payload="fp32",
+    content["updates"]["c"] = packets.write_vector(
+        torch.zeros(part_size(layout, "b")), layout, "b", 4, "fp32"
     )
-    content["updates"]["c"] = packets.to_array(data)
     *sound, refused = read(content, "b")
     assert all(isinstance(answer, ClientUpdate) for answer in sound)
     assert isinstance(refused, ClientFailure)
@@ -102,8 +97,7 @@ def test_another_rank_than_asked_for_is_refused(rank: int) -> None:
 def test_an_unknown_part_is_refused_without_a_word_of_the_sender(name: str) -> None:
     content = reply("b")
     vector = torch.zeros(part_size(LAYOUT, "b"))
-    data = packets.encode(vector, layout_digest=LAYOUT.digest, part=name, round_num=4, payload="fp32")
-    content["updates"]["a"] = packets.to_array(data)
+    content["updates"]["a"] = packets.write_vector(vector, LAYOUT, name, 4, "fp32")
     refused, *_ = read(content, "b")
     assert isinstance(refused, ClientFailure)
     assert SECRET not in refused.reason
