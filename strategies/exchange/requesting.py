@@ -14,6 +14,7 @@ from strategies.session import Session
 
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
     """Return one message per node, naming its clients that train in this round."""
+    # Once for all nodes: it compares the frozen part bit by bit
     part = part_to_send(session.rule, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(plan.asked).items():
@@ -45,7 +46,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
     part = part_to_send(session.rule, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(holders).items():
-        if node not in free:
+        if node not in free:  # still busy with a round: waiting for it would hold up the next
             continue
         request = EvaluateRequest(
             round_num=state.round_num,

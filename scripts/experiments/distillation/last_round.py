@@ -1,4 +1,4 @@
-"""A federation's last round with its clients' adapters at hand, and the text that a student learns on."""
+"""A federation's last round, with its clients' adapters at hand."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,9 @@ from fedllm.config.run_config import RunConfig
 from fedllm.distillation.teacher import Teacher
 from fedllm.engine.engine import Engine
 from fedllm.messages import ClientUpdate
-from fedllm.plan.run_plan import distillation_of, resolve
 from scripts.runtimes.local import init, step
 from strategies.cohort.plan_round import plan_round
-from strategies.distillation.material import Material, make_material
-from strategies.distillation.originality import text_screen
-from strategies.distillation.public_text import open_public_text
-from strategies.distillation.step import open_engine, writers_of
+from strategies.distillation.step import open_engine
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
 from strategies.exchange.receiving import receive, sort_answers
 from strategies.exchange.requesting import train_requests
@@ -52,16 +48,3 @@ def last_round(config: RunConfig) -> Round:
     after, record = aggregate(session, before, plan, answers)
     clients = teachers.without(record.aggregation.silenced)
     return Round(session, open_engine(session), after.adapter, clients)
-
-
-def material_of(last: Round, config: RunConfig) -> Material:
-    """Return the rows to learn on and to judge by with the `distill.text` of a configuration.
-
-    Raises:
-        FedLLMError: the text cannot be used.
-    """
-    plan, round_num = resolve(config), config.federation.num_rounds
-    public = open_public_text(plan.distillation, config.data)
-    screen = text_screen(last.session, last.engine, last.clients, round_num)
-    writers = writers_of(plan, last.engine, last.clients, round_num)
-    return make_material(distillation_of(plan), public, writers, screen)

@@ -19,7 +19,8 @@ from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import teach
 from fedllm.errors import FedLLMError, NonFiniteError
 from scripts.experiments.controls import evaluate, holder_of
-from scripts.experiments.distillation.last_round import Round, last_round, material_of
+from scripts.experiments.distillation.last_round import Round, last_round
+from scripts.experiments.distillation.material import material_of
 from scripts.experiments.trials import Figures, Setting, Trial
 from strategies.distillation.learn import student_training
 from strategies.distillation.losses import Loss, error_of_gain, measure_base, measure_change, measure_loss
