@@ -11,7 +11,7 @@ from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import AggregationRecord, RoundPlan, RoundRecord, TrainingRecord
+from fedllm.runs.records import RoundPlan, RoundRecord, TrainingRecord
 from fedllm.seeds import derive_seed
 from fedllm.wire import requests
 from strategies.aggregation import combine
@@ -193,7 +193,7 @@ def open_sums(session: Session, state: ServerState, plan: RoundPlan) -> RoundSum
 NO_SUMS = RoundSums()
 
 
-def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combine.Mixture:
+def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combine.RoundUpdates:
     """Return the empty mixture of a round."""
     seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
     return combine.init(
@@ -201,7 +201,7 @@ def open_mixture(session: Session, state: ServerState, plan: RoundPlan) -> combi
         state,
         trained=plan.trained,
         fresh=lambda: initial_adapter(session.layout, seed, session.plan.init_a),
-        outside=partial(stock_change, session.stock, plan.round_num) if session.stock else None,
+        stock_rule=partial(stock_change, session.stock, plan.round_num) if session.stock else None,
     )
 
 
@@ -211,7 +211,7 @@ def fold(
     plan: RoundPlan,
     answers: Iterable[Answer],
     sums: RoundSums = NO_SUMS,
-) -> tuple[RoundRecord, combine.Mixture]:
+) -> tuple[RoundRecord, combine.RoundUpdates]:
     """Combine the answers on arrival; return what happened and the mixture of the accepted updates.
 
     Changes of control variates are added to `sums`, and so are updates whom a distillation step learns from,
@@ -269,7 +269,7 @@ def finish(
     state: ServerState,
     plan: RoundPlan,
     record: RoundRecord,
-    mixture: combine.Mixture,
+    mixture: combine.RoundUpdates,
     sums: RoundSums = NO_SUMS,
 ) -> tuple[ServerState, RoundRecord]:
     """Read the mixture out into the next state; a round that is not applied changes nothing but the ledger.
@@ -297,13 +297,7 @@ def finish(
         norms=aggregate.norms,
         control=_control_after(session, state, sums.controls, num_drawn),
     )
-    measured = AggregationRecord(
-        rho=aggregate.rho,
-        largest_rho=aggregate.largest_rho,
-        silenced=aggregate.silenced,
-        kept_energy=aggregate.kept_energy,
-        delta_norm=aggregate.delta_norm,
-    )
+    measured = aggregate.measured
     if sums.noised is not None:  # of one noised sum nobody can tell what its clients disagreed on
         measured = replace(measured, rho=None, largest_rho=None, kept_energy=None)
     return after, replace(record, aggregation=measured, adapter=aggregate.adapter.digest)
@@ -324,9 +318,9 @@ def _released(
     state: ServerState,
     plan: RoundPlan,
     record: RoundRecord,
-    mixture: combine.Mixture,
+    mixture: combine.RoundUpdates,
     noised: NoisedSum | None,
-) -> tuple[ServerState, RoundRecord, combine.Mixture]:
+) -> tuple[ServerState, RoundRecord, combine.RoundUpdates]:
     """Charge the round under its privacy plan, and put the noised sum, if there is one, in the mixture."""
     privacy = session.privacy
     if privacy is None:

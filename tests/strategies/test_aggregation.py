@@ -14,10 +14,11 @@ from fedllm.errors import LayoutError
 from fedllm.messages import ClientUpdate
 from fedllm.plan.aggregation import AggregationRule
 from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import AggregationRecord
 from fedllm.wire import packets
 from strategies.aggregation import combine as combining
 from strategies.aggregation import sums
-from strategies.aggregation.combine import Aggregate, Mixture
+from strategies.aggregation.combine import Aggregate, RoundUpdates
 from strategies.exchange.receiving import in_order
 
 RANK = 3
@@ -55,7 +56,7 @@ def random_updates(seed: int = 0, size: float = 0.1) -> list[ClientUpdate]:
     ]
 
 
-def open_mixture(start: AdapterState, rule: AggregationRule, trained: str = "both") -> Mixture:
+def open_mixture(start: AdapterState, rule: AggregationRule, trained: str = "both") -> RoundUpdates:
     state = ServerState(0, start)
     return combining.init(rule, state, trained=trained, fresh=lambda: initial_adapter(LAYOUT, 7))
 
@@ -131,7 +132,7 @@ def test_svd_is_exact_where_the_rank_suffices() -> None:
     mean = dense_mean(start, updates)
     result = combine(start, updates)
     assert_products_close(result.adapter.vector, mean, 1e-6)
-    assert result.kept_energy == pytest.approx(1.0)
+    assert result.measured.kept_energy == pytest.approx(1.0)
     assert_products_close(combine(start, updates, "factor-mean").adapter.vector, mean, 1.0)
 
 
@@ -157,16 +158,16 @@ def test_the_reported_numbers_are_the_dense_ones(read_out: str, seed: int, size:
     factors = sum(item.weight / total * (start.vector + item.delta).double() for item in updates)
     residual, change = difference(mean, dense(factors)), difference(mean, before)
     result = combine(start, updates, read_out)
-    assert result.rho == pytest.approx(norm(residual) / norm(change), rel=1e-6)
+    assert result.measured.rho == pytest.approx(norm(residual) / norm(change), rel=1e-6)
     worst = max(norm([r]) / norm([c]) for r, c in zip(residual, change, strict=True))
-    assert result.largest_rho == pytest.approx(worst, rel=1e-6)
-    assert result.delta_norm == pytest.approx(norm(change) * LAYOUT.scale, rel=1e-6)
+    assert result.measured.largest_rho == pytest.approx(worst, rel=1e-6)
+    assert result.measured.delta_norm == pytest.approx(norm(change) * LAYOUT.scale, rel=1e-6)
     lost = norm(difference(mean, model_change(result)))
-    assert result.kept_energy == pytest.approx(max(0.0, 1 - lost**2 / norm(mean) ** 2), abs=1e-6)
+    assert result.measured.kept_energy == pytest.approx(max(0.0, 1 - lost**2 / norm(mean) ** 2), abs=1e-6)
     if read_out == "svd":
         energies = [torch.linalg.svdvals(matrix).square() for matrix in mean]
         kept = sum(float(energy[:RANK].sum()) for energy in energies)
-        assert result.kept_energy == pytest.approx(kept / norm(mean) ** 2, rel=1e-7)
+        assert result.measured.kept_energy == pytest.approx(kept / norm(mean) ** 2, rel=1e-7)
 
 
 @pytest.mark.parametrize("read_out", ["svd", "residual", "stack"])
@@ -193,7 +194,7 @@ def test_a_single_client_keeps_its_own_factors_bit_for_bit(read_out: str, weight
     start, delta = trained_start(), 0.1 * gaussian(LAYOUT.size, 5)
     result = combine(start, [update("a", delta, weight)], read_out)
     assert torch.equal(result.adapter.vector, start.vector + delta)
-    assert (result.rho, result.largest_rho, result.kept_energy) == (0.0, 0.0, 1.0)
+    assert (result.measured.rho, result.measured.largest_rho, result.measured.kept_energy) == (0.0, 0.0, 1.0)
     assert result.base_delta.size == 0
 
 
@@ -204,8 +205,8 @@ def test_identical_clients_lose_nothing_and_every_read_out_agrees() -> None:
     for read_out in READ_OUTS:
         result = combine(start, updates, read_out)
         assert norm(difference(model_change(result), expected)) < 1e-6 * norm(expected)
-        assert result.rho < 1e-12
-        assert result.kept_energy == pytest.approx(1.0)
+        assert result.measured.rho < 1e-12
+        assert result.measured.kept_energy == pytest.approx(1.0)
 
 
 def test_stack_starts_afresh_and_leaves_everything_in_the_base() -> None:
@@ -279,7 +280,7 @@ def test_only_the_ratio_of_weights_matters(read_out: str, factor: float) -> None
     expected, result = combine(start, updates, read_out), combine(start, scaled, read_out)
     products = model_change(expected)
     assert norm(difference(model_change(result), products)) < 1e-6 * norm(products)
-    assert result.rho == pytest.approx(expected.rho, rel=1e-6)
+    assert result.measured.rho == pytest.approx(expected.measured.rho, rel=1e-6)
 
 
 @pytest.mark.parametrize("read_out", READ_OUTS)
@@ -289,13 +290,13 @@ def test_the_mean_of_many_clients_stays_exact_and_small(read_out: str) -> None:
     mixture = open_mixture(start, AggregationRule(read_out=read_out))
     for item in updates:
         mixture = combining.add(mixture, item)
-        assert len(mixture.held) <= sums.most_held(LAYOUT, with_products=True) < 10
+        assert len(mixture.held) <= sums.num_holdable(LAYOUT, with_products=True) < 10
     result, mean = combining.finish(mixture), dense_mean(start, updates)
     change = norm(difference(mean, dense(start.vector)))
-    assert result.delta_norm == pytest.approx(change * LAYOUT.scale, rel=1e-6)
+    assert result.measured.delta_norm == pytest.approx(change * LAYOUT.scale, rel=1e-6)
     total = sum(item.weight for item in updates)
     factors = sum(item.weight / total * (start.vector + item.delta).double() for item in updates)
-    assert result.rho == pytest.approx(norm(difference(mean, dense(factors))) / change, rel=1e-6)
+    assert result.measured.rho == pytest.approx(norm(difference(mean, dense(factors))) / change, rel=1e-6)
     error = norm(difference(model_change(result), mean))
     if read_out in EXACT:
         assert error < 1e-6 * norm(mean)
@@ -309,7 +310,7 @@ def test_the_mean_of_many_clients_stays_exact_and_small(read_out: str) -> None:
 def test_folding_earlier_clients_changes_nothing(read_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     start, updates = trained_start(), random_updates(size=0.3)
     held = combine(start, updates, read_out)
-    monkeypatch.setattr(sums, "most_held", lambda layout, with_products: 2)
+    monkeypatch.setattr(sums, "num_holdable", lambda layout, with_products: 2)
     folded = combine(start, updates, read_out)
     products = model_change(held)
     assert norm(difference(model_change(folded), products)) < 1e-6 * norm(products)
@@ -341,7 +342,7 @@ def test_a_lossy_wire_moves_the_result_by_less_than_it_rounds(payload: str, read
     exact, lossy = combine(start, updates, read_out), combine(start, received, read_out)
     rounding = {"bf16": 2.0**-8, "int8": 2.0**-5}[payload]  # of a delta's values, relative
     change = norm(difference(model_change(exact), model_change(lossy))) * LAYOUT.scale
-    assert 0 < change < rounding * exact.delta_norm
+    assert 0 < change < rounding * exact.measured.delta_norm
     if read_out in EXACT:
         mean = dense_mean(start, received)
         assert norm(difference(model_change(lossy), mean)) < 1e-6 * norm(mean)
@@ -354,7 +355,7 @@ def test_updates_of_zero_keep_the_adapter_trainable(read_out: str) -> None:
     result = combine(start, updates, read_out)
     expected = initial_adapter(LAYOUT, 7) if read_out == "stack" else start
     torch.testing.assert_close(result.adapter.vector, expected.vector, rtol=1e-6, atol=0)
-    assert (result.rho, result.kept_energy, result.delta_norm) == (0.0, 1.0, 0.0)
+    assert (result.measured.rho, result.measured.kept_energy, result.measured.delta_norm) == (0.0, 1.0, 0.0)
     assert result.base_delta.size == 0
 
 
@@ -380,9 +381,9 @@ def test_the_mean_of_one_factor_is_exact(part: str) -> None:
     updates = [update(u.client_id, only(part, u.delta), u.weight) for u in random_updates(size=0.5)]
     found, mean = combine(start, updates, "factor-mean", train=part), dense_mean(start, updates)
     assert_products_close(found.adapter.vector, mean, 1e-6)
-    assert (found.rho, found.kept_energy) == (0.0, 1.0)
+    assert (found.measured.rho, found.measured.kept_energy) == (0.0, 1.0)
     change = norm(difference(mean, dense(start.vector))) * LAYOUT.scale
-    assert found.delta_norm == pytest.approx(change, rel=1e-6)
+    assert found.measured.delta_norm == pytest.approx(change, rel=1e-6)
     other = {"a": "b", "b": "a"}[part]
     assert torch.equal(only(other, found.adapter.vector), only(other, start.vector))
 
@@ -402,9 +403,8 @@ def test_local_b_averages_a_and_leaves_the_servers_b_alone() -> None:
     mean = sum(item.weight / total * (start.vector + item.delta).double() for item in updates)
     torch.testing.assert_close(result.adapter.vector, only("a", mean).float(), rtol=1e-6, atol=1e-7)
     assert norm(dense(result.adapter.vector)) == 0
-    assert (result.rho, result.largest_rho, result.kept_energy) == (None, None, None)
     moved = float((result.adapter.vector - start.vector).norm())
-    assert result.delta_norm == pytest.approx(moved)
+    assert result.measured == AggregationRecord(delta_norm=pytest.approx(moved))
 
 
 # --- clients of different ranks ---------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_clients_of_different_ranks_mix_as_their_products(read_out: str) -> None
     if read_out in EXACT:
         assert error < 1e-6 * norm(mean)
     else:
-        assert found.kept_energy == pytest.approx(1 - error**2 / norm(mean) ** 2, abs=1e-6)
+        assert found.measured.kept_energy == pytest.approx(1 - error**2 / norm(mean) ** 2, abs=1e-6)
     same = combine(start, grown(start, updates), read_out)
     assert norm(difference(model_change(found), model_change(same))) < 1e-6 * norm(mean)
 
