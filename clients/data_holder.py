@@ -107,7 +107,7 @@ def open_data_holder(
     check_privacy(plan.privacy)
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
         plan = plan.with_own_model(str(node["model-path"]))
-    files = resolve_model(plan.config.model.name, plan.config.model.revision)
+    files = resolve_model(plan.config.model.name)
     tokenizer, state_path = resident.tokenizer(files), state_path_of(node)
     clients = {}
     for rows in hosted_rows(config, node, read):

@@ -24,7 +24,7 @@ import torch
 from clients.jobs import NodeRound, make_job
 from clients.technique import Evaluations, Technique, Vectors, Works
 from fedllm.adapters.layout import AdapterLayout, at_rank, initial_adapter
-from fedllm.adapters.side_by_side import second_mask, second_of, side_by_side
+from fedllm.adapters.side_by_side import mask_of_second, side_by_side, take_second
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob, Job, is_finite
 from fedllm.plan.run_plan import RunPlan
@@ -119,7 +119,7 @@ def personal_jobs(
     for job, personal_P in zip(shared, personal, strict=True):
         layout = _layout_of(job)
         if layout not in masks:
-            masks[layout] = second_mask(layout, numbers.rank)
+            masks[layout] = mask_of_second(layout, numbers.rank)
         if id(job.start) not in anchors:  # clients that share a start share what they are pulled to
             nothing = torch.zeros_like(personal_P)
             anchors[id(job.start)] = side_by_side(layout, job.start, nothing, numbers.rank)
@@ -158,7 +158,7 @@ def train_personal(
             _logger.warning("client %s: its personal adapter diverged and stays as it was", result.client_id)
             trained[result.client_id] = start
         else:
-            moved = second_of(_layout_of(job), result.delta.float(), numbers.rank)
+            moved = take_second(_layout_of(job), result.delta.float(), numbers.rank)
             trained[result.client_id] = start + moved
     return trained
 

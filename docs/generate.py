@@ -1,29 +1,26 @@
-"""Write the parts of the documentation that the code already says: `python docs/generate.py`.
+"""Write what the code already says into other files: `python docs/generate.py`.
 
-`docs/config.md` comes from `fedllm/config/keys.py`, the file tree in `docs/architecture.md`
-from the first line of every module. tests/test_docs.py compares both with what is written.
+`docs/config.md` and the Flower keys of pyproject.toml come from `fedllm/config/keys.py`, the file tree of
+docs/architecture.md from the first line of every module. Tests compare them with what is written.
 """
 
 import ast
-import math
 import sys
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+
+import tomli_w
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # started as a script, only this folder is on the path
     sys.path.insert(0, str(ROOT))
 
-from fedllm.config.key import Allowed, Scalar  # noqa: E402
-from fedllm.config.run_config import RunConfig, described_keys  # noqa: E402
-from fedllm.plan.run_plan import RESUMABLE_KEYS  # noqa: E402
+from fedllm.config.run_config import KEYS, RESUMABLE_KEYS, RunConfig  # noqa: E402
 
 ROOMS = ("fedllm", "clients", "strategies", "scripts")
 FOLDED = {"benchmarks", "experiments"}  # folders that the tree names without their files
 BEGIN, END = "<!-- tree: written by docs/generate.py -->\n", "<!-- end of tree -->\n"
-
-_TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str"}
+FLOWER_KEYS = "[tool.flwr.app.config]\n"  # Flower takes an override only of a key that stands there
 
 TOP_LEVEL = {
     "pyproject.toml": "Package, tools, and every configuration key with its default for Flower.",
@@ -37,41 +34,26 @@ TOP_LEVEL = {
 def config_page() -> str:
     """Return docs/config.md."""
     parts = [_CONFIG_HEAD]
-    for section, keys in groupby(described_keys(), key=lambda key: key[0].rpartition(".")[0]):
-        value = getattr(RunConfig(), section) if section else None
-        parts.append(
-            _section(section or "run-wide", (type(value).__doc__ or "").strip() if section else "", keys)
-        )
-    kept = "\n".join(f"- `{key}`" for key in RunConfig().to_flat() if key in RESUMABLE_KEYS)
+    for section, keys in groupby(KEYS.values(), key=lambda key: key.name.rpartition(".")[0]):
+        intro = type(getattr(RunConfig(), section)).__doc__ if section else "Of the run as a whole."
+        rows = [
+            f"## {section or 'seed'}\n\n{intro}\n",
+            "| key | default | values | meaning |",
+            "|---|---|---|---|",
+        ]
+        for key in keys:
+            default = str(key.default).lower() if isinstance(key.default, bool) else str(key.default)
+            cells = (f"`{key.name}`", f"`{default}`" if default else "empty", key.allowed, key.meaning)
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("\n".join(rows) + "\n")
+    kept = "\n".join(f"- `{name}`" for name in KEYS if name in RESUMABLE_KEYS)
     return "\n".join([*parts, _CONFIG_TAIL.format(kept=kept)])
 
 
-def _section(name: str, intro: str, keys: Iterable[tuple[str, Scalar, str, Allowed]]) -> str:
-    rows = [f"## {name}\n"]
-    rows += [f"{intro}\n"] if intro else []
-    rows += ["| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-    for key, value, meaning, allowed in keys:
-        default = str(value).lower() if isinstance(value, bool) else str(value)
-        shown = f"`{default}`" if default else "empty"
-        row = (f"`{key}`", _TYPE_NAMES[type(value)], shown, _allowed(allowed), meaning)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    return "\n".join(rows) + "\n"
-
-
-def _allowed(allowed: Allowed) -> str:
-    """Return the values a key may take, where the configuration restricts them."""
-    if allowed.choices:
-        return ", ".join(choice for choice in allowed.choices if choice)
-    if math.isinf(allowed.low):
-        return ""
-    lowest, highest = _number(allowed.low), _number(allowed.high)
-    if math.isinf(allowed.high) or allowed.high >= 2**62:
-        return f"above {lowest}" if allowed.is_open else f"{lowest} or more"
-    return f"above {lowest}, at most {highest}" if allowed.is_open else f"{lowest} to {highest}"
-
-
-def _number(value: float) -> str:
-    return f"{int(value):,}" if not math.isinf(value) and value == int(value) else f"{value:g}"
+def with_flower_keys(pyproject: str) -> str:
+    """Return the text of pyproject.toml with every key and its default as its last section."""
+    defaults = (tomli_w.dumps({"value": key.default}).replace("value", key.name, 1) for key in KEYS.values())
+    return pyproject.partition(FLOWER_KEYS)[0] + FLOWER_KEYS + "".join(defaults)
 
 
 def tree() -> str:
@@ -138,6 +120,10 @@ A key means the same everywhere it can stand:
 `fedllm run` and `fedllm check` without a recipe start from `scripts/recipes/quickstart.toml`; a recipe of
 your own and Flower start from the defaults below. An unknown key is refused and the nearest known one is
 named. A list in a recipe is read as comma-separated text.
+
+Some values are a number or a word, such as `auto`. A word may take a number after a colon: where the table
+says `oort[:SECONDS]`, both `oort` and `oort:30` are values. Constants of a server optimizer have names:
+`aggregation.optimizer=fedadam:momentum=0.9,second-moment=0.99,adaptivity=1e-4`.
 """
 
 _CONFIG_TAIL = """## Keys that may change on resume
@@ -152,10 +138,11 @@ With `train.schedule = "cosine"` the number of rounds is fixed too, since the sc
 
 
 def main() -> None:
-    """Write the generated page and the tree."""
+    """Write the generated page, the Flower keys and the tree."""
     (ROOT / "docs" / "config.md").write_text(config_page())
-    architecture = ROOT / "docs" / "architecture.md"
-    architecture.write_text(with_tree(architecture.read_text()))
+    for path, rewritten in (("pyproject.toml", with_flower_keys), ("docs/architecture.md", with_tree)):
+        file = ROOT / path
+        file.write_text(rewritten(file.read_text()))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import rich.console
 from rich.live import Live
 from rich.table import Table
 
+from fedllm.config.key import number_or
 from fedllm.config.run_config import RunConfig
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.runs.records import RoundRecord
@@ -43,7 +44,7 @@ class Console:
             f" {federation.num_rounds} rounds of {train.local_steps} steps of {train.batch_size} rows,"
             f" {runtime} runtime"
         )
-        view = RunView(self, config.federation.num_rounds, config.privacy.epsilon)
+        view = RunView(self, federation.num_rounds, number_or(config.privacy.epsilon, 0.0))
         if not self.rich.is_terminal or self.quiet:
             yield view
             return

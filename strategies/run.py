@@ -10,26 +10,19 @@ from flwr.serverapp.strategy import Strategy
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.resident import Resident
-from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError, FedLLMError
-from fedllm.models.base import describe_layout
-from fedllm.models.files import resolve_model
-from fedllm.plan.dealt_numbers import named_clients
-from fedllm.plan.run_plan import RunPlan, resolve
-from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
+from fedllm.errors import BudgetSpentError, CheckpointError, FedLLMError, RunFailedError
+from fedllm.plan.run_plan import resolve
+from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import describe_run, open_run_folder, write_result, write_rounds
-from fedllm.runs.privacy_statement import summary_line
-from fedllm.runs.records import RoundRecord
-from fedllm.runs.spread import described
-from strategies.aggregation.stock import check_stock
 from strategies.distillation.ending import undo_distillation
-from strategies.distillation.public_text import open_public_text
 from strategies.exchange.evaluation import evaluate
-from strategies.exchange.joining import join_clients
-from strategies.grid.transport import Transport
-from strategies.privacy import open_privacy, with_journal
-from strategies.publish import measured_ends, publish_adapter, publish_privacy
-from strategies.rounds import check_failure_rate, next_round
+from strategies.privacy import with_journal
+from strategies.publish import publish_run
+from strategies.rounds import next_round
 from strategies.session import SILENT, Session, Watch
+from strategies.start import begin_or_resume, open_session
+
+FAILING_ROUNDS = 3  # rounds in a row above federation.max-failure-rate before the run stops
 
 
 def run_federation(
@@ -54,13 +47,10 @@ def run_federation(
     folder = open_run_folder(config)
     try:
         session = open_session(plan, grid, watch, stock, folder=folder, resident=resident)
-        state = _first_state(session, folder, start)
-        describe_run(folder, config)
+        state = begin_or_resume(session, folder, start)
+        describe_run(folder, config)  # only now is it certain that the run goes on with this configuration
         state, stopped = _rounds(session, state, folder)
-        files = resolve_model(config.model.name, config.model.revision)
-        adapter = publish_adapter(folder, plan, files, state)
-        ended = {"stopped": stopped} if stopped else {}
-        write_result(folder, {**summary(state, adapter), **ended, **publish_privacy(folder, plan, state)})
+        publish_run(folder, plan, state, stopped)
     except FedLLMError as error:
         _write_failure(folder, str(error))
         raise
@@ -72,104 +62,9 @@ def run_federation(
     return state
 
 
-def open_session(
-    plan: RunPlan,
-    grid: Grid,
-    watch: Watch = SILENT,
-    stock: Strategy | None = None,
-    *,
-    folder: Path | None = None,
-    resident: Resident | None = None,
-) -> Session:
-    """Return a session over the clients that join on `grid`; `resident` is as in `run_federation`.
-
-    `folder` is the run's: it holds the noise secret and the ledger of a private run, which otherwise live as
-    long as the session, and the verdicts on synthetic text.
-
-    Raises:
-        ModelError, RunFailedError: the base model is absent, or too few clients join.
-        ConfigError: `stock` is given and the run's rule is no plain mean of factors, or the run distils
-            or its server is to add noise.
-        DataError: the run distils, and its public text cannot be used.
-        CheckpointError, MissingExtraError: the noise secret cannot be kept, or a library is missing.
-    """
-    config = plan.config
-    privacy = open_privacy(plan.privacy, folder / "private" / "server" if folder else None)
-    if privacy is not None:
-        watch.notice(f"privacy: {summary_line(privacy.plan)}")
-    if stock is not None:
-        check_stock(plan.aggregation, distils=plan.distillation is not None)
-        if privacy is not None and privacy.plan.is_central:
-            raise ConfigError("a stock Flower strategy adds no noise; use privacy.trust = local without it")
-    public_text = open_public_text(plan.distillation, config.data)
-    layout = describe_layout(config.model, config.lora)
-    transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
-    clients = join_clients(transport, config, layout, watch.notice)
-    watch.joined(clients)
-    for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
-        watch.notice(f"lora.client-ranks names client {name}, which has not joined")
-    return Session(
-        plan,
-        layout,
-        transport,
-        clients,
-        watch,
-        resident=resident or Resident(),
-        stock=stock,
-        privacy=privacy,
-        folder=folder,
-        public_text=public_text,
-    )
-
-
-def first_state(session: Session, start: AdapterState | None = None) -> ServerState:
-    """Return the state before round 1, with the held-out loss of the base model as record 0."""
-    state = ServerState(0, start or session.initial)
-    held_out = evaluate(session, state)
-    record = RoundRecord(
-        round_num=0,
-        held_out=held_out.shared,
-        personal_held_out=held_out.personal,
-        adapter=state.adapter.digest,
-    )
-    session.watch.record(record)
-    return replace(state, records=(record,))
-
-
-def summary(state: ServerState, adapter: Path) -> dict[str, object]:
-    """Return the content of `result.json`: held-out losses before and after, and the adapter.
-
-    The losses are those of the clients that were measured both times; else there are none.
-    Under "personal" are the losses with every client's personal adapter on top, where there are any.
-    """
-    return {
-        "status": "completed",
-        "rounds": state.round_num,
-        "adapter": str(adapter),
-        "digest": state.adapter.digest,
-        "held_out": {
-            name: {
-                **described(record.held_out),
-                **({"personal": described(record.personal_held_out)} if record.personal_held_out else {}),
-            }
-            for name, record in measured_ends(state).items()
-        },
-    }
-
-
 def _write_failure(folder: Path, reason: str) -> None:
     with suppress(OSError):  # a full disk may be the very reason
         write_result(folder, {"status": "failed", "reason": reason})
-
-
-def _first_state(session: Session, folder: Path, start: AdapterState | None) -> ServerState:
-    if not session.config.run.resume:
-        return with_journal(session.privacy, first_state(session, start))
-    state, passed_over = load_checkpoint(folder / "checkpoints", session.config, session.layout)
-    for line in passed_over:
-        session.watch.notice(line)
-    session.watch.notice(f"resuming after round {state.round_num}")
-    return with_journal(session.privacy, state)
 
 
 def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerState, str]:
@@ -199,14 +94,20 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
     return state, stopped
 
 
-def _is_saved(session: Session, state: ServerState, folder: Path) -> bool:
-    """Save a state; where that fails, say so and return False: the next round saves again."""
-    try:
-        _save(session, state, folder)
-    except CheckpointError as error:
-        session.watch.notice(f"{error}; going on, the next round saves again")
-        return False
-    return True
+def check_failure_rate(state: ServerState, limit: float) -> None:
+    """Stop a run whose clients keep failing; called once its last round is saved.
+
+    Raises:
+        RunFailedError: more than `limit` of the clients failed in each of the last three rounds.
+    """
+    recent = [r for r in state.records if r.round_num > 0][-FAILING_ROUNDS:]
+    rates = [len(record.lost) / len(record.asked) for record in recent if record.asked]
+    if len(rates) == FAILING_ROUNDS and min(rates) > limit:
+        reasons = sorted(set(recent[-1].lost.values()))
+        raise RunFailedError(
+            f"more than {limit:.0%} of the clients failed in {FAILING_ROUNDS} rounds in a row"
+            f" (last: {reasons[0]}); the adapter of round {state.round_num} is kept"
+        )
 
 
 def _not_distilled(config: RunConfig) -> str:
@@ -220,9 +121,18 @@ def _measured(session: Session, state: ServerState) -> ServerState:
     """Return the state with the held-out losses of a run that has ended before its last round."""
     if not state.records or state.records[-1].held_out:
         return state
-    held_out = evaluate(session, state)
-    last = replace(state.records[-1], held_out=held_out.shared, personal_held_out=held_out.personal)
-    return replace(state, records=(*state.records[:-1], last))
+    *earlier, last = state.records
+    return replace(state, records=(*earlier, evaluate(session, state).noted_in(last)))
+
+
+def _is_saved(session: Session, state: ServerState, folder: Path) -> bool:
+    """Save a state; where that fails, say so and return False: the next round saves again."""
+    try:
+        _save(session, state, folder)
+    except CheckpointError as error:
+        session.watch.notice(f"{error}; going on, the next round saves again")
+        return False
+    return True
 
 
 def _save(session: Session, state: ServerState, folder: Path) -> None:

@@ -24,7 +24,8 @@ def main(grid: Grid, context: Context) -> None:
     flat: dict[str, Scalar] = dict(context.run_config)
     try:
         config = RunConfig.from_flat(flat)
-        if config.model.num_threads:  # in process, loading the model does this; a server loads none
+        # in process, loading the model does this; a server loads none
+        if isinstance(config.model.num_threads, int):
             torch.set_num_threads(config.model.num_threads)
         FederatedLora(config, Watch(notice=_logger.info, record=_log_record)).start(grid, ArrayRecord())
     except FedLLMError as error:

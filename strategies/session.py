@@ -1,4 +1,4 @@
-"""What a run holds on to from round to round, and whom it tells."""
+"""Objects that live for the whole run, and its progress callbacks."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from fedllm.plan.aggregation import AggregationRule
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.records import RoundRecord
 from strategies.grid.transport import Transport
-from strategies.grid.what_nodes_hold import Delivered
+from strategies.grid.what_nodes_hold import HeldByNodes
 from strategies.privacy import ServerPrivacy
 
 
@@ -35,18 +35,23 @@ SILENT = Watch()
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What stays the same from round to round, but for clients that join later."""
+    """The objects of one run at the server.
+
+    Four of them change while it runs: `clients` (more may join), `transport` (messages under way),
+    `held_by_nodes` (what need not be sent again) and `resident` (the base model, loaded when first used).
+    What a round computes with is in the `ServerState` instead, which never changes.
+    """
 
     plan: RunPlan
     layout: AdapterLayout
     transport: Transport
     clients: dict[str, JoinedClient]
     watch: Watch = SILENT
-    delivered: Delivered = field(default_factory=Delivered)
+    held_by_nodes: HeldByNodes = field(default_factory=HeldByNodes)
     resident: Resident = field(default_factory=Resident)  # the base model of this process, for distillation
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
     privacy: ServerPrivacy | None = None
-    folder: Path | None = None  # of the run, for what is kept beside its records
+    folder: Path | None = None  # the run's
     public_text: tuple[PublicText, ...] = ()  # what distillation steps may read besides synthetic text
 
     @property

@@ -18,7 +18,8 @@ import typer.main
 from flwr.common.config import parse_config_args
 
 from fedllm.config.recipe import flatten, parse_overrides
-from fedllm.config.run_config import RunConfig, described_keys
+from fedllm.config.run_config import KEYS as DECLARED
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import CLIENT_ERROR_CODES
 from fedllm.site_policy import load_policy
 from scripts.cli import app
@@ -194,7 +195,12 @@ def test_configuration_page_is_the_generated_one() -> None:
 
 
 def test_every_key_has_a_meaning() -> None:
-    assert all(meaning for _, _, meaning, _ in described_keys())
+    assert all(key.meaning for key in DECLARED.values())
+
+
+def test_flower_keys_are_the_generated_ones() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert _generator().with_flower_keys(text) == text, "run `python docs/generate.py`"
 
 
 def test_the_tree_lists_every_module_and_nothing_else() -> None:

@@ -74,6 +74,7 @@ def load_adapter(folder: Path) -> PublishedAdapter:
         IntegrityError: a file is missing, extra, pickled or changed; a tensor is missing, renamed, of another
             shape or dtype, or not finite.
     """
+    # Unpickling runs code, so such a file is refused before anything else is read.
     pickled = [file.name for file in folder.glob("*") if file.suffix in {".bin", ".pt", ".pth", ".pkl"}]
     if pickled:
         raise IntegrityError(f"{folder / pickled[0]}: pickled weights are never loaded; use {WEIGHTS}")
@@ -82,16 +83,11 @@ def load_adapter(folder: Path) -> PublishedAdapter:
     verify_manifest(folder)
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
-        layout = layout_from_dict(description["layout"])
-        state = load_tensors(folder / WEIGHTS, layout)
-        return PublishedAdapter(
-            state.checked_finite(), str(description["base_model"]), str(description["revision"])
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = load_tensors(folder / WEIGHTS, layout_from_dict(description["layout"])).checked_finite()
+        return PublishedAdapter(state, str(description["base_model"]), str(description["revision"]))
+    except (OSError, ValueError, KeyError, TypeError, FedLLMError) as error:
         what = str(error) if isinstance(error, FedLLMError) else type(error).__name__
         raise IntegrityError(f"{folder}: not an adapter published by fedllm ({what})") from None
-    except FedLLMError as error:
-        raise IntegrityError(f"{folder}: {error}") from None
 
 
 def save_tensors(file: Path, state: AdapterState) -> None:
@@ -108,6 +104,7 @@ def save_named(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    # safetensors refuses tensors that share memory, as the views of one vector do.
     copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     try:
         save_file(copies, file, metadata={"format": "pt"})

@@ -45,6 +45,11 @@ class TensorSpec:
         """Number of values."""
         return math.prod(self.shape)
 
+    def view(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as a view of a flat vector [P], or of many at once: [..., P] -> [..., *shape]."""
+        part = vector[..., self.offset : self.offset + self.size]
+        return part.view(*vector.shape[:-1], *self.shape)
+
 
 @dataclass(frozen=True)
 class AdapterLayout:
@@ -99,19 +104,18 @@ class AdapterLayout:
         return asdict(self)
 
     def views(self, vector: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """Yield every tensor of `vector` [P] as a view of its storage, in order."""
+        """Yield every tensor of `vector` [..., P] as a view of its storage, in order."""
         for spec in self.tensors:
-            yield spec, vector[spec.offset : spec.offset + spec.size].view(spec.shape)
+            yield spec, spec.view(vector)
 
     def factors(self, vector: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return (A [R, D_in], B [D_out, R]) of every matrix as views of `vector` [P]."""
+        """Return (A [..., R, D_in], B [..., D_out, R]) of every matrix as views of `vector` [..., P]."""
         tensors = [view for _, view in self.views(vector)]
         return list(zip(tensors[0::2], tensors[1::2], strict=True))
 
     def flatten(self, factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Return the flat float32 vector [P] of (A, B) pairs; the inverse of `factors`."""
-        parts = [tensor.reshape(-1).to(torch.float32) for pair in factors for tensor in pair]
-        return torch.cat(parts)
+        """Return the flat vector [P] of (A, B) pairs; the inverse of `factors`."""
+        return torch.cat([tensor.reshape(-1) for pair in factors for tensor in pair])
 
 
 def at_rank(layout: AdapterLayout, rank: int) -> AdapterLayout:
@@ -128,12 +132,11 @@ def with_rank(vector: torch.Tensor, layout: AdapterLayout, rank: int) -> torch.T
     if rank == layout.rank:
         return vector
     common = min(rank, layout.rank)
-    parts = []
-    for a_RD, b_DR in layout.factors(vector):
-        a, b = a_RD.new_zeros(rank, a_RD.shape[1]), b_DR.new_zeros(b_DR.shape[0], rank)
+    resized = at_rank(layout, rank)
+    result = vector.new_zeros(resized.size)
+    for (a_RD, b_DR), (a, b) in zip(layout.factors(vector), resized.factors(result), strict=True):
         a[:common], b[:, :common] = a_RD[:common], b_DR[:, :common]
-        parts += [a.reshape(-1), b.reshape(-1)]
-    return torch.cat(parts)
+    return result
 
 
 def layout_from_dict(values: dict[str, object]) -> AdapterLayout:

@@ -1,8 +1,8 @@
-"""Which factor is trained and travels: of every matrix A and B ("both"), the A alone or the B alone.
+"""Parts of an adapter: which factors of every matrix are trained and travel, A and B ("both"), "a" or "b".
 
-A part is one flat vector too, of the part's tensors in the layout's order. FFA-LoRA (arXiv 2403.12313) trains
-B in every round, RoLoRA (arXiv 2502.01755) the factors in turn; while the other factor is common to all
-clients, the mean of the trained one is exact.
+A part is a flat vector of its tensors in the layout's order. FFA-LoRA (arXiv 2403.12313) trains B in every
+round, RoLoRA (arXiv 2502.01755) the factors in turn; while the other factor is common to all clients, the
+mean of the trained one is exact.
 Tensor suffixes: P flat adapter, Q flat part.
 """
 
@@ -21,14 +21,14 @@ def returned_part(trained: str, local_b: bool) -> str:
 
 
 def other_part(part: str) -> str:
-    """Return what a part leaves out: the other factor, or "none"."""
+    """Return the part of all factors that `part` leaves out; "none" is the empty part."""
     return {"both": "none", "a": "b", "b": "a"}[part]
 
 
 def part_specs(layout: AdapterLayout, part: str) -> Iterator[TensorSpec]:
     """Yield the tensors of a part, in order; offsets are those in the whole vector."""
     for index, spec in enumerate(layout.tensors):
-        if part in ("both", "ab"[index % 2]):
+        if part in ("both", "ab"[index % 2]):  # a layout's tensors are A, B, A, B, ...
             yield spec
 
 
@@ -41,9 +41,8 @@ def part_of(layout: AdapterLayout, vector_P: torch.Tensor, part: str) -> torch.T
     """Return the values [Q] of one part of a whole vector [P]; "both" is the vector itself."""
     if part == "both":
         return vector_P
-    if part == "none":
-        return vector_P[:0]
-    return torch.cat([vector_P[spec.offset : spec.offset + spec.size] for spec in part_specs(layout, part)])
+    values = [spec.view(vector_P).reshape(-1) for spec in part_specs(layout, part)]
+    return torch.cat(values) if values else vector_P[:0]
 
 
 def whole_of(
@@ -53,8 +52,7 @@ def whole_of(
     if part == "both":
         return part_Q
     whole_P = part_Q.new_zeros(layout.size) if rest_P is None else rest_P.clone()
-    begin = 0
-    for spec in part_specs(layout, part):
-        whole_P[spec.offset : spec.offset + spec.size] = part_Q[begin : begin + spec.size]
-        begin += spec.size
+    specs = list(part_specs(layout, part))
+    for spec, values in zip(specs, torch.split(part_Q, [spec.size for spec in specs]), strict=True):
+        spec.view(whole_P).copy_(values.view(spec.shape))
     return whole_P

@@ -1,4 +1,4 @@
-"""The matrices of a layout grouped by shape, so that one batched operation serves all of a group.
+"""Groups the matrices of a layout by shape, so that one batched operation serves all of a group.
 
 Tensor suffixes: L matrices of one shape, K vectors, P flat adapter, R rank, O output, I input feature.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.adapters.layout import AdapterLayout, TensorSpec
+from fedllm.adapters.layout import AdapterLayout
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ def shape_groups(layout: AdapterLayout) -> tuple[ShapeGroup, ...]:
     return tuple(ShapeGroup(tuple(indices), *shape) for shape, indices in members.items())
 
 
-def parts_of(group: ShapeGroup, size: int) -> Iterator[slice]:
-    """Yield slices of a group's matrices, `size` at a time."""
+def chunks_of(group: ShapeGroup, size: int) -> Iterator[slice]:
+    """Yield slices of a group's matrices, `size` at a time: all at once may not fit in memory."""
     for begin in range(0, len(group.indices), size):
         yield slice(begin, begin + size)
 
@@ -46,13 +46,9 @@ def stack_factors(
     b_LOKR = torch.empty(len(indices), matrix.out_features, count, rank, dtype=torch.float64)
     for place, index in enumerate(indices):
         a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]
-        a_LKRI[place] = torch.stack([_view(vector, a_spec) for vector in vectors])
-        b_LOKR[place] = torch.stack([_view(vector, b_spec) for vector in vectors], dim=1)
+        a_LKRI[place] = torch.stack([a_spec.view(vector) for vector in vectors])
+        b_LOKR[place] = torch.stack([b_spec.view(vector) for vector in vectors], dim=1)
     return a_LKRI, b_LOKR
-
-
-def _view(vector: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    return vector[spec.offset : spec.offset + spec.size].view(spec.shape)
 
 
 def put_factors(
@@ -65,5 +61,5 @@ def put_factors(
     """Write the factors of the named matrices into `vector` [P]."""
     for place, index in enumerate(indices):
         a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]
-        _view(vector, a_spec).copy_(a_LRI[place])
-        _view(vector, b_spec).copy_(b_LOR[place])
+        a_spec.view(vector).copy_(a_LRI[place])
+        b_spec.view(vector).copy_(b_LOR[place])

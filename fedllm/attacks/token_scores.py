@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from fedllm.distillation.targets import learnt_tokens
 from fedllm.engine.engine import Engine
 from fedllm.engine.head import CHUNK
 from fedllm.engine.layers import attached
@@ -70,7 +69,7 @@ def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
     """Return the scores of the samples of one pass, in order."""
     states_ND = engine.passes.states(items)
     targets_N = torch.tensor(
-        [token for item in items for token in learnt_tokens(item.row)],
+        [token for item in items for token in item.row.learnt_tokens],
         device=states_ND.device,
         dtype=torch.int64,
     )

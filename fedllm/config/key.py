@@ -1,95 +1,150 @@
-"""One key of a run: its default, its meaning and what it may be, stated where the key is declared."""
+"""One key of a run: its default, its meaning and the values it takes, stated where the key is declared.
+
+A value is a flag, a number, a text or one of a few words. A word may stand for a number ("auto", "all",
+"off"), or be followed by one: "oort[:SECONDS]" allows `oort` and `oort:30`, "product:MU" only `product:0.1`.
+"""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, get_args
 
 from fedllm.errors import ConfigError
 
 Scalar: TypeAlias = bool | int | float | str  # all that Flower admits as a value
+_Number = TypeVar("_Number", int, float)
 
 
-@dataclass(frozen=True)
-class Allowed:
-    """What a value may be: one of `choices` where there are any, else a number between two bounds.
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A key as declared: its `types` in the order they are tried, its words (none: any text).
 
-    With `is_open` the lower bound itself is refused. A bound that is infinite bounds nothing, but infinity is
-    never a value.
+    `words` says of each word which number follows it: {"uniform": "", "oort": "[:SECONDS]"}.
     """
 
-    choices: tuple[str, ...] = ()
-    low: float = -math.inf
-    high: float = math.inf
-    is_open: bool = False
+    name: str
+    default: Scalar
+    types: tuple[type, ...]
+    meaning: str
+    words: Mapping[str, str]
+    low: float
+    high: float
+    is_open: bool  # `low` itself is refused
+    is_resumable: bool  # a resumed run may change it
 
-    def fault(self, value: Scalar) -> str:
-        """Return what is wrong with a value, as "expected ...", or ""."""
-        if self.choices:
-            named = ", ".join(choice for choice in self.choices if choice)
-            return "" if value in self.choices else f"expected one of {named}"
-        if isinstance(value, str | bool):
-            return ""
-        is_infinite = isinstance(value, float) and not math.isfinite(value)
-        if not is_infinite and self.low <= value <= self.high and not (self.is_open and value == self.low):
-            return ""
-        bounds = f"{'above' if self.is_open else 'at least'} {self.low:g}"
-        bounds += "" if math.isinf(self.high) else f" and at most {self.high:g}"
-        return f"expected a value {'finite and ' if is_infinite else ''}{bounds}"
+    @property
+    def allowed(self) -> str:
+        """The values it takes, as a phrase."""
+        parts = ["true or false"] if bool in self.types else []
+        if int in self.types or float in self.types:
+            noun = "a number" if float in self.types else "a whole number"
+            most = "" if math.isinf(self.high) else f" up to {self.high:,}"
+            parts.append(f"{noun} {'above' if self.is_open else 'from'} {self.low:,}{most}")
+        if str in self.types:
+            forms = ", ".join(word + ending for word, ending in self.words.items())
+            parts.append(f"one of {forms}" if len(self.words) > 1 else forms or "text")
+        return ", or ".join(parts)
+
+    def typed(self, value: Any) -> Scalar:
+        """Return `value` as a type of the key; command lines give text, TOML also lists of texts.
+
+        Raises:
+            ConfigError: `value` does not denote a value of these types.
+        """
+        for kind in self.types:
+            found: Scalar | None = _as(kind, value)
+            if found is not None:
+                return found
+        raise ConfigError(f"{self.name} = {value!r}: expected {self.allowed}")
+
+    def check(self, value: Scalar) -> None:
+        """Refuse a value that the key does not take; raises `ConfigError`."""
+        takes = self._takes_text(value) if isinstance(value, str) else self._takes_number(value)
+        if not takes and value != self.default:  # "" may stand for "none of the words"
+            raise ConfigError(f"{self.name} = {value!r}: expected {self.allowed}")
+
+    def _takes_text(self, value: str) -> bool:
+        word, colon, after = value.partition(":")
+        ending = self.words.get(word)
+        if not self.words or ending is None:
+            return not self.words  # any text, such as a path
+        if not colon:
+            return not ending.startswith(":")  # as in "product:MU", which means nothing alone
+        if "=" in ending:  # named numbers, checked where their names are known
+            return "=" in after
+        return bool(ending) and self._takes_number(_as(float, after))
+
+    def _takes_number(self, value: float | None) -> bool:
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            return False  # even where nothing bounds it from above
+        return self.low <= value <= self.high and not (self.is_open and value == self.low)
 
 
 def key(
-    default: Any,
+    default: Scalar,
     meaning: str,
     *,
-    choices: Sequence[str] = (),
-    at_least: float | None = None,
+    words: str = "",
+    at_least: float = -math.inf,
     above: float | None = None,
     at_most: float = math.inf,
+    resumable: bool = False,
 ) -> Any:
-    """Return the dataclass field of a key; docs/config.md and the check of its values come from it.
+    """Return the dataclass field of a key; its checks and docs/config.md come from it.
 
-    `rank: int = key(8, "LoRA rank R", at_least=1, at_most=4096)`
+    `rank: int = key(8, "rank R of the factors", at_least=1, at_most=4096)`
     """
-    low = above if above is not None else -math.inf if at_least is None else at_least
-    allowed = Allowed(tuple(choices), low, at_most, above is not None)
-    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
+    low, is_open = (at_least, False) if above is None else (above, True)
+    forms = dict(re.findall(r"([^\s\[:]+)(\S*)", words))  # "none oort[:SECONDS]" -> none and oort
+    metadata = {"meaning": meaning, "words": forms, "low": low, "high": at_most}
+    return field(default=default, metadata={**metadata, "is_open": is_open, "is_resumable": resumable})
 
 
-def allowed_of(item: "Field[Any]") -> Allowed:
-    """Return what the key of a field may be."""
-    allowed: Allowed = item.metadata["allowed"]
-    return allowed
+def declared_key(name: str, item: "Field[Any]") -> Key:
+    """Return the key that a dataclass field declares."""
+    default: Any = item.default
+    return Key(name=name, default=default, types=get_args(item.type) or (item.type,), **item.metadata)
 
 
-def meaning_of(item: "Field[Any]") -> str:
-    """Return what the key of a field means, for docs/config.md."""
-    meaning: str = item.metadata["meaning"]
-    return meaning
+def _as(kind: type, value: Any) -> Any:
+    """Return `value` as a value of one type, None where it is none."""
+    if type(value) is kind:  # not isinstance: True is no number
+        return value
+    if kind is bool:
+        return {"true": True, "false": False}.get(str(value).lower())
+    if kind is str:  # a list of texts is how people write target-modules
+        is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
+        return ",".join(value) if is_list else None
+    is_number = isinstance(value, str) or (kind is float and type(value) is int)
+    try:
+        return kind(value) if is_number else None
+    except (ValueError, OverflowError):
+        return None
 
 
-def coerce(name: str, value: Any, like: Scalar) -> Scalar:
-    """Return `value` as the type of `like`, accepting the text forms a command line or TOML gives.
+def number_or(value: _Number | str, default: _Number) -> _Number:
+    """Return the number, or `default` in place of a word such as "auto"."""
+    return default if isinstance(value, str) else value
+
+
+def split_number(value: float | str, default: float) -> tuple[str, float]:
+    """Return ("oort", 30.0) of "oort:30"; a word alone has the number `default`, a number alone no word."""
+    if not isinstance(value, str):
+        return "", value
+    word, colon, number = value.partition(":")
+    return word, float(number) if colon else default
+
+
+def named_values(name: str, text: str, known: Sequence[str]) -> dict[str, str]:
+    """Return {"prompt": "q", "response": "a"} of "prompt=q,response=a", the text of the key `name`.
+
+    Only a known name begins a value, so values may hold commas.
 
     Raises:
-        ConfigError: `value` does not denote a value of that type.
+        ConfigError: the text begins with another name, or has one twice.
     """
-    wanted = type(like)
-    if wanted is bool and isinstance(value, str) and value.lower() in {"true", "false"}:
-        return value.lower() == "true"
-    if wanted is str and isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return ",".join(value)  # a TOML list, as people write target-modules
-    if wanted is type(value):
-        typed: Scalar = value
-        return typed
-    try:
-        if wanted is float and not isinstance(value, bool):
-            return float(value)
-        if wanted is int and isinstance(value, str):
-            return int(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ConfigError(f"{name} = {value!r}: expected {_TYPE_NAMES[wanted]}")
-
-
-_TYPE_NAMES: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    before, *parts = re.split(rf"(?:^|,)\s*({'|'.join(known)})=", text)
+    if before.strip() or len(set(parts[::2])) < len(parts[::2]):
+        raise ConfigError(f"{name} = {text!r}: expected {','.join(f'{each}=VALUE' for each in known)}")
+    return dict(zip(parts[::2], parts[1::2], strict=True))

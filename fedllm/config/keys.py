@@ -1,7 +1,7 @@
-"""Every key of a run, with its default, meaning and range: the one home of each.
+"""Every key of a run by section, with its default, its meaning and the values it takes: the one home of each.
 
 `train.local-steps` names the same value in a TOML recipe, on the command line, in `flwr run --run-config`
-and in `[tool.flwr.app.config]`. Flower admits only scalars, so every leaf is a bool, int, float or str.
+and in `[tool.flwr.app.config]`. Flower admits only scalars, so every value is a bool, int, float or str.
 docs/config.md and the Flower keys of pyproject.toml are written from this file.
 """
 
@@ -9,22 +9,7 @@ from dataclasses import dataclass
 
 from fedllm.config.key import key
 
-UNITS = ("example", "client")
-TRUSTS = ("auto", "central", "local", "distributed")
-METRICS = ("auto", "withheld", "held-out", "all")
-TRAINED = ("both", "a", "b", "alternate")
-READ_OUTS = ("svd", "factor-mean", "residual", "stack", "projection", "local-b")
-WEIGHTINGS = ("examples", "tokens", "uniform", "product-norm")
-ROBUST_RULES = (
-    "none",
-    "norm-clip",
-    "multi-krum",
-    "geometric-median",
-    "similarity",
-    "trimmed-mean",
-    "coordinate-median",
-)
-OPTIMIZERS = ("fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad")
+MILLION = 1_000_000  # bounds counts that no run reaches, so that a slip of the pen is refused
 # name -> (train, read-out, weighting, where the method is published)
 PRESETS: dict[str, tuple[str, str, str, str]] = {
     "fedit": ("both", "factor-mean", "", "arXiv 2305.05644"),
@@ -43,211 +28,169 @@ PRESETS: dict[str, tuple[str, str, str, str]] = {
 class RunSection:
     """The run itself: its folder and whether it continues an earlier one."""
 
-    name: str = key("run", "name of the run and of its folder")
-    output: str = key("", "folder that holds run folders; empty = ./runs")
-    resume: bool = key(False, "continue the run of this name after its last complete round")
+    # What a resumed run may change says where, how long or how loudly it works, never what a round computes.
+    name: str = key("run", "name of the run and of its folder", resumable=True)
+    output: str = key("", "folder that holds run folders; empty = ./runs", resumable=True)
+    resume: bool = key(False, "continue the run of this name after its last complete round", resumable=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which frozen base model, and how this machine holds it."""
+    """The frozen base model, and how this machine holds it."""
 
-    name: str = key("smollm2-135m-instruct", "alias, hub id, local folder or .gguf file")
-    revision: str = key("", "hub revision; empty = the default branch")
+    name: str = key("smollm2-135m-instruct", "alias, hub id (`ID@REVISION`), local folder or .gguf file")
     dtype: str = key(
         "auto",
-        "auto = float32 on CPU, bfloat16 on GPU",
-        choices=("auto", "float32", "bfloat16", "float16", "float64"),
+        "type of the weights; auto = float32 on a CPU, bfloat16 on a GPU",
+        words="auto float32 bfloat16 float16 float64",
     )
-    device: str = key("auto", "auto = cuda where present, else cpu")
-    quantization: str = key(
-        "none", "bits of the frozen weights; bitsandbytes, GPU", choices=("none", "8bit", "4bit")
+    # Another machine may go on with a run: only rounding differs.
+    device: str = key("auto", "device of torch; auto = cuda where there is one, else cpu", resumable=True)
+    quantization: str = key("none", "bits of the frozen weights (bitsandbytes, GPU)", words="none 8bit 4bit")
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
+    num_threads: int | str = key(
+        "auto",
+        "CPU threads; auto = torch's own number",
+        words="auto",
+        at_least=1,
+        at_most=1024,
+        resumable=True,
     )
-    gradient_checkpointing: bool = key(
-        False, "compute activations again in the backward pass: less memory, more time"
-    )
-    num_threads: int = key(0, "CPU threads of torch; 0 = torch's own choice", at_least=0, at_most=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The adapter's numbers (Hu et al. 2021, arXiv 2106.09685)."""
+    """The LoRA adapter (Hu et al. 2021, arXiv 2106.09685)."""
 
     rank: int = key(8, "rank R of the factors A [R, in] and B [out, R]", at_least=1, at_most=4096)
     alpha: float = key(16.0, "the product B A is scaled by alpha / rank", above=0)
-    target_modules: str = key(
-        "all-linear",
-        'all-linear = every linear layer but the output head; or a comma-separated list: "q_proj,v_proj"',
-    )
+    target_modules: str = key("all-linear", 'layers such as "q_proj,v_proj"; all-linear = all but the head')
     init_a: str = key(
         "auto",
-        "how A is drawn from the seed: uniform, or rows at right angles (FedSVD under plain SGD); auto = kaiming, orthonormal under privacy",
-        choices=("auto", "kaiming", "orthonormal"),
+        "rows of A at the start: uniform or orthonormal; auto = orthonormal under privacy, else kaiming",
+        words="auto kaiming orthonormal",
     )
     client_ranks: str = key(
-        "",
-        'ranks of the clients; empty = lora.rank; "4,8,16" dealt in turn over sorted client ids; "anna:4,ben:8"',
+        "", 'ranks of clients, dealt in turn ("4,8,16") or by name ("anna:4,ben:8"); empty = lora.rank'
     )
-    dropout: float = key(
-        0.0,
-        "share of the adapters' inputs dropped while training, drawn per row; share of the adapters' inputs dropped while training",
-        at_least=0,
-        at_most=0.99,
-    )
+    # At 1 nothing would be left to scale up.
+    dropout: float = key(0.0, "share of an adapter's inputs that training drops", at_least=0, at_most=0.99)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where private text is and how it becomes one shard per client."""
+    """The private text, and how it becomes one data set for each client."""
 
-    source: str = key("docstrings", "docstrings | hub id | local path, glob or comma-separated paths")
+    source: str = key("docstrings", "docstrings, a hub id, a local path, a glob, or paths parted by commas")
     split: str = key("train", "split of a hub data set")
-    partition: str = key("column:client", "column:NAME | iid | dirichlet:NAME:ALPHA | quantity:SKEW")
-    prompt_column: str = key("", "column of the prompt; empty = detected by its usual names")
-    response_column: str = key("", "column of the answer; empty = detected")
-    text_column: str = key("", "column of plain text, learnt whole; empty = detected")
-    on_bad_row: str = key(
-        "skip", "leave out a row that cannot be used, or end there", choices=("skip", "stop")
-    )
-    held_out_fraction: float = key(
-        0.1, "share of a client's rows kept for evaluation", at_least=0, at_most=0.9
-    )
-    max_held_out: int = key(64, "rows of that share at most", at_least=0)
-    max_rows: int = key(0, "rows of a client at most, before the split; 0 = all", at_least=0)
+    partition: str = key("column:client", "column:NAME, iid, dirichlet:NAME:ALPHA or quantity:SKEW")
+    columns: str = key("", '"prompt=NAME,response=NAME" or "text=NAME"; empty = columns of the usual names')
+    on_bad_row: str = key("skip", "what to do at a row that cannot be used", words="skip stop")
+    # Something must be left to train on.
+    held_out_fraction: float = key(0.1, "share of a client's rows for evaluation", at_least=0, at_most=0.9)
+    max_held_out: int = key(64, "most rows that a client keeps for evaluation", at_least=0)
+    max_rows: int | str = key("all", "most rows of a client, held-out ones included", words="all", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FederationConfig:
     """Who takes part, and when a round closes."""
 
-    num_clients: int = key(
-        8, "clients the run waits for and deals its source to", at_least=1, at_most=1_000_000
-    )
-    num_rounds: int = key(3, "rounds of the run", at_least=1, at_most=1_000_000)
-    cohort_size: int = key(0, "clients of a round; 0 = cohort-fraction of all", at_least=0, at_most=1_000_000)
-    cohort_fraction: float = key(
-        1.0, "share of all clients that a round trains, where cohort-size is 0", above=0, at_most=1
+    num_clients: int = key(8, "clients of the federation, who share data.source", at_least=1, at_most=MILLION)
+    num_rounds: int = key(3, "rounds of the run", at_least=1, at_most=MILLION, resumable=True)
+    # Tried in this order: 5 is a number of clients, 0.5 a share of them.
+    cohort: int | float | str = key(
+        "all", "clients of a round: a number, or a share such as 0.1", words="all", above=0, at_most=MILLION
     )
     selection: str = key(
         "uniform",
-        "whom a round asks: all alike, by their rows, each by its own coin, the worst known losses of some candidates, or by utility (strategies/cohort/selection.py)",
-        choices=("uniform", "weighted", "poisson", "power-of-choice", "oort"),
+        "how a round's clients are chosen: alike, by rows, a coin for each, the highest losses of CANDIDATES"
+        " (else twice the cohort), or by utility, those slower than SECONDS less often (docs/non-iid.md)",
+        words="uniform weighted poisson power-of-choice[:CANDIDATES] oort[:SECONDS]",
+        above=0,  # the number after the colon
     )
-    candidates: int = key(
-        0, "clients power-of-choice draws first; 0 = twice the cohort", at_least=0, at_most=1_000_000
-    )
-    preferred_seconds: float = key(
-        0.0, "of training, above which oort counts a client less; 0 = no matter", at_least=0
-    )
+    # 1.3 in production, where many drop out (Bonawitz et al. 2019, arXiv 1902.01046).
     over_selection: float = key(
         1.0, "ask this many times the cohort and keep the first to answer", at_least=1, at_most=10
     )
-    max_staleness: int = key(
-        0, "rounds by which an update may come late and still count; 0 = none", at_least=0, at_most=1000
-    )
-    min_clients: int = key(
-        1,
-        "updates a round needs; fewer accepted updates leave the model unchanged",
-        at_least=1,
-        at_most=1_000_000,
-    )
-    round_deadline: float = key(600.0, "longest time a round waits for replies; seconds", above=0)
-    join_deadline: float = key(120.0, "seconds to wait for nodes to appear and answer", above=0)
-    max_retries: int = key(2, "attempts after a round's first", at_least=0, at_most=1000)
+    max_staleness: int = key(0, "rounds that an update may be late and still count", at_least=0, at_most=1000)
+    min_clients: int = key(1, "fewest updates with which a round counts", at_least=1, at_most=MILLION)
+    round_deadline: float = key(600.0, "seconds that a round waits for replies", above=0, resumable=True)
+    join_deadline: float = key(120.0, "seconds to wait for nodes to answer at all", above=0, resumable=True)
+    max_retries: int = key(2, "further attempts at a failed round", at_least=0, at_most=1000, resumable=True)
     max_failure_rate: float = key(
         0.5,
         "share of a round's clients that may fail; three rounds in a row above it end the run",
         at_least=0,
         at_most=1,
+        resumable=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One client's local training in one round."""
+    """One client's local training in one round, with AdamW."""
 
-    local_steps: int = key(4, "optimizer steps of a client in a round", at_least=1, at_most=1_000_000)
-    batch_size: int = key(4, "rows of one step", at_least=1, at_most=1_000_000)
-    learning_rate: float = key(1e-3, "of AdamW", above=0)
-    schedule: str = key(
-        "constant",
-        "the same learning rate in every round, or half a cosine over the rounds",
-        choices=("constant", "cosine"),
-    )
-    weight_decay: float = key(0.0, "of AdamW", at_least=0)
-    clip_norm: float = key(1.0, "largest norm of a client's whole gradient; 0 = off", at_least=0)
-    proximal: float = key(0.0, "strength mu of the pull back to where the round began; 0 = off", at_least=0)
-    proximal_space: str = key(
-        "factor",
-        "pull the factors A and B, or their product, which has one form only",
-        choices=("factor", "product"),
-    )
-    control_variates: bool = key(False, "SCAFFOLD; experimental")
-    max_length: int = key(256, "most tokens of a row", at_least=8, at_most=10_000_000)
-    token_budget: int = key(
-        0,
-        "tokens of one pass: clients are fused up to it; 0 = automatic, 1 = each alone",
+    local_steps: int = key(4, "optimizer steps of a client in a round", at_least=1, at_most=MILLION)
+    batch_size: int = key(4, "rows of one step", at_least=1, at_most=MILLION)
+    learning_rate: float = key(1e-3, "learning rate", above=0)
+    schedule: str = key("constant", "course of the learning rate over the rounds", words="constant cosine")
+    weight_decay: float = key(0.0, "weight decay", at_least=0)
+    # SCAFFOLD needs one: it bounds what a client may add to the control variates.
+    clip_norm: float | str = key(1.0, "largest norm of a step's gradient", words="off", above=0)
+    # Many pairs of A and B have one product, which is what the layers compute.
+    proximal: float | str = key(
+        0.0,
+        "FedProx: strength of the pull to the round's start, of A and B, or of their product",
+        words="product:MU",
         at_least=0,
-        at_most=100_000_000,
+    )
+    control_variates: bool = key(False, "SCAFFOLD (experimental)")
+    # A prompt, an answer and the end token have room in 8.
+    max_length: int = key(256, "most tokens of a row", at_least=8, at_most=10 * MILLION)
+    token_budget: int | str = key(
+        "auto", "tokens of one pass; 1 = each client alone", words="auto", at_least=1, at_most=100 * MILLION
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
-    """How client updates become one adapter: a point of the grid in fedllm/plan/aggregation.py."""
+    """How client updates become one adapter: train, read-out and weighting, or a preset in their place."""
 
-    preset: str = key(
-        "",
-        "a published method, in place of train, read-out and weighting; empty = as they are",
-        choices=("", *PRESETS),
-    )
-    train: str = key(
-        "both", "the factor that clients train and send; b in odd rounds, a in even ones", choices=TRAINED
-    )
+    preset: str = key("", "a published method; empty = none", words=" ".join(PRESETS))
+    train: str = key("both", "factors trained and sent; alternate = B, then A", words="both a b alternate")
     read_out: str = key(
         "svd",
-        "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B; projection = mean of A and the best B for it; residual = factor-mean, and the base model gains what it loses; stack = the base model gains the whole mean; local-b = mean of A, every client keeps its own B",
-        choices=READ_OUTS,
+        "svd = best rank-R form of the exact mean; factor-mean = mean of A and mean of B; residual = that,"
+        " and the base model gains what it loses; stack = the base model gains the whole mean; projection ="
+        " mean of A and the best B for it; local-b = mean of A, and every client keeps its own B",
+        words="svd factor-mean residual stack projection local-b",
     )
     weighting: str = key(
         "examples",
-        "what a client counts: its training rows, its learnt tokens of a round, 1, or the norm of its product B A",
-        choices=WEIGHTINGS,
+        "weight of a client: its rows, its learnt tokens of a round, 1, or the norm of its product B A",
+        words="examples tokens uniform product-norm",
     )
     robust: str = key(
         "none",
-        "what is left to a client whose update stands out; the last two need aggregation.train other than both",
-        choices=ROBUST_RULES,
-    )
-    max_malicious: float = key(
-        0.2,
-        "assumed share of a round's clients: multi-krum and trimmed-mean leave out as many",
+        "defence against outlying updates; SHARE (else 0.2) of a round's clients is assumed to attack",
+        words="none norm-clip multi-krum[:SHARE] geometric-median similarity trimmed-mean[:SHARE]"
+        " coordinate-median",
         at_least=0,
-        at_most=0.5,
+        at_most=0.5,  # no rule can tell a majority of attackers from honest clients
     )
-    optimizer: str = key("fedavg", "what the server does with a round's change", choices=OPTIMIZERS)
-    server_learning_rate: float = key(
-        0.0,
-        "of the server optimizer; 0 = the optimizer's own: 1, nesterov 0.7, adaptive ones 0.001",
-        at_least=0,
+    optimizer: str = key(
+        "fedavg",
+        "server optimizer; its constants if not those published: momentum, second-moment, adaptivity",
+        words="fedavg fedavgm[:NAME=NUMBER] nesterov[:NAME=NUMBER] fedadam[:NAME=NUMBER]"
+        " fedyogi[:NAME=NUMBER] fedadagrad[:NAME=NUMBER]",
     )
-    server_momentum: float = key(
-        0.9,
-        "share of the earlier rounds' direction that is kept; of every optimizer but fedavg",
-        at_least=0,
-        at_most=0.9999,
+    server_learning_rate: float | str = key(
+        "auto", "its learning rate; auto = 1, nesterov 0.7, adaptive ones 0.001", words="auto", above=0
     )
-    second_moment: float = key(
-        0.99,
-        "share of the earlier rounds' squares that is kept, of fedadam and fedyogi",
-        at_least=0,
-        at_most=0.9999,
-    )
-    adaptivity: float = key(
-        1e-4, "tau of the adaptive optimizers: the size of an adapter value's change", above=0
-    )
+    # The square root is FedBuff's (arXiv 2106.06639).
     staleness_exponent: float = key(
-        0.5, "a late update weighs 1 / (1 + rounds late)^this", at_least=0, at_most=100
+        0.5, "a late update weighs (1 + rounds late)^-this", at_least=0, at_most=100
     )
 
 
@@ -255,130 +198,121 @@ class AggregationConfig:
 class PrivacyConfig:
     """Differential privacy; `privacy.epsilon` alone turns it on (docs/privacy.md)."""
 
-    epsilon: float = key(
-        0.0, "budget budget of the run; 0 = no differential privacy", at_least=0, at_most=1_000_000
+    epsilon: float | str = key(
+        "off", "privacy budget of the whole run", words="off", above=0, at_most=MILLION
     )
-    delta: float = key(
-        1e-5,
-        "probability with which the bound may fail; well below 1 / number of units",
-        above=0,
-        at_most=0.5,
-    )
-    unit: str = key("example", "what is hidden: one row of a client, or all a client sends", choices=UNITS)
+    delta: float = key(1e-5, "chance that epsilon fails; below 1 / number of units", above=0, at_most=0.5)
+    unit: str = key("example", "what is hidden: one row, or all of a client", words="example client")
     trust: str = key(
         "auto",
-        "who adds the noise: the server or each client; auto: central for clients, else local",
-        choices=TRUSTS,
+        "who adds noise: the server or each client; auto = central for unit client, else local",
+        words="auto central local distributed",
     )
-    clip: float = key(1.0, "C: largest norm of a client's update, or of one row's gradient", above=0)
-    adaptive_clip: bool = key(False, "follow the median norm of the clients' updates, from clip on")
-    noise_multiplier: float = key(
-        0.0,
-        "z: deviation of the noise over the clip; 0 = the least that epsilon allows",
-        at_least=0,
-        at_most=1_000_000,
+    # `adaptive` follows arXiv 1905.03871.
+    clip: float | str = key(
+        1.0,
+        "norm C that bounds an update or a row's gradient; adaptive = the median, from START (else 1) on",
+        words="adaptive[:START]",
+        above=0,
     )
-    max_participations: int = key(
-        0, "rounds that a client takes part in at most; 0 = all", at_least=0, at_most=1_000_000
+    noise_multiplier: float | str = key(
+        "auto",
+        "z: deviation of the noise over the clip; auto = the least that epsilon allows",
+        words="auto",
+        above=0,
+        at_most=MILLION,
     )
-    weight_cap: float = key(0.0, "rows from which a client counts fully; 0 = no weights by rows", at_least=0)
+    max_participations: int | str = key(
+        "all", "most rounds of one client", words="all", at_least=1, at_most=MILLION
+    )
+    weight_cap: float | str = key("off", "rows from which a client counts fully", words="off", above=0)
+    # A mean loss of a few rows tells something of each.
     metrics: str = key(
         "auto",
-        "what leaves a client besides its delta: nothing, held-out losses, or training numbers too; what leaves is named in privacy.json; auto = held-out for examples, else withheld",
-        choices=METRICS,
+        "what leaves a client besides its update: nothing, held-out losses, or training losses too; auto ="
+        " held-out for unit example, else withheld",
+        words="auto withheld held-out all",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
-    """What a run plants for its own audit (docs/audit.md): texts of random tokens among clients' rows."""
+    """Canaries: texts of random tokens among the clients' rows, to audit the run (docs/audit.md)."""
 
-    canaries: int = key(
-        0,
-        "texts a client draws; each is put among its rows by its own fair coin",
-        at_least=0,
-        at_most=100_000,
-    )
-    canary_tokens: int = key(16, "length of one", at_least=2, at_most=10_000_000)
-    canary_repeats: str = key("1", 'how often one stands among the rows; "1,4,16" dealt in turn')
+    # A coin for each decides whether it is trained on; the others are what a guess is compared with.
+    canaries: int = key(0, "texts each client draws; it trains on about half", at_least=0, at_most=100_000)
+    canary_tokens: int = key(16, "length of a canary", at_least=2, at_most=10 * MILLION)
+    canary_repeats: str = key("1", 'copies of a canary that is trained on; "1,4,16" is dealt in turn')
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalConfig:
-    """An adapter of a client's own on top of the shared one; it never leaves the client."""
+    """A client's own adapter on top of the shared one; it never leaves the client."""
 
     mode: str = key(
         "none",
-        "dual = shared and personal adapter add up; ditto = the same, pulled to the shared one",
-        choices=("none", "dual", "ditto"),
+        "dual = both adapters add up; ditto = the same, pulled to the shared one by PULL (else 0.1)",
+        words="none dual ditto[:PULL]",
+        at_least=0,
     )
     rank: int = key(4, "rank of the personal adapter", at_least=1, at_most=4096)
-    steps: int = key(4, "optimizer steps of it after a client's round", at_least=1, at_most=1_000_000)
-    pull: float = key(0.1, "ditto: strength of the pull back to the shared adapter", at_least=0)
+    steps: int = key(4, "its optimizer steps in a client's round", at_least=1, at_most=MILLION)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """The clients' adapters taught back into the aggregated one, at the server."""
+    """Distillation of the clients' adapters into the aggregated one, on the server."""
 
-    when: str = key(
-        "never", "in no round, after the last or after every one", choices=("never", "last", "every")
-    )
+    when: str = key("never", "after which rounds", words="never last every")
     teacher: str = key(
         "posterior",
-        "posterior = the mixture of the clients' models, each weighed by how well it foretold the text so far; uniform = all alike; logit-mean = FedDF",
-        choices=("posterior", "uniform", "logit-mean"),
+        "posterior = clients weighted by how well they predicted the text so far, tempered by TEMPER"
+        " (else 1); uniform = all alike; logit-mean = FedDF",
+        words="posterior[:TEMPER] uniform logit-mean",
+        at_least=0,
+        at_most=100,
     )
-    text: str = key("synthetic", 'synthetic | public text as in data.source | both: "synthetic+SOURCE"')
-    num_texts: int = key(
-        64, "texts to distil on; a quarter as many more are held out", at_least=2, at_most=10_000_000
-    )
-    max_tokens: int = key(128, "of a text", at_least=8, at_most=10_000_000)
-    steps: int = key(50, "optimizer steps of the student", at_least=1, at_most=1_000_000)
-    batch_size: int = key(8, "texts of a step", at_least=1, at_most=1_000_000)
-    learning_rate: float = key(5e-4, "of AdamW", above=0)
-    top_k: int = key(
-        64, "tokens of a prediction whose probability is kept one by one", at_least=1, at_most=1_000_000
-    )
-    temper: float = key(
-        1.0, "beta of the posterior: below 1 a client's own certainty counts less", at_least=0, at_most=100
-    )
-    pull: float = key(0.0, "strength mu of the pull back to the aggregate; 0 = off", at_least=0)
-    max_teachers: int = key(
-        8, "the heaviest clients of the round; memory grows with them", at_least=1, at_most=100_000
-    )
-    originality: str = key(
-        "auto", "screen synthetic texts (auto = without privacy.epsilon)", choices=("auto", "on", "off")
-    )
-    licence: str = key("", "of synthetic text, in your words; stands in synthetic.json")
-    control: bool = key(False, "also fine-tune on the same texts, to compare with")
+    text: str = key("synthetic", 'synthetic, public text as in data.source, or "synthetic+SOURCE"')
+    num_texts: int = key(64, "texts to distil on; 1/4 more are held out", at_least=2, at_most=10 * MILLION)
+    max_tokens: int = key(128, "most tokens of a text", at_least=8, at_most=10 * MILLION)
+    steps: int = key(50, "optimizer steps of the student", at_least=1, at_most=MILLION)
+    batch_size: int = key(8, "texts of a step", at_least=1, at_most=MILLION)
+    learning_rate: float = key(5e-4, "learning rate of the student", above=0)
+    # The rest of the vocabulary is one bucket.
+    top_k: int = key(64, "likeliest tokens kept one by one in a target", at_least=1, at_most=MILLION)
+    pull: float = key(0.0, "strength of the pull to the aggregated adapter", at_least=0)
+    # The server keeps an adapter for each, 4 bytes a value.
+    max_teachers: int = key(8, "most clients that teach, the heaviest", at_least=1, at_most=100_000)
+    originality: str = key("auto", "screen texts for copies; auto = without privacy", words="auto on off")
+    licence: str = key("", "licence of the synthetic texts, in your words")
+    control: bool = key(False, "also fine-tune on the same texts, for comparison")
     gate: str = key(
         "auto",
-        "what must improve for a step to be kept: public = the loss on held-out texts; clients = besides that, the clients' own held-out loss must not worsen; auto = clients where there is no public text and held-out losses may leave",
-        choices=("auto", "public", "clients"),
+        "losses that must not worsen: of held-out texts (public), of clients' held-out rows too (clients);"
+        " auto = clients where there is no public text and such losses may leave",
+        words="auto public clients",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WireConfig:
-    """How a delta travels."""
+    """How an update travels."""
 
-    codec: str = key("bf16", "4, 2 or 1 + 2/64 bytes a value", choices=("fp32", "bf16", "int8"))
-    node_sum: bool = key(
-        False,
-        "one packet up for each node; a node returns the weighted mean of its clients' deltas in place of each delta",
-    )
+    codec: str = key("bf16", "4, 2 or 1 + 2/64 bytes a value", words="fp32 bf16 int8")
+    node_sum: bool = key(False, "a node sends the weighted mean of its clients' updates, not each of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured besides the training loss."""
 
-    every: int = key(
-        0,
-        "held-out loss every so many rounds; 0 = before the first and after the last",
-        at_least=0,
-        at_most=1_000_000,
+    every: int | str = key(
+        "ends",
+        "held-out loss after every so many rounds; ends = before the first and after the last",
+        words="ends",
+        at_least=1,
+        at_most=MILLION,
+        resumable=True,
     )
-    prompts: str = key("", 'public prompts answered before and after, separated by " || "')
-    max_new_tokens: int = key(24, "length of an answer at most", at_least=0, at_most=100_000)
+    prompts: str = key("", 'public prompts answered before and after, parted by " || "', resumable=True)
+    max_new_tokens: int = key(24, "most tokens of an answer", at_least=0, at_most=100_000, resumable=True)

@@ -1,64 +1,44 @@
 """The configuration of a run: every key by section, built from the flat names that people write."""
 
-import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from operator import attrgetter
 from typing import Any
 
-from fedllm.config.key import Allowed, Scalar, allowed_of, coerce, key, meaning_of
-from fedllm.config.keys import (
-    AggregationConfig,
-    AuditConfig,
-    DataConfig,
-    DistillConfig,
-    EvaluationConfig,
-    FederationConfig,
-    LoraConfig,
-    ModelConfig,
-    PersonalConfig,
-    PrivacyConfig,
-    RunSection,
-    TrainConfig,
-    WireConfig,
-)
+from fedllm.config import keys
+from fedllm.config.key import Key, Scalar, declared_key, key
 from fedllm.errors import ConfigError
-
-
-def _section(factory: Callable[[], Any]) -> Any:
-    return field(default_factory=factory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. Build it with `from_flat`; read any leaf as an attribute."""
+    """A whole run. Build it with `from_flat`; read a key as an attribute: `config.train.local_steps`."""
 
     seed: int = key(
-        0, "every random draw of a run is a stream derived from it", at_least=0, at_most=2**63 - 1
-    )
-    run: RunSection = _section(RunSection)
-    model: ModelConfig = _section(ModelConfig)
-    lora: LoraConfig = _section(LoraConfig)
-    data: DataConfig = _section(DataConfig)
-    federation: FederationConfig = _section(FederationConfig)
-    train: TrainConfig = _section(TrainConfig)
-    aggregation: AggregationConfig = _section(AggregationConfig)
-    privacy: PrivacyConfig = _section(PrivacyConfig)
-    audit: AuditConfig = _section(AuditConfig)
-    personal: PersonalConfig = _section(PersonalConfig)
-    distill: DistillConfig = _section(DistillConfig)
-    wire: WireConfig = _section(WireConfig)
-    evaluation: EvaluationConfig = _section(EvaluationConfig)
+        0, "every random draw of a run is derived from it", at_least=0, at_most=2**63 - 1
+    )  # as 64 bits hold
+    run: keys.RunSection = keys.RunSection()
+    model: keys.ModelConfig = keys.ModelConfig()
+    lora: keys.LoraConfig = keys.LoraConfig()
+    data: keys.DataConfig = keys.DataConfig()
+    federation: keys.FederationConfig = keys.FederationConfig()
+    train: keys.TrainConfig = keys.TrainConfig()
+    aggregation: keys.AggregationConfig = keys.AggregationConfig()
+    privacy: keys.PrivacyConfig = keys.PrivacyConfig()
+    audit: keys.AuditConfig = keys.AuditConfig()
+    personal: keys.PersonalConfig = keys.PersonalConfig()
+    distill: keys.DistillConfig = keys.DistillConfig()
+    wire: keys.WireConfig = keys.WireConfig()
+    evaluation: keys.EvaluationConfig = keys.EvaluationConfig()
 
     def __post_init__(self) -> None:
-        for name, value, item in _leaves(self):
-            fault = allowed_of(item).fault(value)
-            if fault:
-                raise ConfigError(f"{name} = {value!r}: {fault}")
+        for name, value in self.to_flat().items():
+            KEYS[name].check(value)
 
     def to_flat(self) -> dict[str, Scalar]:
-        """Return every leaf under its flat kebab key, in declaration order."""
-        return {name: value for name, value, _ in _leaves(self)}
+        """Return every value under its flat kebab key, in the order of declaration."""
+        return {name: attrgetter(name.replace("-", "_"))(self) for name in KEYS}
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> "RunConfig":
@@ -67,48 +47,38 @@ class RunConfig:
         Raises:
             ConfigError: a key is unknown (the nearest known one is named) or a value is out of range.
         """
-        defaults = cls().to_flat()
-        sections: dict[str, dict[str, Scalar]] = {}
-        top: dict[str, Any] = {}
+        sections: dict[str, dict[str, Any]] = {}
         for name, value in flat.items():
-            if name not in defaults:
-                raise ConfigError(f"unknown key {name!r}{nearest(name, defaults)}")
-            typed = coerce(name, value, defaults[name])
-            section, _, leaf = name.partition(".")
-            if leaf:
-                sections.setdefault(section, {})[leaf.replace("-", "_")] = typed
-            else:
-                top[section] = typed
-        for item in fields(cls):
-            if item.name in sections:
-                top[item.name] = dataclasses.replace(getattr(cls(), item.name), **sections[item.name])
-        return cls(**top)
+            if name not in KEYS:
+                raise ConfigError(f"unknown key {name!r}{nearest(name)}")
+            section, _, leaf = name.replace("-", "_").rpartition(".")
+            sections.setdefault(section, {})[leaf] = KEYS[name].typed(value)
+        values = sections.pop("", {})  # the seed, which is in no section
+        defaults = cls()
+        built = {name: replace(getattr(defaults, name), **part) for name, part in sections.items()}
+        return cls(**values, **built)
 
     def override(self, changes: Mapping[str, Scalar]) -> "RunConfig":
         """Return this config with the flat keys of `changes` replaced."""
         return type(self).from_flat({**self.to_flat(), **changes})
 
 
-def described_keys() -> list[tuple[str, Scalar, str, Allowed]]:
-    """Return (flat name, default, meaning, what it may be) of every key, in declaration order."""
-    return [(name, value, meaning_of(item), allowed_of(item)) for name, value, item in _leaves(RunConfig())]
+def _declared_keys() -> dict[str, Key]:
+    declared = {}
+    for item in fields(RunConfig):
+        for leaf in fields(item.type) if is_dataclass(item.type) else (item,):
+            name = leaf.name if leaf is item else f"{item.name}.{leaf.name}".replace("_", "-")
+            declared[name] = declared_key(name, leaf)
+    return declared
 
 
-def _leaves(config: RunConfig) -> Iterator[tuple[str, Scalar, "dataclasses.Field[Any]"]]:
-    """Yield every leaf of a config: its flat name, its value and its field."""
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            for leaf in fields(value):
-                yield f"{item.name}.{leaf.name.replace('_', '-')}", getattr(value, leaf.name), leaf
-        else:
-            yield item.name, value, item
+KEYS = _declared_keys()  # in the order of declaration
+RESUMABLE_KEYS = frozenset(name for name, each in KEYS.items() if each.is_resumable)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the known key closest to `name`, or ""."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+def nearest(name: str) -> str:
+    """Return "; did you mean 'x'?" for the known key closest to `name`, or where keys are listed."""
+    close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
     if not close:  # people often write only the last part: "rank" for "lora.rank"
-        close = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+        close = [each for each in KEYS if each.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     return f"; did you mean {close[0]!r}?" if close else "; `fedllm check` lists every key"

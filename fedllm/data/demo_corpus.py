@@ -9,7 +9,7 @@ import ast
 import functools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -19,22 +19,8 @@ from fedllm.errors import DataError
 
 # Well known, clearly licensed (Apache-2.0, BSD, MIT, PSF) and rich in docstrings, best first
 _PREFERRED = (
-    "numpy",
-    "torch",
-    "transformers",
-    "datasets",
-    "peft",
-    "accelerate",
-    "huggingface_hub",
-    "flwr",
-    "ray",
-    "python",
-    "pandas",
-    "networkx",
-    "sympy",
-    "pyarrow",
-    "sqlalchemy",
-    "fsspec",
+    *("numpy", "torch", "transformers", "datasets", "peft", "accelerate", "huggingface_hub", "flwr", "ray"),
+    *("python", "pandas", "networkx", "sympy", "pyarrow", "sqlalchemy", "fsspec"),
 )
 _MOST_ROWS = 400  # of a package
 _MOST_ROWS_OF_FILE = 25  # keeps one long file from speaking for its package
@@ -54,7 +40,7 @@ class _Pair:
     response: str
 
 
-_Corpus: TypeAlias = tuple[tuple[str, tuple[_Pair, ...]], ...]  # package name, its pairs
+_Reader: TypeAlias = Callable[[Path], tuple[_Pair, ...]]  # of one source file
 
 
 def docstring_rows(num_clients: int, *, min_rows: int = 60) -> tuple[dict[str, str], ...]:
@@ -70,7 +56,7 @@ def docstring_rows(num_clients: int, *, min_rows: int = 60) -> tuple[dict[str, s
     Raises:
         DataError: fewer packages have `min_rows` rows.
     """
-    chosen = _choose(num_clients, min_rows)
+    chosen = _chosen_pairs(num_clients, min_rows)
     if len(chosen) < num_clients:
         raise DataError(
             f"docstrings: only {len(chosen)} installed packages have {min_rows} rows, {num_clients} wanted; "
@@ -78,42 +64,56 @@ def docstring_rows(num_clients: int, *, min_rows: int = 60) -> tuple[dict[str, s
         )
     return tuple(
         {"prompt": pair.prompt, "response": pair.response, "client": name}
-        for name, pairs in chosen
+        for name, pairs in chosen.items()
         for pair in pairs
     )
 
 
-@functools.lru_cache(maxsize=8)  # a simulation asks again for each client of a process
-def _choose(num_clients: int, min_rows: int) -> _Corpus:
+def first_sentence(docstring: str) -> str:
+    r"""Return the first sentence of `docstring` on one line, or "" where it has no usable one.
+
+    A summary paragraph without a full stop counts whole. Usable is plain ASCII of 20 to 200 characters that
+    does not begin with markup.
+
+    >>> first_sentence("Save the adapter, e.g. after a\n    round. Then return.")
+    'Save the adapter, e.g. after a round.'
+    """
+    paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())
+    match = _SENTENCE.match(paragraph)
+    sentence = match[0] if match else paragraph
+    usable = _SHORTEST_SENTENCE <= len(sentence) <= _LONGEST_SENTENCE and _is_plain(sentence)
+    return sentence if usable and not _NOT_A_SENTENCE.match(sentence) else ""
+
+
+def _chosen_pairs(num_clients: int, min_rows: int) -> dict[str, tuple[_Pair, ...]]:
+    """Return the pairs of at most `num_clients` packages that have `min_rows` answers not given before."""
     packages = {package.name: package for package in installed_packages()}
-    preferred = [packages[name] for name in _PREFERRED if name in packages]
-    chosen = _extend((), preferred, num_clients, min_rows)
-    if len(chosen) == num_clients:
-        return chosen
-    # Ranking reads every other package, so it comes only where it is needed
-    others = [package for name, package in packages.items() if name not in _PREFERRED]
-    others.sort(key=lambda package: (-len(_package_pairs(package, frozenset())), package.name))
-    return _extend(chosen, others, num_clients, min_rows)
-
-
-def _extend(chosen: _Corpus, packages: list[Package], num_clients: int, min_rows: int) -> _Corpus:
-    """Return `chosen` with the next of `packages` that have `min_rows` answers not given before."""
-    seen = frozenset(pair.response for _, pairs in chosen for pair in pairs)
-    for package in packages:
-        if len(chosen) >= num_clients:
-            break
-        pairs = _package_pairs(package, seen)
+    read = functools.cache(_file_pairs)  # ranking and choosing read the same files
+    chosen: dict[str, tuple[_Pair, ...]] = {}
+    seen: set[str] = set()
+    for package in _ranked(packages, read):
+        pairs = _package_pairs(package, read, seen)
         if len(pairs) >= max(1, min_rows):
-            chosen = (*chosen, (package.name, pairs))
+            chosen[package.name] = pairs
             seen |= {pair.response for pair in pairs}
+        if len(chosen) == num_clients:  # before the next is asked for: it may need the ranking
+            break
     return chosen
 
 
-def _package_pairs(package: Package, seen: frozenset[str]) -> tuple[_Pair, ...]:
+def _ranked(packages: Mapping[str, Package], read: _Reader) -> Iterator[Package]:
+    """Yield the preferred packages, then the others, those with most rows first."""
+    yield from (packages[name] for name in _PREFERRED if name in packages)
+    # Ranking reads every other package, so it comes only where the preferred ones are too few.
+    others = [package for name, package in packages.items() if name not in _PREFERRED]
+    yield from sorted(others, key=lambda package: (-len(_package_pairs(package, read, set())), package.name))
+
+
+def _package_pairs(package: Package, read: _Reader, seen: set[str]) -> tuple[_Pair, ...]:
     """Return the pairs of `package`, in reading order, whose answers are not in `seen`."""
     pairs: dict[str, _Pair] = {}
     for file in source_files(package):
-        fresh = {pair.response: pair for pair in _file_pairs(file) if pair.response not in seen}
+        fresh = {pair.response: pair for pair in read(file) if pair.response not in seen}
         new = [pair for response, pair in fresh.items() if response not in pairs]
         pairs.update((pair.response, pair) for pair in _spread(new, _MOST_ROWS_OF_FILE))
         if len(pairs) >= _MOST_ROWS:
@@ -127,7 +127,6 @@ def _spread(pairs: list[_Pair], most: int) -> list[_Pair]:
     return [pairs[index * len(pairs) // most] for index in range(most)]
 
 
-@functools.cache  # ranking and choosing read the same files
 def _file_pairs(file: Path) -> tuple[_Pair, ...]:
     try:
         content = file.read_bytes() if file.stat().st_size <= _MOST_BYTES_OF_FILE else b""
@@ -161,22 +160,6 @@ def _pair(function: ast.FunctionDef | ast.AsyncFunctionDef) -> _Pair | None:
     if len(prompt) > _LONGEST_SIGNATURE or not _is_plain(prompt):
         return None
     return _Pair(prompt, response)
-
-
-def first_sentence(docstring: str) -> str:
-    r"""Return the first sentence of `docstring` on one line, or "" where it has no usable one.
-
-    A summary paragraph without a full stop counts whole. Usable is plain ASCII of 20 to 200 characters that
-    does not begin with markup.
-
-    >>> first_sentence("Save the adapter, e.g. after a\n    round. Then return.")
-    'Save the adapter, e.g. after a round.'
-    """
-    paragraph = " ".join(docstring.strip().partition("\n\n")[0].split())
-    match = _SENTENCE.match(paragraph)
-    sentence = match[0] if match else paragraph
-    usable = _SHORTEST_SENTENCE <= len(sentence) <= _LONGEST_SENTENCE and _is_plain(sentence)
-    return sentence if usable and not _NOT_A_SENTENCE.match(sentence) else ""
 
 
 def _is_plain(text: str) -> bool:

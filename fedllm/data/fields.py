@@ -1,7 +1,7 @@
-"""Which columns of a row are the prompt and the answer, and what a row becomes.
+"""Turns a row into a training example: which of its columns are the prompt and the answer, or the text.
 
-Columns are recognised by the names that public data sets use, in any case of letters; the three mapping keys
-`data.prompt-column`, `data.response-column` and `data.text-column` win over that.
+Columns are recognised by the names that public data sets use, in any case of letters, unless `data.columns`
+names them.
 """
 
 import re
@@ -9,7 +9,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedllm.config.key import named_values
 from fedllm.errors import ConfigError, DataError
+
+_CONVERSATIONS = ("messages", "conversations")
+# (prompt, response) in order of preference; an instruction may come with the text it is about
+_PAIRS = (
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "response"),
+)
+_SUBJECTS = ("input", "context")
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+_HINT = "set data.columns to prompt=NAME,response=NAME or text=NAME"
+_PLAIN_NAME = re.compile(r"[^\W\d][\w.-]{0,39}")
+_MOST_NAMES = 20
 
 
 @dataclass(frozen=True)
@@ -46,34 +70,6 @@ class ClientRows:
     held_out: tuple[Example, ...]
 
 
-_CONVERSATIONS = ("messages", "conversations")
-# (prompt, response) in order of preference; an instruction may come with the text it is about
-_PAIRS = (
-    ("instruction", "output"),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("instruction", "response"),
-)
-_SUBJECTS = ("input", "context")
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-_KEYS = "data.prompt-column and data.response-column, or data.text-column"
-_PLAIN_NAME = re.compile(r"[^\W\d][\w.-]{0,39}")
-_MOST_NAMES = 20
-
-
-class RowProblem(Exception):
-    """Why one row cannot be used; the message never holds text of the row."""
-
-
 @dataclass(frozen=True)
 class Fields:
     """The columns of a row: `conversation`, or `prompt` (and `subject`) and `response`, or `text`."""
@@ -85,36 +81,46 @@ class Fields:
     text: str = ""
 
 
-def detect_fields(
-    columns: Iterable[str], *, prompt_column: str = "", response_column: str = "", text_column: str = ""
-) -> Fields:
-    """Return the fields that the mapping names or, without one, the first usual ones among `columns`.
+class RowProblem(Exception):
+    """Why one row cannot be used; the message never holds text of the row."""
 
-    Args:
-        columns: the column names of all rows together.
-        prompt_column: exact name of the prompt's column; empty = detect.
-        response_column: exact name of the answer's column; empty = detect.
-        text_column: exact name of a column of plain text; empty = detect.
+
+def mapped_columns(text: str) -> dict[str, str]:
+    """Return what `data.columns` = `text` names: {}, {"prompt": name, "response": name} or {"text": name}.
 
     Raises:
-        ConfigError: the mapping names half a pair, or a pair and a text.
-        DataError: a mapped column is absent, or nothing is recognised.
+        ConfigError: it names half a pair, or a pair and a text.
+    """
+    named = named_values("data.columns", text, ("prompt", "response", "text"))
+    if set(named) not in (set(), {"prompt", "response"}, {"text"}):
+        raise ConfigError(f"data.columns = {text!r}: one column of text, or a prompt and a response; {_HINT}")
+    return named
+
+
+def detect_fields(columns: Iterable[str], named: Mapping[str, str] | None = None) -> Fields:
+    """Return the `named` fields (`mapped_columns`), or else the first usual ones among `columns`.
+
+    Raises:
+        DataError: a named column is absent, or nothing is recognised.
     """
     present = tuple(dict.fromkeys(columns))
-    if prompt_column or response_column or text_column:
-        return _mapped(present, prompt_column, response_column, text_column)
-    by_name = {name.lower(): name for name in reversed(present)}
+    if named:
+        for name in named.values():
+            if name not in present:
+                raise DataError(f"data.columns: {name!r} is not among {name_columns(present)}")
+        return Fields(**named)
+    by_name = {name.lower(): name for name in reversed(present)}  # of two in different case the first wins
     for conversation in _CONVERSATIONS:
         if conversation in by_name:
             return Fields(conversation=by_name[conversation])
     for prompt, response in _PAIRS:
         if prompt in by_name and response in by_name:
-            subjects = _SUBJECTS if prompt == "instruction" else ()
+            subjects = _SUBJECTS if prompt == "instruction" else ()  # elsewhere "context" means other things
             subject = next((by_name[name] for name in subjects if name in by_name), "")
             return Fields(prompt=by_name[prompt], subject=subject, response=by_name[response])
     if "text" in by_name:
         return Fields(text=by_name["text"])
-    raise DataError(f"no known text columns among {name_columns(present)}; set {_KEYS}")
+    raise DataError(f"no known text columns among {name_columns(present)}; {_HINT}")
 
 
 def to_example(row: Mapping[str, Any], fields: Fields) -> Example:
@@ -151,37 +157,25 @@ def name_columns(columns: Iterable[str]) -> str:
     return f"the columns ({', '.join(parts)})" if parts else "no columns at all"
 
 
-def _mapped(present: tuple[str, ...], prompt: str, response: str, text: str) -> Fields:
-    if text and (prompt or response):
-        raise ConfigError(f"data.text-column = {text!r} contradicts a prompt or response column; set {_KEYS}")
-    if not text and not (prompt and response):
-        raise ConfigError(f"only one of data.prompt-column and data.response-column is set; set {_KEYS}")
-    for key, name in (("prompt", prompt), ("response", response), ("text", text)):
-        if name and name not in present:
-            raise DataError(f"data.{key}-column = {name!r} is not among {name_columns(present)}")
-    return Fields(prompt=prompt, response=response, text=text)
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    if column not in row:
+        raise RowProblem(f"column {column!r} is missing")
+    return row[column]
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
-    if column not in row:
-        raise RowProblem(f"column {column!r} is missing")
-    return _filled(row[column], f"column {column!r}")
+    return _filled(_cell(row, column), f"column {column!r}")
 
 
 def _filled(value: Any, what: str) -> str:
-    if value is None:
-        raise RowProblem(f"{what} is null")
-    if not isinstance(value, str):
-        raise RowProblem(f"{what} is not text")
-    if not value.strip():
-        raise RowProblem(f"{what} is empty")
-    return value
+    if isinstance(value, str) and value.strip():
+        return value
+    state = "null" if value is None else "empty" if isinstance(value, str) else "not text"
+    raise RowProblem(f"{what} is {state}")
 
 
 def _turns(row: Mapping[str, Any], column: str) -> tuple[Turn, ...]:
-    if column not in row:
-        raise RowProblem(f"column {column!r} is missing")
-    messages = row[column]
+    messages = _cell(row, column)
     if not isinstance(messages, list):
         raise RowProblem(f"column {column!r} is not a list of messages")
     turns = [_turn(message, number) for number, message in enumerate(messages, 1)]
@@ -195,6 +189,7 @@ def _turns(row: Mapping[str, Any], column: str) -> tuple[Turn, ...]:
 def _turn(message: Any, number: int) -> Turn:
     if not isinstance(message, dict):
         raise RowProblem(f"message {number} is not an object")
+    # OpenAI's form is {"role", "content"}, ShareGPT's {"from", "value"}.
     role = _ROLES.get(str(message.get("role", message.get("from"))).lower())
     if role is None:
         raise RowProblem(f"message {number} has no known role ({', '.join(_ROLES)})")

@@ -1,4 +1,4 @@
-"""Read one local file into rows, each with the line it starts on.
+"""Reads one local file into rows, each with the line it starts on.
 
 A reader yields `(line, row)` for a usable row and `(line, reason)` for a bad one. Text formats are decoded
 line by line here, not by a library: a library that stops at the first bad byte cannot say which line it is
@@ -56,7 +56,7 @@ def read_csv(path: str) -> Iterator[Item]:
         raise DataError(f"{path}, line 1: the CSV header cannot be read; write it as name,name,...") from None
     if len(set(header)) < len(header) or _has_surrogate("".join(header)):
         raise DataError(f"{path}, line 1: a CSV header needs UTF-8 column names, each of them once")
-    while True:
+    while True:  # a `for` would end at the first bad record
         start = records.line_num + 1
         try:
             cells = next(records)
@@ -108,7 +108,7 @@ def read_parquet(path: str) -> Iterator[Item]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=1024):  # so that no file need fit in memory at once
                 for index in range(batch.num_rows):
                     number += 1
                     yield number, _arrow_row(batch, index)
@@ -159,6 +159,7 @@ def _as_object(value: Any) -> dict[str, Any] | str:
 
 
 def _has_surrogate(value: Any) -> bool:
+    """Return whether any text in a value cannot be written as UTF-8, and so not be tokenised either."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

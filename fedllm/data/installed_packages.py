@@ -1,6 +1,7 @@
-"""Where the Python sources lie that fedllm's users have installed anyway; nothing is imported.
+"""Finds the Python packages that fedllm's users have installed anyway, and their source files.
 
-A source is a distribution that fedllm depends on, directly or not, or a part of the standard library.
+These are the distributions that fedllm depends on, directly or not, and the parts of the standard library.
+Nothing is imported.
 """
 
 import hashlib
@@ -13,22 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 # What pyproject.toml requires. Flower runs fedllm from a bundle, where no metadata says so.
-_REQUIREMENTS = (
-    "flwr[simulation]",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "gguf",
-    "typer",
-    "rich",
-    "tomli-w",
-    "numpy",
-    "pyarrow",
-    "cryptography",
-    "datasketch",
+REQUIREMENTS = (
+    *("flwr[simulation]", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "gguf"),
+    *("typer", "rich", "tomli-w", "numpy", "pyarrow", "cryptography", "datasketch", "platformdirs", "scipy"),
 )
 _REQUIREMENT = re.compile(
     r"\s*(?P<name>[\w.-]+)\s*(\[(?P<extras>[^]]*)\])?[^;]*(;(?P<marker>.*))?", re.DOTALL
@@ -80,19 +68,19 @@ def source_files(package: Package) -> list[Path]:
     They are ordered by a hash of their relative path, so that a prefix of the list is spread evenly over the
     package and one more file in the next version displaces no other.
     """
-    files = (file for file in _walk(package) if not _SKIPPED_FILE.fullmatch(file.stem))
-    return sorted(files, key=lambda file: _path_hash(file.relative_to(package.folder)))
 
+    def path_hash(file: Path) -> bytes:
+        path = file.relative_to(package.folder).as_posix()
+        return hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()  # a name may be no text
 
-def _path_hash(path: Path) -> bytes:
-    return hashlib.sha256(path.as_posix().encode("utf-8", "surrogateescape")).digest()
+    return sorted((file for file in _walk(package) if not _SKIPPED_FILE.fullmatch(file.stem)), key=path_hash)
 
 
 def _walk(package: Package) -> Iterator[Path]:
     for folder, folders, names in os.walk(package.folder):
         skipped = _TEST_FOLDERS | _FOREIGN_FOLDERS
         nested = [name for name in folders if name not in skipped and not name.startswith(".")]
-        folders[:] = nested if package.nested else []
+        folders[:] = nested if package.nested else []  # os.walk goes on into what is left of this list
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
@@ -114,10 +102,11 @@ def _dependency_packages() -> Iterator[Package]:
 
 
 def _dependencies() -> dict[str, metadata.Distribution]:
+    """Return the distributions that fedllm needs, directly or not, and that are installed."""
     try:
-        waiting = list(metadata.requires("fedllm") or _REQUIREMENTS)
+        waiting = list(metadata.requires("fedllm") or REQUIREMENTS)
     except metadata.PackageNotFoundError:
-        waiting = list(_REQUIREMENTS)
+        waiting = list(REQUIREMENTS)
     found: dict[str, metadata.Distribution] = {}
     done: set[tuple[str, frozenset[str]]] = set()
     while waiting:

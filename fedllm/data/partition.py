@@ -1,4 +1,4 @@
-"""How rows are dealt to clients: by a column, evenly, with skewed labels or with skewed sizes.
+"""Deals rows to clients: by a column, evenly, with skewed labels or with skewed sizes.
 
 Drawing uses numpy's PCG64 on streams derived from the run's seed, so every process that holds the same rows
 deals them alike; the digest lets two processes check that they did.
@@ -49,7 +49,7 @@ def parse_partition(spec: str) -> PartitionSpec:
         ConfigError: `spec` has none of the four forms.
     """
     form, _, rest = spec.partition(":")
-    column, _, number = rest.rpartition(":")
+    column, _, number = rest.rpartition(":")  # a column's name may hold a colon itself
     if spec == "iid":
         return PartitionSpec(form)
     if form == "column" and rest:
@@ -113,13 +113,8 @@ def save_partition(path: str | Path, partition: Partition) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    content = {
-        "client_ids": partition.client_ids,
-        "indices": partition.indices,
-        "digest": partition.digest,
-    }
     try:
-        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(vars(partition)) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); check the folder") from None
 
@@ -198,6 +193,7 @@ def _drawn(
     if spec.form == "dirichlet":
         return _dirichlet(list(_groups(rows, spec.column).values()), spec.number, num_clients, generator)
     order = generator.permutation(len(rows)).tolist()
+    # A random ranking, or the first clients would always be the large ones.
     ranks = generator.permutation(num_clients) + 1
     weights = np.power(ranks, -spec.number, dtype=np.float64)  # all 1 for iid, whose number is 0
     return _cut(order, np.cumsum(_sizes(len(rows), weights))[:-1].tolist())
@@ -210,6 +206,7 @@ def _dirichlet(
     for group in groups:
         order = generator.permutation(group).tolist()
         shares = generator.dirichlet(np.full(num_clients, min(max(alpha, 1e-6), 1e6)))  # beyond: overflow
+        # Cut at the cumulative shares, so that roundings do not add up.
         bounds = (np.cumsum(shares)[:-1] * len(order)).astype(int).tolist()
         for part, piece in zip(parts, _cut(order, bounds), strict=True):
             part.extend(piece)
@@ -236,7 +233,7 @@ def _without_empty(parts: list[list[int]]) -> list[list[int]]:
     heapq.heapify(largest)
     for part in (part for part in filled if not part):
         size, donor = largest[0]
-        if size >= -1:
+        if size >= -1:  # the largest has one row: there are fewer rows than clients
             break
         part.append(filled[donor].pop())
         heapq.heapreplace(largest, (size + 1, donor))

@@ -1,4 +1,4 @@
-"""A text that anybody may read, as a distillation step uses it."""
+"""The public texts that a distillation step trains on: anybody may read them."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from fedllm.data.fields import Example
 
 @dataclass(frozen=True)
 class PublicText:
-    """One public text: the document it belongs to, and the domain it counts in."""
+    """One public text, with the document it is from and the domain whose loss it counts in."""
 
     example: Example
     document: str

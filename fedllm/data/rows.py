@@ -1,4 +1,4 @@
-"""From a source, as a person writes it, to rows that remember their file and line."""
+"""Reads a data source, as a person names it, into rows that remember their file and line."""
 
 import glob
 import os
@@ -86,8 +86,8 @@ def find_files(source: str) -> tuple[str, ...]:
     Raises:
         DataError: a part names nothing, or a file of another kind.
     """
-    whole = os.path.exists(os.path.expanduser(source))  # a comma may be part of a name
-    parts = [source] if whole else [part.strip() for part in source.split(",") if part.strip()]
+    is_whole = os.path.exists(os.path.expanduser(source))  # a comma may be part of a name
+    parts = [source] if is_whole else [part.strip() for part in source.split(",") if part.strip()]
     if not parts:
         raise DataError("data.source is empty; name a file, a folder, a glob, a hub data set or docstrings")
     return tuple(dict.fromkeys(file for part in parts for file in _files_of_part(part)))
@@ -132,32 +132,31 @@ def _file_rows(file: str) -> Iterator[_Located]:
 
 def _hub_rows(source: str, split: str) -> Iterator[_Located]:
     import datasets
-    import huggingface_hub.errors as hub_errors
 
     name = _HUB_ID.fullmatch(source)
     assert name is not None  # is_local sent everything else elsewhere
-    if _is_local_reader(name["id"]):
+    if _is_local_reader(name["id"]):  # it would read whatever lies in the working directory
         raise DataError(f"data.source = {source!r}: no data set but a reader of local files; name the files")
     try:
         # With this prefix it is the hub and nothing else: without, a folder of that name here would be read.
         loaded = datasets.load_dataset(f"hf://datasets/{name['id']}", name["configuration"], split=split)
         for number, row in enumerate(loaded, 1):
             yield source, number, dict(row)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        ImportError,
-        datasets.exceptions.DatasetsError,
-        hub_errors.HTTPError,
-        hub_errors.EntryNotFoundError,
-    ) as error:  # the message of a parser may quote a row, so only the kind of error is told
+    except _hub_errors() as error:  # the message of a parser may quote a row, so only its kind is told
         raise DataError(
             f"{source}: no such file, and no Hugging Face data set with split {split!r} could be read "
             f"({type(error).__name__}); check the network, data.split and id:configuration, "
             f"or name local {_ACCEPTED}"
         ) from None
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Return what `datasets` raises where a data set cannot be reached, found or parsed."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+    usual = (OSError, ValueError, RuntimeError, LookupError, ImportError)
+    return (*usual, DatasetsError, HTTPError, EntryNotFoundError)
 
 
 def _is_local_reader(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""From a data configuration to one shard per client, and the order in which a client draws its rows."""
+"""Deals a data source to one shard per client, and fixes the order in which a client draws its rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from fedllm.config.key import number_or
 from fedllm.config.keys import DataConfig
-from fedllm.data.fields import BadRow, ClientRows, Example, RowProblem, detect_fields, to_example
+from fedllm.data.fields import (
+    BadRow,
+    ClientRows,
+    Example,
+    RowProblem,
+    detect_fields,
+    mapped_columns,
+    to_example,
+)
 from fedllm.data.partition import Partition, parse_partition, partition_rows, row_label
 from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
 from fedllm.errors import NoDataError
@@ -49,12 +58,10 @@ def load_shards(data: DataConfig, *, num_clients: int, seed: int) -> Shards:
         DataError: the source cannot be read, has no known columns, or holds a bad row under `stop`.
         NoDataError: the source has no usable row.
     """
-    by_column = parse_partition(data.partition).form == "column"
-    num_packages = num_clients if by_column else min(num_clients, _DEFAULT_PACKAGES)
+    spec = parse_partition(data.partition)
+    num_packages = num_clients if spec.form == "column" else min(num_clients, _DEFAULT_PACKAGES)
     rows = read_rows(data.source, split=data.split, on_bad_row=data.on_bad_row, num_packages=num_packages)
-    usable = _usable(rows, data, parse_partition(data.partition).column)
-    if not usable.examples:
-        raise _nothing_usable(data.source, usable.bad)
+    usable = _usable(data.source, rows, data, spec.column)
     partition = partition_rows(usable.rows, data.partition, num_clients=num_clients, seed=seed)
     clients = (
         _client_rows([usable.examples[index] for index in indices], data, client_id, seed)
@@ -72,9 +79,7 @@ def load_one_client(path: str | Path, data: DataConfig, *, client_id: str, seed:
         NoDataError: the files have no usable row.
     """
     rows = read_local_rows(str(path), on_bad_row=data.on_bad_row)
-    usable = _usable(rows, data, "")
-    if not usable.examples:
-        raise _nothing_usable(str(path), usable.bad)
+    usable = _usable(str(path), rows, data, "")
     return ClientShard(_client_rows(usable.examples, data, client_id, seed), usable.bad)
 
 
@@ -101,7 +106,7 @@ def draw_rows(num_rows: int, *, seed: int, client_id: str, start: int, count: in
         raise NoDataError(f"client {client_id!r} has no row to train on; leave it out of the cohort")
     if min(num_rows, start, count) < 0:
         raise ValueError(f"negative argument: num_rows={num_rows}, start={start}, count={count}")
-    first, last = start // num_rows, (start + count) // num_rows
+    first, last = start // num_rows, (start + count) // num_rows  # passes over the rows, from 0
     stream = np.concatenate(
         [_permutation(num_rows, seed, "epoch", client_id, epoch) for epoch in range(first, last + 1)]
     )
@@ -113,15 +118,12 @@ def _permutation(length: int, seed: int, *names: str | int) -> np.ndarray[Any, n
     return np.random.Generator(np.random.PCG64(derive_seed(seed, *names))).permutation(length)
 
 
-def _usable(rows: Rows, data: DataConfig, partition_column: str) -> _Usable:
+def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) -> _Usable:
+    """Return the rows that become examples; raises `NoDataError` where none does."""
     if not rows.rows:
-        return _Usable((), (), rows.bad)
-    fields = detect_fields(
-        dict.fromkeys(name for row in rows.rows for name in row),
-        prompt_column=data.prompt_column,
-        response_column=data.response_column,
-        text_column=data.text_column,
-    )
+        raise _nothing_usable(source, rows.bad)
+    present = dict.fromkeys(name for row in rows.rows for name in row)
+    fields = detect_fields(present, mapped_columns(data.columns))
     # A column that no row has is a wrong setting, which partition_rows reports, not a file of bad rows
     labelled = partition_column and any(row_label(row, partition_column) for row in rows.rows)
     kept: list[tuple[dict[str, Any], Example]] = []
@@ -137,6 +139,8 @@ def _usable(rows: Rows, data: DataConfig, partition_column: str) -> _Usable:
                 raise bad_row_error(bad[-1]) from None
             continue
         kept.append((row, example))
+    if not kept:
+        raise _nothing_usable(source, (*rows.bad, *bad))
     return _Usable(tuple(row for row, _ in kept), tuple(made for _, made in kept), (*rows.bad, *bad))
 
 
@@ -146,13 +150,13 @@ def _nothing_usable(source: str, bad: Sequence[BadRow]) -> NoDataError:
     first = bad[0]
     return NoDataError(
         f"{source}: none of its {len(bad)} rows can be used; the first, {first.file}, line {first.line}: "
-        f"{first.reason}; check the file and the data.*-column keys"
+        f"{first.reason}; check the file and data.columns"
     )
 
 
 def _client_rows(examples: Sequence[Example], data: DataConfig, client_id: str, seed: int) -> ClientRows:
-    if data.max_rows and len(examples) > data.max_rows:
-        drawn = _permutation(len(examples), seed, "max-rows", client_id)[: data.max_rows]
+    if len(examples) > (most := number_or(data.max_rows, len(examples))):
+        drawn = _permutation(len(examples), seed, "max-rows", client_id)[:most]
         examples = [examples[index] for index in sorted(drawn)]
     order = _permutation(len(examples), seed, "held-out", client_id)
     chosen = {int(index) for index in order[: _held_out_count(len(examples), data)]}
@@ -168,4 +172,4 @@ def _held_out_count(num_rows: int, data: DataConfig) -> int:
     if num_rows < 2 or data.held_out_fraction == 0:
         return 0
     wanted = max(1, round(data.held_out_fraction * num_rows))
-    return min(wanted, data.max_held_out, num_rows - 1)
+    return min(wanted, data.max_held_out, num_rows - 1)  # one row at least is left to train on

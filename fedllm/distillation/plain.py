@@ -1,7 +1,7 @@
 """The plain twin of teacher and student: PEFT, one row at a time, the whole softmax. Read this first.
 
-It holds what the fast path never does: every teacher's law over the whole vocabulary. Tests assert that both
-agree. Tensor suffixes: K teacher, T token of a row, V vocabulary.
+It keeps what the fast path never does, every teacher's distribution over the whole vocabulary. Tests assert
+that both agree. Tensor suffixes: K teacher, T token of a row, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from fedllm.models.chat import IGNORED, Encoded
 def teach_plainly(
     base: BaseModel, teacher: Teacher, rows: Sequence[Encoded]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return for each row the log-law of every learnt token [T, V] and the teachers' weights there [T, K]."""
+    """Return for each row the log-probabilities [T, V] at its learnt tokens, and the weights [T, K]."""
     said: list[list[torch.Tensor]] = [[] for _ in rows]
     for vector in teacher.adapters:
         with plain_model(base, teacher.layout, vector) as (model, _), torch.no_grad():
@@ -31,42 +31,42 @@ def teach_plainly(
 
 
 def _mixed(teacher: Teacher, row: Encoded, logits_KTV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-law [T, V] and the weights [T, K] of one row, token by token."""
+    """Return the log-probabilities [T, V] and the weights [T, K] of one row, token by token."""
     number = len(teacher.adapters)
     if teacher.kind == "logit-mean":
-        log_law_TV = logits_KTV.mean(dim=0).log_softmax(dim=1)
-        return log_law_TV, torch.full((len(log_law_TV), number), 1 / number, dtype=torch.float64)
+        log_probs_TV = logits_KTV.mean(dim=0).log_softmax(dim=1)
+        return log_probs_TV, torch.full((len(log_probs_TV), number), 1 / number, dtype=torch.float64)
     log_probs_KTV = logits_KTV.log_softmax(dim=2).double()
     evidence_K = torch.zeros(number, dtype=torch.float64)
-    laws, weights = [], []
-    for t, token in enumerate(label for label in row.labels[1:] if label != IGNORED):
+    mixtures, weights = [], []
+    for t, token in enumerate(row.learnt_tokens):
         if teacher.kind == "posterior":
             posterior_K = (teacher.priors.double().log() + teacher.temper * evidence_K).softmax(dim=0)
             weight_K = (1 - teacher.floor) * posterior_K + teacher.floor / number
         else:
             weight_K = torch.full_like(evidence_K, 1 / number)
-        laws.append((weight_K[:, None] * log_probs_KTV[:, t].exp()).sum(dim=0).log())
+        mixtures.append((weight_K[:, None] * log_probs_KTV[:, t].exp()).sum(dim=0).log())
         weights.append(weight_K)
-        evidence_K = evidence_K + log_probs_KTV[:, t, token]
-    return torch.stack(laws), torch.stack(weights)
+        evidence_K = evidence_K + log_probs_KTV[:, t, token]  # only now: a token tells nothing about itself
+    return torch.stack(mixtures), torch.stack(weights)
 
 
 def distil_plainly(
     base: BaseModel,
     start: AdapterState,
     rows: Sequence[Encoded],
-    log_laws: Sequence[torch.Tensor],
+    log_probs: Sequence[torch.Tensor],
     training: StudentTraining,
 ) -> torch.Tensor:
-    """Return the change [P] of `start` that distilling the whole laws [T, V] of the rows makes."""
-    laws = dict(zip(rows, log_laws, strict=True))
+    """Return the change [P] of `start` after learning the rows' whole log-probabilities [T, V]."""
+    taught = dict(zip(rows, log_probs, strict=True))
     with plain_model(base, start.layout, start.vector) as (model, parameters):
         begin = [parameter.detach().clone() for parameter in parameters]
         rate, decay = training.learning_rate, training.weight_decay
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=decay)
         for batch in student_batches(rows, training):
             mine_NV = torch.cat([row_logits(model, row).log_softmax(dim=1) for row in batch])
-            theirs_NV = torch.cat([laws[row] for row in batch])
+            theirs_NV = torch.cat([taught[row] for row in batch])
             loss = (theirs_NV.exp() * (theirs_NV - mine_NV)).sum(dim=1).mean()
             pairs = zip(parameters[0::2], parameters[1::2], begin[0::2], begin[1::2], strict=True)
             for a, b, a0, b0 in pairs:

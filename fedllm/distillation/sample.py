@@ -1,8 +1,8 @@
 """Synthetic text: what the clients' adapters write, each client as often as its prior says.
 
-Ancestral sampling at temperature 1 draws from the law that a posterior teacher has, sum_k prior_k p_k(y), so
-the text lies where the teacher knows what it says. Many adapters write in one batch. A text depends on the
-seed and its own number alone, up to rounding: not on who shares its batch.
+Ancestral sampling at temperature 1 draws from the distribution of a posterior teacher, sum_k prior_k p_k(y),
+so the teacher knows the text that it is asked about. Many adapters write in one batch. Up to rounding a text
+depends on the seed and its own number alone, not on who shares its batch.
 Tensor suffixes: K adapter, P flat adapter, B row of a batch, V vocabulary.
 """
 
@@ -23,7 +23,7 @@ TEXTS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Samples:
-    """Texts with the adapter that wrote each and the prompt it continues, by their places."""
+    """Texts, and for each the place of the adapter that wrote it and of the prompt that it continues."""
 
     rows: tuple[Encoded, ...]
     writers: tuple[int, ...]
@@ -44,12 +44,12 @@ def sample_texts(
     learn_prompts: bool = False,
     at_once: int = TEXTS_AT_ONCE,
 ) -> Samples:
-    """Return `number` texts: a prompt drawn evenly, a writer by its prior [K], then at most `max_tokens` new
-    tokens up to an end token, which is part of the text.
+    """Return `number` texts, each by a writer drawn by its prior [K] after a prompt drawn evenly.
 
-    `prompts` are beginnings of at least one token each; only what follows them is learnt, unless
-    `learn_prompts`. `adapters` [P] are of the engine's layout, or of `layout`. One that is not finite writes
-    nothing: the others take its share. The texts of one that gives numbers that are not finite are left out.
+    A text has at most `max_tokens` new tokens; an end token ends it and is part of it. `prompts` are
+    beginnings of at least one token each; only what follows them is learnt, unless `learn_prompts`.
+    `adapters` [P] are of the engine's layout, or of `layout`. An adapter that is not finite writes nothing:
+    the others take its share. Texts of an adapter that computes numbers that are not finite are left out.
 
     Raises:
         ConfigError: the temperature is not above 0, or number or length is below 1.
@@ -74,11 +74,11 @@ def sample_texts(
     for begin in range(0, number, at_once):
         batch = order[begin : begin + at_once]
         beginnings = [tuple(prompts[which[n]]) for n in batch]
-        choose = _Ancestral([drawn[n] for n in batch], temperature)
+        choose = _NextTokens([drawn[n] for n in batch], temperature)
         vectors = [adapters[writers[n]] for n in batch]
         continued = engine.continue_rows(layout, vectors, beginnings, max_tokens, choose)
         for place, (n, beginning) in enumerate(zip(batch, beginnings, strict=True)):
-            if place not in choose.lawless:
+            if place not in choose.not_finite:
                 context = beginning if learn_prompts else (IGNORED,) * len(beginning)
                 rows[n] = Encoded(beginning + continued[place], context + continued[place])
     kept = sorted(rows)
@@ -99,23 +99,24 @@ def _shares(adapters: Sequence[torch.Tensor], priors: torch.Tensor, dtype: torch
     return shares
 
 
-class _Ancestral:
-    """Draws the next token of every row from its law, by the row's own random numbers.
+class _NextTokens:
+    """Draws the next token of every row from its distribution, by the row's own random numbers.
 
-    `lawless` are the rows whose law was not finite at some token; they go on with an even one.
+    `not_finite` are the rows that had no finite distribution at some token; they go on with an even one.
     """
 
     def __init__(self, generators: Sequence[np.random.Generator], temperature: float):
         self.generators = generators
         self.temperature = temperature
-        self.lawless: set[int] = set()
+        self.not_finite: set[int] = set()
 
     def __call__(self, number: int, logits_BV: torch.Tensor) -> torch.Tensor:
         """Return the tokens [B]; row b takes the first token at which the sum of probabilities passes u_b."""
-        law_BV = (logits_BV.double() / self.temperature).softmax(dim=1)
-        lawful_B = law_BV.isfinite().all(dim=1)
-        self.lawless |= set((~lawful_B).nonzero()[:, 0].tolist())
-        sums_BV = torch.where(lawful_B[:, None], law_BV, 1.0).cumsum(dim=1)
+        probs_BV = (logits_BV.double() / self.temperature).softmax(dim=1)
+        finite_B = probs_BV.isfinite().all(dim=1)
+        self.not_finite |= set((~finite_B).nonzero()[:, 0].tolist())
+        sums_BV = torch.where(finite_B[:, None], probs_BV, 1.0).cumsum(dim=1)
+        # One draw for each row, in order: a generator is never shared, so neighbours change nothing.
         u_B1 = torch.tensor([[g.random()] for g in self.generators], dtype=torch.float64).to(sums_BV.device)
         places_B1 = torch.searchsorted(sums_BV, u_B1 * sums_BV[:, -1:], right=True)
-        return places_B1[:, 0].clamp(max=law_BV.shape[1] - 1)
+        return places_B1[:, 0].clamp(max=probs_BV.shape[1] - 1)  # where rounding left u at the very end

@@ -1,10 +1,10 @@
-"""A small student cut out of a large model: the same tokenizer and embeddings, fewer of its layers.
+"""A smaller student: some layers of a large model, with its tokenizer and embeddings.
 
 Which layers go matters more than how many: those that turn their input least (the angular distance of arXiv
-2403.17887, for one layer at a time), never the first or the last two. The student is an ordinary model of
-the same architecture. What a teacher on the large model says of a text (`fedllm.distillation.teacher`) fits
-it as it stands: `fedllm.distillation.student.distil` teaches it an adapter, `distil_layers` its own layers.
-Tensor suffixes: N supervised token, D feature.
+2403.17887, for one layer at a time), never the first or the last two. The student is an ordinary model of the
+same architecture and vocabulary, so targets of a teacher on the large model fit it as they are:
+`fedllm.distillation.student.distil` teaches it an adapter, `distil_layers` its own layers.
+Tensor suffixes: N supervised token.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from fedllm.distillation.student import StudentTraining, student_batches
-from fedllm.distillation.targets import Targets, TaughtBy
+from fedllm.distillation.targets import Targets
 from fedllm.engine.flat_row import lay_out, token_losses
-from fedllm.engine.probe import can_be_ragged, has_plain_head
+from fedllm.engine.probe import can_be_ragged, plain_head
 from fedllm.errors import ConfigError, ModelError, NoDataError, NonFiniteError
 from fedllm.models.attention import ragged
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import Encoded
 
-NUM_LAST = 2  # layers at the end that stay; the first stays too
+NUM_LAST = 2  # layers at the end that stay; so does the first
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def layer_angles(base: BaseModel, rows: Sequence[Encoded]) -> tuple[float, ...]:
 
 
 def layers_to_keep(angles: Sequence[float], num_dropped: int) -> tuple[int, ...]:
-    """Return the layers that stay where the `num_dropped` that turn their input least go.
+    """Return the layers that stay when the `num_dropped` that turn their input least are dropped.
 
     Raises:
         ConfigError: there are not that many layers that may go.
@@ -90,18 +90,18 @@ def cut(base: BaseModel, kept: Sequence[int]) -> BaseModel:
         text_config.layer_types = [text_config.layer_types[place] for place in kept]
     student = type(model)(config).to(device=base.device, dtype=base.dtype)
     copies = decoder_layers(student)
-    own = {id(parameter) for layer in copies for parameter in layer.parameters()}
-    outside = [(name, p) for name, p in student.named_parameters() if id(p) not in own]
+    in_layers = {id(parameter) for layer in copies for parameter in layer.parameters()}
     with torch.no_grad():
-        for name, parameter in outside:
-            parameter.copy_(model.get_parameter(name))
+        for name, parameter in student.named_parameters():
+            if id(parameter) not in in_layers:  # embeddings, the last norm and the head have their old names
+                parameter.copy_(model.get_parameter(name))
     for copied, place in zip(copies, kept, strict=True):
         copied.load_state_dict(layers[place].state_dict())
     student.generation_config = deepcopy(model.generation_config)
     student.requires_grad_(False)
     student.eval()
-    named = hashlib.sha256(f"{base.fingerprint} layers {list(kept)}".encode()).hexdigest()
-    return replace(base, model=student, fingerprint=named)
+    fingerprint = hashlib.sha256(f"{base.fingerprint} layers {list(kept)}".encode()).hexdigest()
+    return replace(base, model=student, fingerprint=fingerprint)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -118,9 +118,9 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def distil_layers(student: BaseModel, targets: Targets, training: StudentTraining) -> tuple[float, ...]:
-    """Teach the student's own layers what the targets say, in place; return the loss of every step.
+    """Train the student's own layers, in place, to predict what the teacher does; return each step's loss.
 
-    Embeddings and head stay as they are. `training.pull` must be 0: layers have no factors to pull.
+    Embeddings and head stay as they are. `training.pull` must be 0: it is for the factors of an adapter.
 
     Raises:
         ConfigError: a pull is asked for.
@@ -128,8 +128,8 @@ def distil_layers(student: BaseModel, targets: Targets, training: StudentTrainin
     """
     if training.pull:
         raise ConfigError("a pull is for adapters; teach layers with a pull of 0")
-    model, objective = student.model, TaughtBy(targets)
-    together, through_head = can_be_ragged(model, student.device), has_plain_head(model, student.device)
+    model = student.model
+    together, head = can_be_ragged(model, student.device), plain_head(model, student.device)
     parameters = list(decoder_layers(model).parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999)
@@ -143,13 +143,12 @@ def distil_layers(student: BaseModel, targets: Targets, training: StudentTrainin
                 num_learnt = sum(row.num_supervised for row in batch)
                 optimizer.zero_grad()
                 losses.append(0.0)
+                # Rows share a pass where the model can keep them apart, else each has its own.
                 for rows in (batch,) if together else tuple((row,) for row in batch):
                     flat = lay_out(rows, student.device)
                     weights_N = torch.full(flat.targets_N.shape, 1 / num_learnt, device=student.device)
-                    criterion = objective.criterion(rows, student.device)
-                    loss, _ = token_losses(
-                        model, flat, weights_N, through_head=through_head, criterion=criterion
-                    )
+                    criterion = targets.criterion(rows, student.device)
+                    loss, _ = token_losses(model, flat, head, weights_N, criterion)
                     loss.backward()  # type: ignore[no-untyped-call]
                     losses[-1] += float(loss.detach())
                 if training.clip_norm:

@@ -1,9 +1,7 @@
-"""The student: one adapter that learns to say what the teacher says, on the engine that trains clients.
+"""The student: one adapter trained to predict what the teacher predicts, on the engine that trains clients.
 
-A distillation is a training job whose objective is the divergence from cached targets: AdamW, clipping,
-passes and the pull to the start (mu/2 ||s (B A - B0 A0)||^2 by R x R products,
-`fedllm.engine.gradient_terms`)
-are those of a client. The control is the same job without the targets, on the same batches.
+A distillation is a training job with another objective than the next token: AdamW, clipping, passes and the
+pull to the start (the `product` proximal term of `fedllm.engine.gradient_terms`) are those of a client.
 """
 
 from collections.abc import Sequence
@@ -13,9 +11,9 @@ import numpy as np
 import torch
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.distillation.other_tokenizer import TaughtByUnlike
+from fedllm.distillation.other_tokenizer import PairedTargets
 from fedllm.distillation.sample import sample_texts
-from fedllm.distillation.targets import Targets, TaughtBy, jensen_shannon
+from fedllm.distillation.targets import Targets, jensen_shannon
 from fedllm.distillation.teacher import Teacher, teach
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import Job, Objective
@@ -49,7 +47,7 @@ class StudentTraining:
 
     @property
     def local(self) -> LocalTraining:
-        """The same as the engine takes it."""
+        """The same numbers as the engine takes them."""
         return LocalTraining(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -57,32 +55,34 @@ class StudentTraining:
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
             proximal=self.pull,
-            proximal_space="product",
+            proximal_space="product",  # what the layers compute, not the factors, is to stay near
         )
 
 
 @dataclass(frozen=True, eq=False)
 class DistilResult:
-    """The adapter after training, the loss of every step before it, and the tokens that were read."""
+    """A student after training."""
 
     adapter: AdapterState
-    losses: tuple[float, ...]  # mean over the batch's learnt tokens, in nats: divergence, or cross-entropy
-    num_tokens: int
+    losses: tuple[float, ...]  # of each step before it: mean over the batch's learnt tokens, in nats
+    num_tokens: int  # tokens that were read
 
 
-def distil(engine: Engine, start: AdapterState, targets: Targets, training: StudentTraining) -> DistilResult:
-    """Return `start` taught to say what the targets say: forward KL over their buckets, at temperature 1.
+def distil(
+    engine: Engine, start: AdapterState, targets: Targets | PairedTargets, training: StudentTraining
+) -> DistilResult:
+    """Return `start` taught to predict what the teacher of `targets` does, at temperature 1.
 
     Raises:
         NonFiniteError: training diverged.
     """
-    return _train(engine, start, targets.rows, training, TaughtBy(targets))
+    return _train(engine, start, targets.rows, training, targets)
 
 
 def supervised(
     engine: Engine, start: AdapterState, rows: Sequence[Encoded], training: StudentTraining
 ) -> DistilResult:
-    """Return `start` fine-tuned on the rows' own tokens: the control, on the same batches and tokens.
+    """Return `start` fine-tuned on the rows' own tokens: the control, which has the batches of `distil`.
 
     Raises:
         NoDataError: no row has a token to learn.
@@ -94,24 +94,12 @@ def supervised(
     return _train(engine, start, taught, training, None)
 
 
-def distil_unlike(
-    engine: Engine, start: AdapterState, objective: TaughtByUnlike, training: StudentTraining
-) -> DistilResult:
-    """Return `start` taught by a teacher with another tokenizer (`fedllm.distillation.other_tokenizer`).
-
-    Raises:
-        NonFiniteError: training diverged.
-    """
-    return _train(engine, start, list(objective.pairs), training, objective)
-
-
 @dataclass(frozen=True)
 class OnPolicy:
     """How a student is corrected on its own texts (GKD, arXiv 2306.13649).
 
-    `rounds` times it writes `num_texts` texts of at most `max_tokens` new tokens, the teacher marks them, and
-    it takes its steps on them with the divergence of `beta` (0.5: symmetric; towards 1: reverse KL). Every
-    round has an optimizer of its own.
+    In each of `rounds` it writes `num_texts` texts of at most `max_tokens` new tokens, the teacher predicts
+    them, and it takes its steps with the divergence of `beta`: 0.5 is symmetric, towards 1 is reverse KL.
     """
 
     rounds: int
@@ -154,10 +142,10 @@ def on_policy(
             layout=start.layout,
         )
         targets = teach(teacher_engine or engine, teacher, samples.rows, top_k=stage.top_k)
-        objective = TaughtBy(targets, divergence)
+        targets = replace(targets, divergence=divergence)
         numbers = replace(training, seed=seed)
         # The pull is to where the stage began, whatever round it is in.
-        further = _train(engine, done.adapter, targets.rows, numbers, objective, anchor=start)
+        further = _train(engine, done.adapter, targets.rows, numbers, targets, anchor=start.vector)
         losses, num_tokens = done.losses + further.losses, done.num_tokens + further.num_tokens
         done = DistilResult(further.adapter, losses, num_tokens)
     return done
@@ -169,15 +157,16 @@ def _train(
     rows: Sequence[Encoded],
     training: StudentTraining,
     objective: Objective | None,
-    anchor: AdapterState | None = None,
+    anchor: torch.Tensor | None = None,
 ) -> DistilResult:
+    batches = student_batches(rows, training)
     job = Job(
         "student",
         start.vector,
-        student_batches(rows, training),
+        batches,
         training.local,
         layout=start.layout,
-        anchor=None if anchor is None else anchor.vector,
+        anchor=anchor,
         objective=objective,
     )
     (result,) = engine.train([job])
@@ -187,12 +176,9 @@ def _train(
 
 def student_batches(rows: Sequence[Encoded], training: StudentTraining) -> tuple[tuple[Encoded, ...], ...]:
     """Return the rows of every step, drawn from the seed: every row once before any is drawn twice."""
-    needed = training.steps * training.batch_size
+    size, needed = training.batch_size, training.steps * training.batch_size
     order: list[int] = []
-    epoch = 0
-    while len(order) < needed:
+    for epoch in range(-(-needed // len(rows))):
         generator = np.random.Generator(np.random.PCG64(derive_seed(training.seed, "student", epoch)))
         order += generator.permutation(len(rows)).tolist()
-        epoch += 1
-    size = training.batch_size
     return tuple(tuple(rows[n] for n in order[begin : begin + size]) for begin in range(0, needed, size))

@@ -1,8 +1,10 @@
-"""What a teacher said of some rows, kept small: its likeliest tokens and one bucket for all others.
+"""What a teacher predicts for some rows, kept small, and the loss of a student that learns it.
 
-Of the law over V tokens the k likeliest are kept with their log-probabilities in 16 bits, and what is left as
-one number, the tail: k = 64 of V = 49,152 is 400 bytes a token in place of 196,608.
-Tensor suffixes: N predicted token of all rows, k kept token, b bucket (k and the tail), K teacher.
+Of a distribution over V tokens the k likeliest are kept with their log-probabilities in 16 bits, and all
+others as one probability, the tail: k = 64 of V = 49,152 is 400 bytes a token in place of 196,608. Teacher
+and student are compared over these k + 1 buckets, by forward KL or by the divergence of GKD.
+Tensor suffixes: N predicted token of all rows, n those of a chunk, k kept token, b bucket (k and the tail),
+K teacher, V vocabulary.
 """
 
 import math
@@ -14,12 +16,13 @@ from itertools import accumulate
 import torch
 
 from fedllm.errors import ConfigError
-from fedllm.models.chat import IGNORED, Encoded
+from fedllm.models.chat import Encoded
 
 # Nats below which a token counts as learnt and gives no gradient. What 16 bits round is less than a fifth of
 # it; AdamW has no scale of its own and would take a whole step along such rounding.
 RESOLUTION = 1e-5
 
+# --- divergences -------------------------------------------------------------------------------------------
 
 # (teacher's, student's log-probabilities of the buckets [n, b]) -> divergence [n] in nats
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -54,11 +57,11 @@ def _jensen_shannon(teacher_nb: torch.Tensor, student_nb: torch.Tensor, *, beta:
 
 
 @dataclass(frozen=True, eq=False)
-class Buckets:
-    """The criterion of a few tokens: the divergence of the model's law from the teacher's over buckets."""
+class BucketDivergence:
+    """The loss of a few tokens: a divergence between teacher and student over the buckets."""
 
     ids_Nk: torch.Tensor
-    log_law_Nb: torch.Tensor  # of the teacher
+    teacher_Nb: torch.Tensor  # log-probabilities
     divergence: Divergence
 
     def __call__(
@@ -66,11 +69,12 @@ class Buckets:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return losses and gradients; see `fedllm.engine.head.Criterion`.
 
-        With g_b the gradient for the log-probability of bucket b, s the student's law and r its law among the
-        tokens of the tail, that for logit v is g_v, or g_tail r_v in the tail, minus s_v sum_b g_b.
+        With g_b the gradient for the log-probability of bucket b, s the student's probabilities and r those
+        among the tokens of the tail, the gradient for logit v is g_v, or g_tail r_v in the tail, minus
+        s_v sum_b g_b.
         """
         ids_nk = self.ids_Nk[part]
-        teacher_nb = self.log_law_Nb[part].to(logits_NV.dtype)
+        teacher_nb = self.teacher_Nb[part].to(logits_NV.dtype)
         logits_NV.sub_(logits_NV.logsumexp(dim=1, keepdim=True))
         student_nb = logits_NV.gather(1, ids_nk)
         others_NV = logits_NV.scatter(1, ids_nk, -torch.inf)
@@ -94,18 +98,25 @@ class Buckets:
         return losses_n.detach(), grad_NV
 
 
+# --- targets -----------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What a teacher said of every learnt token of `rows`, in order; all tensors lie on the CPU."""
+    """What a teacher predicts for every learnt token of `rows`, in order; all tensors lie on the CPU.
+
+    As the objective of a training job: a student is to predict what the teacher does, by `divergence`.
+    """
 
     rows: tuple[Encoded, ...]
     ids_Nk: torch.Tensor  # int32, the likeliest first
     log_probs_Nk: torch.Tensor  # 16-bit, of the kept tokens
     tail_N: torch.Tensor  # probability of all other tokens together
-    entropy_N: torch.Tensor  # of the whole law, in nats
+    entropy_N: torch.Tensor  # of the whole distribution, in nats
     weights_NK: torch.Tensor  # of every teacher at every token
     loss: float  # the teacher's own mean loss on the rows' tokens, in nats: what a perfect student reaches
     silenced: tuple[int, ...] = ()  # teachers whose numbers were not finite, by their place
+    divergence: Divergence = forward_kl
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -125,44 +136,25 @@ class Targets:
 
     @property
     def entropy(self) -> float:
-        """Mean entropy of the teacher's law over all tokens, in nats."""
+        """Mean entropy of the teacher's distribution over all tokens, in nats."""
         return float(self.entropy_N.double().mean())
 
-    def of_rows(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (kept ids [n, k], log-probabilities of the buckets [n, b]) for the learnt tokens of `rows`.
-
-        The buckets are the kept tokens and then the tail; what 16 bits have rounded is made to sum to 1.
-        """
+    def criterion(self, rows: Sequence[Encoded], device: torch.device) -> BucketDivergence:
+        """Return the loss of the learnt tokens of `rows`, which must be rows of the targets."""
         places = [self.places[row] for row in rows]
         parts = [slice(self.starts[place], self.starts[place + 1]) for place in places]
-        ids_nk = torch.cat([self.ids_Nk[part] for part in parts]).long()
-        tail_n1 = torch.cat([self.tail_N[part] for part in parts])[:, None]
-        tail_n1 = tail_n1.clamp(min=torch.finfo(tail_n1.dtype).tiny)  # a finite logarithm
-        kept_nk = torch.cat([self.log_probs_Nk[part] for part in parts]).to(tail_n1.dtype)
-        return ids_nk, torch.cat([kept_nk, tail_n1.log()], dim=1).log_softmax(dim=1)
+        ids_Nk = torch.cat([self.ids_Nk[part] for part in parts]).long()
+        tail_N1 = torch.cat([self.tail_N[part] for part in parts])[:, None]
+        tail_N1 = tail_N1.clamp(min=torch.finfo(tail_N1.dtype).tiny)  # a finite logarithm
+        kept_Nk = torch.cat([self.log_probs_Nk[part] for part in parts]).to(tail_N1.dtype)
+        # The softmax makes what 16 bits have rounded sum to 1 again.
+        teacher_Nb = torch.cat([kept_Nk, tail_N1.log()], dim=1).log_softmax(dim=1)
+        return BucketDivergence(ids_Nk.to(device), teacher_Nb.to(device), self.divergence)
 
 
 def target_bytes(num_tokens: int, num_kept: int, num_teachers: int) -> int:
     """Return the bytes that targets for `num_tokens` learnt tokens take.
 
-    For each: an int32 and 16 bits a kept token, float32 for tail and entropy, float32 a teacher's weight.
+    For each: an int32 and 16 bits per kept token, float32 for tail and entropy, float32 per teacher's weight.
     """
     return num_tokens * (num_kept * (4 + 2) + 4 + 4 + 4 * num_teachers)
-
-
-def learnt_tokens(row: Encoded) -> list[int]:
-    """Return the tokens of a row whose prediction is learnt."""
-    return [label for label in row.labels[1:] if label != IGNORED]
-
-
-@dataclass(frozen=True, eq=False)
-class TaughtBy:
-    """The objective of a student: to say of every row of `targets` what the teacher said."""
-
-    targets: Targets
-    divergence: Divergence = forward_kl
-
-    def criterion(self, rows: Sequence[Encoded], device: torch.device) -> Buckets:
-        """Return the criterion for the learnt tokens of `rows`, which are rows of the targets."""
-        ids_Nk, log_law_Nb = self.targets.of_rows(rows)
-        return Buckets(ids_Nk.to(device), log_law_Nb.to(device), self.divergence)

@@ -1,9 +1,18 @@
-"""The teacher: the ensemble of client adapters on the base model that all of them share.
+"""The teacher: client adapters as one ensemble, mixed token by token into one prediction of the next token.
 
-All adapters read the same rows on the fused engine. What is kept of a pass is the hidden state where a token
-is predicted, a few kilobytes; the laws over the vocabulary are made from it for a few tokens at a time, mixed
-(`fedllm.distillation.teacher`) and cut down to what a student needs (`fedllm.distillation.targets`).
-Tensor suffixes: K teacher, P flat adapter, N predicted token, T predicted token of one row, D feature.
+All adapters read the same rows on the fused engine. A pass keeps only the hidden states where a token is
+predicted, a few kilobytes each. The distributions over the vocabulary are made from them for a few tokens at
+a time, mixed, and cut down to what a student needs (`fedllm.distillation.targets`). Three ways to mix, with
+w_k the weight of teacher k and p_k its distribution:
+
+    posterior   sum_k w_k p_k, w_k in proportion to prior_k p_k(the row so far)^temper: whoever predicted the
+                text well so far counts. At temper 1 this is the exact model of the pooled text, the mixture
+                sum_k prior_k p_k(text)
+    uniform     sum_k p_k / K
+    logit-mean  the softmax of the mean of the logits
+
+Tensor suffixes: K teacher, P flat adapter, N predicted token, T predicted token of one row, D feature,
+V vocabulary, k kept token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.distillation.targets import Targets, learnt_tokens
+from fedllm.distillation.targets import Targets
 from fedllm.engine.engine import Engine
 from fedllm.engine.head import CHUNK
 from fedllm.engine.passes import MAX_ADAPTERS, packed
@@ -20,14 +29,19 @@ from fedllm.errors import ConfigError, LayoutError, NoDataError, NonFiniteError
 from fedllm.models.chat import Encoded
 
 KINDS = ("posterior", "uniform", "logit-mean")
+STATE_BYTES = 128 * 2**20  # of all teachers' hidden states that are kept at a time
+ADAPTER_BYTES = 512 * 2**20  # of the adapters on the model at a time, where nobody says how many
+
+
+# --- mixing ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Mixing:
-    """How teachers are mixed, those left out by a prior of 0. See the module for the kinds.
+    """How teachers are mixed; see the module for the kinds.
 
-    `floor` is the share of all weight that is dealt evenly, so that nobody is ever out: w <- (1 - floor) w +
-    floor / K.
+    A `floor` above 0 deals that share of all weight evenly, so that no teacher is ever out: w becomes
+    (1 - floor) w + floor / K.
     """
 
     kind: str
@@ -45,92 +59,61 @@ class Mixing:
 
         `log_probs_TK` is what each teacher gave these tokens, `evidence_K` the sum over those before them.
         """
-        if self.kind == "posterior":
-            return causal_weights(log_probs_TK, self.log_priors_K, self.temper, evidence_K, self.floor)
         present_K = self.log_priors_K.isfinite().double()
-        return (present_K / present_K.sum()).expand(len(log_probs_TK), -1)
-
-
-def mixture_weights(
-    log_probs_NK: torch.Tensor,
-    log_priors_K: torch.Tensor,
-    temper: float = 1.0,
-    row_starts: Sequence[int] = (0,),
-    floor: float = 0.0,
-) -> torch.Tensor:
-    """Return the posterior weights [N, K] in float64 for tokens of rows that begin at `row_starts`."""
-    nothing_K = torch.zeros_like(log_priors_K, dtype=torch.float64)
-    ends = [*row_starts[1:], len(log_probs_NK)]
-    parts = [
-        causal_weights(log_probs_NK[begin:end], log_priors_K, temper, nothing_K, floor)
-        for begin, end in zip(row_starts, ends, strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def causal_weights(
-    log_probs_TK: torch.Tensor,
-    log_priors_K: torch.Tensor,
-    temper: float,
-    evidence_K: torch.Tensor,
-    floor: float = 0.0,
-) -> torch.Tensor:
-    """Return the posterior weights [T, K] in float64 of one row's tokens, given those before them.
-
-    Where the text is impossible to every teacher the priors decide.
-    """
-    log_probs_TK, log_priors_K = log_probs_TK.double(), log_priors_K.double()
-    before_TK = log_probs_TK.cumsum(dim=0).roll(1, dims=0)
-    before_TK[:1] = 0.0
-    scores_TK = log_priors_K.expand_as(before_TK)
-    if temper:  # 0 * -inf is no number
-        scores_TK = scores_TK + temper * (before_TK + evidence_K)
-    impossible_T1 = scores_TK.isneginf().all(dim=1, keepdim=True)
-    weights_TK = torch.where(impossible_T1, log_priors_K, scores_TK).softmax(dim=1)
-    if floor:
-        present_K = log_priors_K.isfinite().double()
-        weights_TK = (1 - floor) * weights_TK + floor * present_K / present_K.sum()
-    return weights_TK
+        if self.kind != "posterior":
+            return (present_K / present_K.sum()).expand(len(log_probs_TK), -1)
+        log_priors_K, log_probs_TK = self.log_priors_K.double(), log_probs_TK.double()
+        before_TK = log_probs_TK.cumsum(dim=0).roll(1, dims=0)  # no weight sees the token it helps to predict
+        before_TK[:1] = 0.0
+        scores_TK = log_priors_K.expand_as(before_TK)
+        if self.temper:  # 0 * -inf is no number
+            scores_TK = scores_TK + self.temper * (before_TK + evidence_K)
+        # A text that is impossible to every teacher tells them apart no longer: the priors decide.
+        impossible_T1 = scores_TK.isneginf().all(dim=1, keepdim=True)
+        weights_TK = torch.where(impossible_T1, log_priors_K, scores_TK).softmax(dim=1)
+        if self.floor:
+            weights_TK = (1 - self.floor) * weights_TK + self.floor * present_K / present_K.sum()
+        return weights_TK
 
 
 @dataclass(frozen=True, eq=False)
-class Mixed:
-    """What an ensemble says of T tokens."""
+class Prediction:
+    """What an ensemble predicts for T tokens of a row."""
 
-    law_TV: torch.Tensor  # probabilities
-    target_T: torch.Tensor  # log-probability of the token that follows
+    probs_TV: torch.Tensor
+    log_probs_T: torch.Tensor  # of the tokens that follow
     weights_TK: torch.Tensor  # float64
     evidence_K: torch.Tensor  # float64, of the row up to and with these tokens
 
 
-def mix(logits_KTV: torch.Tensor, targets_T: torch.Tensor, mixing: Mixing, evidence_K: torch.Tensor) -> Mixed:
-    """Return what the ensemble says of the next T tokens of a row; the logits are overwritten.
+def mix(
+    logits_KTV: torch.Tensor, tokens_T: torch.Tensor, mixing: Mixing, evidence_K: torch.Tensor
+) -> Prediction:
+    """Return what the ensemble predicts for the next T tokens of a row; the logits are overwritten.
 
-    Logits must be finite, those of teachers that are left out too.
+    Logits must be finite, also those of teachers that are left out.
     """
-    index_KT1 = targets_T.expand(len(logits_KTV), -1)[:, :, None]
-    logits_KTV.sub_(logits_KTV.logsumexp(dim=2, keepdim=True))
+    index_KT1 = tokens_T.expand(len(logits_KTV), -1)[:, :, None]
+    logits_KTV.sub_(logits_KTV.logsumexp(dim=2, keepdim=True))  # log-probabilities, without a second copy
     said_TK = logits_KTV.gather(2, index_KT1)[:, :, 0].T.double()
     weights_TK = mixing.weights(said_TK, evidence_K)
     shares_TK = weights_TK.to(logits_KTV.dtype)
-    if (
-        mixing.kind == "logit-mean"
-    ):  # log-probabilities differ from logits by what the softmax takes out again
-        log_law_TV = torch.einsum("tk,ktv->tv", shares_TK, logits_KTV).log_softmax(dim=1)
-        law_TV, target_T = log_law_TV.exp(), log_law_TV.gather(1, targets_T[:, None])[:, 0]
+    if mixing.kind == "logit-mean":
+        # The constant between a logit and a log-probability cancels in the softmax.
+        log_probs_TV = torch.einsum("tk,ktv->tv", shares_TK, logits_KTV).log_softmax(dim=1)
+        probs_TV, log_probs_T = log_probs_TV.exp(), log_probs_TV.gather(1, tokens_T[:, None])[:, 0]
     else:
-        law_TV = torch.einsum("tk,ktv->tv", shares_TK, logits_KTV.exp_())
-        target_T = (said_TK + weights_TK.log()).logsumexp(dim=1)
-    return Mixed(law_TV, target_T, weights_TK, evidence_K + said_TK.sum(dim=0))
+        probs_TV = torch.einsum("tk,ktv->tv", shares_TK, logits_KTV.exp_())
+        log_probs_T = (said_TK + weights_TK.log()).logsumexp(dim=1)  # float64, whatever the model's dtype
+    return Prediction(probs_TV, log_probs_T, weights_TK, evidence_K + said_TK.sum(dim=0))
 
 
-STATE_BYTES = 128 * 2**20  # of all teachers' hidden states that are kept at a time
-ADAPTER_BYTES = 512 * 2**20  # of the adapters on the model at a time, where nobody says how many
+# --- teaching ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """K adapters [P] of one layout and how they are mixed; see `fedllm.distillation.teacher` for the kinds.
+    """K adapters [P] of one layout and how they are mixed; see the module for the kinds.
 
     `priors` [K] are weights of any sum, such as the clients' numbers of rows; only `posterior` uses them.
 
@@ -169,13 +152,13 @@ def teach(
     teachers_at_once: int = 0,
     dtype: torch.dtype = torch.float16,
 ) -> Targets:
-    """Return what the teacher says of every learnt token of `rows`, its `top_k` likeliest tokens each.
+    """Return what the teacher predicts for every learnt token of `rows`, its `top_k` likeliest tokens each.
 
-    A token with label -100 is context: it is neither predicted nor evidence of whose text this is. At most
-    `teachers_at_once` adapters are on the model at a time (0 = as many as fit in 512 MiB); fewer where the
-    GPU runs out of memory. That changes rounding and speed, nothing else. An adapter that is not finite, or
-    that gives numbers that are not, has no weight where it does and is named in `Targets.silenced`. `dtype`
-    is what log-probabilities are kept in; float64 keeps everything, for exactness tests.
+    A token with label -100 is context: it is not predicted, nor does it tell whose text this is. At most
+    `teachers_at_once` adapters are on the model at a time (0 = as many as fit in 512 MiB), fewer where the
+    GPU runs out of memory; that changes rounding and speed, nothing else. An adapter that is not finite, or
+    that gives numbers that are not, has no weight there and is named in `Targets.silenced`. `dtype` is what
+    log-probabilities are kept in; float64 keeps everything, for exactness tests.
 
     Raises:
         ConfigError: `top_k` is less than 1.
@@ -187,45 +170,42 @@ def teach(
         raise ConfigError(f"distillation keeps at least 1 likeliest token, not {top_k}; raise distill.top-k")
     if not taught:
         raise NoDataError("distillation: no row of its text has a token to learn; give it longer texts")
-    sound = _sound(teacher, engine.base.dtype)
-    ensemble = _Ensemble(engine, teacher, sound, teachers_at_once or _at_once(teacher))
-    pieces: list[_Piece] = []
-    silenced = set(range(len(teacher.adapters))) - set(sound)
-    for block in packed(taught, [ensemble.state_bytes(row) for row in taught], STATE_BYTES):
-        states_KND = ensemble.states(block)
-        lengths = [row.num_supervised for row in block]
-        for row, states_KTD in zip(block, torch.split(states_KND, lengths, dim=1), strict=True):
-            dead_K = ~states_KTD.isfinite().all(dim=2).all(dim=1)
-            silenced |= {sound[place] for place in dead_K.nonzero()[:, 0].tolist()}
-            pieces += [_kept(mixed, top_k, dtype) for mixed in ensemble.say(row, states_KTD, dead_K)]
-    return _joined(taught, pieces, sound, tuple(sorted(silenced)), len(teacher.adapters))
-
-
-def _sound(teacher: Teacher, dtype: torch.dtype) -> tuple[int, ...]:
-    """Return the places of the adapters that are finite in the dtype the base model computes in."""
-    sound = [n for n, vector in enumerate(teacher.adapters) if bool(vector.to(dtype).isfinite().all())]
+    base_dtype = engine.base.dtype
+    sound = [n for n, vector in enumerate(teacher.adapters) if bool(vector.to(base_dtype).isfinite().all())]
     if not sound:
         raise NonFiniteError("distillation: no client's adapter is finite, so there is nobody to learn from")
-    return tuple(sound)
-
-
-def _at_once(teacher: Teacher) -> int:
-    return max(1, min(MAX_ADAPTERS, ADAPTER_BYTES // (4 * teacher.layout.size)))
+    at_once = teachers_at_once or max(1, min(MAX_ADAPTERS, ADAPTER_BYTES // (4 * teacher.layout.size)))
+    ensemble = _Ensemble(engine, teacher, sound, at_once)
+    kept: list[tuple[torch.Tensor, ...]] = []
+    silenced = set(range(len(teacher.adapters))) - set(sound)
+    for block in packed(taught, [ensemble.state_bytes(row) for row in taught], STATE_BYTES):
+        lengths = [row.num_supervised for row in block]
+        by_row = torch.split(ensemble.states(block), lengths, dim=1)
+        for row, states_KTD in zip(block, by_row, strict=True):
+            dead_K = ~states_KTD.isfinite().all(dim=2).all(dim=1)
+            silenced |= {sound[place] for place in dead_K.nonzero()[:, 0].tolist()}
+            kept += [_kept(one, top_k, dtype) for one in ensemble.predict(row, states_KTD, dead_K)]
+    ids_Nk, log_probs_Nk, tail_N, entropy_N, weights_NS, said_N = map(torch.cat, zip(*kept, strict=True))
+    weights_NK = weights_NS.new_zeros(len(weights_NS), len(teacher.adapters))
+    weights_NK[:, sound] = weights_NS  # the others were never asked
+    loss, silent = -float(said_N.mean()), tuple(sorted(silenced))
+    return Targets(taught, ids_Nk, log_probs_Nk, tail_N, entropy_N, weights_NK, loss, silent)
 
 
 @dataclass(frozen=True, eq=False)
 class _Ensemble:
-    """The finite adapters of a teacher on an engine."""
+    """The finite adapters of a teacher, by their places in `sound`, on an engine."""
 
     engine: Engine
     teacher: Teacher
-    sound: tuple[int, ...]
+    sound: Sequence[int]
     at_once: int
 
     def state_bytes(self, row: Encoded) -> int:
         """Return the bytes of all adapters' states for a row."""
         weight_VD = self.engine.passes.head.weight_VD
         text_config = self.engine.base.model.config.get_text_config()
+        # Where the head is no plain matrix the states are the logits themselves.
         width = text_config.vocab_size if weight_VD is None else weight_VD.shape[1]
         return len(self.sound) * row.num_supervised * width * self.engine.base.dtype.itemsize
 
@@ -238,26 +218,25 @@ class _Ensemble:
             min(self.at_once, len(adapters)),
         )
 
-    def say(self, row: Encoded, states_KTD: torch.Tensor, dead_K: torch.Tensor) -> Iterator[Mixed]:
-        """Yield what the ensemble says of a row's tokens, a few at a time: [CHUNK, V] numbers in all."""
-        device = states_KTD.device
+    def predict(self, row: Encoded, states_KTD: torch.Tensor, dead_K: torch.Tensor) -> Iterator[Prediction]:
+        """Yield the predictions for a row's tokens, a few at a time: [CHUNK, V] numbers in all."""
         if bool(dead_K.all()):
             raise NonFiniteError(
                 "distillation: no client's adapter gives finite numbers on a row of the text"
             )
-        priors = self.teacher.priors.double()[list(self.sound)]
-        mixing = Mixing(self.teacher.kind, priors.log(), self.teacher.temper, self.teacher.floor)
-        mixing = mixing.without(dead_K)
-        states_KTD = states_KTD.masked_fill(dead_K[:, None, None], 0.0)  # 0 times it must be 0
-        targets_T = torch.tensor(learnt_tokens(row), device=device)
+        teacher, device = self.teacher, states_KTD.device
+        log_priors_K = teacher.priors.double()[list(self.sound)].log()
+        mixing = Mixing(teacher.kind, log_priors_K, teacher.temper, teacher.floor).without(dead_K)
+        states_KTD = states_KTD.masked_fill(dead_K[:, None, None], 0.0)  # weight 0 times NaN would be NaN
+        tokens_T = torch.tensor(row.learnt_tokens, device=device)
         evidence_K = torch.zeros(len(self.sound), dtype=torch.float64, device=device)
         step = max(1, CHUNK // len(self.sound))
-        for begin in range(0, len(targets_T), step):
+        for begin in range(0, len(tokens_T), step):
             part = slice(begin, begin + step)
             logits_KTV = self.engine.passes.head.logits(states_KTD[:, part])
-            mixed = mix(logits_KTV, targets_T[part], mixing, evidence_K)
-            evidence_K = mixed.evidence_K
-            yield mixed
+            prediction = mix(logits_KTV, tokens_T[part], mixing, evidence_K)
+            evidence_K = prediction.evidence_K
+            yield prediction
 
 
 def _in_groups(
@@ -270,61 +249,26 @@ def _in_groups(
     except torch.OutOfMemoryError:
         if at_once == 1:
             raise
-    torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # outside the except block, whose traceback holds on to the tensors
     return _in_groups(read, adapters, at_once // 2)
 
 
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """What is kept of a few tokens, see `Targets`, and the log-probability of each token itself."""
+def _kept(prediction: Prediction, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return the tensors of `Targets` for a few tokens, and the tokens' own log-probabilities, on the CPU.
 
-    ids_Tk: torch.Tensor
-    log_probs_Tk: torch.Tensor
-    tail_T: torch.Tensor
-    entropy_T: torch.Tensor
-    weights_TK: torch.Tensor
-    target_T: torch.Tensor
-
-
-def _kept(mixed: Mixed, top_k: int, dtype: torch.dtype) -> _Piece:
-    """Return the likeliest tokens of a law, which is overwritten, and one number for all others."""
-    law_TV = mixed.law_TV
-    # Exactness tests keep everything in float64.
-    other = torch.float64 if dtype == torch.float64 else torch.float32
-    entropy_T = torch.special.entr(law_TV).sum(dim=1)
-    kept_Tk, ids_Tk = law_TV.topk(min(top_k, law_TV.shape[1]), dim=1)
-    tail_T = law_TV.scatter_(1, ids_Tk, 0.0).sum(dim=1)  # never below 0, as 1 minus the kept ones can be
-    return _Piece(
+    The prediction is overwritten.
+    """
+    probs_TV = prediction.probs_TV
+    other = torch.float64 if dtype == torch.float64 else torch.float32  # exactness tests keep it all
+    entropy_T = torch.special.entr(probs_TV).sum(dim=1)
+    kept_Tk, ids_Tk = probs_TV.topk(min(top_k, probs_TV.shape[1]), dim=1)
+    tail_T = probs_TV.scatter_(1, ids_Tk, 0.0).sum(dim=1)  # 1 minus the kept ones can be below 0
+    log_probs_Tk = kept_Tk.clamp(min=torch.finfo(kept_Tk.dtype).tiny).log()  # finite, whatever underflows
+    return (
         ids_Tk.int().cpu(),
-        kept_Tk.clamp(min=torch.finfo(kept_Tk.dtype).tiny)
-        .log()
-        .to(dtype)
-        .cpu(),  # finite, whatever underflows
+        log_probs_Tk.to(dtype).cpu(),
         tail_T.to(other).cpu(),
         entropy_T.to(other).cpu(),
-        mixed.weights_TK.to(other).cpu(),
-        mixed.target_T.double().cpu(),
-    )
-
-
-def _joined(
-    rows: tuple[Encoded, ...],
-    pieces: Sequence[_Piece],
-    sound: Sequence[int],
-    silenced: tuple[int, ...],
-    num_teachers: int,
-) -> Targets:
-    """Return the pieces of all rows as one value; a teacher that was never asked has weight 0."""
-    weights_NS = torch.cat([piece.weights_TK for piece in pieces])
-    weights_NK = weights_NS.new_zeros(len(weights_NS), num_teachers)
-    weights_NK[:, list(sound)] = weights_NS
-    return Targets(
-        rows=rows,
-        ids_Nk=torch.cat([piece.ids_Tk for piece in pieces]),
-        log_probs_Nk=torch.cat([piece.log_probs_Tk for piece in pieces]),
-        tail_N=torch.cat([piece.tail_T for piece in pieces]),
-        entropy_N=torch.cat([piece.entropy_T for piece in pieces]),
-        weights_NK=weights_NK,
-        loss=-float(torch.cat([piece.target_T for piece in pieces]).mean()),
-        silenced=silenced,
+        prediction.weights_TK.to(other).cpu(),
+        prediction.log_probs_T.double().cpu(),
     )

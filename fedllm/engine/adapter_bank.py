@@ -3,61 +3,23 @@
 A slot is a client, or one example where gradients are wanted per example: then many slots share the
 parameters of one client. Clients' parameters are `theta` [C, P], slots' gradients `grad` [S, P]; the factors
 of every layer are views of their rows, so clipping and stepping cost a dozen kernels whatever the depth.
-Where one factor alone is trained, P is the size of that part and the other lies apart in `frozen` [C, Q]:
-nothing that clips or steps can reach it.
+Where one factor alone is trained, P is the size of that part. The other lies apart in `frozen` [C, Q], where
+clipping and stepping cannot reach it. The rows of tokens that LoRA dropout acts on are here too.
 Tensor suffixes: C client, S slot, P trained values of an adapter, Q frozen ones, R rank, D feature.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.layout import AdapterLayout, TensorSpec
 from fedllm.adapters.parts import other_part, part_of, part_size, part_specs
 
-
-@dataclass(frozen=True)
-class NoisyRow:
-    """Tokens [begin, end) of the pass are one row; its values are dropped with probability `rate`."""
-
-    begin: int
-    end: int
-    rate: float
-    seed: int
-
-
-def noisy_rows(lengths: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> tuple[NoisyRow, ...]:
-    """Return the rows of a pass that lie end to end; nothing where no row drops anything."""
-    rows, begin = [], 0
-    for length, rate, seed in zip(lengths, rates, seeds, strict=True):
-        rows.append(NoisyRow(begin, begin + length, rate, seed))
-        begin += length
-    return tuple(rows) if any(rates) else ()
-
-
-def keep_mask(rows: Sequence[NoisyRow], index: int, x_TI: torch.Tensor) -> torch.Tensor | None:
-    """Return what multiplies the adapter's input at matrix `index`, [T, I]: 0, or 1 / (1 - rate).
-
-    None where nothing is dropped. (Inverted dropout, Srivastava et al. 2014, as PEFT's `lora_dropout`.)
-    """
-    if not rows:
-        return None
-    mask_TI = torch.ones_like(x_TI)
-    for row in rows:
-        if row.rate:
-            mask_TI[row.begin : row.end] = row_mask(row, index, x_TI)
-    return mask_TI
-
-
-def row_mask(row: NoisyRow, index: int, like_TI: torch.Tensor) -> torch.Tensor:
-    """Return one row's mask [end - begin, I]; drawn in float32 so that every dtype drops the same values."""
-    generator = torch.Generator(like_TI.device).manual_seed((row.seed + 0x9E3779B97F4A7C15 * index) % 2**63)
-    size = (row.end - row.begin, like_TI.shape[1])
-    drawn = torch.rand(size, generator=generator, device=like_TI.device)
-    return (drawn >= row.rate).to(like_TI.dtype) / (1 - row.rate)
+# Odd, so that no two matrices of a row get one seed: 2^64 / golden ratio, which spreads neighbours far apart.
+_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -70,6 +32,16 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class NoisyRow:
+    """Tokens [begin, end) of the pass are one row; its values are dropped with probability `rate`."""
+
+    begin: int
+    end: int
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class Route:
     """Whose tokens a pass holds: by client for parameters, by slot for gradients. Both cover all tokens."""
 
@@ -78,17 +50,15 @@ class Route:
     noise: tuple[NoisyRow, ...] = ()  # the pass's rows, where adapters drop inputs
 
 
-def segments(lengths: Sequence[int], rows: Sequence[int]) -> tuple[Segment, ...]:
-    """Return consecutive token runs as segments; neighbours of the same row become one."""
-    merged: list[Segment] = []
-    begin = 0
-    for length, row in zip(lengths, rows, strict=True):
-        if merged and merged[-1].row == row:
-            merged[-1] = Segment(merged[-1].begin, begin + length, row)
-        else:
-            merged.append(Segment(begin, begin + length, row))
-        begin += length
-    return tuple(merged)
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a kernel's backward pass needs of its forward pass: the adapter's input x and activations z.
+
+    x is None where A is frozen, z where B is: only the other factor's gradient needs them.
+    """
+
+    x_TI: torch.Tensor | None
+    z_TR: torch.Tensor | None
 
 
 class Kernel(Protocol):
@@ -98,18 +68,9 @@ class Kernel(Protocol):
         """Add the adapters' output to y in place; return the scaled activations z [T, R]."""
 
     def backward(
-        self,
-        bank: "Bank",
-        index: int,
-        x_TI: torch.Tensor | None,
-        z_TR: torch.Tensor | None,
-        g_TO: torch.Tensor,
-        dx_TI: torch.Tensor | None,
+        self, bank: "Bank", index: int, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
-        """Add every slot's gradients to the bank and the adapters' part of dx to dx.
-
-        x is None where A is frozen, z where B is: only the other factor's gradient needs them.
-        """
+        """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
 
 
 class Bank:
@@ -123,11 +84,8 @@ class Bank:
         self.load(layout, (), ())
         self.route = Route((), ())
         self.batch_rows: tuple[int, ...] = ()  # while generating: the client of each row of the batch
+        # Autograd calls a backward pass only where an input requires a gradient, and no parameter is one.
         self.tap = torch.zeros((), device=device, requires_grad=True)
-
-    def keep_mask(self, index: int, x_TI: torch.Tensor) -> torch.Tensor | None:
-        """Return what LoRA dropout multiplies the input of matrix `index` by, or None where there is none."""
-        return keep_mask(self.route.noise, index, x_TI) if self.route.noise else None
 
     def load(
         self,
@@ -138,11 +96,11 @@ class Bank:
     ) -> None:
         """Hold one row of parameters per start vector of `layout`, each with its factor alpha / rank.
 
-        The part `trained` of them is what gradients are computed of.
+        Gradients are computed for the part `trained`.
         """
         self.layout, self.trained, self.scales = layout, trained, tuple(scales)
         rest = other_part(trained)
-        self._moving, self._still = _places(layout, trained), _places(layout, rest)
+        self._moving, self._still = _specs_of_matrices(layout, trained), _specs_of_matrices(layout, rest)
         self.theta_CP = self._rows(self.theta_CP, len(starts), part_size(layout, trained))
         self.frozen_CQ = self._rows(self.frozen_CQ, len(starts), part_size(layout, rest))
         for row, start in enumerate(starts):
@@ -155,10 +113,10 @@ class Bank:
         self.grad_SP.zero_()
 
     def _rows(self, held: torch.Tensor, number: int, size: int) -> torch.Tensor:
-        """Return `held` where its shape fits, else new rows; training may use them whoever asked first."""
-        if held.shape == (number, size):
+        """Return `held` where its shape fits, else new rows."""
+        if held.shape == (number, size):  # rounds of one size allocate once
             return held
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # rows made while evaluating must serve training too
             return torch.zeros(number, size, device=self.device, dtype=self.dtype)
 
     def route_of(self, num_tokens: int) -> Route:
@@ -166,8 +124,7 @@ class Bank:
         if not self.batch_rows:
             return self.route
         length = num_tokens // len(self.batch_rows)
-        clients = segments([length] * len(self.batch_rows), self.batch_rows)
-        return Route(clients, ())
+        return Route(segments([length] * len(self.batch_rows), self.batch_rows), ())
 
     @contextmanager
     def whole_rows(self, rows: Sequence[int]) -> Iterator[None]:
@@ -180,8 +137,8 @@ class Bank:
 
     def factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (A [C, R, D_in], B [C, D_out, R]) of matrix `index` as views of the clients' rows."""
-        moving = _views(self.theta_CP, self._moving[index])
-        still = _views(self.frozen_CQ, self._still[index])
+        moving = [spec.view(self.theta_CP) for spec in self._moving[index]]
+        still = [spec.view(self.frozen_CQ) for spec in self._still[index]]
         a, b = still + moving if self.trained == "b" else moving + still
         return a, b
 
@@ -192,31 +149,62 @@ class Bank:
 
         They are those of the slots, or of other `rows` [S, P] of the trained part.
         """
-        views = _views(self.grad_SP if rows is None else rows, self._moving[index])
+        views = [spec.view(self.grad_SP if rows is None else rows) for spec in self._moving[index]]
         if self.trained == "both":
             return views[0], views[1]
         return (views[0], None) if self.trained == "a" else (None, views[0])
 
+    def keep_mask(self, index: int, x_TI: torch.Tensor) -> torch.Tensor | None:
+        """Return what multiplies the adapters' input at matrix `index`, [T, I]: 0, or 1 / (1 - rate).
 
-@dataclass(frozen=True)
-class _Place:
-    """Where one tensor lies in the flat vector of a part."""
+        None where nothing is dropped. (Inverted dropout, Srivastava et al. 2014, as PEFT's `lora_dropout`.)
+        """
+        if not self.route.noise:
+            return None
+        mask_TI = torch.ones_like(x_TI)
+        for row in self.route.noise:
+            if row.rate:
+                mask_TI[row.begin : row.end] = row_mask(row, index, x_TI)
+        return mask_TI
 
-    begin: int
-    end: int
-    shape: tuple[int, int]
 
-
-def _places(layout: AdapterLayout, part: str) -> list[list[_Place]]:
-    """Return the places of every matrix's tensors in a part; none where the part is empty."""
-    places: list[list[_Place]] = [[] for _ in layout.matrices]
+def segments(lengths: Sequence[int], rows: Sequence[int]) -> tuple[Segment, ...]:
+    """Return consecutive token runs as segments; neighbours of the same row become one."""
+    merged: list[Segment] = []
     begin = 0
+    for length, row in zip(lengths, rows, strict=True):
+        if merged and merged[-1].row == row:
+            merged[-1] = replace(merged[-1], end=begin + length)
+        else:
+            merged.append(Segment(begin, begin + length, row))
+        begin += length
+    return tuple(merged)
+
+
+def noisy_rows(lengths: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> tuple[NoisyRow, ...]:
+    """Return the rows of a pass that lie end to end; nothing where no row drops anything."""
+    rows, begin = [], 0
+    for length, rate, seed in zip(lengths, rates, seeds, strict=True):
+        rows.append(NoisyRow(begin, begin + length, rate, seed))
+        begin += length
+    return tuple(rows) if any(rates) else ()
+
+
+def row_mask(row: NoisyRow, index: int, like_TI: torch.Tensor) -> torch.Tensor:
+    """Return one row's dropout mask at matrix `index`, [end - begin, I]."""
+    generator = torch.Generator(like_TI.device).manual_seed((row.seed + _SEED_STRIDE * index) % 2**63)
+    size = (row.end - row.begin, like_TI.shape[1])
+    # In float32 whatever the model's dtype is, so that every dtype drops the same values.
+    drawn = torch.rand(size, generator=generator, device=like_TI.device)
+    return (drawn >= row.rate).to(like_TI.dtype) / (1 - row.rate)
+
+
+def _specs_of_matrices(layout: AdapterLayout, part: str) -> list[list[TensorSpec]]:
+    """Return for every matrix where its tensors of a part lie in that part; none where the part is empty."""
+    specs: list[list[TensorSpec]] = [[] for _ in layout.matrices]
+    offset = 0
     for number, spec in enumerate(part_specs(layout, part)):
-        places[number // 2 if part == "both" else number].append(_Place(begin, begin + spec.size, spec.shape))
-        begin += spec.size
-    return places
-
-
-def _views(rows: torch.Tensor, places: Sequence[_Place]) -> list[torch.Tensor]:
-    # A row's part of a factor is contiguous, so splitting its last axis is a view.
-    return [rows[:, place.begin : place.end].view(len(rows), *place.shape) for place in places]
+        # With both factors two neighbouring tensors belong to a matrix, otherwise one.
+        specs[number // 2 if part == "both" else number].append(replace(spec, offset=offset))
+        offset += spec.size
+    return specs

@@ -18,22 +18,22 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.example_gradients import add_noise, clip_factors, diverged, drop
 from fedllm.engine.generate import Choice, answers, continuations
-from fedllm.engine.gradient_terms import Correction, correction_of, pull_of
-from fedllm.engine.job_rows import Rows, anchors_of, corrections_of, movable_of, rows_of
+from fedllm.engine.gradient_terms import ControlCorrection, control_correction, proximal_pull
+from fedllm.engine.job_rows import JobRows, rows_of_jobs
 from fedllm.engine.jobs import EvaluationJob, Job, Result, is_finite, row_seed
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
 from fedllm.engine.layers import attached
 from fedllm.engine.optimizer import RowAdamW
 from fedllm.engine.passes import Item, Passes, by_adapters, packed
-from fedllm.engine.probe import can_be_ragged, has_plain_head, measured_budget, remembered_budget
+from fedllm.engine.probe import can_be_ragged, measured_budget, plain_head, remembered_budget
 from fedllm.errors import LayoutError
 from fedllm.messages import ClientEvaluation
 from fedllm.models.attention import ragged
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED, Encoded
 
-CPU_TOKEN_BUDGET = 512
-CPU_STEP_TOKENS = 4096
+CPU_TOKEN_BUDGET = 512  # more no longer speeds a CPU up, and spills out of its caches
+CPU_STEP_TOKENS = 4096  # a step is split above, for memory's sake
 
 _logger = logging.getLogger("fedllm.training")
 
@@ -41,12 +41,12 @@ _logger = logging.getLogger("fedllm.training")
 class Engine:
     """Trains, evaluates and generates with adapters of one layout on one base model.
 
-    `token_budget` is the number of tokens a forward pass holds (0 = 512 on a CPU, measured on a GPU):
+    `token_budget` is the number of tokens a forward pass holds ("auto" = 512 on a CPU, measured on a GPU):
     clients are fused until it is full, and a step that exceeds it is split (on a CPU from 4,096 tokens). It
     changes speed and rounding, nothing else.
     """
 
-    def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int = 0):
+    def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int | str = "auto"):
         if layout.fingerprint != base.fingerprint:
             raise LayoutError(
                 f"the run's base model ({layout.fingerprint[:12]}) is not the one on this machine"
@@ -59,12 +59,11 @@ class Engine:
         kernel = MaskedKernel() if base.device.type == "cuda" else LoopKernel()
         self.bank = Bank(layout, kernel, base.device, dtype)
         self.is_ragged = can_be_ragged(base.model, base.device)
-        self.has_plain_head = has_plain_head(base.model, base.device)
-        self.passes = Passes(base, self.bank, self.has_plain_head)
+        self.passes = Passes(base, self.bank, plain_head(base.model, base.device))
         if not self.is_ragged:
             kind = type(base.model).__name__
             _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
-        self.token_budget = token_budget or self._default_budget()
+        self.token_budget = token_budget if isinstance(token_budget, int) else self._default_budget()
 
     # --- training -----------------------------------------------------------------------------------------
 
@@ -87,33 +86,47 @@ class Engine:
         order = sorted(range(len(jobs)), key=lambda place: -len(jobs[place].batches))
         ordered = [jobs[place] for place in order]
         losses_SC, rows, moved_CP, correction = self._train_rows(ordered)
-        seconds = (time.perf_counter() - began) / max(1, sum(map(_num_tokens, jobs)))
+        seconds = (time.perf_counter() - began) / max(1, sum(job.num_tokens for job in jobs))
         results = {}
         for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
-            delta = rows.whole(row, moved_CP[row])
+            delta = rows.unstack(row, moved_CP[row])
             losses = losses_SC[: len(job.batches), row].tolist()
-            result = _result(job, delta, losses, seconds * _num_tokens(job))
+            gradient = None
             if correction is not None:
-                mean_P = correction.sum_CP[row].cpu() / len(job.batches)
-                result = replace(result, gradient=rows.whole(row, mean_P))
+                gradient = rows.unstack(row, correction.sum_CP[row].cpu() / len(job.batches))
+            result = Result(
+                job.client_id,
+                delta,
+                loss=sum(losses) / len(losses),
+                num_rows=sum(map(len, job.batches)),
+                num_tokens=job.num_tokens,
+                seconds=seconds * job.num_tokens,
+                gradient=gradient,
+                losses=tuple(losses),
+            )
             if len(jobs) > 1 and not is_finite(result):
                 (result,) = self._train_group([job])
             results[place] = result
         return [results[place] for place in range(len(jobs))]
 
-    def _train_rows(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, Rows, torch.Tensor, Correction | None]:
+    def _train_rows(
+        self, jobs: Sequence[Job]
+    ) -> tuple[torch.Tensor, JobRows, torch.Tensor, ControlCorrection | None]:
         """Train jobs sorted by falling number of steps, side by side.
 
         Returns (losses [steps, C], the rows, what each has moved [C, P], SCAFFOLD's sums if any).
         """
-        rows = rows_of(jobs, self.layout)
-        starts, scales = rows.widened([job.start for job in jobs]), [layout.scale for layout in rows.layouts]
+        rows = rows_of_jobs(jobs, self.layout)
+        starts, scales = rows.pad([job.start for job in jobs]), [layout.scale for layout in rows.layouts]
         self.bank.load(rows.widest, starts, scales, rows.trained)
         begin_CP = self.bank.theta_CP.clone()
         trainings = [job.training for job in jobs]
-        optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_of(rows))
-        pull = pull_of(self.bank, anchors_of(rows), trainings)
-        correction = correction_of(corrections_of(rows), self.bank.theta_CP, trainings)
+        movable_CP = rows.stack([job.movable for job in jobs], default=True)
+        optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_CP)
+        anchors = rows.pad([job.start if job.anchor is None else job.anchor for job in jobs])
+        pull = proximal_pull(self.bank, anchors, trainings)
+        corrections_CP = rows.stack([job.correction for job in jobs], default=0.0)
+        correction = control_correction(corrections_CP, self.bank.theta_CP, trainings)
         losses_SC = torch.zeros(len(jobs[0].batches), len(jobs), dtype=torch.float64)
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
@@ -261,7 +274,16 @@ class Engine:
                 for part in self._split(items, self._limit):
                     owners = torch.tensor([item.slot for item in part])
                     sums.index_add_(0, owners, self.passes.losses(part, backward=False))
-            done += [_evaluation(job, float(total)) for job, total in zip(group, sums, strict=True)]
+            for job, total in zip(group, sums.tolist(), strict=True):
+                number = sum(row.num_supervised for row in job.rows)
+                done.append(
+                    ClientEvaluation(
+                        client_id=job.client_id,
+                        loss=total / number,
+                        num_tokens=number,
+                        num_rows=len(job.rows),
+                    )
+                )
         return done
 
     @torch.no_grad()
@@ -316,20 +338,3 @@ class Engine:
 def _owners(items: Sequence[Item]) -> torch.Tensor:
     """Return the client of every sample, [B]."""
     return torch.tensor([item.client for item in items])
-
-
-def _num_tokens(job: Job) -> int:
-    return sum(len(row.tokens) for batch in job.batches for row in batch)
-
-
-def _result(job: Job, delta: torch.Tensor, losses: Sequence[float], seconds: float) -> Result:
-    num_rows = sum(len(batch) for batch in job.batches)
-    loss = sum(losses) / len(losses)
-    return Result(job.client_id, delta, loss, num_rows, _num_tokens(job), seconds, losses=tuple(losses))
-
-
-def _evaluation(job: EvaluationJob, total: float) -> ClientEvaluation:
-    num_tokens = sum(row.num_supervised for row in job.rows)
-    return ClientEvaluation(
-        client_id=job.client_id, loss=total / num_tokens, num_tokens=num_tokens, num_rows=len(job.rows)
-    )

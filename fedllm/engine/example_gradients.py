@@ -1,4 +1,4 @@
-"""DP-SGD inside a fused pass (arXiv 1607.00133): every row's own gradient is clipped, their sum is noised.
+"""DP-SGD inside a fused pass (arXiv 1607.00133): every row's gradient is clipped, then their sum is noised.
 
 Tensor suffixes: A active job, S slot of a pass (one row of tokens), P trained values, B sample of a pass.
 """
@@ -8,9 +8,8 @@ from functools import partial
 
 import torch
 
-from fedllm.adapters.layout import with_rank
-from fedllm.adapters.parts import part_of, part_size, whole_of
-from fedllm.engine.job_rows import Rows
+from fedllm.adapters.parts import part_size
+from fedllm.engine.job_rows import JobRows
 from fedllm.engine.jobs import Job
 from fedllm.privacy.keys import derived_key
 from fedllm.privacy.noise import SecretStream, gaussian
@@ -27,6 +26,7 @@ def clip_factors(jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tens
     factors_AS = norms_S.new_zeros(len(jobs), len(owners))
     columns = torch.arange(len(owners), device=norms_S.device)
     rows = torch.tensor(owners, device=norms_S.device)
+    # A gradient of zero has no direction to keep; 1e-30 only keeps it from becoming NaN.
     factors_AS[rows, columns] = (clip_S / norms_S.clamp(min=1e-30)).clamp(max=1.0) / size_S
     return factors_AS
 
@@ -44,8 +44,8 @@ def diverged(
 def drop(lost_S: torch.Tensor, grad_SP: torch.Tensor, norms_S: torch.Tensor, sums_B: torch.Tensor) -> None:
     """Count slots as zero, in place.
 
-    A row then moves its job by at most the clip, like any row: failing as a whole would tell that it is
-    there.
+    A row then moves its job by at most the clip, like any row. If the job failed as a whole, that would tell
+    that the row is there.
     """
     if bool(lost_S.any()):
         grad_SP[lost_S.to(grad_SP.device)] = 0.0
@@ -53,15 +53,12 @@ def drop(lost_S: torch.Tensor, grad_SP: torch.Tensor, norms_S: torch.Tensor, sum
         sums_B[lost_S] = 0.0
 
 
-def add_noise(rows: Rows, grad_AP: torch.Tensor, step: int) -> None:
+def add_noise(rows: JobRows, grad_AP: torch.Tensor, step: int) -> None:
     """Add to the gradients of the first A rows the noise their jobs ask for, on the values they train."""
     for row, job in enumerate(rows.jobs[: len(grad_AP)]):
         if job.noise is None:
             continue
-        layout, widest = rows.layouts[row], rows.widest
         stream = SecretStream(derived_key(job.noise.key, "step", step))
-        noise_P = gaussian(stream, part_size(layout, job.trained), job.noise.deviation)
-        if layout.rank != widest.rank:
-            whole_P = with_rank(whole_of(layout, noise_P, job.trained), layout, widest.rank)
-            noise_P = part_of(widest, whole_P, job.trained)
-        grad_AP[row] += noise_P.to(grad_AP)
+        # Drawn at the job's own rank: the padded values are not trained, and noise there would be wasted.
+        noise_Q = gaussian(stream, part_size(rows.layouts[row], job.trained), job.noise.deviation)
+        grad_AP[row] += rows.pad_part(row, noise_Q).to(grad_AP)

@@ -1,4 +1,8 @@
-"""From rows of tokens to token losses: no padding, no prefix twice, logits only where something is learnt."""
+"""Lays rows of tokens end to end in one flat row, and computes the loss of every token that is learnt.
+
+No token is padding, a prefix that rows share is computed once, and logits exist only where something is
+learnt. `fedllm.models.attention` keeps the rows apart.
+"""
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,6 +88,40 @@ def lay_out(rows: Sequence[Encoded], device: torch.device, owners: Sequence[Hash
     )
 
 
+def token_losses(
+    model: Any, flat: FlatRow, head: Head, weights_N: torch.Tensor, criterion: Criterion | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (sum of weights * losses, losses [N]) over the supervised tokens, in nats.
+
+    The loss of a token is what `criterion` says, the cross-entropy with it if there is none.
+    """
+    states_ND = predicting_states(model, flat, head)
+    return head_loss(states_ND, head, criterion or CrossEntropy(flat.targets_N), weights_N)
+
+
+def predicting_states(model: Any, flat: FlatRow, head: Head) -> torch.Tensor:
+    """Return what the model has computed where each supervised token is predicted, [N, D].
+
+    These are the hidden states, which `head` turns into logits. Where `head` has no weight they are already
+    the logits, by the model's own forward: some architectures scale or cap them.
+    """
+    inputs = {
+        "input_ids": flat.tokens_T[None],
+        "position_ids": flat.positions_T[None],
+        "cu_seq_lens_q": flat.queries_Q,
+        "cu_seq_lens_k": flat.keys_Q,
+        "max_length_q": flat.longest[0],
+        "max_length_k": flat.longest[1],
+        "key_places": flat.places_K,
+        "use_cache": False,
+    }
+    if head.weight_VD is None:
+        logits_NV: torch.Tensor = model(**inputs, logits_to_keep=flat.predicting_N).logits[0]
+        return logits_NV
+    hidden_TD: torch.Tensor = model.get_decoder()(**inputs).last_hidden_state[0]
+    return hidden_TD[flat.predicting_N]
+
+
 def _runs(rows: Sequence[Encoded], owners: Sequence[Hashable]) -> Iterator[list[Encoded]]:
     """Split rows into runs of neighbours of one owner."""
     for _, run in groupby(zip(owners or range(len(rows)), rows, strict=True), key=itemgetter(0)):
@@ -97,52 +135,3 @@ def _shared_prefix(rows: Sequence[Encoded]) -> int:
     columns = zip(*(row.tokens[:-1] for row in rows), strict=False)
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     return shared if shared >= SHORTEST_SHARED else 0
-
-
-def token_losses(
-    model: Any,
-    flat: FlatRow,
-    weights_N: torch.Tensor,
-    *,
-    through_head: bool,
-    criterion: Criterion | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (sum of weights * losses, losses [N]) over the supervised tokens, in nats.
-
-    The loss of a token is what `criterion` says, the cross-entropy with it if nothing does.
-    """
-    states_ND = predicting_states(model, flat, through_head=through_head)
-    head = head_of(model, through_head=through_head)
-    return head_loss(states_ND, head, criterion or CrossEntropy(flat.targets_N), weights_N)
-
-
-def predicting_states(model: Any, flat: FlatRow, *, through_head: bool) -> torch.Tensor:
-    """Return what the model has computed where each supervised token is predicted, [N, D].
-
-    `through_head` takes the hidden states and the frozen head apart (`fedllm.engine.head`); otherwise these
-    are the logits, by the model's own forward, for architectures that scale or cap them. `head_of` is what
-    turns either into logits.
-    """
-    inputs = {
-        "input_ids": flat.tokens_T[None],
-        "position_ids": flat.positions_T[None],
-        "cu_seq_lens_q": flat.queries_Q,
-        "cu_seq_lens_k": flat.keys_Q,
-        "max_length_q": flat.longest[0],
-        "max_length_k": flat.longest[1],
-        "key_places": flat.places_K,
-        "use_cache": False,
-    }
-    if through_head:
-        hidden_TD: torch.Tensor = model.get_decoder()(**inputs).last_hidden_state[0]
-        return hidden_TD[flat.predicting_N]
-    logits_NV: torch.Tensor = model(**inputs, logits_to_keep=flat.predicting_N).logits[0]
-    return logits_NV
-
-
-def head_of(model: Any, *, through_head: bool) -> Head:
-    """Return the output layer that `predicting_states` has left out."""
-    if not through_head:
-        return Head()
-    layer = model.get_output_embeddings()
-    return Head(layer.weight, layer.bias)

@@ -1,4 +1,4 @@
-"""Greedy answers to a batch of prompts, and continuations whose tokens somebody else chooses.
+"""Greedy answers to a batch of prompts, and continuations whose tokens the caller chooses.
 
 Tensor suffixes: B row of the batch, t its token, V vocabulary.
 """
@@ -21,6 +21,7 @@ def answers(base: BaseModel, prompts: Sequence[str], max_new_tokens: int) -> lis
     texts = [chat_text(tokenizer, [Turn("user", prompt)], prompt_answer=True) for prompt in prompts]
     special = not tokenizer.chat_template
     rows = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+    # Some tokenizers have no padding token; which one it is does not matter, since the mask hides it.
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     inputs_Bt, mask_Bt = left_padded(rows, filler, base.device)
     output = base.model.generate(
@@ -39,11 +40,13 @@ def continuations(
 ) -> list[tuple[int, ...]]:
     """Return the tokens that `choose` takes after each beginning of at least one token.
 
-    A row ends with its first end token, which is part of it, or after `max_new_tokens`. The law it is chosen
-    from is the model's own at temperature 1: no setting of the model's generation counts.
+    A row ends with its first end token, which is part of it, or after `max_new_tokens`. `choose` sees the
+    model's own logits at temperature 1: no setting of the model's generation counts.
     """
     ends = end_tokens(base)
+    # A forward pass without `generate`: that would apply the generation settings of the model to the logits.
     inputs_Bt, mask_Bt = left_padded(beginnings, 0, base.device)
+    # Padding does not count as a position, so a row's tokens stand where they would stand alone.
     positions_Bt = (mask_Bt.cumsum(dim=1) - 1).clamp(min=0)
     chosen: list[list[int]] = [[] for _ in beginnings]
     going, cache = [True] * len(beginnings), None
@@ -58,7 +61,7 @@ def continuations(
         )
         cache, next_B = output.past_key_values, choose(number, output.logits[:, -1])
         for row, token in enumerate(next_B.tolist()):
-            if going[row]:
+            if going[row]:  # a row that has ended is fed on with the others, and what it says is not kept
                 chosen[row].append(token)
                 going[row] = token not in ends
         if not any(going):

@@ -1,4 +1,6 @@
-"""FedProx (arXiv 1812.06127): a pull back to where the round began, so that unlike clients base delta less.
+"""Terms that federated optimization adds to a client's gradient: FedProx's pull and SCAFFOLD's correction.
+
+FedProx (arXiv 1812.06127) pulls back to where the round began, so that unlike clients drift apart less.
 
 factor    mu/2 * ||theta - anchor||^2 over the trained values of A and B. The same product B A has many
           factors, and this form tells them apart.
@@ -9,8 +11,9 @@ product   mu/2 * ||s (B A - B0 A0)||_F^2 over all matrices, what the adapter doe
 
           from R x R products, never from a dense matrix.
 
-The gradient joins that of the loss before the client's whole gradient is clipped, and after single examples
-were clipped (DP-SGD): it depends on no example. The loss that a client reports is without it.
+SCAFFOLD (arXiv 1910.06378) adds c - c_i, the mean gradient of all clients less the client's own.
+Both join before the client's whole gradient is clipped, and after single examples were clipped (DP-SGD): they
+depend on no example. The loss that a client reports is without them.
 Tensor suffixes: C client, A client still at work, P trained values, R rank, I input, O output feature.
 """
 
@@ -19,22 +22,19 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_of
 from fedllm.engine.adapter_bank import Bank
 from fedllm.messages import LocalTraining
 
 
 @dataclass(frozen=True, eq=False)
-class Pull:
-    """What each row of a bank is pulled to, and how strongly in either space (0 = not at all)."""
+class ProximalPull:
+    """Where each row of a bank is pulled to, and how strongly in either space (0 = not at all)."""
 
     factor_C: torch.Tensor  # mu where the space is "factor"
     anchor_CP: torch.Tensor
     product_C: torch.Tensor  # mu s^2 where it is "product"
-    anchor_pairs: tuple[
-        tuple[torch.Tensor, torch.Tensor], ...
-    ]  # (A0 [C, R, I], B0 [C, O, R]) of every matrix
+    anchor_factors: Sequence[tuple[torch.Tensor, torch.Tensor]]  # (A0 [C, R, I], B0 [C, O, R]) per matrix
 
     def add_gradient(self, bank: Bank, grad_AP: torch.Tensor) -> None:
         """Add the pull of the bank's first A rows to their gradients, in place."""
@@ -44,7 +44,7 @@ class Pull:
             grad_AP.add_(moved_AP * self.factor_C[active, None])
         if bool(self.product_C[active].any()):
             strength = self.product_C[active, None, None]
-            for index, (a0_CRI, b0_COR) in enumerate(self.anchor_pairs):
+            for index, (a0_CRI, b0_COR) in enumerate(self.anchor_factors):
                 a_ARI, b_AOR = (factor[active] for factor in bank.factors(index))
                 a0_ARI, b0_AOR = a0_CRI[active], b0_COR[active]
                 grad_a_ARI, grad_b_AOR = bank.gradients(index, grad_AP)
@@ -56,7 +56,27 @@ class Pull:
                     grad_a_ARI.add_(change * strength)
 
 
-def pull_of(bank: Bank, anchors: Sequence[torch.Tensor], trainings: Sequence[LocalTraining]) -> Pull | None:
+@dataclass(frozen=True, eq=False)
+class ControlCorrection:
+    """SCAFFOLD's c - c_i for each row [C, P], and the running sum of the gradients it is added to."""
+
+    correction_CP: torch.Tensor
+    clip_C1: torch.Tensor
+    sum_CP: torch.Tensor
+
+    def apply(self, grad_AP: torch.Tensor) -> None:
+        """Count the gradients of the first A rows, and correct them in place."""
+        active = slice(0, len(grad_AP))
+        # Clipped like the step itself: one wild gradient would spoil the control variate for all rounds.
+        norms = torch.linalg.vector_norm(grad_AP, dim=1, keepdim=True)
+        factors = (self.clip_C1[active] / norms.clamp(min=1e-30)).clamp(max=1.0)  # a zero norm clips nothing
+        self.sum_CP[active].add_(grad_AP * factors)
+        grad_AP.add_(self.correction_CP[active])
+
+
+def proximal_pull(
+    bank: Bank, anchors: Sequence[torch.Tensor], trainings: Sequence[LocalTraining]
+) -> ProximalPull | None:
     """Return the pull of every row of a loaded bank, or None where no row has one.
 
     `anchors` are whole vectors of the bank's layout.
@@ -67,44 +87,21 @@ def pull_of(bank: Bank, anchors: Sequence[torch.Tensor], trainings: Sequence[Loc
     factor = [t.proximal if t.proximal_space == "factor" else 0.0 for t in trainings]
     product = [strength if t.proximal_space == "product" else 0.0 for t, strength in pairs]
     parts = torch.stack([part_of(bank.layout, anchor, bank.trained) for anchor in anchors])
-    return Pull(
+    # Products need the factor that is not trained too, so whole anchors are kept where any row wants them.
+    wholes = torch.stack(list(anchors)).to(bank.theta_CP) if any(product) else None
+    return ProximalPull(
         bank.theta_CP.new_tensor(factor),
         parts.to(bank.theta_CP),
         bank.theta_CP.new_tensor(product),
-        _factor_pairs(bank.layout, torch.stack(list(anchors)).to(bank.theta_CP)) if any(product) else (),
+        () if wholes is None else bank.layout.factors(wholes),
     )
 
 
-def _factor_pairs(layout: AdapterLayout, rows: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Return (A [n, R, I], B [n, O, R]) of every matrix as views of whole vectors [n, P]."""
-    views = [
-        rows[:, spec.offset : spec.offset + spec.size].view(len(rows), *spec.shape) for spec in layout.tensors
-    ]
-    return tuple(zip(views[0::2], views[1::2], strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class Correction:
-    """What is added to each row's gradients, c - c_i [C, P], and the running sum of the gradients."""
-
-    correction_CP: torch.Tensor
-    clip_C1: torch.Tensor
-    sum_CP: torch.Tensor
-
-    def apply(self, grad_AP: torch.Tensor) -> None:
-        """Count the gradients of the first A rows, and correct them in place."""
-        active = slice(0, len(grad_AP))
-        norms = torch.linalg.vector_norm(grad_AP, dim=1, keepdim=True)
-        factors = (self.clip_C1[active] / norms.clamp(min=1e-30)).clamp(max=1.0)
-        self.sum_CP[active].add_(grad_AP * factors)
-        grad_AP.add_(self.correction_CP[active])
-
-
-def correction_of(
+def control_correction(
     corrections_CP: torch.Tensor | None, theta_CP: torch.Tensor, trainings: Sequence[LocalTraining]
-) -> Correction | None:
-    """Return the corrections of a round beside `theta_CP`, where there are any; clip norm 0 clips nothing."""
+) -> ControlCorrection | None:
+    """Return a round's corrections for the rows `theta_CP`, if there are any; clip norm 0 clips nothing."""
     if corrections_CP is None:
         return None
     clips = theta_CP.new_tensor([training.clip_norm or float("inf") for training in trainings])
-    return Correction(corrections_CP.to(theta_CP), clips[:, None], torch.zeros_like(theta_CP))
+    return ControlCorrection(corrections_CP.to(theta_CP), clips[:, None], torch.zeros_like(theta_CP))

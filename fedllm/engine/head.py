@@ -1,8 +1,8 @@
 """A loss through a frozen output head, a chunk of tokens at a time.
 
 The head needs no gradient, so the gradient of the hidden states can be formed in the forward pass and the
-logits thrown away: never more than [CHUNK, V] of them exist. What the loss of a token is says a criterion:
-cross-entropy with the next token here, the divergence from a teacher in `fedllm.distillation`.
+logits thrown away: never more than [CHUNK, V] of them exist. A criterion says what the loss of a token is:
+here cross-entropy with the next token, in `fedllm.distillation` the divergence from a teacher.
 Tensor suffixes: N supervised token, D feature, V vocabulary.
 """
 
@@ -58,6 +58,7 @@ class CrossEntropy:
         self, part: slice, logits_NV: torch.Tensor, wants_grad: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return losses and gradients; see `Criterion`."""
+        # d/dlogits of logsumexp(logits) - logits[target] is softmax(logits) - onehot(target).
         log_norm = logits_NV.logsumexp(dim=1)
         target = self.targets_N[part, None]
         losses = log_norm - logits_NV.gather(1, target)[:, 0]
@@ -83,7 +84,7 @@ class HeadLoss(torch.autograd.Function):
             losses_N[part], grad_NV = criterion(part, head.logits(states_ND[part]), wants_grad)
             if grad_ND is not None and grad_NV is not None:
                 grad_ND[part] = head.backward(grad_NV.mul_(weights_N[part, None]))
-        ctx.save_for_backward(grad_ND)
+        ctx.save_for_backward(grad_ND)  # already final but for the factor that the loss gets later
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weights_N).sum(), losses_N
 

@@ -1,5 +1,6 @@
-"""From jobs to rows of a bank and back: vectors of each job's rank, as rows of one part at the widest rank.
+"""Stacks many clients' adapters into one matrix, padded to the largest rank, and splits the results again.
 
+Padding adds zero rows to A and zero columns to B, which change nothing and get no gradient.
 Tensor suffixes: C client, P trained values at the widest rank.
 """
 
@@ -14,8 +15,8 @@ from fedllm.engine.jobs import Job
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Jobs that train the same part, side by side. `layouts` are their own."""
+class JobRows:
+    """Jobs that train the same part, a row each. `layouts` are their own."""
 
     jobs: tuple[Job, ...]
     layouts: tuple[AdapterLayout, ...]
@@ -30,48 +31,39 @@ class Rows:
         """The part that all of them train."""
         return self.jobs[0].trained
 
-    def widened(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return one whole vector a job, each of its own layout, at the widest rank."""
+    def pad(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return one whole vector per job, each of its own layout, at the widest rank."""
         rank = self.widest.rank
         return [with_rank(v, layout, rank) for v, layout in zip(vectors, self.layouts, strict=True)]
 
-    def stacked(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the trained part of one whole vector a job, [C, P]."""
-        widest = self.widest
-        return torch.stack([part_of(widest, vector, self.trained) for vector in self.widened(vectors)])
+    def stack(self, vectors: Sequence[torch.Tensor | None], default: float) -> torch.Tensor | None:
+        """Return the trained part of one whole vector per job, [C, P]; None where no job has one.
 
-    def whole(self, row: int, values_P: torch.Tensor) -> torch.Tensor:
+        A job without a vector gets `default` in all places.
+        """
+        given = next((vector for vector in vectors if vector is not None), None)
+        if given is None:
+            return None
+        starts = (job.start for job in self.jobs)
+        filled = [
+            torch.full_like(start, default, dtype=given.dtype) if vector is None else vector
+            for vector, start in zip(vectors, starts, strict=True)
+        ]
+        widest = self.widest
+        return torch.stack([part_of(widest, vector, self.trained) for vector in self.pad(filled)])
+
+    def pad_part(self, row: int, part_Q: torch.Tensor) -> torch.Tensor:
+        """Return the trained part of one job at the widest rank, [P]."""
+        layout, widest = self.layouts[row], self.widest
+        whole = with_rank(whole_of(layout, part_Q, self.trained), layout, widest.rank)
+        return part_of(widest, whole, self.trained)
+
+    def unstack(self, row: int, values_P: torch.Tensor) -> torch.Tensor:
         """Return a row as a whole vector of its job's layout, zero where nothing is trained."""
         widest = self.widest
         return with_rank(whole_of(widest, values_P, self.trained), widest, self.layouts[row].rank)
 
 
-def rows_of(jobs: Sequence[Job], layout: AdapterLayout) -> Rows:
-    """Return jobs side by side; `layout` is that of a job which names none."""
-    return Rows(tuple(jobs), tuple(job.layout or layout for job in jobs))
-
-
-def anchors_of(rows: Rows) -> list[torch.Tensor]:
-    """Return what FedProx pulls each row to, whole: where it began, if its job names nothing else."""
-    return rows.widened([job.start if job.anchor is None else job.anchor for job in rows.jobs])
-
-
-def movable_of(rows: Rows) -> torch.Tensor | None:
-    """Return which values of every row may move, [C, P], or None where all may."""
-    if all(job.movable is None for job in rows.jobs):
-        return None
-    return rows.stacked(
-        [
-            torch.ones_like(job.start, dtype=torch.bool) if job.movable is None else job.movable
-            for job in rows.jobs
-        ]
-    )
-
-
-def corrections_of(rows: Rows) -> torch.Tensor | None:
-    """Return what SCAFFOLD adds to every row's gradients, [C, P], or None where no job asks for it."""
-    if all(job.correction is None for job in rows.jobs):
-        return None
-    return rows.stacked(
-        [torch.zeros_like(job.start) if job.correction is None else job.correction for job in rows.jobs]
-    )
+def rows_of_jobs(jobs: Sequence[Job], layout: AdapterLayout) -> JobRows:
+    """Return jobs as rows; `layout` stands for that of a job which names none."""
+    return JobRows(tuple(jobs), tuple(job.layout or layout for job in jobs))

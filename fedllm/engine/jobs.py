@@ -1,4 +1,4 @@
-"""What the engine takes and gives: a training job is one client in one round."""
+"""What the engine takes and gives: jobs and their results. A training job is one client in one round."""
 
 import math
 from collections.abc import Sequence
@@ -35,13 +35,13 @@ class Job:
 
     `layout` is given where the client's rank differs from the engine's. `trained` is "both" factors, or "a"
     or "b" alone (fedllm.adapters.parts): the other keeps its bits, and the delta has zeros there. With
-    `example_clip` above 0 every row's own gradient is clipped to that norm before the rows are averaged
-    and `noise`, if any, is added to their mean (DP-SGD, arXiv 1607.00133). The mean is the sum over
-    `training.batch_size`, the number of rows a batch is expected to have: a batch that was drawn by coins has
-    more or fewer, or none. `example_clip` 0 takes the gradient of the batch's mean token loss.
-    `seed` is where LoRA dropout draws from, row by row (`row_seed`). FedProx pulls to `anchor` [P], where it
-    is not given to `start`. `movable` [P] says which values may move, if not all. `correction` [P] is added
-    to every gradient (SCAFFOLD, `fedllm.engine.gradient_terms`). `objective` replaces the cross-entropy
+    `example_clip` above 0 every row's own gradient is clipped to that norm before the rows are averaged, and
+    `noise`, if any, is added to their mean (DP-SGD, arXiv 1607.00133). The mean is the sum divided by
+    `training.batch_size`, the expected number of rows: a batch drawn by coins has more or fewer, or none.
+    `example_clip` 0 takes the gradient of the batch's mean token loss.
+    `seed` is where LoRA dropout draws from, row by row (`row_seed`). FedProx pulls to `anchor` [P], or to
+    `start` where none is given. `movable` [P] says which values may move, if not all. SCAFFOLD's `correction`
+    [P] is added to every gradient (`fedllm.engine.gradient_terms`). `objective` replaces the cross-entropy
     with the next token (`fedllm.distillation`).
     """
 
@@ -58,6 +58,11 @@ class Job:
     correction: torch.Tensor | None = None
     objective: Objective | None = None
     noise: StepNoise | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all its rows."""
+        return sum(len(row.tokens) for batch in self.batches for row in batch)
 
 
 def row_seed(job: Job, step: int, row: int) -> int:

@@ -1,4 +1,4 @@
-"""The LoRA operator over a row of tokens that belong to many adapters.
+"""The LoRA operator over a row of tokens that belong to many adapters (LoRA, arXiv 2106.09685).
 
 y_t = W x_t + b + scale_c B_c A_c x_t, where c is the client that token t belongs to. The backward pass adds
 the gradient of every slot's factors straight into the bank: autograd holds no parameter and makes no copy.
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from fedllm.engine.adapter_bank import Bank, Segment
+from fedllm.engine.adapter_bank import Bank, Kept, Segment
+from fedllm.models.base import PlainLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class LoopKernel:
     def forward(self, bank: Bank, index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
         """Add the adapters' output to y in place; return the scaled activations z [T, R]."""
         a_CRI, b_COR = bank.factors(index)
-        z_TR = x_TI.new_empty(a_CRI.shape[1], x_TI.shape[0], dtype=bank.dtype).T
+        z_TR = x_TI.new_empty(a_CRI.shape[1], x_TI.shape[0], dtype=bank.dtype).T  # rank by rank
         for row, x, y, z in _pieces(bank.route_of(x_TI.shape[0]).clients, x_TI, y_TO, z_TR):
             torch.mm(x.to(bank.dtype), a_CRI[row].T, out=z)
             z.mul_(bank.scales[row])
@@ -36,34 +37,28 @@ class LoopKernel:
         return z_TR
 
     def backward(
-        self,
-        bank: Bank,
-        index: int,
-        x_TI: torch.Tensor | None,
-        z_TR: torch.Tensor | None,
-        g_TO: torch.Tensor,
-        dx_TI: torch.Tensor | None,
+        self, bank: Bank, index: int, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
         """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
         a_CRI, b_COR = bank.factors(index)
         grad_a_SRI, grad_b_SOR = bank.gradients(index)
         g_TO = g_TO.to(bank.dtype)
-        if grad_b_SOR is not None and z_TR is not None:
-            grads_b = grad_b_SOR.unbind()
-            for row, g, z in _pieces(bank.route.slots, g_TO, z_TR):
+        if grad_b_SOR is not None and kept.z_TR is not None:
+            grads_b = grad_b_SOR.unbind()  # all views at once: one by one they cost as much as the products
+            for row, g, z in _pieces(bank.route.slots, g_TO, kept.z_TR):
                 grads_b[row].add_((z.T @ g).T)
-        if grad_a_SRI is None and dx_TI is None:
+        if grad_a_SRI is None and dx_TI is None:  # nothing else needs the gradient of z
             return
-        dz_TR = g_TO.new_empty(a_CRI.shape[1], g_TO.shape[0]).T  # rank by rank, too
+        dz_TR = g_TO.new_empty(a_CRI.shape[1], g_TO.shape[0]).T
         for row, g, dz in _pieces(bank.route.clients, g_TO, dz_TR):
             torch.mm(g, b_COR[row], out=dz)
             dz.mul_(bank.scales[row])
         if dx_TI is not None:
             for row, dx, dz in _pieces(bank.route.clients, dx_TI, dz_TR):
                 _add_product(dx, dz, a_CRI[row])
-        if grad_a_SRI is not None and x_TI is not None:
+        if grad_a_SRI is not None and kept.x_TI is not None:
             grads_a = grad_a_SRI.unbind()
-            for row, x, dz in _pieces(bank.route.slots, x_TI.to(bank.dtype), dz_TR):
+            for row, x, dz in _pieces(bank.route.slots, kept.x_TI.to(bank.dtype), dz_TR):
                 grads_a[row].addmm_(dz.T, x)
 
 
@@ -80,27 +75,23 @@ class MaskedKernel:
         a_CRI, b_COR = bank.factors(index)
         rank = a_CRI.shape[1]
         owners_T, scale_T1 = _owners(bank, bank.route_of(x_TI.shape[0]).clients, x_TI)
+        # Every token meets every client's A in one product; what is not its own client's is then thrown away.
         all_TM = x_TI @ a_CRI.flatten(0, 1).to(x_TI.dtype).T
         z_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
         y_TO.addmm_(_spread(z_TR, owners_T, len(a_CRI)), b_COR.permute(0, 2, 1).flatten(0, 1).to(x_TI.dtype))
         return z_TR
 
     def backward(
-        self,
-        bank: Bank,
-        index: int,
-        x_TI: torch.Tensor | None,
-        z_TR: torch.Tensor | None,
-        g_TO: torch.Tensor,
-        dx_TI: torch.Tensor | None,
+        self, bank: Bank, index: int, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
         """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
         a_CRI, b_COR = bank.factors(index)
         grad_a_SRI, grad_b_SOR = bank.gradients(index)
         rank = a_CRI.shape[1]
         slots_T, num_slots = _token_rows(bank.route.slots, g_TO), len(bank.grad_SP)
-        if grad_b_SOR is not None and z_TR is not None:
-            grad_b = (g_TO.T @ _spread(z_TR, slots_T, num_slots)).view(-1, num_slots, rank)
+        if grad_b_SOR is not None and kept.z_TR is not None:
+            # A token's z stands in its slot's columns alone, so one product sums every slot's own tokens.
+            grad_b = (g_TO.T @ _spread(kept.z_TR, slots_T, num_slots)).view(-1, num_slots, rank)
             grad_b_SOR.add_(grad_b.permute(1, 0, 2))
         if grad_a_SRI is None and dx_TI is None:
             return
@@ -109,8 +100,63 @@ class MaskedKernel:
         dz_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
         if dx_TI is not None:
             dx_TI.addmm_(_spread(dz_TR, owners_T, len(a_CRI)), a_CRI.flatten(0, 1).to(g_TO.dtype))
-        if grad_a_SRI is not None and x_TI is not None:
-            grad_a_SRI.add_((_spread(dz_TR, slots_T, num_slots).T @ x_TI).view(num_slots, rank, -1))
+        if grad_a_SRI is not None and kept.x_TI is not None:
+            grad_a_SRI.add_((_spread(dz_TR, slots_T, num_slots).T @ kept.x_TI).view(num_slots, rank, -1))
+
+
+class LoraFunction(torch.autograd.Function):
+    """Frozen linear layer plus adapters; `frozen` None means the caller adds the frozen layer itself.
+
+    `tap` is a scalar that requires a gradient: it makes autograd call `backward` though no parameter is an
+    input, and nothing below the lowest adapted layer needs one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: torch.Tensor, tap: torch.Tensor, frozen: PlainLinear | None, bank: Bank, index: int
+    ) -> torch.Tensor:
+        """Return y [T, O]."""
+        y_TO = frozen_output(x_TI, frozen, bank, index)
+        mask_TI = bank.keep_mask(index, x_TI)
+        z_TR = bank.kernel.forward(bank, index, x_TI if mask_TI is None else x_TI * mask_TI, y_TO)
+        # The gradient of A needs x, that of B needs z: what trains one factor keeps one of them.
+        ctx.save_for_backward(x_TI if bank.trained != "b" else None, z_TR if bank.trained != "a" else None)
+        ctx.frozen, ctx.bank, ctx.index = frozen, bank, index
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, g_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return dx where something below needs it; the factors' gradients go into the bank."""
+        bank, index, (x_TI, z_TR) = ctx.bank, ctx.index, ctx.saved_tensors
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            width = bank.layout.matrices[index].in_features
+            dx_TI = g_TO.new_zeros(len(g_TO), width) if ctx.frozen is None else g_TO @ ctx.frozen.weight_OI
+        like_TI = dx_TI if x_TI is None else x_TI
+        mask_TI = None if like_TI is None else bank.keep_mask(index, like_TI)
+        if mask_TI is None:
+            bank.kernel.backward(bank, index, Kept(x_TI, z_TR), g_TO, dx_TI)
+        else:  # the adapter saw mask * x, so its part of dx goes through the mask too
+            seen_TI = None if x_TI is None else x_TI * mask_TI
+            own_TI = None if dx_TI is None else torch.zeros_like(dx_TI)  # apart from the frozen layer's part
+            bank.kernel.backward(bank, index, Kept(seen_TI, z_TR), g_TO, own_TI)
+            if dx_TI is not None and own_TI is not None:
+                dx_TI.addcmul_(own_TI, mask_TI)
+        return dx_TI, None, None, None, None
+
+
+def adapted_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, index: int) -> torch.Tensor:
+    """Return the operator's output [T, O], with gradients on the way back."""
+    inputs = (x_TI, bank.tap, frozen, bank, index)
+    y_TO: torch.Tensor = LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call]
+    return y_TO
+
+
+def frozen_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, index: int) -> torch.Tensor:
+    """Return W x + b, or zeros where the caller adds the frozen layer itself."""
+    if frozen is not None:
+        return linear(x_TI, frozen.weight_OI, frozen.bias_O)
+    return x_TI.new_zeros(x_TI.shape[0], bank.layout.matrices[index].out_features)
 
 
 def _owners(
@@ -126,6 +172,7 @@ def _token_rows(parts: tuple[Segment, ...], like_TD: torch.Tensor) -> torch.Tens
     """Return each token's row in the bank, [T]."""
     rows = torch.tensor([part.row for part in parts], device=like_TD.device)
     lengths = torch.tensor([part.end - part.begin for part in parts], device=like_TD.device)
+    # With the size given, a GPU need not be waited for.
     return rows.repeat_interleave(lengths, output_size=like_TD.shape[0])
 
 
@@ -160,77 +207,3 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total.addmm_(left, right)
     else:
         total.add_((left @ right).to(total.dtype))
-
-
-class LoraFunction(torch.autograd.Function):
-    """Frozen linear layer plus adapters. `weight_OI` None means the caller adds the frozen layer itself.
-
-    `tap` is a scalar that requires a gradient: it makes autograd call `backward` though no parameter is an
-    input, and nothing below the lowest adapted layer needs one.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TI: torch.Tensor,
-        tap: torch.Tensor,
-        weight_OI: torch.Tensor | None,
-        bias_O: torch.Tensor | None,
-        bank: Bank,
-        index: int,
-    ) -> torch.Tensor:
-        """Return y [T, O]."""
-        y_TO = frozen_output(x_TI, weight_OI, bias_O, bank, index)
-        mask_TI = bank.keep_mask(index, x_TI)
-        z_TR = bank.kernel.forward(bank, index, x_TI if mask_TI is None else x_TI * mask_TI, y_TO)
-        # The gradient of A needs x, that of B needs z: what trains one factor keeps one of them.
-        ctx.save_for_backward(x_TI if bank.trained != "b" else None, z_TR if bank.trained != "a" else None)
-        ctx.weight_OI, ctx.bank, ctx.index = weight_OI, bank, index
-        return y_TO
-
-    @staticmethod
-    def backward(ctx: Any, g_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return dx where something below needs it; the factors' gradients go into the bank."""
-        x_TI, z_TR = ctx.saved_tensors
-        dx_TI = None
-        if ctx.needs_input_grad[0]:
-            width = ctx.bank.layout.matrices[ctx.index].in_features
-            weight_OI = ctx.weight_OI
-            dx_TI = g_TO.new_zeros(len(g_TO), width) if weight_OI is None else g_TO @ weight_OI
-        like_TI = dx_TI if x_TI is None else x_TI
-        mask_TI = None if like_TI is None else ctx.bank.keep_mask(ctx.index, like_TI)
-        if mask_TI is None:
-            ctx.bank.kernel.backward(ctx.bank, ctx.index, x_TI, z_TR, g_TO, dx_TI)
-        else:  # the adapter saw mask * x, so its part of dx goes through the mask too
-            seen_TI = None if x_TI is None else x_TI * mask_TI
-            own_TI = None if dx_TI is None else torch.zeros_like(dx_TI)
-            ctx.bank.kernel.backward(ctx.bank, ctx.index, seen_TI, z_TR, g_TO, own_TI)
-            if dx_TI is not None and own_TI is not None:
-                dx_TI.addcmul_(own_TI, mask_TI)
-        return dx_TI, None, None, None, None, None
-
-
-def adapted_output(
-    x_TI: torch.Tensor,
-    weight_OI: torch.Tensor | None,
-    bias_O: torch.Tensor | None,
-    bank: Bank,
-    index: int,
-) -> torch.Tensor:
-    """Return the operator's output [T, O], with gradients on the way back."""
-    inputs = (x_TI, bank.tap, weight_OI, bias_O, bank, index)
-    y_TO: torch.Tensor = LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call]
-    return y_TO
-
-
-def frozen_output(
-    x_TI: torch.Tensor,
-    weight_OI: torch.Tensor | None,
-    bias_O: torch.Tensor | None,
-    bank: Bank,
-    index: int,
-) -> torch.Tensor:
-    """Return W x + b, or zeros where the caller adds the frozen layer itself."""
-    if weight_OI is not None:
-        return linear(x_TI, weight_OI, bias_O)
-    return x_TI.new_zeros(x_TI.shape[0], bank.layout.matrices[index].out_features)

@@ -1,4 +1,4 @@
-"""Frozen linear layers with the adapters of a bank on top."""
+"""Puts the adapters of a bank on a model's frozen linear layers, and takes them off again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,13 @@ from torch import nn
 
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.kernels import adapted_output, frozen_output
-from fedllm.models.base import plain_weight
+from fedllm.models.base import plain_linear
 
 
 class BankLinear(nn.Module):
     """y = base(x) + scale * B A x, with the factors of whichever client each token belongs to.
 
-    (LoRA, arXiv 2106.09685.) Plain linear layers are computed inside the operator; a quantised one is only
-    called.
+    Plain linear layers are computed inside the operator; a quantised one is only called.
     """
 
     def __init__(self, base: nn.Module, bank: Bank, index: int):
@@ -28,14 +27,14 @@ class BankLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the adapted output, [..., D_in] -> [..., D_out]."""
         flat = x.reshape(-1, x.shape[-1])
-        weight, bias = plain_weight(self.base)
+        frozen = plain_linear(self.base)
         if torch.is_grad_enabled():
-            y = adapted_output(flat, weight, bias, self.bank, self.index)
-        else:
-            y = frozen_output(flat, weight, bias, self.bank, self.index)
+            y = adapted_output(flat, frozen, self.bank, self.index)
+        else:  # nothing is kept for a backward pass, and nothing is dropped
+            y = frozen_output(flat, frozen, self.bank, self.index)
             self.bank.kernel.forward(self.bank, self.index, flat, y)
         y = y.view(*x.shape[:-1], -1)
-        if weight is None:
+        if frozen is None:  # quantised: only the layer itself can compute its product
             y = y + self.base(x)
         return y
 

@@ -33,6 +33,7 @@ class RowAdamW:
             return torch.tensor(values, device=theta_CP.device, dtype=theta_CP.dtype)[:, None]
 
         self.rate_C1 = column([training.learning_rate for training in trainings])
+        # Decoupled weight decay: theta shrinks by this factor before the step, whatever the gradient is.
         keep_C1 = column([1 - t.learning_rate * t.weight_decay for t in trainings])
         movable_CP = None if movable_CP is None else movable_CP.to(theta_CP.device)
         self.movable_CP = movable_CP
@@ -45,11 +46,12 @@ class RowAdamW:
         if self.movable_CP is not None:
             grad_AP.masked_fill_(~self.movable_CP[active], 0.0)
         norms = torch.linalg.vector_norm(grad_AP, dim=1, keepdim=True)
-        grad_AP.mul_((self.clip_C1[active] / (norms + 1e-6)).clamp_(max=1.0))
+        grad_AP.mul_((self.clip_C1[active] / (norms + 1e-6)).clamp_(max=1.0))  # as torch's clip_grad_norm_
         self.num_steps += 1
         mean, square, theta = self.mean_CP[active], self.square_CP[active], self.theta_CP[active]
         mean.lerp_(grad_AP, 1 - BETA1)
         square.mul_(BETA2).addcmul_(grad_AP, grad_AP, value=1 - BETA2)
+        # Both moments start at zero, so the first steps would be too short without these.
         correction1 = 1 - BETA1**self.num_steps
         correction2 = 1 - BETA2**self.num_steps
         denominator = square.sqrt().div_(correction2**0.5).add_(EPSILON)
@@ -70,6 +72,8 @@ def largest_move(training: LocalTraining, largest_start: float) -> float:
 
 
 def _step_bound(t: int) -> float:
+    """Return sqrt(sum_i w_i^2 / u_i), with w_i ~ BETA1^(t-i) and u_i ~ BETA2^(t-i), each summing to 1."""
+    # The sum over i is geometric, of this ratio.
     ratio = BETA1**2 / BETA2
     first = ((1 - BETA1) / (1 - BETA1**t)) ** 2
     second = (1 - BETA2**t) / (1 - BETA2)

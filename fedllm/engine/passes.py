@@ -1,4 +1,4 @@
-"""One forward pass over samples of many adapters, with or without a backward pass.
+"""One forward pass over samples of many adapters, with or without a backward pass, and how work is split.
 
 Tensor suffixes: B sample, N supervised token, D feature.
 """
@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from fedllm.engine.adapter_bank import Bank, Route, noisy_rows, segments
-from fedllm.engine.flat_row import FlatRow, head_of, lay_out, predicting_states, token_losses
+from fedllm.engine.flat_row import FlatRow, lay_out, predicting_states, token_losses
 from fedllm.engine.head import Head
 from fedllm.engine.jobs import EvaluationJob, Objective
 from fedllm.models.base import BaseModel
@@ -40,7 +40,7 @@ class Passes:
 
     base: BaseModel
     bank: Bank
-    through_head: bool  # whether hidden states and head can be taken apart
+    head: Head  # what turns the states into logits
 
     def losses(
         self, items: Sequence[Item], *, backward: bool, objective: Objective | None = None
@@ -56,27 +56,18 @@ class Passes:
         criterion = None
         if objective is not None:
             criterion = objective.criterion([item.row for item in items], self.base.device)
-        loss, losses_N = token_losses(
-            self.base.model,
-            flat,
-            weight_B[flat.rows_N],
-            through_head=self.through_head,
-            criterion=criterion,
-        )
+        weight_N = weight_B[flat.rows_N]
+        loss, losses_N = token_losses(self.base.model, flat, self.head, weight_N, criterion)
         if backward:
             loss.backward()  # type: ignore[no-untyped-call]
+        # In float64 on the CPU: sums of many float32 losses, in an order that no GPU chooses.
         sums_B = torch.zeros(len(items), dtype=torch.float64)
         return sums_B.index_add_(0, flat.rows_N.cpu(), losses_N.detach().double().cpu())
-
-    @property
-    def head(self) -> Head:
-        """What turns the states into logits."""
-        return head_of(self.base.model, through_head=self.through_head)
 
     def states(self, items: Sequence[Item]) -> torch.Tensor:
         """Return what `predicting_states` does for all supervised tokens, sample by sample, [N, D]."""
         flat = self._lay_out(items, backward=False)
-        return predicting_states(self.base.model, flat, through_head=self.through_head)
+        return predicting_states(self.base.model, flat, self.head)
 
     def _lay_out(self, items: Sequence[Item], *, backward: bool) -> FlatRow:
         """Return the samples as one flat row, and tell the bank whose its tokens are."""

@@ -1,7 +1,7 @@
 """The plain twin of the engine: PEFT, padding, torch's AdamW. Read this first; the engine must agree with it.
 
-It is what a textbook would do for one client, and it wastes what textbooks waste: padded tokens, logits of
-every prompt token, one kernel per tensor. Tests assert that both give the same delta.
+It does for one client what a textbook would, and pays what a textbook pays: padded tokens, logits of every
+prompt token, one kernel per tensor. Tests assert that both give the same delta.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
     numbers = job.training
     moving = [parameter for parameter in parameters if parameter.requires_grad]
     dropouts = [RowDropout(index) for index in range(len(modules))]
+    # PEFT's own dropout would draw its numbers from torch's global state.
     for name, dropout in zip(modules, dropouts, strict=True):
         model.base_model.model.get_submodule(name).lora_dropout["default"] = dropout
     optimizer = torch.optim.AdamW(
@@ -53,6 +54,7 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
         logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
+        # The client's own terms join before its gradient is clipped, as in the engine.
         (loss + _proximal_loss(parameters, layout, job)).backward()  # type: ignore[no-untyped-call]
         if job.correction is not None:
             for parameter, (_, correction) in zip(parameters, layout.views(job.correction), strict=True):
@@ -76,7 +78,7 @@ class RowDropout(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [B, t, I] with every row's values dropped or scaled up."""
-        mask = torch.ones_like(x)
+        mask = torch.ones_like(x)  # padded places are never dropped: nothing reads them
         for b, row in enumerate(self.rows):
             if row.rate:
                 mask[b, : row.end] = row_mask(row, self.index, x[b])

@@ -31,7 +31,7 @@ class Resident:
         """Return the base model on its device; raises as `load_base`."""
         return self._base(choose_model(model))
 
-    def engine(self, model: ModelConfig, layout: AdapterLayout, token_budget: int = 0) -> Engine:
+    def engine(self, model: ModelConfig, layout: AdapterLayout, token_budget: int | str = "auto") -> Engine:
         """Return the engine that trains adapters of `layout` on the base model.
 
         Raises:

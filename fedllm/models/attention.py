@@ -46,21 +46,35 @@ def ragged_attention(
     if _has_varlen_kernel(query):
         return _varlen(query, key, value, kwargs, scaling, window), None
     num_queries, num_keys = (kwargs[name].diff().tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
-    grouped = query.shape[1] != key.shape[1]
+    lengths = (num_queries, num_keys, num_keys)
+    samples = (torch.split(x, length, dim=2) for x, length in zip((query, key, value), lengths, strict=True))
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     outputs = []
-    samples = (
-        torch.split(query, num_queries, dim=2),
-        torch.split(key, num_keys, dim=2),
-        torch.split(value, num_keys, dim=2),
-    )
     for q, k, v in zip(*samples, strict=True):
         mask = _mask(q.shape[2], k.shape[2], window, q.device)
         outputs.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
+            scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def attends_by_interface(model: Any) -> bool:
+    """Return whether the architecture takes its attention from transformers' interface."""
+    return bool(model._supports_attention_backend)
+
+
+@contextmanager
+def ragged(model: Any) -> Iterator[None]:
+    """Switch `model` to ragged attention, and back to its own."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(RAGGED_ATTENTION, ragged_attention)
+    own = model.config._attn_implementation
+    model.set_attn_implementation(RAGGED_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def _has_varlen_kernel(query: torch.Tensor) -> bool:
@@ -88,15 +102,14 @@ def _varlen(
 ) -> torch.Tensor:
     """Return attention within samples in one kernel, [1, T, H, D]."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if q.shape[1] != k.shape[1]:
+    if q.shape[1] != k.shape[1]:  # this kernel wants a key for every query head
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     # (left, 0) is causal, the last query at the last key; a window of w reaches w - 1 to the left.
     reach = (-1 if window is None else window - 1, 0)
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    output = _varlen_module().varlen_attn(
-        q, k, v, *(kwargs[name] for name in names), scale=scaling, window_size=reach
-    )
+    places = (kwargs[name] for name in names)
+    output = _varlen_module().varlen_attn(q, k, v, *places, scale=scaling, window_size=reach)
     return output[None]  # type: ignore[no-any-return]
 
 
@@ -113,22 +126,3 @@ def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.dev
         position = torch.arange(num_keys, device=device)
         distance = position[-num_queries:, None] - position[None, :]
         return (distance >= 0) & (distance < reach)
-
-
-def attends_by_interface(model: Any) -> bool:
-    """Return whether the architecture takes its attention from transformers' interface."""
-    return bool(model._supports_attention_backend)
-
-
-@contextmanager
-def ragged(model: Any) -> Iterator[None]:
-    """Switch `model` to ragged attention, and back to its own."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(RAGGED_ATTENTION, ragged_attention)
-    own = model.config._attn_implementation
-    model.set_attn_implementation(RAGGED_ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)

@@ -1,5 +1,6 @@
 """The frozen base model: which device and dtype it gets, how it is loaded, and which layers LoRA adapts."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,18 +39,12 @@ class ChosenModel:
     checkpointing: bool
 
 
-def choose_model(config: ModelConfig) -> ChosenModel:
-    """Return what `config` means on this machine, and let torch use the threads it names.
+@dataclass(frozen=True, eq=False)
+class PlainLinear:
+    """A linear layer that computes W x + b and nothing else."""
 
-    Raises:
-        ModelError: the model's files are absent, or the device does not exist here.
-    """
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    device = choose_device(config.device)
-    files = resolve_model(config.name, config.revision)
-    dtype = choose_dtype(config.dtype, device)
-    return ChosenModel(files, device, dtype, config.quantization, config.gradient_checkpointing)
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None
 
 
 def load_base(config: ModelConfig) -> BaseModel:
@@ -61,6 +56,20 @@ def load_base(config: ModelConfig) -> BaseModel:
     """
     chosen = choose_model(config)
     return load_chosen(chosen, load_tokenizer(chosen.files))
+
+
+def choose_model(config: ModelConfig) -> ChosenModel:
+    """Return what `config` means on this machine, and let torch use the threads it names.
+
+    Raises:
+        ModelError: the model's files are absent, or the device does not exist here.
+    """
+    if isinstance(config.num_threads, int):
+        torch.set_num_threads(config.num_threads)
+    device = choose_device(config.device)
+    files = resolve_model(config.name)
+    dtype = choose_dtype(config.dtype, device)
+    return ChosenModel(files, device, dtype, config.quantization, config.gradient_checkpointing)
 
 
 def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
@@ -80,33 +89,16 @@ def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load {files.public_name}: {first_line(error)}") from None
-    if loaded["missing_keys"]:  # transformers would fill them with random numbers
+    if loaded["missing_keys"]:  # transformers fills them with random numbers
         first = min(loaded["missing_keys"])
         raise ModelError(f"{files.public_name}: tensor {first!r} is missing from its weights")
     model.requires_grad_(False)
-    model.eval()
+    model.eval()  # no dropout but the adapters' own
     if chosen.quantization == "none":
         model.to(device)
     if chosen.checkpointing:
         _checkpoint_layers(model)
     return BaseModel(model, tokenizer, files, fingerprint(files.folder), device, dtype)
-
-
-def _checkpoint_layers(model: Any) -> None:
-    """Recompute decoder layers in the backward pass instead of keeping their activations.
-
-    transformers does so only for layers in training mode, which would also switch on their dropout: a layer's
-    own is set to zero, and the modules inside it stay in evaluation mode.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True
-            for name, value in vars(layer).items():
-                if "dropout" in name and isinstance(value, float):
-                    setattr(layer, name, 0.0)
 
 
 def load_tokenizer(files: ModelFiles) -> Any:
@@ -135,11 +127,10 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    device = None
+    with suppress(RuntimeError):  # torch knows no such device
         device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"model.device = {name!r}: expected auto, cpu or cuda[:N]") from None
-    if device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ModelError(f"model.device = {name!r}: expected auto, cpu or cuda[:N]")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} CUDA devices here, counted from 0"
@@ -155,25 +146,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install bitsandbytes`")
-    if device.type != "cuda":
-        raise ModelError(f"model.quantization = {kind!r} needs a GPU; set it to none")
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-    )
-
-
 def describe_layout(model: ModelConfig, lora: LoraConfig) -> AdapterLayout:
     """Return the adapter layout of a base model from its files alone: no weight is loaded.
 
@@ -183,11 +155,11 @@ def describe_layout(model: ModelConfig, lora: LoraConfig) -> AdapterLayout:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    files = resolve_model(model.name, model.revision)
+    files = resolve_model(model.name)
     trusted = files.public_name in load_policy().trust_remote_code
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trusted)
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without storage
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read {files.public_name}: {first_line(error)}") from None
@@ -213,14 +185,16 @@ def target_modules(model: Any, targets: str) -> dict[str, nn.Module]:
     linear = {n: m for n, m in model.named_modules() if is_linear(m) and m is not head}
     if targets == "all-linear":
         return linear
-    suffixes = [part.strip() for part in targets.split(",") if part.strip()]
-    missing = [s for s in suffixes if not any(n == s or n.endswith("." + s) for n in linear)]
-    if missing:
-        kinds = sorted({name.rpartition(".")[2] for name in linear})
-        raise ModelError(
-            f"lora.target-modules: no linear layer named {missing[0]!r}; this model has {', '.join(kinds)}"
-        )
-    return {n: m for n, m in linear.items() if any(n == s or n.endswith("." + s) for s in suffixes)}
+    found: set[str] = set()
+    for suffix in (part.strip() for part in targets.split(",") if part.strip()):
+        named = {name for name in linear if f".{name}".endswith(f".{suffix}")}  # whole parts of a dotted name
+        if not named:
+            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            raise ModelError(
+                f"lora.target-modules: no linear layer named {suffix!r}; this model has {', '.join(kinds)}"
+            )
+        found |= named
+    return {name: module for name, module in linear.items() if name in found}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -237,13 +211,48 @@ def linear_shape(module: Any) -> tuple[int, int]:
     return module.weight.shape[0], module.weight.shape[1]
 
 
-def plain_weight(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return (weight [D_out, D_in], bias) of a layer that is nothing but that, else (None, None)."""
+def plain_linear(layer: Any) -> PlainLinear | None:
+    """Return a layer's weight and bias, or None where it computes anything else (a quantised one, say)."""
     from transformers.pytorch_utils import Conv1D
 
-    layer: Any = base
-    if type(base) is nn.Linear:
-        return layer.weight, layer.bias
-    if type(base) is Conv1D:  # stored [D_in, D_out]
-        return layer.weight.T, layer.bias
-    return None, None
+    if type(layer) is nn.Linear:
+        return PlainLinear(layer.weight, layer.bias)
+    if type(layer) is Conv1D:  # stored [D_in, D_out]
+        return PlainLinear(layer.weight.T, layer.bias)
+    return None
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Recompute decoder layers in the backward pass instead of keeping their activations.
+
+    transformers does so only for layers in training mode, which would also switch on their dropout: a layer's
+    own is set to zero, and the modules inside it stay in evaluation mode.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
+            for name, value in vars(layer).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(layer, name, 0.0)
+
+
+def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install bitsandbytes`")
+    if device.type != "cuda":
+        raise ModelError(f"model.quantization = {kind!r} needs a GPU; set it to none")
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",  # as in QLoRA, arXiv 2305.14314
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )

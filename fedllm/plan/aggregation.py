@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fedllm.adapters.parts import returned_part
-from fedllm.config.keys import PRESETS
+from fedllm.config.key import named_values, number_or, split_number
+from fedllm.config.keys import PRESETS, AggregationConfig
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.dealt_numbers import are_mixed
@@ -19,6 +20,7 @@ CHANGES_BASE = frozenset({"residual", "stack"})  # read-outs that add to the bas
 # Published values: FedOpt (arXiv 2003.00295) and DiLoCo (arXiv 2311.08105).
 LEARNING_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "nesterov": 0.7}
 ADAPTIVE_LEARNING_RATE = 1e-3
+MAX_MALICIOUS = 0.2  # of a round's clients, where aggregation.robust names no share
 
 PRIVATE_PRESET = "ffa"  # of a run with differential privacy that names no rule of its own
 _DEFAULT_AXES = ("both", "svd", "")  # train, read-out and preset where none is named
@@ -36,6 +38,15 @@ class ServerOptimizer:
     momentum: float = 0.9
     second_moment: float = 0.99
     adaptivity: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not (
+            0 <= self.momentum <= 0.9999 and 0 <= self.second_moment <= 0.9999 and 0 < self.adaptivity < 1e9
+        ):
+            raise ConfigError(
+                "aggregation.optimizer: expected momentum and second-moment from 0 to 0.9999 and adaptivity"
+                " above 0"
+            )
 
     @property
     def rate(self) -> float:
@@ -60,7 +71,7 @@ class AggregationRule:
     read_out: str = "svd"
     weighting: str = "examples"
     robust: str = "none"
-    max_malicious: float = 0.2
+    max_malicious: float = MAX_MALICIOUS
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
     base_bits: int = 32
     mixed_ranks: bool = False
@@ -145,7 +156,7 @@ def _contradictions(rule: AggregationRule) -> Iterator[str]:
         yield (
             f"{optimizer} at server learning rate {rule.optimizer.rate:g}: read-out {rule.read_out} adds the"
             " round's own change to the base model, which no other step size would match and no momentum can"
-            " follow; use fedavg with aggregation.server-learning-rate = 0"
+            " follow; use fedavg with aggregation.server-learning-rate = auto"
         )
     needs_each = rule.read_out != "factor-mean" or rule.robust != "none" or rule.weighting == "product-norm"
     if rule.node_sum and needs_each:
@@ -174,6 +185,22 @@ def _contradictions(rule: AggregationRule) -> Iterator[str]:
         yield f"{weighting} counts a client more the larger its update, which {robust} exists to prevent"
 
 
+def server_optimizer(section: AggregationConfig) -> ServerOptimizer:
+    """Return the optimizer that `aggregation.optimizer` names, such as "fedadam:second-moment=0.95".
+
+    Raises:
+        ConfigError: a constant is unknown, no number or out of range.
+    """
+    name, _, text = section.optimizer.partition(":")
+    named = named_values("aggregation.optimizer", text, ("momentum", "second-moment", "adaptivity"))
+    try:
+        constants = {constant.replace("-", "_"): float(value) for constant, value in named.items()}
+    except ValueError as error:
+        raise ConfigError(f"aggregation.optimizer = {section.optimizer!r}: {error}") from None
+    rate = number_or(section.server_learning_rate, 0.0)
+    return ServerOptimizer(name=name, learning_rate=rate, **constants)
+
+
 def aggregation_rule(config: RunConfig) -> AggregationRule:
     """Return the aggregation rule of a run, its preset resolved.
 
@@ -185,27 +212,21 @@ def aggregation_rule(config: RunConfig) -> AggregationRule:
     """
     given = config.aggregation
     preset, asked_weighting = given.preset, given.weighting
-    if config.privacy.epsilon and (given.train, given.read_out, preset) == _DEFAULT_AXES:
+    if config.privacy.epsilon != "off" and (given.train, given.read_out, preset) == _DEFAULT_AXES:
         preset = PRIVATE_PRESET
-        is_capped = config.privacy.weight_cap > 0 or config.privacy.unit == "example"
+        is_capped = config.privacy.weight_cap != "off" or config.privacy.unit == "example"
         asked_weighting = asked_weighting if is_capped or asked_weighting != "examples" else "uniform"
     train, read_out, weighting = preset_axes(
         preset, train=given.train, read_out=given.read_out, weighting=asked_weighting
     )
-    optimizer = ServerOptimizer(
-        name=given.optimizer,
-        learning_rate=given.server_learning_rate,
-        momentum=given.server_momentum,
-        second_moment=given.second_moment,
-        adaptivity=given.adaptivity,
-    )
+    robust, max_malicious = split_number(given.robust, MAX_MALICIOUS)
     return AggregationRule(
         train=train,
         read_out=read_out,
         weighting=weighting,
-        robust=given.robust,
-        max_malicious=given.max_malicious,
-        optimizer=optimizer,
+        robust=robust,
+        max_malicious=max_malicious,
+        optimizer=server_optimizer(given),
         base_bits={"none": 32, "8bit": 8, "4bit": 4}[config.model.quantization],
         mixed_ranks=are_mixed(config.lora.client_ranks, config.lora.rank),
         node_sum=config.wire.node_sum,

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from fedllm.config.key import number_or, split_number
 from fedllm.config.keys import FederationConfig
 from fedllm.errors import ConfigError
 
@@ -31,17 +32,25 @@ def cohort_plan(federation: FederationConfig) -> CohortPlan:
         ConfigError: the cohort is larger than the federation, or smaller than the updates a round needs.
     """
     num_clients = federation.num_clients
-    # At least one client: a small fraction of few clients would round to nobody.
-    size = federation.cohort_size or max(1, round(federation.cohort_fraction * num_clients))
+    rule, number = split_number(federation.selection, 0.0)
+    if rule == "power-of-choice" and number % 1:
+        raise ConfigError(f"federation.selection = {federation.selection!r}: expected whole candidates")
+    size = number_or(federation.cohort, num_clients)
+    if isinstance(size, float):
+        if size > 1:
+            raise ConfigError(
+                f"federation.cohort = {size}: expected a whole number of clients, or a share up to 1"
+            )
+        size = max(1, round(size * num_clients))  # a small share of few clients would round to nobody
     if size > num_clients:
-        raise ConfigError(f"federation.cohort-size = {size} is above federation.num-clients = {num_clients}")
+        raise ConfigError(f"federation.cohort = {size} is above federation.num-clients = {num_clients}")
     if federation.min_clients > size:
         raise ConfigError(f"federation.min-clients = {federation.min_clients} is above the cohort of {size}")
     return CohortPlan(
-        rule=federation.selection,
+        rule=rule,
         size=size,
         num_clients=num_clients,
         over_selection=federation.over_selection,
-        candidates=federation.candidates,
-        preferred_seconds=federation.preferred_seconds,
+        candidates=int(number) if rule == "power-of-choice" else 0,
+        preferred_seconds=number if rule == "oort" else 0.0,
     )

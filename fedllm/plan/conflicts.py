@@ -64,9 +64,10 @@ def _check_selection(config: RunConfig, cohort: CohortPlan) -> None:
             "federation.over-selection needs a cohort of a fixed size, and federation.selection = 'poisson'"
             " has none: keeping only the first to answer would be another law; set it to 1"
         )
-    if federation.selection == "power-of-choice" and 0 < federation.candidates < num_asked:
+    if 0 < cohort.candidates < num_asked:
         raise ConfigError(
-            f"federation.candidates = {federation.candidates} is below the {num_asked} clients a round asks"
+            f"federation.selection = {federation.selection!r} names fewer candidates than the {num_asked}"
+            " clients a round asks"
         )
 
 
@@ -94,7 +95,7 @@ def _check_staleness(config: RunConfig, rule: AggregationRule) -> None:
 
 
 def _check_control_variates(config: RunConfig, rule: AggregationRule) -> None:
-    if not config.train.clip_norm:
+    if config.train.clip_norm == "off":
         raise ConfigError(
             "train.control-variates needs train.clip-norm above 0: it bounds what one client may add to them"
         )

@@ -16,7 +16,7 @@ anywhere else.
 import math
 from dataclasses import dataclass
 
-from fedllm.config.keys import TRUSTS, UNITS
+from fedllm.config.key import number_or, split_number
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
@@ -57,7 +57,7 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and 0 < self.delta < 1 and self.clip > 0):
             raise ConfigError("a privacy plan needs epsilon and clip above 0 and delta between 0 and 1")
-        if self.unit not in UNITS or self.trust not in TRUSTS[1:]:
+        if self.unit not in {"example", "client"} or self.trust not in {"central", "local", "distributed"}:
             raise ConfigError(f"no privacy plan is known for unit {self.unit!r} and trust {self.trust!r}")
         if self.unit == "example" and self.trust != "local":
             raise ConfigError(
@@ -121,9 +121,9 @@ class PrivacyPlan:
         left = z**-2 - (2 * count_deviation) ** -2
         if left <= 0:
             raise ConfigError(
-                f"privacy.adaptive-clip: with {self.denominator:g} clients a round and noise multiplier"
+                f"privacy.clip = 'adaptive': with {self.denominator:g} clients a round and noise multiplier"
                 f" {z:.3g} the noise on the count of clipped clients would hide it; use at least"
-                f" {math.ceil(10 * z) + 1} clients a round, or a fixed privacy.clip"
+                f" {math.ceil(10 * z) + 1} clients a round, or a number"
             )
         return left**-0.5, count_deviation
 
@@ -144,10 +144,11 @@ class PrivacyPlan:
 
 
 def privacy_plan(config: RunConfig, cohort: CohortPlan) -> PrivacyPlan | None:
-    """Return the privacy plan of a run, None where it has none (`privacy.epsilon = 0`)."""
+    """Return the privacy plan of a run, None where it has none (`privacy.epsilon = "off"`)."""
     section, federation = config.privacy, config.federation
-    if not section.epsilon:
+    if isinstance(section.epsilon, str):  # "off"
         return None
+    word, clip = split_number(section.clip, 1.0)
     by_example = section.unit == "example"
     automatic = "local" if by_example else "central"
     trust = automatic if section.trust == "auto" else section.trust
@@ -157,17 +158,17 @@ def privacy_plan(config: RunConfig, cohort: CohortPlan) -> PrivacyPlan | None:
         delta=section.delta,
         unit=section.unit,
         trust=trust,
-        clip=section.clip,
-        adaptive=section.adaptive_clip,
-        noise_multiplier=section.noise_multiplier,
+        clip=clip,
+        adaptive=word == "adaptive",
+        noise_multiplier=number_or(section.noise_multiplier, 0.0),
         participations=federation.num_rounds
         if has_coins
-        else section.max_participations or federation.num_rounds,
+        else number_or(section.max_participations, federation.num_rounds),
         steps=config.train.local_steps if by_example else 1,
         rate=cohort.size / federation.num_clients if has_coins else 1.0,
         denominator=float(cohort.size),
         batch_size=config.train.batch_size,
-        limit=section.max_participations,
-        weight_cap=section.weight_cap,
+        limit=number_or(section.max_participations, 0),
+        weight_cap=number_or(section.weight_cap, 0.0),
         metrics=section.metrics if section.metrics != "auto" else ("held-out" if by_example else "withheld"),
     )

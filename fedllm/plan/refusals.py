@@ -29,10 +29,10 @@ def check_privacy(config: RunConfig, rule: AggregationRule, plan: PrivacyPlan | 
 
 def _without_plan(config: RunConfig) -> Iterator[str]:
     section = config.privacy
-    if section.noise_multiplier:
-        yield "privacy.noise-multiplier needs privacy.epsilon above 0: the budget at which the run stops"
-    if section.adaptive_clip:
-        yield "privacy.adaptive-clip needs privacy.epsilon above 0; nothing is clipped without a budget"
+    if section.noise_multiplier != "auto":
+        yield "privacy.noise-multiplier needs privacy.epsilon: the budget at which the run stops"
+    if isinstance(section.clip, str):
+        yield f"privacy.clip = {section.clip!r} needs privacy.epsilon; nothing is clipped without a budget"
 
 
 def _of_every_plan(config: RunConfig, rule: AggregationRule) -> Iterator[str]:
@@ -56,7 +56,7 @@ def _of_every_plan(config: RunConfig, rule: AggregationRule) -> Iterator[str]:
             "aggregation.weighting = 'tokens' cannot go with privacy.epsilon: the tokens of the rows that"
             " were drawn are a count of private data that nothing noises; use examples or uniform"
         )
-    if config.federation.selection in ("power-of-choice", "oort"):
+    if config.federation.selection.startswith(("power-of-choice", "oort")):
         yield (
             f"federation.selection = {config.federation.selection!r} cannot go with privacy.epsilon: it"
             " chooses by losses, which are private; use uniform or poisson"
@@ -89,17 +89,17 @@ def _of_unit(config: RunConfig, rule: AggregationRule, plan: PrivacyPlan) -> Ite
             "privacy.trust = 'distributed': a client's part of the noise protects nothing until the server"
             " sees only a masked sum, which is not built yet; use central or local"
         )
-    if section.adaptive_clip and not plan.is_central:
+    if plan.adaptive and not plan.is_central:
         yield (
-            "privacy.adaptive-clip needs privacy.unit = 'client' and privacy.trust = 'central': the share of"
-            " clipped clients is a count that only a trusted server can noise once for all"
+            f"privacy.clip = {section.clip!r} needs privacy.unit = 'client' and privacy.trust = 'central':"
+            " the share of clipped clients is a count that only a trusted server can noise once for all"
         )
-    if section.weight_cap and not plan.is_central:
-        yield "privacy.weight-cap bounds weights under a central client-level sum only; set it to 0"
-    if section.max_participations and plan.rate < 1:
+    if plan.weight_cap and not plan.is_central:
+        yield "privacy.weight-cap bounds weights under a central client-level sum only; set it to off"
+    if plan.limit and plan.rate < 1:
         yield (
             "privacy.max-participations cannot go with federation.selection = 'poisson': a coin that is no"
-            " longer tossed for some is not the coin that was counted; set it to 0"
+            " longer tossed for some is not the coin that was counted; set it to all"
         )
     if plan.is_by_example:
         return
@@ -135,7 +135,7 @@ def _of_a_central_sum(config: RunConfig, rule: AggregationRule, plan: PrivacyPla
             " 1; use uniform, or examples with privacy.weight-cap"
         )
     if rule.weighting == "uniform" and plan.weight_cap:
-        yield "privacy.weight-cap needs aggregation.weighting = 'examples'; set it to 0"
+        yield "privacy.weight-cap needs aggregation.weighting = 'examples'; set it to off"
     if rule.node_sum:
         yield (
             f"wire.node-sum = true: {needs}, each of which it clips once more; the sum of a node hides them;"

@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fedllm.config.key import Scalar
-from fedllm.config.run_config import RunConfig
+from fedllm.config.key import Scalar, number_or
+from fedllm.config.run_config import RESUMABLE_KEYS, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.messages import LocalTraining
 from fedllm.plan.aggregation import AggregationRule, aggregation_rule
@@ -16,16 +16,6 @@ from fedllm.plan.dealt_numbers import deal_ranks
 from fedllm.plan.distillation import DistillationPlan, distillation_plan
 from fedllm.plan.privacy import PrivacyPlan, privacy_plan
 from fedllm.plan.training import PersonalTraining, local_training, personal_training
-
-# They change where, how long or how loudly a run works, never what a round computes.
-RESUMABLE_KEYS = frozenset(
-    {
-        "run.name", "run.output", "run.resume", "model.device", "model.num-threads",
-        "federation.num-rounds", "federation.round-deadline", "federation.join-deadline",
-        "federation.max-retries", "federation.max-failure-rate",
-        "evaluation.every", "evaluation.prompts", "evaluation.max-new-tokens",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ class RunPlan:
 
     def with_own_model(self, path: str) -> "RunPlan":
         """Return the plan on a machine that has its own copy of the base model; `digest` stays the run's."""
-        return replace(self, config=self.config.override({"model.name": path, "model.revision": ""}))
+        return replace(self, config=self.config.override({"model.name": path}))
 
     def ranks(self, client_ids: Iterable[str]) -> dict[str, int]:
         """Return the rank that `lora.client-ranks` gives each client, at most `lora.rank`."""
@@ -58,8 +48,8 @@ class RunPlan:
 
     def is_evaluated(self, round_num: int) -> bool:
         """Return whether a round, counted from 1, ends with held-out losses."""
-        every = self.config.evaluation.every
-        return round_num == self.config.federation.num_rounds or bool(every and round_num % every == 0)
+        last = self.config.federation.num_rounds
+        return round_num == last or round_num % number_or(self.config.evaluation.every, last) == 0
 
     def is_summed(self, ranks: Iterable[int]) -> bool:
         """Return whether a node answers for clients of these ranks with their sum: all have the run's."""
@@ -106,7 +96,9 @@ def fixed_keys(config: RunConfig) -> dict[str, Scalar]:
     free = set(RESUMABLE_KEYS)
     if config.train.schedule == "cosine":  # the schedule stretches over the number of rounds
         free.discard("federation.num-rounds")
-    if config.privacy.epsilon and not config.privacy.noise_multiplier:  # the noise was made for that number
+    if (
+        config.privacy.epsilon != "off" and config.privacy.noise_multiplier == "auto"
+    ):  # the noise was made for that number
         free.discard("federation.num-rounds")
     if config.distill.when != "never":  # they begin its synthetic texts
         free.discard("evaluation.prompts")
@@ -120,4 +112,4 @@ def _init_a(config: RunConfig) -> str:
     """
     if config.lora.init_a != "auto":
         return config.lora.init_a
-    return "orthonormal" if config.privacy.epsilon else "kaiming"
+    return "kaiming" if config.privacy.epsilon == "off" else "orthonormal"

@@ -3,9 +3,12 @@
 import math
 from dataclasses import dataclass, replace
 
+from fedllm.config.key import number_or, split_number
 from fedllm.config.keys import PersonalConfig
 from fedllm.config.run_config import RunConfig
 from fedllm.messages import LocalTraining
+
+DITTO_PULL = 0.1  # where `personal.mode` gives none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,22 +28,23 @@ def personal_training(section: PersonalConfig) -> PersonalTraining | None:
     """Return the numbers of personal adapters, None where clients have none."""
     if section.mode == "none":
         return None
-    pull = section.pull if section.mode == "ditto" else 0.0
-    return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull)
+    mode, pull = split_number(section.mode, DITTO_PULL)
+    return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull if mode == "ditto" else 0.0)
 
 
 def local_training(config: RunConfig, round_num: int) -> LocalTraining:
     """Return how a client trains in a round, counted from 1."""
     train = config.train
+    word, proximal = split_number(train.proximal, 0.0)
     return LocalTraining(
         steps=train.local_steps,
         batch_size=train.batch_size,
         learning_rate=_learning_rate(config, round_num),
         weight_decay=train.weight_decay,
-        clip_norm=train.clip_norm,
+        clip_norm=number_or(train.clip_norm, 0.0),
         dropout=config.lora.dropout,
-        proximal=train.proximal,
-        proximal_space=train.proximal_space,
+        proximal=proximal,
+        proximal_space=word or "factor",
     )
 
 

@@ -22,7 +22,6 @@ from unittest import mock
 from clients.client_app import PROCESS, app
 from fedllm.config.recipe import read_recipe
 from fedllm.config.run_config import RunConfig
-from fedllm.engine.jobs import Job
 from fedllm.runs.records import RoundRecord
 from scripts.benchmarks.jobs import round_jobs
 from scripts.benchmarks.memory import peak_rss
@@ -87,16 +86,12 @@ def train_only(config: RunConfig) -> Trace:
         losses.append({result.client_id: result.loss for result in results})
     return Trace(
         ends=tuple(ends),
-        tokens=tuple(sum(map(_num_tokens, jobs)) for jobs in rounds),
+        tokens=tuple(sum(job.num_tokens for job in jobs) for jobs in rounds),
         accepted=tuple(map(len, losses)),
         first_losses=losses[0],
         num_values=engine.layout.size,
         peak_rss=peak_rss(),
     )
-
-
-def _num_tokens(job: Job) -> int:
-    return sum(len(row.tokens) for batch in job.batches for row in batch)
 
 
 def federate(config: RunConfig) -> Trace:

@@ -17,9 +17,9 @@ from fedllm.adapters.folder import load_adapter, save_adapter
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.keys import DataConfig, LoraConfig, ModelConfig
 from fedllm.data.fields import Example
-from fedllm.distillation.other_tokenizer import Pair, TaughtByUnlike, pair_text
+from fedllm.distillation.other_tokenizer import Pair, PairedTargets, pair_text
 from fedllm.distillation.smaller import cut, decoder_layers, distil_layers, layer_angles, layers_to_keep
-from fedllm.distillation.student import OnPolicy, StudentTraining, distil_unlike, on_policy
+from fedllm.distillation.student import OnPolicy, StudentTraining, on_policy
 from fedllm.distillation.student import distil as distil_adapter
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
@@ -241,8 +241,8 @@ def teach_other_tokenizer(
         raise ConfigError("--on-policy needs a student with the teacher's tokenizer; leave it out")
     pairs, held_out = (_pairs(part, large, small, numbers) for part in (texts.train, texts.held_out))
     targets = teach(large.engine, large.teacher, [pair.teacher for pair in pairs], top_k=numbers.top_k)
-    objective = TaughtByUnlike({pair.student: pair for pair in pairs}, targets)
-    student = Taught(small.engine, distil_unlike(small.engine, small.adapter, objective, training).adapter)
+    objective = PairedTargets({pair.student: pair for pair in pairs}, targets)
+    student = Taught(small.engine, distil_adapter(small.engine, small.adapter, objective, training).adapter)
     theirs, ours = ([pair.teacher for pair in held_out], [pair.student for pair in held_out])
     losses = {
         "teacher": _loss_by_character(large, theirs),

@@ -53,9 +53,9 @@ def _clients(config: RunConfig, data: str, trained: Iterable[str]) -> dict[str, 
         if not set(trained) <= holder.clients.keys():
             raise NoDataError("the run's clients keep their rows elsewhere; give some with --data")
         return {name: client for name, client in holder.clients.items() if client.held_out}
-    whole = config.override({"data.held-out-fraction": 0.0, "data.max-rows": 0}).data
+    whole = config.override({"data.held-out-fraction": 0.0, "data.max-rows": "all"}).data
     rows = load_one_client(data, whole, client_id=Path(data).stem, seed=config.seed).client
-    files = resolve_model(config.model.name, config.model.revision)
+    files = resolve_model(config.model.name)
     client = encode_client(rows, PROCESS.resident.tokenizer(files), config.train.max_length)
     return {client.client_id: ClientTokens(client.client_id, (), client.train)}
 

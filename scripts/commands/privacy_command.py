@@ -29,7 +29,7 @@ def privacy(words: Sequence[str], *, noise: float, rows: int, as_json: bool) -> 
     the unit.
     """
     config = config_of(words)
-    if not config.privacy.epsilon:
+    if config.privacy.epsilon == "off":
         config = config.override({"privacy.epsilon": USUAL_EPSILON})
     plan = resolve(config).privacy
     assert plan is not None

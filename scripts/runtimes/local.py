@@ -24,8 +24,8 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import run_folder
 from fedllm.runs.records import RoundRecord
 from strategies.rounds import next_round
-from strategies.run import first_state, open_session
 from strategies.session import Session
+from strategies.start import first_state, open_session
 
 SERVER_NODE = 1  # the node id that Flower gives its SuperLink
 

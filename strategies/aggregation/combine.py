@@ -24,7 +24,7 @@ from fedllm.adapters.algebra import Product, squared_norm
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
 from fedllm.adapters.parts import returned_part
-from fedllm.adapters.shapes import parts_of, put_factors, shape_groups
+from fedllm.adapters.shapes import chunks_of, put_factors, shape_groups
 from fedllm.errors import LayoutError
 from fedllm.messages import ClientUpdate
 from fedllm.plan.aggregation import COORDINATE_RULES, AggregationRule
@@ -57,6 +57,11 @@ class RoundUpdates:
     def layout(self) -> AdapterLayout:
         """The run's layout."""
         return self.state.adapter.layout
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no update has come."""
+        return not self.held and self.folded is None
 
     @property
     def shared_part(self) -> str:
@@ -273,7 +278,7 @@ def _mean_changes(
         delta_P = robust.combine_coordinates(rule.robust, deltas, rule.max_malicious)
     shares_R = sums.rank_weights(held, shares.weights, layout.rank)
     for place, group in enumerate(shape_groups(layout)):
-        for part in parts_of(group, sums.matrices_at_once(group, layout.rank * (len(held) + 2))):
+        for part in chunks_of(group, sums.matrices_at_once(group, layout.rank * (len(held) + 2))):
             indices = group.indices[part]
             if delta_P is not None:
                 change = sums.change_of_vector(layout, delta_P, indices)

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import ConfigError, RunFailedError
-from fedllm.plan.aggregation import AggregationRule
+from fedllm.plan.run_plan import RunPlan
 from fedllm.wire.stock import read_plain, write_plain
 from strategies.aggregation.sums import HeldUpdate
 
@@ -31,14 +31,17 @@ class _Nodes:
         return list(range(1, self.number + 1))
 
 
-def check_stock(rule: AggregationRule, *, distils: bool = False) -> None:
+def check_stock(plan: RunPlan) -> None:
     """Refuse a run whose rule leaves nothing for a stock strategy to do, or not what it expects.
 
     Raises:
         ConfigError: another read-out, robust rule, optimizer or weighting than a stock strategy's own,
-            clients without common factors, or a distillation step after it.
+            clients without common factors, noise that the server is to add, or a distillation step.
     """
-    if distils:
+    rule = plan.aggregation
+    if plan.privacy is not None and plan.privacy.is_central:
+        raise ConfigError("a stock Flower strategy adds no noise; use privacy.trust = local without it")
+    if plan.distillation is not None:
         raise ConfigError(
             "a stock Flower strategy may leave clients out of its mean and does not say whom, so they cannot"
             " teach: set distill.when = never with it"

@@ -17,7 +17,7 @@ import torch
 
 from fedllm.adapters.algebra import Product
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.adapters.shapes import ShapeGroup, parts_of, shape_groups, stack_factors
+from fedllm.adapters.shapes import ShapeGroup, chunks_of, shape_groups, stack_factors
 
 WORKSPACE = 1 << 23  # bytes of float64 that one batched operation works on: what a cache holds
 ROUNDING = 1e-12  # weights that differ from 1 by less than this sum to 1: float64 leaves about 1e-16 each
@@ -76,7 +76,7 @@ def fold(sums: FoldedSums, layout: AdapterLayout, held: tuple[HeldUpdate, ...]) 
     products = []
     for group, before in zip(shape_groups(layout) if sums.products else (), sums.products, strict=True):
         after = torch.empty_like(before)
-        for part in parts_of(group, matrices_at_once(group, layout.rank * len(held))):
+        for part in chunks_of(group, matrices_at_once(group, layout.rank * len(held))):
             a_LKRI, b_LOKR = stack_factors(layout, deltas, group.indices[part])
             b_LOKR.mul_(weights_K[:, None])
             # Side by side the factors of all clients are one product, and the sum over them is free.

@@ -1,41 +1,63 @@
-"""How a round with a distillation step ends: whatever goes wrong costs the step and never the round."""
+"""Distillation as the last collector of a round: whatever goes wrong costs the step and never the round."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import FedLLMError
+from fedllm.messages import ClientUpdate
 from fedllm.models.files import first_line
 from fedllm.plan.run_plan import distillation_of
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import DistillationRecord, RoundRecord
+from fedllm.runs.records import DistillationRecord, RoundPlan, RoundRecord
 from strategies.distillation.gate import ask_clients
 from strategies.distillation.report import describe_step
 from strategies.distillation.step import distil_aggregate
-from strategies.distillation.teachers import ClientAdapter, Teachers
-from strategies.exchange.evaluation import HeldOut
+from strategies.distillation.teachers import ClientAdapter, Teachers, open_teachers
 from strategies.session import Session
 
 
-def end_with_distillation(
-    session: Session, before: ServerState, after: ServerState, record: RoundRecord, teachers: Teachers
-) -> tuple[ServerState, RoundRecord, HeldOut | None]:
-    """Let the clients' adapters teach the aggregate; it stays where the step fails or a gate refuses.
+@dataclass(frozen=True, eq=False)
+class DistillationCollector:
+    """Keeps the clients' adapters of a round, which teach the aggregate once there is one."""
 
-    Returns the state, the record and, where clients were asked, their losses under the adapter that was kept.
-    """
-    adapter, outcome = try_step(session, before, after, teachers.without(record.aggregation.silenced))
-    plan, held_out = distillation_of(session.plan), None
-    # A run that is resumed with more rounds goes on from the aggregate, so it is kept as well.
-    aggregate = after.adapter if plan.numbers.when == "last" and outcome.kept else None
-    state = replace(after, adapter=adapter, undistilled=aggregate)
-    if outcome.kept and plan.asks_clients:
-        state, outcome, held_out = ask_clients(session, after, state, outcome)
-    session.watch.notice(f"round {record.round_num}: {describe_step(outcome)}")
-    return state, replace(record, distillation=outcome, adapter=state.adapter.digest), held_out
+    session: Session
+    teachers: Teachers
+
+    def add(self, update: ClientUpdate) -> None:
+        """Let a client teach, if it is among the heaviest."""
+        self.teachers.add(update)
+
+    def close(
+        self, before: ServerState, after: ServerState, record: RoundRecord
+    ) -> tuple[ServerState, RoundRecord]:
+        """Distil the aggregate, which stays where the step fails or a gate refuses.
+
+        Losses that the gate had the clients measure are the round's, where it is to be evaluated.
+        """
+        if not record.applied or not record.accepted:
+            return after, record
+        session, plan = self.session, distillation_of(self.session.plan)
+        teachers = self.teachers.without(record.aggregation.silenced)
+        adapter, outcome = try_step(session, before, after, teachers)
+        # A run that is resumed with more rounds goes on from the aggregate, so it is kept as well.
+        aggregate = after.adapter if plan.numbers.when == "last" and outcome.kept else None
+        state = replace(after, adapter=adapter, undistilled=aggregate)
+        if outcome.kept and plan.asks_clients:
+            state, outcome, held_out = ask_clients(session, after, state, outcome)
+            if session.plan.is_evaluated(record.round_num):
+                record = held_out.noted_in(record)
+        session.watch.notice(f"round {record.round_num}: {describe_step(outcome)}")
+        return state, replace(record, distillation=outcome, adapter=state.adapter.digest)
+
+
+def open_distillation(session: Session, state: ServerState, plan: RoundPlan) -> DistillationCollector | None:
+    """Return the collector of a round that ends with a distillation step, None for the others."""
+    teachers = open_teachers(session.plan.distillation, state.adapter, plan.round_num)
+    return None if teachers is None else DistillationCollector(session, teachers)
 
 
 def try_step(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fedllm.config.keys import DataConfig
-from fedllm.data.fields import Fields, RowProblem, detect_fields, to_example
+from fedllm.data.fields import Fields, RowProblem, detect_fields, mapped_columns, to_example
 from fedllm.data.partition import parse_partition, row_label
 from fedllm.data.public_text import PublicText
 from fedllm.data.rows import Rows, read_rows
@@ -80,10 +80,8 @@ def _texts(rows: Rows, data: DataConfig) -> Iterator[PublicText]:
 
 def _fields(columns: Sequence[str], data: DataConfig) -> Fields:
     """Return the columns by the names the private text has, where public text has them too, else detected."""
-    names = (data.prompt_column, data.response_column, data.text_column)
-    if any(name and name not in columns for name in names):
-        names = ("", "", "")
-    return detect_fields(columns, prompt_column=names[0], response_column=names[1], text_column=names[2])
+    named = mapped_columns(data.columns)
+    return detect_fields(columns, named if set(named.values()) <= set(columns) else {})
 
 
 def split_texts(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fedllm.data.fields import Turn
+from fedllm.data.fields import Turn, mapped_columns
 from fedllm.distillation.sample import sample_texts
-from fedllm.distillation.targets import learnt_tokens
 from fedllm.engine.engine import Engine
 from fedllm.errors import DataError, NoDataError
 from fedllm.models.chat import Encoded, chat_text
+from fedllm.plan.run_plan import RunPlan
 from fedllm.seeds import derive_seed
 from strategies.distillation.public_text import Split
 from strategies.distillation.teachers import ClientAdapter, priors_of
@@ -50,6 +50,12 @@ class Writers:
         return list(zip(samples.rows, writers, strict=True))
 
 
+def writers_of(plan: RunPlan, engine: Engine, adapters: Sequence[ClientAdapter], round_num: int) -> Writers:
+    """Return the clients' adapters of a round as writers."""
+    is_plain = "text" in mapped_columns(plan.config.data.columns)
+    return Writers(engine, adapters, plan.config.seed, round_num, plan.prompts, is_plain)
+
+
 def write_synthetic_texts(
     writers: Writers, split: Split | None, number: int, max_tokens: int, name: str = "synthetic"
 ) -> list[Text]:
@@ -69,7 +75,7 @@ def write_synthetic_texts(
         header = _tokens(tokenizer, chat_text(tokenizer, [Turn("user", _MARK)]).partition(_MARK)[0])
         # A question takes half of what a prompt may: the template's marks around it need room too.
         asked = writers.write([header or _begin(tokenizer)], number, most // 2, f"{name}-question")
-        words = [tokenizer.decode(learnt_tokens(row), skip_special_tokens=True).strip() for row, _ in asked]
+        words = [tokenizer.decode(row.learnt_tokens, skip_special_tokens=True).strip() for row, _ in asked]
         begins = [(Turn("user", question),) for question in words if question]
     prompts = [prompt for prompt in (_prompt(tokenizer, turns) for turns in begins) if prompt]
     kept = [prompt for prompt in prompts if len(prompt) <= most]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fedllm.config.key import split_number
 from fedllm.config.keys import DistillConfig
 from fedllm.distillation.targets import Targets
 from fedllm.distillation.teacher import Teacher, teach
@@ -40,12 +41,13 @@ def ask_teacher(
     Posterior weights on text that no client models are noise that looks certain. So where the mixture's loss
     on held-out public text is above the base model's (`base`), the uniform teacher takes its place.
     """
+    kind, temper = split_number(numbers.teacher, 1.0)
     teacher = Teacher(
         adapters=tuple(adapter.vector for adapter in adapters),
         layout=engine.layout,
         priors=priors_of(adapters),
-        kind=numbers.teacher,
-        temper=numbers.temper,
+        kind=kind,
+        temper=temper,
     )
     ensemble, note = teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss, ""
     is_public = material.texts.held_out_kind == PUBLIC

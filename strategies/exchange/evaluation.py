@@ -1,17 +1,16 @@
 """The held-out loss of every client, measured where its rows are."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-from flwr.app import RecordDict
+from dataclasses import dataclass, replace
 
 from fedllm.errors import WireError
-from fedllm.messages import ClientEvaluation, ClientFailure, EvaluateRequest
+from fedllm.messages import ClientEvaluation, ClientFailure
 from fedllm.runs.checkpoint import ServerState
-from fedllm.wire import replies, requests
+from fedllm.runs.records import RoundRecord
+from fedllm.wire import replies
+from strategies.exchange.requesting import evaluate_requests
 from strategies.exchange.validation import check_evaluation
 from strategies.grid.transport import Reply
-from strategies.grid.what_nodes_hold import travelling_part
 from strategies.session import Session
 
 
@@ -24,6 +23,10 @@ class HeldOut:
 
     shared: Mapping[str, float]
     personal: Mapping[str, float]
+
+    def noted_in(self, record: RoundRecord) -> RoundRecord:
+        """Return a round's record with these losses."""
+        return replace(record, held_out=self.shared, personal_held_out=self.personal)
 
 
 def evaluate(session: Session, state: ServerState) -> HeldOut:
@@ -43,43 +46,16 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
     return HeldOut(shared, {client: loss for client, loss in personal.items() if loss is not None})
 
 
-def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordDict]:
-    """Return one message per free node, naming its clients that keep held-out rows.
-
-    There is none where the privacy plan keeps held-out losses with the clients.
-    """
-    if session.privacy is not None and session.privacy.plan.metrics == "withheld":
-        return {}
-    holders = [client.client_id for client in session.clients.values() if client.num_held_out]
-    free = set(session.transport.node_ids())
-    part = travelling_part(session.rule, state.adapter, session.initial)
-    return {
-        node: requests.write_evaluate_request(
-            EvaluateRequest(
-                round_num=state.round_num,
-                client_ids=tuple(clients),
-                num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
-                adapter=state.adapter,
-                base_delta=state.base_delta,
-                plan_digest=session.plan.digest,
-            ),
-            session.delivered.sending(node, part, state.base_delta.digest),
-        )
-        for node, clients in session.by_node(holders).items()
-        if node in free
-    }
-
-
 def read_evaluations(session: Session, reply: Reply) -> dict[str, ClientEvaluation]:
     """Return the sound evaluations in a node's reply, of clients it hosts; the rest is only noticed."""
     if reply.content is None:
-        session.delivered.failed(reply.node_id, None)
+        session.held_by_nodes.forget(reply.node_id, None)
         session.watch.notice(f"node {reply.node_id} was not evaluated: {reply.reason}")
         return {}
     try:
         answers = replies.read_evaluations(reply.content)
     except WireError as error:
-        session.delivered.failed(reply.node_id, reply.content)
+        session.held_by_nodes.forget(reply.node_id, reply.content)
         session.watch.notice(f"node {reply.node_id} was not evaluated: {error}")
         return {}
     found: dict[str, ClientEvaluation] = {}

@@ -61,6 +61,21 @@ def join_clients(
     return usable
 
 
+def wait_for_nodes(session: Session) -> None:
+    """Wait until as many clients as a round needs are on free nodes, for the join deadline at most.
+
+    Clients that join meanwhile count.
+    """
+    federation = session.config.federation
+    ends = time.monotonic() + federation.join_deadline
+    while time.monotonic() < ends:
+        rejoin(session)
+        free = set(session.transport.node_ids())
+        if sum(client.node_id in free for client in session.clients.values()) >= federation.min_clients:
+            return
+        time.sleep(session.transport.poll_seconds)
+
+
 def rejoin(session: Session) -> None:
     """Add to the session the clients of nodes that have appeared since: late, or restarted.
 

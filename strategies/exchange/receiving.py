@@ -27,7 +27,7 @@ def members_of(answer: Answer) -> Sequence[Answer]:
     return (isinstance(answer, ClientUpdate) and answer.members) or (answer,)
 
 
-def first_updates(answers: Generator[Answer, None, None], number: int) -> Generator[Answer, None, None]:
+def _first_updates(answers: Generator[Answer, None, None], number: int) -> Generator[Answer, None, None]:
     """Stop listening once `number` updates have come; the rest of an over-selected cohort is let go."""
     with closing(answers):
         for answer in answers:
@@ -37,7 +37,7 @@ def first_updates(answers: Generator[Answer, None, None], number: int) -> Genera
                 return
 
 
-def in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answer, None, None]:
+def sort_answers(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answer, None, None]:
     """Yield answers in the plan's order, each as soon as all before it are there; late ones by name, last.
 
     Floating-point sums depend on their order; this makes a round independent of who was faster.
@@ -62,11 +62,20 @@ def in_order(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answe
 def receive(
     session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
 ) -> Generator[Answer, None, None]:
-    """Yield one answer for every client asked, as it arrives: a sound update or why there is none.
+    """Yield answers as they arrive, until the round has its number of updates or all clients have answered.
 
-    Late updates of earlier rounds come too, where they count; of those that are unsound or too late there is
-    only a notice.
+    An answer is a sound update or the reason why there is none. Late updates of earlier rounds come too,
+    where they count; of those that are unsound or too late there is only a notice.
     """
+    answers = _receive_all(session, plan, contents)
+    if len(plan.asked) > plan.cohort_size or session.transport.keeps_late:
+        return _first_updates(answers, plan.cohort_size)
+    return answers
+
+
+def _receive_all(
+    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
+) -> Generator[Answer, None, None]:
     asked, largest_staleness = session.by_node(plan.asked), session.config.federation.max_staleness
     arriving = session.transport.exchange(
         contents,
@@ -105,7 +114,7 @@ def read_reply(
         except WireError as error:
             unanswered = dict.fromkeys(asked, str(error))
     if not answers:
-        session.delivered.failed(reply.node_id, reply.content)
+        session.held_by_nodes.forget(reply.node_id, reply.content)
     for answer in answers:
         if unanswered.pop(answer.client_id, None) is None:
             session.watch.notice(f"node {reply.node_id} answered for a client it was not asked for")

@@ -32,7 +32,7 @@ class Reply:
 
 @dataclass(eq=False)
 class Transport:
-    """A grid with a memory of what is still under way. The one mutable object of a server."""
+    """A grid with a memory of what is still under way."""
 
     grid: Grid
     poll_seconds: float = 0.1

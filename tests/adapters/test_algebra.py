@@ -4,7 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.adapters import algebra
-from fedllm.adapters.algebra import Product, decompose, find_range, inner, leading, squared_norm, truncate
+from fedllm.adapters.algebra import (
+    Product,
+    decompose,
+    find_range,
+    inner,
+    leading_basis,
+    squared_norm,
+    truncate,
+)
 
 laws = settings(deadline=None, max_examples=60)
 
@@ -157,7 +165,7 @@ def test_every_way_to_a_basis_keeps_the_same_energy(
     product = product_of([width], num_out, num_in, 4)
     energy = torch.linalg.svdvals(product.dense).square()
     product = Product(product.dense) if is_dense else product
-    basis = leading(product, 4, gaussian(2, 4, num_in, seed=9))
+    basis = leading_basis(product, 4, gaussian(2, 4, num_in, seed=9))
     kept = torch.linalg.svdvals(product.transposed_times(basis))[:, :4].square().sum(dim=1)
     torch.testing.assert_close(kept, energy[:, :4].sum(dim=1), rtol=1e-9, atol=0)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix, at_rank, with_rank
-from fedllm.adapters.side_by_side import second_mask, second_of, side_by_side
+from fedllm.adapters.side_by_side import mask_of_second, side_by_side, take_second
 
 SHARED = AdapterLayout((LoraMatrix("a", 7, 5), LoraMatrix("b.c", 4, 9)), 3, 4.5, "f" * 64)
 
@@ -26,13 +26,13 @@ def test_their_effects_add_up_and_each_comes_back(second_rank: int) -> None:
     pairs = zip(wide.factors(both), SHARED.factors(first), own.factors(second), strict=True)
     for (a, b), (a1, b1), (a2, b2) in pairs:
         torch.testing.assert_close(b @ a, b1 @ a1 + b2 @ a2)
-    assert torch.equal(second_of(SHARED, both, second_rank), second)
+    assert torch.equal(take_second(SHARED, both, second_rank), second)
     assert torch.equal(with_rank(both, wide, 3), first)
 
 
 def test_the_mask_covers_the_second_adapter_and_no_value_of_the_first() -> None:
     first, second = vectors(2)
-    mask = second_mask(SHARED, 2)
+    mask = mask_of_second(SHARED, 2)
     both = side_by_side(SHARED, first, second, 2)
     assert int(mask.sum()) == second.numel()
     assert torch.equal(both[~mask].sort().values, first.sort().values)

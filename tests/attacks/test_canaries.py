@@ -45,7 +45,7 @@ def test_coins_are_fair_and_do_not_know_the_repeats() -> None:
         assert abs(sum(coins) - 500) < 4 * (1000 / 4) ** 0.5
 
 
-def test_only_what_is_included_becomes_rows_as_often_as_it_is_repeated() -> None:
+def test_included_canaries_become_rows_as_often_as_repeated() -> None:
     canaries = draw_canaries(VOCABULARY, client_id="a", number=12, length=6, seed=0)
     rows = [row.tokens for row in canary_rows(canaries)]
     for one in canaries:
@@ -68,7 +68,7 @@ def test_exposure_by_repeats_ranks_among_those_that_stayed_out() -> None:
     assert found[8] == pytest.approx([math.log2(num_out + 1)] * len(found[8]))
 
 
-def test_an_adapter_trained_on_canaries_is_caught_and_one_that_was_not_is_not(
+def test_only_an_adapter_trained_on_canaries_is_caught(
     make_exact_engine: Callable,
 ) -> None:
     """The positive control of an audit: without protection it must find much; without training nothing."""

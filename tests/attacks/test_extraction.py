@@ -46,7 +46,7 @@ def test_a_memorised_text_is_extracted_and_the_controls_are_not(
     assert extraction([suffix_of(one, 8, 16) for one in base]).extracted == 0
 
 
-def test_only_texts_of_the_whole_length_count_and_only_their_suffix_is_judged(make_engine: Callable) -> None:
+def test_only_suffixes_of_texts_that_are_long_enough_count(make_engine: Callable) -> None:
     long, short = tuple(range(5, 45)), tuple(range(5, 20))
     (row,) = extractable([Encoded(long, long), Encoded(short, short)], 10, 20)
     assert row.tokens == long[:30]

@@ -66,7 +66,7 @@ def test_one_step_at_enough_ranks_gives_every_token_away(make_exact_engine: Call
     assert closest_tokens(residuals, len(VISIBLE)) == found == VISIBLE
 
 
-def test_with_fewer_ranks_none_is_spanned_and_the_closest_still_tell(
+def test_with_fewer_ranks_only_the_closest_tokens_tell(
     make_exact_engine: Callable,
 ) -> None:
     engine = make_exact_engine(rank=4)
@@ -121,7 +121,7 @@ def test_the_changes_of_several_matrices_span_more_together(make_exact_engine: C
     assert recovery(spanned_tokens(together), true).f1 > 0.8
 
 
-def test_a_change_of_b_gives_tokens_away_where_they_are_fewer_than_ranks(make_exact_engine: Callable) -> None:
+def test_a_change_of_b_gives_tokens_away_if_fewer_than_ranks(make_exact_engine: Callable) -> None:
     engine = make_exact_engine(rank=16, targets="v_proj")
     layout, start = engine.layout, start_of(engine)
     change = gradient(engine, start)

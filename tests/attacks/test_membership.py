@@ -47,7 +47,7 @@ def test_signals_are_their_formulas() -> None:
     assert min_k_plus_plus(one, 0.4) == (-4.5 + 2) / 0.5
 
 
-def test_min_k_plus_plus_of_tokens_drawn_from_the_models_own_law_averages_zero() -> None:
+def test_min_k_plus_plus_of_the_models_own_tokens_averages_zero() -> None:
     law = torch.distributions.Categorical(logits=torch.randn(50, generator=torch.Generator().manual_seed(0)))
     log = law.logits.double()
     mean = float((log.exp() * log).sum())
@@ -78,19 +78,19 @@ def test_no_signal_is_chance() -> None:
     assert found.caught < 0.03
 
 
-def test_at_most_the_allowed_share_of_others_is_above_the_threshold() -> None:
+def test_only_the_allowed_share_of_others_passes_the_threshold() -> None:
     others = [float(number) for number in range(150)]
     assert separation([148.5], others, false_alarms=0.01).caught == 1  # one other of 150 is above
     assert separation([147.5], others, false_alarms=0.01).caught == 0  # two would be
 
 
-def test_a_separation_of_nothing_or_of_what_is_no_number_is_refused() -> None:
+def test_a_separation_of_nothing_or_of_no_number_is_refused() -> None:
     for members, others in (([], [1.0]), ([1.0], []), ([math.nan], [1.0])):
         with pytest.raises(ValueError, match="at least one member"):
             separation(members, others)
 
 
-def test_a_lead_is_over_the_best_of_all_others_and_only_a_clients() -> None:
+def test_a_lead_is_a_clients_over_the_best_of_all_others() -> None:
     assert leads([[-1.0, -3.0, -5.0], [-2.0, -2.5, -5.0]], [-4.0, -4.0, -2.0]) == pytest.approx(
         (1.0, 0.5, 0.0)
     )
@@ -141,7 +141,7 @@ def test_the_roc_curve_encloses_the_area(members: list[int], others: list[int]) 
 
 
 @pytest.mark.parametrize("unknown", [float("nan"), float("inf"), float("-inf")])
-def test_a_score_that_is_no_number_makes_its_text_stand_out_and_no_other(unknown: float) -> None:
+def test_a_score_that_is_no_number_makes_only_its_text_stand_out(unknown: float) -> None:
     base = [-3.0] * 9
     adapters = [[-2.9, -2.8, -2.95, -2.85, -2.9, -2.8, -2.95, -0.1, -2.9], [-3.1] * 9]
     expected = outliers(leads([row[1:] for row in adapters], base[1:]))

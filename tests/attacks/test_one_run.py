@@ -51,7 +51,7 @@ def test_delta_weakens_the_bound_and_at_zero_is_the_plain_one() -> None:
     assert bounds[3] == 0
 
 
-def test_the_bound_is_where_the_chance_is_what_the_confidence_leaves() -> None:
+def test_at_the_bound_the_chance_is_what_confidence_leaves() -> None:
     for guesses in (Guesses(300, 100, 80), Guesses(300, 300, 200)):
         for delta in (0.0, 1e-6):
             bound = epsilon_lower_bound(guesses, delta=delta, confidence=0.9)
@@ -64,7 +64,7 @@ def test_guessing_no_better_than_a_coin_refutes_nothing() -> None:
     assert epsilon_lower_bound(Guesses(100, 0, 0)) == 0
 
 
-def test_against_randomised_response_the_bound_holds_and_is_not_vacuous() -> None:
+def test_the_bound_holds_and_is_not_vacuous_for_random_response() -> None:
     """Each coin is told truly with chance e^eps / (1 + e^eps): eps-DP, and as much as eps-DP can tell."""
     epsilon, generator = 2.0, np.random.default_rng(0)
     truth = 1 / (1 + math.exp(-epsilon))

@@ -210,7 +210,7 @@ def test_an_evaluation_covers_the_rows_kept_back(holder: DataHolder) -> None:
 
 def test_a_nodes_own_model_path_leaves_the_runs_digest(write_rows: Callable, make_config: Callable) -> None:
     config = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 3}))
-    named = config.override({"model.name": "org/model", "model.revision": "main"})
+    named = config.override({"model.name": "org/model@main"})
     node = {"server-paths": True, "model-path": config.model.name}
     holder = holder_of(named, **node)
     assert holder.plan.digest == resolve(named).digest

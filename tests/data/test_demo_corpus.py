@@ -2,7 +2,6 @@ import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from fedllm.data import demo_corpus
 from fedllm.data.demo_corpus import docstring_rows, first_sentence
-from fedllm.data.installed_packages import _REQUIREMENTS, Package, installed_packages, source_files
+from fedllm.data.installed_packages import REQUIREMENTS, Package, installed_packages, source_files
 from fedllm.errors import DataError
 
 
@@ -18,20 +17,18 @@ def test_what_is_required_without_metadata_is_what_the_project_requires() -> Non
     """Flower runs the project from a bundle that has none, and nodes must deal the same rows."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     names = [re.match(r"[\w.-]+(\[[\w,-]+\])?", text) for text in project["dependencies"]]
-    assert sorted(_REQUIREMENTS) == sorted(name[0] for name in names if name)
+    assert sorted(REQUIREMENTS) == sorted(name[0] for name in names if name)
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose subfolders are all the packages there are."""
     monkeypatch.setattr(
         demo_corpus,
         "installed_packages",
         lambda: tuple(Package(folder.name, folder) for folder in sorted(tmp_path.iterdir())),
     )
-    demo_corpus._choose.cache_clear()
-    yield tmp_path
-    demo_corpus._choose.cache_clear()
+    return tmp_path
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -65,8 +62,6 @@ def test_eight_installed_packages_are_disjoint_clients_of_sixty_rows_or_more() -
 
 def test_the_corpus_is_the_same_each_time_and_fewer_clients_are_a_prefix_of_more() -> None:
     rows = docstring_rows(3)
-    demo_corpus._choose.cache_clear()
-    demo_corpus._file_pairs.cache_clear()
     assert docstring_rows(3) == rows
     assert docstring_rows(2) == rows[: len(docstring_rows(2))]
 

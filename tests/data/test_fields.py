@@ -2,7 +2,16 @@ from typing import Any
 
 import pytest
 
-from fedllm.data.fields import Example, Fields, RowProblem, Turn, detect_fields, name_columns, to_example
+from fedllm.data.fields import (
+    Example,
+    Fields,
+    RowProblem,
+    Turn,
+    detect_fields,
+    mapped_columns,
+    name_columns,
+    to_example,
+)
 from fedllm.errors import ConfigError, DataError
 
 SECRET = "xyzzy-private"
@@ -35,48 +44,43 @@ def test_usual_names_are_recognised_in_any_case_and_in_order(columns: list[str],
 
 def test_an_explicit_mapping_wins_over_usual_names() -> None:
     columns = ["messages", "prompt", "response", "ask", "tell"]
-    assert detect_fields(columns, prompt_column="ask", response_column="tell") == Fields(
-        prompt="ask", response="tell"
-    )
-    assert detect_fields(columns, text_column="tell") == Fields(text="tell")
+    pair = mapped_columns("prompt=ask, response=tell")
+    assert detect_fields(columns, pair) == Fields(prompt="ask", response="tell")
+    assert detect_fields(columns, mapped_columns("text=tell")) == Fields(text="tell")
+
+
+def test_a_mapped_name_may_hold_commas() -> None:
+    assert mapped_columns("response=a,b,prompt=c = d") == {"prompt": "c = d", "response": "a,b"}
+    assert mapped_columns("") == {}
 
 
 @pytest.mark.parametrize(
-    ("mapping", "named"),
-    [
-        ({"prompt_column": "ask", "response_column": "b"}, "data.prompt-column = 'ask'"),
-        ({"prompt_column": "a", "response_column": "tell"}, "data.response-column = 'tell'"),
-        ({"text_column": "whole"}, "data.text-column = 'whole'"),
-    ],
+    ("mapping", "absent"),
+    [("prompt=ask,response=b", "ask"), ("prompt=a,response=tell", "tell"), ("text=whole", "whole")],
 )
-def test_a_mapped_column_that_is_absent_is_named_with_those_present(
-    mapping: dict[str, str], named: str
-) -> None:
+def test_a_mapped_column_that_is_absent_is_named_with_those_present(mapping: str, absent: str) -> None:
     with pytest.raises(DataError) as caught:
-        detect_fields(["a", "b"], **mapping)
-    assert str(caught.value) == f"{named} is not among the columns (a, b)"
+        detect_fields(["a", "b"], mapped_columns(mapping))
+    assert str(caught.value) == f"data.columns: {absent!r} is not among the columns (a, b)"
 
 
 @pytest.mark.parametrize(
     "mapping",
     [
-        {"prompt_column": "a"},
-        {"response_column": "a"},
-        {"text_column": "a", "prompt_column": "b"},
-        {"text_column": "a", "prompt_column": "b", "response_column": "c"},
+        *("prompt=a", "response=a", "text=a,prompt=b", "text=a,prompt=b,response=c"),
+        *("a", "answer=a", "text=a,text=b", "question=a,prompt=b,response=c"),
     ],
 )
-def test_a_contradictory_mapping_is_a_config_error(mapping: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"data\.text-column"):
-        detect_fields(["a", "b", "c"], **mapping)
+def test_a_contradictory_mapping_is_a_config_error(mapping: str) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.columns = "):
+        mapped_columns(mapping)
 
 
 @pytest.mark.parametrize("columns", [[], ["chosen", "rejected"], ["prompt"], ["answer", "output"]])
 def test_unknown_columns_are_listed_with_the_keys_that_map_them(columns: list[str]) -> None:
     with pytest.raises(DataError) as caught:
         detect_fields(columns)
-    keys = ("data.prompt-column", "data.response-column", "data.text-column")
-    assert all(part in str(caught.value) for part in (*columns, *keys))
+    assert all(part in str(caught.value) for part in (*columns, "data.columns"))
 
 
 def test_a_header_that_is_really_a_row_of_text_is_not_shown() -> None:

@@ -157,7 +157,7 @@ def test_one_client_never_asks_the_hub() -> None:
 
 def test_the_mapping_keys_choose_the_columns(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"ask": "q", "tell": "a", "text": "unused"}])
-    client = one_client(source, prompt_column="ask", response_column="tell")
+    client = one_client(source, columns="prompt=ask,response=tell")
     assert [turn.content for turn in client.train[0].turns] == ["q", "a"]
 
 

@@ -34,7 +34,7 @@ def make_rows() -> Callable[..., tuple[Encoded, ...]]:
 def make_engine(load_tiny: Callable[..., BaseModel]) -> Callable[..., Engine]:
     """Return a function (kind, dtype) -> an engine on a tiny base model that is sure of what it says.
 
-    Untrained, a tiny model's laws are all but even; larger embeddings make them sharp.
+    Untrained, a tiny model's predictions are all but even; larger embeddings make them sharp.
     """
 
     @cache

@@ -38,7 +38,7 @@ def losses(engine: Engine, vector: torch.Tensor) -> list[float]:
     return [found.loss for found in engine.evaluate(jobs)]
 
 
-def test_distilling_text_that_the_clients_wrote_brings_their_mean_nearer_to_what_they_know_together(
+def test_text_that_clients_wrote_brings_their_mean_nearer(
     load_tiny: Callable,
 ) -> None:
     """No public text: after a start token the clients' adapters write what the student learns from."""
@@ -77,4 +77,4 @@ def test_distilling_text_that_the_clients_wrote_brings_their_mean_nearer_to_what
     assert all(new < old for new, old in zip(after, before, strict=True)), "no client pays for the other"
     closed = (aggregate - sum(after) / 2) / (aggregate - ceilings["posterior"])
     assert closed > 0.2
-    assert sum(after) < sum(control), "a law teaches more than a sample of it"
+    assert sum(after) < sum(control), "a distribution teaches more than a sample of it"

@@ -1,48 +1,49 @@
-"""The law of an ensemble, against laws that are written down as tables."""
+"""The prediction of an ensemble, against distributions that are written down as tables."""
 
 from itertools import product
 
 import pytest
 import torch
 
-from fedllm.distillation.teacher import Mixing, mix, mixture_weights
+from fedllm.distillation.teacher import Mixing, mix
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 VOCABULARY, LENGTH = 3, 4
 
 
 def tables(number: int, seed: int, hole: bool = False) -> list[dict[tuple[int, ...], torch.Tensor]]:
-    """Return clients' laws: to every history its own law of the next token; with `hole` some never occur."""
+    """Return clients as tables: history -> probabilities of the next token, some of them 0 with `hole`."""
     generator = torch.Generator().manual_seed(seed)
     clients = []
     for _ in range(number):
-        laws = {}
+        table = {}
         for length in range(LENGTH):
             for history in product(range(VOCABULARY), repeat=length):
-                law = torch.rand(VOCABULARY, generator=generator, dtype=torch.float64) + 0.01
+                probs = torch.rand(VOCABULARY, generator=generator, dtype=torch.float64) + 0.01
                 if hole:
-                    law = law * (torch.rand(VOCABULARY, generator=generator) > 0.3)
-                    law[int(torch.randint(VOCABULARY, (1,), generator=generator))] += 0.1
-                laws[history] = law / law.sum()
-        clients.append(laws)
+                    probs = probs * (torch.rand(VOCABULARY, generator=generator) > 0.3)
+                    probs[int(torch.randint(VOCABULARY, (1,), generator=generator))] += 0.1
+                table[history] = probs / probs.sum()
+        clients.append(table)
     return clients
 
 
-def joint(laws: dict[tuple[int, ...], torch.Tensor], text: tuple[int, ...]) -> float:
+def joint(table: dict[tuple[int, ...], torch.Tensor], text: tuple[int, ...]) -> float:
     """Return the probability of a text's beginning."""
     probability = 1.0
     for place, token in enumerate(text):
-        probability *= float(laws[text[:place]][token])
+        probability *= float(table[text[:place]][token])
     return probability
 
 
-def pooled_law(
+def pooled_probs(
     clients: list[dict[tuple[int, ...], torch.Tensor]], priors: torch.Tensor, history: tuple[int, ...]
 ) -> torch.Tensor:
-    """Return the next-token law of the pooled text, by its definition: a ratio of joint probabilities."""
+    """Return the next-token probabilities of the pooled text by their definition, a ratio of joint ones."""
     together = [
         sum(
-            float(prior) * joint(laws, (*history, token)) for prior, laws in zip(priors, clients, strict=True)
+            float(prior) * joint(table, (*history, token))
+            for prior, table in zip(priors, clients, strict=True)
         )
         for token in range(VOCABULARY)
     ]
@@ -51,8 +52,16 @@ def pooled_law(
 
 def all_logits(clients: list[dict[tuple[int, ...], torch.Tensor]], text: tuple[int, ...]) -> torch.Tensor:
     """Return every client's logits [K, T, V] along a text; any constant may be added to those of a token."""
-    laws = [[laws[text[:place]] for place in range(len(text))] for laws in clients]
-    return torch.stack([torch.stack(row) for row in laws]).log() + 1.7
+    probs = [[table[text[:place]] for place in range(len(text))] for table in clients]
+    return torch.stack([torch.stack(row) for row in probs]).log() + 1.7
+
+
+def posterior(
+    log_probs: torch.Tensor, log_priors: torch.Tensor, temper: float = 1.0, floor: float = 0.0
+) -> torch.Tensor:
+    """Return the weights [T, K] along a row of its own."""
+    nothing = torch.zeros(len(log_priors), dtype=torch.float64)
+    return Mixing("posterior", log_priors, temper, floor).weights(log_probs, nothing)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -69,11 +78,11 @@ def test_the_posterior_mixture_is_the_model_of_the_pooled_text(seed: int, split:
                 mixed = mix(logits[:, part].clone(), tokens[part], mixing, evidence)
                 evidence = mixed.evidence_K
                 found.append(mixed)
-        laws = torch.cat([mixed.law_TV for mixed in found])
-        expected = torch.stack([pooled_law(clients, priors, text[:place]) for place in range(LENGTH)])
-        torch.testing.assert_close(laws, expected, **EXACT)
-        said = torch.cat([mixed.target_T for mixed in found])
-        pooled = sum(float(p) * joint(laws, text) for p, laws in zip(priors, clients, strict=True))
+        probs = torch.cat([mixed.probs_TV for mixed in found])
+        expected = torch.stack([pooled_probs(clients, priors, text[:place]) for place in range(LENGTH)])
+        torch.testing.assert_close(probs, expected, **EXACT)
+        said = torch.cat([mixed.log_probs_T for mixed in found])
+        pooled = sum(float(p) * joint(table, text) for p, table in zip(priors, clients, strict=True))
         assert float(said.sum().exp()) == pytest.approx(pooled, rel=1e-12)
 
 
@@ -86,18 +95,18 @@ def test_the_uniform_mixture_is_not_the_pooled_model() -> None:
         Mixing("uniform", priors.log()),
         torch.zeros(2).double(),
     )
-    assert float((mixed.law_TV[3] - pooled_law(clients, priors, text[:3])).abs().max()) > 1e-2
-    torch.testing.assert_close(mixed.law_TV[0], pooled_law(clients, priors, ()), **EXACT)
+    assert float((mixed.probs_TV[3] - pooled_probs(clients, priors, text[:3])).abs().max()) > 1e-2
+    torch.testing.assert_close(mixed.probs_TV[0], pooled_probs(clients, priors, ()), **EXACT)
 
 
-def test_a_text_that_a_client_never_writes_takes_its_weight_for_good() -> None:
+def test_a_text_that_a_client_never_writes_takes_its_weight() -> None:
     clients, priors = tables(3, 5, hole=True), torch.ones(3, dtype=torch.float64)
     for text in product(range(VOCABULARY), repeat=LENGTH):
-        chances = torch.tensor([[joint(laws, text[:t]) for laws in clients] for t in range(LENGTH)])
+        chances = torch.tensor([[joint(table, text[:t]) for table in clients] for t in range(LENGTH)])
         log_probs = torch.stack(
-            [torch.stack([laws[text[:t]][text[t]] for laws in clients]) for t in range(LENGTH)]
+            [torch.stack([table[text[:t]][text[t]] for table in clients]) for t in range(LENGTH)]
         ).log()
-        weights = mixture_weights(log_probs, priors.log())
+        weights = posterior(log_probs, priors.log())
         possible = chances.sum(dim=1) > 0
         expected = (chances / chances.sum(dim=1, keepdim=True)).double()
         expected[~possible] = 1 / 3  # impossible to all: the priors decide
@@ -105,29 +114,28 @@ def test_a_text_that_a_client_never_writes_takes_its_weight_for_good() -> None:
         assert bool((weights[(chances == 0) & possible[:, None]] == 0).all())
 
 
-def test_weights_begin_with_the_priors_in_every_row_and_sum_to_one() -> None:
+def test_weights_begin_with_the_priors_and_sum_to_one() -> None:
     log_probs = -10 * torch.rand(9, 3, dtype=torch.float64)
     priors = torch.tensor([1.0, 2.0, 5.0])
-    weights = mixture_weights(log_probs, priors.log(), 1.0, (0, 4, 5))
+    weights = posterior(log_probs, priors.log())
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(9, dtype=torch.float64), **EXACT)
-    for start in (0, 4, 5):
-        torch.testing.assert_close(weights[start], priors.double() / 8, rtol=0, atol=1e-7)
-    alone = mixture_weights(log_probs[5:], priors.log())
-    torch.testing.assert_close(weights[5:], alone, **EXACT)
+    torch.testing.assert_close(weights[0], priors.double() / 8, rtol=0, atol=1e-7)
+    further = Mixing("posterior", priors.log()).weights(log_probs[5:], log_probs[:5].sum(dim=0))
+    torch.testing.assert_close(weights[5:], further, **EXACT)
 
 
 def test_a_weight_looks_at_no_token_that_it_helps_to_predict() -> None:
     log_probs = -10 * torch.rand(8, 3, dtype=torch.float64)
     changed = log_probs.clone()
     changed[5] -= torch.tensor([0.0, 3.0, 1.0], dtype=torch.float64)
-    before, after = (mixture_weights(values, torch.zeros(3)) for values in (log_probs, changed))
+    before, after = (posterior(values, torch.zeros(3)) for values in (log_probs, changed))
     assert torch.equal(before[:6], after[:6])
     assert not torch.allclose(before[6:], after[6:])
 
 
 def test_equal_clients_keep_their_priors() -> None:
     log_probs = (-10 * torch.rand(40, 1, dtype=torch.float64)).expand(-1, 5)
-    weights = mixture_weights(log_probs, torch.zeros(5))
+    weights = posterior(log_probs, torch.zeros(5))
     torch.testing.assert_close(weights, torch.full((40, 5), 0.2, dtype=torch.float64), **EXACT)
 
 
@@ -137,8 +145,8 @@ def test_temper_scales_the_evidence_and_floor_deals_out_a_share() -> None:
     evidence = torch.cat([torch.zeros(1, 3), log_probs.cumsum(dim=0)[:-1]])
     for temper in (0.0, 0.3, 1.0, 2.0):
         expected = torch.softmax(log_priors + temper * evidence, dim=1)
-        torch.testing.assert_close(mixture_weights(log_probs, log_priors, temper), expected, **EXACT)
-    floored = mixture_weights(log_probs, log_priors, 1.0, (0,), 0.3)
+        torch.testing.assert_close(posterior(log_probs, log_priors, temper), expected, **EXACT)
+    floored = posterior(log_probs, log_priors, 1.0, 0.3)
     torch.testing.assert_close(floored, 0.7 * torch.softmax(log_priors + evidence, dim=1) + 0.1, **EXACT)
 
 
@@ -151,6 +159,6 @@ def test_a_teacher_left_out_is_as_one_that_was_never_there(kind: str) -> None:
     kept = Mixing(kind, log_priors[[0, 2]], floor=0.1)
     found = mix(logits.clone(), tokens, all_three, torch.zeros(3, dtype=torch.float64))
     expected = mix(logits[[0, 2]].clone(), tokens, kept, torch.zeros(2, dtype=torch.float64))
-    torch.testing.assert_close(found.law_TV, expected.law_TV, **EXACT)
-    torch.testing.assert_close(found.target_T, expected.target_T, **EXACT)
+    torch.testing.assert_close(found.probs_TV, expected.probs_TV, **EXACT)
+    torch.testing.assert_close(found.log_probs_T, expected.log_probs_T, **EXACT)
     assert bool((found.weights_TK[:, 1] == 0).all())

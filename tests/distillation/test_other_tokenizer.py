@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedllm.adapters.layout import initial_adapter
-from fedllm.distillation.other_tokenizer import Pair, SortedLaws, TaughtByUnlike, pair_text
-from fedllm.distillation.student import StudentTraining, distil_unlike
+from fedllm.distillation.other_tokenizer import Pair, PairedTargets, SortedDistance, pair_text
+from fedllm.distillation.student import StudentTraining, distil
 from fedllm.distillation.teacher import Teacher, teach
 from fedllm.engine.engine import Engine
 from fedllm.errors import NoDataError
@@ -73,15 +73,15 @@ def test_no_token_is_paired_inside_a_character(bytes_tokenizer: Any) -> None:
 def test_a_text_of_nothing_has_no_pair(load_tiny: Callable, bytes_tokenizer: Any) -> None:
     assert pair_text("", load_tiny("llama", "float32").tokenizer, bytes_tokenizer, 9) is None
     with pytest.raises(NoDataError):
-        TaughtByUnlike({}, None)  # type: ignore[arg-type]
+        PairedTargets({}, None)  # type: ignore[arg-type]
 
 
 def defined(logits: torch.Tensor, theirs: torch.Tensor, tokens: torch.Tensor, weight: float) -> torch.Tensor:
-    """Return the paper's loss: cross-entropy and the distance of sorted laws filled up with zeros."""
+    """Return the paper's loss: cross-entropy and the distance of sorted probabilities, padded with zeros."""
     mine = logits.softmax(dim=1).sort(dim=1, descending=True).values
     theirs = theirs.sort(dim=1, descending=True).values
     size = max(mine.shape[1], theirs.shape[1])
-    padded = [torch.nn.functional.pad(law, (0, size - law.shape[1])) for law in (mine, theirs)]
+    padded = [torch.nn.functional.pad(probs, (0, size - probs.shape[1])) for probs in (mine, theirs)]
     return cross_entropy(logits, tokens, reduction="none") + weight * (padded[0] - padded[1]).abs().sum(dim=1)
 
 
@@ -94,13 +94,13 @@ def test_with_all_ranks_kept_it_is_the_papers_loss_and_gradient(their_size: int)
     expected.sum().backward()
     kept = theirs.sort(dim=1, descending=True).values
     weights = torch.full((5,), 1.5, dtype=torch.float64)
-    criterion = SortedLaws(tokens, kept, torch.zeros(5, 1, dtype=torch.float64), weights)
+    criterion = SortedDistance(tokens, kept, torch.zeros(5, 1, dtype=torch.float64), weights)
     losses, gradient = criterion(slice(0, 5), logits.detach().clone(), True)
     torch.testing.assert_close(losses, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient, logits.grad, rtol=0, atol=1e-12)
 
 
-def test_fewer_ranks_bound_it_from_below_and_a_token_without_partner_has_cross_entropy_alone() -> None:
+def test_fewer_ranks_bound_it_below_and_no_partner_adds_none() -> None:
     logits = torch.randn(6, 30, dtype=torch.float64)
     theirs = torch.randn(6, 30, dtype=torch.float64).softmax(dim=1).sort(dim=1, descending=True).values
     tokens = torch.randint(30, (6,))
@@ -108,7 +108,9 @@ def test_fewer_ranks_bound_it_from_below_and_a_token_without_partner_has_cross_e
     last = torch.zeros(6, dtype=torch.float64)
     for number in (1, 5, 30):
         tail = theirs[:, number:].sum(dim=1, keepdim=True)
-        losses, _ = SortedLaws(tokens, theirs[:, :number], tail, weights)(slice(0, 6), logits.clone(), False)
+        losses, _ = SortedDistance(tokens, theirs[:, :number], tail, weights)(
+            slice(0, 6), logits.clone(), False
+        )
         assert bool((losses >= last - 1e-12).all())
         last = losses
     torch.testing.assert_close(last[:4], defined(logits, theirs, tokens, 1.0)[:4], rtol=0, atol=1e-12)
@@ -130,14 +132,14 @@ def test_a_student_learns_from_a_teacher_of_another_vocabulary(
     training = StudentTraining(steps=30, batch_size=3, learning_rate=1e-2, pull=0.0, seed=0)
     results = {}
     for weight in (0.0, 1.5):
-        objective = TaughtByUnlike({pair.student: pair for pair in found}, targets, weight)
+        objective = PairedTargets({pair.student: pair for pair in found}, targets, weight)
         start = initial_adapter(engine.layout, 0)
-        results[weight] = distil_unlike(engine, start, objective, training)
+        results[weight] = distil(engine, start, objective, training)
         assert results[weight].losses[-1] < results[weight].losses[0]
 
     def distance(weight: float) -> float:
         rows: list[Encoded] = [pair.student for pair in found]
-        criterion = TaughtByUnlike({p.student: p for p in found}, targets, 1.0).criterion(
+        criterion = PairedTargets({p.student: p for p in found}, targets, 1.0).criterion(
             rows, torch.device("cpu")
         )
         states = engine.read(engine.layout, [results[weight].adapter.vector], rows)[0]

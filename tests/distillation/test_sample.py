@@ -1,4 +1,4 @@
-"""Sampling: every token is drawn from the law of its own adapter, whoever shares the batch."""
+"""Sampling: every token is drawn from the distribution of its own adapter, whoever shares the batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def drawn(number: int, engine: object, teacher: object, **choices: object) -> Sa
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "gemma2"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_every_token_is_where_its_own_adapters_law_passes_its_own_number(
+def test_every_token_is_drawn_by_its_own_adapter_and_number(
     kind: str, temperature: float, make_engine: Callable, make_teacher: Callable
 ) -> None:
     # transformers' own eager attention, which gemma2 needs, gives no numbers beside padding in float64.
@@ -40,8 +40,8 @@ def test_every_token_is_where_its_own_adapters_law_passes_its_own_number(
         assert row.tokens[: len(prompt)] == prompt
         assert row.labels == (IGNORED,) * len(prompt) + row.tokens[len(prompt) :]
         states = engine.read(engine.layout, [teacher.adapters[samples.writers[number]]], [row])[0]
-        law = (engine.passes.head.logits(states) / temperature).softmax(dim=1)
-        for token, probabilities in zip(row.tokens[len(prompt) :], law, strict=True):
+        probs = (engine.passes.head.logits(states) / temperature).softmax(dim=1)
+        for token, probabilities in zip(row.tokens[len(prompt) :], probs, strict=True):
             u, sums = generator.random(), probabilities.double().cumsum(dim=0)
             assert float(sums[token]) > u - 1e-5
             assert token == 0 or float(sums[token - 1]) < u + 1e-5
@@ -61,7 +61,7 @@ def test_a_text_depends_on_its_number_alone(make_engine: Callable, make_teacher:
 def test_first_tokens_have_the_frequencies_of_the_mixture(
     make_engine: Callable, make_teacher: Callable
 ) -> None:
-    """Pearson's statistic against the law sum_k prior_k p_k, at the 99.9th percentile of chi squared."""
+    """Pearson's statistic against sum_k prior_k p_k, at the 99.9th percentile of chi squared."""
     engine = make_engine("llama", "float32")
     teacher = make_teacher(engine)
     number = 2000
@@ -70,12 +70,14 @@ def test_first_tokens_have_the_frequencies_of_the_mixture(
     )
     row = samples.rows[0]
     states = engine.read(engine.layout, teacher.adapters, [row])[:, 0]
-    law = (engine.passes.head.logits(states).double().softmax(dim=1) * (PRIORS / PRIORS.sum())[:, None]).sum(
-        dim=0
-    )
-    found = torch.bincount(torch.tensor([row.tokens[2] for row in samples.rows]), minlength=len(law)).double()
-    common = law * number >= 5
-    expected = torch.cat([law[common], law[~common].sum()[None]]) * number
+    probs = (
+        engine.passes.head.logits(states).double().softmax(dim=1) * (PRIORS / PRIORS.sum())[:, None]
+    ).sum(dim=0)
+    found = torch.bincount(
+        torch.tensor([row.tokens[2] for row in samples.rows]), minlength=len(probs)
+    ).double()
+    common = probs * number >= 5
+    expected = torch.cat([probs[common], probs[~common].sum()[None]]) * number
     counted = torch.cat([found[common], found[~common].sum()[None]])
     statistic = float(((counted - expected).square() / expected).sum())
     freedom = len(expected) - 1

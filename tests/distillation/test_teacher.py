@@ -20,15 +20,15 @@ LENGTHS = [12, 3, 30, 7, 2, 19]
 WHOLE = 10**6  # more than any vocabulary: every token is kept
 
 
-def laws_of(targets: Targets) -> torch.Tensor:
-    """Return the log-laws [N, V] of targets that kept every token."""
+def log_probs_of(targets: Targets) -> torch.Tensor:
+    """Return the log-probabilities [N, V] of targets that kept every token."""
     ids = targets.ids_Nk.long()
     return torch.zeros_like(targets.log_probs_Nk).scatter(1, ids, targets.log_probs_Nk)
 
 
 def assert_same(first: Targets, second: Targets) -> None:
     assert first.rows == second.rows
-    torch.testing.assert_close(laws_of(first), laws_of(second), **EXACT)
+    torch.testing.assert_close(log_probs_of(first), log_probs_of(second), **EXACT)
     torch.testing.assert_close(first.weights_NK, second.weights_NK, **EXACT)
     torch.testing.assert_close(first.entropy_N, second.entropy_N, **EXACT)
     assert first.loss == pytest.approx(second.loss, rel=1e-11)
@@ -46,12 +46,12 @@ def test_the_teacher_and_its_plain_twin_say_the_same(
     teacher, rows = make_teacher(engine, **choices), make_rows(LENGTHS, context=0.3)
     targets = teach(engine, teacher, rows, top_k=WHOLE, dtype=torch.float64)
     plain = teach_plainly(engine.base, teacher, rows)
-    laws, weights = (torch.cat(parts) for parts in zip(*plain, strict=True))
-    torch.testing.assert_close(laws_of(targets), laws, **EXACT)
+    log_probs, weights = (torch.cat(parts) for parts in zip(*plain, strict=True))
+    torch.testing.assert_close(log_probs_of(targets), log_probs, **EXACT)
     torch.testing.assert_close(targets.weights_NK, weights, **EXACT)
-    torch.testing.assert_close(targets.entropy_N, -(laws.exp() * laws).sum(dim=1), **EXACT)
+    torch.testing.assert_close(targets.entropy_N, -(log_probs.exp() * log_probs).sum(dim=1), **EXACT)
     tokens = torch.tensor([label for row in rows for label in row.labels[1:] if label != IGNORED])
-    ceiling = -laws.gather(1, tokens[:, None]).mean()
+    ceiling = -log_probs.gather(1, tokens[:, None]).mean()
     assert targets.loss == pytest.approx(float(ceiling), rel=1e-11)
     if not choices:
         assert float((weights - weights[0]).abs().max()) > 0.1, "the weights move along a row"
@@ -62,7 +62,7 @@ def test_it_keeps_the_likeliest_tokens_and_the_sum_of_the_others(
 ) -> None:
     engine = make_engine()
     teacher, rows = make_teacher(engine), make_rows(LENGTHS)
-    whole = laws_of(teach(engine, teacher, rows, top_k=WHOLE, dtype=torch.float64)).exp()
+    whole = log_probs_of(teach(engine, teacher, rows, top_k=WHOLE, dtype=torch.float64)).exp()
     few = teach(engine, teacher, rows, top_k=5, dtype=torch.float64)
     values, ids = whole.topk(5, dim=1)
     assert torch.equal(few.ids_Nk.long(), ids)
@@ -106,7 +106,7 @@ def test_where_memory_runs_out_the_groups_get_smaller(
 @pytest.mark.parametrize(
     ("names", "value"), [(["STATE_BYTES"], 1), (["CHUNK"], 4), (["STATE_BYTES", "CHUNK"], 1)]
 )
-def test_how_many_rows_and_tokens_are_held_at_a_time_changes_nothing(
+def test_how_many_rows_and_tokens_are_held_changes_nothing(
     names: list[str],
     value: int,
     make_engine: Callable,
@@ -139,7 +139,7 @@ def test_never_more_laws_than_a_chunk_exist(
     assert max(sizes) == 15  # five tokens of three teachers
 
 
-def test_the_order_of_rows_does_not_matter_and_neighbours_are_not_seen(
+def test_order_and_neighbours_of_a_row_do_not_matter(
     make_engine: Callable, make_teacher: Callable, make_rows: Callable
 ) -> None:
     engine = make_engine()
@@ -150,7 +150,7 @@ def test_the_order_of_rows_does_not_matter_and_neighbours_are_not_seen(
         here, there = whole.places[row], turned.places[row]
         assert (here, there) == (place, len(rows) - 1 - place)
         parts = [
-            laws_of(targets)[targets.starts[at] : targets.starts[at + 1]]
+            log_probs_of(targets)[targets.starts[at] : targets.starts[at + 1]]
             for targets, at in ((whole, here), (turned, there))
         ]
         torch.testing.assert_close(*parts, **EXACT)
@@ -180,7 +180,7 @@ def test_equal_adapters_count_alike_and_say_what_one_says(
         teacher = Teacher((vector,) * 4, engine.layout, torch.ones(4), kind)
         targets = teach(engine, teacher, rows, top_k=WHOLE, dtype=torch.float64)
         torch.testing.assert_close(targets.weights_NK, torch.full_like(targets.weights_NK, 0.25), **EXACT)
-        torch.testing.assert_close(laws_of(targets), laws_of(alone), **EXACT)
+        torch.testing.assert_close(log_probs_of(targets), log_probs_of(alone), **EXACT)
 
 
 def poisoned(teacher: Teacher, place: int, vector: torch.Tensor) -> Teacher:
@@ -191,7 +191,7 @@ def poisoned(teacher: Teacher, place: int, vector: torch.Tensor) -> Teacher:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 3e38])
 @pytest.mark.parametrize("kind", ["posterior", "uniform", "logit-mean"])
-def test_an_adapter_whose_numbers_are_not_finite_has_no_weight_and_is_named(
+def test_an_adapter_that_is_not_finite_is_silenced_and_named(
     kind: str, value: float, make_engine: Callable, make_teacher: Callable, make_rows: Callable
 ) -> None:
     """1e30 is finite, its products are not."""
@@ -208,7 +208,7 @@ def test_an_adapter_whose_numbers_are_not_finite_has_no_weight_and_is_named(
     assert targets.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
-def test_garbage_that_is_finite_loses_its_weight_on_text_that_others_write(
+def test_finite_garbage_loses_its_weight_on_text_of_others(
     make_engine: Callable, make_teacher: Callable
 ) -> None:
     engine = make_engine("llama", "float32")

@@ -8,11 +8,12 @@ import torch
 
 from clients.control_variates import change_of, changed
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
-from fedllm.engine.gradient_terms import correction_of
+from fedllm.engine.gradient_terms import control_correction
 from fedllm.engine.jobs import Result
 from fedllm.engine.plain import train_plainly
 from fedllm.messages import ClientUpdate, LocalTraining
 from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import RoundRecord
 from strategies.control_variates import control_of, empty_sum
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -50,13 +51,13 @@ def federate(num_rounds: int, *, is_corrected: bool, cohort_size: int = NUM_CLIE
         corrections = torch.stack([(control.vector - own[client]).double() for client in clients])
         theta = x.repeat(len(clients), 1)
         used = corrections if is_corrected else 0 * corrections
-        correction = correction_of(used, theta, [FREE] * len(clients))
+        correction = control_correction(used, theta, [FREE] * len(clients))
         assert correction is not None
         for _ in range(STEPS):
             grads = losses.gradient(theta, clients)
             correction.apply(grads)
             theta = theta - RATE * grads
-        total = empty_sum(LAYOUT)
+        total = empty_sum(LAYOUT, NUM_CLIENTS)
         for row, client in enumerate(clients):
             gradient = correction.sum_CP[row] / STEPS
             by_the_paper = -corrections[row] + (x - theta[row]) / (STEPS * RATE)
@@ -77,7 +78,10 @@ def federate(num_rounds: int, *, is_corrected: bool, cohort_size: int = NUM_CLIE
             )
             total.add(update)
         x = theta.mean(0)
-        control = total.added_to(control, before=NUM_CLIENTS, after=NUM_CLIENTS)
+        before = ServerState(round_num, control, control=control)
+        after, _ = total.close(before, before, RoundRecord(round_num=round_num, accepted=("a",)))
+        assert after.control is not None
+        control = after.control
     return x, control, own
 
 

@@ -11,7 +11,7 @@ from fedllm.adapters.layout import at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.engine.engine import Engine
 from fedllm.engine.example_gradients import add_noise, clip_factors, diverged, drop
-from fedllm.engine.job_rows import rows_of
+from fedllm.engine.job_rows import rows_of_jobs
 from fedllm.engine.jobs import Job, StepNoise
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
 from fedllm.engine.layers import attached
@@ -155,13 +155,13 @@ def test_noise_falls_on_what_a_job_trains_at_its_own_rank(make_engine: Callable,
     wide_job = private(make_job(layout), "b", (1,))
     plain = replace(make_job(layout), trained="b")
     narrow_job = replace(wide_job, start=torch.zeros(narrow.size), layout=narrow)
-    rows = rows_of([wide_job, plain, narrow_job], layout)
+    rows = rows_of_jobs([wide_job, plain, narrow_job], layout)
     size = part_size(layout, "b")
     grad_AP = torch.zeros(3, size, dtype=torch.float64)
     add_noise(rows, grad_AP, 0)
     assert bool((grad_AP[0] != 0).all())
     assert not grad_AP[1].any()
-    own = part_of(narrow, rows.whole(2, grad_AP[2]), "b")
+    own = part_of(narrow, rows.unstack(2, grad_AP[2]), "b")
     assert int((grad_AP[2] != 0).sum()) == len(own) == part_size(narrow, "b")
     again = torch.zeros_like(grad_AP)
     add_noise(rows, again, 1)

@@ -21,8 +21,9 @@ CPU = torch.device("cpu")
 
 def summed_loss(model: Any, flat: Any, *, through_head: bool = True) -> torch.Tensor:
     """Return the sum of the token losses of a flat row."""
-    weights = torch.ones(len(flat.targets_N), dtype=model.dtype)
-    return token_losses(model, flat, weights, through_head=through_head)[0]
+    weights, layer = torch.ones(len(flat.targets_N), dtype=model.dtype), model.get_output_embeddings()
+    head = Head(layer.weight, layer.bias) if through_head else Head()
+    return token_losses(model, flat, head, weights)[0]
 
 
 def padded_loss(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:

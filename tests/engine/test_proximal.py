@@ -10,7 +10,7 @@ import torch
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix, at_rank
 from fedllm.adapters.parts import part_of
 from fedllm.engine.adapter_bank import Bank
-from fedllm.engine.gradient_terms import pull_of
+from fedllm.engine.gradient_terms import proximal_pull
 from fedllm.engine.kernels import LoopKernel
 from fedllm.engine.plain import train_plainly
 from fedllm.errors import LayoutError
@@ -40,7 +40,7 @@ def gradient(
     theta: torch.Tensor, anchor: torch.Tensor, trainings: list[LocalTraining], trained: str = "both"
 ) -> torch.Tensor:
     bank = bank_of(theta, trained)
-    pull = pull_of(bank, list(anchor), trainings)
+    pull = proximal_pull(bank, list(anchor), trainings)
     grad = torch.zeros_like(bank.theta_CP)
     assert pull is not None
     pull.add_gradient(bank, grad)
@@ -117,7 +117,7 @@ def test_a_factor_that_is_trained_alone_is_pulled_as_if_both_were(space: str, tr
 def test_at_the_anchor_and_without_strength_there_is_no_pull(space: str) -> None:
     theta = random_rows(2, 0)
     assert not bool(gradient(theta, theta, [training(1.0, space)] * 2).any())
-    assert pull_of(bank_of(theta), list(theta), [training(0.0, space)] * 2) is None
+    assert proximal_pull(bank_of(theta), list(theta), [training(0.0, space)] * 2) is None
 
 
 @pytest.mark.parametrize("numbers", [{}, {"clip_norm": 0.05}, {"weight_decay": 0.2, "clip_norm": 0.5}])

@@ -75,7 +75,7 @@ TINY = Size(
             CLIENTS,
             flat={
                 "federation.num-clients": 6,
-                "federation.cohort-size": 5,
+                "federation.cohort": 5,
                 "federation.num-rounds": 2,
                 "federation.selection": "poisson",
                 "aggregation.weighting": "uniform",
@@ -262,7 +262,7 @@ def tiny(epsilon: float, **keys: Scalar) -> Trial:
             "privacy.unit": "client",
             "aggregation.weighting": "uniform",
             "federation.selection": "poisson",
-            "federation.cohort-size": 2,
+            "federation.cohort": 2,
             "federation.num-rounds": 4,  # one of them may be empty
             "privacy.delta": 1e-3,
         },

@@ -134,7 +134,7 @@ def test_a_quantised_layer_is_refused_in_one_line(
 ) -> None:
     base = load_tiny()
     base_delta = base_delta_on(layout_on(base, rank=1))
-    monkeypatch.setattr("fedllm.models.with_base_delta.plain_weight", lambda layer: (None, None))
+    monkeypatch.setattr("fedllm.models.with_base_delta.plain_linear", lambda layer: None)
     with (
         pytest.raises(ModelError, match=r"quantised.*model\.quantization = none") as caught,
         with_base_delta(base, base_delta),

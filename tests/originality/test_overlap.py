@@ -68,7 +68,7 @@ def test_a_text_too_short_to_be_checked_does_not_pass() -> None:
     assert overlap_of(fresh(8)).is_original
 
 
-def test_what_every_text_has_by_its_form_counts_neither_for_nor_against() -> None:
+def test_the_form_that_every_text_has_does_not_count() -> None:
     form = PRIVATE[0][:20]
     text = form + fresh(60)
     assert overlap_of(text).num_matched == 8

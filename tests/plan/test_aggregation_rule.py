@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.keys import PRESETS, READ_OUTS, ROBUST_RULES, TRAINED
-from fedllm.config.run_config import RunConfig
+from fedllm.config.keys import PRESETS
+from fedllm.config.run_config import KEYS, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.aggregation import AggregationRule, ServerOptimizer, aggregation_rule
 from fedllm.plan.run_plan import resolve
+
+AXES = [KEYS[f"aggregation.{axis}"].words for axis in ("train", "read-out", "robust")]
 
 
 @pytest.mark.parametrize(
@@ -51,14 +53,14 @@ def test_a_combination_that_would_be_false_is_refused_with_the_reason(
 
 def test_every_other_combination_of_the_axes_can_be_built() -> None:
     built = []
-    for train, read_out, robust in itertools.product(TRAINED, READ_OUTS, ROBUST_RULES):
+    for train, read_out, robust in itertools.product(*AXES):
         try:
             built.append(AggregationRule(train=train, read_out=read_out, robust=robust))
         except ConfigError:
             continue
     grid = {(one.train, one.read_out) for one in built}
     shared = {(train, "factor-mean") for train in ("a", "b", "alternate")}
-    assert grid == shared | {("both", read_out) for read_out in READ_OUTS}
+    assert grid == shared | {("both", read_out) for read_out in KEYS["aggregation.read-out"].words}
     # 5 read-outs x 5 rules on products, local-b alone, and 3 shared factors x 7 rules
     assert len(built) == 5 * 5 + 1 + 3 * 7
 

@@ -16,7 +16,7 @@ from fedllm.runs.privacy_statement import in_words, statement_of
 
 CLIENT = {"privacy.epsilon": 8.0, "privacy.unit": "client"}
 LOCAL = {**CLIENT, "privacy.trust": "local"}
-POISSON = {**CLIENT, "federation.selection": "poisson", "federation.cohort-size": 4}
+POISSON = {**CLIENT, "federation.selection": "poisson", "federation.cohort": 4}
 EXAMPLE = {"privacy.epsilon": 8.0}
 
 
@@ -62,27 +62,27 @@ def test_what_a_participation_costs() -> None:
 
 
 def test_sampling_of_a_fixed_size_and_shuffled_rows_are_counted_as_no_sampling() -> None:
-    plan = planned({**CLIENT, "federation.cohort-size": 2, "privacy.noise-multiplier": 4.0})
+    plan = planned({**CLIENT, "federation.cohort": 2, "privacy.noise-multiplier": 4.0})
     assert plan.rate == 1.0
     assert "no amplification" in statement_of(plan, Ledger(), num_clients=8, num_rounds=1)["sampling"]
-    assert planned({**LOCAL, "federation.selection": "poisson", "federation.cohort-size": 2}).rate == 1.0
+    assert planned({**LOCAL, "federation.selection": "poisson", "federation.cohort": 2}).rate == 1.0
 
 
 def test_adaptive_clipping_splits_one_release_in_two() -> None:
     """Both together are one release of z: 1/z^2 = 1/z_sum^2 + 1/(2 sigma_b)^2 (arXiv 1905.03871)."""
-    plan = planned({**CLIENT, "federation.num-clients": 1000, "privacy.adaptive-clip": True})
+    plan = planned({**CLIENT, "federation.num-clients": 1000, "privacy.clip": "adaptive"})
     z_sum, deviation = plan.split_noise(2.0)
     assert deviation == 1000 / 20
     assert z_sum**-2 + (2 * deviation) ** -2 == pytest.approx(2.0**-2)
     assert z_sum > 2.0
-    few = planned({**CLIENT, "privacy.adaptive-clip": True})
+    few = planned({**CLIENT, "privacy.clip": "adaptive"})
     with pytest.raises(ConfigError, match=r"use at least 21 clients a round"):
         few.split_noise(2.0)
 
 
 REFUSED = [
-    ({"privacy.noise-multiplier": 1.0}, "needs privacy.epsilon above 0"),
-    ({"privacy.adaptive-clip": True}, "needs privacy.epsilon above 0"),
+    ({"privacy.noise-multiplier": 1.0}, "needs privacy.epsilon"),
+    ({"privacy.clip": "adaptive"}, "needs privacy.epsilon"),
     ({**EXAMPLE, "privacy.trust": "central"}, "only its client can bound the influence"),
     ({**CLIENT, "privacy.trust": "distributed"}, "sees only a masked sum, which is not built yet"),
     ({**CLIENT, "aggregation.preset": "fedit"}, "an uncapped weight multiplies the clip"),
@@ -104,7 +104,7 @@ REFUSED = [
     ({**EXAMPLE, "aggregation.preset": "fedsa"}, "depend on a B that no clip"),
     ({**POISSON, "federation.min-clients": 2}, "one client's coin would decide"),
     ({**POISSON, "privacy.max-participations": 2}, "is not the coin that was counted"),
-    ({**LOCAL, "privacy.adaptive-clip": True}, "only a trusted server can noise"),
+    ({**LOCAL, "privacy.clip": "adaptive"}, "only a trusted server can noise"),
     ({**LOCAL, "privacy.weight-cap": 10.0}, "under a central client-level sum only"),
     ({**CLIENT, "distill.when": "last"}, "learn from every client's own adapter"),
     ({**LOCAL, "distill.when": "last", "distill.gate": "clients"}, "keeps with the clients"),

@@ -28,10 +28,10 @@ def test_the_digest_has_the_number_of_rounds_where_it_counts(keys: dict[str, Any
 
 
 def test_an_own_copy_of_the_model_keeps_the_digest() -> None:
-    plan = planned(model__revision="main")
+    plan = planned(model__name="org/model@main")
     own = plan.with_own_model("somewhere/model")
     assert own.digest == plan.digest
-    assert (own.config.model.name, own.config.model.revision) == ("somewhere/model", "")
+    assert own.config.model.name == "somewhere/model"
 
 
 def test_evaluation_comes_as_often_as_asked_and_at_the_end() -> None:

@@ -33,7 +33,7 @@ def test_full_participation_is_one_gaussian() -> None:
     assert gaussian_epsilon(1.0, 1e-5) == pytest.approx(4.3772, abs=1e-4)
 
 
-def test_the_exact_gaussian_is_what_privacy_loss_distributions_give() -> None:
+def test_the_exact_gaussian_agrees_with_loss_distributions() -> None:
     library()
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
@@ -109,7 +109,7 @@ def test_more_noise_fewer_releases_and_a_larger_delta_cost_less(
 
 @pytest.mark.parametrize("rate", [1.0, 0.1])
 @pytest.mark.parametrize("epsilon", [1.0, 8.0])
-def test_calibrated_noise_is_within_the_budget_and_no_more_than_needed(rate: float, epsilon: float) -> None:
+def test_calibrated_noise_is_the_least_within_the_budget(rate: float, epsilon: float) -> None:
     if rate < 1:
         library()
     noise = noise_for(epsilon, 1e-5, rate=rate, count=30)

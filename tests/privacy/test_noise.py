@@ -46,7 +46,7 @@ def test_gaussian_noise_has_the_distribution_function_of_its_law() -> None:
     assert largest < 1.95 / math.sqrt(number)  # Kolmogorov-Smirnov at 99.9 %
 
 
-def test_equal_keys_give_equal_noise_and_other_keys_unrelated_noise() -> None:
+def test_equal_keys_give_equal_noise_and_others_unrelated_noise() -> None:
     first, again = (gaussian(SecretStream(KEY), 1000, 1.0) for _ in range(2))
     other = gaussian(SecretStream(derived_key(KEY, "sum", 1)), 1000, 1.0)
     assert torch.equal(first, again)

@@ -144,12 +144,17 @@ def another(config: RunConfig, key: str) -> Any:
         "model.dtype": "float64",
         "model.quantization": "8bit",
         "data.on-bad-row": "stop",
-        "train.proximal-space": "product",
+        "train.proximal": "product:0.1",
+        "train.clip-norm": "off",
+        "train.token-budget": 1,
+        "model.num-threads": 2,
+        "data.max-rows": 9,
+        "data.columns": "text=body",
         "aggregation.preset": "fedit",
         "aggregation.read-out": "svd",
         "aggregation.train": "b",
         "aggregation.robust": "norm-clip",
-        "aggregation.optimizer": "fedavgm",
+        "aggregation.optimizer": "fedavgm:momentum=0.5",
         "lora.init-a": "orthonormal",
         "lora.client-ranks": "4",
         "aggregation.weighting": "tokens",
@@ -161,7 +166,13 @@ def another(config: RunConfig, key: str) -> Any:
         "distill.gate": "clients",
         "wire.codec": "int8",
         "federation.selection": "oort",
-        "federation.cohort-fraction": 0.5,
+        "federation.cohort": 0.5,
+        "evaluation.every": 2,
+        "aggregation.server-learning-rate": 0.5,
+        "privacy.epsilon": 8.0,
+        "privacy.noise-multiplier": 1.5,
+        "privacy.max-participations": 2,
+        "privacy.weight-cap": 9.0,
         "federation.min-clients": 2,
         "federation.over-selection": 1.3,
         "privacy.unit": "client",
@@ -191,7 +202,7 @@ PRIVATE = {"privacy.epsilon": 8.0, "privacy.unit": "client", "aggregation.weight
 @pytest.mark.parametrize("key", list(CONFIG.to_flat()))
 def test_a_run_continues_only_with_the_configuration_it_began_with(key: str, folder: Path) -> None:
     before = CONFIG
-    if key in ("privacy.noise-multiplier", "privacy.adaptive-clip"):  # they need a budget
+    if key == "privacy.noise-multiplier":  # it needs a budget
         before = CONFIG.override(PRIVATE)
         shutil.rmtree(folder)
         save_checkpoint(folder, state_of(3), before)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.config.recipe import build_config, parse_overrides, read_recipe
+from fedllm.config.recipe import build_config
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.runs.folder import (
@@ -13,7 +13,6 @@ from fedllm.runs.folder import (
     open_run_folder,
     read_keys,
     run_folder,
-    to_toml,
     write_result,
     write_rounds,
 )
@@ -80,52 +79,3 @@ def test_rounds_are_one_line_each_however_often_they_are_written(tmp_path: Path)
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
     write_result(tmp_path, {"status": "completed"})
     assert json.loads((tmp_path / "result.json").read_text()) == {"status": "completed"}
-
-
-def test_tables_and_dotted_keys_mean_the_same(tmp_path: Path) -> None:
-    tables, dotted = tmp_path / "tables.toml", tmp_path / "dotted.toml"
-    tables.write_text('seed = 3\n[lora]\nrank = 4\ntarget-modules = ["q_proj", "v_proj"]\n')
-    dotted.write_text('seed = 3\nlora.rank = 4\nlora.target-modules = "q_proj,v_proj"\n')
-    expected = RunConfig.from_flat({"seed": 3, "lora.rank": 4, "lora.target-modules": "q_proj,v_proj"})
-    assert build_config(tables, []) == build_config(dotted, []) == expected
-    assert RunConfig.from_flat(read_recipe(tables)).to_flat() == expected.to_flat()
-    assert to_toml(expected) == to_toml(build_config(tables, []))
-
-
-def test_overrides_win_over_the_recipe_and_keep_what_follows_the_first_equals_sign(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text("lora.rank = 4\nseed = 1\n")
-    config = build_config(recipe, ["lora.rank=16", " run.resume = TRUE ", "evaluation.prompts=a=b || c"])
-    assert (config.lora.rank, config.seed, config.run.resume) == (16, 1, True)
-    assert config.evaluation.prompts == "a=b || c"
-    assert build_config(None, []) == RunConfig()
-    assert parse_overrides([]) == {}
-
-
-@pytest.mark.parametrize("word", ["train.local-steps", "", "--resume"])
-def test_a_word_that_sets_no_key_is_one_line(word: str) -> None:
-    with pytest.raises(ConfigError, match="expected key=value"):
-        parse_overrides([word])
-
-
-@pytest.mark.parametrize("content", [b"lora.rank = ", b"[lora", b"\xff\xfe", b"a = 1\na = 2\n"])
-def test_a_recipe_that_is_no_toml_is_one_line(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"recipe .*recipe\.toml: ") as caught:
-        read_recipe(tmp_path / "recipe.toml")
-    assert "\n" not in str(caught.value)
-
-
-def test_an_absent_recipe_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
-        read_recipe(tmp_path / "absent.toml")
-
-
-@pytest.mark.parametrize(
-    "line", ["lora = 3", "[[lora]]\nrank = 3", "seed.x = 1", "lora.rank.x = 1", "seed = 2020-01-01"]
-)
-def test_a_recipe_of_another_shape_is_a_config_error(line: str, tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(line + "\n")
-    with pytest.raises(ConfigError) as caught:
-        build_config(tmp_path / "recipe.toml", [])
-    assert "\n" not in str(caught.value)

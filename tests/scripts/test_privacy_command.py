@@ -15,7 +15,7 @@ def ratio(**fields: object) -> float:
     flat = {
         "privacy.epsilon": 8.0,
         "federation.num-clients": 1000,
-        "federation.cohort-size": 100,
+        "federation.cohort": 100,
         "federation.num-rounds": 25,
         "train.local-steps": 4,
         "train.batch-size": 8,

@@ -87,8 +87,7 @@ def test_missing_column_is_named(fail, tmp_path, tiny_run):
         "check",
         *tiny_run,
         f"data.source={source}",
-        "data.prompt-column=prompt",
-        "data.response-column=answer",
+        "data.columns=prompt=prompt,response=answer",
     )
 
 

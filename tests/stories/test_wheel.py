@@ -66,7 +66,7 @@ def test_wheel_holds_what_a_user_runs(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     folders = {"/".join(name.split("/")[:2]) for name in names}
     assert {"scripts/cli.py", "scripts/commands", "scripts/recipes", "fedllm/__main__.py"} <= folders
-    assert not folders & {"scripts/benchmarks", "scripts/experiments", "scripts/flower_keys.py"}
+    assert not folders & {"scripts/benchmarks", "scripts/experiments"}
     assert {"scripts/runtimes/pyproject.toml", "scripts/runtimes/LICENSE"} <= set(names)
 
 

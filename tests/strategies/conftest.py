@@ -18,8 +18,8 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from scripts.runtimes.local import LocalGrid, local_grid
-from strategies.run import open_session
 from strategies.session import Session, Watch
+from strategies.start import open_session
 
 NAMES = ("anna", "ben", "cleo", "dora")
 WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "index", "key", "name", "order")

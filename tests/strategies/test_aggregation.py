@@ -19,7 +19,7 @@ from fedllm.wire import packets
 from strategies.aggregation import combine as combining
 from strategies.aggregation import sums
 from strategies.aggregation.combine import Aggregate, RoundUpdates
-from strategies.exchange.receiving import in_order
+from strategies.exchange.receiving import sort_answers
 
 RANK = 3
 LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), RANK, 6.0, "f")
@@ -181,7 +181,7 @@ def test_a_change_of_gauge_changes_factor_mean_and_no_product(read_out: str) -> 
             (gauge @ a_RI.double(), b_OR.double() @ torch.linalg.inv(gauge))
             for a_RI, b_OR in LAYOUT.factors(item.delta)
         ]
-        turned.append(update(item.client_id, LAYOUT.flatten(factors), item.weight))
+        turned.append(update(item.client_id, LAYOUT.flatten(factors).float(), item.weight))
     products = [model_change(combine(start, items, read_out)) for items in (updates, turned)]
     assert norm(difference(*products)) < 1e-4 * norm(products[0])
     means = [dense(combine(start, items, "factor-mean").adapter.vector) for items in (updates, turned)]
@@ -241,7 +241,7 @@ def test_the_order_of_arrival_changes_no_bit(arrival: list[int], read_out: str) 
     plan = [item.client_id for item in updates]
     expected = combine(start, updates, read_out)
     arrived = [updates[index] for index in arrival]
-    ordered = combine(start, list(in_order(iter(arrived), plan)), read_out)
+    ordered = combine(start, list(sort_answers(iter(arrived), plan)), read_out)
     assert ordered.adapter.digest == expected.adapter.digest
     assert ordered.base_delta.digest == expected.base_delta.digest
     products = model_change(expected)
@@ -257,7 +257,7 @@ def test_answers_come_in_the_plans_order_whoever_is_missing(
     plan = [f"c{number}" for number in range(10)]
     generator.shuffle(plan)
     answers = [update(f"c{number}", torch.zeros(0)) for number in present]
-    ordered = [answer.client_id for answer in in_order(iter(answers), plan)]
+    ordered = [answer.client_id for answer in sort_answers(iter(answers), plan)]
     assert ordered == [client for client in plan if client in {answer.client_id for answer in answers}]
 
 

@@ -73,7 +73,7 @@ def test_c_stays_the_mean_when_clients_take_turns_and_updates_are_lost(
             reply.content = RecordDict()
         return [reply]
 
-    flat = {**SCAFFOLD, "run.output": str(tmp_path), "federation.cohort-size": 3}
+    flat = {**SCAFFOLD, "run.output": str(tmp_path), "federation.cohort": 3}
     opened = open_run(make_config(flat), tamper=lose)
     state = opened.state
     for _ in range(5):
@@ -87,7 +87,7 @@ def test_c_is_the_mean_of_all_that_trained_where_they_are_more_than_expected(
 ) -> None:
     flat = {**SCAFFOLD, "run.output": str(tmp_path)}
     opened = open_run(make_config(flat))
-    fewer = make_config({**flat, "federation.num-clients": 2, "federation.cohort-size": 2})
+    fewer = make_config({**flat, "federation.num-clients": 2, "federation.cohort": 2})
     plan = replace(resolve(fewer), digest=opened.session.plan.digest)  # as where four came for two
     object.__setattr__(opened.session, "plan", plan)
     state, numbers = opened.state, []

@@ -12,9 +12,9 @@ from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import resolve
 from strategies.exchange import joining
 from strategies.exchange.evaluation import evaluate
-from strategies.exchange.joining import join_clients, rejoin
+from strategies.exchange.joining import join_clients, rejoin, wait_for_nodes
 from strategies.grid.transport import Transport
-from strategies.rounds import next_round, wait_for_nodes
+from strategies.rounds import next_round
 
 OFFENDER, NODE = "ben", 3
 SECRET = "xyzzy-private row of text"

@@ -18,7 +18,7 @@ from strategies.session import Watch
 
 BEN = 3  # his node
 BUFFERED = {"federation.max-staleness": 2, "aggregation.read-out": "factor-mean", "wire.codec": "fp32"}
-OVER = {"federation.cohort-size": 3, "federation.over-selection": 4 / 3}
+OVER = {"federation.cohort": 3, "federation.over-selection": 4 / 3}
 EVERYBODY = ("anna", "ben", "cleo", "dora")
 
 
@@ -169,7 +169,7 @@ def test_a_reply_to_an_earlier_attempt_of_the_same_round_is_not_stale(open_slow:
 def test_what_has_arrived_beyond_the_cohort_counts_in_the_next_round(
     open_slow: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, _, _ = open_slow(**{"federation.cohort-size": 2, "federation.over-selection": 2.0})
+    run, _, _ = open_slow(**{"federation.cohort": 2, "federation.over-selection": 2.0})
     one_by_one = run.grid.pull_messages
 
     def pull(ids: Iterable[str]) -> list[Message]:  # a SuperLink hands out all replies that have come
@@ -207,7 +207,7 @@ def test_an_unsound_late_reply_is_named_and_no_client_of_the_round_is_lost(open_
 def test_late_updates_of_the_same_round_are_added_in_the_order_of_their_names(open_slow: Callable) -> None:
     digests = []
     for order in ((2, 3), (3, 2)):
-        run, hanging, _ = open_slow(**{"federation.cohort-size": 2, "federation.over-selection": 2.0})
+        run, hanging, _ = open_slow(**{"federation.cohort": 2, "federation.over-selection": 2.0})
         hanging.update(order)
         state, record = next_round(run.session, run.state)
         assert record.accepted == ("cleo", "dora")
@@ -222,7 +222,7 @@ def test_late_updates_of_the_same_round_are_added_in_the_order_of_their_names(op
 
 
 def test_a_whole_run_with_late_updates_ends_well(make_config: Callable, tmp_path: Any) -> None:
-    flat = {**BUFFERED, "federation.cohort-size": 2, "federation.over-selection": 2.0}
+    flat = {**BUFFERED, "federation.cohort": 2, "federation.over-selection": 2.0}
     config = make_config({**flat, "federation.num-rounds": 4, "run.output": str(tmp_path)})
     state = run_federation(config, local_grid(config, app, num_nodes=4))
     rounds = state.records[1:]

@@ -23,8 +23,9 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from fedllm.wire import packets
 from scripts.runtimes.local import local_grid
+from strategies.cohort.plan_round import plan_round
 from strategies.exchange.evaluation import evaluate
-from strategies.rounds import next_round, plan_round
+from strategies.rounds import next_round
 from strategies.run import run_federation
 from strategies.session import Watch
 from tests.builders import evaluate_request, train_request

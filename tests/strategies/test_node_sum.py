@@ -108,7 +108,7 @@ def test_a_node_with_a_client_of_lower_rank_sends_every_delta(
 def test_an_over_selected_cohort_closes_when_its_sums_are_of_enough_clients(
     make_config: Callable, open_run: Callable
 ) -> None:
-    config = make_config({**SUMMED, "federation.cohort-size": 2, "federation.over-selection": 2.0})
+    config = make_config({**SUMMED, "federation.cohort": 2, "federation.over-selection": 2.0})
     run = open_run(config, num_nodes=2)
     _, record = next_round(run.session, run.state)
     assert record.asked == NAMES

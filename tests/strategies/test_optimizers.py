@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.config.keys import OPTIMIZERS
+from fedllm.config.run_config import KEYS
 from fedllm.messages import ClientUpdate
 from fedllm.plan.aggregation import AggregationRule, ServerOptimizer
 from fedllm.runs.checkpoint import ServerState
@@ -17,6 +17,7 @@ from fedllm.runs.records import OptimizerState
 from strategies.aggregation import combine
 from strategies.aggregation.optimizers import rewrite_in_basis, step
 
+OPTIMIZERS = tuple(KEYS["aggregation.optimizer"].words)
 RANK, BETA, BETA2, TAU = 3, 0.8, 0.95, 1e-2
 LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), RANK, 6.0, "f")
 DELTAS = ((0.3, -0.02, 0.0), (-0.1, 0.04, 1e-3), (0.2, 0.0, -0.5), (0.0, 0.0, 0.0), (0.05, -0.3, 0.1))
@@ -114,7 +115,7 @@ def test_aligning_changes_no_product_and_brings_a_gauge_back(seed: int, log_size
     for index, (a_RI, b_OR) in enumerate(LAYOUT.factors(start)):
         gauge = torch.eye(3).double() * 10**log_size + 0.2 * gaussian(9, seed + index).view(3, 3).double()
         turned.append((gauge @ a_RI.double(), b_OR.double() @ torch.linalg.pinv(gauge)))
-    vector = LAYOUT.flatten(turned)
+    vector = LAYOUT.flatten(turned).float()
     found = rewrite_in_basis(LAYOUT, vector, start)
     for one, other in zip(products(found), products(vector), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
@@ -204,7 +205,7 @@ def rotated(vector: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     for (a_RI, b_OR), (a_0, b_0) in zip(LAYOUT.factors(vector), LAYOUT.factors(start), strict=True):
         u, _, v = torch.linalg.svd(b_OR.T @ b_0 + a_RI @ a_0.T)
         turned.append(((u @ v).T @ a_RI, b_OR @ (u @ v)))
-    return LAYOUT.flatten(turned)
+    return LAYOUT.flatten(turned).float()
 
 
 def test_a_rotation_alone_would_have_momentum_undo_the_first_round() -> None:

@@ -63,7 +63,7 @@ def test_leaving_a_out_changes_no_bit(
     for whole in (False, True):
         run = open_run(make_config(FFA))
         if whole:
-            monkeypatch.setattr("strategies.rounds.travelling_part", lambda *_: "both")
+            monkeypatch.setattr("strategies.exchange.requesting.part_to_send", lambda *_: "both")
         state = run.state
         for _ in range(2):
             state, record = next_round(run.session, state)

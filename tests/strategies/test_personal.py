@@ -20,7 +20,7 @@ from strategies.run import run_federation
 from strategies.session import Watch
 
 DUAL = {"personal.mode": "dual", "personal.rank": 3, "personal.steps": 6}
-DITTO = {**DUAL, "personal.mode": "ditto", "personal.pull": 50.0}
+DITTO = {**DUAL, "personal.mode": "ditto:50"}
 EVERYBODY = {"anna", "ben", "cleo", "dora"}
 
 

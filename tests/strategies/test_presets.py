@@ -67,7 +67,7 @@ def test_every_method_publishes_one_ordinary_adapter(
     config = make_config({"aggregation.preset": preset})
     run = open_run(config)
     state, _ = next_round(run.session, run.state)
-    files = resolve_model(config.model.name, config.model.revision)
+    files = resolve_model(config.model.name)
     folder = publish_adapter(tmp_path, resolve(config), files, state)
     published = load_adapter(folder).state
     expected = adapter_with_base_delta(state.adapter, state.base_delta)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import clients.protect as protecting
+import strategies.noised_sum as noising
 import strategies.privacy as serving
 from clients.client_app import app
 from clients.protect import Protection, protect
@@ -31,9 +32,10 @@ from fedllm.privacy.noise import clipped
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
 from fedllm.runs.records import RoundRecord, TrainingRecord
 from scripts.runtimes.local import local_grid
-from strategies.privacy import NoisedSum, ServerPrivacy
-from strategies.rounds import finish as finish_round
-from strategies.rounds import fold, next_round, open_sums, plan_round, run_round
+from strategies.cohort.plan_round import plan_round
+from strategies.noised_sum import NoisedSum, release_sum
+from strategies.privacy import ServerPrivacy
+from strategies.rounds import aggregate, next_round, run_round
 from strategies.run import run_federation
 from strategies.session import Watch
 
@@ -82,9 +84,7 @@ def released(make_config: Callable, open_run: Callable) -> Callable[[int], torch
         for round_num in range(1, number + 1):
             plan = replace(first, round_num=round_num)
             answers = [update_of(torch.zeros(layout.size), client) for client in plan.asked]
-            sums = open_sums(session, run.state, plan)
-            record, mixture = fold(session, run.state, plan, answers, sums)
-            after, _ = finish_round(session, run.state, plan, record, mixture, sums)
+            after, _ = aggregate(session, run.state, plan, answers)
             changes.append(part_of(layout, after.adapter.vector - run.state.adapter.vector, "b"))
             assert not part_of(layout, after.adapter.vector - run.state.adapter.vector, "a").any()
         return torch.stack(changes).double()
@@ -161,7 +161,7 @@ def test_the_denominator_is_fixed_whoever_is_missing() -> None:
     privacy = privacy_of(**{"privacy.noise-multiplier": 1e-6})
     noised = NoisedSum(LAYOUT, "both", 0.5)
     noised.add(update_of(torch.full((LAYOUT.size,), 9.0)))
-    delta = serving.release_of(privacy, _plan(), noised).update.delta
+    delta = release_sum(privacy, _plan(), noised).update.delta
     assert float(delta.norm()) == pytest.approx(0.5 / 4, rel=1e-4)
 
 
@@ -183,7 +183,7 @@ def loud() -> list[ClientUpdate]:
 
 def test_no_noise_is_caught(released: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     check_noise(released(60), 0.25)
-    monkeypatch.setattr(serving, "gaussian", lambda stream, size, deviation: torch.zeros(size).double())
+    monkeypatch.setattr(noising, "gaussian", lambda stream, size, deviation: torch.zeros(size).double())
     with pytest.raises(AssertionError):
         check_noise(released(60), 0.25)
 
@@ -191,8 +191,8 @@ def test_no_noise_is_caught(released: Callable, monkeypatch: pytest.MonkeyPatch)
 def test_noise_divided_by_the_root_of_the_cohort_is_caught(
     released: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = serving.gaussian
-    monkeypatch.setattr(serving, "gaussian", lambda stream, size, d: real(stream, size, d / math.sqrt(4)))
+    real = noising.gaussian
+    monkeypatch.setattr(noising, "gaussian", lambda stream, size, d: real(stream, size, d / math.sqrt(4)))
     with pytest.raises(AssertionError):
         check_noise(released(60), 0.25)
 
@@ -213,7 +213,7 @@ def test_noise_before_the_clip_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_weights_by_size_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     heavy = [replace(update, weight=100.0) for update in loud()]
     check_sensitivity(heavy, 0.5)
-    monkeypatch.setattr(serving, "bounded_weight", lambda weight: weight)
+    monkeypatch.setattr(noising, "bounded_weight", lambda weight: weight)
     with pytest.raises(AssertionError):
         check_sensitivity(heavy, 0.5)
 
@@ -222,7 +222,7 @@ def test_clipping_tensor_by_tensor_is_caught(monkeypatch: pytest.MonkeyPatch) ->
     check_sensitivity(loud(), 0.5)
     half = part_size(LAYOUT, "b") // 2
     by_tensor = lambda v, clip: torch.cat([clipped(v[:half], clip), clipped(v[half:], clip)])  # noqa: E731
-    monkeypatch.setattr(serving, "clipped", by_tensor)
+    monkeypatch.setattr(noising, "clipped", by_tensor)
     with pytest.raises(AssertionError):
         check_sensitivity(loud(), 0.5)
 
@@ -260,7 +260,7 @@ def canary_rounds(privacy: ServerPrivacy, number: int, *, is_present: bool) -> t
         noised.add(update_of(torch.zeros(LAYOUT.size), "ben"))
         if is_present:
             noised.add(update_of(direction * 1e6))
-        delta = serving.release_of(privacy, _plan(round_num), noised).update.delta
+        delta = release_sum(privacy, _plan(round_num), noised).update.delta
         found.append(float(delta @ direction))
     return torch.tensor(found)
 
@@ -288,7 +288,7 @@ def test_the_same_sum_gets_the_same_noise_and_another_sum_or_attempt_unrelated_n
     def noise(delta: float, attempt: int = 1, secret: bytes = bytes(32)) -> torch.Tensor:
         noised = NoisedSum(LAYOUT, "both", 0.5)
         noised.add(update_of(torch.full((LAYOUT.size,), delta)))
-        release = serving.release_of(replace(privacy, secret=secret), _plan(1, attempt), noised)
+        release = release_sum(replace(privacy, secret=secret), _plan(1, attempt), noised)
         return release.update.delta.double() * 4 - noised.sum_Q
 
     first = noise(0.01)
@@ -325,9 +325,9 @@ def test_coins_charge_everybody_a_little_and_release_noise_even_for_nobody(
     make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("dp_accounting", reason="the extra dp is not installed")
-    flat = {**CLIENT, "federation.selection": "poisson", "federation.cohort-size": 1}
+    flat = {**CLIENT, "federation.selection": "poisson", "federation.cohort": 1}
     run = open_run(make_config(flat))
-    monkeypatch.setattr("strategies.rounds.choose_clients", lambda *args, **kwargs: ())
+    monkeypatch.setattr("strategies.cohort.plan_round.choose_clients", lambda *args, **kwargs: ())
     state, record = run_round(run.session, run.state)
     assert record.asked == ()
     assert state.adapter.digest != run.state.adapter.digest  # silence would say that nobody was drawn
@@ -336,7 +336,7 @@ def test_coins_charge_everybody_a_little_and_release_noise_even_for_nobody(
 
 
 def test_coins_come_from_the_secret_and_not_from_the_seed() -> None:
-    poisson = {"federation.selection": "poisson", "federation.cohort-size": 2}
+    poisson = {"federation.selection": "poisson", "federation.cohort": 2}
     seeds = {serving.cohort_seed(privacy_of(bytes([n]) * 32, **poisson), 0) for n in range(5)}
     assert len(seeds) == 5
     assert serving.cohort_seed(privacy_of(), 7) == 7
@@ -344,7 +344,7 @@ def test_coins_come_from_the_secret_and_not_from_the_seed() -> None:
 
 
 def test_an_adaptive_clip_follows_the_norms(make_config: Callable, open_run: Callable) -> None:
-    few = {**CLIENT, "privacy.adaptive-clip": True}
+    few = {**CLIENT, "privacy.clip": "adaptive"}
     with pytest.raises(ConfigError, match=r"at least 21 clients a round"):
         open_run(make_config(few))
     quiet = {**few, "privacy.noise-multiplier": 0.3, "privacy.clip": 1e-3, "federation.num-rounds": 9}
@@ -476,7 +476,7 @@ def test_a_release_that_differs_after_a_resume_is_charged_again(
 def test_who_is_asked_for_a_round_again_is_charged_once_and_a_newcomer_as_well(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
-    config = make_config({**LOCAL, "federation.cohort-size": 3, "run.output": str(tmp_path)})
+    config = make_config({**LOCAL, "federation.cohort": 3, "run.output": str(tmp_path)})
     journal, run = tmp_path / "server", open_run(config)
     session = replace(run.session, privacy=serving.open_privacy(resolve(config).privacy, journal))
     _, first = next_round(session, run.state)  # and then the process is gone, and a client with it
@@ -527,7 +527,7 @@ def test_a_second_release_of_a_round_does_not_exceed_the_budget(
 def test_clients_that_took_part_as_often_as_allowed_are_not_asked_again(
     make_config: Callable, open_run: Callable
 ) -> None:
-    flat = {**CLIENT, "privacy.max-participations": 1, "federation.cohort-size": 2}
+    flat = {**CLIENT, "privacy.max-participations": 1, "federation.cohort": 2}
     run = open_run(make_config(flat))
     state, first = next_round(run.session, run.state)
     state, second = next_round(run.session, state)

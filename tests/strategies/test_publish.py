@@ -13,8 +13,7 @@ from fedllm.models.files import resolve_model
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
-from strategies.publish import model_card
-from strategies.run import summary
+from strategies.publish import model_card, summary
 
 BASE = {"anna": 4.0, "ben": 8.0}
 
@@ -33,7 +32,7 @@ def end(make_config: Callable) -> Callable[..., tuple[str, Mapping[str, Any]]]:
         )
         state = ServerState(2, state.adapter, records=records)
         result = summary(state, Path("adapter"))
-        files = resolve_model(config.model.name, config.model.revision)
+        files = resolve_model(config.model.name)
         return model_card(resolve(config), files, state), result["held_out"]  # type: ignore[return-value]
 
     return do

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
-from fedllm.config.keys import ROBUST_RULES
+from fedllm.config.run_config import KEYS
 from fedllm.messages import ClientUpdate
 from fedllm.plan.aggregation import COORDINATE_RULES, AggregationRule
 from fedllm.runs.checkpoint import ServerState
@@ -18,6 +18,7 @@ from strategies.aggregation import combine, robust
 
 RANK = 3
 LAYOUT = AdapterLayout((LoraMatrix("wide", 20, 12), LoraMatrix("tall", 9, 17)), RANK, 6.0, "f")
+ROBUST_RULES = tuple(KEYS["aggregation.robust"].words)
 GRAM_RULES = [name for name in ROBUST_RULES if name != "none" and name not in COORDINATE_RULES]
 READ_OUTS = ["svd", "factor-mean", "projection", "residual", "stack"]
 
@@ -207,7 +208,7 @@ def test_a_change_of_gauge_changes_no_verdict(name: str) -> None:
         for a_RI, b_OR in LAYOUT.factors(item.delta):
             gauge = torch.eye(RANK).double() + 0.5 * gaussian(RANK**2, index).view(RANK, RANK)
             factors.append((gauge @ a_RI.double(), b_OR.double() @ torch.linalg.inv(gauge)))
-        turned.append(update(item.client_id, LAYOUT.flatten(factors)))
+        turned.append(update(item.client_id, LAYOUT.flatten(factors).float()))
     state = ServerState(0, start)
     one, other = (model_change(aggregate(items, state, robust=name)) for items in (updates, turned))
     assert float((one - other).norm() / one.norm()) < 1e-4

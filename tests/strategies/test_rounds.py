@@ -11,7 +11,8 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.plan.run_plan import resolve
 from fedllm.plan.training import local_training
-from strategies.rounds import check_failure_rate, next_round, run_round
+from strategies.rounds import next_round, run_round
+from strategies.run import check_failure_rate
 
 EVERYBODY = ("anna", "ben", "cleo", "dora")
 
@@ -90,7 +91,7 @@ def test_a_run_goes_on_while_few_enough_clients_fail(make_config: Callable, open
 def test_an_over_selected_round_closes_with_its_cohort_and_frees_the_rest(
     in_batches: bool, make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = open_run(make_config({"federation.cohort-size": 2, "federation.over-selection": 2.0}))
+    run = open_run(make_config({"federation.cohort": 2, "federation.over-selection": 2.0}))
     one_by_one = run.grid.pull_messages
     if in_batches:  # a SuperLink hands out all replies that have come
 
@@ -182,9 +183,9 @@ def test_a_record_counts_packets_and_weights(make_config: Callable, open_run: Ca
 @pytest.mark.parametrize(
     ("flat", "expected"),
     [
-        ({"federation.num-clients": 10, "federation.cohort-fraction": 0.25}, 2),
-        ({"federation.num-clients": 10, "federation.cohort-fraction": 0.01}, 1),
-        ({"federation.num-clients": 10, "federation.cohort-size": 7}, 7),
+        ({"federation.num-clients": 10, "federation.cohort": 0.25}, 2),
+        ({"federation.num-clients": 10, "federation.cohort": 0.01}, 1),
+        ({"federation.num-clients": 10, "federation.cohort": 7}, 7),
         ({"federation.num-clients": 3}, 3),
     ],
 )

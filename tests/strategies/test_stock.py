@@ -18,7 +18,7 @@ from fedllm.wire.stock import read_plain, write_plain
 from scripts.runtimes.local import local_grid
 from strategies.flower_strategy import FederatedLora
 from strategies.rounds import next_round
-from strategies.run import open_session
+from strategies.start import open_session
 
 EVERYBODY = {"min_available_nodes": 4, "min_train_nodes": 4, "min_evaluate_nodes": 4}
 

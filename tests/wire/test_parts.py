@@ -141,7 +141,7 @@ def read_sum(content: RecordDict, part: str = "both") -> list[ClientUpdate | Cli
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_sum_comes_back_as_one_update_with_every_members_numbers(part: str) -> None:
+def test_a_sum_comes_back_as_one_update_with_its_members(part: str) -> None:
     content = recorddict_from_proto(recorddict_to_proto(sum_reply(part)))  # as Flower carries it
     total, failure = read_sum(content, part)
     assert isinstance(total, ClientUpdate)

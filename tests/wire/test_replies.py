@@ -90,7 +90,7 @@ def controls_reply() -> RecordDict:
     return replies.write_updates(sent, layout=LAYOUT, part="both", payload="fp32")
 
 
-def test_changes_of_control_variates_come_back_where_they_are_wanted() -> None:
+def test_control_variates_come_back_where_they_are_wanted() -> None:
     answers = read_updates(controls_reply(), with_controls=True)
     for number, answer in enumerate(answers):
         assert isinstance(answer, ClientUpdate)
@@ -99,7 +99,7 @@ def test_changes_of_control_variates_come_back_where_they_are_wanted() -> None:
         assert torch.equal(answer.delta, update("a").delta)
 
 
-def test_changes_of_control_variates_are_refused_where_not_wanted_and_missed_where_wanted() -> None:
+def test_control_variates_come_exactly_where_they_are_wanted() -> None:
     with pytest.raises(WireError, match="not on the list"):
         read_updates(controls_reply())
     with pytest.raises(WireError, match="do not match the clients"):
@@ -147,7 +147,7 @@ def test_replies_with_nothing_done_can_be_written_and_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics", "updates"])
-def test_a_reply_with_nothing_done_hides_no_text_under_a_known_name(name: str) -> None:
+def test_no_text_hides_under_a_known_name(name: str) -> None:
     failures = [ClientFailure(client_id="a", code="no-data")]
     content = replies.write_updates(failures, layout=LAYOUT, part="both", payload="bf16")
     content[name] = ConfigRecord({"text": SECRET})
@@ -279,7 +279,7 @@ def test_a_code_outside_the_list_is_refused(kind: str, code: str) -> None:
 
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("code", [SECRET, 7, ["failed"], "out-of-memory"])
-def test_an_error_reply_is_refused_with_a_known_code_and_nothing_of_its_text(kind: str, code: Any) -> None:
+def test_an_error_reply_is_refused_with_a_known_code_alone(kind: str, code: Any) -> None:
     content = RecordDict({"error": ConfigRecord({"code": code, "note": SECRET})})
     with pytest.raises(WireError) as caught:
         READERS[kind][1](content)

@@ -94,7 +94,7 @@ def _report_failure_with_a_packet(content: RecordDict) -> None:
 
 
 @pytest.mark.parametrize("damage", [_rename, _drop, _add, _drop_all, _report_failure_with_a_packet])
-def test_packets_of_other_clients_than_those_with_an_update_are_refused(
+def test_packets_of_clients_without_an_update_are_refused(
     damage: Callable[[RecordDict], None],
 ) -> None:
     content = reply()
@@ -147,7 +147,7 @@ def _replaced_by(array: np.ndarray) -> Callable[[ArrayRecord], None]:
         _replaced_by(np.zeros((), "float32")),
     ],
 )
-def test_plain_tensors_of_another_name_shape_or_dtype_are_refused(
+def test_tensors_of_another_name_shape_or_dtype_are_refused(
     damage: Callable[[ArrayRecord], None],
 ) -> None:
     record = stock.write_plain(initial_adapter(LAYOUT, 0))
@@ -195,7 +195,7 @@ WHOLE = npy(np.zeros((2, 3), "float32"))
         (WHOLE, "pickle"),
     ],
 )
-def test_plain_tensors_whose_bytes_are_not_what_they_declare_are_refused(data: bytes, stype: str) -> None:
+def test_tensors_that_are_not_what_they_declare_are_refused(data: bytes, stype: str) -> None:
     record = stock.write_plain(initial_adapter(LAYOUT, 0))
     record[FIRST] = Array(dtype="float32", shape=(2, 3), stype=stype, data=data)
     with pytest.raises(WireError):

@@ -20,19 +20,23 @@ from fedllm.distillation.teacher import Teacher, teach
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import FedLLMError, NonFiniteError
+from fedllm.messages import ClientUpdate
 from fedllm.plan.run_plan import distillation_of, resolve
 from scripts.experiments.controls import holder_of
 from scripts.experiments.trials import Figures, Setting, Trial
 from scripts.runtimes.local import init, step
-from strategies import rounds
+from strategies.cohort.plan_round import plan_round
 from strategies.distillation.learn import student_training
 from strategies.distillation.losses import Loss, error_of_gain, measure_base, measure_change, measure_loss
 from strategies.distillation.material import Material, make_material
 from strategies.distillation.originality import text_screen
 from strategies.distillation.public_text import open_public_text
-from strategies.distillation.step import open_engine, writers_of
+from strategies.distillation.step import open_engine
+from strategies.distillation.synthetic_text import writers_of
 from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
-from strategies.exchange.receiving import receive
+from strategies.exchange.receiving import receive, sort_answers
+from strategies.exchange.requesting import train_requests
+from strategies.rounds import aggregate
 from strategies.session import Session
 
 TEACHERS = ("posterior", "uniform", "logit-mean")
@@ -79,11 +83,14 @@ def last_round(config: RunConfig) -> Round:
     for _ in range(config.federation.num_rounds - 1):
         state, _ = step(state)
     session, before = state.session, state.server
-    plan = rounds.plan_round(session, before, 1)
-    answers = receive(session, plan, rounds.train_requests(session, before, plan))
+    plan = plan_round(session, before, 1)
+    arriving = receive(session, plan, train_requests(session, before, plan))
+    answers = list(sort_answers(arriving, plan.asked))
     teachers = Teachers(before.adapter, plan.round_num, config.distill.max_teachers)
-    record, mixture = rounds.fold(session, before, plan, answers, rounds.RoundSums(teachers=teachers))
-    after, record = rounds.finish(session, before, plan, record, mixture)
+    for answer in answers:
+        if isinstance(answer, ClientUpdate):
+            teachers.add(answer)
+    after, record = aggregate(session, before, plan, answers)
     clients = teachers.without(record.aggregation.silenced)
     return Round(session, open_engine(session), after.adapter, clients)
 

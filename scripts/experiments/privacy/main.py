@@ -103,7 +103,7 @@ FULL_CLIENTS = Part(
     flat={
         **_MANY,
         "federation.num-clients": 140,
-        "federation.cohort-size": 42,
+        "federation.cohort": 42,
         "federation.num-rounds": 6,
         "train.local-steps": 2,
         "train.batch-size": 4,
@@ -134,7 +134,7 @@ _QUICK_SILOS: dict[str, Scalar] = {
 }
 _QUICK_CLIENTS: dict[str, Scalar] = {
     **FULL_CLIENTS.flat,
-    **{"federation.num-clients": 28, "federation.cohort-size": 14, "federation.num-rounds": 2},
+    **{"federation.num-clients": 28, "federation.cohort": 14, "federation.num-rounds": 2},
     **{"train.local-steps": 1, "train.batch-size": 2, "data.held-out-fraction": 0.2, "data.max-held-out": 2},
 }
 

@@ -53,7 +53,7 @@ def private(trial: Trial, setting: Setting) -> Figures:
 
 def spent(state: LocalState, config: RunConfig) -> Mapping[str, Scalar]:
     """Return what the run's own ledger says, and the noise of its rounds: the largest of any client's."""
-    if not config.privacy.epsilon:
+    if config.privacy.epsilon == "off":
         return {}
     rounds = [record.privacy for record in state.records if record.privacy is not None]
     return {

@@ -11,7 +11,8 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import DistillationLosses, DistillationRecord, LossChange
 from strategies.distillation.material import Material, Screen, make_material, pass_all
 from strategies.distillation.public_text import open_public_text
-from strategies.distillation.step import open_engine, writers_of
+from strategies.distillation.step import open_engine
+from strategies.distillation.synthetic_text import writers_of
 from strategies.distillation.teachers import ClientAdapter
 from strategies.session import Session
 

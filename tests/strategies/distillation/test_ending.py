@@ -21,8 +21,8 @@ from scripts.runtimes.local import local_grid
 from strategies.distillation.report import describe_step, table_cell
 from strategies.flower_strategy import FederatedLora
 from strategies.rounds import next_round
-from strategies.run import open_session
 from strategies.session import Watch
+from strategies.start import open_session
 from tests.strategies.distillation.builders import CHEAP, FEW, NAMES, PRIVATE, STEP, steps_of
 
 

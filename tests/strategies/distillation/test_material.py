@@ -19,7 +19,7 @@ from tests.strategies.distillation.builders import FEW, NAMES, WORDS, material_o
 
 @pytest.mark.parametrize(
     "flat",
-    [{}, {"evaluation.prompts": "sum of? || list it?"}, {"data.text-column": "text"}],
+    [{}, {"evaluation.prompts": "sum of? || list it?"}, {"data.columns": "text=text"}],
     ids=["questions first", "public prompts", "plain text"],
 )
 def test_synthetic_text_begins_with_what_there_is(flat: dict[str, str], trained: Callable) -> None:
@@ -29,7 +29,7 @@ def test_synthetic_text_begins_with_what_there_is(flat: dict[str, str], trained:
     assert material == material_of(session, adapters) != material_of(session, adapters, round_num=2)
     tokenizer = open_engine(session).base.tokenizer
     begins = {tokenizer.decode(row.tokens)[:8] for row in material.rows}
-    if "data.text-column" in flat:
+    if "data.columns" in flat:
         assert all(row.labels[0] == -100 for row in material.rows)
         assert begins != {"<|user|>"}
     else:

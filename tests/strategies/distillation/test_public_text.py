@@ -73,7 +73,7 @@ def test_a_document_is_a_file_of_plain_text_where_there_are_several(tmp_path: Pa
 
 def test_public_text_need_not_have_the_columns_of_private_text(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", [{"text": "first"}, {"text": "second"}])
-    read = read_public(source, DataConfig(prompt_column="asked", response_column="said"))
+    read = read_public(source, DataConfig(columns="prompt=asked,response=said"))
     assert [plain_words(text) for text in read] == ["first", "second"]
 
 

@@ -1,0 +1,44 @@
+"""What the next round will do: which clients are asked, and the numbers that follow from the run's plan."""
+
+from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import RoundPlan
+from strategies.cohort.selection import choose_clients
+from strategies.privacy import clients_that_can_afford, cohort_seed
+from strategies.session import Session
+
+
+def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
+    """Choose the clients of the next round and its numbers.
+
+    Clients of busy nodes are not asked, nor those whose late reply this round will take: one update a round.
+    """
+    config, round_num = session.config, state.round_num + 1
+    free = set(session.transport.node_ids()) - {reply.node_id for reply in session.transport.overdue}
+    able = clients_that_can_afford(
+        session.privacy, state.ledger, session.clients, round_num=round_num, attempt=attempt
+    )
+    available = [c for c in session.clients.values() if c.node_id in free and c.client_id in able]
+    cohort = session.plan.cohort
+    asked = choose_clients(
+        available,
+        state.records,
+        cohort=cohort,
+        seed=cohort_seed(session.privacy, config.seed),
+        round_num=round_num,
+        attempt=attempt,
+    )
+    cohort_size = cohort.size
+    if cohort.rule == "poisson" and available:  # with nobody free there was nothing to draw from
+        asked = asked if len(asked) >= config.federation.min_clients else ()
+        cohort_size = len(asked)
+    return RoundPlan(
+        round_num=round_num,
+        attempt=attempt,
+        asked=asked,
+        cohort_size=cohort_size,
+        ranks={client: rank for client, rank in session.ranks().items() if client in asked},
+        training=session.plan.training(round_num),
+        trained=session.rule.trained_in(round_num),
+        returned=session.rule.returned_in(round_num),
+        largest_start=float(state.adapter.vector.abs().max()),
+    )

@@ -1,0 +1,60 @@
+"""The messages of a round: one to every node, for all of its clients that train or measure."""
+
+from flwr.app import RecordDict
+
+from fedllm.messages import EvaluateRequest, TrainRequest
+from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import RoundPlan
+from fedllm.wire.requests import write_evaluate_request, write_train_request
+from strategies.control_variates import control_of
+from strategies.grid.what_nodes_hold import part_to_send
+from strategies.privacy import clip_of
+from strategies.session import Session
+
+
+def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
+    """Return one message per node, naming its clients that train in this round."""
+    part = part_to_send(session.rule, state.adapter, session.initial)
+    contents = {}
+    for node, clients in session.by_node(plan.asked).items():
+        request = TrainRequest(
+            round_num=plan.round_num,
+            client_ids=tuple(clients),
+            num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+            ranks=tuple(plan.ranks[client] for client in clients),
+            adapter=state.adapter,
+            base_delta=state.base_delta,
+            plan_digest=session.plan.digest,
+            control=control_of(state) if session.config.train.control_variates else None,
+            clip=clip_of(session.privacy, state),
+        )
+        sending = session.held_by_nodes.what_to_send(node, part, state.base_delta.digest)
+        contents[node] = write_train_request(request, sending)
+    return contents
+
+
+def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordDict]:
+    """Return one message per free node, naming its clients that keep held-out rows.
+
+    There is none where the privacy plan keeps held-out losses with the clients.
+    """
+    if session.privacy is not None and session.privacy.plan.metrics == "withheld":
+        return {}
+    holders = [client.client_id for client in session.clients.values() if client.num_held_out]
+    free = set(session.transport.node_ids())
+    part = part_to_send(session.rule, state.adapter, session.initial)
+    contents = {}
+    for node, clients in session.by_node(holders).items():
+        if node not in free:
+            continue
+        request = EvaluateRequest(
+            round_num=state.round_num,
+            client_ids=tuple(clients),
+            num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+            adapter=state.adapter,
+            base_delta=state.base_delta,
+            plan_digest=session.plan.digest,
+        )
+        sending = session.held_by_nodes.what_to_send(node, part, state.base_delta.digest)
+        contents[node] = write_evaluate_request(request, sending)
+    return contents

@@ -1,0 +1,95 @@
+"""How a run starts: the session over the clients that join, and the state its first round begins with."""
+
+from pathlib import Path
+
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedllm.adapters.layout import AdapterState
+from fedllm.engine.resident import Resident
+from fedllm.models.base import describe_layout
+from fedllm.plan.dealt_numbers import named_clients
+from fedllm.plan.run_plan import RunPlan
+from fedllm.runs.checkpoint import ServerState, load_checkpoint
+from fedllm.runs.privacy_statement import summary_line
+from fedllm.runs.records import RoundRecord
+from strategies.aggregation.stock import check_stock
+from strategies.distillation.public_text import open_public_text
+from strategies.exchange.evaluation import evaluate
+from strategies.exchange.joining import join_clients
+from strategies.grid.transport import Transport
+from strategies.privacy import open_privacy, with_journal
+from strategies.session import SILENT, Session, Watch
+
+
+def open_session(
+    plan: RunPlan,
+    grid: Grid,
+    watch: Watch = SILENT,
+    stock: Strategy | None = None,
+    *,
+    folder: Path | None = None,
+    resident: Resident | None = None,
+) -> Session:
+    """Return a session over the clients that join on `grid`.
+
+    `folder` is the run's: it holds the noise secret and the ledger of a private run, which otherwise live as
+    long as the session, and the verdicts on synthetic text. `resident` and `stock` are as in
+    `strategies.run.run_federation`.
+
+    Raises:
+        ModelError, RunFailedError: the base model is absent, or too few clients join.
+        ConfigError: `stock` is given and the run's rule is no plain mean of factors, or the run distils
+            or its server is to add noise.
+        DataError: the run distils, and its public text cannot be used.
+        CheckpointError, MissingExtraError: the noise secret cannot be kept, or a library is missing.
+    """
+    config = plan.config
+    privacy = open_privacy(plan.privacy, folder / "private" / "server" if folder else None)
+    if privacy is not None:
+        watch.notice(f"privacy: {summary_line(privacy.plan)}")
+    if stock is not None:
+        check_stock(plan)
+    public_text = open_public_text(plan.distillation, config.data)  # before anybody is waited for
+    layout = describe_layout(config.model, config.lora)
+    transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
+    clients = join_clients(transport, config, layout, watch.notice)
+    watch.joined(clients)
+    for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
+        watch.notice(f"lora.client-ranks names client {name}, which has not joined")
+    return Session(
+        plan,
+        layout,
+        transport,
+        clients,
+        watch,
+        resident=resident or Resident(),
+        stock=stock,
+        privacy=privacy,
+        folder=folder,
+        public_text=public_text,
+    )
+
+
+def first_state(session: Session, start: AdapterState | None = None) -> ServerState:
+    """Return the state before round 1, with the held-out loss of the base model as record 0."""
+    state = ServerState(0, start or session.initial)
+    record = RoundRecord(round_num=0, adapter=state.adapter.digest)
+    record = evaluate(session, state).noted_in(record)
+    session.watch.record(record)
+    return ServerState(0, state.adapter, records=(record,))
+
+
+def begin_or_resume(session: Session, folder: Path, start: AdapterState | None) -> ServerState:
+    """Return the state to go on from: before round 1, or under `run.resume` that of the newest checkpoint.
+
+    Raises:
+        CheckpointError, ConfigError: there is no checkpoint to resume from, or it is of another run.
+    """
+    if not session.config.run.resume:
+        return with_journal(session.privacy, first_state(session, start))
+    state, passed_over = load_checkpoint(folder / "checkpoints", session.config, session.layout)
+    for line in passed_over:
+        session.watch.notice(line)
+    session.watch.notice(f"resuming after round {state.round_num}")
+    return with_journal(session.privacy, state)

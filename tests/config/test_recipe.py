@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+
+from fedllm.config.recipe import build_config, parse_overrides, read_recipe
+from fedllm.config.run_config import RunConfig
+from fedllm.errors import ConfigError
+
+
+def test_tables_and_dotted_keys_mean_the_same(tmp_path: Path) -> None:
+    tables, dotted = tmp_path / "tables.toml", tmp_path / "dotted.toml"
+    tables.write_text('seed = 3\n[lora]\nrank = 4\ntarget-modules = ["q_proj", "v_proj"]\n')
+    dotted.write_text('seed = 3\nlora.rank = 4\nlora.target-modules = "q_proj,v_proj"\n')
+    expected = RunConfig.from_flat({"seed": 3, "lora.rank": 4, "lora.target-modules": "q_proj,v_proj"})
+    assert build_config(tables, []) == build_config(dotted, []) == expected
+    assert RunConfig.from_flat(read_recipe(tables)).to_flat() == expected.to_flat()
+
+
+def test_overrides_win_and_may_hold_equals_signs(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("lora.rank = 4\nseed = 1\n")
+    config = build_config(recipe, ["lora.rank=16", " run.resume = TRUE ", "evaluation.prompts=a=b || c"])
+    assert (config.lora.rank, config.seed, config.run.resume) == (16, 1, True)
+    assert config.evaluation.prompts == "a=b || c"
+    assert build_config(None, []) == RunConfig()
+    assert parse_overrides([]) == {}
+
+
+@pytest.mark.parametrize("word", ["train.local-steps", "", "--resume"])
+def test_a_word_that_sets_no_key_is_one_line(word: str) -> None:
+    with pytest.raises(ConfigError, match="expected key=value"):
+        parse_overrides([word])
+
+
+@pytest.mark.parametrize("content", [b"lora.rank = ", b"[lora", b"\xff\xfe", b"a = 1\na = 2\n"])
+def test_a_recipe_that_is_no_toml_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"recipe .*recipe\.toml: ") as caught:
+        read_recipe(tmp_path / "recipe.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_recipe_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        read_recipe(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    "line", ["lora = 3", "[[lora]]\nrank = 3", "seed.x = 1", "lora.rank.x = 1", "seed = 2020-01-01"]
+)
+def test_a_recipe_of_another_shape_is_a_config_error(line: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(line + "\n")
+    with pytest.raises(ConfigError) as caught:
+        build_config(tmp_path / "recipe.toml", [])
+    assert "\n" not in str(caught.value)
+
+
+def test_lines_may_end_as_windows_ends_them(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes(b"[lora]\r\nrank = 4\r\n")
+    assert read_recipe(tmp_path / "recipe.toml") == {"lora.rank": 4}
+
+
+def test_a_byte_order_mark_is_no_toml(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    with pytest.raises(ConfigError, match=r"recipe\.toml: "):
+        read_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_key_of_numbers_and_words_takes_either(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('federation.cohort = 0.5\ntrain.clip-norm = "off"\nseed = 1\n')
+    config = build_config(tmp_path / "recipe.toml", ["model.num-threads=2", "data.max-rows=all"])
+    assert (config.federation.cohort, config.train.clip_norm) == (0.5, "off")
+    assert (config.model.num_threads, config.data.max_rows) == (2, "all")
