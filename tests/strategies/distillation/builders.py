@@ -65,8 +65,9 @@ def steps_of(state: ServerState) -> list[DistillationRecord]:
 
 
 def with_keys(session: Session, **flat: Any) -> Session:
-    """Return a session that distils cheaply, with other keys."""
-    return replace(session, plan=resolve(session.config.override({**CHEAP, **flat})))
+    """Return a session that distils cheaply, with other keys than its nodes were given."""
+    plan = resolve(session.config.override({**CHEAP, **flat}))
+    return replace(session, plan=replace(plan, digest=session.plan.digest))  # nodes refuse another digest
 
 
 def with_public(session: Session, source: str, **flat: Any) -> Session:
