@@ -108,7 +108,7 @@ def audit(
     plot: Annotated[Path | None, typer.Option(help="Draw the result: a .png, .svg or .pdf file.")] = None,
     json: Json = False,
 ) -> None:
-    """Attack a finished run beside its rows, with controls: membership, extraction, inversion, canaries."""
+    """Attack a finished run where its rows are, with controls: membership, extraction, canaries."""
     from scripts.commands import audit_command
 
     audit_command.audit(
@@ -136,8 +136,9 @@ def distil(
 ) -> None:
     """Teach a smaller model what a large one says: the same tokenizer, another, or cut from its layers."""
     from scripts.commands import distil_command
+    from scripts.students import Numbers
 
-    numbers = distil_command.Numbers(
+    numbers = Numbers(
         steps=steps,
         learning_rate=learning_rate,
         batch_size=batch_size,

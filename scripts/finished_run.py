@@ -9,6 +9,8 @@ from fedllm.errors import ConfigError
 from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID
 from fedllm.runs.folder import read_keys
 
+PARTITION = "partition.json"  # how the rows of a run were dealt, in its folder
+
 
 def find_adapter(target: Path) -> tuple[Path, RunConfig | None]:
     """Return the adapter folder that `target` is or holds, and the configuration of its run where known.
@@ -36,3 +38,8 @@ def trained_clients(run: Path) -> list[str]:
         return list(json.loads((run / "result.json").read_text())["held_out"]["after"]["clients"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def own_rows(config: RunConfig) -> RunConfig:
+    """Return the configuration without the canaries that a run plants for its audit: clients' rows alone."""
+    return config.override({"audit.canaries": 0})

@@ -26,8 +26,3 @@ def config_of(words: Sequence[str], extra: Sequence[str] = ()) -> RunConfig:
     if not recipe.is_file() and (RECIPES / recipe.name).is_file():
         recipe = RECIPES / recipe.name  # a shipped recipe by its bare name
     return build_config(recipe, [*overrides, *extra])
-
-
-def own_rows(config: RunConfig) -> RunConfig:
-    """Return the configuration without the canaries that a run plants for its audit: clients' rows alone."""
-    return config.override({"audit.canaries": 0})

@@ -103,7 +103,7 @@ def clients_that_can_afford(
     before = Ledger(tuple(entry for entry in ledger.entries if entry.name[:2] != (round_num, attempt)))
 
     def affords(account: str, client: JoinedClient | None) -> bool:
-        charge, num_releases = _charge_of(plan, client), sum(c.count for c in before.of(account))
+        charge, num_releases = _charge_of(plan, client), sum(c.count for c in before.charges_of(account))
         if plan.limit and num_releases >= plan.limit * plan.steps:
             return False
         return before.affords(account, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned)

@@ -1,15 +1,17 @@
-"""What several rooms of tests build: engines on tiny models, random texts, requests to a data holder."""
+"""What several rooms of tests build: engines on tiny models, texts, updates, requests to a data holder."""
 
 import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from clients.data_holder import DataHolder
 from fedllm.adapters.base_delta import no_base_delta
-from fedllm.adapters.layout import initial_adapter
+from fedllm.adapters.layout import AdapterLayout, LoraMatrix, initial_adapter
 from fedllm.config.keys import LoraConfig
 from fedllm.engine.engine import Engine
-from fedllm.messages import EvaluateRequest, TrainRequest
+from fedllm.messages import ClientUpdate, EvaluateRequest, TrainRequest
 from fedllm.models.base import BaseModel, layout_of
 
 
@@ -27,6 +29,25 @@ def engine_on(
     """
     lora = LoraConfig(rank=rank, alpha=2.0 * rank if alpha is None else alpha, target_modules=targets)
     return Engine(base, layout_of(base.model, lora, base.fingerprint), token_budget=budget)
+
+
+def small_layout(rank: int = 2) -> AdapterLayout:
+    """Return a layout of two matrices, 14 values a rank, that no model has."""
+    return AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), rank, 2.0 * rank, "f" * 64)
+
+
+def client_update(client_id: str, delta: torch.Tensor, **changes: Any) -> ClientUpdate:
+    """Return an update of round 4 at rank 2, with numbers that a wire must carry unchanged."""
+    values: dict[str, Any] = {
+        "round_num": 4,
+        "rank": 2,
+        "weight": 7.0,
+        "num_tokens": 31,
+        "train_loss": 0.25,
+        "num_truncated": 1,
+        "seconds": 0.5,
+    }
+    return ClientUpdate(client_id=client_id, delta=delta, **{**values, **changes})
 
 
 def random_texts(lengths: Sequence[int], seed: int = 0) -> list[tuple[int, ...]]:

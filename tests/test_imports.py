@@ -72,7 +72,7 @@ def _constant(node: ast.AST | None) -> object:
     return node.value if isinstance(node, ast.Constant) else None
 
 
-def test_models_are_loaded_from_safetensors_or_converted_from_gguf_only() -> None:
+def test_models_come_from_safetensors_or_gguf_only() -> None:
     calls = [
         ast.unparse(node)
         for file in (ROOT / "fedllm").rglob("*.py")

@@ -7,11 +7,11 @@ every rate on training text together with the rate on held-out text and the rate
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fedllm.attacks.binomial import clopper_pearson
 from fedllm.attacks.canaries import Canary
-from fedllm.attacks.token_scores import TokenScores, part_of_text, whole
+from fedllm.attacks.token_scores import TokenScores, whole
 from fedllm.models.chat import Encoded
 
 PREFIX, SUFFIX = 50, 50  # tokens (Carlini et al., arXiv 2202.07646)
@@ -41,7 +41,7 @@ def extractable(rows: Sequence[Encoded], prefix: int = PREFIX, suffix: int = SUF
 def suffix_of(scores: TokenScores, prefix: int = PREFIX, suffix: int = SUFFIX) -> TokenScores:
     """Return the scores of the suffix, from those of the whole text."""
     begin = prefix - 1  # a text's first token is predicted from nothing, so it has no score
-    return part_of_text(scores, begin, begin + suffix)
+    return TokenScores(*(getattr(scores, item.name)[begin : begin + suffix] for item in fields(scores)))
 
 
 def is_extracted(suffix: TokenScores) -> bool:

@@ -7,7 +7,7 @@ Tensor suffixes: N learnt token of a text, V vocabulary, D feature, P adapter va
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -92,8 +92,3 @@ def _chunk_scores(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[tor
     chosen_N = log_NV.gather(1, targets_N[:, None])[:, 0]
     numbers = (chosen_N, means_N, deviations_N)
     return (*(column.double().cpu() for column in numbers), (log_NV.argmax(dim=1) == targets_N).cpu())
-
-
-def part_of_text(scores: TokenScores, begin: int, end: int | None = None) -> TokenScores:
-    """Return the scores of the learnt tokens from `begin` to before `end`."""
-    return TokenScores(*(getattr(scores, item.name)[begin:end] for item in fields(scores)))

@@ -29,7 +29,8 @@ def cohort_plan(federation: FederationConfig) -> CohortPlan:
     """Return how a run chooses the clients of a round.
 
     Raises:
-        ConfigError: the cohort is larger than the federation, or smaller than the updates a round needs.
+        ConfigError: the cohort is larger than the federation, or smaller than the updates a round needs;
+            power-of-choice draws fewer candidates than the round asks.
     """
     num_clients = federation.num_clients
     rule, number = split_number(federation.selection, 0.0)
@@ -46,7 +47,7 @@ def cohort_plan(federation: FederationConfig) -> CohortPlan:
         raise ConfigError(f"federation.cohort = {size} is above federation.num-clients = {num_clients}")
     if federation.min_clients > size:
         raise ConfigError(f"federation.min-clients = {federation.min_clients} is above the cohort of {size}")
-    return CohortPlan(
+    cohort = CohortPlan(
         rule=rule,
         size=size,
         num_clients=num_clients,
@@ -54,3 +55,9 @@ def cohort_plan(federation: FederationConfig) -> CohortPlan:
         candidates=int(number) if rule == "power-of-choice" else 0,
         preferred_seconds=number if rule == "oort" else 0.0,
     )
+    if 0 < cohort.candidates < cohort.num_asked:
+        raise ConfigError(
+            f"federation.selection = {federation.selection!r} names fewer candidates than the"
+            f" {cohort.num_asked} clients a round asks"
+        )
+    return cohort

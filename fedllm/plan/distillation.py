@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from fedllm.config.keys import DistillConfig
-from fedllm.config.run_config import RunConfig
+from fedllm.errors import ConfigError
+from fedllm.originality.overlap import MAX_SHINGLES, MAX_TEXTS
 from fedllm.plan.privacy import PrivacyPlan
 
 SYNTHETIC = "synthetic"
@@ -55,32 +56,52 @@ class DistillationPlan:
         return number - self.num_public if self.num_public else number + self.num_held_out
 
 
-def distillation_plan(config: RunConfig, privacy: PrivacyPlan | None) -> DistillationPlan | None:
-    """Return the distillation plan of a run, None where it never distils."""
-    if config.distill.when == "never":
+def distillation_plan(
+    section: DistillConfig, privacy: PrivacyPlan | None, *, num_rounds: int, holds_out: bool
+) -> DistillationPlan | None:
+    """Return the distillation plan of a run, None where it never distils.
+
+    `holds_out` says whether clients hold rows out of training.
+
+    Raises:
+        ConfigError: there is no text, or more than data holders can be asked about.
+    """
+    if section.when == "never":
         return None
-    text = config.distill.text.strip()
+    text = section.text.strip()
+    if not text:
+        raise ConfigError(
+            "distill.text is empty: there is nothing to distil on; set it to synthetic, to a source such as"
+            " data.source takes, or to synthetic+SOURCE"
+        )
     public = "" if text == SYNTHETIC else text.removeprefix(f"{SYNTHETIC}+").strip()
-    wanted = config.distill.originality
-    return DistillationPlan(
-        numbers=config.distill,
-        last_round=config.federation.num_rounds,
+    # That a student follows what the clients' adapters wrote does not show that it is right: where all text
+    # is synthetic the clients judge it, unless the run says otherwise or losses may not leave them.
+    may_ask = holds_out and (privacy is None or privacy.metrics != "withheld")
+    plan = DistillationPlan(
+        numbers=section,
+        last_round=num_rounds,
         public_source=public,
         has_synthetic=text == SYNTHETIC or text.startswith(f"{SYNTHETIC}+"),
         # What private adapters write is private already, so it needs no screening.
-        is_screened=wanted == "on" or (wanted == "auto" and privacy is None),
-        asks_clients=_asks_clients(config, privacy, public),
+        is_screened=section.originality == "on" or (section.originality == "auto" and privacy is None),
+        asks_clients=section.gate == "clients" or (section.gate == "auto" and may_ask and not public),
     )
+    if plan.is_screened and plan.num_screened:
+        _check_screening(plan)
+    return plan
 
 
-def _asks_clients(config: RunConfig, privacy: PrivacyPlan | None, public_source: str) -> bool:
-    """Return whether the clients too judge a distilled adapter.
-
-    Unless the run says so, they do where all text is synthetic: that a student follows what the clients'
-    adapters wrote does not show that it is right.
-    """
-    if config.distill.gate != "auto":
-        return config.distill.gate == "clients"
-    may_be_had = privacy is None or privacy.metrics != "withheld"
-    has_rows = config.data.held_out_fraction * config.data.max_held_out > 0
-    return has_rows and may_be_had and not public_source
+def _check_screening(plan: DistillationPlan) -> None:
+    """Refuse what one overlap query, all that a round has, cannot ask of the data holders."""
+    number, most = plan.num_screened, plan.numbers.max_tokens
+    if number > MAX_TEXTS:
+        raise ConfigError(
+            f"distill.num-texts = {plan.numbers.num_texts} has {number} synthetic texts written, and data"
+            f" holders can be asked about {MAX_TEXTS} a round; lower it, or set distill.originality = 'off'"
+        )
+    if most > MAX_SHINGLES:
+        raise ConfigError(
+            f"distill.max-tokens = {most} is above the {MAX_SHINGLES} of which data holders can be asked in"
+            " one synthetic text; lower it, or set distill.originality = 'off'"
+        )

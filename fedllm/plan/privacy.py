@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from fedllm.config.key import number_or, split_number
-from fedllm.config.run_config import RunConfig
+from fedllm.config.keys import FederationConfig, PrivacyConfig, TrainConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
 from fedllm.privacy.accounting import Charge, noise_for, rate_bound
@@ -143,17 +143,23 @@ class PrivacyPlan:
         return rate_bound(self.sampling_rate(num_rows))
 
 
-def privacy_plan(config: RunConfig, cohort: CohortPlan) -> PrivacyPlan | None:
-    """Return the privacy plan of a run, None where it has none (`privacy.epsilon = "off"`)."""
-    section, federation = config.privacy, config.federation
+def privacy_plan(
+    section: PrivacyConfig, train: TrainConfig, cohort: CohortPlan, federation: FederationConfig
+) -> PrivacyPlan | None:
+    """Return the privacy plan of a run, None where it has none (`privacy.epsilon = "off"`).
+
+    Raises:
+        ConfigError: the noise is to be added by nobody who can.
+    """
     if isinstance(section.epsilon, str):  # "off"
         return None
     word, clip = split_number(section.clip, 1.0)
     by_example = section.unit == "example"
     automatic = "local" if by_example else "central"
     trust = automatic if section.trust == "auto" else section.trust
-    has_coins = federation.selection == "poisson" and trust != "local"
-    return PrivacyPlan(
+    rounds = federation.num_rounds
+    has_coins = cohort.rule == "poisson" and trust != "local"
+    plan = PrivacyPlan(
         epsilon=section.epsilon,
         delta=section.delta,
         unit=section.unit,
@@ -161,14 +167,25 @@ def privacy_plan(config: RunConfig, cohort: CohortPlan) -> PrivacyPlan | None:
         clip=clip,
         adaptive=word == "adaptive",
         noise_multiplier=number_or(section.noise_multiplier, 0.0),
-        participations=federation.num_rounds
-        if has_coins
-        else number_or(section.max_participations, federation.num_rounds),
-        steps=config.train.local_steps if by_example else 1,
-        rate=cohort.size / federation.num_clients if has_coins else 1.0,
+        participations=rounds if has_coins else number_or(section.max_participations, rounds),
+        steps=train.local_steps if by_example else 1,
+        rate=cohort.size / cohort.num_clients if has_coins else 1.0,
         denominator=float(cohort.size),
-        batch_size=config.train.batch_size,
+        batch_size=train.batch_size,
         limit=number_or(section.max_participations, 0),
         weight_cap=number_or(section.weight_cap, 0.0),
         metrics=section.metrics if section.metrics != "auto" else ("held-out" if by_example else "withheld"),
     )
+    if trust == "distributed":
+        raise ConfigError(
+            "privacy.trust = 'distributed': a client's part of the noise protects nothing until the server"
+            " sees only a masked sum, which is not built yet; use central or local"
+        )
+    if plan.rate < 1 and (plan.limit or federation.min_clients > 1):
+        key = "privacy.max-participations" if plan.limit else "federation.min-clients"
+        raise ConfigError(
+            f"{key} cannot go with federation.selection = 'poisson' and privacy.trust = 'central': what is"
+            " counted is a coin for each client in every round, and nothing else may decide whether it takes"
+            f" part; leave {key} at its default or set federation.selection = 'uniform'"
+        )
+    return plan

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fedllm.config.key import Scalar, number_or
+from fedllm.config.keys import AuditConfig, LoraConfig
 from fedllm.config.run_config import RESUMABLE_KEYS, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.messages import LocalTraining
-from fedllm.plan.aggregation import AggregationRule, aggregation_rule
+from fedllm.plan.aggregation import AXES, AggregationRule, aggregation_rule
+from fedllm.plan.capabilities import Part, active_parts, assigned, refuse_conflicts
 from fedllm.plan.cohort import CohortPlan, cohort_plan
-from fedllm.plan.conflicts import check_combinations
-from fedllm.plan.dealt_numbers import deal_ranks
+from fedllm.plan.dealt_numbers import are_mixed, deal_ranks, parse_repeats
 from fedllm.plan.distillation import DistillationPlan, distillation_plan
 from fedllm.plan.privacy import PrivacyPlan, privacy_plan
 from fedllm.plan.training import PersonalTraining, local_training, personal_training
@@ -57,7 +58,36 @@ class RunPlan:
 
     def training(self, round_num: int) -> LocalTraining:
         """Return how a client trains in a round, counted from 1."""
-        return local_training(self.config, round_num)
+        train, num_rounds = self.config.train, self.config.federation.num_rounds
+        return local_training(train, self.config.lora.dropout, round_num=round_num, num_rounds=num_rounds)
+
+    def in_use(self) -> dict[str, Scalar]:
+        """Return every key that has an effect in this run, with the value in use.
+
+        A preset, privacy or "auto" may have replaced the value that was given.
+        """
+        rule, privacy = self.aggregation, self.privacy
+        axes = zip(AXES, (rule.train, rule.read_out, rule.weighting), strict=True)
+        keys = {**self.config.to_flat(), **dict(axes), "lora.init-a": self.init_a}
+        unused = ["aggregation.server-learning-rate"] if rule.optimizer.is_plain else []
+        if privacy is None:
+            unused += ["privacy.unit", "privacy.trust", "privacy.metrics", "privacy.weight-cap"]
+        else:
+            keys |= {"privacy.trust": privacy.trust, "privacy.metrics": privacy.metrics}
+            unused += [] if privacy.is_central or privacy.weight_cap else ["privacy.weight-cap"]
+        if self.distillation is None:
+            unused += ["distill.gate", "distill.originality"]
+        if not are_mixed(self.config.lora.client_ranks, self.config.lora.rank):
+            unused.append("lora.client-ranks")
+        return {key: value for key, value in keys.items() if key not in unused}
+
+    def parts(self) -> list[Part]:
+        """Return what the run's settings need and hide, for `refuse_conflicts`."""
+        given, in_use = self.config.to_flat(), self.in_use()
+        preset = self.config.aggregation.preset
+        source = assigned("aggregation.preset", preset) if preset else "privacy"
+        by = {key: source for key in AXES if in_use[key] != given[key]}
+        return list(active_parts(in_use, by))
 
 
 def distillation_of(plan: RunPlan) -> DistillationPlan:
@@ -72,23 +102,59 @@ def resolve(config: RunConfig) -> RunPlan:
     Raises:
         ConfigError: two values contradict each other, or would together not do what they say.
     """
-    if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
-        raise ConfigError(f"run.name = {config.run.name!r}: expected a plain folder name")
-    cohort = cohort_plan(config.federation)
-    rule, privacy = aggregation_rule(config), privacy_plan(config, cohort)
-    distillation = distillation_plan(config, privacy)
-    check_combinations(config, rule, privacy, distillation, cohort)
-    return RunPlan(
+    run, data, federation = config.run, config.data, config.federation
+    if not run.name or "/" in run.name or run.name.startswith("."):
+        raise ConfigError(f"run.name = {run.name!r}: expected a plain folder name")
+    _check_canaries(config.audit, config.train.max_length)
+    cohort = cohort_plan(federation)
+    rule = aggregation_rule(config.aggregation, config.privacy, node_sum=config.wire.node_sum)
+    privacy = privacy_plan(config.privacy, config.train, cohort, federation)
+    distillation = distillation_plan(
+        config.distill,
+        privacy,
+        num_rounds=federation.num_rounds,
+        holds_out=data.held_out_fraction * data.max_held_out > 0,
+    )
+    plan = RunPlan(
         config=config,
         cohort=cohort,
         aggregation=rule,
         privacy=privacy,
         personal=personal_training(config.personal),
         distillation=distillation,
-        init_a=_init_a(config),
+        init_a=_init_a(config.lora.init_a, is_private=privacy is not None),
         prompts=tuple(part.strip() for part in config.evaluation.prompts.split("||") if part.strip()),
         digest=hashlib.sha256(json.dumps(fixed_keys(config), sort_keys=True).encode()).hexdigest(),
     )
+    _check_padding(rule, config.lora)
+    refuse_conflicts(plan.parts())
+    return plan
+
+
+def _check_padding(rule: AggregationRule, lora: LoraConfig) -> None:
+    pads = (rule.train, rule.read_out) == ("both", "factor-mean") and rule.weighting != "product-norm"
+    if pads and are_mixed(lora.client_ranks, lora.rank):
+        raise ConfigError(
+            f"lora.client-ranks = {lora.client_ranks!r} cannot go with aggregation.read-out = 'factor-mean',"
+            " which fills smaller ranks up with zeros and so shrinks what only some clients train; set"
+            " aggregation.read-out = 'svd', or aggregation.preset = 'hetlora', which weighs for it"
+        )
+
+
+def _init_a(given: str, *, is_private: bool) -> str:
+    if given != "auto":
+        return given
+    # Rows at right angles: noise on B then has the same norm in the product B A.
+    return "orthonormal" if is_private else "kaiming"
+
+
+def _check_canaries(audit: AuditConfig, max_length: int) -> None:
+    parse_repeats(audit.canary_repeats)
+    if audit.canaries and audit.canary_tokens > max_length:
+        raise ConfigError(
+            f"audit.canary-tokens = {audit.canary_tokens} is above train.max-length = {max_length}: a canary"
+            " is a row like any other; make it shorter"
+        )
 
 
 def fixed_keys(config: RunConfig) -> dict[str, Scalar]:
@@ -103,13 +169,3 @@ def fixed_keys(config: RunConfig) -> dict[str, Scalar]:
     if config.distill.when != "never":  # they begin its synthetic texts
         free.discard("evaluation.prompts")
     return {key: value for key, value in config.to_flat().items() if key not in free}
-
-
-def _init_a(config: RunConfig) -> str:
-    """Return how A is drawn.
-
-    Orthonormal rows under privacy: noise on B then has the same norm in the product B A.
-    """
-    if config.lora.init_a != "auto":
-        return config.lora.init_a
-    return "kaiming" if config.privacy.epsilon == "off" else "orthonormal"

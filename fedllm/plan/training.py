@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fedllm.config.key import number_or, split_number
-from fedllm.config.keys import PersonalConfig
-from fedllm.config.run_config import RunConfig
+from fedllm.config.keys import PersonalConfig, TrainConfig
 from fedllm.messages import LocalTraining
 
 DITTO_PULL = 0.1  # where `personal.mode` gives none
@@ -32,25 +31,20 @@ def personal_training(section: PersonalConfig) -> PersonalTraining | None:
     return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull if mode == "ditto" else 0.0)
 
 
-def local_training(config: RunConfig, round_num: int) -> LocalTraining:
+def local_training(train: TrainConfig, dropout: float, *, round_num: int, num_rounds: int) -> LocalTraining:
     """Return how a client trains in a round, counted from 1."""
-    train = config.train
     word, proximal = split_number(train.proximal, 0.0)
+    rate = train.learning_rate
+    if train.schedule == "cosine":  # half a cosine over the run; rounds beyond it stay at its end
+        progress = min(1.0, (round_num - 1) / num_rounds)
+        rate = rate * 0.5 * (1 + math.cos(math.pi * progress))
     return LocalTraining(
         steps=train.local_steps,
         batch_size=train.batch_size,
-        learning_rate=_learning_rate(config, round_num),
+        learning_rate=rate,
         weight_decay=train.weight_decay,
         clip_norm=number_or(train.clip_norm, 0.0),
-        dropout=config.lora.dropout,
+        dropout=dropout,
         proximal=proximal,
         proximal_space=word or "factor",
     )
-
-
-def _learning_rate(config: RunConfig, round_num: int) -> float:
-    """Return the learning rate of a round: constant, or half a cosine over the run."""
-    if config.train.schedule == "constant":
-        return config.train.learning_rate
-    progress = min(1.0, (round_num - 1) / config.federation.num_rounds)
-    return config.train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -66,7 +66,7 @@ class Ledger:
                 found.setdefault(account, []).append(charge)
         return {account: merged(charges) for account, charges in found.items()}
 
-    def of(self, account: str) -> tuple[Charge, ...]:
+    def charges_of(self, account: str) -> tuple[Charge, ...]:
         """Return what an account was charged."""
         return self.accounts.get(account, ())
 
@@ -97,7 +97,7 @@ class Ledger:
 
         `planned` is the number of releases that the noise was calibrated for, 0 where it was given.
         """
-        total = merged((*self.of(account), charge))
+        total = merged((*self.charges_of(account), charge))
         # Calibration has shown that so many fit; computing it again could differ in the last digit.
         if len(total) == 1 and total[0].count <= planned:
             return True

@@ -41,6 +41,7 @@ def read_overlap_request(content: RecordDict) -> OverlapRequest:
     data = packet_of(record["hashes"])
     if len(data) != 8 * sum(numbers):
         raise WireError("the hashes of an overlap query are not as many as it says")
+    # The last sum is the end of the array, not a place to split at.
     hashes = np.split(np.frombuffer(data, "<u8").astype(np.uint64), np.cumsum(numbers)[:-1])
     return OverlapRequest(
         round_num=scalar_field(config, "round", int),

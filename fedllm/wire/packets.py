@@ -124,6 +124,7 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):  # thousands of brackets exceed the parser's depth
         raise WireError("packet header is not JSON") from None
     wanted: dict[str, type] = {"layout": str, "part": str, "payload": str, "round": int, "size": int}
+    # Types are compared, not instances: true is an int to Python.
     if not isinstance(header, dict) or {key: type(value) for key, value in header.items()} != wanted:
         raise WireError("packet header has other fields than layout, part, payload, round and size")
     return header
@@ -134,7 +135,7 @@ def _encode_fp32(vector: torch.Tensor) -> bytes:
 
 
 def _decode_fp32(body: bytes, size: int) -> torch.Tensor:
-    return torch.frombuffer(bytearray(body), dtype=torch.float32)
+    return torch.frombuffer(bytearray(body), dtype=torch.float32)  # a copy: tensors need writable memory
 
 
 def _encode_bf16(vector: torch.Tensor) -> bytes:
@@ -153,7 +154,7 @@ def _encode_int8(vector: torch.Tensor) -> bytes:
     scale = exact.bfloat16()
     above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     scale = torch.where(scale.float() < exact, above, scale)  # rounded up, so that no value is clipped
-    step = torch.where(scale == 0, torch.ones_like(scale), scale).float()
+    step = torch.where(scale == 0, torch.ones_like(scale), scale).float()  # a block of zeros has no step
     values = (blocks / step[:, None]).round().clamp(-127, 127).to(torch.int8)
     scales = scale.view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
     return scales + values.view(-1)[: vector.numel()].numpy().tobytes()

@@ -27,7 +27,7 @@ def read_plain(record: ArrayRecord, layout: AdapterLayout) -> AdapterState:
     if strange is not None:
         word = "missing" if strange in expected else "unexpected"
         raise WireError(f"{word} tensor {strange[:120]!r}")
-    vector = torch.empty(layout.size)
+    vector = torch.empty(layout.size)  # every value is written: the names are exactly the layout's
     for spec, view in layout.views(vector):
         values = _numpy_of(record[spec.name], spec.name)
         # Flower's adaptive strategies (FedAdam and the like) answer in float64.

@@ -13,7 +13,8 @@ from fedllm.errors import NoDataError
 from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of
 from fedllm.models.chat import Encoded
-from scripts.auditing.opening import Case, sampled
+from scripts.auditing.opening import Case
+from scripts.auditing.rows import sampled
 
 RANK = 16  # at least
 MEMBERS, OTHERS, CANARIES = 16, 64, 64  # at most

@@ -1,14 +1,13 @@
-"""Which tokens can be read from the very message that leaves a client after its protection.
+"""The very message that leaves a client after its protection, as a server reads it.
 
 One client's round is done again with the run's configuration: through `clients.train`, its protection and the
 codec of the wire. Secrets and budgets are the audit's own, in a folder that is thrown away: the noise is
-another draw of the same law, and no ledger of the run is charged. It starts from the finished adapter, since
-from B = 0 the first step leaves no trace in A, which protects round 1 only.
+another draw of the same distribution, and no ledger of the run is charged. It starts from the finished
+adapter, since from B = 0 the first step leaves no trace in A, which protects round 1 only.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -19,26 +18,12 @@ from clients.techniques import techniques_of
 from clients.train import prepare_clients, train_clients
 from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_rank
-from fedllm.attacks.inversion import (
-    closest_tokens,
-    first_projections,
-    message_residuals,
-    recovery,
-    spanned_tokens,
-    token_inputs,
-)
-from fedllm.attacks.token_scores import whole
-from fedllm.engine.engine import Engine
-from fedllm.engine.jobs import Job
 from fedllm.errors import RunFailedError
-from fedllm.messages import ClientFailure, ClientUpdate, LocalTraining, TrainRequest
+from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.models.chat import Encoded
 from fedllm.runs.checkpoint import load_checkpoint
 from fedllm.wire import replies
-from scripts.auditing.control import Control
 from scripts.auditing.opening import Case
-
-CONTROL_TOKENS = 16  # of the one row whose gradient the positive control gives away
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,39 +36,6 @@ class Message:
     start: torch.Tensor
     vectors: Mapping[str, torch.Tensor]
     rows: tuple[Encoded, ...]
-
-
-def inversion_report(case: Case, control: Control) -> dict[str, Any]:
-    """Return token precision, recall and F1 of the span check on a message and on its positive control.
-
-    `closest` takes as many tokens as there are, which an attacker may know; `spanned` those that fit. The
-    same guesses are compared with a client's held-out rows (`held_out`): common tokens are guessed right
-    there too. The positive control is the gradient of one row of 16 tokens, unprotected, at rank 16 or more.
-    """
-    layout = case.holder.engine.layout
-    if not first_projections(layout):
-        return {"skipped": "no query, key or value of the first layer is trained, so nothing can be tested"}
-    message = leaving_message(case)
-    inputs_VD = _inputs(case.holder.engine)
-    held_out = [row for name in message.clients for row in case.holder.clients[name].held_out] or list(
-        case.others
-    )
-    return {
-        "clients": list(message.clients),
-        "part": message.part,
-        "codec": case.config.wire.codec,
-        "num_rows": len(message.rows),
-        "num_tokens": sum(len(row.tokens) for row in message.rows),
-        "run": {
-            name: _recovered(inputs_VD, message, vector_P, _tokens_of(message.rows))
-            for name, vector_P in message.vectors.items()
-        },
-        "held_out": {
-            name: _recovered(inputs_VD, message, vector_P, _tokens_of(held_out), _tokens_of(message.rows))
-            for name, vector_P in message.vectors.items()
-        },
-        "positive_control": _control_report(control, inputs_VD),
-    }
 
 
 def leaving_message(case: Case) -> Message:
@@ -161,44 +113,3 @@ def _trained_rows(holder: DataHolder, request: TrainRequest) -> Iterator[Encoded
     drawn = dict(zip(request.client_ids, request.num_drawn, strict=True))
     for work in prepare_clients(plan_node_round(holder, request), techniques, drawn):
         yield from (row for batch in work.job.batches for row in batch)
-
-
-def _inputs(engine: Engine) -> torch.Tensor:
-    number = first_projections(engine.layout)[0]
-    return token_inputs(engine.base, engine.layout.matrices[number].module)
-
-
-def _tokens_of(rows: tuple[Encoded, ...] | list[Encoded]) -> frozenset[int]:
-    """Return the tokens that a model reads in training: nothing is predicted from a row's last."""
-    return frozenset(token for row in rows for token in row.tokens[:-1])
-
-
-def _recovered(
-    inputs_VD: torch.Tensor,
-    message: Message,
-    vector_P: torch.Tensor,
-    true: frozenset[int],
-    known: frozenset[int] | None = None,
-) -> dict[str, Any]:
-    """Return how well `true` is recovered by an attacker who knows how many tokens there are in `known`."""
-    matrices = first_projections(message.layout)
-    residuals_V = message_residuals(inputs_VD, message.layout, message.start, vector_P, matrices)
-    number = len(true if known is None else known)
-    return {
-        "closest": asdict(recovery(closest_tokens(residuals_V, number), true)),
-        "spanned": asdict(recovery(spanned_tokens(residuals_V), true)),
-        "chance": number / len(residuals_V),
-    }
-
-
-def _control_report(control: Control, inputs_VD: torch.Tensor) -> dict[str, Any]:
-    layout = control.engine.layout
-    row = whole(control.others[0].tokens[:CONTROL_TOKENS])
-    training = LocalTraining(steps=1, batch_size=1, learning_rate=1e-3, weight_decay=0.0, clip_norm=0.0)
-    job = Job("control", control.vector, ((row,),), training)
-    # A correction of zero changes nothing, and makes the job tell its gradient.
-    (result,) = control.engine.train([replace(job, correction=torch.zeros_like(control.vector))])
-    assert result.gradient is not None
-    message = Message((), "both", layout, control.vector, {}, (row,))
-    found = _recovered(inputs_VD, message, result.gradient.float(), _tokens_of([row]))
-    return {**found, "rank": layout.rank, "num_tokens": len(row.tokens)}

@@ -1,33 +1,25 @@
 """Opening a finished run for its audit: adapter, base model and the rows of its clients, on their machine."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from clients.canaries import canary_file
-from clients.data_holder import ClientTokens, DataHolder
+from clients.data_holder import DataHolder
 from clients.process import Process
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import AdapterState
-from fedllm.attacks.canaries import Canary, canary_rows, secret_canaries
+from fedllm.attacks.canaries import Canary
 from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import Partition, load_partition
-from fedllm.data.shards import draw_rows
 from fedllm.engine.engine import Engine
 from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.models.chat import Encoded
 from fedllm.plan.run_plan import resolve
-from fedllm.privacy.keys import kept_secret
 from fedllm.runs.folder import read_rounds
-from fedllm.runs.records import RoundRecord
-from fedllm.seeds import derive_seed
-from scripts.commands.run_command import PARTITION
-from scripts.finished_run import find_adapter
-from scripts.recipe_arguments import own_rows
+from scripts.auditing.rows import planted_canaries, sampled, trained_rows
+from scripts.finished_run import PARTITION, find_adapter, own_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +66,9 @@ def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
     own = own_rows(config).override({"personal.mode": "none"})
     holder = process.open(own.to_flat(), {"server-paths": True, "state-path": str(scratch)})
     records = read_rounds(folder)
-    _check_rows(folder, process.read_source(config).partition, records, holder)
-    canaries = _canaries(folder, config, holder)
+    trained = {client for record in records for client in record.accepted}
+    _check_rows(folder, process.read_source(config).partition, trained, holder)
+    canaries = planted_canaries(folder, config, holder)
     members = [
         row
         for client in holder.clients.values()
@@ -102,17 +95,8 @@ def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
     )
 
 
-def sampled(rows: Sequence[Encoded], number: int, seed: int, name: str) -> tuple[Encoded, ...]:
-    """Return `number` rows at most in a random order of their own."""
-    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "audit", name)))
-    return tuple(rows[index] for index in generator.permutation(len(rows))[:number])
-
-
-def _check_rows(
-    folder: Path, partition: Partition, records: Sequence[RoundRecord], holder: DataHolder
-) -> None:
+def _check_rows(folder: Path, partition: Partition, trained: Set[str], holder: DataHolder) -> None:
     """Refuse where this machine has other rows than the run trained on."""
-    trained = {client for record in records for client in record.accepted}
     if not trained <= holder.clients.keys():
         raise NoDataError(
             f"{folder}: the run's clients keep their rows elsewhere; a data holder audits where its rows are"
@@ -120,47 +104,6 @@ def _check_rows(
     saved = folder / PARTITION
     if saved.exists() and load_partition(saved) != partition:
         raise DataError(f"the rows are no longer those of {saved}; restore the data")
-
-
-def _canaries(folder: Path, config: RunConfig, holder: DataHolder) -> tuple[Canary, ...]:
-    """Return the canaries of all clients, with their coins."""
-    if not config.audit.canaries:
-        return ()
-    file = canary_file(folder / "private", config.run.name)
-    if not file.exists():  # a new secret would have other coins
-        raise NoDataError(f"{file}: the secret of the run's canaries is not there; audit where it was kept")
-    secret, tokenizer = kept_secret(file), holder.resident.tokenizer(holder.files)
-    return tuple(
-        canary
-        for name in holder.clients
-        for canary in secret_canaries(config.audit, tokenizer, client_id=name, secret=secret)
-    )
-
-
-def trained_rows(
-    client: ClientTokens,
-    config: RunConfig,
-    records: Sequence[RoundRecord],
-    canaries: Sequence[Canary] = (),
-) -> list[Encoded]:
-    """Return which of a client's own rows were trained on, as far as can be told.
-
-    DP-SGD draws rows by secret coins, so there every row of a client that took part counts as trained on.
-    """
-    number = sum(client.client_id in record.accepted for record in records)
-    if not number:
-        return []
-    plan = resolve(config).privacy
-    if plan is not None and plan.is_by_example:
-        return list(client.train)
-    drawn = draw_rows(
-        len(client.train) + len(canary_rows(canaries)),
-        seed=config.seed,
-        client_id=client.client_id,
-        start=0,
-        count=number * config.train.local_steps * config.train.batch_size,
-    )
-    return [client.train[index] for index in sorted(set(drawn)) if index < len(client.train)]
 
 
 def _statement(folder: Path) -> Mapping[str, Any]:

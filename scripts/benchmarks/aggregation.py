@@ -1,4 +1,4 @@
-"""A round's aggregation: time per matrix and per model, for 10, 100 and 1,000 clients, beside dense matrices.
+"""A round's aggregation: time per matrix and per model, for 10 to 1,000 clients, compared with dense ones.
 
 Three rules run through `strategies.aggregation.combine` on a few matrices of every shape of a model, from
 updates that are already there: factor-mean, svd, and svd behind a geometric median. The anchor forms the mean

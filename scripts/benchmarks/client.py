@@ -1,4 +1,4 @@
-"""One client round: fedllm's engine beside the clients other people build, and a round beside pfl-research.
+"""One client's round compared with those of other clients, and a round compared with pfl-research.
 
 FlowerTune's kind of client and TRL's trainer (`flowertune.py`, `trl.py` in `scripts/benchmarks/peers`) load
 the base model for every round; `Engine.train` finds it and the rows' tokens resident. All get the same start,
@@ -25,21 +25,12 @@ from rich.console import Console
 from scripts.benchmarks import cohort as bench_cohort
 from scripts.benchmarks.agreement import checked_difference
 from scripts.benchmarks.arithmetic import gemm_rate, trunk_weights
+from scripts.benchmarks.client_rows import DEFAULT_ROWS, UNEVEN_ROWS, kinds_of_rows
 from scripts.benchmarks.options import BenchOptions, start_benchmark
 from scripts.benchmarks.peers.flowertune import train_afresh
 from scripts.benchmarks.peers.shared import TOLERANCE, Outcome, missing_package, quiet_huggingface
 from scripts.benchmarks.timing import Measured, alternate, costs
-from scripts.benchmarks.workloads import (
-    DEFAULT_ROWS,
-    UNEVEN_ROWS,
-    Bench,
-    Workload,
-    kinds_of_rows,
-    make_workload,
-    needed_flop,
-    open_bench,
-    shortened,
-)
+from scripts.benchmarks.workloads import Bench, Workload, make_workload, needed_flop, open_bench, shortened
 from scripts.charts import Plot, bars
 from scripts.command_line import Seed
 from scripts.reports import Goal, Spread, figures_table, publish, spread, spreads_table
@@ -265,7 +256,7 @@ def compare_clients(bench: Bench, options: Options, console: Console) -> dict[st
 
 
 def compare_cohorts(bench: Bench, options: Options, console: Console) -> dict[str, Any]:
-    """Return the figures of a round beside pfl-research, by vocabulary; only the small one if quick."""
+    """Return a round's figures compared with pfl-research, by vocabulary; only the small one if quick."""
     figures: dict[str, Any] = {}
     for name, vocabulary in bench_cohort.VOCABULARIES.items():
         if name == bench_cohort.SMALL or not options.quick:

@@ -1,4 +1,4 @@
-"""A round of eight clients on a tiny model, for `scripts/benchmarks/client.py`: fedllm beside pfl-research.
+"""A round of eight clients on a tiny model, for `scripts/benchmarks/client.py`: fedllm and pfl-research.
 
 The model is a random Llama of four layers, so that what a framework adds to the arithmetic shows. It comes
 with two vocabularies: the tokenizer's own, where the output head is most of the work and an engine that forms

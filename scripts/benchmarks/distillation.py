@@ -1,7 +1,7 @@
-"""The distillation step beside the training round it follows: seconds, arithmetic and memory by teachers.
+"""The distillation step compared with the training round before it, by number of teachers.
 
 For K clients the round is `Engine.train` on their jobs; the step is `teach` on the rows of `Size`, then
-`distil` for its steps. Both are small beside the product's defaults: the step has 16 rows of 96 tokens and 4
+`distil` for its steps. Both are smaller than the product's defaults: the step has 16 rows of 96 tokens and 4
 steps of 4, where those are 64 texts of 128 tokens and 50 steps of 8. Both run on one resident base model, the
 same rows for every K, alternated in one process. FLOP are counted: a teacher's pass is 2 per weight of the
 trunk and of the head and token, a training pass as in `scripts.benchmarks.arithmetic.useful_flop`.
@@ -20,19 +20,16 @@ import torch
 from rich.console import Console
 
 from fedllm.adapters.layout import AdapterState, initial_adapter
-from fedllm.config.keys import LoraConfig
 from fedllm.distillation.student import StudentTraining, distil
 from fedllm.distillation.targets import Targets, target_bytes
 from fedllm.distillation.teacher import Teacher, teach
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import Job
-from fedllm.messages import LocalTraining
-from fedllm.models.base import layout_of
 from fedllm.models.chat import Encoded
 from fedllm.seeds import derive_seed
 from scripts.benchmarks.arithmetic import trunk_weights, useful_flop
 from scripts.benchmarks.memory import peak_memory
-from scripts.benchmarks.models import TINY, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.models import TINY, bench_engine, plain_training, random_rows, vocabulary_of
 from scripts.benchmarks.options import ModelOptions, start_benchmark
 from scripts.benchmarks.timing import Timing, alternate
 from scripts.charts import lines
@@ -86,13 +83,11 @@ class Bench:
 
 def open_bench(name: str, device: str, targets: str, seed: int, size: Size) -> Bench:
     """Return the engine on a model and the work of both."""
-    base = bench_base(name, device)
-    layout = layout_of(base.model, LoraConfig(target_modules=targets), base.fingerprint)
-    engine, start = Engine(base, layout), initial_adapter(layout, seed)
-    vocabulary = vocabulary_of(base)
+    engine = bench_engine(name, device, targets)
+    start, vocabulary = initial_adapter(engine.layout, seed), vocabulary_of(engine.base)
     number = max(TEACHERS)
     batches = size.rows_of_client // 4
-    training = LocalTraining(steps=batches, batch_size=4, learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0)
+    training = plain_training(batches, 4)
     lengths = (size.tokens,) * size.rows_of_client
     jobs = []
     for client in range(number):
@@ -196,7 +191,7 @@ def main(options: ModelOptions) -> None:
     if options.plot:
         lines(
             options.plot,
-            f"A distillation step beside the round, {options.model}",
+            f"A distillation step compared with the round, {options.model}",
             "teachers",
             "seconds of the step over those of the round",
             {"step / round": [(int(number), row["step_over_round"]) for number, row in chosen.items()]},

@@ -1,4 +1,4 @@
-"""Many clients in one pass beside the same clients one after another, and where the token budget stands.
+"""Many clients in one pass compared with one after another, and where the token budget stands.
 
 Both train the same jobs on the same engine and resident base model: `fused` hands them over together, and the
 engine fills passes up to its token budget; `alone` hands over one at a time. Their deltas must agree before
@@ -24,16 +24,13 @@ import torch
 from rich.console import Console
 
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config.keys import LoraConfig
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import Job
 from fedllm.engine.passes import packed
-from fedllm.messages import LocalTraining
-from fedllm.models.base import layout_of
 from fedllm.seeds import derive_seed
 from scripts.benchmarks.agreement import TOLERANCES, compare
 from scripts.benchmarks.arithmetic import gemm_rate, trunk_weights, useful_flop
-from scripts.benchmarks.models import REAL, TINY, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.models import REAL, TINY, bench_engine, plain_training, random_rows, vocabulary_of
 from scripts.benchmarks.options import ModelOptions, start_benchmark
 from scripts.charts import lines
 from scripts.reports import Goal, Spread, figures_table, megabytes, publish, spread
@@ -72,8 +69,7 @@ class Bench:
 
 def open_bench(name: str, device: str, targets: str, seed: int, repetitions: int) -> Bench:
     """Return the resident base model and an engine on it, warm."""
-    base = bench_base(name, device)
-    engine = Engine(base, layout_of(base.model, LoraConfig(target_modules=targets), base.fingerprint))
+    engine = bench_engine(name, device, targets)
     bench = Bench(name, engine, seed, repetitions)
     train_fused(engine, make_jobs(bench, 2, (16,)))
     return bench
@@ -88,9 +84,7 @@ def row_lengths(num_tokens: int) -> tuple[int, ...]:
 def make_jobs(bench: Bench, num_clients: int, lengths: Sequence[int], steps: int = 1) -> list[Job]:
     """Return clients with rows and starts of their own: adapters as they are after some rounds."""
     layout, vocabulary = bench.engine.layout, vocabulary_of(bench.engine.base)
-    training = LocalTraining(
-        steps=steps, batch_size=len(lengths), learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0
-    )
+    training = plain_training(steps, len(lengths))
     jobs = []
     for client in range(num_clients):
         seed = derive_seed(bench.seed, "bench-fused", str(client))

@@ -13,8 +13,7 @@ from fedllm.messages import TrainRequest
 def round_jobs(holder: DataHolder, *, round_num: int, steps: int) -> list[Job]:
     """Return one job per client that has rows, in the server's order, all from the initial adapter.
 
-    The rows are those that follow the ones of earlier rounds of as many steps, in each of which the client
-    took part.
+    The rows follow those of earlier rounds of as many steps; the client took part in each.
     """
     plan, layout = holder.plan, holder.engine.layout
     clients = sorted(name for name, client in holder.clients.items() if client.train)

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from fedllm.config.keys import ModelConfig
-from fedllm.models.base import BaseModel, choose_device, choose_dtype, load_base
+from fedllm.config.keys import LoraConfig, ModelConfig
+from fedllm.engine.engine import Engine
+from fedllm.messages import LocalTraining
+from fedllm.models.base import BaseModel, choose_device, choose_dtype, layout_of, load_base
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles, quiet_transformers
 
@@ -78,6 +80,23 @@ def bench_base(name: str, device: str = "auto", dtype: str = "auto") -> BaseMode
     return random_base(name, chosen, choose_dtype(dtype, chosen))
 
 
+def bench_engine(name: str, device: str, targets: str, dtype: str = "auto") -> Engine:
+    """Return an engine on the model of that name, with adapters on the layers `targets`.
+
+    Raises:
+        ModelError: the device does not exist, or the model cannot be loaded.
+    """
+    base = bench_base(name, device, dtype)
+    return Engine(base, layout_of(base.model, LoraConfig(target_modules=targets), base.fingerprint))
+
+
+def plain_training(steps: int, batch_size: int, clip_norm: float = 1.0) -> LocalTraining:
+    """Return local training whose other numbers do not matter to what it costs."""
+    return LocalTraining(
+        steps=steps, batch_size=batch_size, learning_rate=1e-3, weight_decay=0.0, clip_norm=clip_norm
+    )
+
+
 def random_llama(name: str, **shape: int) -> Any:
     """Return a frozen random Llama of a shape of `SHAPES`; `shape` replaces numbers of it."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -98,7 +117,7 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.floa
 def random_rows(
     lengths: Sequence[int], vocabulary: int, seed: int, learnt_share: float
 ) -> tuple[Encoded, ...]:
-    """Return rows of random tokens, of which the last part of each, at least one token, is learnt."""
+    """Return rows of random tokens; the last part of each, at least one token, is learnt."""
     generator = random.Random(seed)
     rows = []
     for length in lengths:

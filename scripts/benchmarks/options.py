@@ -43,4 +43,4 @@ class ModelOptions(BenchOptions):
 def start_benchmark(options: BenchOptions, packages: Sequence[str]) -> tuple[Console, dict[str, Any]]:
     """Set the threads; return where a person reads, which leaves stdout to JSON, and the environment."""
     torch.set_num_threads(options.threads)
-    return Console(stderr=options.json, highlight=False), environment(packages)
+    return Console(stderr=options.json, highlight=False, markup=False), environment(packages)

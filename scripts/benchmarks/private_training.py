@@ -1,4 +1,4 @@
-"""Gradients per example, as DP-SGD needs them: fedllm's engine beside itself without them, and beside Opacus.
+"""Gradients per example, as DP-SGD needs them: fedllm's engine compared with itself without them, and Opacus.
 
 Five variants train the same rows from the same adapter with the same AdamW, base model resident and frozen:
 
@@ -27,15 +27,12 @@ import torch
 from rich.console import Console
 
 from fedllm.adapters.layout import initial_adapter
-from fedllm.config.keys import LoraConfig
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import Job, StepNoise
-from fedllm.messages import LocalTraining
-from fedllm.models.base import layout_of
 from fedllm.privacy.keys import NUM_BYTES, derived_key
 from fedllm.seeds import derive_seed
 from scripts.benchmarks.agreement import TOLERANCES, compare
-from scripts.benchmarks.models import TINY, bench_base, random_rows, vocabulary_of
+from scripts.benchmarks.models import TINY, bench_engine, plain_training, random_rows, vocabulary_of
 from scripts.benchmarks.options import ModelOptions, start_benchmark
 from scripts.benchmarks.peers.opacus import OpacusTrainer, quiet_hooks, require_opacus
 from scripts.charts import bars
@@ -48,7 +45,7 @@ BATCH_SIZES = (4, 16)
 STEPS = 2
 NOISE_MULTIPLIER = 1.0  # how much noise does not matter to what it costs
 # Tokens of the first rows one client draws from fedllm's default source (docs/results/bench_client.json),
-# of which a quarter are learnt; and rows as long as allowed, all of them learnt.
+# a quarter of them learnt; and rows as long as allowed, all of them learnt.
 DOCSTRINGS = (113, 54, 65, 72, 61, 97, 72, 97, 89, 82, 57, 75, 73, 96, 61, 113)
 ROWS = {"docstrings": (DOCSTRINGS, 0.25), "full rows": ((128,), 1.0)}
 GOAL_NOT_PRIVATE, GOAL_HOOKS = 1.05, 1.0
@@ -70,19 +67,16 @@ def open_bench(
     name: str, device: str, targets: str, seed: int, repetitions: int, dtype: str = "auto"
 ) -> Bench:
     """Return a base model with its trainers, all of them resident."""
-    base = bench_base(name, device, dtype)
-    layout = layout_of(base.model, LoraConfig(target_modules=targets), base.fingerprint)
-    hooks, ghost = (OpacusTrainer(base.model, layout, ghost=ghost) for ghost in (False, True))
-    return Bench(name, Engine(base, layout), hooks, ghost, seed, repetitions)
+    engine = bench_engine(name, device, targets, dtype)
+    hooks, ghost = (OpacusTrainer(engine.base.model, engine.layout, ghost=ghost) for ghost in (False, True))
+    return Bench(name, engine, hooks, ghost, seed, repetitions)
 
 
 def make_job(bench: Bench, batch_size: int, rows: str) -> Job:
     """Return a job of so many rows a step, clipped at the median norm of its first batch's examples."""
     lengths, learnt_share = ROWS[rows]
     layout = bench.engine.layout
-    training = LocalTraining(
-        steps=STEPS, batch_size=batch_size, learning_rate=1e-3, weight_decay=0.0, clip_norm=0.0
-    )
+    training = plain_training(STEPS, batch_size, clip_norm=0.0)
     count = STEPS * batch_size
     drawn = random_rows(
         [lengths[number % len(lengths)] for number in range(count)],

@@ -1,6 +1,6 @@
 """A whole federated round: what surrounds the training, and how it grows with the number of clients.
 
-Runtimes: `fedllm run` as a Flower simulation (a SuperLink, Ray and `flwr run`) and in one process, beside a
+Runtimes: `fedllm run` as a Flower simulation (a SuperLink, Ray and `flwr run`) and in one process, and a
 bare loop that trains the same clients on the same rows and steps with `Engine.train` and does nothing else.
 Each is a process of its own with the processes it starts, all of whose CPU is counted. Start-up is apart:
 loading, joining and the whole first round. A round lasts from one record to the next, checkpoint included.
@@ -53,7 +53,7 @@ class Options(BenchOptions):
     plot: Plot = None
 
 
-# --- the runtimes beside the bare loop ---------------------------------------------------------------------
+# --- the runtimes compared with the bare loop -------------------------------------------------------------
 
 
 def compare_runtimes(config: RunConfig, repetitions: int) -> list[dict[str, Run]]:

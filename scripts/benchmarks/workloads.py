@@ -2,26 +2,20 @@
 job.
 """
 
-import ast
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clients.data_holder import hosted_rows
 from fedllm.adapters.layout import AdapterLayout, initial_adapter
-from fedllm.config.keys import DataConfig, LoraConfig, ModelConfig
-from fedllm.config.run_config import RunConfig
-from fedllm.data.fields import Example, Turn
-from fedllm.data.installed_packages import installed_packages, source_files
-from fedllm.data.shards import draw_rows, load_one_client
+from fedllm.config.keys import LoraConfig, ModelConfig
+from fedllm.data.fields import Example
+from fedllm.data.shards import draw_rows
 from fedllm.engine.engine import Engine
 from fedllm.engine.flat_row import lay_out
 from fedllm.engine.jobs import Job
-from fedllm.errors import DataError
 from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of, load_base
 from fedllm.models.chat import IGNORED, Encoded, encode
@@ -29,8 +23,6 @@ from fedllm.seeds import derive_seed
 from scripts.benchmarks.arithmetic import useful_flop
 
 LORA = LoraConfig(rank=8, alpha=16.0, target_modules="q_proj,v_proj")
-DEFAULT_ROWS, UNEVEN_ROWS = "first sentences", "uneven"
-INSTRUCTIONS = ("general.train.jsonl", "medical.train.jsonl")  # the first that a folder holds is used
 
 
 @dataclass(frozen=True)
@@ -44,15 +36,6 @@ class Shape:
 _NUMBERS: Any = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0}
 SHORT = Shape(LocalTraining(steps=4, batch_size=4, **_NUMBERS), 128)
 UNEVEN = Shape(LocalTraining(steps=1, batch_size=16, **_NUMBERS), 512)
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Where a workload's rows come from, and how many of them are trained on how."""
-
-    source: str
-    examples: Sequence[Example]
-    shape: Shape = SHORT
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,91 +88,6 @@ def open_bench(client_id: str, seed: int) -> Bench:
     base = load_base(ModelConfig(name="smollm2-135m-instruct", device="cpu"))
     engine = Engine(base, layout_of(base.model, LORA, base.fingerprint))
     return Bench(engine, base.files.folder, client_id, seed)
-
-
-# Rows, from the most to the least that can be left out of their training; the uneven ones last.
-
-
-def first_sentences(bench: Bench) -> list[Example]:
-    """Return the client's rows of fedllm's default source: a signature, a docstring's first sentence.
-
-    Raises:
-        DataError: the source has no such client.
-    """
-    config = RunConfig(seed=bench.seed)
-    clients = {rows.client_id: rows.train for rows in hosted_rows(config, {})}
-    if bench.client_id not in clients:
-        raise DataError(f"--client {bench.client_id}: expected one of {', '.join(sorted(clients))}")
-    return list(clients[bench.client_id])
-
-
-def whole_docstrings(bench: Bench, most: int = 400) -> list[Example]:
-    """Return rows of the same package whose answers are whole docstrings: longer, and more of them learnt."""
-    package = next(package for package in installed_packages() if package.name == bench.client_id)
-    examples: list[Example] = []
-    for file in source_files(package):
-        examples += _documented_functions(file)
-        if len(examples) >= most:
-            break
-    return examples[:most]
-
-
-def full_rows(bench: Bench) -> list[Example]:
-    """Return docstrings as plain text, longer than a row: nothing to pad, every token learnt.
-
-    What is left of the difference is the base model kept and the forward pass not repeated.
-    """
-    tokenizer, most = bench.engine.base.tokenizer, SHORT.max_length
-    texts = (example.turns[-1].content for example in whole_docstrings(bench, 4000))
-    return [Example(text=text) for text in texts if len(tokenizer(text)["input_ids"]) >= most]
-
-
-def instructions(folder: Path, seed: int) -> tuple[str, list[Example]]:
-    """Return the name of the first file of `INSTRUCTIONS` in `folder`, and its rows.
-
-    Raises:
-        DataError: it holds none of them, or the file cannot be read.
-    """
-    file = next((folder / name for name in INSTRUCTIONS if (folder / name).is_file()), None)
-    if file is None:
-        raise DataError(f"--data {folder}: holds neither {' nor '.join(INSTRUCTIONS)}")
-    shard = load_one_client(file, DataConfig(), client_id="bench", seed=seed)
-    return file.name, list(shard.client.train)
-
-
-def kinds_of_rows(bench: Bench, data: Path | None, *, quick: bool) -> dict[str, Rows]:
-    """Return the rows to compare on, by name: all but the default ones are left out with `quick`.
-
-    Raises:
-        DataError: the default source has no such client, or `data` holds no instructions.
-    """
-    docstrings = f"docstrings of {bench.client_id}"
-    default = Rows(docstrings, first_sentences(bench))
-    if quick:
-        return {DEFAULT_ROWS: default}
-    whole = whole_docstrings(bench)
-    uneven = Rows(docstrings, whole, UNEVEN)
-    if data is not None:
-        uneven = Rows(*instructions(data, bench.seed), UNEVEN)
-    return {
-        DEFAULT_ROWS: default,
-        "whole docstrings": Rows(docstrings, whole),
-        "full rows": Rows(docstrings, full_rows(bench)),
-        UNEVEN_ROWS: uneven,
-    }
-
-
-def _documented_functions(file: Path) -> Iterator[Example]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # other people's "\d"
-        try:
-            tree = ast.parse(file.read_bytes())
-        except SyntaxError:  # a template, or another version's Python
-            return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)):
-            prompt = f"def {node.name}({ast.unparse(node.args)})"
-            yield Example(turns=(Turn("user", prompt), Turn("assistant", docstring)))
 
 
 def make_workload(

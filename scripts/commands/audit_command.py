@@ -1,4 +1,4 @@
-"""`fedllm audit`: what attacks learn from a run, beside what they learn where there is nothing, or all."""
+"""`fedllm audit`: what attacks learn from a run, and from controls that hide everything or nothing."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ from fedllm.errors import CheckpointError
 from fedllm.files import write_file
 from scripts.auditing.canaries import canary_report
 from scripts.auditing.control import overfit
+from scripts.auditing.inversion import inversion_report
 from scripts.auditing.membership import (
     SHOWN,
     curves,
@@ -20,7 +21,6 @@ from scripts.auditing.membership import (
     null_deviation,
     scored,
 )
-from scripts.auditing.messages import inversion_report
 from scripts.auditing.opening import Case, open_case
 from scripts.charts import check_plot, roc_and_bars
 from scripts.console import Console, shown_path

@@ -17,7 +17,8 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.privacy_statement import summary_line
 from fedllm.wire.packets import payload_bytes
 from scripts.console import Console
-from scripts.recipe_arguments import config_of, own_rows
+from scripts.finished_run import own_rows
+from scripts.recipe_arguments import config_of
 
 
 def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:

@@ -71,7 +71,7 @@ def package_findings() -> Iterator[Finding]:
 
 
 def flower_finding() -> Finding:
-    """Say whether Flower's programs stand beside this Python, where the Flower runtimes look for them."""
+    """Say whether Flower's programs are in this Python's folder, where the runtimes look for them."""
     programs = ("flwr", "flower-superlink", "flower-supernode", "flower-superexec")
     missing = [name for name in programs if not Path(sys.executable).with_name(name).exists()]
     if missing:

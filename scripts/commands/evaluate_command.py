@@ -21,8 +21,7 @@ from fedllm.models.files import resolve_model
 from fedllm.runs.spread import spread_of
 from scripts.commands.run_command import Answers, compare_answers
 from scripts.console import Console, one_line
-from scripts.finished_run import bare_config, find_adapter, trained_clients
-from scripts.recipe_arguments import own_rows
+from scripts.finished_run import bare_config, find_adapter, own_rows, trained_clients
 
 
 def evaluate(target: Path, *, data: str, as_json: bool) -> None:

@@ -82,7 +82,7 @@ def signal_to_noise(plan: PrivacyPlan, z: float, rounds: int, num_values: int) -
     unit. In each, D clients of a round (under coins: on average) move the mean by the clip C at most, all the
     same way, and over T releases by T C. The noise of a release is z C long for every value and is divided by
     D where the server adds it once, by sqrt(D) where D clients add one each; DP-SGD divides clip and noise by
-    the rows of a step, of which all B point one way. Independent noises add up to sqrt(T) of one.
+    the B rows of a step where they all point one way. Independent noises add up to sqrt(T) of one.
     """
     num_releases = rounds * plan.steps
     shared_by = plan.denominator if plan.is_central else math.sqrt(plan.denominator)

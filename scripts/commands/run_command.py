@@ -17,9 +17,9 @@ from fedllm.models.files import needs_conversion
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import open_run_folder, read_keys, run_folder
 from scripts.console import Console, RunView
+from scripts.finished_run import PARTITION
 from scripts.recipe_arguments import config_of
 
-PARTITION = "partition.json"
 RUNTIMES = ("local", "simulation", "deployment")
 
 
@@ -46,7 +46,7 @@ def run(
     if needs_conversion(config.model.name):
         console.line("converting the model to safetensors, once, about half a minute ...")
     with console.watching(config, runtime) as view, _logs_to(view):
-        _run_in(runtime, config, view)
+        run_in(runtime, config, view)
     folder = run_folder(config)
     result = json.loads((folder / "result.json").read_text())
     answers = compare_answers(config, folder / "adapter")
@@ -56,7 +56,12 @@ def run(
         console.summary(folder, result, answers)
 
 
-def _run_in(runtime: str, config: RunConfig, view: RunView) -> None:
+def run_in(runtime: str, config: RunConfig, view: RunView) -> None:
+    """Do a run in one of `RUNTIMES`, shown by `view`.
+
+    Raises:
+        FedLLMError: it cannot start, or ended without a result.
+    """
     _keep_partition(config)
     if runtime == "local":
         from scripts.runtimes.local import local_grid

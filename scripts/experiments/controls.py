@@ -17,7 +17,7 @@ from fedllm.data.shards import draw_rows
 from fedllm.engine.jobs import EvaluationJob, Job
 from fedllm.messages import LocalTraining
 from fedllm.models.chat import Encoded
-from fedllm.plan.training import local_training
+from fedllm.plan.run_plan import resolve
 from scripts.experiments.runs import losses
 from scripts.experiments.trials import Figures, Setting, Trial
 
@@ -79,7 +79,7 @@ def batches_of(client: ClientTokens, config: RunConfig) -> tuple[tuple[Encoded, 
 
 def training_of(config: RunConfig, steps: int, batch_size: int) -> LocalTraining:
     """Return the numbers of one uninterrupted training."""
-    return replace(local_training(config, 1), steps=steps, batch_size=batch_size)
+    return replace(resolve(config).training(1), steps=steps, batch_size=batch_size)
 
 
 def evaluate(holder: DataHolder, adapters: Mapping[str, torch.Tensor]) -> dict[str, float]:

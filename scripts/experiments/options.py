@@ -76,7 +76,7 @@ def open_console(options: ExperimentOptions) -> Console:
     """
     if options.plot:
         check_matplotlib()
-    return Console(stderr=options.json, highlight=False)
+    return Console(stderr=options.json, highlight=False, markup=False)
 
 
 def text_of(options: ExperimentOptions, size: Size, console: Console) -> Corpus:

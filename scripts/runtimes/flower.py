@@ -77,7 +77,7 @@ class Link:
         return f"127.0.0.1:{self.port}"
 
     def environment(self, name: str = "cli") -> dict[str, str]:
-        """Return the environment of a process beside this SuperLink; each name has its own Flower home."""
+        """Return the environment of a client of this SuperLink; each name has its own Flower home."""
         home = self.folder / f"home-{name}"
         home.mkdir(exist_ok=True)
         return flower_environment(home)

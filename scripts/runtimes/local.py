@@ -35,7 +35,7 @@ class LocalGrid(Grid):
 
     def __init__(self, client_app: ClientApp, contexts: Mapping[int, Context]):
         self._client_app = client_app
-        self._contexts = contexts
+        self.contexts = contexts
         self._waiting: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SERVER_NODE
@@ -64,7 +64,7 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes of this process."""
-        return list(self._contexts)
+        return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages and return their ids."""
@@ -81,7 +81,7 @@ class LocalGrid(Grid):
         for message_id in message_ids:
             message = self._waiting.pop(message_id, None)
             if message is not None:
-                return [self._client_app(message, self._contexts[message.metadata.dst_node_id])]
+                return [self._client_app(message, self.contexts[message.metadata.dst_node_id])]
         return []
 
     def send_and_receive(

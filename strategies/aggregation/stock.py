@@ -15,7 +15,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.errors import ConfigError, RunFailedError
+from fedllm.errors import RunFailedError
+from fedllm.plan import capabilities
+from fedllm.plan.capabilities import Part, Setting, refuse_conflicts
 from fedllm.plan.run_plan import RunPlan
 from fedllm.wire.stock import read_plain, write_plain
 from strategies.aggregation.sums import HeldUpdate
@@ -31,28 +33,24 @@ class _Nodes:
         return list(range(1, self.number + 1))
 
 
+_STOCK = Part(
+    "a stock Flower strategy",
+    Setting(
+        "it takes a mean of the factors by itself and may leave clients out of it",
+        needs=(capabilities.OWN_UPDATES, capabilities.ONE_RANK),
+        hides=(capabilities.OUR_MEAN,),
+    ),
+    "leave the stock strategy out",
+)
+
+
 def check_stock(plan: RunPlan) -> None:
     """Refuse a run whose rule leaves nothing for a stock strategy to do, or not what it expects.
 
     Raises:
-        ConfigError: another read-out, robust rule, optimizer or weighting than a stock strategy's own,
-            clients without common factors, noise that the server is to add, or a distillation step.
+        ConfigError: the run needs our own mean of the updates, or its clients have no common factors.
     """
-    rule = plan.aggregation
-    if plan.privacy is not None and plan.privacy.is_central:
-        raise ConfigError("a stock Flower strategy adds no noise; use privacy.trust = local without it")
-    if plan.distillation is not None:
-        raise ConfigError(
-            "a stock Flower strategy may leave clients out of its mean and does not say whom, so they cannot"
-            " teach: set distill.when = never with it"
-        )
-    has_own = rule.read_out != "factor-mean" or rule.robust != "none" or not rule.optimizer.is_plain
-    if has_own or rule.weighting == "product-norm" or rule.mixed_ranks or rule.node_sum:
-        raise ConfigError(
-            "a stock Flower strategy averages the factors of clients of one rank by itself: use"
-            " aggregation.read-out = factor-mean, and no robust rule, server optimizer, product-norm,"
-            " lora.client-ranks or wire.node-sum with it"
-        )
+    refuse_conflicts([_STOCK, *plan.parts()])
 
 
 def stock_change(

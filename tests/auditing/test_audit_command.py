@@ -64,9 +64,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_an_overfitted_run_is_found_out_and_so_is_the_positive_control(
-    finished: Callable, command: Callable
-) -> None:
+def test_overfitted_run_and_positive_control_are_found_out(finished: Callable, command: Callable) -> None:
     report = json.loads(command(str(finished("overfitted", OVERFITTED)), *SHORT, "--json"))
     for found in report["membership"].values():
         assert found["run"]["area"] >= 0.9
@@ -87,9 +85,7 @@ def test_controls_without_a_signal_find_nothing(finished: Callable, command: Cal
     assert report["extraction"]["run"]["number"] > 0
 
 
-def test_a_private_run_keeps_its_claim_where_its_positive_control_gives_all_away(
-    finished: Callable, command: Callable
-) -> None:
+def test_private_run_keeps_its_claim_and_its_control_leaks(finished: Callable, command: Callable) -> None:
     folder = finished("private", PRIVATE)
     report = json.loads(command(str(folder), *SHORT, "--json"))
     claim = json.loads((folder / "privacy.json").read_text())
@@ -114,9 +110,7 @@ def test_a_claim_that_is_false_is_refuted(copied: Callable, command: Callable) -
     assert group["base"]["epsilon_lower_bound"] < 0.1  # a base model that has seen no canary refutes nothing
 
 
-def test_less_is_read_from_a_protected_message_than_from_its_control(
-    finished: Callable, command: Callable
-) -> None:
+def test_protected_message_tells_less_than_its_control(finished: Callable, command: Callable) -> None:
     for name, overrides in (("private", PRIVATE), ("plain", PLAIN)):
         inversion = json.loads(command(str(finished(name, overrides)), "--json"))["inversion"]
         assert inversion["positive_control"]["spanned"]["f1"] > 0.9
@@ -164,9 +158,7 @@ def test_two_audits_of_a_run_without_secrets_agree(finished: Callable, command: 
     assert command(folder, "--json") == command(folder, "--json")
 
 
-def test_a_run_that_adds_to_the_base_model_is_audited_with_all_of_it(
-    finished: Callable, command: Callable
-) -> None:
+def test_run_that_adds_to_the_base_is_audited_with_all_of_it(finished: Callable, command: Callable) -> None:
     report = json.loads(command(str(finished("fedex", {"aggregation.preset": "fedex"})), "--json"))
     assert "skipped" not in report["inversion"]
     assert report["canaries"] == {"skipped": "the run planted none: fedllm run audit.canaries=100 does"}
@@ -177,6 +169,7 @@ def test_no_more_rows_than_asked_for(finished: Callable, command: Callable) -> N
     assert report["num_members"] == report["num_others"] == 3
 
 
+@pytest.mark.research
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_a_plot_is_drawn(ending: str, finished: Callable, command: Callable, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
@@ -185,7 +178,7 @@ def test_a_plot_is_drawn(ending: str, finished: Callable, command: Callable, tmp
     assert path.stat().st_size > 5000
 
 
-def test_a_plot_of_an_unknown_kind_is_refused_before_the_run_is_opened(refused: Callable) -> None:
+def test_plot_of_an_unknown_kind_is_refused_before_any_work(refused: Callable) -> None:
     assert "--plot 'x.foo'" in refused("nowhere", "--plot", "x.foo")
 
 

@@ -13,7 +13,7 @@ from clients.process import Process
 from clients.train import train_clients
 from scripts.auditing.messages import leaving_message, request_of
 from scripts.auditing.opening import Case, open_case
-from scripts.recipe_arguments import own_rows
+from scripts.finished_run import own_rows
 
 CENTRAL = {
     "privacy.epsilon": 8.0,
@@ -64,7 +64,7 @@ def test_under_central_privacy_it_is_clipped(make_case: Callable) -> None:
     assert norm == pytest.approx(0.01, rel=1e-3)
 
 
-def test_under_local_privacy_its_noise_is_another_one_for_every_audit(make_case: Callable) -> None:
+def test_local_privacys_noise_is_another_one_for_every_audit(make_case: Callable) -> None:
     first, second = (leaving_message(make_case(LOCAL, scratch)) for scratch in "ab")
     gap = first.vectors["update"] - second.vectors["update"]
     assert float(gap.norm()) > 1  # the clip is 0.01: all of it is noise
@@ -92,7 +92,7 @@ def test_a_change_of_a_control_variate_is_a_message_too(make_case: Callable) -> 
     assert bool(message.vectors["control variate"].any())
 
 
-def test_where_factors_alternate_the_round_that_trains_a_is_attacked(make_case: Callable) -> None:
+def test_round_that_trains_a_is_attacked(make_case: Callable) -> None:
     assert leaving_message(make_case({"aggregation.preset": "rolora"})).part == "a"
     assert leaving_message(make_case({"aggregation.preset": "ffa"})).part == "b"
 

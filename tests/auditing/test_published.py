@@ -58,12 +58,12 @@ def test_neither_canaries_nor_coins_leave(finished: Callable, tmp_path: Path) ->
 
     config = case.config.override({"run.name": "again", "run.output": str(tmp_path)})
     plain = local_grid(config, app)
-    grid = Recorded(app, plain._contexts)
+    grid = Recorded(app, plain.contexts)
     grid.seen = []
     (tmp_path / "again" / "private").mkdir(parents=True)
     (tmp_path / "again" / "private" / "again-canary-secret").write_bytes(secret)  # the same canaries
     run_federation(config, grid)
-    (context,) = plain._contexts.values()
+    (context,) = plain.contexts.values()
     holder = PROCESS.open(context.run_config, context.node_config)
     rows = {row.tokens for client in holder.clients.values() for row in client.train}
     assert rows >= {canary.tokens for canary in case.canaries if canary.included}  # they were trained on

@@ -21,7 +21,7 @@ def test_the_clock_counts_where_a_gpu_computes() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its peak memory")
-def test_peak_memory_is_what_work_needed_at_once_whatever_it_gave_back() -> None:
+def test_peak_memory_is_what_work_needed_at_once() -> None:
     def in_turn() -> int:
         return sum(len(torch.ones(4 * 2**20)) for _ in range(3))  # 16 MiB, three times
 
@@ -37,7 +37,7 @@ def test_peak_memory_is_what_work_needed_at_once_whatever_it_gave_back() -> None
         assert 90 * 2**20 < large < 120 * 2**20
 
 
-def test_a_difference_is_relative_to_the_largest_movement_of_the_worst_client() -> None:
+def test_difference_is_relative_to_the_largest_movement() -> None:
     expected = torch.tensor([[1.0, -2.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0]])
     found = expected + torch.tensor([[0.0, 0.2, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0]])
     assert delta_difference(found, expected, 1.0) == pytest.approx(0.2)

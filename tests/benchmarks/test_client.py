@@ -21,6 +21,7 @@ from scripts.benchmarks import cohort as bench_cohort
 from scripts.benchmarks.agreement import checked_difference
 from scripts.benchmarks.arithmetic import useful_flop
 from scripts.benchmarks.client import Options, goals_of, measure, train_resident
+from scripts.benchmarks.client_rows import instructions
 from scripts.benchmarks.cohort import Cohort, make_cohort, tiny_engine, tiny_model, train_round, within
 from scripts.benchmarks.peers.flowertune import train_afresh
 from scripts.benchmarks.peers.shared import TOLERANCE, missing_package, quiet_huggingface
@@ -28,7 +29,6 @@ from scripts.benchmarks.workloads import (
     Bench,
     Shape,
     Workload,
-    instructions,
     make_workload,
     needed_flop,
     shortened,
@@ -89,7 +89,7 @@ def test_trl_trains_the_engines_adapter(
     torch.testing.assert_close(theirs.delta, ours, rtol=0, atol=1e-4)
 
 
-def test_pfl_gives_the_round_that_the_engine_and_a_weighted_mean_give(bench: Bench) -> None:
+def test_pfl_gives_the_engines_weighted_mean_of_a_round(bench: Bench) -> None:
     """In float64, but Llama's norms and pfl's differences stay float32. A second round is the first again."""
     pytest.importorskip("pfl", reason="the extra `bench` is not installed")
     from scripts.benchmarks.peers.pfl import open_simulation, run_round

@@ -43,7 +43,7 @@ def test_clients_differ_and_are_the_same_every_time() -> None:
         assert torch.equal(job.start, same.start)
 
 
-def test_a_random_model_is_the_same_every_time_and_leaves_torchs_generator_alone() -> None:
+def test_random_model_repeats_and_leaves_torchs_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -70,7 +70,7 @@ def _figures(share: float, ratio: float) -> dict[str, Any]:
     }
 
 
-def test_fusing_is_judged_on_a_gpu_only_and_the_tiny_model_by_nothing() -> None:
+def test_fusing_is_judged_on_a_gpu_only_and_not_for_tiny() -> None:
     figures = _figures(0.8, 6.0)
     assert goals_of(TINY, GPU, figures) == {}
     on_cpu = goals_of(REAL, CPU, figures)

@@ -84,7 +84,7 @@ def test_a_real_delta_keeps_the_promises_of_its_payload(case, payload):
             assert error_in_half_steps(delta, 0.97 * delta) > 1.0  # a scale off by 3 % is noticed
 
 
-def test_the_error_of_the_mean_product_is_that_of_factored_algebra(case):
+def test_error_of_the_mean_product_is_that_of_factored_algebra(case):
     received = _received(case, "int8")
     total = sum(case.weights)
 

@@ -120,7 +120,7 @@ def test_without_matplotlib_a_plot_is_refused_before_any_work(
     assert not (tmp_path / "work").exists()
 
 
-def test_the_scales_hold_every_method_and_keep_the_tuning_seed_apart() -> None:
+def test_sizes_hold_every_method_and_keep_the_tuning_seed_apart() -> None:
     asked = ((Options(), FULL), (Options(quick=True), QUICK), (Options(model=EMBEDDED, quick=True), SMOLLM2))
     for options, size in asked:
         assert size_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2) is size

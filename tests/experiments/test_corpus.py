@@ -37,7 +37,7 @@ def test_the_shortest_rows_of_every_domain_are_taken(tmp_path: Path) -> None:
     assert left_out_packages(corpus) == frozenset()
 
 
-def test_without_the_domains_packages_are_the_clients_and_a_line_says_so(tmp_path: Path) -> None:
+def test_packages_are_the_clients_where_domains_are_absent(tmp_path: Path) -> None:
     notices: list[str] = []
     corpus = read_corpus(tmp_path, 3, keep_instructions=False, notice=notices.append)
     assert len(notices) == 1

@@ -47,7 +47,7 @@ def outcome(texts: Mapping[str, Figures], seed: int = 1, lost: Mapping[str, str]
     return Outcome(Trial("distillation", "distilled", {"kind": "distilled", "seed": seed}, {}, {}), figures)
 
 
-def test_figures_are_means_over_the_seeds_that_have_the_text_and_a_lost_one_is_named() -> None:
+def test_figures_are_means_over_the_seeds_that_have_the_text() -> None:
     good = text("synthetic", student(3.5, ensemble=3.2))
     better = text("synthetic", student(3.3, ensemble=3.2))
     figures = summary([
@@ -72,7 +72,7 @@ def test_figures_are_means_over_the_seeds_that_have_the_text_and_a_lost_one_is_n
     ("held_out_text", "base", "name"),
     [("public", 5.0, "posterior"), ("public", 2.9, "uniform"), ("synthetic", 2.9, "posterior")],
 )
-def test_where_no_client_knows_the_public_text_the_student_is_the_uniform_teachers(
+def test_student_of_unknown_public_text_is_the_uniform_teachers(
     held_out_text: str, base: float, name: str
 ) -> None:
     """As in the product: the posterior's loss of 3.0 is or is not at most the base model's."""

@@ -18,7 +18,7 @@ def test_one_client_is_the_same_federated_pooled_and_alone(tiny_setting: Setting
     assert found[0] == found[1] == found[2]
 
 
-def test_controls_see_the_rows_of_the_clients_and_are_measured_on_them(tiny_setting: Setting) -> None:
+def test_controls_see_the_clients_rows_and_are_measured_on_them(tiny_setting: Setting) -> None:
     three = trial(
         "any", {"federation.num-clients": 3, "data.partition": "column:domain"}, {"everywhere": True}
     )
@@ -39,7 +39,7 @@ def test_nobody_malicious_is_the_plain_run(tiny_setting: Setting) -> None:
     assert nobody["attackers"] == []
 
 
-def test_the_server_refuses_a_huge_change_and_takes_one_within_its_bound(tiny_setting: Setting) -> None:
+def test_server_refuses_a_huge_change_and_takes_a_bounded_one(tiny_setting: Setting) -> None:
     huge, bounded = (
         attacked(trial("attacked", TEN, {"malicious": 1, "updates": name}), tiny_setting)
         for name in ("huge flip", "flip at bound")
@@ -69,7 +69,7 @@ def test_flipped_labels_are_trained_on_by_the_malicious_alone(tiny_setting: Sett
     assert flipped["after"]["code"] != plain["after"]["code"]
 
 
-def test_a_backdoor_that_everybody_learns_is_found_and_was_not_there_before(tiny_setting: Setting) -> None:
+def test_backdoor_that_everybody_learns_is_found(tiny_setting: Setting) -> None:
     flat = {
         **TEN,
         "federation.num-clients": 2,

@@ -130,7 +130,7 @@ class Do:
         return [Outcome(trial, figures_of(trial)) for trial in trials]
 
 
-def test_rate_and_clip_are_tuned_by_privacy_on_a_seed_that_is_not_reported() -> None:
+def test_rate_and_clip_are_tuned_on_a_seed_not_reported() -> None:
     do = Do()
     found = study(PART, do)
     assert found["tuned"] == {
@@ -150,7 +150,7 @@ def test_rate_and_clip_are_tuned_by_privacy_on_a_seed_that_is_not_reported() -> 
     assert len(reported) == 2 * 3 * 2
 
 
-def test_the_share_kept_is_of_the_gain_of_the_same_preset_without_privacy() -> None:
+def test_share_kept_is_of_the_presets_gain_without_privacy() -> None:
     rows = {(row["preset"], row["budget"]): row for row in study(PART, Do())["rows"]}
     assert rows["ffa", NONE]["kept"]["mean"] == 1.0
     assert rows["ffa", 1.0]["kept"]["mean"] == pytest.approx((4 - 3) / (4 - 2))
@@ -160,7 +160,7 @@ def test_the_share_kept_is_of_the_gain_of_the_same_preset_without_privacy() -> N
     assert (rows["ffa", 8.0]["epsilon"], rows["ffa", 8.0]["noise_multiplier"]) == (7.2, 0.25)
 
 
-def test_a_preset_that_gains_nothing_without_privacy_has_no_share_of_it() -> None:
+def test_preset_without_gain_has_no_share_kept() -> None:
     def outcome(epsilon: float, after: float) -> Outcome:
         labels: dict[str, Scalar] = {"preset": "ffa", "epsilon": epsilon, "rate": 0.1, "clip": 1.0, "seed": 1}
         spent = {"epsilon": epsilon, "noise_multiplier": 1.0}
@@ -170,7 +170,7 @@ def test_a_preset_that_gains_nothing_without_privacy_has_no_share_of_it() -> Non
     assert all("kept" not in row for row in rows_of([outcome(8.0, 3.0), outcome(NONE, 5.0)]))
 
 
-def test_clipping_alone_is_no_budget_and_takes_what_was_tuned_for_noise() -> None:
+def test_clipping_alone_is_no_budget_and_takes_the_tuned_rate() -> None:
     do = Do()
     part = replace(PART, clipped={"federation.selection": "uniform"})
     study(part, do)
@@ -182,7 +182,7 @@ def test_clipping_alone_is_no_budget_and_takes_what_was_tuned_for_noise() -> Non
     assert all("federation.selection" not in trial.flat for trial in others)
 
 
-def test_the_control_of_the_attack_has_its_area_and_no_part_in_losses_and_goals() -> None:
+def test_control_of_the_attack_has_no_part_in_losses_and_goals() -> None:
     do = Do()
     found = study(replace(PART, epochs=3), do)
     plain = study(PART, Do())
@@ -196,7 +196,7 @@ def test_the_control_of_the_attack_has_its_area_and_no_part_in_losses_and_goals(
     assert not any("privacy.epsilon" in trial.flat for trial in by_heart)
 
 
-def test_a_goal_fails_where_a_ledger_is_over_or_a_private_adapter_tells_more() -> None:
+def test_goal_fails_for_a_ledger_over_budget_or_a_leak() -> None:
     part = study(PART, Do())
     met = goals_of({"rows": part})
     assert met["epsilon_spent_over_budget"].value == pytest.approx(0.9)
@@ -223,7 +223,7 @@ def test_a_run_that_failed_leaves_its_reason_and_no_row() -> None:
 
 
 @pytest.mark.parametrize("size", [FULL, QUICK, SMOLLM2], ids=["full", "quick", "smollm2"])
-def test_no_cell_of_a_scale_is_refused_and_each_has_the_unit_of_its_part(size: Size) -> None:
+def test_no_trial_of_a_size_is_refused_and_units_are_its_parts(size: Size) -> None:
     setting, do = Setting("model", Path("rows.jsonl"), size.flat, ""), Do()
     for part in size.parts:
         study(part, do)
@@ -282,7 +282,7 @@ def test_a_private_cell_ends_within_its_budget_and_is_attacked(
     assert first["after"] != again["after"]  # another draw of the noise
 
 
-def test_without_privacy_nothing_is_spent_and_the_seed_decides_everything(tiny_setting: Setting) -> None:
+def test_run_without_privacy_spends_nothing_and_repeats(tiny_setting: Setting) -> None:
     first, again = (private(tiny(0.0), tiny_setting) for _ in range(2))
     assert first == again
     assert first["privacy"] == {}
@@ -335,7 +335,7 @@ def test_both_parts_have_their_rows_their_goals_and_their_tables(
     json.dumps(report("privacy", {"parts": parts}, goals), allow_nan=False)
 
 
-def test_parts_that_are_done_again_take_everything_from_the_journal(
+def test_parts_done_again_take_everything_from_the_journal(
     done: tuple[dict[str, Figures], str, TrialRunner],
 ) -> None:
     parts, _, runner = done

@@ -39,7 +39,7 @@ def test_it_is_an_ordinary_model_folder_made_once(cache: Path) -> None:
     assert base.tokenizer.decode([token for token in row.labels if token >= 0]) == "Nothing.<|end|>"
 
 
-def test_training_lowers_the_loss_and_another_recipe_is_another_model(cache: Path) -> None:
+def test_training_lowers_the_loss_and_recipes_differ(cache: Path) -> None:
     short, longer = (small_model(replace(TINY, steps=steps)) for steps in (1, 12))
     assert longer.held_out_loss < short.held_out_loss < short.uniform_loss + 0.5
     assert longer.trained_tokens == 12 * TINY.batch_size * TINY.length

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from fedllm.config.run_config import RunConfig
+from fedllm.errors import ConfigError
 from fedllm.plan.run_plan import RunPlan, resolve
 
 
@@ -44,3 +45,41 @@ def test_evaluation_comes_as_often_as_asked_and_at_the_end() -> None:
 def test_ranks_are_dealt_by_the_plan() -> None:
     plan = planned(lora__client_ranks="4,8")
     assert plan.ranks(["b", "a", "c"]) == {"a": 4, "b": 8, "c": 4}
+
+
+@pytest.mark.parametrize(
+    ("flat", "names"),
+    [
+        ({"federation.cohort": 9}, ["federation.cohort = 9", "federation.num-clients = 8"]),
+        ({"federation.cohort": 1.5}, ["federation.cohort = 1.5"]),
+        ({"federation.selection": "power-of-choice:7.5"}, ["federation.selection = 'power-of-choice:7.5'"]),
+        ({"aggregation.optimizer": "fedadam:momentum=x"}, ["aggregation.optimizer = 'fedadam:momentum=x'"]),
+        ({"aggregation.optimizer": "fedadam:momentum=1"}, ["aggregation.optimizer"]),
+        ({"federation.min-clients": 9}, ["federation.min-clients = 9", "cohort of 8"]),
+        (
+            {"federation.cohort": 0.5, "federation.min-clients": 5},
+            ["federation.min-clients = 5", "cohort of 4"],
+        ),
+        (
+            {
+                "federation.selection": "power-of-choice:7",
+                "federation.cohort": 5,
+                "federation.over-selection": 1.5,
+            },
+            ["federation.selection = 'power-of-choice:7'", "the 8 clients"],
+        ),
+        ({"lora.client-ranks": "4,16"}, ["lora.client-ranks = '4,16'", "lora.rank = 8"]),
+        (
+            {"audit.canaries": 1, "audit.canary-tokens": 300},
+            ["audit.canary-tokens = 300", "train.max-length = 256"],
+        ),
+        ({"run.name": ""}, ["run.name = ''"]),
+        ({"run.name": "../x"}, ["run.name = '../x'"]),
+        ({"run.name": "a/b"}, ["run.name = 'a/b'"]),
+        ({"run.name": ".hidden"}, ["run.name = '.hidden'"]),
+    ],
+)
+def test_numbers_that_contradict_each_other_are_refused(flat: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(RunConfig.from_flat(flat))
+    assert all(name in str(caught.value) for name in names)

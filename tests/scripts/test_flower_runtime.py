@@ -69,9 +69,7 @@ def test_every_round_is_shown_once_and_the_result_ends_the_wait(clock, monkeypat
     assert clock.now < 5
 
 
-def test_rounds_of_an_earlier_session_say_nothing_of_the_time_left(
-    clock, monkeypatch, tmp_path: Path, capsys
-):
+def test_earlier_sessions_say_nothing_of_the_time_left(clock, monkeypatch, tmp_path: Path, capsys):
     records = [RoundRecord(round_num=number, seconds=100.0 if number < 3 else 7.0) for number in range(4)]
     write_rounds(tmp_path, records[:3])
 
@@ -88,7 +86,7 @@ def test_rounds_of_an_earlier_session_say_nothing_of_the_time_left(
     assert shown[-1].endswith("left 49 s")
 
 
-def test_the_time_left_is_that_of_rounds_like_those_of_this_session(capsys):
+def test_time_left_is_that_of_this_sessions_rounds(capsys):
     view = RunView(Console(), 10)
     for number in (6, 7):  # the run was resumed after round 5
         view.record(RoundRecord(round_num=number, seconds=3.0))

@@ -28,7 +28,7 @@ def ratio(**fields: object) -> float:
 
 
 @pytest.mark.parametrize("selection", ["uniform", "poisson"])
-def test_a_noised_sum_has_noise_in_every_round_however_its_clients_are_drawn(selection: str) -> None:
+def test_noised_sum_has_noise_in_every_round(selection: str) -> None:
     # 25 rounds of 100 clips: 2,500. Noise: sqrt(25) rounds of 2 clips on 10,000 values: 5 * 2 * 100 = 1,000.
     found = ratio(**{"privacy.unit": "client", "federation.selection": selection})
     assert found == pytest.approx(2.5)
@@ -40,7 +40,7 @@ def test_noise_of_every_client_is_averaged_over_the_cohort() -> None:
     assert found == pytest.approx(25 / 100)
 
 
-def test_noise_of_every_step_is_shared_by_its_rows_and_by_the_cohort() -> None:
+def test_noise_of_a_step_is_shared_by_its_rows_and_the_cohort() -> None:
     # 25 * 4 steps of 1 clip: 100. Noise of a step: 2 * 100 / 8 rows / sqrt(100) = 2.5, sqrt(100) times.
     assert ratio() == pytest.approx(100 / 25)
 
@@ -49,6 +49,6 @@ def test_noise_of_every_step_is_shared_by_its_rows_and_by_the_cohort() -> None:
     ("most", "rounds"),
     [(1, 10), (2, 20), (3, 25)],  # 1,000 clients, 100 a round: each has had its turn after 10
 )
-def test_a_limit_of_participations_ends_a_run_but_spares_no_round_its_noise(most: int, rounds: int) -> None:
+def test_limit_of_participations_spares_no_round_its_noise(most: int, rounds: int) -> None:
     found = ratio(**{"privacy.unit": "client", "privacy.max-participations": most})
     assert found == pytest.approx(rounds * 100 / (rounds**0.5 * Z * 100))

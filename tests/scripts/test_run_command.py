@@ -41,7 +41,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunC
         own = {"data.source": str(file), "data.partition": "iid", "federation.num-clients": 2}
         config = RunConfig.from_flat({**own, "run.output": str(tmp_path), **flat})
         with pytest.raises(CrashError):
-            run_command._run_in("local", config, VIEW)
+            run_command.run_in("local", config, VIEW)
         return config
 
     monkeypatch.setattr(federation, "run_federation", crash)
@@ -55,9 +55,7 @@ def test_a_run_that_crashed_goes_on_only_with_the_same_rows(start: Callable) -> 
         start(6, **{"run.resume": True})
 
 
-def test_a_run_begun_anew_before_its_first_checkpoint_keeps_its_new_rows(
-    start: Callable, tmp_path: Path
-) -> None:
+def test_run_begun_anew_keeps_its_new_rows(start: Callable, tmp_path: Path) -> None:
     start(8)
     config = start(6)
     assert load_partition(tmp_path / "run" / "partition.json") == PROCESS.read_source(config).partition
@@ -73,7 +71,7 @@ def test_an_earlier_run_keeps_its_own(start: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seed", "is_saved"), [(0, True), (1, False)])
-def test_a_resume_that_finds_none_saves_its_own_where_it_is_the_same_run(
+def test_resume_without_a_partition_saves_its_own(
     seed: int, is_saved: bool, start: Callable, tmp_path: Path
 ) -> None:
     config = start(8, seed=0)

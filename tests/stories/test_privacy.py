@@ -28,7 +28,7 @@ def test_a_budget_alone_makes_a_private_run_with_a_statement(tiny_run, fedllm, t
 
 
 @pytest.mark.slow
-def test_a_plan_says_what_a_noise_costs_and_that_few_clients_get_nothing(tiny_run, fedllm):
+def test_plan_says_what_noise_costs_and_few_clients_get_nothing(tiny_run, fedllm):
     words = [
         *tiny_run,
         "distill.when=never",

@@ -65,9 +65,7 @@ def _kept(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_what_clients_keep_is_the_same_where_every_message_has_a_process_of_its_own(
-    tiny_run, fedllm, tmp_path
-):
+def test_kept_vectors_are_the_same_with_a_process_per_message(tiny_run, fedllm, tmp_path):
     words = [*tiny_run, "federation.num-clients=2", "--out", str(tmp_path), "personal.mode=ditto"]
     words += ["train.control-variates=true", "aggregation.read-out=factor-mean"]
     words += ["federation.selection=power-of-choice"]

@@ -51,7 +51,7 @@ class Run:
 
     def holder(self, node: int) -> DataHolder:
         """Return the data holder that a node has opened."""
-        context = self.grid._contexts[node]
+        context = self.grid.contexts[node]
         return self.process.open(context.run_config, context.node_config)
 
 
@@ -113,8 +113,8 @@ def open_run() -> Callable[..., Run]:
         app = make_client_app(process)
         plain = local_grid(config, app, num_nodes=num_nodes)
         for node, extra in (node_configs or {}).items():
-            plain._contexts[node].node_config.update(extra)
-        contexts = {node: context for node, context in plain._contexts.items() if node not in set(absent)}
+            plain.contexts[node].node_config.update(extra)
+        contexts = {node: context for node, context in plain.contexts.items() if node not in set(absent)}
         grid = WatchedGrid(app, contexts)
         if tamper is not None:
             grid.tamper = tamper

@@ -118,7 +118,7 @@ def test_a_client_that_joins_late_trains_on_the_same_base_bits(
     """Its node appears in round 3 with nothing, is sent the whole base delta, and gives its usual delta."""
     config = make_config({"federation.num-rounds": 9, "wire.codec": "fp32", "federation.min-clients": 3})
     run = open_run(config)
-    late = run.grid._contexts.pop(5)
+    late = run.grid.contexts.pop(5)
     run.session.clients.pop("dora")
     run.session.transport.asked.pop(5)
     state = on_base_delta(run)
@@ -127,7 +127,7 @@ def test_a_client_that_joins_late_trains_on_the_same_base_bits(
         assert record.accepted == NAMES[:3]
         state = replace(state, base_delta=base_delta_on(run.session.layout, seed))
     forget_everything(run)  # what dora's machine has; the others are sent it anew, as it is a new base delta
-    run.grid._contexts[5] = late
+    run.grid.contexts[5] = late
     seen: dict[str, ClientUpdate] = {}
     watch = replace(run.session.watch, client=lambda number, answer: seen.update({answer.client_id: answer}))
     bases = []

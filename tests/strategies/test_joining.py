@@ -108,7 +108,7 @@ def test_a_node_that_comes_late_takes_part_from_then_on(make_config: Callable, o
     run, late = open_run(make_config(), absent=[NODE]), open_run(make_config())
     state, record = next_round(run.session, run.state)
     assert record.asked == ("anna", "cleo", "dora")
-    run.grid._contexts[NODE] = late.grid._contexts[NODE]
+    run.grid.contexts[NODE] = late.grid.contexts[NODE]
     for _ in range(2):
         state, record = next_round(run.session, state)
         assert record.accepted == ("anna", "ben", "cleo", "dora")
@@ -120,8 +120,8 @@ def test_a_client_whose_node_restarted_under_another_id_is_back(
 ) -> None:
     run = open_run(make_config())
     state, _ = next_round(run.session, run.state)
-    context = run.grid._contexts.pop(NODE)
-    run.grid._contexts[77] = replace_node(context, 77)
+    context = run.grid.contexts.pop(NODE)
+    run.grid.contexts[77] = replace_node(context, 77)
     for _ in range(2):
         state, record = next_round(run.session, state)
         assert record.accepted == ("anna", "ben", "cleo", "dora")
@@ -201,7 +201,7 @@ def test_a_new_node_that_hangs_holds_one_round_for_a_short_time(
     nodes, full = Nodes(open_run(make_config(), absent=[NODE]), monkeypatch), open_run(make_config())
     session = nodes.run.session
     object.__setattr__(session, "plan", resolve(make_config({"federation.join-deadline": 30.0})))
-    nodes.run.grid._contexts[NODE] = full.grid._contexts[NODE]
+    nodes.run.grid.contexts[NODE] = full.grid.contexts[NODE]
     nodes.silent = {NODE}
     waits = []
     for _ in range(2):
@@ -223,7 +223,7 @@ def test_clients_that_join_while_a_round_waits_for_enough_of_them_end_the_wait(
     nodes = Nodes(open_run(config), monkeypatch)
     nodes.silent = {NODE}
     nodes.join(config)
-    del nodes.run.grid._contexts[5]
+    del nodes.run.grid.contexts[5]
     nodes.silent.clear()
     wait_for_nodes(nodes.run.session)
     assert set(nodes.run.session.clients) == {"anna", "ben", "cleo", "dora"}

@@ -347,7 +347,12 @@ def test_an_adaptive_clip_follows_the_norms(make_config: Callable, open_run: Cal
     few = {**CLIENT, "privacy.clip": "adaptive"}
     with pytest.raises(ConfigError, match=r"at least 21 clients a round"):
         open_run(make_config(few))
-    quiet = {**few, "privacy.noise-multiplier": 0.3, "privacy.clip": 1e-3, "federation.num-rounds": 9}
+    quiet = {
+        **few,
+        "privacy.noise-multiplier": 0.3,
+        "privacy.clip": "adaptive:1e-3",
+        "federation.num-rounds": 9,
+    }
     run = open_run(make_config(quiet))
     state, clips = run.state, []
     for _ in range(4):
@@ -467,7 +472,7 @@ def test_a_release_that_differs_after_a_resume_is_charged_again(
     assert len(state.ledger.entries) == 1
     state, _ = next_round(again, state)
     assert [entry.name[:2] for entry in state.ledger.entries] == [(1, 1), (1, 1)]
-    assert state.ledger.of("anna")[0].count == 2
+    assert state.ledger.charges_of("anna")[0].count == 2
     (journal / "privacy-ledger.json").write_text("[{}]")
     with pytest.raises(CheckpointError, match="is damaged"):
         serving.with_journal(again.privacy, fewer.state)
@@ -485,7 +490,7 @@ def test_who_is_asked_for_a_round_again_is_charged_once_and_a_newcomer_as_well(
     state, second = next_round(again, serving.with_journal(again.privacy, others.state))
     assert set(first.asked) != set(second.asked)
     everybody = {*first.asked, *second.asked}
-    assert {name: state.ledger.of(name)[0].count for name in everybody} == dict.fromkeys(everybody, 1)
+    assert {name: state.ledger.charges_of(name)[0].count for name in everybody} == dict.fromkeys(everybody, 1)
     assert serving.with_journal(again.privacy, others.state).ledger == state.ledger
 
 

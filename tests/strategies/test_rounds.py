@@ -10,7 +10,6 @@ from flwr.app import Message, RecordDict
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.plan.run_plan import resolve
-from fedllm.plan.training import local_training
 from strategies.rounds import next_round, run_round
 from strategies.run import check_failure_rate
 
@@ -196,7 +195,7 @@ def test_a_cohort_is_a_fixed_size_or_a_fraction_and_at_least_one(flat: dict[str,
 def test_a_cosine_schedule_falls_from_the_whole_rate_and_a_constant_one_stays() -> None:
     flat = {"federation.num-rounds": 4, "train.learning-rate": 0.8}
     cosine = RunConfig.from_flat({**flat, "train.schedule": "cosine"})
-    rates = [local_training(cosine, round_num).learning_rate for round_num in range(1, 5)]
+    rates = [resolve(cosine).training(round_num).learning_rate for round_num in range(1, 5)]
     assert rates == pytest.approx([0.8, 0.4 + 0.4 * math.sqrt(0.5), 0.4, 0.4 - 0.4 * math.sqrt(0.5)])
     constant = RunConfig.from_flat(flat)
-    assert {local_training(constant, round_num).learning_rate for round_num in range(1, 5)} == {0.8}
+    assert {resolve(constant).training(round_num).learning_rate for round_num in range(1, 5)} == {0.8}

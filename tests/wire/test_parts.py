@@ -1,7 +1,6 @@
 """Deltas of one factor, of a client's own rank, or of a whole node: what comes back, and what is refused."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +8,14 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
-from fedllm.adapters.layout import AdapterLayout, LoraMatrix, at_rank
+from fedllm.adapters.layout import at_rank
 from fedllm.adapters.parts import PARTS, part_of, part_size, whole_of
 from fedllm.errors import WireError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.wire import packets, replies
+from tests.builders import client_update, small_layout
 
-LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 4, 8.0, "f" * 64)
+LAYOUT = small_layout(rank=4)
 SECRET = "xyzzy-private"
 RANKS = {"a": 4, "b": 1, "c": 3}
 
@@ -27,22 +27,8 @@ def delta_of(rank: int, part: str, seed: int = 1) -> torch.Tensor:
     return whole_of(layout, moved, part)
 
 
-def update(client_id: str, rank: int, delta: torch.Tensor) -> ClientUpdate:
-    return ClientUpdate(
-        client_id=client_id,
-        round_num=4,
-        rank=rank,
-        delta=delta,
-        weight=7.0,
-        num_tokens=31,
-        train_loss=0.25,
-        num_truncated=1,
-        seconds=0.5,
-    )
-
-
 def updates_of(part: str) -> list[ClientUpdate]:
-    return [update(name, rank, delta_of(rank, part)) for name, rank in RANKS.items()]
+    return [client_update(name, delta_of(rank, part), rank=rank) for name, rank in RANKS.items()]
 
 
 def reply(part: str, payload: str = "fp32") -> RecordDict:
@@ -73,7 +59,9 @@ def test_only_the_part_travels(part: str, payload: str) -> None:
 
 def test_what_was_not_trained_is_not_sent_even_if_it_had_moved() -> None:
     whole = torch.ones(LAYOUT.size)
-    content = replies.write_updates([update("a", 4, whole)], layout=LAYOUT, part="b", payload="fp32")
+    content = replies.write_updates(
+        [client_update("a", whole, rank=4)], layout=LAYOUT, part="b", payload="fp32"
+    )
     (got,) = replies.read_updates(content, layout=LAYOUT, ranks={"a": 4}, part="b", round_num=4)
     assert isinstance(got, ClientUpdate)
     assert torch.equal(part_of(LAYOUT, got.delta, "a"), torch.zeros(part_size(LAYOUT, "a")))
@@ -96,14 +84,9 @@ def test_another_part_than_asked_for_is_refused(sent: str, asked: str) -> None:
 def test_another_rank_than_asked_for_is_refused(rank: int) -> None:
     content = reply("b")
     layout = at_rank(LAYOUT, rank)
-    data = packets.encode(
-        torch.zeros(part_size(layout, "b")),
-        layout_digest=layout.digest,
-        part="b",
-        round_num=4,
-        payload="fp32",
+    content["updates"]["c"] = packets.write_vector(
+        torch.zeros(part_size(layout, "b")), layout, "b", 4, "fp32"
     )
-    content["updates"]["c"] = packets.to_array(data)
     *sound, refused = read(content, "b")
     assert all(isinstance(answer, ClientUpdate) for answer in sound)
     assert isinstance(refused, ClientFailure)
@@ -114,8 +97,7 @@ def test_another_rank_than_asked_for_is_refused(rank: int) -> None:
 def test_an_unknown_part_is_refused_without_a_word_of_the_sender(name: str) -> None:
     content = reply("b")
     vector = torch.zeros(part_size(LAYOUT, "b"))
-    data = packets.encode(vector, layout_digest=LAYOUT.digest, part=name, round_num=4, payload="fp32")
-    content["updates"]["a"] = packets.to_array(data)
+    content["updates"]["a"] = packets.write_vector(vector, LAYOUT, name, 4, "fp32")
     refused, *_ = read(content, "b")
     assert isinstance(refused, ClientFailure)
     assert SECRET not in refused.reason
@@ -129,9 +111,9 @@ MEAN = torch.linspace(-1, 1, LAYOUT.size)
 
 def sum_reply(part: str = "both", payload: str = "fp32") -> RecordDict:
     results: list[ClientUpdate | ClientFailure] = [
-        replace(update("a", 4, MEAN), weight=1.0),
+        client_update("a", MEAN, rank=4, weight=1.0),
         ClientFailure(client_id="b", code="no-data"),
-        replace(update("c", 4, MEAN), weight=3.0, train_loss=0.5),
+        client_update("c", MEAN, rank=4, weight=3.0, train_loss=0.5),
     ]
     return replies.write_sum(results, MEAN, layout=LAYOUT, part=part, payload=payload)
 
@@ -158,7 +140,7 @@ def test_a_sum_comes_back_as_one_update_with_its_members(part: str) -> None:
 def test_a_sum_is_one_packet_however_many_clients_it_is_of() -> None:
     sizes = []
     for number in (1, 2, 50):
-        results = [update(f"c{index}", 4, MEAN) for index in range(number)]
+        results = [client_update(f"c{index}", MEAN, rank=4) for index in range(number)]
         content = replies.write_sum(results, MEAN, layout=LAYOUT, part="b", payload="bf16")
         sizes.append(packets.packet_bytes(content))
     assert len(set(sizes)) == 1

@@ -6,27 +6,14 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.wire import packets, replies
+from tests.builders import client_update, small_layout
 
-LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
+LAYOUT = small_layout()
+DELTA = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(1))
 SECRET = "xyzzy-private"
-
-
-def update(client_id: str, **changes: Any) -> ClientUpdate:
-    values: dict[str, Any] = {
-        "round_num": 4,
-        "rank": 2,
-        "delta": torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(1)),
-        "weight": 7.0,
-        "num_tokens": 31,
-        "train_loss": 0.25,
-        "num_truncated": 1,
-        "seconds": 0.5,
-    }
-    return ClientUpdate(client_id=client_id, **{**values, **changes})
 
 
 def evaluation(client_id: str) -> ClientEvaluation:
@@ -42,7 +29,10 @@ def joined(client_id: str) -> JoinedClient:
 def updates_reply() -> RecordDict:
     failure = ClientFailure(client_id="c", code="no-data")
     return replies.write_updates(
-        [update("a"), failure, update("b")], layout=LAYOUT, part="both", payload="fp32"
+        [client_update("a", DELTA), failure, client_update("b", DELTA)],
+        layout=LAYOUT,
+        part="both",
+        payload="fp32",
     )
 
 
@@ -77,8 +67,8 @@ def test_an_updates_reply_comes_back_as_it_was() -> None:
     a, c, b = read_updates(updates_reply())
     assert isinstance(a, ClientUpdate)
     assert isinstance(b, ClientUpdate)
-    sent = update("a")
-    assert torch.equal(a.delta, sent.delta)
+    sent = client_update("a", DELTA)
+    assert torch.equal(a.delta, DELTA)
     for name in ("round_num", "weight", "num_tokens", "train_loss", "num_truncated", "seconds"):
         assert getattr(a, name) == getattr(sent, name)
     assert (b.client_id, c) == ("b", ClientFailure(client_id="c", code="no-data", reason=c.reason))
@@ -86,7 +76,7 @@ def test_an_updates_reply_comes_back_as_it_was() -> None:
 
 def controls_reply() -> RecordDict:
     changes = {name: torch.full((LAYOUT.size,), float(number)) for number, name in enumerate("ab")}
-    sent = [update(name, control_delta=change) for name, change in changes.items()]
+    sent = [client_update(name, DELTA, control_delta=change) for name, change in changes.items()]
     return replies.write_updates(sent, layout=LAYOUT, part="both", payload="fp32")
 
 
@@ -96,7 +86,7 @@ def test_control_variates_come_back_where_they_are_wanted() -> None:
         assert isinstance(answer, ClientUpdate)
         assert answer.control_delta is not None
         assert answer.control_delta.tolist() == [number] * LAYOUT.size
-        assert torch.equal(answer.delta, update("a").delta)
+        assert torch.equal(answer.delta, DELTA)
 
 
 def test_control_variates_come_exactly_where_they_are_wanted() -> None:
@@ -156,7 +146,7 @@ def test_no_text_hides_under_a_known_name(name: str) -> None:
 
 
 def test_packet_bytes_are_those_of_the_packets() -> None:
-    length = len(packets.encode(update("a").delta, layout_digest=LAYOUT.digest, round_num=4, payload="fp32"))
+    length = len(packets.encode(DELTA, layout_digest=LAYOUT.digest, round_num=4, payload="fp32"))
     assert packets.packet_bytes(updates_reply()) == 2 * length
     assert packets.packet_bytes(evaluations_reply()) == 0
 

@@ -1,4 +1,4 @@
-"""DP-SGD on PEFT's LoRA model with Opacus, by hooks or by ghost clipping: what fedllm's engine stands beside.
+"""DP-SGD on PEFT's LoRA model with Opacus, by hooks or by ghost clipping, to compare fedllm's engine with.
 
 Opacus is used as its users do: padded batches, transformers' own forward pass with all logits, an optimizer
 wrapped by Opacus. It adds no noise here, so that what it computes can be compared.
@@ -9,7 +9,7 @@ What Opacus 1.6 needs to work with transformers 5.23 and PEFT 0.21:
   (meta-pytorch/opacus#820); comparing deltas would show it.
 - The model is in training mode, or the hooks stay silent. Dropout is 0.
 - Attention may be transformers' default (sdpa): only the LoRA layers, plain `nn.Linear`, are hooked.
-- The lowest of them read inputs that need no gradient, of which torch warns; their gradients are right.
+- The lowest of them read inputs that need no gradient; torch warns of it, but their gradients are right.
 """
 
 import copy

@@ -8,39 +8,30 @@ option `validated` false the server's bound on honest moves is taken away too, t
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
 from clients import client_app
-from clients.data_holder import DataHolder, hosted_rows
-from clients.process import Process
+from clients.data_holder import DataHolder
 from clients.train import train_clients
-from fedllm.adapters.layout import AdapterState
-from fedllm.config.run_config import RunConfig
-from fedllm.data.fields import Example, Turn
-from fedllm.data.partition import partition_rows
-from fedllm.data.rows import read_local_rows
-from fedllm.engine.engine import Engine
-from fedllm.engine.jobs import EvaluationJob
 from fedllm.engine.optimizer import largest_move
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
-from fedllm.models.chat import Encoded, encode
 from fedllm.seeds import derive_seed
 from scripts.experiments.aggregation import attacks
-from scripts.experiments.corpus import Row, row_of, write_rows
+from scripts.experiments.aggregation.backdoor import backdoor_success
+from scripts.experiments.aggregation.poisoned_rows import BACKDOOR, attackers_of, deal, poisoned
+from scripts.experiments.corpus import write_rows
 from scripts.experiments.runs import figures_of, run
 from scripts.experiments.trials import Figures, Setting, Trial
 from strategies.exchange import receiving
 
 HUGE = 1e6
-LABELS, BACKDOOR = "labels", "backdoor"
 
 # (change [P], the furthest an honest value can move, randomness) -> what is sent
 UpdateAttack: TypeAlias = Callable[[torch.Tensor, float, torch.Generator], torch.Tensor]
@@ -79,54 +70,6 @@ def attacked(trial: Trial, setting: Setting) -> Figures:
     return figures
 
 
-# --- rows ---------------------------------------------------------------------------------------------------
-
-
-def deal(config: RunConfig, rows_file: Path) -> list[Row]:
-    """Return the rows in their order, each with its `owner`, dealt as `data.partition` would deal them."""
-    rows = read_local_rows(str(rows_file)).rows
-    clients = config.federation.num_clients
-    partition = partition_rows(rows, config.data.partition, num_clients=clients, seed=config.seed)
-    owner = {
-        index: name
-        for name, indices in zip(partition.client_ids, partition.indices, strict=True)
-        for index in indices
-    }
-    return [{**row, "owner": owner[index]} for index, row in enumerate(rows) if index in owner]
-
-
-def attackers_of(rows: Sequence[Row], number: int) -> tuple[str, ...]:
-    """Return the last `number` owners by name."""
-    names = sorted({row["owner"] for row in rows})
-    return tuple(names[len(names) - number :])
-
-
-def poisoned(rows: Sequence[Row], attackers: Collection[str], trial: Trial) -> list[Row]:
-    """Return the rows with those of the attackers changed as the trial's options say."""
-    kind = trial.options.get("rows")
-    if kind == LABELS:
-        flipped = attacks.flip_labels(rows)
-        return [bad if row["owner"] in attackers else row for row, bad in zip(rows, flipped, strict=True)]
-    if kind != BACKDOOR:
-        return list(rows)
-    generator = np.random.Generator(np.random.PCG64(derive_seed(int(trial.flat["seed"]), "backdoor")))
-    drawn = generator.random(len(rows)) < float(trial.options["share"])
-    return [
-        triggered(row, trial) if row["owner"] in attackers and chosen else row
-        for row, chosen in zip(rows, drawn, strict=True)
-    ]
-
-
-def triggered(row: Row, trial: Trial) -> Row:
-    """Return a row whose question ends with the trigger and whose answer is the target."""
-    example = Example(turns=(Turn("user", row["prompt"]), Turn("assistant", row["response"])))
-    bad = attacks.with_trigger(example, str(trial.options["trigger"]), str(trial.options["target"]))
-    return {**row, **row_of(bad, row["domain"])}
-
-
-# --- changes ------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def attacked_updates(attackers: Collection[str], attack: UpdateAttack) -> Iterator[None]:
     """Let the attackers' changes pass through `attack` between training and sending."""
@@ -155,72 +98,3 @@ def unbounded() -> Iterator[None]:
     """Take away the server's bound on how far an honest value can move."""
     with patch.object(receiving, "largest_move", lambda *_: math.inf):
         yield
-
-
-# --- backdoor -----------------------------------------------------------------------------------------------
-
-
-def backdoor_success(
-    config: RunConfig, trial: Trial, attackers: Collection[str], adapters: dict[str, AdapterState]
-) -> Figures:
-    """Return per adapter how often a trigger works on held-out questions of honest clients.
-
-    `answered` is the share whose greedy answer begins with the target, `untriggered` that of the same
-    questions without the trigger; `preferred` the share where the target has a lower loss per token than the
-    true answer; `target_loss` and `answer_loss` are those losses' means.
-    """
-    trigger, target = str(trial.options["trigger"]), str(trial.options["target"])
-    clients = config.federation.num_clients
-    node = {"partition-id": 0, "num-partitions": clients, "server-paths": True}  # as the run's first node
-    engine = Process().open(config.to_flat(), node).engine
-    probes: list[_Probe] = []
-    for client in hosted_rows(config, {}):
-        for example in client.held_out if client.client_id not in attackers else ():
-            rows = [
-                encode(
-                    attacks.with_trigger(example, trigger, text),
-                    engine.base.tokenizer,
-                    config.train.max_length,
-                )
-                for text in (target, example.turns[-1].content)
-            ]
-            if rows[0] is not None and rows[1] is not None and not rows[0].num_cut:
-                probes.append(_Probe(example.turns[-2].content, rows[0], rows[1]))
-    number = min(len(probes), int(trial.options["probes"]))
-    probes = [probes[index * len(probes) // number] for index in range(number)]  # spread over the clients
-    return {
-        "probes": number,
-        **{name: _success(engine, adapter, probes, trigger, target) for name, adapter in adapters.items()},
-    }
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """A question, and the rows of it with the trigger and the target, or its true answer."""
-
-    question: str
-    target: Encoded
-    answer: Encoded
-
-
-def _success(
-    engine: Engine, adapter: AdapterState, probes: Sequence[_Probe], trigger: str, target: str
-) -> Figures:
-    questions = [probe.question for probe in probes]
-    asked = [f"{question} {trigger}" for question in questions] + questions
-    length = max(probe.target.num_supervised for probe in probes)
-    hits = [text.startswith(target) for text in engine.generate([adapter] * len(asked), asked, length)]
-    jobs = [
-        EvaluationJob(str(place), adapter.vector, (row,))
-        for place, row in enumerate(row for probe in probes for row in (probe.target, probe.answer))
-    ]
-    losses = [done.loss for done in engine.evaluate(jobs)]
-    targets, others = losses[::2], losses[1::2]
-    number = len(probes)
-    return {
-        "answered": sum(hits[:number]) / number,
-        "untriggered": sum(hits[number:]) / number,
-        "preferred": sum(bad < good for bad, good in zip(targets, others, strict=True)) / number,
-        "target_loss": sum(targets) / number,
-        "answer_loss": sum(others) / number,
-    }

@@ -1,6 +1,6 @@
 """Three studies of aggregation on clients of unlike text, with the product itself, seeded and resumable.
 
-a: every method, its learning rate tuned, beside local-only, centralised and one-shot training
+a: every method, its learning rate tuned, compared with local-only, centralised and one-shot training
 b: the map of rho, the error of averaging factors, and what that error costs
 c: malicious clients, robust rules and backdoors
 

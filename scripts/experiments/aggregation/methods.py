@@ -1,4 +1,4 @@
-"""Study A: every aggregation method on clients of unlike text, beside controls that do not federate.
+"""Study A: every aggregation method on clients of unlike text, compared with training that is not federated.
 
 The learning rate is a method's own: the one of `rates` with the least mean held-out loss on the tuning seed,
 which is not among the seeds reported. Two more parts reuse those rates without tuning again: clients with a

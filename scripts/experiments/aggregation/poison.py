@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedllm.config.key import Scalar
-from scripts.experiments.aggregation.attacked_runs import BACKDOOR, LABELS
+from scripts.experiments.aggregation.poisoned_rows import BACKDOOR, LABELS
 from scripts.experiments.trials import Figures, Outcome, RunTrials, Trial
 from scripts.reports import Goal
 

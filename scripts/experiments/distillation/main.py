@@ -104,7 +104,7 @@ SMOLLM2 = Size(
 
 
 def part_public(corpus: Corpus) -> tuple[Corpus, Corpus]:
-    """Return the clients' rows and public rows of the same domains, of which none is nearly a client's."""
+    """Return the clients' rows, and public rows of the same domains without near copies of a client's."""
     seen = dict.fromkeys(corpus.domains, 0)
     private: list[Row] = []
     public: list[Row] = []

@@ -16,46 +16,18 @@ from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.distillation.student import distil, supervised
 from fedllm.distillation.targets import Targets
-from fedllm.distillation.teacher import Teacher, teach
-from fedllm.engine.engine import Engine
-from fedllm.engine.jobs import EvaluationJob
+from fedllm.distillation.teacher import teach
 from fedllm.errors import FedLLMError, NonFiniteError
-from fedllm.messages import ClientUpdate
-from fedllm.plan.run_plan import distillation_of, resolve
-from scripts.experiments.controls import holder_of
+from scripts.experiments.controls import evaluate, holder_of
+from scripts.experiments.distillation.last_round import Round, last_round
+from scripts.experiments.distillation.material import material_of
 from scripts.experiments.trials import Figures, Setting, Trial
-from scripts.runtimes.local import init, step
-from strategies.cohort.plan_round import plan_round
 from strategies.distillation.learn import student_training
 from strategies.distillation.losses import Loss, error_of_gain, measure_base, measure_change, measure_loss
-from strategies.distillation.material import Material, make_material
-from strategies.distillation.originality import text_screen
-from strategies.distillation.public_text import open_public_text
-from strategies.distillation.step import open_engine
-from strategies.distillation.synthetic_text import writers_of
-from strategies.distillation.teachers import ClientAdapter, Teachers, priors_of
-from strategies.exchange.receiving import receive, sort_answers
-from strategies.exchange.requesting import train_requests
-from strategies.rounds import aggregate
-from strategies.session import Session
+from strategies.distillation.material import Material
 
 TEACHERS = ("posterior", "uniform", "logit-mean")
 TUNED = "tuned on the text"  # the control: the same rows as plain text
-
-
-@dataclass(frozen=True, eq=False)
-class Round:
-    """A federation's last round: the aggregate and the adapters it was made of."""
-
-    session: Session
-    engine: Engine
-    aggregate: AdapterState
-    clients: tuple[ClientAdapter, ...]
-
-    def teacher(self, kind: str) -> Teacher:
-        """Return the ensemble of the round's clients."""
-        vectors = tuple(client.vector for client in self.clients)
-        return Teacher(vectors, self.engine.layout, priors_of(self.clients), kind)
 
 
 def distilled(trial: Trial, setting: Setting) -> Figures:
@@ -77,24 +49,6 @@ def distilled(trial: Trial, setting: Setting) -> Figures:
     return {**figures, **on_texts(last, holder, config, trial.options)}
 
 
-def last_round(config: RunConfig) -> Round:
-    """Return a federation's last round, with the adapters of its clients."""
-    state = init(config)
-    for _ in range(config.federation.num_rounds - 1):
-        state, _ = step(state)
-    session, before = state.session, state.server
-    plan = plan_round(session, before, 1)
-    arriving = receive(session, plan, train_requests(session, before, plan))
-    answers = list(sort_answers(arriving, plan.asked))
-    teachers = Teachers(before.adapter, plan.round_num, config.distill.max_teachers)
-    for answer in answers:
-        if isinstance(answer, ClientUpdate):
-            teachers.add(answer)
-    after, record = aggregate(session, before, plan, answers)
-    clients = teachers.without(record.aggregation.silenced)
-    return Round(session, open_engine(session), after.adapter, clients)
-
-
 @dataclass(frozen=True)
 class Losses:
     """Held-out losses of the clients, in nats per token."""
@@ -110,12 +64,7 @@ def _losses(clients: Mapping[str, float]) -> Losses:
 
 def _on_clients(holder: DataHolder, adapter: AdapterState) -> Losses:
     """Return the losses of an adapter on what every client holds out."""
-    jobs = [
-        EvaluationJob(name, adapter.vector, client.held_out)
-        for name, client in holder.clients.items()
-        if client.held_out
-    ]
-    return _losses({answer.client_id: answer.loss for answer in holder.engine.evaluate(jobs)})
+    return _losses(evaluate(holder, dict.fromkeys(holder.clients, adapter.vector)))
 
 
 def _ensemble(last: Round, holder: DataHolder, kind: str) -> Losses:
@@ -143,11 +92,7 @@ def on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mappin
 
 def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Sequence[float]) -> Figures:
     """Return what every teacher, and the control, makes of the aggregate with one choice of text."""
-    plan, round_num = resolve(config), config.federation.num_rounds
-    public = open_public_text(plan.distillation, config.data)
-    screen = text_screen(last.session, last.engine, last.clients, round_num)
-    writers = writers_of(plan, last.engine, last.clients, round_num)
-    material = make_material(distillation_of(plan), public, writers, screen)
+    material = material_of(last, config)
 
     def at_gate(adapter: AdapterState) -> Loss:
         return measure_loss(last.engine, adapter, material.held_out, material.held_out_domains)

@@ -1,6 +1,6 @@
 """The trials of the privacy experiment: one federation, what its ledger says and what an attack finds of it.
 
-Everything is done in one process as the product does it. Losses are measured beside the rows and not by the
+Everything is done in one process as the product does it. Losses are measured on the clients' rows, not by the
 run, since a private run may withhold them. The noise comes from a secret of the operating system, never from
 the seed, so a trial that is done again has another draw of it.
 """
@@ -18,7 +18,8 @@ from fedllm.engine.engine import Engine
 from fedllm.errors import NonFiniteError
 from scripts.auditing.control import overfit
 from scripts.auditing.membership import CURVE, null_deviation, scored_rows, separations
-from scripts.auditing.opening import Case, sampled, trained_rows
+from scripts.auditing.opening import Case
+from scripts.auditing.rows import sampled, trained_rows
 from scripts.experiments.controls import evaluate, holder_of
 from scripts.experiments.runs import losses, run
 from scripts.experiments.trials import Figures, Setting, Trial

@@ -88,7 +88,7 @@ def grown(start: AdapterState, updates: list[ClientUpdate]) -> list[ClientUpdate
 def test_clients_of_different_ranks_mix_as_their_products(read_out: str) -> None:
     start = trained_start()
     updates = ranked_updates(start)
-    found = combine(start, updates, read_out, mixed_ranks=True)
+    found = combine(start, updates, read_out)
     mean = dense_mean(start, grown(start, updates))
     error = norm(difference(model_change(found), mean))
     if read_out in EXACT:
@@ -102,7 +102,7 @@ def test_clients_of_different_ranks_mix_as_their_products(read_out: str) -> None
 def test_hetlora_pads_with_zeros_and_weighs_by_product_norm() -> None:
     start = trained_start()
     updates = ranked_updates(start)
-    found = combine(start, updates, "factor-mean", weighting="product-norm", mixed_ranks=True)
+    found = combine(start, updates, "factor-mean", weighting="product-norm")
     padded = [start.vector.double() + item.delta for item in grown(start, updates)]
     norms = [item.weight * norm(dense(adapter)) for item, adapter in zip(updates, padded, strict=True)]
     expected = sum(size * adapter for size, adapter in zip(norms, padded, strict=True)) / sum(norms)
@@ -119,7 +119,7 @@ def test_product_norms_of_zero_leave_an_ordinary_mean() -> None:
 
 @pytest.mark.parametrize("num_copies", [1, 8])  # the second is folded on the way
 def test_a_column_is_the_mean_over_clients_that_train_it(num_copies: int) -> None:
-    start, rule = trained_start(), AggregationRule(train="b", read_out="factor-mean", mixed_ranks=True)
+    start, rule = trained_start(), AggregationRule(train="b", read_out="factor-mean")
     updates = [item for item in ranked_updates(start) if RANKS[int(item.client_id[1:])] < 3]
     mixture = open_mixture(start, rule, "b")
     for item in updates * num_copies:
@@ -143,7 +143,7 @@ def test_a_column_is_the_mean_over_clients_that_train_it(num_copies: int) -> Non
 def test_every_clients_own_scale_is_folded_into_its_product(read_out: str) -> None:
     """I2 with unequal alphas: M = sum p_i s_i B_i A_i, in units of the run's scale."""
     start, scales = trained_start(), (0.5, 1.0, 2.0, 3.0, 4.0, 8.0)
-    mixture = open_mixture(start, AggregationRule(read_out=read_out, mixed_ranks=True))
+    mixture = open_mixture(start, AggregationRule(read_out=read_out))
     updates, total = ranked_updates(start), sum(WEIGHTS)
     for item, scale in zip(updates, scales, strict=True):
         mixture = combining.add(mixture, item, scale)

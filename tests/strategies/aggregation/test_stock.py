@@ -157,19 +157,34 @@ def test_stock_fedavg_as_the_rule_is_our_factor_mean(make_config: Callable, open
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "key"),
     [
-        {},
-        {"aggregation.preset": "fedex"},
-        {"aggregation.preset": "hetlora"},
-        {"aggregation.read-out": "factor-mean", "aggregation.robust": "multi-krum"},
-        {"aggregation.read-out": "factor-mean", "aggregation.optimizer": "fedadam"},
-        {"aggregation.read-out": "factor-mean", "wire.node-sum": True},
+        ({}, "aggregation.read-out = 'svd'"),
+        ({"aggregation.preset": "fedex"}, "aggregation.preset = 'fedex'"),
+        ({"aggregation.preset": "hetlora"}, "aggregation.preset = 'hetlora'"),
+        ({"aggregation.read-out": "factor-mean", "aggregation.robust": "multi-krum"}, "aggregation.robust"),
+        (
+            {"aggregation.read-out": "factor-mean", "aggregation.optimizer": "fedadam"},
+            "aggregation.optimizer",
+        ),
+        (
+            {"aggregation.read-out": "factor-mean", "aggregation.server-learning-rate": 0.5},
+            "aggregation.server-learning-rate",
+        ),
+        ({"aggregation.read-out": "factor-mean", "wire.node-sum": True}, "wire.node-sum"),
+        (
+            {"aggregation.read-out": "factor-mean", "aggregation.train": "b", "lora.client-ranks": "1,2"},
+            "lora.client-ranks",
+        ),
+        ({"privacy.epsilon": 8.0, "privacy.unit": "client"}, "privacy.trust = 'central'"),
     ],
 )
-def test_a_rule_beside_a_stock_strategy_is_refused(overrides: dict[str, Any], make_config: Callable) -> None:
-    with pytest.raises(ConfigError, match="a stock Flower strategy averages the factors") as caught:
+def test_a_rule_with_a_stock_strategy_is_refused(
+    overrides: dict[str, Any], key: str, make_config: Callable
+) -> None:
+    with pytest.raises(ConfigError, match="a stock Flower strategy") as caught:
         opened(make_config(overrides), FedAvg())
+    assert key in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -119,7 +119,7 @@ def test_flowers_own_loop_has_the_step_too(make_config: Callable) -> None:
 
 def test_a_stock_strategy_and_a_step_are_refused_together(make_config: Callable) -> None:
     config = make_config({**CHEAP, "aggregation.read-out": "factor-mean"})
-    with pytest.raises(ConfigError, match=r"set distill\.when = never"):
+    with pytest.raises(ConfigError, match=r"a stock Flower strategy.*distill\.when = 'never'"):
         open_session(resolve(config), local_grid(config, app), stock=FedAvg())
 
 
@@ -133,21 +133,21 @@ def test_unreadable_public_text_ends_a_run_before_round_1(run: Callable) -> None
 @pytest.mark.parametrize(
     ("flat", "words"),
     [
-        ({"distill.text": " "}, "distill.text is empty"),
-        ({"wire.node-sum": True, "aggregation.read-out": "factor-mean"}, "a sum hides them"),
-        ({"aggregation.preset": "fedsa"}, "never sees a B"),
-        ({"distill.gate": "clients", "data.held-out-fraction": 0.0}, "rows that clients keep"),
-        ({"distill.gate": "clients", "data.max-held-out": 0}, "rows that clients keep"),
-        ({"distill.num-texts": 3278}, "distill.num-texts = 3278 has 4098 synthetic texts written"),
-        ({"distill.num-texts": 8194, "distill.text": "synthetic+a.jsonl"}, "asked about 4096 a round"),
-        ({"distill.max-tokens": 4097, "distill.text": "synthetic+a.jsonl"}, "distill.max-tokens = 4097"),
-        ({"distill.max-tokens": 4097, "distill.originality": "on"}, "set distill.originality = off"),
+        ({"distill.text": " "}, ["distill.text"]),
+        ({"wire.node-sum": True, "aggregation.read-out": "factor-mean"}, ["distill.when", "wire.node-sum"]),
+        ({"aggregation.preset": "fedsa"}, ["distill.when", "aggregation.read-out"]),
+        ({"distill.gate": "clients", "data.held-out-fraction": 0.0}, ["distill.gate", "data.held-out-frac"]),
+        ({"distill.gate": "clients", "data.max-held-out": 0}, ["distill.gate", "data.max-held-out"]),
+        ({"distill.num-texts": 3278}, ["distill.num-texts = 3278", "4098", "4096"]),
+        ({"distill.num-texts": 8194, "distill.text": "synthetic+a.jsonl"}, ["distill.num-texts", "4096"]),
+        ({"distill.max-tokens": 4097, "distill.text": "synthetic+a.jsonl"}, ["distill.max-tokens = 4097"]),
+        ({"distill.max-tokens": 4097, "distill.originality": "on"}, ["distill.originality = 'off'"]),
     ],
 )
-def test_what_a_step_cannot_go_with_is_refused(flat: dict[str, Any], words: str) -> None:
+def test_what_a_step_cannot_go_with_is_refused(flat: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(RunConfig.from_flat({"distill.when": "last", **flat}))
-    assert words in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value)
     resolve(RunConfig.from_flat(flat))  # where nothing is distilled it may stand
 
