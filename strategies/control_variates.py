@@ -37,6 +37,7 @@ class ControlSum:
         if not record.applied or not record.accepted:
             return after, record
         old, new = (max(self.num_clients, len(state.num_drawn)) for state in (before, after))
+        # Clients that train for the first time may make the mean's number grow; their earlier c_i were zero.
         control = control_of(before)
         mean_P = control.vector.double() * (old / new) + self.sum_P / new
         return replace(after, control=AdapterState(control.layout, mean_P.float())), record

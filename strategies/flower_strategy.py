@@ -20,14 +20,12 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
-from strategies.cohort.plan_round import plan_round
 from strategies.exchange.evaluation import read_evaluations
-from strategies.exchange.joining import rejoin
 from strategies.exchange.receiving import read_reply
-from strategies.exchange.requesting import evaluate_requests, train_requests
+from strategies.exchange.requesting import evaluate_requests
 from strategies.grid.transport import reply_of
 from strategies.privacy import check_budget
-from strategies.rounds import aggregate
+from strategies.rounds import aggregate, begin_round
 from strategies.run import run_federation
 from strategies.session import SILENT, Session, Watch
 from strategies.start import open_session
@@ -44,6 +42,7 @@ class FederatedLora(Strategy):
         self.config = config
         self.watch = watch
         self.stock = stock
+        # Opened by the first step that has a grid; `start` opens one of its own.
         self._session: Session | None = None
         self._state: ServerState | None = None
         self._plan: RoundPlan | None = None
@@ -64,6 +63,7 @@ class FederatedLora(Strategy):
         replace `federation.num-rounds` and `federation.round-deadline` where given. The two configs are
         Flower's; every number a client needs comes from `RunConfig` instead.
         """
+        # Flower passes 0 for what the caller left out
         changes = {"federation.num-rounds": num_rounds, "federation.round-deadline": float(timeout)}
         config = self.config.override({key: value for key, value in changes.items() if value})
         start = None
@@ -94,14 +94,14 @@ class FederatedLora(Strategy):
             BudgetSpentError: the round would exceed the privacy budget.
         """
         session = self._open(grid)
-        rejoin(session)
         before = self._state or ServerState(0, session.initial)
         adapter = read_plain(arrays, session.layout)
         self._state = replace(before, round_num=server_round - 1, adapter=adapter)
+        # Flower has no exception for a run that may not go on: ours passes through its loop.
         least = self.config.federation.min_clients
         check_budget(session.privacy, self._state, session.clients, attempt=1, least=least)
-        self._plan = plan_round(session, self._state, attempt=1)
-        return _messages(train_requests(session, self._state, self._plan), "train", server_round)
+        self._plan, contents = begin_round(session, self._state)
+        return _messages(contents, "train", server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -118,8 +118,8 @@ class FederatedLora(Strategy):
         )
         after, record = aggregate(session, state, plan, answers)
         if not record.applied:
-            self._state = after
-            return None, None
+            self._state = after  # with what the attempt cost under a privacy plan
+            return None, None  # Flower keeps its arrays then
         self._state = replace(after, records=(*state.records, record))
         return write_plain(self._state.adapter), _train_metrics(record)
 
@@ -165,7 +165,7 @@ def _messages(contents: Mapping[int, RecordDict], kind: str, server_round: int) 
 
 def _train_metrics(record: RoundRecord) -> MetricRecord:
     """Return the numbers of a round under Flower's kebab names."""
-    return MetricRecord(
+    return MetricRecord(  # which holds no None: what was not measured is 0
         {
             "train-loss": record.training.loss or 0.0,
             "num-clients": len(record.accepted),

@@ -46,6 +46,7 @@ class NoisedSum:
 
     def add(self, update: ClientUpdate) -> None:
         """Add one client: its delta clipped, times its weight, which is at most 1."""
+        # Both factors at the run's rank: a sum has one shape, and padding with zeros changes no norm.
         whole_P = with_rank(update.delta, at_rank(self.layout, update.rank), self.layout.rank)
         delta_Q = part_of(self.layout, whole_P, self.part)
         self.balance += 0.5 if is_within(delta_Q, self.clip) else -0.5
@@ -74,14 +75,17 @@ def release_sum(privacy: ServerPrivacy, plan: RoundPlan, noised: NoisedSum) -> R
     name = bits_digest(noised.sum_Q, torch.tensor([noised.balance, noised.clip], dtype=torch.float64))
 
     def noise(use: str, size: int, deviation: float) -> torch.Tensor:
+        # The name binds the noise to this sum: another sum gets unrelated noise, so no difference shows it.
         key = derived_key(privacy.secret, use, plan.round_num, plan.attempt, name, repr(deviation))
         return gaussian(SecretStream(key), size, deviation)
 
+    # One client moves the sum by `clip` at most, so that is what z is a multiple of.
     total_Q = noised.sum_Q + noise("sum", noised.sum_Q.numel(), sum_multiplier * noised.clip)
     clip = noised.clip
     if guarantee.adaptive:
         balance = noised.balance + float(noise("count", 1, count_deviation))
         clip = next_clip(clip, 0.5 + balance / guarantee.denominator)
+    # Not over the clients that answered: who is missing must not show.
     delta_Q = (total_Q / guarantee.denominator).float()
     update = ClientUpdate(
         client_id=FEDERATION,
@@ -128,6 +132,7 @@ class PrivateCollector:
         """
         privacy, plan, noised = self.privacy, self.plan, self.noised
         release = release_sum(privacy, plan, noised) if noised is not None and record.applied else None
+        # A round that is not applied releases nothing, but clients that noise for themselves have sent it.
         name = release.name if release else request_name(plan, before.adapter, self.seed)
         after = charge_round(privacy, after, plan, self.clients, name)
         asked = [self.clients[client] for client in plan.asked]

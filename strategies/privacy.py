@@ -41,10 +41,10 @@ def open_privacy(plan: PrivacyPlan | None, private: Path | None = None) -> Serve
     """
     if plan is None:
         return None
-    if plan.is_by_example or plan.rate < 1:
+    if plan.is_by_example or plan.rate < 1:  # what amplification by sampling is accounted with
         check_installed()
     if plan.adaptive:
-        plan.split_noise(plan.multiplier())
+        plan.split_noise(plan.multiplier())  # refuses a cohort that is too small
     if private is None:
         return ServerPrivacy(plan, new_secret())
     return ServerPrivacy(plan, kept_secret(private / SECRET), private / JOURNAL)
@@ -68,7 +68,7 @@ def cohort_seed(privacy: ServerPrivacy | None, seed: int) -> int:
     """
     if privacy is None or privacy.plan.rate == 1:
         return seed
-    return int.from_bytes(derived_key(privacy.secret, "cohort")[:8], "big") >> 1
+    return int.from_bytes(derived_key(privacy.secret, "cohort")[:8], "big") >> 1  # 63 bits, as a seed has
 
 
 def clip_of(privacy: ServerPrivacy | None, state: ServerState) -> float:
@@ -104,7 +104,7 @@ def clients_that_can_afford(
 
     def affords(account: str, client: JoinedClient | None) -> bool:
         charge, num_releases = _charge_of(plan, client), sum(c.count for c in before.charges_of(account))
-        if plan.limit and num_releases >= plan.limit * plan.steps:
+        if plan.limit and num_releases >= plan.limit * plan.steps:  # the noise was calibrated for so many
             return False
         return before.affords(account, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned)
 
@@ -136,7 +136,7 @@ def check_budget(
     able = clients_that_can_afford(
         privacy, state.ledger, clients, round_num=state.round_num + 1, attempt=attempt
     )
-    if len(able) < min(least, len(clients)):
+    if len(able) < min(least, len(clients)):  # too few clients at all is a failed round, not a spent budget
         plan = privacy.plan
         raise BudgetSpentError(
             f"the privacy budget is spent: epsilon {state.ledger.epsilon(plan.delta):.3g} of"
@@ -168,7 +168,7 @@ def charge_round(
         charges = {client: _charge_of(guarantee, clients[client]) for client in plan.asked}
     entry = Entry(plan.round_num, plan.attempt, name, charges)
     ledger = state.ledger.with_entry(entry)
-    if ledger is state.ledger:
+    if ledger is state.ledger:  # the same release as before the run was killed: already paid and on disk
         return state
     # `clients_that_can_afford` left this attempt out; what an earlier start of it released counts as well.
     known = [earlier for earlier in state.ledger.entries if earlier.name[:2] == entry.name[:2]]

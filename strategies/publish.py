@@ -16,7 +16,7 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment, write_result
 from fedllm.runs.privacy_statement import in_words, statement_of
 from fedllm.runs.records import RoundRecord
-from fedllm.runs.spread import described, of_same_clients, spread_of
+from fedllm.runs.spread import keep_common_clients, spread_and_losses, spread_of
 from strategies.distillation.report import describe_gap, name_kind
 
 _EMBEDDED_NOTE = (
@@ -36,6 +36,7 @@ def publish_run(folder: Path, plan: RunPlan, state: ServerState, stopped: str) -
         result["stopped"] = stopped
     statement = _statement(plan, state)
     if statement is not None:
+        # privacy.json has the whole statement, result.json the guarantee alone.
         write_file(folder / "privacy.json", json.dumps(statement, indent=1, allow_nan=False) + "\n")
         keys = ("unit", "epsilon", "delta", "budget", "trust")
         result["privacy"] = {key: statement[key] for key in keys}
@@ -50,9 +51,9 @@ def summary(state: ServerState, adapter: Path) -> dict[str, Any]:
     """
     held_out = {}
     for name, record in measured_ends(state).items():
-        held_out[name] = described(record.held_out)
+        held_out[name] = spread_and_losses(record.held_out)
         if record.personal_held_out:
-            held_out[name]["personal"] = described(record.personal_held_out)
+            held_out[name]["personal"] = spread_and_losses(record.personal_held_out)
     return {
         "status": "completed",
         "rounds": state.round_num,
@@ -68,7 +69,7 @@ def publish_adapter(folder: Path, plan: RunPlan, files: ModelFiles, state: Serve
     What a run has added to the base model is part of the published adapter, as further ranks: one ordinary
     PEFT adapter for the base model everybody has.
     """
-    target = folder / "adapter"
+    target = folder / "adapter"  # what `fedllm evaluate` and PEFT are given
     save_adapter(
         target,
         adapter_with_base_delta(state.adapter, state.base_delta),
@@ -100,6 +101,7 @@ def _privacy_text(plan: RunPlan, state: ServerState) -> str:
 
 def _target_names(config: RunConfig, state: ServerState) -> list[str]:
     """Return names PEFT resolves to exactly the adapted layers: the leaf names, or what the user listed."""
+    # Spelt out: what PEFT takes "all-linear" for is PEFT's to change.
     if config.lora.target_modules == "all-linear":
         return sorted({matrix.module.rpartition(".")[2] for matrix in state.adapter.layout.matrices})
     return [name.strip() for name in config.lora.target_modules.split(",") if name.strip()]
@@ -110,6 +112,7 @@ def model_card(plan: RunPlan, files: ModelFiles, state: ServerState) -> str:
     records = [record for record in state.records if record.round_num > 0]
     config = plan.config
     layout, train = state.adapter.layout, config.train
+    # The embedded copy is not bit for bit the model that a reader will load.
     note = _EMBEDDED_NOTE if config.model.name == EMBEDDED_ALIAS else ""
     up = sum(record.bytes_up for record in records) / 1e6
     down = sum(record.bytes_down for record in records) / 1e6
@@ -204,9 +207,9 @@ def measured_ends(state: ServerState) -> dict[str, RoundRecord]:
     if not state.records or state.records[0].round_num != 0:
         return {}
     first, last = state.records[0], state.records[-1]
-    if last.adapter != state.adapter.digest:
+    if last.adapter != state.adapter.digest:  # its losses are of another adapter
         return {}
-    losses = of_same_clients({"before": first.held_out, "after": last.held_out})
+    losses = keep_common_clients({"before": first.held_out, "after": last.held_out})
     if len(losses) < 2 or not losses["after"]:
         return {}
     return {"before": _of_clients(first, losses["after"]), "after": _of_clients(last, losses["after"])}
@@ -227,6 +230,7 @@ def _loss_table(state: ServerState) -> str:
     if not ends:
         return "Not measured.\n"
     before, after = (spread_of(record.held_out) for record in ends.values())
+    # No row per data holder: a card is public, and a name with its loss is not.
     mean = f"| mean of {len(ends['after'].held_out)} data holders | {before.mean:.4f} | {after.mean:.4f} |\n"
     worst = f"| worst | {before.worst:.4f} | {after.worst:.4f} |\n"
     spread = f"| worst - best | {before.spread:.4f} | {after.spread:.4f} |\n"

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from flwr.app import RecordDict
+
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.checkpoint import ServerState
@@ -51,13 +53,10 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
         BudgetSpentError, CheckpointError: a release would exceed the privacy budget, or cannot be recorded.
     """
     began, transport = time.perf_counter(), session.transport
-    rejoin(session)
-    down, up = transport.bytes_down, transport.bytes_up
     # 1 Plan: choose the cohort and what it trains.
-    plan = plan_round(session, state, attempt)
-    # 2 Send: one message per node, without what the node holds already.
-    requests = train_requests(session, state, plan)
-    # 3 Receive: answers are checked as they arrive; a bad one is dropped and named.
+    plan, requests = begin_round(session, state, attempt)
+    down, up = transport.bytes_down, transport.bytes_up  # requests to join belong to no round
+    # 2 Send and 3 receive: answers are checked as they arrive; a bad one is dropped and named.
     answers = receive(session, plan, requests)
     # 4 Prepare the data, 5 train, 6 protect: all three next to the data (`clients/train.py`).
     # 7 Aggregate: the updates in the order of the plan, into the next state; distillation is the last part.
@@ -74,6 +73,15 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[S
     return (replace(after, records=(*state.records, record)) if record.applied else after), record
 
 
+def begin_round(
+    session: Session, state: ServerState, attempt: int = 1
+) -> tuple[RoundPlan, dict[int, RecordDict]]:
+    """Return the plan of the next round and its message to every node; nothing is sent yet."""
+    rejoin(session)  # who has appeared since the last round may be chosen
+    plan = plan_round(session, state, attempt)
+    return plan, train_requests(session, state, plan)
+
+
 def aggregate(
     session: Session, state: ServerState, plan: RoundPlan, answers: Iterable[Answer]
 ) -> tuple[ServerState, RoundRecord]:
@@ -84,7 +92,7 @@ def aggregate(
     collectors = open_collectors(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, str] = {}
-    for answer in sort_answers(answers, plan.asked):
+    for answer in sort_answers(answers, plan.asked):  # floating-point sums depend on their order
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer.reason or answer.code
             continue
@@ -93,6 +101,7 @@ def aggregate(
             collector.add(update)
         for member in update.members or (update,):  # numbers only: the tensors may go
             accepted[member.client_id] = replace(member, delta=member.delta[:0], control_delta=None)
+    # A Poisson draw may choose nobody: then the round is empty and has not failed.
     is_applied = len(accepted) >= session.config.federation.min_clients or plan.cohort_size == 0
     record = _record(state, plan, accepted, lost, is_applied=is_applied)
     after = _next_state(state, plan, accepted) if is_applied else state
@@ -102,7 +111,10 @@ def aggregate(
 
 
 def _next_state(state: ServerState, plan: RoundPlan, accepted: Iterable[str]) -> ServerState:
-    """Return the state one round on, its adapter not yet changed."""
+    """Return the state one round on, its adapter not yet changed.
+
+    Only accepted clients count as having drawn rows: one whose update was lost trains on the same rows again.
+    """
     drawn = plan.training.steps * plan.training.batch_size
     counts = {client: state.num_drawn.get(client, 0) + drawn for client in accepted}
     num_drawn = {**state.num_drawn, **counts}
@@ -118,6 +130,7 @@ def _record(
     is_applied: bool,
 ) -> RoundRecord:
     """Return the record of a round before its collectors are closed."""
+    # In the order of the plan again: the members of a node's sum came all at once.
     late = sorted(accepted.keys() - set(plan.asked))
     updates = {client: accepted[client] for client in (*plan.asked, *late) if client in accepted}
     total = sum(update.weight for update in updates.values())

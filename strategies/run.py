@@ -89,7 +89,7 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
             with suppress(CheckpointError):  # why the run ends is the error that is under way
                 _save(session, state, folder)
         raise
-    if not is_saved:
+    if not is_saved:  # now a failure ends the run: no later round would save again
         _save(session, state, folder)
     return state, stopped
 
@@ -100,10 +100,10 @@ def check_failure_rate(state: ServerState, limit: float) -> None:
     Raises:
         RunFailedError: more than `limit` of the clients failed in each of the last three rounds.
     """
-    recent = [r for r in state.records if r.round_num > 0][-FAILING_ROUNDS:]
+    recent = [r for r in state.records if r.round_num > 0][-FAILING_ROUNDS:]  # 0 is the base model
     rates = [len(record.lost) / len(record.asked) for record in recent if record.asked]
     if len(rates) == FAILING_ROUNDS and min(rates) > limit:
-        reasons = sorted(set(recent[-1].lost.values()))
+        reasons = sorted(set(recent[-1].lost.values()))  # the first stands for them all
         raise RunFailedError(
             f"more than {limit:.0%} of the clients failed in {FAILING_ROUNDS} rounds in a row"
             f" (last: {reasons[0]}); the adapter of round {state.round_num} is kept"
@@ -119,7 +119,7 @@ def _not_distilled(config: RunConfig) -> str:
 
 def _measured(session: Session, state: ServerState) -> ServerState:
     """Return the state with the held-out losses of a run that has ended before its last round."""
-    if not state.records or state.records[-1].held_out:
+    if not state.records or state.records[-1].held_out:  # `evaluation.every` may have fallen on it
         return state
     *earlier, last = state.records
     return replace(state, records=(*earlier, evaluate(session, state).noted_in(last)))

@@ -21,7 +21,7 @@ _logger = logging.getLogger("flwr")  # what `flwr log` and `flwr run --stream` s
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one federation; a failure is one line in the log and in the run folder's `result.json`."""
-    flat: dict[str, Scalar] = dict(context.run_config)
+    flat: dict[str, Scalar] = dict(context.run_config)  # `[tool.flwr.app.config]` with its overrides
     try:
         config = RunConfig.from_flat(flat)
         # in process, loading the model does this; a server loads none
@@ -30,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
         FederatedLora(config, Watch(notice=_logger.info, record=_log_record)).start(grid, ArrayRecord())
     except FedLLMError as error:
         _logger.error("%s", error)
-        raise SystemExit(1) from None
+        raise SystemExit(1) from None  # so that Flower ends the run as failed
 
 
 def _log_record(record: RoundRecord) -> None:

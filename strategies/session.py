@@ -64,7 +64,7 @@ class Session:
         """How the run's updates become one adapter."""
         return self.plan.aggregation
 
-    @cached_property
+    @cached_property  # compared with in every request, and costly for a large model
     def initial(self) -> AdapterState:
         """The adapter that the run's seed gives."""
         return initial_adapter(self.layout, self.config.seed, self.plan.init_a)

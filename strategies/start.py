@@ -45,13 +45,15 @@ def open_session(
         CheckpointError, MissingExtraError: the noise secret cannot be kept, or a library is missing.
     """
     config = plan.config
+    # All that can fail for this machine comes before the wait for clients.
     privacy = open_privacy(plan.privacy, folder / "private" / "server" if folder else None)
     if privacy is not None:
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
         check_stock(plan)
-    public_text = open_public_text(plan.distillation, config.data)  # before anybody is waited for
+    public_text = open_public_text(plan.distillation, config.data)
     layout = describe_layout(config.model, config.lora)
+    # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
@@ -74,6 +76,7 @@ def open_session(
 def first_state(session: Session, start: AdapterState | None = None) -> ServerState:
     """Return the state before round 1, with the held-out loss of the base model as record 0."""
     state = ServerState(0, start or session.initial)
+    # What the last round is compared with.
     record = RoundRecord(round_num=0, adapter=state.adapter.digest)
     record = evaluate(session, state).noted_in(record)
     session.watch.record(record)
@@ -88,6 +91,7 @@ def begin_or_resume(session: Session, folder: Path, start: AdapterState | None) 
     """
     if not session.config.run.resume:
         return with_journal(session.privacy, first_state(session, start))
+    # A run killed after a release and before its checkpoint finds the charge in the ledger's own file.
     state, passed_over = load_checkpoint(folder / "checkpoints", session.config, session.layout)
     for line in passed_over:
         session.watch.notice(line)

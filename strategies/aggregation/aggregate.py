@@ -42,6 +42,7 @@ class AggregateCollector:
 
 def open_aggregate(session: Session, state: ServerState, plan: RoundPlan) -> AggregateCollector:
     """Return the collector of the round that follows `state`, with no update yet."""
+    # A restart (read-out stack) draws a fresh A every round, from the run's seed.
     seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
     return AggregateCollector(
         combine.init(

@@ -23,6 +23,7 @@ def staleness_weight(rounds: int, exponent: float) -> float:
 def discounted(update: ClientUpdate, round_num: int, exponent: float) -> ClientUpdate:
     """Return an update, and the members of a sum, with the weight it has in round `round_num`."""
     factor = staleness_weight(round_num - update.round_num, exponent)
+    # Records show the weights of members, so theirs must add up to the sum's
     members = tuple(replace(member, weight=member.weight * factor) for member in update.members)
     return replace(update, weight=update.weight * factor, members=members)
 

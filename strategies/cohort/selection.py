@@ -92,7 +92,9 @@ def _weighted(draw: _Draw) -> list[str]:
 
 
 def _power_of_choice(draw: _Draw) -> list[str]:
-    wanted = draw.cohort.candidates or 2 * draw.cohort.size
+    wanted = (
+        draw.cohort.candidates or 2 * draw.cohort.size
+    )  # with as many as are drawn, losses decide nothing
     candidates = drawn_by_weight(draw.clients, max(wanted, draw.number), draw.generator)
     losses = last_losses(draw.past)
     # Sorting is stable, so clients without a loss, and those of equal loss, keep the order they were drawn in
@@ -124,7 +126,7 @@ def _oort_scores(draw: _Draw) -> dict[str, float]:
         last_round.update(dict.fromkeys(record.training.losses, record.round_num))
         seconds.update(record.training.seconds)
     utilities = {client: rows * losses[client] for client, rows in draw.clients.items() if client in losses}
-    largest = max(utilities.values(), default=0.0) or 1.0
+    largest = max(utilities.values(), default=0.0) or 1.0  # all losses may be zero
     preferred = draw.cohort.preferred_seconds
     scores = {}
     for client, utility in utilities.items():
@@ -141,6 +143,7 @@ def drawn_by_weight(weights: Mapping[str, float], number: int, generator: random
     Without replacement, by exponential keys (Efraimidis & Spirakis 2006): the chance of being among those
     drawn is not itself proportional to the weight, unless one is drawn. Weights are above 0.
     """
+    # 1 - u lies in (0, 1], where the logarithm is finite
     keys = {name: math.log(1.0 - generator.random()) / weight for name, weight in weights.items()}
     return sorted(keys, key=lambda name: -keys[name])[:number]
 

@@ -39,6 +39,7 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
         deadline=session.config.federation.round_deadline,
     ):
         found.update(read_evaluations(session, reply))
+    # By name, so that a record does not tell who was quick.
     shared = {client: found[client].loss for client in sorted(found)}
     if session.config.personal.mode == "none":
         return HeldOut(shared, {})
@@ -48,21 +49,21 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
 
 def read_evaluations(session: Session, reply: Reply) -> dict[str, ClientEvaluation]:
     """Return the sound evaluations in a node's reply, of clients it hosts; the rest is only noticed."""
-    if reply.content is None:
+    if reply.content is None:  # a node that is not evaluated costs the round nothing
         session.held_by_nodes.forget(reply.node_id, None)
         session.watch.notice(f"node {reply.node_id} was not evaluated: {reply.reason}")
         return {}
     try:
         answers = replies.read_evaluations(reply.content)
     except WireError as error:
-        session.held_by_nodes.forget(reply.node_id, reply.content)
+        session.held_by_nodes.forget(reply.node_id, reply.content)  # it may have lost what it held
         session.watch.notice(f"node {reply.node_id} was not evaluated: {error}")
         return {}
     found: dict[str, ClientEvaluation] = {}
     for answer in answers:
         sound = check_evaluation(answer) if isinstance(answer, ClientEvaluation) else answer
         joined = session.clients.get(answer.client_id)
-        if joined is None or joined.node_id != reply.node_id:
+        if joined is None or joined.node_id != reply.node_id:  # nobody speaks for another node's clients
             session.watch.notice(f"node {reply.node_id} answered for a client it does not host")
         elif isinstance(sound, ClientFailure):
             session.watch.notice(f"client {answer.client_id} was not evaluated: {sound.reason}")

@@ -13,7 +13,7 @@ from strategies.session import Session
 
 REJOIN_SECONDS = 2.0  # how long a round waits for nodes that have just appeared
 AGAIN_SECONDS = 30.0  # after which a node is asked again whose error may have passed
-_PASSING = ("internal", "out-of-memory")
+_PASSING = ("internal", "out-of-memory")  # the other errors are of the data or the policy, which stay
 
 
 def join_clients(
@@ -38,11 +38,12 @@ def join_clients(
                 notice(f"two nodes declare client {client.client_id}; the second is left out")
             else:
                 declared[client.client_id] = client
-        if not new:
+        if not new:  # else more may be waiting already
             time.sleep(transport.poll_seconds)
     if len(declared) < federation.num_clients:
         for node in sorted(transport.joining.values()):
             notice(f"node {node} has not answered yet; its clients take part once it does")
+    # By name, so that nothing depends on who declared itself first.
     usable = {
         client_id: client
         for client_id, client in sorted(declared.items())
@@ -97,6 +98,7 @@ def _add_declared(session: Session) -> None:
     clients, notice = session.clients, session.watch.notice
     for client in _take_declared(session.transport, notice):
         known = clients.get(client.client_id)
+        # A connected node keeps its clients; one that is gone was restarted under another id.
         if known is not None and known.node_id in set(session.transport.grid.get_node_ids()):
             notice(f"two nodes declare client {client.client_id}; the second is left out")
         elif _is_usable(client, session.config, session.layout, notice):
@@ -111,7 +113,7 @@ def _take_declared(transport: Transport, notice: Callable[[str], None]) -> list[
     """
     declared = []
     for reply in transport.join_replies():
-        if reply.content is None or read_error(reply.content) in _PASSING:
+        if reply.content is None or read_error(reply.content) in _PASSING:  # busy now, usable later
             transport.asked[reply.node_id] = time.monotonic() + AGAIN_SECONDS
         declared += _declared(reply, notice)
     return declared
@@ -134,6 +136,7 @@ def _is_usable(
     if client.num_train == 0:
         notice(f"client {client.client_id} has no data and is left out")
         return False
+    # The same names and shapes are not enough: a delta is one of certain base weights.
     if client.fingerprint != layout.fingerprint:
         notice(
             f"client {client.client_id} holds another base model ({client.fingerprint[:12]}) than the run"

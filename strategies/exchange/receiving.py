@@ -29,7 +29,7 @@ def members_of(answer: Answer) -> Sequence[Answer]:
 
 def _first_updates(answers: Generator[Answer, None, None], number: int) -> Generator[Answer, None, None]:
     """Stop listening once `number` updates have come; the rest of an over-selected cohort is let go."""
-    with closing(answers):
+    with closing(answers):  # at once, so that the transport counts what is left as late
         for answer in answers:
             yield answer
             number -= len(members_of(answer)) if isinstance(answer, ClientUpdate) else 0
@@ -42,7 +42,7 @@ def sort_answers(answers: Iterable[Answer], order: Iterable[str]) -> Generator[A
 
     Floating-point sums depend on their order; this makes a round independent of who was faster.
     """
-    held: dict[str, Answer | None] = {}
+    held: dict[str, Answer | None] = {}  # None stands for a member of a sum, which came with the first
     waiting = iter(order)
     current = next(waiting, None)
     for answer in answers:
@@ -85,7 +85,7 @@ def _receive_all(
         plan=plan,
     )
     for reply in arriving:
-        sent = reply.plan or plan
+        sent = reply.plan or plan  # a late reply is checked against the round that asked for it
         named = asked if sent is plan else session.by_node(sent.asked)
         for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):
             refused = sent is not plan and late_refusal(answer, plan.round_num, largest_staleness)
@@ -113,13 +113,13 @@ def read_reply(
             answers = _answers(session, plan, reply.content, asked)
         except WireError as error:
             unanswered = dict.fromkeys(asked, str(error))
-    if not answers:
+    if not answers:  # the node may not hold what the request left out
         session.held_by_nodes.forget(reply.node_id, reply.content)
     for answer in answers:
-        if unanswered.pop(answer.client_id, None) is None:
+        if unanswered.pop(answer.client_id, None) is None:  # or answered for twice
             session.watch.notice(f"node {reply.node_id} answered for a client it was not asked for")
             continue
-        for member in members_of(answer)[1:]:
+        for member in members_of(answer)[1:]:  # the sum itself goes by the name of its first member
             unanswered.pop(member.client_id, None)
         yield from _checked(session, plan, answer)
     for client, reason in unanswered.items():
@@ -156,8 +156,9 @@ def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answ
             member.client_id: largest_weight(session.clients[member.client_id], session.plan)
             for member in members_of(answer)
         },
+        # What the optimizer can have moved a value by, plus the noise a client may have added.
         largest_move=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
-        largest_control=2 * plan.training.clip_norm,
+        largest_control=2 * plan.training.clip_norm,  # the most between two means of clipped gradients
     )
     if not reason:
         return [answer]

@@ -14,14 +14,14 @@ from strategies.session import Session
 
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
     """Return one message per node, naming its clients that train in this round."""
+    # Once for all nodes: it compares the frozen part bit by bit
     part = part_to_send(session.rule, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(plan.asked).items():
         request = TrainRequest(
             round_num=plan.round_num,
-            client_ids=tuple(clients),
-            num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
-            ranks=tuple(plan.ranks[client] for client in clients),
+            drawn={client: state.num_drawn.get(client, 0) for client in clients},
+            ranks={client: plan.ranks[client] for client in clients},
             adapter=state.adapter,
             base_delta=state.base_delta,
             plan_digest=session.plan.digest,
@@ -45,12 +45,11 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
     part = part_to_send(session.rule, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(holders).items():
-        if node not in free:
+        if node not in free:  # still busy with a round: waiting for it would hold up the next
             continue
         request = EvaluateRequest(
             round_num=state.round_num,
-            client_ids=tuple(clients),
-            num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+            drawn={client: state.num_drawn.get(client, 0) for client in clients},
             adapter=state.adapter,
             base_delta=state.base_delta,
             plan_digest=session.plan.digest,
