@@ -98,7 +98,7 @@ def load_checkpoint(
 ) -> tuple[ServerState, list[str]]:
     """Return the newest intact state below `folder`, and a line about every damaged one passed over.
 
-    `fixed` has the keys that a run must share with the one it continues: `fixed_keys` of fedllm.plan.run_plan.
+    `fixed` has the keys that a run must share with the one it continues (`fixed_keys` of the plan).
 
     Raises:
         CheckpointError: there is no intact checkpoint.
