@@ -1,8 +1,8 @@
 """A checkpoint after every round, from which a run continues bit for bit.
 
-`checkpoints/round-00003/` holds the adapter, the state beside it, what was added to the base model, what the
-server optimizer remembers, and a manifest of them all. It is built aside and renamed; the one before is kept,
-so that a damaged newest one costs a single round.
+`checkpoints/round-00003/` holds the adapter, counts and records, what was added to the base model, what the
+server optimizer remembers, and a manifest of them all. It is built in a hidden folder and renamed, so that it
+is whole or absent; the one before is kept, so that a damaged newest one costs a single round.
 """
 
 import json
@@ -16,15 +16,13 @@ from fedllm.adapters.base_delta import BaseDelta, from_tensors, no_base_delta, t
 from fedllm.adapters.folder import load_named, load_tensors, save_named, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config.key import Scalar
-from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
 from fedllm.files import complete_folder, verify_manifest
-from fedllm.plan.run_plan import fixed_keys
 from fedllm.privacy.ledger import Ledger, ledger_from_dict, ledger_to_dict
 from fedllm.runs.records import OptimizerState, RoundRecord, record_from_dict, record_to_dict
 
-NUM_KEPT = 2
-# there only where they hold something
+NUM_KEPT = 2  # should the newest be damaged, a run goes on from the one before
+# Written only where they hold something.
 BASE_DELTA, OPTIMIZER, CONTROL = "base-delta.safetensors", "optimizer.safetensors", "control.safetensors"
 UNDISTILLED = "undistilled.safetensors"
 
@@ -33,21 +31,18 @@ UNDISTILLED = "undistilled.safetensors"
 class ServerState:
     """What a server carries from round to round, and all a resumed run needs.
 
-    `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none);
-    `base_delta` is what the base model has gained (left out: nothing); `norms` are the median norms of the
-    last
-    rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one; `ledger`
-    is what was given away under a privacy plan, `clip` the norm that an adaptive clip has come to (0 = the
-    plan's own); `undistilled` is what the last round aggregated, where distilling it gave `adapter`.
+    `round_num` is the last complete round (0 = none), `num_drawn` counts the rows each client has drawn.
+    `base_delta` is what the base model has gained (left out: nothing). `norms` are the median norms of the
+    last rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one.
+    `ledger` is what was given away under a privacy plan, `clip` the norm that an adaptive clip has come to
+    (0 = the plan's own). `undistilled` is what the last round aggregated, where distilling it gave `adapter`.
     """
 
     round_num: int
     adapter: AdapterState
     num_drawn: Mapping[str, int] = field(default_factory=dict)
     records: tuple[RoundRecord, ...] = ()
-    base_delta: BaseDelta = cast(
-        BaseDelta, None
-    )  # what is left out is filled in below, since it needs the layout
+    base_delta: BaseDelta = cast(BaseDelta, None)  # filled in below, since it needs the layout
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     norms: tuple[float, ...] = ()
     control: AdapterState | None = None
@@ -60,8 +55,10 @@ class ServerState:
             object.__setattr__(self, "base_delta", no_base_delta(self.adapter.layout))
 
 
-def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None:
+def save_checkpoint(folder: Path, state: ServerState, keys: Mapping[str, Scalar]) -> None:
     """Write the checkpoint of `state` below `folder` and remove all but the newest two.
+
+    `keys` is the whole configuration, flat; `load_checkpoint` compares it with that of the resumed run.
 
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are untouched.
@@ -70,7 +67,7 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
         "round": state.round_num,
         "num_drawn": dict(state.num_drawn),
         "records": [record_to_dict(record) for record in state.records],
-        "config": config.to_flat(),
+        "config": dict(keys),
         "layout": state.adapter.layout.to_dict(),
         "norms": list(state.norms),
         "num_steps": state.optimizer.num_steps,
@@ -96,8 +93,12 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> tuple[ServerState, list[str]]:
+def load_checkpoint(
+    folder: Path, fixed: Mapping[str, Scalar], layout: AdapterLayout
+) -> tuple[ServerState, list[str]]:
     """Return the newest intact state below `folder`, and a line about every damaged one passed over.
+
+    `fixed` has the keys that a run must share with the one it continues (`fixed_keys` of the plan).
 
     Raises:
         CheckpointError: there is no intact checkpoint.
@@ -106,42 +107,38 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
     passed_over = []
     for path in _rounds(folder):
         try:
-            verify_manifest(path)
-            content = json.loads((path / "state.json").read_text())
-            saved_layout = layout_from_dict(content["layout"])
-            adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
-            base_delta = _load_base_delta(path / BASE_DELTA, saved_layout)
-            optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
-            control = _load_adapter(path / CONTROL, saved_layout)
-            undistilled = _load_adapter(path / UNDISTILLED, saved_layout)
-            spent = ledger_from_dict(content.get("ledger", ()))
-            records = tuple(record_from_dict(values) for values in content["records"])
-            round_num, num_drawn, saved = content["round"], content["num_drawn"], content["config"]
+            state, saved_keys = _read_checkpoint(path)
         except (FedLLMError, OSError, ValueError, KeyError, TypeError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue
-        _check_same(saved, config)
-        if saved_layout.digest != layout.digest:
+        _check_same(saved_keys, fixed)
+        if state.adapter.layout.digest != layout.digest:
             raise ConfigError(
                 f"{path} is of another base model or adapter layout; resume with the same model"
             )
-        return (
-            ServerState(
-                round_num=round_num,
-                adapter=adapter,
-                num_drawn=num_drawn,
-                records=records,
-                base_delta=base_delta,
-                optimizer=optimizer,
-                norms=tuple(content.get("norms", ())),
-                control=control,
-                ledger=spent,
-                clip=content.get("clip", 0.0),
-                undistilled=undistilled,
-            ),
-            passed_over,
-        )
+        return state, passed_over
     raise CheckpointError(f"no intact checkpoint in {folder}; start without --resume")
+
+
+def _read_checkpoint(path: Path) -> tuple[ServerState, dict[str, Scalar]]:
+    """Return the state in one checkpoint folder, and the keys of the run that wrote it."""
+    verify_manifest(path)  # first: what follows trusts that every file which was written is there
+    content = json.loads((path / "state.json").read_text())
+    layout = layout_from_dict(content["layout"])
+    state = ServerState(
+        round_num=content["round"],
+        adapter=load_tensors(path / "adapter.safetensors", layout).checked_finite(),
+        num_drawn=content["num_drawn"],
+        records=tuple(record_from_dict(values) for values in content["records"]),
+        base_delta=_load_base_delta(path / BASE_DELTA, layout),
+        optimizer=_load_optimizer(path / OPTIMIZER, content["num_steps"], layout.size),
+        norms=tuple(content["norms"]),
+        control=_load_adapter(path / CONTROL, layout),
+        ledger=ledger_from_dict(content["ledger"]),
+        clip=content["clip"],
+        undistilled=_load_adapter(path / UNDISTILLED, layout),
+    )
+    return state, content["config"]
 
 
 def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
@@ -149,7 +146,7 @@ def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
 
 
 def _load_base_delta(file: Path, layout: AdapterLayout) -> BaseDelta:
-    if not file.exists():  # the manifest has vouched for every file that was written
+    if not file.exists():  # nothing was added to the base model
         return no_base_delta(layout)
     return from_tensors(layout, load_named(file)).checked_finite()
 
@@ -164,8 +161,7 @@ def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
     return state
 
 
-def _check_same(saved: Mapping[str, Scalar], config: RunConfig) -> None:
-    now = fixed_keys(config)
+def _check_same(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
     changed = [key for key in now if saved.get(key) != now[key]]
     if changed:
         shown = "; ".join(f"{key} was {saved.get(key)!r}, now {now[key]!r}" for key in changed[:3])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clients.protect import protect
+from clients.protect import Protection, protect
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.engine.engine import Engine
@@ -158,8 +158,9 @@ def test_diverged_job_is_not_finite_and_harms_no_neighbour(make_engine: Callable
     expected = only(engine.train([sound])).delta
     first, diverged, last = engine.train([sound, wild, sound])
     assert not bool(torch.isfinite(diverged.delta).all())
+    plain = Protection(layout=engine.layout, part="both", weighting="uniform", with_numbers=True)
     with pytest.raises(NonFiniteError):
-        protect(diverged, (), rank=2, round_num=1, weighting="uniform", num_train=9)
+        protect(diverged, (), 9, 1, plain)
     assert torch.equal(first.delta, expected)
     assert torch.equal(last.delta, expected)
 

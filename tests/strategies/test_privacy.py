@@ -25,7 +25,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import Result
 from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError
 from fedllm.messages import ClientUpdate
-from fedllm.plan.run_plan import resolve
+from fedllm.plan.run_plan import fixed_keys, resolve
 from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import clipped
@@ -114,9 +114,11 @@ def test_a_local_update_is_clipped_and_then_noised_in_full() -> None:
     deltas = []
     for number in range(300):
         result = Result("anna", torch.full((LAYOUT.size,), 0.3), 1.0, 1, 1, 0.1)
-        protection = Protection(LAYOUT, "both", clip=0.5, deviation=2.0 * 0.5, key=bytes(32))
-        deltas.append(protect(result, (), rank=2, round_num=number, weighting="uniform", num_train=1,
-                              protection=protection).delta)  # fmt: skip
+        noised = Protection(
+            layout=LAYOUT, part="both", weighting="uniform", with_numbers=False,
+            clip=0.5, deviation=2.0 * 0.5, key=bytes(32),
+        )  # fmt: skip
+        deltas.append(protect(result, (), 1, number, noised).delta)
     expected = clipped(torch.full((LAYOUT.size,), 0.3), 0.5)
     check_noise(torch.stack(deltas).double() - expected, 2.0 * 0.5)
 
@@ -200,8 +202,7 @@ def test_noise_divided_by_the_root_of_the_cohort_is_caught(
 def test_noise_before_the_clip_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     real = protecting._protected_delta
 
-    def noise_first(result: Result, protection: Protection | None, round_num: int) -> torch.Tensor:
-        assert protection is not None
+    def noise_first(result: Result, protection: Protection, round_num: int) -> torch.Tensor:
         wide = real(result, replace(protection, clip=1e9), round_num)
         return clipped(wide, protection.clip)
 
@@ -447,7 +448,7 @@ def test_a_private_run_that_was_killed_goes_on_with_equal_bits_and_an_equal_ledg
     with pytest.raises(Killed):
         run_federation(config, local_grid(config, app), Watch(record=kill))
     layout = expected.adapter.layout
-    saved, _ = load_checkpoint(tmp_path / "killed" / "run" / "checkpoints", config, layout)
+    saved, _ = load_checkpoint(tmp_path / "killed" / "run" / "checkpoints", fixed_keys(config), layout)
     assert saved.round_num == 2
     assert len(saved.ledger.entries) == 2
     resumed = config.override({"run.resume": True})
