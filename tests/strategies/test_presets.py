@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_continued_from_its_checkpoint_gives_the_bits_of_one_that_never_stopped(
+def test_a_run_that_is_continued_gives_the_bits_of_a_whole_one(
     method: str, make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     config = make_config(METHODS[method])
