@@ -10,6 +10,7 @@ from fedllm.runs.records import AggregationRecord, RoundPlan, RoundRecord
 from fedllm.seeds import derive_seed
 from strategies.aggregation import combine
 from strategies.aggregation.stock import stock_change
+from strategies.collector import RoundOutcome
 from strategies.session import Session
 
 
@@ -24,9 +25,7 @@ class AggregateCollector:
         """Put one more update in the mixture."""
         self.mixture, self.is_empty = combine.add(self.mixture, update), False
 
-    def close(
-        self, before: ServerState, after: ServerState, record: RoundRecord
-    ) -> tuple[ServerState, RoundRecord]:
+    def close(self, before: ServerState, after: ServerState, record: RoundRecord) -> RoundOutcome:
         """Read the next adapter out of the mixture."""
         if not record.applied or self.is_empty:  # a Poisson draw may choose nobody
             return after, record

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import clients.protect as protecting
-import strategies.noised_sum as noising
 import strategies.privacy as serving
+import strategies.private_round as noising
 from clients.client_app import app
 from clients.protect import Protection, protect
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
@@ -33,8 +33,8 @@ from fedllm.runs.checkpoint import ServerState, load_checkpoint
 from fedllm.runs.records import RoundRecord, TrainingRecord
 from scripts.runtimes.local import local_grid
 from strategies.cohort.plan_round import plan_round
-from strategies.noised_sum import NoisedSum, release_sum
 from strategies.privacy import ServerPrivacy
+from strategies.private_round import NoisedSum, release_sum
 from strategies.rounds import aggregate, next_round, run_round
 from strategies.run import run_federation
 from strategies.session import Watch
