@@ -1,1 +1,1 @@
-"""What runs beside private data: the ClientApp and what protects an update."""
+"""What runs on a data holder's machine: the ClientApp, local training, and what protects an update."""

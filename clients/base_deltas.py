@@ -38,6 +38,7 @@ class BaseDeltaStore:
         """Remember a base delta and return it: the object that is resident already, where there is one."""
         if not base_delta.digest:
             return base_delta
+        # The same object again, since the base model keeps its sums with a base delta by identity.
         if self.newest is not None and self.newest.digest == base_delta.digest:
             return self.newest
         self.newest = base_delta
@@ -52,11 +53,12 @@ class BaseDeltaStore:
             base_delta = from_tensors(layout, load_file(self.folder / f"{digest}.safetensors"))
         except (OSError, SafetensorError, LayoutError, ValueError):
             return None
-        return base_delta if base_delta.digest == digest else None
+        return base_delta if base_delta.digest == digest else None  # else it was damaged or renamed
 
     def _save(self, base_delta: BaseDelta) -> None:
         target = self.folder / f"{base_delta.digest}.safetensors"
         if not target.exists():
+            # Copies, because factors may be views of one tensor, which safetensors refuses to write.
             copies = {name: factor.contiguous().clone() for name, factor in to_tensors(base_delta).items()}
             write_bytes(target, save(copies))
         others = [file for file in self.folder.glob("*.safetensors") if file != target]

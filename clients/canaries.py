@@ -26,6 +26,6 @@ def draw_canaries(config: RunConfig, tokenizer: Any, client_id: str, state_path:
         CheckpointError: the secret cannot be kept.
     """
     if not config.audit.canaries:
-        return ()
+        return ()  # before the secret: a run without canaries leaves none behind
     secret = kept_secret(canary_file(state_path, config.run.name))
     return canary_rows(secret_canaries(config.audit, tokenizer, client_id=client_id, secret=secret))

@@ -3,6 +3,7 @@
 import logging
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -27,38 +28,16 @@ Handler: TypeAlias = Callable[[DataHolder, RecordDict, Context], RecordDict]
 
 
 def make_client_app(process: Process) -> ClientApp:
-    """Return a ClientApp that keeps what it has opened in `process`."""
+    """Return a ClientApp that keeps what it has opened in `process`.
+
+    Training and evaluation also answer a stock Flower strategy, for the node as a whole.
+    """
     app = ClientApp()
-
-    @app.query("join")
-    def join(message: Message, context: Context) -> Message:
-        """Declare this node's clients."""
-        return _answer(process, message, context, _join)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        """Train the clients a request names; a stock Flower strategy's request trains the whole node."""
-        ours = requests.is_fedllm_request(message.content)
-        return _answer(process, message, context, _train if ours else train_for_stock, is_stock=not ours)
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        """Measure the held-out loss of the clients a request names, or of the whole node."""
-        ours = requests.is_fedllm_request(message.content)
-        return _answer(
-            process, message, context, _evaluate if ours else evaluate_for_stock, is_stock=not ours
-        )
-
-    @app.query("overlap")
-    def overlap(message: Message, context: Context) -> Message:
-        """Count how much of the server's synthetic texts occurs in this node's private text."""
-        return _answer(process, message, context, _overlap)
-
+    app.query("join")(partial(_answer, process, _join))
+    app.query("overlap")(partial(_answer, process, _overlap))
+    app.train()(partial(_answer_either, process, _train, train_for_stock))
+    app.evaluate()(partial(_answer_either, process, _evaluate, evaluate_for_stock))
     return app
-
-
-PROCESS = Process()
-app = make_client_app(PROCESS)  # the one that Flower loads, by this name
 
 
 def _join(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
@@ -70,7 +49,7 @@ def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordD
     request = requests.read_train_request(content, layout, _holding(holder))
     answers = train_clients(holder, request)
     part, codec = plan.aggregation.returned_in(request.round_num), plan.config.wire.codec
-    if plan.is_summed(request.ranks):
+    if plan.is_summed(request.ranks.values()):  # the server decides alike, from the same plan and ranks
         mean_P = node_mean([answer for answer in answers if isinstance(answer, ClientUpdate)])
         return replies.write_sum(answers, mean_P, layout=layout, part=part, payload=codec)
     return replies.write_updates(answers, layout=layout, part=part, payload=codec)
@@ -86,6 +65,7 @@ def _overlap(holder: DataHolder, content: RecordDict, context: Context) -> Recor
     # Flower keeps a node's state for the length of a run, even where every message has a new process.
     last = context.state.config_records.get("overlap", ConfigRecord({"round": 0}))
     check_limit(request, packets.scalar_field(last, "round", int), holder.plan.config.federation.num_rounds)
+    # Counted before it is answered: a query that fails half-way may have told something.
     context.state["overlap"] = ConfigRecord({"round": request.round_num})
     return overlaps.write_overlaps(answer_overlap(holder, request))
 
@@ -94,13 +74,21 @@ def _holding(holder: DataHolder) -> requests.Holding:
     layout = holder.engine.layout
     return requests.Holding(
         plan_digest=holder.plan.digest,
-        initial=lambda: holder.initial,
+        initial=lambda: holder.initial,  # made only where a request leaves a factor out
         base_delta=lambda digest: holder.base_deltas.held(digest, layout),
     )
 
 
+def _answer_either(
+    process: Process, ours: Handler, stock: Handler, message: Message, context: Context
+) -> Message:
+    if requests.is_fedllm_request(message.content):
+        return _answer(process, ours, message, context)
+    return _answer(process, stock, message, context, is_stock=True)
+
+
 def _answer(
-    process: Process, message: Message, context: Context, handler: Handler, *, is_stock: bool = False
+    process: Process, handler: Handler, message: Message, context: Context, *, is_stock: bool = False
 ) -> Message:
     """Return the handler's reply, or a reply that holds an error code and nothing else.
 
@@ -118,9 +106,13 @@ def _answer(
         _logger.error("out of memory: lower train.batch-size or train.max-length")
         code = "out-of-memory"
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # where it happened quotes no row
         _logger.error("internal error: %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
         code = "internal"
     if is_stock:  # stock strategies drop error messages and abort on anything else
         return Message(Error(code=0, reason=code), reply_to=message)
     return Message(replies.write_error(code), reply_to=message)
+
+
+PROCESS = Process()
+app = make_client_app(PROCESS)  # the one that Flower loads, by this name

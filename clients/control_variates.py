@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from clients.jobs import NodeRound
-from clients.technique import ClientWork, Technique, Works
+from clients.technique import ClientWork, NodeRound, Technique, Works
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.jobs import Result
 from fedllm.errors import ConfigError
@@ -41,7 +40,7 @@ def changed(own_P: torch.Tensor, change_P: torch.Tensor, payload: str) -> torch.
 
 def _correct(this_round: NodeRound, works: Works) -> Works:
     """Return jobs whose gradients are corrected by c - c_i."""
-    control = this_round.request.control
+    control = this_round.request.control  # the one thing here that no plan can tell
     if control is None:
         raise ConfigError("train.control-variates needs a fedllm server, which sends c with every request")
     return [
@@ -52,12 +51,13 @@ def _correct(this_round: NodeRound, works: Works) -> Works:
 
 def _send_change(this_round: NodeRound, works: Works) -> Works:
     """Put the change of c_i in each update, and keep the new c_i."""
+    # The plan lets control variates go only with clients of the run's rank, so every vector is [P].
     codec, done = this_round.holder.plan.config.wire.codec, []
     for work in works:
         own_P = _own_control(work, work.trained.delta)
         change_P = change_of(work.trained, own_P)
-        work = replace(work, update=replace(work.sent, control_delta=change_P))
-        done.append(work.keeping(CONTROL, changed(own_P, change_P, codec)))
+        kept_P = changed(own_P, change_P, codec)
+        done.append(work.sending(control_delta=change_P).keeping(CONTROL, kept_P))
     return done
 
 

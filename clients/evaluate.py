@@ -1,7 +1,7 @@
 """What a node does with an evaluate request: the held-out loss of the clients it names."""
 
 from clients.data_holder import DataHolder
-from clients.kept_vectors import load_kept
+from clients.jobs import load_kept
 from clients.technique import Evaluations, start_of
 from clients.techniques import techniques_of
 from fedllm.engine.jobs import EvaluationJob
@@ -18,26 +18,18 @@ def evaluate_clients(holder: DataHolder, request: EvaluateRequest) -> list[Clien
     """
     if holder.plan.privacy is not None and holder.plan.privacy.metrics == "withheld":
         raise WithheldError("privacy.metrics = 'withheld': held-out losses stay with the clients")
-    answers: dict[str, ClientEvaluation | ClientFailure] = {
-        client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
-    }
-    drawn = {
-        client_id: num_drawn
-        for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
-        if client_id in holder.clients and holder.clients[client_id].held_out
-    }
+    able = [name for name in request.drawn if name in holder.clients and holder.clients[name].held_out]
+    # The others keep vectors (c_i, say) that evaluation would load for nothing.
     every = techniques_of(holder.plan, request.adapter.layout)
     techniques = [technique for technique in every if technique.is_evaluated]
-    kept = load_kept(holder.store, techniques, drawn)
-    jobs = [
-        EvaluationJob(
-            name, start_of(techniques, request.adapter.vector, kept[name]), holder.clients[name].held_out
-        )
-        for name in drawn
-    ]
+    kept = load_kept(holder.store, techniques, {name: request.drawn[name] for name in able})
+    jobs = []
+    for name in able:
+        start_P = start_of(techniques, request.adapter.vector, kept[name])
+        # Clients that share the vector object share its row in the engine.
+        jobs.append(EvaluationJob(name, start_P, holder.clients[name].held_out))
     with with_base_delta(holder.engine.base, holder.base_deltas.keep(request.base_delta)):
         measured: Evaluations = {answer.client_id: answer for answer in holder.engine.evaluate(jobs)}
         for technique in techniques:
             measured = technique.measure(holder.engine, jobs, kept, measured)
-    answers.update(measured)
-    return list(answers.values())
+    return [measured.get(name, ClientFailure(client_id=name, code="no-data")) for name in request.drawn]

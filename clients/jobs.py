@@ -1,57 +1,42 @@
-"""A round at one node, and the training job of each client that the round gives."""
+"""From a request to jobs: what each client kept, where it starts, and the rows that it trains on."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from clients.data_holder import ClientTokens, DataHolder
-from fedllm.adapters.layout import AdapterLayout, at_rank, with_rank
+from clients.state import PrivateStore, load_private
+from clients.technique import ClientWork, NodeRound, Technique, Vectors, Works, start_of
+from clients.tokens import ClientTokens
+from fedllm.adapters.layout import at_rank, with_rank
 from fedllm.data.shards import draw_rows
 from fedllm.engine.jobs import Job
-from fedllm.messages import LocalTraining, TrainRequest
 from fedllm.seeds import derive_seed
 
 
-@dataclass(frozen=True, eq=False)
-class NodeRound:
-    """A train request at the node that received it, and what the node's own plan says of that round.
+def begin_clients(this_round: NodeRound, drawn: Mapping[str, int]) -> Works:
+    """Return the work of each client in `drawn`, which counts the rows it has drawn so far."""
+    holder, request, works = this_round.holder, this_round.request, []
+    for name, kept in load_kept(holder.store, this_round.techniques, drawn).items():
+        client = holder.clients[name]
+        start_P = start_of(this_round.techniques, request.adapter.vector, kept)
+        job = make_job(this_round, client, drawn[name], rank=request.ranks[name], start_P=start_P)
+        works.append(ClientWork(client, drawn[name], start_P, kept, job))
+    return works
 
-    `trained` is the part of the adapter that clients train, `returned` the part of their delta that leaves.
+
+def load_kept(
+    store: PrivateStore, techniques: Sequence[Technique], drawn: Mapping[str, int]
+) -> dict[str, Vectors]:
+    """Return by name what each client kept for these techniques when it had drawn so many rows.
+
+    Every client has an entry, which is empty before its first round and where its state is lost.
     """
-
-    holder: DataHolder
-    request: TrainRequest
-    training: LocalTraining
-    trained: str
-    returned: str
-    weighting: str
-
-    @property
-    def layout(self) -> AdapterLayout:
-        """The layout of the run's adapter."""
-        return self.request.adapter.layout
-
-    @property
-    def seed(self) -> int:
-        """The seed of the run."""
-        return self.holder.plan.config.seed
-
-    def rank_of(self, client_id: str) -> int:
-        """Return the rank a client trains at."""
-        return self.request.ranks[self.request.client_ids.index(client_id)]
-
-
-def plan_node_round(holder: DataHolder, request: TrainRequest, *, weighting: str = "") -> NodeRound:
-    """Return the round of a request; `weighting` replaces the plan's own, as a stock strategy needs."""
-    plan, number = holder.plan, request.round_num
-    return NodeRound(
-        holder,
-        request,
-        training=plan.training(number),
-        trained=plan.aggregation.trained_in(number),
-        returned=plan.aggregation.returned_in(number),
-        weighting=weighting or plan.aggregation.weighting,
-    )
+    sizes = {name: size for technique in techniques for name, size in technique.kept.items()}
+    # Without sizes no file is looked for: most runs keep nothing.
+    return {
+        client_id: load_private(store, client_id, num_drawn, sizes) if sizes else {}
+        for client_id, num_drawn in drawn.items()
+    }
 
 
 def make_job(
@@ -67,13 +52,13 @@ def make_job(
         len(client.train),
         seed=this_round.seed,
         client_id=client.client_id,
-        start=num_drawn,
+        start=num_drawn,  # on from there: no row comes twice before all have come once
         count=training.steps * size,
     )
     rows = tuple(client.train[index] for index in drawn)
     return Job(
         client.client_id,
-        with_rank(start_P, layout, rank),
+        with_rank(start_P, layout, rank),  # the same object where the rank is the run's
         tuple(rows[step * size : (step + 1) * size] for step in range(training.steps)),
         training,
         trained=this_round.trained,

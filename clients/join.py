@@ -6,6 +6,7 @@ from fedllm.messages import JoinedClient
 
 def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
     """Return what this node's clients declare: sizes and base model, no text."""
+    # The server holds later updates to these sizes, and compares base models by their fingerprint.
     return [
         JoinedClient(
             client_id=client.client_id,

@@ -4,8 +4,7 @@ from functools import partial
 
 import torch
 
-from clients.jobs import NodeRound
-from clients.technique import ClientWork, Technique, Vectors, Works
+from clients.technique import ClientWork, NodeRound, Technique, Vectors, Works
 from fedllm.adapters.layout import AdapterLayout, at_rank, with_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.plan.run_plan import RunPlan

@@ -30,10 +30,11 @@ def answer_overlap(holder: DataHolder, request: OverlapRequest) -> tuple[Overlap
     Raises:
         WithheldError: the run has a privacy plan, and a count is a number that nothing noises.
     """
-    if holder.plan.privacy is not None:
+    if holder.plan.privacy is not None:  # the accounting knows of no such release
         raise WithheldError("privacy.epsilon is set: counts of private text stay with the clients")
     answers = []
     for client in holder.clients.values():
         rows = (row.tokens for row in (*client.train, *client.held_out))
         answers.append(overlaps(request.probes, private_hashes(rows, request.salt)))
+    # A node without clients answers as one whose rows hold none of it.
     return most(answers) if answers else overlaps(request.probes, private_hashes((), request.salt))

@@ -3,11 +3,12 @@
 A layer computes W x + s B_g A_g x + s B_p A_p x. After a client has trained the shared adapter of a round, it
 trains its personal one for some steps on the same stream of rows, with the shared adapter *as received*
 frozen underneath (the pattern of FDLoRA, arXiv 2406.07925, and FedDPA, arXiv 2403.19211). Both stand side by
-side in one adapter of the ranks' sum (`fedllm.adapters.side_by_side`) of which only the second half may move.
+side in one adapter, whose rank is the sum of theirs (`fedllm.adapters.side_by_side`); only the second half
+may move.
 
 dual    nothing holds the personal adapter back but the number of steps and weight decay
 ditto   it is pulled to the shared adapter as in Ditto (arXiv 2012.04221): min f(v) + pull/2 ||v - shared||^2,
-        with the distance measured on what the layers do. v - shared is s B_p A_p, whose squared Frobenius
+        with the distance measured on what the layers do: v - shared is s B_p A_p, and its squared Frobenius
         norm is the product form of FedProx (`fedllm.engine.gradient_terms`). It is a gradient, not a decay of
         the factors: it depends on their product alone, and Adam rescales it with the gradient of the loss
 
@@ -21,8 +22,8 @@ from functools import partial
 
 import torch
 
-from clients.jobs import NodeRound, make_job
-from clients.technique import Evaluations, Technique, Vectors, Works
+from clients.jobs import make_job
+from clients.technique import Evaluations, NodeRound, Technique, Vectors, Works
 from fedllm.adapters.layout import AdapterLayout, at_rank, initial_adapter
 from fedllm.adapters.side_by_side import mask_of_second, side_by_side, take_second
 from fedllm.engine.engine import Engine
@@ -44,11 +45,8 @@ def personal_adapter(plan: RunPlan, layout: AdapterLayout) -> Technique | None:
     numbers = plan.personal
     if numbers is None:
         return None
-    technique = Technique(
-        name="personal adapter",
-        kept={PERSONAL: personal_layout(layout, numbers).size},
-        after=partial(_train_own, numbers),
-    )
+    kept, train = {PERSONAL: at_rank(layout, numbers.rank).size}, partial(_train_own, numbers)
+    technique = Technique(name="personal adapter", kept=kept, after=train)
     if plan.privacy is not None and plan.privacy.metrics != "all":
         return technique
     return replace(technique, is_evaluated=True, measure=partial(_measure_own, numbers))
@@ -60,15 +58,17 @@ def _train_own(numbers: PersonalTraining, this_round: NodeRound, works: Works) -
     It goes on top of the whole shared adapter, which is what it is evaluated with, whatever part of that and
     at which rank the client trains.
     """
+    # Its rows are the round's: the same stream, drawn to the personal number of steps.
     own_round = replace(this_round, training=numbers.training(this_round.training), trained="both")
-    rank = this_round.layout.rank
-    trained = train_personal(
-        this_round.holder.engine,
-        [make_job(own_round, w.client, w.num_drawn, rank=rank, start_P=w.start_P) for w in works],
-        {work.client.client_id: work.kept[PERSONAL] for work in works if PERSONAL in work.kept},
-        numbers=numbers,
-        seed=this_round.seed,
-    )
+    layout, own = this_round.layout, {}
+    for work in works:
+        name = work.client.client_id
+        if PERSONAL in work.kept:
+            own[name] = work.kept[PERSONAL]
+        else:
+            own[name] = initial_personal(layout, numbers, this_round.seed, name)
+    jobs = [make_job(own_round, w.client, w.num_drawn, rank=layout.rank, start_P=w.start_P) for w in works]
+    trained = train_personal(this_round.holder.engine, layout, jobs, own, numbers)
     return [work.keeping(PERSONAL, trained[work.client.client_id]) for work in works]
 
 
@@ -80,25 +80,14 @@ def _measure_own(
     measured: Evaluations,
 ) -> Evaluations:
     """Return the evaluations with the loss under each personal adapter there is."""
-    wide = [
-        with_personal(job, kept[job.client_id][PERSONAL], engine.layout, numbers)
-        for job in jobs
-        if PERSONAL in kept[job.client_id]
-    ]
-    losses = {own.client_id: own.loss for own in engine.evaluate(wide)}
-    return {
-        client_id: replace(shared, personal_loss=losses.get(client_id))
-        for client_id, shared in measured.items()
-    }
-
-
-def personal_layout(layout: AdapterLayout, numbers: PersonalTraining) -> AdapterLayout:
-    """Return the layout of the personal adapter beside a shared one of `layout`."""
-    return at_rank(layout, numbers.rank)
+    own = [(job, kept[job.client_id].get(PERSONAL)) for job in jobs]
+    wide = [with_personal(job, own_P, engine.layout, numbers) for job, own_P in own if own_P is not None]
+    losses = {answer.client_id: answer.loss for answer in engine.evaluate(wide)}
+    return {name: replace(one, personal_loss=losses.get(name)) for name, one in measured.items()}
 
 
 def wide_layout(layout: AdapterLayout, numbers: PersonalTraining) -> AdapterLayout:
-    """Return the layout of both side by side."""
+    """Return the layout of a shared adapter of `layout` and a personal one side by side."""
     return at_rank(layout, layout.rank + numbers.rank)
 
 
@@ -107,65 +96,42 @@ def initial_personal(
 ) -> torch.Tensor:
     """Return the personal adapter a client begins with: its own random A, and B zero, so no effect yet."""
     own_seed = derive_seed(seed, "personal", client_id)
-    return initial_adapter(personal_layout(layout, numbers), own_seed).vector
+    return initial_adapter(at_rank(layout, numbers.rank), own_seed).vector
 
 
 def personal_jobs(
-    shared: Sequence[Job], personal: Sequence[torch.Tensor], numbers: PersonalTraining
+    layout: AdapterLayout, shared: Sequence[Job], personal: Vectors, numbers: PersonalTraining
 ) -> Iterator[Job]:
-    """Yield the work on each personal adapter; `shared` have the rows, the shared adapter and its layout."""
-    masks: dict[AdapterLayout, torch.Tensor] = {}
+    """Yield the job of each personal adapter; `shared` have the rows and the shared adapter, of `layout`."""
+    movable = mask_of_second(layout, numbers.rank)  # the shared half keeps its bits, weight decay or not
     anchors: dict[int, torch.Tensor] = {}
-    for job, personal_P in zip(shared, personal, strict=True):
-        layout = _layout_of(job)
-        if layout not in masks:
-            masks[layout] = mask_of_second(layout, numbers.rank)
+    for job in shared:
+        own_P = personal[job.client_id]
         if id(job.start) not in anchors:  # clients that share a start share what they are pulled to
-            nothing = torch.zeros_like(personal_P)
-            anchors[id(job.start)] = side_by_side(layout, job.start, nothing, numbers.rank)
+            anchors[id(job.start)] = side_by_side(layout, job.start, torch.zeros_like(own_P), numbers.rank)
         yield replace(
             job,
-            start=side_by_side(layout, job.start, personal_P, numbers.rank),
+            start=side_by_side(layout, job.start, own_P, numbers.rank),
             layout=wide_layout(layout, numbers),
             anchor=anchors[id(job.start)],
-            movable=masks[layout],
-            seed=derive_seed(job.seed, "personal"),
+            movable=movable,
+            seed=derive_seed(job.seed, "personal"),  # its own dropout masks
         )
 
 
 def train_personal(
-    engine: Engine,
-    jobs: Sequence[Job],
-    kept: Mapping[str, torch.Tensor],
-    *,
-    numbers: PersonalTraining,
-    seed: int,
+    engine: Engine, layout: AdapterLayout, shared: Sequence[Job], personal: Vectors, numbers: PersonalTraining
 ) -> dict[str, torch.Tensor]:
-    """Return the personal adapter of every job's client after one more round.
-
-    `jobs` hold the rows, and the shared adapter with its layout; `kept` the personal adapters so far.
-    """
-    starts = [
-        kept[job.client_id]
-        if job.client_id in kept
-        else initial_personal(_layout_of(job), numbers, seed, job.client_id)
-        for job in jobs
-    ]
-    wide = list(personal_jobs(jobs, starts, numbers))
-    trained = {}
-    for job, start, result in zip(jobs, starts, engine.train(wide), strict=True):
-        if not is_finite(result):
-            _logger.warning("client %s: its personal adapter diverged and stays as it was", result.client_id)
-            trained[result.client_id] = start
+    """Return the personal adapter of every client after one more round; arguments as of `personal_jobs`."""
+    after = {}
+    for result in engine.train(list(personal_jobs(layout, shared, personal, numbers))):
+        own_P, name = personal[result.client_id], result.client_id
+        if is_finite(result):  # AdamW starts afresh, so one bad round need not spoil the next
+            after[name] = own_P + take_second(layout, result.delta.float(), numbers.rank)
         else:
-            moved = take_second(_layout_of(job), result.delta.float(), numbers.rank)
-            trained[result.client_id] = start + moved
-    return trained
-
-
-def _layout_of(job: Job) -> AdapterLayout:
-    assert job.layout is not None, "a job beside a personal adapter names the shared one's layout"
-    return job.layout
+            _logger.warning("client %s: its personal adapter diverged and stays as it was", name)
+            after[name] = own_P
+    return after
 
 
 def with_personal(

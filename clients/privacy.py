@@ -8,10 +8,11 @@ same noise and so the same answer, and is charged once; any other request is cha
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import partial
 
-from clients.data_holder import ClientTokens, DataHolder
-from clients.jobs import NodeRound
-from clients.technique import Technique, Works
+from clients.data_holder import DataHolder
+from clients.technique import NodeRound, Technique, Works
+from clients.tokens import ClientTokens
 from fedllm.engine.jobs import Job, StepNoise
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.messages import ClientFailure
@@ -25,32 +26,25 @@ from fedllm.privacy.noise import SecretStream, coins
 ROUNDING = 1e-4  # by which gradients are clipped below C: more than float32 can lose in a norm
 
 
-def private_rows(plan: RunPlan) -> Technique | None:
-    """Return DP-SGD as a technique, None where no single row is hidden."""
+def client_privacy(plan: RunPlan) -> Technique | None:
+    """Return the client's part of the privacy plan as a technique, None where the run has no such plan."""
     privacy = plan.privacy
-    if privacy is None or not privacy.is_by_example:
+    if privacy is None:
         return None
-
-    def prepare(this_round: NodeRound, works: Works) -> Works:
-        secret = secret_of(this_round.holder)
-        return [
-            replace(
-                work,
-                job=private_job(
-                    work.job, work.client, privacy, request_key(this_round, privacy, work.client, secret)
-                ),
-            )
-            for work in works
-        ]
-
-    return Technique(name="private rows", prepare=prepare)
+    if privacy.is_central:  # charged at the server, which adds the noise
+        return Technique(name="central noise", prepare=_refuse_without_clip)
+    charge = partial(charge_clients, privacy)
+    if privacy.is_by_example:
+        return Technique(name="private rows", charge=charge, prepare=partial(_train_privately, privacy))
+    return Technique(name="local noise", charge=charge)  # the noise itself is in `clients.protect`
 
 
-def central_clip(plan: RunPlan) -> Technique | None:
-    """Return the client's part of noise that the server adds: no work for a server that will not add it."""
-    if plan.privacy is None or not plan.privacy.is_central:
-        return None
-    return Technique(name="central clip", prepare=_refuse_without_clip)
+def _train_privately(plan: PrivacyPlan, this_round: NodeRound, works: Works) -> Works:
+    secret, private = secret_of(this_round.holder), []
+    for work in works:
+        key = request_key(this_round, plan, work.client, secret)
+        private.append(replace(work, job=private_job(work.job, work.client, plan, key)))
+    return private
 
 
 def _refuse_without_clip(this_round: NodeRound, works: Works) -> Works:
@@ -68,17 +62,17 @@ def secret_of(holder: DataHolder) -> bytes:
     return kept_secret(holder.store.folder / "noise-secret")
 
 
-def charge_clients(this_round: NodeRound, clients: Iterable[str]) -> dict[str, ClientFailure]:
-    """Charge each client for its answer, where the noise is its own; return those that cannot pay.
+def charge_clients(
+    plan: PrivacyPlan, this_round: NodeRound, clients: Iterable[str]
+) -> dict[str, ClientFailure]:
+    """Charge each client for its answer to a request; return those that cannot pay.
 
     A client whose ledger cannot be read or written fails too: what is not recorded must not leave.
     """
-    plan, holder, failed = this_round.holder.plan.privacy, this_round.holder, {}
-    if plan is None or plan.is_central:  # a central plan is charged at the server
-        return {}
+    failed = {}
     for name in clients:
         try:
-            code = "" if _charge(this_round, plan, holder.clients[name]) else "budget-spent"
+            code = "" if _charge(this_round, plan, this_round.holder.clients[name]) else "budget-spent"
         except CheckpointError as error:
             code = error.code
         if code:
@@ -105,20 +99,18 @@ def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, 
 
     What the plan does is part of it: the same noise in two amounts, on what is otherwise the same, cancels.
     """
-    request = this_round.request
+    request, name = this_round.request, client.client_id
     protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(len(client.train)), plan.batch_size)
     numbers = json.dumps([protected, asdict(this_round.training)], sort_keys=True)
-    place = request.client_ids.index(client.client_id)
-    names = (
-        client.client_id,
-        client.digest,
-        request.round_num,
-        request.adapter.digest,
-        request.base_delta.digest,
+    start = (request.round_num, request.adapter.digest, request.base_delta.digest)
+    what = (
+        this_round.trained,
+        this_round.returned,
+        request.ranks[name],
+        request.drawn[name],
+        this_round.seed,
     )
-    parts = (this_round.trained, this_round.returned)
-    what = (*parts, request.ranks[place], request.num_drawn[place], this_round.seed)
-    return derived_key(secret, "train", *names, *what, numbers)
+    return derived_key(secret, "train", name, client.digest, *start, *what, numbers)
 
 
 def private_job(job: Job, client: ClientTokens, plan: PrivacyPlan, key: bytes) -> Job:

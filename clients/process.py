@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from clients.base_deltas import BaseDeltaStore
-from clients.data_holder import DataHolder, open_data_holder, read_source
+from clients.data_holder import DataHolder, open_data_holder
+from clients.site import NodeConfig
+from clients.tokens import read_source
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import Shards
@@ -32,7 +34,7 @@ class Process:
         """The base deltas of this machine, in the user's cache."""
         return BaseDeltaStore(cache_folder() / "base-deltas")
 
-    def open(self, run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> DataHolder:
+    def open(self, run_config: Mapping[str, Scalar], node_config: NodeConfig) -> DataHolder:
         """Return the data holder of a node, opening it on first use.
 
         Raises:
@@ -40,7 +42,7 @@ class Process:
         """
         key = (tuple(sorted(run_config.items())), tuple(sorted(node_config.items())))
         if key not in self.holders:
-            config = RunConfig.from_flat(run_config)
+            config = RunConfig.from_flat(run_config)  # refuses unknown keys before anything is opened
             holder = open_data_holder(config, node_config, self.resident, self.base_deltas, self.read_source)
             while len(self.holders) >= NUM_HOLDERS:
                 del self.holders[next(iter(self.holders))]  # the one that was opened first

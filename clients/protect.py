@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clients.jobs import NodeRound
 from clients.privacy import secret_of
-from clients.technique import ClientWork, Technique, Works
-from fedllm.adapters.layout import AdapterLayout, at_rank
+from clients.technique import NodeRound, Works
+from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size, whole_of
 from fedllm.engine.jobs import Result, is_finite
 from fedllm.errors import ConfigError, NonFiniteError
@@ -33,126 +32,113 @@ from fedllm.privacy.noise import SecretStream, clipped, gaussian
 _logger = logging.getLogger("fedllm.clients")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Protection:
-    """What the privacy plan asks of one client in one round.
+    """What may leave one client in one round.
 
-    Its delta is clipped to `clip`, and where `deviation` is above 0, Gaussian noise of it is added to the
-    values of `part` (`layout` is that of the client's rank) under the secret `key`. A `clip` of 0 is of a
-    result that was private when it came (DP-SGD). `weight_cap` is the number of rows from which a client
-    counts fully. `with_numbers` lets losses, counts and seconds leave.
+    Its delta, of `layout` (that of the client's rank), is clipped to `clip`, and where `deviation` is above
+    0, Gaussian noise of it is added to the values of `part` under the secret `key`. With a `clip` of 0
+    neither is done: there is no privacy plan, or the result was private when it came (DP-SGD).
+    `with_numbers` lets losses, counts and seconds leave. `weighting` is "examples" (the client's rows),
+    "tokens" (supervised tokens of this round), "uniform", or "product-norm", which the server measures; where
+    `weight_cap` is above 0, a client counts by its rows instead, and fully from so many on.
     """
 
     layout: AdapterLayout
     part: str
+    weighting: str
+    with_numbers: bool
     clip: float = 0.0
     deviation: float = 0.0
     key: bytes = b""
     weight_cap: float = 0.0
-    with_numbers: bool = False
 
 
-def protect_clients(
-    this_round: NodeRound, works: Works, techniques: Sequence[Technique]
-) -> tuple[Works, dict[str, ClientFailure]]:
+def protect_clients(this_round: NodeRound, works: Works) -> tuple[Works, dict[str, ClientFailure]]:
     """Return the work of each client with what leaves it, and those whose training diverged as failures."""
     protected, failed = [], {}
     for work in works:
+        rows, num_train = [row for batch in work.job.batches for row in batch], len(work.client.train)
+        protection = protection_of(this_round, work.job.layout or this_round.layout)
         try:
-            protected.append(replace(work, update=_update_of(this_round, work)))
+            update = protect(work.trained, rows, num_train, this_round.request.round_num, protection)
+            protected.append(replace(work, update=update))
         except NonFiniteError as error:
             _logger.warning("%s", error)
             failed[work.client.client_id] = ClientFailure(client_id=work.client.client_id, code=error.code)
+    # Last, so that a technique sees what the server will see (SCAFFOLD), or thins it out.
     done: Works = protected
-    for technique in techniques:
+    for technique in this_round.techniques:
         changed = technique.after(this_round, done)
         is_same = [one.update is other.update for one, other in zip(done, changed, strict=True)]
+        # Noise was sized for exactly this update: anything added to it is not accounted for.
         if this_round.holder.plan.privacy is not None and not all(is_same):
             raise RuntimeError(f"{technique.name} changes an update that the privacy plan has protected")
         done = changed
     return done, failed
 
 
-def _update_of(this_round: NodeRound, work: ClientWork) -> ClientUpdate:
-    rank = this_round.rank_of(work.client.client_id)
-    return protect(
-        work.trained,
-        [row for batch in work.job.batches for row in batch],
-        rank=rank,
-        round_num=this_round.request.round_num,
-        weighting=this_round.weighting,
-        num_train=len(work.client.train),
-        protection=_protection_of(this_round, at_rank(this_round.layout, rank)),
-    )
-
-
-def _protection_of(this_round: NodeRound, layout: AdapterLayout) -> Protection | None:
-    """Return what the privacy plan asks of what a client sends, None where there is no plan."""
-    plan = this_round.holder.plan.privacy
+def protection_of(this_round: NodeRound, layout: AdapterLayout) -> Protection:
+    """Return what the plan lets leave a client whose rank is that of `layout`."""
+    plan, part, weighting = this_round.holder.plan.privacy, this_round.returned, this_round.weighting
     if plan is None:
-        return None
+        return Protection(layout=layout, part=part, weighting=weighting, with_numbers=True)
     clip = this_round.request.clip if plan.is_central else plan.clip  # a central clip may follow the norms
     return Protection(
         layout=layout,
-        part=this_round.returned,
+        part=part,
+        weighting=weighting,
+        with_numbers=plan.metrics == "all",
         clip=0.0 if plan.is_by_example else clip,  # DP-SGD has clipped every row already
         deviation=plan.multiplier() * plan.clip if plan.is_local_client else 0.0,
         key=secret_of(this_round.holder) if plan.is_local_client else b"",
         weight_cap=plan.weight_cap,
-        with_numbers=plan.metrics == "all",
     )
 
 
 def protect(
-    result: Result,
-    rows: Sequence[Encoded],
-    *,
-    rank: int,
-    round_num: int,
-    weighting: str,
-    num_train: int,
-    protection: Protection | None = None,
+    result: Result, rows: Sequence[Encoded], num_train: int, round_num: int, protection: Protection
 ) -> ClientUpdate:
-    """Return the update of one client, trained at `rank`, from its training result.
+    """Return the update of a client that has `num_train` rows, from its training result.
 
-    `rows` are those trained on; of them only counts are used. `weighting` is "examples" (the client's rows),
-    "tokens" (supervised tokens of this round), "uniform", or "product-norm", which the server measures.
-    A result to be clipped that holds NaN or infinity counts as zero: failing would tell the server.
+    `rows` are those trained on; of them only counts are used. A result to be clipped that holds NaN or
+    infinity counts as zero: failing would tell the server.
 
     Raises:
         NonFiniteError: training diverged and nothing is clipped; nothing is sent.
         ConfigError: the weighting is unknown.
     """
-    is_clipped = protection is not None and protection.clip > 0
-    if not is_clipped and not is_finite(result):
+    # A result that is clipped counts as zero instead: a failure would be a message without noise.
+    if not protection.clip and not is_finite(result):
         raise NonFiniteError(f"client {result.client_id}: the loss is not finite; lower train.learning-rate")
-    has_numbers = protection is None or (protection.with_numbers and is_finite(result))
+    has_numbers = protection.with_numbers and is_finite(result)
     return ClientUpdate(
         client_id=result.client_id,
         round_num=round_num,
-        rank=rank,
+        rank=protection.layout.rank,
         delta=_protected_delta(result, protection, round_num),
-        weight=_weight(rows, weighting, num_train, protection),
+        weight=_weight(rows, num_train, protection),
         num_tokens=result.num_tokens if has_numbers else 0,
         train_loss=result.loss if has_numbers else 0.0,
         num_truncated=sum(row.num_cut > 0 for row in rows) if has_numbers else 0,
-        seconds=round(result.seconds, 3) if has_numbers else 0.0,
+        seconds=round(result.seconds, 3) if has_numbers else 0.0,  # finer times would tell more of the rows
     )
 
 
-def _weight(rows: Sequence[Encoded], weighting: str, num_train: int, protection: Protection | None) -> float:
+def _weight(rows: Sequence[Encoded], num_train: int, protection: Protection) -> float:
     num_supervised = sum(row.num_supervised for row in rows)
-    weights = {"examples": float(num_train), "tokens": float(num_supervised)}
-    weights |= dict.fromkeys(("uniform", "product-norm"), 1.0)
-    if weighting not in weights:
-        raise ConfigError(f"aggregation.weighting = {weighting!r}: expected one of {', '.join(weights)}")
-    cap = protection.weight_cap if protection is not None else 0.0
-    return min(1.0, num_train / cap) if cap else weights[weighting]
+    weights = {"examples": num_train, "tokens": num_supervised, "uniform": 1, "product-norm": 1}
+    if protection.weighting not in weights:
+        raise ConfigError(
+            f"aggregation.weighting = {protection.weighting!r}: expected one of {', '.join(weights)}"
+        )
+    cap = protection.weight_cap  # a bound on what one client may weigh, so what the accounting counts on
+    return min(1.0, num_train / cap) if cap else float(weights[protection.weighting])
 
 
-def _protected_delta(result: Result, protection: Protection | None, round_num: int) -> torch.Tensor:
+def _protected_delta(result: Result, protection: Protection, round_num: int) -> torch.Tensor:
     """Return the delta [P] clipped and noised: clipped first, or its noise would be clipped as well."""
-    if protection is None or not protection.clip:
+    if not protection.clip:
         return result.delta.float()
     delta_P = clipped(result.delta, protection.clip)
     if not protection.deviation:

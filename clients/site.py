@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from clients.state import default_state_path
 from fedllm.config.key import Scalar
@@ -12,26 +13,29 @@ from fedllm.models.files import is_local_model
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.site_policy import load_policy
 
+# What the owner of a machine starts its node with: `data-path`, `client-id`, `max-rank`, ...
+NodeConfig: TypeAlias = Mapping[str, Scalar]
+
 LARGEST_DELTA = 1e-5  # of a run where the machine's policy limits epsilon
 
 
-def max_rank_of(node: Mapping[str, Scalar]) -> int:
+def max_rank_of(node: NodeConfig) -> int:
     """Return the largest rank this machine has room for, 0 = any."""
     rank = node.get("max-rank", 0)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:  # True is an int in Python
         raise ConfigError(f"max-rank = {rank!r} in the node config: expected a whole number, 0 = any rank")
     return rank
 
 
-def state_path_of(node: Mapping[str, Scalar]) -> Path:
+def state_path_of(node: NodeConfig) -> Path:
     """Return where this node keeps private state: by its config, its machine's policy or the default."""
     named = str(node.get("state-path", "")) or load_policy().state_path
     return Path(named).expanduser() if named else default_state_path()
 
 
-def check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
+def check_paths(config: RunConfig, node: NodeConfig) -> None:
     """Refuse local paths that came from a server, unless this machine's owner allows such paths."""
-    if node.get("server-paths") is True or load_policy().server_paths:
+    if node.get("server-paths") is True or load_policy().server_paths:  # the text "false" permits nothing
         return
     source = config.data.source
     if "data-path" not in node and source != "docstrings" and is_local(source):
@@ -48,7 +52,7 @@ def check_paths(config: RunConfig, node: Mapping[str, Scalar]) -> None:
 
 def check_privacy(plan: PrivacyPlan | None) -> None:
     """Refuse a run that gives away more than this machine's owner allows, or leaves the noise to a server."""
-    limit = load_policy().max_epsilon
+    limit = load_policy().max_epsilon  # the owner's word, against which a server's configuration counts
     if not limit:
         return
     if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > LARGEST_DELTA:

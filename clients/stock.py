@@ -1,7 +1,7 @@
 """Requests of stock Flower strategies: named PEFT tensors in, named PEFT tensors out.
 
-FedAvg and its kin know one array record and one `num-examples` a node, so a node that hosts several clients
-answers with their weighted mean, which is what FedAvg over the clients would have computed.
+Such a strategy knows one array record and one `num-examples` a node. So a node that hosts several clients
+answers with their weighted mean, as FedAvg over the clients would have computed it.
 """
 
 from flwr.app import Context, MetricRecord, RecordDict
@@ -22,22 +22,23 @@ def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | 
     """Return the node's new adapter and `num-examples`.
 
     Raises:
-        ConfigError: clients of the run keep vectors (a personal adapter, say), of which round is not known.
+        ConfigError: clients of the run keep vectors between rounds (a personal adapter, say).
         WireError: the request does not hold exactly one adapter of this run's layout.
         NoDataError: no client of this node has an update.
     """
     start, round_num = _read_adapter(holder, content), _round_of(content)
+    # Kept vectors are found by how often a client took part, and a stock strategy does not count that.
     for technique in techniques_of(holder.plan, start.layout):
         if technique.kept:
             raise ConfigError(
                 f"{technique.name}: needs fedllm's own rounds, since a stock strategy keeps no count of turns"
             )
-    training, number = holder.plan.training(round_num), len(holder.clients)
+    training = holder.plan.training(round_num)
+    drawn = (round_num - 1) * training.steps * training.batch_size  # in every earlier round as many
     request = TrainRequest(
         round_num=round_num,
-        client_ids=tuple(holder.clients),
-        num_drawn=((round_num - 1) * training.steps * training.batch_size,) * number,
-        ranks=(start.layout.rank,) * number,
+        drawn=dict.fromkeys(holder.clients, drawn),
+        ranks=dict.fromkeys(holder.clients, start.layout.rank),
         adapter=start,
         base_delta=no_base_delta(start.layout),
         plan_digest=holder.plan.digest,
@@ -49,12 +50,8 @@ def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | 
     total = sum(update.weight for update in updates)
     after = AdapterState(start.layout, start.vector + node_mean(updates))
     loss = sum(update.weight / total * update.train_loss for update in updates)
-    return RecordDict(
-        {
-            "arrays": write_plain(after),
-            "metrics": MetricRecord({"num-examples": int(total), "train-loss": loss}),
-        }
-    )
+    metrics = MetricRecord({"num-examples": int(total), "train-loss": loss})
+    return RecordDict({"arrays": write_plain(after), "metrics": metrics})
 
 
 def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context | None = None) -> RecordDict:
@@ -62,9 +59,8 @@ def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context
     start = _read_adapter(holder, content)
     request = EvaluateRequest(
         round_num=_round_of(content),
-        client_ids=tuple(holder.clients),
+        drawn=dict.fromkeys(holder.clients, 0),
         adapter=start,
-        num_drawn=(0,) * len(holder.clients),
         base_delta=no_base_delta(start.layout),
         plan_digest=holder.plan.digest,
     )
@@ -78,7 +74,7 @@ def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context
 
 def _read_adapter(holder: DataHolder, content: RecordDict) -> AdapterState:
     arrays = list(content.array_records.values())
-    if len(arrays) != 1:
+    if len(arrays) != 1:  # a strategy may name its record as it likes, so it is known by being alone
         raise WireError(f"a request carries exactly one adapter, not {len(arrays)}")
     return read_plain(arrays[0], holder.engine.layout)
 
@@ -87,5 +83,5 @@ def _round_of(content: RecordDict) -> int:
     for config in content.config_records.values():
         round_num = config.get("server-round")
         if isinstance(round_num, int) and round_num >= 0:
-            return max(1, round_num)
+            return max(1, round_num)  # Flower evaluates before round 1 under the number 0
     return 1

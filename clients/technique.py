@@ -7,17 +7,44 @@ fused.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from clients.data_holder import ClientTokens
-from clients.jobs import NodeRound
+from clients.data_holder import DataHolder
+from clients.tokens import ClientTokens
+from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob, Job, Result
-from fedllm.messages import ClientEvaluation, ClientUpdate
+from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, LocalTraining, TrainRequest
 
 Vectors: TypeAlias = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class NodeRound:
+    """A train request at the node that received it, and what the node's own plan says of that round.
+
+    `trained` is the part of the adapter that clients train, `returned` the part of their delta that leaves.
+    """
+
+    holder: DataHolder
+    request: TrainRequest
+    techniques: "tuple[Technique, ...]"
+    training: LocalTraining
+    trained: str
+    returned: str
+    weighting: str
+
+    @property
+    def layout(self) -> AdapterLayout:
+        """The layout of the run's adapter."""
+        return self.request.adapter.layout
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.holder.plan.config.seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +77,10 @@ class ClientWork:
         assert self.update is not None, "this client's result is not protected yet"
         return self.update
 
+    def sending(self, **changes: Any) -> "ClientWork":
+        """Return this work with fields of its update changed; without a privacy plan only."""
+        return replace(self, update=replace(self.sent, **changes))
+
     def keeping(self, name: str, vector: torch.Tensor) -> "ClientWork":
         """Return this work with one more vector to keep."""
         return replace(self, keeps={**self.keeps, name: vector})
@@ -66,6 +97,7 @@ class Technique:
     `kept` has the name and the size of each vector that a client keeps for it between rounds; a vector is in
     `ClientWork.kept` from a client's second round on.
 
+    charge    counts what an answer will give away of the named clients; returns those that cannot pay
     start     the adapter [P] a client starts from, given the server's and what the client kept
     prepare   changes jobs before the engine trains them
     after     sees results and protected updates, inside the chain of `clients.protect`; without a privacy
@@ -76,6 +108,7 @@ class Technique:
     name: str
     kept: Mapping[str, int] = field(default_factory=dict)
     is_evaluated: bool = False  # whether `start` or `measure` does something, so evaluation loads `kept`
+    charge: Callable[[NodeRound, Sequence[str]], Mapping[str, ClientFailure]] = lambda this_round, names: {}
     start: Callable[[torch.Tensor, Vectors], torch.Tensor] = lambda start_P, kept: start_P
     prepare: Callable[[NodeRound, Works], Works] = lambda this_round, works: works
     after: Callable[[NodeRound, Works], Works] = lambda this_round, works: works

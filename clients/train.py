@@ -1,17 +1,20 @@
 """What a node does with a train request: it trains the clients that the request names."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 from clients.data_holder import DataHolder
-from clients.jobs import NodeRound, make_job, plan_node_round
-from clients.kept_vectors import load_kept, save_kept
-from clients.privacy import charge_clients
+from clients.jobs import begin_clients
 from clients.protect import protect_clients
-from clients.technique import ClientWork, Technique, Works, start_of
-from clients.techniques import techniques_of
+from clients.state import PrivateStore, save_private
+from clients.technique import NodeRound, Works
+from clients.techniques import plan_node_round
+from fedllm.errors import CheckpointError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.models.with_base_delta import with_base_delta
+
+_logger = logging.getLogger("fedllm.clients")
 
 
 def train_clients(
@@ -23,40 +26,44 @@ def train_clients(
     `weighting` replaces the plan's own.
     """
     this_round = plan_node_round(holder, request, weighting=weighting)
-    techniques = techniques_of(holder.plan, this_round.layout)
-    answers: dict[str, ClientUpdate | ClientFailure] = {
-        client_id: ClientFailure(client_id=client_id, code="no-data") for client_id in request.client_ids
-    }
-    drawn = {
-        client_id: num_drawn
-        for client_id, num_drawn in zip(request.client_ids, request.num_drawn, strict=True)
-        if client_id in holder.clients and holder.clients[client_id].train
-    }
-    unpaid = charge_clients(this_round, drawn)
-    drawn = {client_id: number for client_id, number in drawn.items() if client_id not in unpaid}
+    able = [name for name in request.drawn if name in holder.clients and holder.clients[name].train]
+    # The ledger is written before there is anything to account for: a crash can only count too much.
+    unpaid: dict[str, ClientFailure] = {}
+    for technique in this_round.techniques:
+        unpaid.update(technique.charge(this_round, able))
+    drawn = {name: request.drawn[name] for name in able if name not in unpaid}
     # Everything trains on the base model with the base delta, the techniques' own adapters too.
     with with_base_delta(holder.engine.base, holder.base_deltas.keep(request.base_delta)):
-        works = prepare_clients(this_round, techniques, drawn)
+        works = prepare_clients(this_round, drawn)
         results = holder.engine.train([work.job for work in works])
         works = [replace(work, result=result) for work, result in zip(works, results, strict=True)]
-        works, diverged = protect_clients(this_round, works, techniques)
-    unsaved = save_kept(holder.store, works, this_round.training.steps * this_round.training.batch_size)
+        works, diverged = protect_clients(this_round, works)
+    # After protection, since what a client keeps may depend on what has left it (SCAFFOLD's c_i).
+    unsaved = _save_kept(holder.store, works, this_round.training.steps * this_round.training.batch_size)
     updates = {work.client.client_id: work.sent for work in works}
-    answers.update({**unpaid, **diverged, **updates, **unsaved})
-    return list(answers.values())
+    answers: dict[str, ClientUpdate | ClientFailure] = {**unpaid, **diverged, **updates, **unsaved}
+    return [answers.get(name, ClientFailure(client_id=name, code="no-data")) for name in request.drawn]
 
 
-def prepare_clients(
-    this_round: NodeRound, techniques: Sequence[Technique], drawn: Mapping[str, int]
-) -> Works:
-    """Return the work of each client in `drawn`, which counts the rows it has drawn so far."""
-    holder, works = this_round.holder, list[ClientWork]()
-    for client_id, kept in load_kept(holder.store, techniques, drawn).items():
-        client, number = holder.clients[client_id], drawn[client_id]
-        start_P = start_of(techniques, this_round.request.adapter.vector, kept)
-        job = make_job(this_round, client, number, rank=this_round.rank_of(client_id), start_P=start_P)
-        works.append(ClientWork(client, number, start_P, kept, job))
-    prepared: Works = works
-    for technique in techniques:
-        prepared = technique.prepare(this_round, prepared)
-    return prepared
+def prepare_clients(this_round: NodeRound, drawn: Mapping[str, int]) -> Works:
+    """Return the work of each client in `drawn` as the techniques have it done."""
+    works = begin_clients(this_round, drawn)
+    for technique in this_round.techniques:
+        works = technique.prepare(this_round, works)
+    return works
+
+
+def _save_kept(store: PrivateStore, works: Works, num_rows: int) -> dict[str, ClientFailure]:
+    """Write what each client keeps after drawing `num_rows` more rows; return those that could not.
+
+    All vectors of a client are in one file a state, so that they always belong together.
+    """
+    failed = {}
+    for work in (work for work in works if work.keeps):
+        name = work.client.client_id
+        try:
+            save_private(store, name, work.num_drawn + num_rows, work.keeps)
+        except CheckpointError as error:  # its update would not match what it has next round
+            _logger.error("%s", error)
+            failed[name] = ClientFailure(client_id=name, code=error.code)
+    return failed

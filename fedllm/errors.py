@@ -109,23 +109,10 @@ class MissingExtraError(FedLLMError, ImportError):
 
 # What a client may report in place of an update. Strings outside this set never travel.
 CLIENT_ERROR_CODES = frozenset(
-    {
-        FedLLMError.code,
-        ConfigError.code,
-        OtherConfigError.code,
-        DataError.code,
-        NoDataError.code,
-        ModelError.code,
-        LayoutError.code,
-        WireError.code,
-        NotHeldError.code,
-        QueryLimitError.code,
-        NonFiniteError.code,
-        CheckpointError.code,
-        BudgetSpentError.code,
-        WithheldError.code,
-        MissingExtraError.code,
-        "out-of-memory",
-        "internal",
-    }
-)
+    error.code
+    for error in (
+        *(FedLLMError, ConfigError, OtherConfigError, DataError, NoDataError, ModelError, LayoutError),
+        *(WireError, NotHeldError, QueryLimitError, NonFiniteError, CheckpointError, BudgetSpentError),
+        *(WithheldError, MissingExtraError),
+    )
+) | {"out-of-memory", "internal"}

@@ -22,6 +22,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
     crash at any moment leaves the previous `target`, the new one, or none, never a mixture.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Next to the target, since a rename is one step only within a file system.
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield building
@@ -30,19 +31,19 @@ def complete_folder(target: Path) -> Iterator[Path]:
             if file.is_file():
                 _flush(file)
         _flush(building)
-        if target.exists():
+        if target.exists():  # a folder that holds files cannot be replaced by a rename
             old = Path(tempfile.mkdtemp(prefix=f".old-{target.name}-", dir=target.parent))
             target.rename(old / target.name)
             try:
                 building.rename(target)
-            except OSError:
+            except OSError:  # the previous folder goes back to its place
                 (old / target.name).rename(target)
                 raise
             finally:
                 shutil.rmtree(old, ignore_errors=True)
         else:
             building.rename(target)
-        _flush(target.parent)
+        _flush(target.parent)  # the rename itself is an entry of this folder
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -60,7 +61,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename, or a crash could leave the new name empty
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The values a round passes between its steps. Frozen; checked when built; no behaviour."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,8 @@ from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import LayoutError
 
-# The only numbers besides its delta that a client's update may carry.
+# A client's update carries its delta, and of numbers only these.
 UPDATE_METRICS = ("weight", "num_tokens", "train_loss", "num_truncated", "seconds")
-PROXIMAL_SPACES = ("factor", "product")
 EVALUATION_METRICS = ("loss", "personal_loss", "num_tokens", "num_rows")
 
 
@@ -28,26 +28,22 @@ class LocalTraining:
     proximal: float = 0.0  # strength mu of FedProx
     proximal_space: str = "factor"  # what it pulls: "factor" or "product"
 
-    def __post_init__(self) -> None:
-        if self.proximal_space not in PROXIMAL_SPACES:
-            raise LayoutError(f"the proximal space is one of {', '.join(PROXIMAL_SPACES)}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
     """Which of a node's clients train in a round, and from where; how they train is in the node's own plan.
 
-    `num_drawn[i]` counts the rows that `client_ids[i]` drew in earlier rounds, so that a client whose process
-    is new every time still sees all its rows before any twice. It trains the first `ranks[i]` ranks of
-    `adapter`, on the base model with `base_delta` added. `plan_digest` names the configuration the server
-    runs (`RunPlan.digest`). `control` is SCAFFOLD's c, where it is used (`fedllm.engine.gradient_terms`).
-    `clip` is the norm to which clients clip what they send, where the server noises their sum; else 0.
+    `drawn` names the clients, in order, and counts the rows each drew in earlier rounds, so that a client
+    whose process is new every time still sees all its rows before any twice. A client trains the first
+    `ranks[client]` ranks of `adapter`, on the base model with `base_delta` added. `plan_digest` names the
+    configuration the server runs (`RunPlan.digest`). `control` is SCAFFOLD's c, where it is used
+    (`fedllm.engine.gradient_terms`). `clip` is the norm to which clients clip what they send, where the
+    server noises their sum; else 0.
     """
 
     round_num: int
-    client_ids: tuple[str, ...]
-    num_drawn: tuple[int, ...]
-    ranks: tuple[int, ...]
+    drawn: Mapping[str, int]
+    ranks: Mapping[str, int]
     adapter: AdapterState
     base_delta: BaseDelta
     plan_digest: str
@@ -55,14 +51,12 @@ class TrainRequest:
     clip: float = 0.0
 
     def __post_init__(self) -> None:
-        number, full = len(self.client_ids), self.adapter.layout.rank
-        if not number == len(set(self.client_ids)) == len(self.num_drawn) == len(self.ranks):
-            raise LayoutError(
-                "a train request names each client once, with its rank and the rows it has drawn"
-            )
-        if not all(1 <= rank <= full for rank in self.ranks):
+        full = self.adapter.layout.rank
+        if self.ranks.keys() != self.drawn.keys():
+            raise LayoutError("a train request gives every client its rank and the rows it has drawn")
+        if not all(1 <= rank <= full for rank in self.ranks.values()):
             raise LayoutError(f"a train request gives a client a rank outside 1 to {full}")
-        if self.control is not None and set(self.ranks) != {full}:
+        if self.control is not None and set(self.ranks.values()) != {full}:
             raise LayoutError("a train request has control variates for clients of different ranks")
 
 
@@ -70,19 +64,14 @@ class TrainRequest:
 class EvaluateRequest:
     """Which of a node's clients measure the held-out loss of `adapter`; the fields are a train request's.
 
-    `num_drawn` names what a client has kept for itself: its own B, its personal adapter.
+    `drawn` also names what a client has kept for itself: its own B, its personal adapter.
     """
 
     round_num: int
-    client_ids: tuple[str, ...]
-    num_drawn: tuple[int, ...]
+    drawn: Mapping[str, int]
     adapter: AdapterState
     base_delta: BaseDelta
     plan_digest: str
-
-    def __post_init__(self) -> None:
-        if len(self.num_drawn) != len(self.client_ids):
-            raise LayoutError("an evaluate request gives the rows each of its clients has drawn")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,5 +15,6 @@ def derive_seed(seed: int, *names: str | int) -> int:
     >>> derive_seed(0, "cohort", 1) == derive_seed(0, "cohort", 2)
     False
     """
+    # Types count, so that the client "1" and round 1 are two streams; the separator occurs in no name.
     text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1  # fits a signed integer

@@ -10,8 +10,10 @@ The policy is a TOML file on the local machine: $FEDLLM_POLICY, else `~/.config/
 
 import os
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedllm.errors import ConfigError
 
@@ -24,6 +26,18 @@ class SitePolicy:
     server_paths: bool = False
     state_path: str = ""
     max_epsilon: float = 0.0  # 0 = runs without privacy too
+
+
+# What each key may be, and how to say so.
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "trust-remote-code": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of model names",
+    ),
+    "server-paths": (lambda value: isinstance(value, bool), "true or false"),
+    "state-path": (lambda value: isinstance(value, str), "the name of a folder"),
+    "max-epsilon": (lambda value: type(value) in (int, float) and value >= 0, "a number, 0 for no limit"),
+}
 
 
 def load_policy() -> SitePolicy:
@@ -45,23 +59,11 @@ def load_policy() -> SitePolicy:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file ({type(error).__name__})") from None
-    unknown = values.keys() - {"trust-remote-code", "server-paths", "state-path", "max-epsilon"}
-    if unknown:
-        raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}")
-    models, paths = values.get("trust-remote-code", []), values.get("server-paths", False)
-    if not isinstance(models, list) or not all(isinstance(m, str) for m in models):
-        raise ConfigError(f"{path}: trust-remote-code must be a list of model names")
-    if not isinstance(paths, bool):
-        raise ConfigError(f"{path}: server-paths must be true or false")
-    state_path = values.get("state-path", "")
-    if not isinstance(state_path, str):
-        raise ConfigError(f"{path}: state-path must be the name of a folder")
-    epsilon = values.get("max-epsilon", 0.0)
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not epsilon >= 0:
-        raise ConfigError(f"{path}: max-epsilon must be a number, 0 for no limit")
-    return SitePolicy(
-        trust_remote_code=tuple(models),
-        server_paths=paths,
-        state_path=state_path,
-        max_epsilon=float(epsilon),
-    )
+    for name, value in values.items():
+        if name not in _ALLOWED:
+            raise ConfigError(f"{path}: unknown key {name!r}")
+        is_allowed, wanted = _ALLOWED[name]
+        if not is_allowed(value):
+            raise ConfigError(f"{path}: {name} must be {wanted}")
+    fields = {name.replace("-", "_"): value for name, value in values.items()}
+    return SitePolicy(**{**fields, "trust_remote_code": tuple(values.get("trust-remote-code", ()))})

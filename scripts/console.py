@@ -13,7 +13,7 @@ from fedllm.config.key import number_or
 from fedllm.config.run_config import RunConfig
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.runs.records import RoundRecord
-from fedllm.runs.spread import of_same_clients, spread_of
+from fedllm.runs.spread import keep_common_clients, spread_of
 from strategies.distillation.report import table_cell
 from strategies.session import Watch
 
@@ -151,7 +151,7 @@ def loss_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
 
     The change is from the first column to the last.
     """
-    shown = of_same_clients(columns)
+    shown = keep_common_clients(columns)
     table = Table("client", *shown, "change", box=None, header_style="bold", pad_edge=False)
     clients = list(next(iter(shown.values()), ()))
     for client in clients:

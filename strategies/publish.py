@@ -16,7 +16,7 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment, write_result
 from fedllm.runs.privacy_statement import in_words, statement_of
 from fedllm.runs.records import RoundRecord
-from fedllm.runs.spread import described, of_same_clients, spread_of
+from fedllm.runs.spread import keep_common_clients, spread_and_losses, spread_of
 from strategies.distillation.report import describe_gap, name_kind
 
 _EMBEDDED_NOTE = (
@@ -51,9 +51,9 @@ def summary(state: ServerState, adapter: Path) -> dict[str, Any]:
     """
     held_out = {}
     for name, record in measured_ends(state).items():
-        held_out[name] = described(record.held_out)
+        held_out[name] = spread_and_losses(record.held_out)
         if record.personal_held_out:
-            held_out[name]["personal"] = described(record.personal_held_out)
+            held_out[name]["personal"] = spread_and_losses(record.personal_held_out)
     return {
         "status": "completed",
         "rounds": state.round_num,
@@ -209,7 +209,7 @@ def measured_ends(state: ServerState) -> dict[str, RoundRecord]:
     first, last = state.records[0], state.records[-1]
     if last.adapter != state.adapter.digest:  # its losses are of another adapter
         return {}
-    losses = of_same_clients({"before": first.held_out, "after": last.held_out})
+    losses = keep_common_clients({"before": first.held_out, "after": last.held_out})
     if len(losses) < 2 or not losses["after"]:
         return {}
     return {"before": _of_clients(first, losses["after"]), "after": _of_clients(last, losses["after"])}

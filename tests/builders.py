@@ -61,9 +61,8 @@ def train_request(holder: DataHolder, *client_ids: str, **changes: Any) -> Train
     layout = holder.engine.layout
     values: dict[str, Any] = {
         "round_num": 1,
-        "client_ids": client_ids,
-        "num_drawn": (0,) * len(client_ids),
-        "ranks": (layout.rank,) * len(client_ids),
+        "drawn": dict.fromkeys(client_ids, 0),
+        "ranks": dict.fromkeys(client_ids, layout.rank),
         "adapter": initial_adapter(layout, 0),
         "base_delta": no_base_delta(layout),
         "plan_digest": holder.plan.digest,
@@ -76,8 +75,7 @@ def evaluate_request(holder: DataHolder, *client_ids: str, **changes: Any) -> Ev
     layout = holder.engine.layout
     values: dict[str, Any] = {
         "round_num": 1,
-        "client_ids": client_ids,
-        "num_drawn": (0,) * len(client_ids),
+        "drawn": dict.fromkeys(client_ids, 0),
         "adapter": initial_adapter(layout, 0),
         "base_delta": no_base_delta(layout),
         "plan_digest": holder.plan.digest,

@@ -60,9 +60,7 @@ def test_a_file_permits_what_it_names(text: str, expected: SitePolicy, policy_fi
         ("trust-remote-code = [1]", "trust-remote-code must be a list"),
     ],
 )
-def test_a_file_that_is_not_understood_is_an_error_and_permits_nothing(
-    text: str, expected: str, policy_file: Path
-) -> None:
+def test_file_not_understood_permits_nothing(text: str, expected: str, policy_file: Path) -> None:
     policy_file.write_text(text)
     with pytest.raises(ConfigError, match=expected) as caught:
         load_policy()

@@ -18,7 +18,7 @@ EIGH_FLOP = 20
 USUAL_PASSES, MOST_PASSES = 5, 60
 # It stops once a pass adds less than this share to the energy it keeps.
 TOLERANCE = 1e-12
-# Added to a Gram matrix, as a share of its trace, so that it can be factored whatever its rank.
+# Added to the diagonal of a Gram matrix, as a share of its trace: without it one of low rank has no Cholesky.
 JITTER = 1e-13
 
 
@@ -136,7 +136,7 @@ def truncate(product: Product, rank: int, fallback_LRI: torch.Tensor) -> Truncat
     A basis of the leading left singular vectors comes from the cheapest of three ways (`leading_basis`). The
     projection of the matrix on that basis is read out, decomposed by QR, so an error of the basis can lose
     energy but never invent any. Gram matrices square the condition; measured against the dense SVD on
-    spectra from nearly flat to 1e-7 and in a random gauge, B A is within 1e-6 of it (as a share of ||M||),
+    spectra from nearly flat to 1e-7 and in random bases, B A is within 1e-6 of it (as a share of ||M||),
     which is the rounding of float32, and the squared distance to M is the least there is to 1e-12 of ||M||^2.
 
     A direction whose singular value vanishes would leave zeros in both factors, where no gradient reaches
@@ -193,7 +193,7 @@ def _from_grams(product: Product, rank: int) -> torch.Tensor:
     """Return the basis from the N x N Gram matrices: M M^T = left (right right^T) left^T.
 
     With right right^T = G G^T, the eigenvectors W of G^T (left^T left) G give left G W. Columns are first
-    given equal norms left and right, so that no choice of gauge can hide a direction behind the jitter.
+    given equal norms left and right, or factors of uneven size could hide a direction behind the jitter.
     """
     left_LNN, right_LNN = product.grams
     diagonals = left_LNN.diagonal(dim1=1, dim2=2), right_LNN.diagonal(dim1=1, dim2=2)

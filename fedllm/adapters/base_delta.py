@@ -47,6 +47,7 @@ class BaseDelta:
         """SHA-256 (hex) of layout and values; "" where nothing was ever added."""
         if not self.size:
             return ""
+        # Shapes count: the same values could be factors of other ranks.
         hasher = hashlib.sha256(self.layout.digest.encode())
         for pair in self.factors:
             for tensor in pair:
@@ -78,6 +79,7 @@ class BaseDelta:
 def _sum(pair: tuple[torch.Tensor, torch.Tensor], product: Product) -> tuple[torch.Tensor, torch.Tensor]:
     b_ON, a_NI = pair
     before = Product(b_ON.double()[None], a_NI.double()[None])
+    # The SVD of the sum gives its lowest rank; sqrt(S) goes to either factor, so that neither grows large.
     u, s, v = decompose(before.plus(product).lightest())
     largest = torch.maximum(squared_norm(before), squared_norm(product)).sqrt()[:, None]
     alive = int((s > rounding_floor(largest)).sum())  # where both cancel, the rest is rounding
@@ -103,7 +105,7 @@ def to_tensors(base_delta: BaseDelta) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(layout: AdapterLayout, tensors: Mapping[str, torch.Tensor]) -> BaseDelta:
-    """Return the base delta whose factors `to_tensors` has named.
+    """Return the base delta that `to_tensors` has written.
 
     Raises:
         LayoutError: a factor is missing or has the wrong shape.
@@ -117,6 +119,7 @@ def from_tensors(layout: AdapterLayout, tensors: Mapping[str, torch.Tensor]) -> 
 
 def to_flat(base_delta: BaseDelta) -> tuple[torch.Tensor, list[int]]:
     """Return all factors end to end, B before A, and each matrix's rank N; `from_flat` is the inverse."""
+    # A message carries vectors without names; the layout and the ranks say where a factor begins.
     flat = torch.cat([factor.reshape(-1) for pair in base_delta.factors for factor in pair])
     return flat, [b_ON.shape[1] for b_ON, _ in base_delta.factors]
 
@@ -152,7 +155,7 @@ def adapter_with_base_delta(adapter: AdapterState, base_delta: BaseDelta) -> Ada
     vector = torch.zeros(wider.size)
     pairs = zip(layout.factors(adapter.vector), base_delta.factors, wider.factors(vector), strict=True)
     for (a_RI, b_OR), (b_ON, a_NI), (a, b) in pairs:
-        end = layout.rank + b_ON.shape[1]
+        end = layout.rank + b_ON.shape[1]  # what follows stays zero
         a[: layout.rank], b[:, : layout.rank] = a_RI, b_OR
         a[layout.rank : end], b[:, layout.rank : end] = a_NI, b_ON
     return AdapterState(wider, vector)

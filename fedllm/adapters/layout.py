@@ -17,9 +17,8 @@ import torch
 from fedllm.errors import LayoutError, NonFiniteError
 from fedllm.seeds import derive_seed
 
-_LARGEST_SIZE = 2**24  # of a matrix's side
-
 PEFT_PREFIX = "base_model.model."  # how PEFT names the wrapped model inside an adapter file
+_LARGEST_SIZE = 2**24  # of a matrix's side: a layout from outside must not claim more memory than there is
 KAIMING_ROW_NORM = 3**-0.5  # root of the mean squared norm of a row of D values uniform in ±1/sqrt(D)
 
 
@@ -55,7 +54,7 @@ class TensorSpec:
 class AdapterLayout:
     """Ordered LoRA matrices of one base model, all of one rank and alpha.
 
-    `fingerprint` identifies the base model (`fedllm.models.base.fingerprint`).
+    `fingerprint` identifies the base model (`fedllm.models.files.fingerprint`).
     """
 
     matrices: tuple[LoraMatrix, ...]
@@ -96,6 +95,7 @@ class AdapterLayout:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of everything above."""
+        # One spelling for all machines and versions: digests of two of them are compared.
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -208,6 +208,7 @@ def initial_adapter(layout: AdapterLayout, seed: int, init_a: str = "kaiming") -
     Raises:
         LayoutError: orthonormal rows are asked for and a matrix has fewer inputs than the rank.
     """
+    # On the CPU, so that every machine draws the same bits.
     generator = torch.Generator().manual_seed(derive_seed(seed, "initial-adapter"))
     vector = torch.zeros(layout.size)
     for matrix, (a_RD, _) in zip(layout.matrices, layout.factors(vector), strict=True):

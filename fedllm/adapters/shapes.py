@@ -22,7 +22,7 @@ class ShapeGroup:
 
 def shape_groups(layout: AdapterLayout) -> tuple[ShapeGroup, ...]:
     """Return the groups of a layout in the order of their first matrix."""
-    members: dict[tuple[int, int], list[int]] = {}
+    members: dict[tuple[int, int], list[int]] = {}  # a dict keeps the order of first appearance
     for index, matrix in enumerate(layout.matrices):
         members.setdefault((matrix.out_features, matrix.in_features), []).append(index)
     return tuple(ShapeGroup(tuple(indices), *shape) for shape, indices in members.items())
@@ -41,11 +41,12 @@ def stack_factors(
 
     Flattened to [L, K R, I] and [L, O, K R] they are the vectors' factors side by side. Both are new tensors.
     """
+    # In float64: sums of thousands of products follow, and float32 would lose digits in them.
     matrix, rank, count = layout.matrices[indices[0]], layout.rank, len(vectors)
     a_LKRI = torch.empty(len(indices), count, rank, matrix.in_features, dtype=torch.float64)
     b_LOKR = torch.empty(len(indices), matrix.out_features, count, rank, dtype=torch.float64)
     for place, index in enumerate(indices):
-        a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]
+        a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]  # a layout's tensors are A, B, A, B, ...
         a_LKRI[place] = torch.stack([a_spec.view(vector) for vector in vectors])
         b_LOKR[place] = torch.stack([b_spec.view(vector) for vector in vectors], dim=1)
     return a_LKRI, b_LOKR

@@ -41,15 +41,14 @@ def sample_texts(
     temperature: float = 1.0,
     seed: int,
     layout: AdapterLayout | None = None,
-    learn_prompts: bool = False,
     at_once: int = TEXTS_AT_ONCE,
 ) -> Samples:
     """Return `number` texts, each by a writer drawn by its prior [K] after a prompt drawn evenly.
 
     A text has at most `max_tokens` new tokens; an end token ends it and is part of it. `prompts` are
-    beginnings of at least one token each; only what follows them is learnt, unless `learn_prompts`.
-    `adapters` [P] are of the engine's layout, or of `layout`. An adapter that is not finite writes nothing:
-    the others take its share. Texts of an adapter that computes numbers that are not finite are left out.
+    beginnings of at least one token each; only what follows them is learnt. `adapters` [P] are of the
+    engine's layout, or of `layout`. An adapter that is not finite writes nothing: the others take its share.
+    Texts of an adapter that computes numbers that are not finite are left out.
 
     Raises:
         ConfigError: the temperature is not above 0, or number or length is below 1.
@@ -79,7 +78,7 @@ def sample_texts(
         continued = engine.continue_rows(layout, vectors, beginnings, max_tokens, choose)
         for place, (n, beginning) in enumerate(zip(batch, beginnings, strict=True)):
             if place not in choose.not_finite:
-                context = beginning if learn_prompts else (IGNORED,) * len(beginning)
+                context = (IGNORED,) * len(beginning)
                 rows[n] = Encoded(beginning + continued[place], context + continued[place])
     kept = sorted(rows)
     if not kept:

@@ -2,7 +2,7 @@
 
 A slot is a client, or one example where gradients are wanted per example: then many slots share the
 parameters of one client. Clients' parameters are `theta` [C, P], slots' gradients `grad` [S, P]; the factors
-of every layer are views of their rows, so clipping and stepping cost a dozen kernels whatever the depth.
+of every layer are views of their rows, so clipping and stepping cost a dozen kernels at any depth.
 Where one factor alone is trained, P is the size of that part. The other lies apart in `frozen` [C, Q], where
 clipping and stepping cannot reach it. The rows of tokens that LoRA dropout acts on are here too.
 Tensor suffixes: C client, S slot, P trained values of an adapter, Q frozen ones, R rank, D feature.
@@ -43,7 +43,7 @@ class NoisyRow:
 
 @dataclass(frozen=True)
 class Route:
-    """Whose tokens a pass holds: by client for parameters, by slot for gradients. Both cover all tokens."""
+    """Where the tokens of a pass belong: to clients for parameters, to slots for gradients."""
 
     clients: tuple[Segment, ...]
     slots: tuple[Segment, ...]
@@ -120,7 +120,7 @@ class Bank:
             return torch.zeros(number, size, device=self.device, dtype=self.dtype)
 
     def route_of(self, num_tokens: int) -> Route:
-        """Return whose the `num_tokens` tokens of a layer's input are."""
+        """Return which rows the `num_tokens` tokens of a layer's input belong to."""
         if not self.batch_rows:
             return self.route
         length = num_tokens // len(self.batch_rows)
@@ -128,7 +128,7 @@ class Bank:
 
     @contextmanager
     def whole_rows(self, rows: Sequence[int]) -> Iterator[None]:
-        """Within the block, row i of every batch [B, t, D] belongs to client `rows[i]`, whatever t is."""
+        """Within the block, row i of every batch [B, t, D] belongs to client `rows[i]`, for any t."""
         self.batch_rows = tuple(rows)
         try:
             yield
@@ -147,7 +147,7 @@ class Bank:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return (grad A [S, R, D_in], grad B [S, D_out, R]) as views; None where frozen.
 
-        They are those of the slots, or of other `rows` [S, P] of the trained part.
+        They are views of the slots' gradients, or of other `rows` [S, P] in place of them.
         """
         views = [spec.view(self.grad_SP if rows is None else rows) for spec in self._moving[index]]
         if self.trained == "both":
@@ -194,7 +194,7 @@ def row_mask(row: NoisyRow, index: int, like_TI: torch.Tensor) -> torch.Tensor:
     """Return one row's dropout mask at matrix `index`, [end - begin, I]."""
     generator = torch.Generator(like_TI.device).manual_seed((row.seed + _SEED_STRIDE * index) % 2**63)
     size = (row.end - row.begin, like_TI.shape[1])
-    # In float32 whatever the model's dtype is, so that every dtype drops the same values.
+    # In float32 always, so that a model in any dtype drops the same values.
     drawn = torch.rand(size, generator=generator, device=like_TI.device)
     return (drawn >= row.rate).to(like_TI.dtype) / (1 - row.rate)
 

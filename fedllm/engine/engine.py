@@ -54,7 +54,7 @@ class Engine:
             )
         self.base = base
         self.layout = layout
-        # Adapters are trained in float32 whatever the base holds; float64 is for exactness tests.
+        # Adapters are trained in float32, also on a bfloat16 base; float64 is for exactness tests.
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         kernel = MaskedKernel() if base.device.type == "cuda" else LoopKernel()
         self.bank = Bank(layout, kernel, base.device, dtype)
@@ -73,7 +73,7 @@ class Engine:
             yield from self._train_group(group)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Split jobs into neighbours that train alike and whose largest steps fit a pass."""
+        """Split jobs into neighbours that train one part, have one objective and fit a pass together."""
         for _, same in groupby(jobs, key=lambda job: (job.trained, id(job.objective))):
             together = list(same)
             sizes = [max(sum(len(row.tokens) for row in batch) for batch in job.batches) for job in together]
@@ -87,7 +87,7 @@ class Engine:
         ordered = [jobs[place] for place in order]
         losses_SC, rows, moved_CP, correction = self._train_rows(ordered)
         seconds = (time.perf_counter() - began) / max(1, sum(job.num_tokens for job in jobs))
-        results = {}
+        results: dict[int, Result] = {}  # by the place of the job among those given
         for row, (place, job) in enumerate(zip(order, ordered, strict=True)):
             delta = rows.unstack(row, moved_CP[row])
             losses = losses_SC[: len(job.batches), row].tolist()
@@ -119,7 +119,7 @@ class Engine:
         rows = rows_of_jobs(jobs, self.layout)
         starts, scales = rows.pad([job.start for job in jobs]), [layout.scale for layout in rows.layouts]
         self.bank.load(rows.widest, starts, scales, rows.trained)
-        begin_CP = self.bank.theta_CP.clone()
+        begin_CP = self.bank.theta_CP.clone()  # the optimizer changes theta in place
         trainings = [job.training for job in jobs]
         movable_CP = rows.stack([job.movable for job in jobs], default=True)
         optimizer = RowAdamW(self.bank.theta_CP, trainings, movable_CP)
@@ -131,7 +131,7 @@ class Engine:
         with attached(self.base.model, self.bank), self._attention():
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
-                grads, losses = self._step(active, step)
+                grads, losses = self.step_gradients(active, step)
                 add_noise(rows, grads, step)
                 if correction is not None:
                     correction.apply(grads)
@@ -141,8 +141,11 @@ class Engine:
                 losses_SC[step, : len(active)] = losses
         return losses_SC, rows, (self.bank.theta_CP - begin_CP).cpu(), correction
 
-    def _step(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the gradient [A, P] and the mean token loss [A] of one step of every active job."""
+    def step_gradients(self, jobs: Sequence[Job], step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradient [A, P] and the mean token loss [A] of one step of every active job.
+
+        The bank holds the jobs' adapters, in this order, and is attached to the model.
+        """
         batches = [job.batches[step] for job in jobs]
         items: list[Item] = []
         for client, (job, batch) in enumerate(zip(jobs, batches, strict=True)):

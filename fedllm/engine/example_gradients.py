@@ -34,7 +34,7 @@ def clip_factors(jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tens
 def diverged(
     jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tensor, sums_B: torch.Tensor
 ) -> torch.Tensor:
-    """Return which slots are rows of a private job whose gradient is no number, [S] on the CPU."""
+    """Return which slots hold a gradient of a private job that is no number, [S] on the CPU."""
     private_S = torch.tensor([jobs[owner].noise is not None for owner in owners])
     if not bool(private_S.any()):
         return private_S

@@ -22,8 +22,8 @@ SHORTEST_SHARED = 8  # tokens; less than that saves no more than its bookkeeping
 class FlatRow:
     """Many rows laid end to end. Suffixes: T tokens, Q sequences, K keys, N supervised tokens.
 
-    Rows of one adapter that begin alike share their prefix. It is then a sequence of its own, and so is what
-    follows it in each row, whose queries see the prefix's keys before their own.
+    Rows of one adapter that begin alike share their prefix. It is then a sequence of its own, and so is the
+    rest of each row. The queries of a rest see the prefix's keys before their own.
     """
 
     tokens_T: torch.Tensor

@@ -16,7 +16,7 @@ Choice = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def answers(base: BaseModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Return what the model, with whatever adapters are on it, answers to each prompt."""
+    """Return what the model, with the adapters that are attached to it, answers to each prompt."""
     tokenizer = base.tokenizer
     texts = [chat_text(tokenizer, [Turn("user", prompt)], prompt_answer=True) for prompt in prompts]
     special = not tokenizer.chat_template
@@ -86,7 +86,7 @@ def left_padded(
 
 
 def end_tokens(base: BaseModel) -> frozenset[int]:
-    """Return the tokens after which the model says no more: the tokenizer's and those of its generation."""
+    """Return the tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
     named = base.model.generation_config.eos_token_id
     listed = named if isinstance(named, list) else [named]
     return frozenset(token for token in (base.tokenizer.eos_token_id, *listed) if token is not None)

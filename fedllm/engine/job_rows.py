@@ -41,10 +41,12 @@ class JobRows:
 
         A job without a vector gets `default` in all places.
         """
+        # The first that is there tells the dtype: booleans for what may move, floats for corrections.
         given = next((vector for vector in vectors if vector is not None), None)
         if given is None:
             return None
         starts = (job.start for job in self.jobs)
+        # Filled at each job's own rank, so that what padding adds is zero for all alike.
         filled = [
             torch.full_like(start, default, dtype=given.dtype) if vector is None else vector
             for vector, start in zip(vectors, starts, strict=True)

@@ -96,7 +96,7 @@ def is_finite(result: Result) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationJob:
-    """Rows whose loss under the adapter `vector` [P] is wanted; its layout where it is not the engine's."""
+    """Rows to measure the loss of under the adapter `vector` [P]; `layout` where it is not the engine's."""
 
     client_id: str
     vector: torch.Tensor

@@ -2,9 +2,10 @@
 
 y_t = W x_t + b + scale_c B_c A_c x_t, where c is the client that token t belongs to. The backward pass adds
 the gradient of every slot's factors straight into the bank: autograd holds no parameter and makes no copy.
-Two kernels compute the same: `loop` takes one small product per client, `masked` a fixed number of dense ones
-whatever the number of clients (a token's activations are zeroed outside its own client's ranks), which is
-what a GPU wants. Tensor suffixes: T token, C client, S slot, R rank, I input feature, O output feature.
+Two kernels compute the same. `loop` takes one small product per client. `masked` takes a fixed number of
+dense ones for any number of clients, which suits a GPU: a token's activations are zeroed outside its own
+client's ranks.
+Tensor suffixes: T token, C client, S slot, R rank, I input feature, O output feature.
 """
 
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ class MaskedKernel:
     def backward(
         self, bank: Bank, index: int, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
-        """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
+        """Add gradients to the bank and to dx; see `Kernel`."""
         a_CRI, b_COR = bank.factors(index)
         grad_a_SRI, grad_b_SOR = bank.gradients(index)
         rank = a_CRI.shape[1]

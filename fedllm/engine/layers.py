@@ -53,5 +53,5 @@ def attached(model: Any, bank: Bank) -> Iterator[None]:
 
 
 def _replace(model: Any, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
+    parent, _, leaf = name.rpartition(".")  # a module is an attribute of the one it lies in
     setattr(model.get_submodule(parent), leaf, module)

@@ -1,4 +1,4 @@
-"""AdamW over rows: one client a row, a dozen kernels a step whatever the number of clients and layers."""
+"""AdamW over rows: one client a row, a dozen kernels a step for any number of clients and layers."""
 
 import math
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class RowAdamW:
             return torch.tensor(values, device=theta_CP.device, dtype=theta_CP.dtype)[:, None]
 
         self.rate_C1 = column([training.learning_rate for training in trainings])
-        # Decoupled weight decay: theta shrinks by this factor before the step, whatever the gradient is.
+        # Decoupled weight decay: theta shrinks by this factor before each step.
         keep_C1 = column([1 - t.learning_rate * t.weight_decay for t in trainings])
         movable_CP = None if movable_CP is None else movable_CP.to(theta_CP.device)
         self.movable_CP = movable_CP

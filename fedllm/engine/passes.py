@@ -36,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Passes:
-    """Runs passes of a base model whose layers carry the adapters of a bank."""
+    """Runs passes of a base model that has the adapters of a bank attached."""
 
     base: BaseModel
     bank: Bank
@@ -70,7 +70,7 @@ class Passes:
         return predicting_states(self.base.model, flat, self.head)
 
     def _lay_out(self, items: Sequence[Item], *, backward: bool) -> FlatRow:
-        """Return the samples as one flat row, and tell the bank whose its tokens are."""
+        """Return the samples as one flat row, and tell the bank which rows its tokens belong to."""
         # What rows share must have one adapter, one gradient where those are wanted, and no noise of its own.
         owners = [(item.client, item.slot if backward else 0, item.seed) for item in items]
         flat = lay_out([item.row for item in items], self.base.device, owners)
@@ -82,7 +82,7 @@ class Passes:
 
 
 def packed(items: Sequence[T], sizes: Sequence[int], limit: int) -> Iterator[list[T]]:
-    """Split items into runs of neighbours whose sizes add up to at most `limit`, at least one a run."""
+    """Split items into runs of neighbours; their sizes add up to `limit` at most, or a run has one item."""
     run: list[T] = []
     filled = 0
     for item, size in zip(items, sizes, strict=True):

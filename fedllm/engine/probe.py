@@ -35,8 +35,8 @@ _TOLERANCE = 2e-2  # relative, in bfloat16; a wrong mask or a missing scale is o
 def can_be_ragged(model: Any, device: torch.device) -> bool:
     """Return whether many samples in one flat row, their common prefix once, give each sample's own losses.
 
-    False for models that do not use transformers' attention interface, or whose attention does more than
-    ours (soft-capped scores, sinks): the engine then feeds them one sample at a time.
+    False for models that do not use transformers' attention interface, or do more in it than ours
+    (soft-capped scores, sinks): the engine then feeds them one sample at a time.
     """
     if not attends_by_interface(model):
         return False
@@ -77,7 +77,7 @@ def remembered_budget(key: str, measure: Callable[[], int]) -> int:
 
 
 def measured_budget(run_pass: Callable[[int], None], device: torch.device) -> int:
-    """Return the smallest pass whose rate is nearly the best, trying sizes from 128 tokens upwards.
+    """Return the size of the smallest pass that runs at nearly the best rate, from 128 tokens upwards.
 
     `run_pass(n)` does one forward and backward pass over n tokens.
     """
@@ -125,7 +125,7 @@ def _timed(run_pass: Callable[[int], None], size: int, device: torch.device) -> 
 
 
 def _read(file: Path) -> dict[str, int]:
-    """Return the budgets that are kept; whatever else is in the file is as good as absent."""
+    """Return the budgets that are kept; anything else in the file counts as absent."""
     try:
         values = json.loads(file.read_text())
         return {key: value for key, value in values.items() if isinstance(value, int) and value > 0}

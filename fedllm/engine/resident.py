@@ -19,6 +19,7 @@ class Resident:
     """Hands out what it holds when asked for the same again; another model replaces the one before."""
 
     def __init__(self) -> None:
+        # One each: a second base model might not fit in memory next to the first.
         self._tokenizer = lru_cache(maxsize=1)(load_tokenizer)
         self._base = lru_cache(maxsize=1)(self._load)
         self._engine = lru_cache(maxsize=1)(Engine)

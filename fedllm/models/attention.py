@@ -115,7 +115,7 @@ def _varlen(
 
 @lru_cache(maxsize=32)  # a pass has few, and those of long rows are megabytes
 def _mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return who sees whom [queries, keys], the last query at the last key; None for plain causality.
+    """Return which keys a query sees [queries, keys], the last query at the last key; None if simply causal.
 
     Every layer of a pass asks for the same few.
     """

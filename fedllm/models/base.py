@@ -73,7 +73,7 @@ def choose_model(config: ModelConfig) -> ChosenModel:
 
 
 def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
-    """Load a base model whose tokenizer is there already; raises as `load_base`."""
+    """Load a base model; its tokenizer is there already. Raises as `load_base`."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 

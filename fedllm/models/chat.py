@@ -86,7 +86,7 @@ def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt_answer: bool = Fa
         text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=prompt_answer
         )
-    except TemplateError:  # whose message may quote a turn
+    except TemplateError:  # its message may quote a turn, so it is not passed on
         roles = ", ".join(turn.role for turn in turns)
         raise DataError(f"the model's chat template refuses a conversation of {roles}") from None
     return str(text)

@@ -192,6 +192,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
+    # safetensors stores no tensor twice; transformers ties them again when it loads.
     tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     # transformers marks a model read from GGUF as quantised and refuses to save it; its tensors are plain.

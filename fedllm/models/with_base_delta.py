@@ -34,7 +34,7 @@ def with_base_delta(base: BaseModel, base_delta: BaseDelta) -> Iterator[None]:
     originals = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = weights[name]
+            parameter.data = weights[name]  # a new pointer: the original tensor is not written to
         yield
     finally:
         for name, parameter in parameters.items():

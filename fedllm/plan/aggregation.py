@@ -20,6 +20,7 @@ MAX_MALICIOUS = 0.2  # of a round's clients, where aggregation.robust names no s
 
 PRIVATE_PRESET = "ffa"  # of a run with differential privacy that names no rule of its own
 AXES = ("aggregation.train", "aggregation.read-out", "aggregation.weighting")
+# A person who names no rule has these, and only then privacy may choose one.
 _DEFAULT_AXES = ("both", "svd", "")  # train, read-out and preset where none is named
 
 
@@ -132,6 +133,7 @@ def aggregation_rule(given: AggregationConfig, privacy: PrivacyConfig, *, node_s
     preset, asked_weighting = given.preset, given.weighting
     if privacy.epsilon != "off" and (given.train, given.read_out, preset) == _DEFAULT_AXES:
         preset = PRIVATE_PRESET
+        # Rows as weights are bounded by a cap; under DP-SGD the noise is in the update, whatever its weight.
         is_capped = privacy.weight_cap != "off" or privacy.unit == "example"
         asked_weighting = asked_weighting if is_capped or asked_weighting != "examples" else "uniform"
     train, read_out, weighting = _preset_axes(preset, (given.train, given.read_out, asked_weighting))

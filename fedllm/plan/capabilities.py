@@ -65,7 +65,9 @@ _BY_VALUE = Setting("it compares clients value by value", [SHARED_VALUES], inste
 _BY_LOSS = Setting("clients are chosen by their losses, which are private", hides=[NOISE])
 _NONE_HELD = Setting("clients hold no rows out", hides=[HELD_OUT_LOSSES])
 
+# Order matters for the reader alone: of several conflicts the first one found is reported.
 SETTINGS: dict[str, dict[Scalar, Setting]] = {
+    # Privacy: whatever a server learns of a client must be clipped, noised and charged.
     "privacy.epsilon": {
         "off": Setting("nothing is clipped or noised", hides=[BUDGET], instead=8.0),
         ANY: Setting("the guarantee covers what is noised in its own round", [NOISE, FRESH_UPDATES]),
@@ -76,6 +78,7 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         "client": Setting("all that a client does is protected, its speed too", [ANY_SPEED], [], "example"),
         "example": Setting("every client adds the noise itself", [], [NOISED_SUM], "client"),
     },
+    # With central noise no single update outlives the round: only the noised sum may be used.
     "privacy.trust": {
         "central": Setting(
             "the server clips every update once more and keeps one noised sum over a fixed number",
@@ -92,6 +95,7 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         "off": Setting("nothing bounds weights by rows", hides=[CAPPED_WEIGHTS], instead=100.0),
         ANY: Setting("weights count rows up to the cap", [NOISED_SUM, ROW_WEIGHTS]),
     },
+    # The cohort: who takes part, and when an update counts.
     "federation.selection": {
         "poisson": Setting("a round waits for all whom coins have drawn", [FRESH_UPDATES], [FIXED_COHORT]),
         "weighted": Setting("clients with more rows are chosen more often", hides=[ANY_SIZE]),
@@ -104,14 +108,17 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
     "federation.max-staleness": {
         ANY: Setting("a late update counts in another round", [OWN_UPDATES, STABLE_FACTORS], [FRESH_UPDATES])
     },
+    # What a node holds and sends.
     "model.quantization": {ANY: Setting("weights of so few bits cannot hold a sum", [FIXED_BASE])},
     "lora.client-ranks": {ANY: Setting("clients train different ranks", hides=[ONE_RANK, SHARED_VALUES])},
     "wire.node-sum": {ANY: Setting("a node sends one sum for all its clients", [ONE_RANK], [OWN_UPDATES])},
+    # Aggregation. Products B A of clients can be compared; their factors only where one of them is shared.
     "aggregation.train": {
         "both": Setting("B G and G^-1 A are the same adapter for any G", [], [SHARED_VALUES], "b"),
         "b": Setting("A never changes, so that the mean of B is exact already", hides=[BOTH_FACTORS]),
         "alternate": Setting("clients send B and A in turn", hides=[BOTH_FACTORS, STABLE_FACTORS]),
     },
+    # A stack or residual of an earlier round cannot be taken back, so no momentum can act on it.
     "aggregation.read-out": {
         "svd": Setting("svd writes the mean product in new factors", _PRODUCTS, [STABLE_FACTORS]),
         "projection": Setting("a new B is fitted to the mean of A", _PRODUCTS, [STABLE_FACTORS]),
@@ -138,6 +145,7 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
     "aggregation.server-learning-rate": {
         ANY: Setting("another step size reaches the adapter alone", [FIXED_BASE, OUR_MEAN])
     },
+    # Local training and what clients keep.
     "train.control-variates": {
         ANY: Setting(
             "SCAFFOLD exchanges gradients of both factors besides the updates",
@@ -155,6 +163,7 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
     },
     "train.clip-norm": {"off": Setting("nothing bounds what one client adds", hides=[CLIPPED_GRADIENTS])},
     "personal.mode": {ANY: Setting("personal adapters go on top of a shared one", [SHARED_B])},
+    # Distillation at the server.
     "distill.when": {ANY: Setting("clients' own adapters teach", [OWN_UPDATES, SHARED_B, OUR_MEAN])},
     "distill.gate": {"clients": Setting("clients judge the result", [HELD_OUT_LOSSES], instead="public")},
     "distill.originality": {"on": Setting("data holders count matches with their rows", hides=[NOISE])},

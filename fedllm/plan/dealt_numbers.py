@@ -21,6 +21,7 @@ def deal_ranks(text: str, client_ids: Iterable[str], rank: int) -> dict[str, int
     if names:
         named = dict(zip(names, ranks, strict=True))
         return {client: named.get(client, rank) for client in clients}
+    # By sorted id, so that every machine deals alike.
     return {client: ranks[place % len(ranks)] for place, client in enumerate(clients)}
 
 

@@ -38,7 +38,7 @@ class DistillationPlan:
 
     @property
     def num_held_out(self) -> int:
-        """How many texts are held out beside those that are distilled on."""
+        """How many texts are held out, besides those that are distilled on."""
         return num_held_out(self.numbers.num_texts)
 
     @property
@@ -87,21 +87,13 @@ def distillation_plan(
         is_screened=section.originality == "on" or (section.originality == "auto" and privacy is None),
         asks_clients=section.gate == "clients" or (section.gate == "auto" and may_ask and not public),
     )
-    if plan.is_screened and plan.num_screened:
-        _check_screening(plan)
+    # One overlap query is all that a round has to ask the data holders with.
+    most = {"num-texts": (plan.num_screened, MAX_TEXTS), "max-tokens": (section.max_tokens, MAX_SHINGLES)}
+    for key, (number, limit) in most.items():
+        if plan.is_screened and plan.num_screened and number > limit:
+            raise ConfigError(
+                f"distill.{key}: data holders can be asked about {MAX_TEXTS} synthetic texts of"
+                f" {MAX_SHINGLES} tokens in a round, and this is {number}; lower it, or set"
+                " distill.originality = 'off'"
+            )
     return plan
-
-
-def _check_screening(plan: DistillationPlan) -> None:
-    """Refuse what one overlap query, all that a round has, cannot ask of the data holders."""
-    number, most = plan.num_screened, plan.numbers.max_tokens
-    if number > MAX_TEXTS:
-        raise ConfigError(
-            f"distill.num-texts = {plan.numbers.num_texts} has {number} synthetic texts written, and data"
-            f" holders can be asked about {MAX_TEXTS} a round; lower it, or set distill.originality = 'off'"
-        )
-    if most > MAX_SHINGLES:
-        raise ConfigError(
-            f"distill.max-tokens = {most} is above the {MAX_SHINGLES} of which data holders can be asked in"
-            " one synthetic text; lower it, or set distill.originality = 'off'"
-        )

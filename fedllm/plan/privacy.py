@@ -6,7 +6,7 @@ client   the unit is all a client ever sends. Its update of a round is clipped t
          distributed  by every client in a part, to a masked sum; arithmetic only, until sums can be masked
 example  the unit is one row of one client. Every step of its training draws each row by a coin (Poisson),
          clips each row's gradient to C and adds N(0, (zC)^2) to their sum (DP-SGD, arXiv 1607.00133). All
-         of it is done beside the rows, so the server is not trusted
+         of it is done by the client, so the server is not trusted
 
 Everything a server does with what has been noised is post-processing and costs nothing. What is counted as
 sampling is what is done: coins where coins are tossed (`federation.selection = "poisson"`, DP-SGD), nothing
@@ -22,7 +22,7 @@ from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
 from fedllm.privacy.accounting import Charge, noise_for, rate_bound
 
-FEDERATION = "federation"  # the account of a run whose clients are all charged alike
+FEDERATION = "federation"  # the one account of a run that charges all clients alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,10 @@ class PrivacyPlan:
     `clip` is C: of a client's update, or of one row's gradient. `noise_multiplier` is z, 0 where it is
     calibrated: the least that lets a unit take part `participations` times within the budget. A participation
     is `steps` releases: one update of a client, or its local steps. With a `limit` above 0 a client that has
-    taken part so often is not asked again. `rate` is the probability of a client's
-    coin (1 = no coins), `denominator` the number a noised sum is divided by. `batch_size` is the number of
-    rows a step draws on average. `weight_cap` is the number of rows from which a client counts fully; 0 = all
-    count alike. `metrics` says what else leaves a client.
+    taken part so often is not asked again. `rate` is the probability of a client's coin (1 = no coins),
+    `denominator` the number a noised sum is divided by. `batch_size` is the number of rows a step draws on
+    average. `weight_cap` is the number of rows from which a client counts fully; 0 = all count alike.
+    `metrics` says what else leaves a client.
     """
 
     epsilon: float
@@ -54,17 +54,6 @@ class PrivacyPlan:
     weight_cap: float = 0.0
     metrics: str = "withheld"
 
-    def __post_init__(self) -> None:
-        if not (self.epsilon > 0 and 0 < self.delta < 1 and self.clip > 0):
-            raise ConfigError("a privacy plan needs epsilon and clip above 0 and delta between 0 and 1")
-        if self.unit not in {"example", "client"} or self.trust not in {"central", "local", "distributed"}:
-            raise ConfigError(f"no privacy plan is known for unit {self.unit!r} and trust {self.trust!r}")
-        if self.unit == "example" and self.trust != "local":
-            raise ConfigError(
-                f"privacy.trust = {self.trust!r}: of one row only its client can bound the influence, so"
-                " under privacy.unit = 'example' the noise is the client's; leave trust at auto"
-            )
-
     @property
     def is_central(self) -> bool:
         """Whether the server adds the noise."""
@@ -82,7 +71,7 @@ class PrivacyPlan:
 
     @property
     def relation(self) -> str:
-        """When two federations are neighbours, whose results must be hard to tell apart."""
+        """Which two federations count as neighbours: their results must be hard to tell apart."""
         if self.is_by_example:
             return "add-or-remove-one: the same rows of a client, with or without one of them"
         if self.is_local_client:
@@ -105,7 +94,7 @@ class PrivacyPlan:
 
     def sampling_rate(self, num_rows: int) -> float:
         """Return the probability of a row's coin in a step of DP-SGD: exactly batch / rows, at most 1."""
-        return min(1.0, self.batch_size / num_rows)
+        return min(1.0, self.batch_size / num_rows)  # fewer rows than a batch: all of them, every step
 
     def split_noise(self, z: float) -> tuple[float, float]:
         """Return (z of the sum, deviation of the count) where the clip is adaptive (arXiv 1905.03871).
@@ -117,7 +106,7 @@ class PrivacyPlan:
         Raises:
             ConfigError: the count alone would take more than the whole budget.
         """
-        count_deviation = self.denominator / 20
+        count_deviation = self.denominator / 20  # the share that the paper recommends
         left = z**-2 - (2 * count_deviation) ** -2
         if left <= 0:
             raise ConfigError(
@@ -157,7 +146,18 @@ def privacy_plan(
     by_example = section.unit == "example"
     automatic = "local" if by_example else "central"
     trust = automatic if section.trust == "auto" else section.trust
+    if by_example and trust != "local":
+        raise ConfigError(
+            f"privacy.trust = {trust!r} cannot go with privacy.unit = 'example': only its client can bound"
+            " what one row does; set privacy.trust = 'auto'"
+        )
+    if trust == "distributed":
+        raise ConfigError(
+            "privacy.trust = 'distributed': a client's part of the noise protects nothing until the server"
+            " sees only a masked sum, which is not built yet; use central or local"
+        )
     rounds = federation.num_rounds
+    # Noise that a client adds itself is counted without coins: the server knows who was drawn.
     has_coins = cohort.rule == "poisson" and trust != "local"
     plan = PrivacyPlan(
         epsilon=section.epsilon,
@@ -170,17 +170,12 @@ def privacy_plan(
         participations=rounds if has_coins else number_or(section.max_participations, rounds),
         steps=train.local_steps if by_example else 1,
         rate=cohort.size / cohort.num_clients if has_coins else 1.0,
-        denominator=float(cohort.size),
+        denominator=float(cohort.size),  # expected, not met: who came must not change the divisor
         batch_size=train.batch_size,
         limit=number_or(section.max_participations, 0),
         weight_cap=number_or(section.weight_cap, 0.0),
         metrics=section.metrics if section.metrics != "auto" else ("held-out" if by_example else "withheld"),
     )
-    if trust == "distributed":
-        raise ConfigError(
-            "privacy.trust = 'distributed': a client's part of the noise protects nothing until the server"
-            " sees only a masked sum, which is not built yet; use central or local"
-        )
     if plan.rate < 1 and (plan.limit or federation.min_clients > 1):
         key = "privacy.max-participations" if plan.limit else "federation.min-clients"
         raise ConfigError(

@@ -69,11 +69,13 @@ class RunPlan:
         rule, privacy = self.aggregation, self.privacy
         axes = zip(AXES, (rule.train, rule.read_out, rule.weighting), strict=True)
         keys = {**self.config.to_flat(), **dict(axes), "lora.init-a": self.init_a}
+        # A rate of 1 leaves the mean as it is, however it is written.
         unused = ["aggregation.server-learning-rate"] if rule.optimizer.is_plain else []
         if privacy is None:
             unused += ["privacy.unit", "privacy.trust", "privacy.metrics", "privacy.weight-cap"]
         else:
             keys |= {"privacy.trust": privacy.trust, "privacy.metrics": privacy.metrics}
+            # Only a central sum is divided by a number that weights must not exceed.
             unused += [] if privacy.is_central or privacy.weight_cap else ["privacy.weight-cap"]
         if self.distillation is None:
             unused += ["distill.gate", "distill.originality"]
@@ -103,6 +105,7 @@ def resolve(config: RunConfig) -> RunPlan:
         ConfigError: two values contradict each other, or would together not do what they say.
     """
     run, data, federation = config.run, config.data, config.federation
+    # The name becomes a folder: it must not lead out of run.output or be hidden.
     if not run.name or "/" in run.name or run.name.startswith("."):
         raise ConfigError(f"run.name = {run.name!r}: expected a plain folder name")
     _check_canaries(config.audit, config.train.max_length)
@@ -124,6 +127,7 @@ def resolve(config: RunConfig) -> RunPlan:
         distillation=distillation,
         init_a=_init_a(config.lora.init_a, is_private=privacy is not None),
         prompts=tuple(part.strip() for part in config.evaluation.prompts.split("||") if part.strip()),
+        # JSON with sorted keys is the same text on every machine.
         digest=hashlib.sha256(json.dumps(fixed_keys(config), sort_keys=True).encode()).hexdigest(),
     )
     _check_padding(rule, config.lora)

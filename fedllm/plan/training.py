@@ -34,6 +34,7 @@ def personal_training(section: PersonalConfig) -> PersonalTraining | None:
 def local_training(train: TrainConfig, dropout: float, *, round_num: int, num_rounds: int) -> LocalTraining:
     """Return how a client trains in a round, counted from 1."""
     word, proximal = split_number(train.proximal, 0.0)
+    # No word before the number: the pull acts on A and B themselves.
     rate = train.learning_rate
     if train.schedule == "cosine":  # half a cosine over the run; rounds beyond it stay at its end
         progress = min(1.0, (round_num - 1) / num_rounds)

@@ -1,8 +1,8 @@
 """A checkpoint after every round, from which a run continues bit for bit.
 
-`checkpoints/round-00003/` holds the adapter, the state beside it, what was added to the base model, what the
-server optimizer remembers, and a manifest of them all. It is built aside and renamed; the one before is kept,
-so that a damaged newest one costs a single round.
+`checkpoints/round-00003/` holds the adapter, counts and records, what was added to the base model, what the
+server optimizer remembers, and a manifest of them all. It is built in a hidden folder and renamed, so that it
+is whole or absent; the one before is kept, so that a damaged newest one costs a single round.
 """
 
 import json
@@ -23,8 +23,8 @@ from fedllm.plan.run_plan import fixed_keys
 from fedllm.privacy.ledger import Ledger, ledger_from_dict, ledger_to_dict
 from fedllm.runs.records import OptimizerState, RoundRecord, record_from_dict, record_to_dict
 
-NUM_KEPT = 2
-# there only where they hold something
+NUM_KEPT = 2  # should the newest be damaged, a run goes on from the one before
+# Written only where they hold something.
 BASE_DELTA, OPTIMIZER, CONTROL = "base-delta.safetensors", "optimizer.safetensors", "control.safetensors"
 UNDISTILLED = "undistilled.safetensors"
 
@@ -33,21 +33,18 @@ UNDISTILLED = "undistilled.safetensors"
 class ServerState:
     """What a server carries from round to round, and all a resumed run needs.
 
-    `num_drawn` counts the rows each client has drawn; `round_num` is the last complete round (0 = none);
-    `base_delta` is what the base model has gained (left out: nothing); `norms` are the median norms of the
-    last
-    rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one; `ledger`
-    is what was given away under a privacy plan, `clip` the norm that an adaptive clip has come to (0 = the
-    plan's own); `undistilled` is what the last round aggregated, where distilling it gave `adapter`.
+    `round_num` is the last complete round (0 = none), `num_drawn` counts the rows each client has drawn.
+    `base_delta` is what the base model has gained (left out: nothing). `norms` are the median norms of the
+    last rounds' changes, which robust rules compare with; `control` is SCAFFOLD's c, once there is one.
+    `ledger` is what was given away under a privacy plan, `clip` the norm that an adaptive clip has come to
+    (0 = the plan's own). `undistilled` is what the last round aggregated, where distilling it gave `adapter`.
     """
 
     round_num: int
     adapter: AdapterState
     num_drawn: Mapping[str, int] = field(default_factory=dict)
     records: tuple[RoundRecord, ...] = ()
-    base_delta: BaseDelta = cast(
-        BaseDelta, None
-    )  # what is left out is filled in below, since it needs the layout
+    base_delta: BaseDelta = cast(BaseDelta, None)  # filled in below, since it needs the layout
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     norms: tuple[float, ...] = ()
     control: AdapterState | None = None
@@ -106,42 +103,38 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
     passed_over = []
     for path in _rounds(folder):
         try:
-            verify_manifest(path)
-            content = json.loads((path / "state.json").read_text())
-            saved_layout = layout_from_dict(content["layout"])
-            adapter = load_tensors(path / "adapter.safetensors", saved_layout).checked_finite()
-            base_delta = _load_base_delta(path / BASE_DELTA, saved_layout)
-            optimizer = _load_optimizer(path / OPTIMIZER, content.get("num_steps", 0), saved_layout.size)
-            control = _load_adapter(path / CONTROL, saved_layout)
-            undistilled = _load_adapter(path / UNDISTILLED, saved_layout)
-            spent = ledger_from_dict(content.get("ledger", ()))
-            records = tuple(record_from_dict(values) for values in content["records"])
-            round_num, num_drawn, saved = content["round"], content["num_drawn"], content["config"]
+            state, saved_keys = _read_checkpoint(path)
         except (FedLLMError, OSError, ValueError, KeyError, TypeError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue
-        _check_same(saved, config)
-        if saved_layout.digest != layout.digest:
+        _check_same(saved_keys, config)
+        if state.adapter.layout.digest != layout.digest:
             raise ConfigError(
                 f"{path} is of another base model or adapter layout; resume with the same model"
             )
-        return (
-            ServerState(
-                round_num=round_num,
-                adapter=adapter,
-                num_drawn=num_drawn,
-                records=records,
-                base_delta=base_delta,
-                optimizer=optimizer,
-                norms=tuple(content.get("norms", ())),
-                control=control,
-                ledger=spent,
-                clip=content.get("clip", 0.0),
-                undistilled=undistilled,
-            ),
-            passed_over,
-        )
+        return state, passed_over
     raise CheckpointError(f"no intact checkpoint in {folder}; start without --resume")
+
+
+def _read_checkpoint(path: Path) -> tuple[ServerState, dict[str, Scalar]]:
+    """Return the state in one checkpoint folder, and the keys of the run that wrote it."""
+    verify_manifest(path)  # first: what follows trusts that every file which was written is there
+    content = json.loads((path / "state.json").read_text())
+    layout = layout_from_dict(content["layout"])
+    state = ServerState(
+        round_num=content["round"],
+        adapter=load_tensors(path / "adapter.safetensors", layout).checked_finite(),
+        num_drawn=content["num_drawn"],
+        records=tuple(record_from_dict(values) for values in content["records"]),
+        base_delta=_load_base_delta(path / BASE_DELTA, layout),
+        optimizer=_load_optimizer(path / OPTIMIZER, content["num_steps"], layout.size),
+        norms=tuple(content["norms"]),
+        control=_load_adapter(path / CONTROL, layout),
+        ledger=ledger_from_dict(content["ledger"]),
+        clip=content["clip"],
+        undistilled=_load_adapter(path / UNDISTILLED, layout),
+    )
+    return state, content["config"]
 
 
 def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
@@ -149,7 +142,7 @@ def _load_adapter(file: Path, layout: AdapterLayout) -> AdapterState | None:
 
 
 def _load_base_delta(file: Path, layout: AdapterLayout) -> BaseDelta:
-    if not file.exists():  # the manifest has vouched for every file that was written
+    if not file.exists():  # nothing was added to the base model
         return no_base_delta(layout)
     return from_tensors(layout, load_named(file)).checked_finite()
 

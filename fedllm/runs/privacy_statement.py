@@ -18,7 +18,7 @@ AUDIT = (
 )
 _NOISED_BY = {
     "central": "the server adds the noise and sees every clipped update: it is trusted",
-    "local": "every data holder adds the noise beside its rows: the server is not trusted",
+    "local": "every data holder adds the noise to what it sends: the server is not trusted",
     "distributed": "every data holder adds a part of the noise to a masked sum",
 }
 

@@ -29,7 +29,7 @@ def spread_of(losses: Mapping[str, float]) -> Spread:
     return Spread(mean, losses[worst_client], worst_client, max(values) - min(values), deviation)
 
 
-def of_same_clients(columns: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def keep_common_clients(columns: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Return columns of losses with only the clients that all of them have, by name.
 
     Empty columns are left out: they measured nothing, so they say nothing about who can be compared.
@@ -39,6 +39,6 @@ def of_same_clients(columns: Mapping[str, Mapping[str, float]]) -> dict[str, dic
     return {name: {client: losses[client] for client in clients} for name, losses in shown.items()}
 
 
-def described(losses: Mapping[str, float]) -> dict[str, Any]:
+def spread_and_losses(losses: Mapping[str, float]) -> dict[str, Any]:
     """Return losses as `result.json` has them: the spread's numbers, and every client's loss."""
     return {**asdict(spread_of(losses)), "clients": dict(losses)}

@@ -45,7 +45,8 @@ class Holding:
 
 def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
     """Return the message content of a train request; adapter, base delta and control travel as float32."""
-    content = _write(request, sending, {"ranks": list(request.ranks), "clip": request.clip})
+    ranks = [request.ranks[client_id] for client_id in request.drawn]
+    content = _write(request, sending, {"ranks": ranks, "clip": request.clip})
     if request.control is not None:
         control = request.control
         array = _array(control.vector, control.layout, request.round_num, "control")
@@ -63,11 +64,11 @@ def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: di
     sent = part_of(adapter.layout, adapter.vector, sending.part)
     config: dict[str, Any] = {
         "round": request.round_num,
-        "client-ids": list(request.client_ids),
+        "client-ids": list(request.drawn),
         "part": sending.part,
-        "adapter": adapter.digest,
+        "adapter": adapter.digest,  # of the whole, whatever part travels
         "base-delta": base_delta.digest,
-        "num-drawn": list(request.num_drawn),
+        "num-drawn": list(request.drawn.values()),
         "plan": request.plan_digest,
         **values,
     }
@@ -80,6 +81,7 @@ def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: di
 
 
 def _array(vector: torch.Tensor, layout: AdapterLayout, round_num: int, part: str) -> Array:
+    # Unrounded: every client must start from the server's bits, which the digest vouches for.
     packet = packets.encode(
         vector, layout_digest=layout.digest, round_num=round_num, payload="fp32", part=part
     )
@@ -110,7 +112,7 @@ def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Hold
     config = content.config_records["request"]
     return TrainRequest(
         **_read_common(content, layout, holding),
-        ranks=tuple(list_field(config, "ranks", int)),
+        ranks=_by_client(config, "ranks"),
         control=_read_control(content, layout),
         clip=scalar_field(config, "clip", float),
     )
@@ -128,12 +130,19 @@ def _read_common(content: RecordDict, layout: AdapterLayout, holding: Holding) -
         raise OtherConfigError("the server runs another configuration than this node was given")
     return {
         "round_num": scalar_field(config, "round", int),
-        "client_ids": tuple(list_field(config, "client-ids", str)),
-        "num_drawn": tuple(list_field(config, "num-drawn", int)),
+        "drawn": _by_client(config, "num-drawn"),
         "plan_digest": holding.plan_digest,
         "adapter": _read_adapter(content, layout, holding),
         "base_delta": _read_base_delta(content, layout, holding),
     }
+
+
+def _by_client(config: ConfigRecord, name: str) -> dict[str, int]:
+    """Return a list of numbers by the client that each is of."""
+    client_ids, numbers = list_field(config, "client-ids", str), list_field(config, name, int)
+    if not len(client_ids) == len(set(client_ids)) == len(numbers):
+        raise WireError(f"field {name!r} or 'client-ids' is not one entry for every client")
+    return dict(zip(client_ids, numbers, strict=True))
 
 
 def _read_adapter(content: RecordDict, layout: AdapterLayout, holding: Holding) -> AdapterState:
@@ -144,7 +153,7 @@ def _read_adapter(content: RecordDict, layout: AdapterLayout, holding: Holding) 
     sent = _read_packet(content, "adapter", layout, part, part_size(layout, part))
     rest = None if part == "both" else holding.initial().vector
     state = AdapterState(layout, whole_of(layout, sent, part, rest)).checked_finite()
-    if state.digest == digest:
+    if state.digest == digest:  # the sent part and this machine's own make the server's adapter
         return state
     if part == "both":
         raise WireError("the adapter has not the digest that its request names")
@@ -156,14 +165,14 @@ def _read_adapter(content: RecordDict, layout: AdapterLayout, holding: Holding) 
 def _read_base_delta(content: RecordDict, layout: AdapterLayout, holding: Holding) -> BaseDelta:
     config = content.config_records["request"]
     digest = scalar_field(config, "base-delta", str)
-    if not digest:
+    if not digest:  # the base model as it was published
         return no_base_delta(layout)
     if "base-delta" not in content.array_records:
         held = holding.base_delta(digest)
         if held is None:
             raise NotHeldError("the base delta that the request names is not held here; it is sent next time")
         return held
-    ranks = list_field(config, "base-delta-ranks", int)
+    ranks = list_field(config, "base-delta-ranks", int)  # it grows with the rounds, so no layout tells them
     if len(ranks) != len(layout.matrices) or min(ranks) < 0:
         raise WireError("field 'base-delta-ranks' does not give a rank to every matrix")
     flat = _read_packet(content, "base-delta", layout, "base-delta", flat_size(layout, ranks))
@@ -182,7 +191,7 @@ def _read_control(content: RecordDict, layout: AdapterLayout) -> AdapterState | 
 
 def _read_packet(content: RecordDict, name: str, layout: AdapterLayout, part: str, size: int) -> torch.Tensor:
     record = content.array_records[name]
-    if list(record) != [name]:
+    if list(record) != [name]:  # what is not read is not taken either
         raise WireError(f"a request carries exactly one {name}")
     round_num = scalar_field(content.config_records["request"], "round", int)
     packet = packets.decode(

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from clients.data_holder import DataHolder
-from clients.jobs import plan_node_round
 from clients.protect import node_mean
-from clients.techniques import techniques_of
+from clients.techniques import plan_node_round
 from clients.train import prepare_clients, train_clients
 from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_rank
@@ -51,7 +50,7 @@ def leaving_message(case: Case) -> Message:
     answers = train_clients(holder, request)
     payload, round_num = plan.config.wire.codec, request.round_num
     part = plan.aggregation.returned_in(round_num)
-    if plan.is_summed(request.ranks):
+    if plan.is_summed(request.ranks.values()):
         mean_P = node_mean([one for one in answers if isinstance(one, ClientUpdate)])
         content = replies.write_sum(answers, mean_P, layout=layout, part=part, payload=payload)
         update = replies.read_sum(content, layout=layout, part=part, round_num=round_num)[0]
@@ -60,7 +59,7 @@ def leaving_message(case: Case) -> Message:
         (update,) = replies.read_updates(
             content,
             layout=layout,
-            ranks=dict(zip(request.client_ids, request.ranks, strict=True)),
+            ranks=request.ranks,
             part=part,
             round_num=round_num,
             with_controls=request.control is not None,
@@ -70,9 +69,9 @@ def leaving_message(case: Case) -> Message:
     vectors = {"update": update.delta}
     if update.control_delta is not None:
         vectors["control variate"] = update.control_delta
-    rank = request.ranks[0]
+    rank = min(request.ranks.values())  # several clients of one sum have the same
     return Message(
-        clients=request.client_ids,
+        clients=tuple(request.drawn),
         part=part,
         layout=at_rank(layout, rank),
         start=with_rank(request.adapter.vector, layout, rank),
@@ -96,9 +95,8 @@ def request_of(case: Case) -> TrainRequest:
     return TrainRequest(
         # Where factors alternate, the round that trains A is attacked.
         round_num=next((number for number in (1, 2) if plan.aggregation.trained_in(number) != "b"), 1),
-        client_ids=names,
-        num_drawn=(0,) * len(names),
-        ranks=tuple(ranks[name] for name in names),
+        drawn=dict.fromkeys(names, 0),
+        ranks={name: ranks[name] for name in names},
         adapter=adapter,
         base_delta=base_delta,
         plan_digest=plan.digest,
@@ -109,7 +107,5 @@ def request_of(case: Case) -> TrainRequest:
 
 def _trained_rows(holder: DataHolder, request: TrainRequest) -> Iterator[Encoded]:
     """Yield the rows that the clients of a request train on, as they draw them."""
-    techniques = techniques_of(holder.plan, request.adapter.layout)
-    drawn = dict(zip(request.client_ids, request.num_drawn, strict=True))
-    for work in prepare_clients(plan_node_round(holder, request), techniques, drawn):
+    for work in prepare_clients(plan_node_round(holder, request), request.drawn):
         yield from (row for batch in work.job.batches for row in batch)

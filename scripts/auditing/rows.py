@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from clients.canaries import canary_file
-from clients.data_holder import ClientTokens, DataHolder
+from clients.data_holder import DataHolder
+from clients.tokens import ClientTokens
 from fedllm.attacks.canaries import Canary, canary_rows, secret_canaries
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import draw_rows

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.data_holder import hosted_rows
+from clients.tokens import hosted_rows
 from fedllm.config.keys import DataConfig
 from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import Example, Turn

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from clients.data_holder import hosted_rows
+from clients.tokens import hosted_rows
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import Job

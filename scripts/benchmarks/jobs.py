@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from clients.data_holder import DataHolder
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
+from clients.techniques import plan_node_round
 from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import initial_adapter
 from fedllm.engine.jobs import Job
@@ -21,9 +22,8 @@ def round_jobs(holder: DataHolder, *, round_num: int, steps: int) -> list[Job]:
     adapter = initial_adapter(layout, plan.config.seed, plan.init_a)
     request = TrainRequest(
         round_num=round_num,
-        client_ids=tuple(clients),
-        num_drawn=(drawn,) * len(clients),
-        ranks=(layout.rank,) * len(clients),
+        drawn=dict.fromkeys(clients, drawn),
+        ranks=dict.fromkeys(clients, layout.rank),
         adapter=adapter,
         base_delta=no_base_delta(layout),
         plan_digest=plan.digest,

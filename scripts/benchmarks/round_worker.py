@@ -34,7 +34,7 @@ NODE = {"server-paths": True}  # this process is the data holder, so it opens th
 # The parts of a round: functions that do not call each other, each where its caller looks it up.
 PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "train": (("fedllm.engine.engine", "Engine.train"),),
-    "rows": (("clients.train", "make_job"), ("clients.personal", "make_job")),
+    "rows": (("clients.jobs", "make_job"), ("clients.personal", "make_job")),
     "protect": (("clients.protect", "protect"),),
     "wire": (
         *(("fedllm.wire.requests", name) for name in ("write_train_request", "read_train_request")),

@@ -10,10 +10,11 @@ from clients.data_holder import DataHolder
 from clients.process import Process
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_size
-from fedllm.config.run_config import RunConfig
+from fedllm.config.key import Scalar
+from fedllm.config.keys import DistillConfig
 from fedllm.models.base import describe_layout
-from fedllm.plan.dealt_numbers import deal_ranks
-from fedllm.plan.run_plan import resolve
+from fedllm.plan.aggregation import AXES
+from fedllm.plan.run_plan import RunPlan, resolve
 from fedllm.runs.privacy_statement import summary_line
 from fedllm.wire.packets import payload_bytes
 from scripts.console import Console
@@ -25,32 +26,33 @@ def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
     """Print what the run that `words` describe would do: sizes, tokens, bytes a round, and every key."""
     config = config_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
     holder = Process().open(own_rows(config).to_flat(), {"server-paths": True})
-    plan = figures_of(config, holder)
+    plan = resolve(config)
+    figures = figures_of(plan, holder)
     if as_json:
-        print(json.dumps({"plan": plan, "config": config.to_flat()}))
+        print(json.dumps({"plan": figures, "config": config.to_flat()}))
         return
     console = Console()
     table = Table("plan", "", box=None, show_header=False, pad_edge=False)
-    for name, value in plan.items():
+    for name, value in figures.items():
         table.add_row(name, value if isinstance(value, str) else f"{value:,}")
     console.rich.print(table)
     console.line("\nkeys (any of them as key=value, in a recipe, or in flwr run --run-config):")
-    resolved = resolved_axes(config)
+    replaced = replaced_values(plan)
     for key, value in config.to_flat().items():
-        instead = f" (in use: {resolved[key]!r})" if key in resolved else ""
+        instead = f" (in use: {replaced[key]!r})" if key in replaced else ""
         console.line(f"  {key} = {value!r}{instead}" if isinstance(value, str) else f"  {key} = {value}")
 
 
-def figures_of(config: RunConfig, holder: DataHolder) -> dict[str, Any]:
+def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:
     """Return the figures of a run, counted from its rows and layout."""
+    config, privacy = plan.config, plan.privacy
     layout = describe_layout(config.model, config.lora)
     clients = [client for client in holder.clients.values() if client.train]
     rows = [row for client in clients for row in client.train]
     mean_tokens = sum(len(row.tokens) for row in rows) / max(1, len(rows))
     supervised = sum(row.num_supervised for row in rows) / max(1, sum(len(row.tokens) for row in rows))
-    cohort, train = resolve(config).cohort.size, config.train
+    cohort, train = plan.cohort.size, config.train
     tokens = round(mean_tokens * train.local_steps * train.batch_size * cohort)
-    privacy = resolve(config).privacy
     sizes = sorted(len(client.train) for client in clients)
     return {
         "base model": f"{config.model.name} (fingerprint {layout.fingerprint[:16]})",
@@ -62,37 +64,30 @@ def figures_of(config: RunConfig, holder: DataHolder) -> dict[str, Any]:
         "cohort": f"{cohort} clients, {train.local_steps} steps of {train.batch_size} rows each",
         "tokens a round": tokens,
         "tokens of the run": tokens * config.federation.num_rounds,
-        **_bytes(config, layout, [client.client_id for client in clients]),
-        "aggregation": _aggregation(config),
-        "distillation": _distillation(config),
+        **_bytes(plan, layout, [client.client_id for client in clients]),
+        "aggregation": _aggregation(plan),
+        "distillation": _distillation(config.distill),
         "privacy": summary_line(privacy) if privacy else "no differential privacy; updates are not masked",
     }
 
 
-def resolved_axes(config: RunConfig) -> dict[str, str]:
-    """Return the keys of the rule whose value a preset, or privacy, replaces, each with the value in use."""
-    rule, given = resolve(config).aggregation, config.aggregation
-    in_use = {
-        "aggregation.train": (rule.train, given.train),
-        "aggregation.read-out": (rule.read_out, given.read_out),
-        "aggregation.weighting": (rule.weighting, given.weighting),
-    }
-    return {key: used for key, (used, named) in in_use.items() if used != named}
+def replaced_values(plan: RunPlan) -> dict[str, Scalar]:
+    """Return the value in use of every key where a preset, privacy or "auto" replaces the one given."""
+    given = plan.config.to_flat()
+    return {key: used for key, used in plan.in_use().items() if used != given[key]}
 
 
-def _aggregation(config: RunConfig) -> str:
+def _aggregation(plan: RunPlan) -> str:
     """Return the rule as it is in use, in a line, and where it comes from if not from its keys."""
-    rule = resolve(config).aggregation
+    rule, preset = plan.aggregation, plan.config.aggregation.preset
     line = f"train {rule.train}, read-out {rule.read_out}, weighting {rule.weighting}"
-    if not resolved_axes(config):
+    if not replaced_values(plan).keys() & set(AXES):
         return line
-    preset = config.aggregation.preset
     return f"{line}; by {f'aggregation.preset = {preset!r}' if preset else 'privacy, as no preset is named'}"
 
 
-def _distillation(config: RunConfig) -> str:
+def _distillation(numbers: DistillConfig) -> str:
     """Return what the server will distil, in a line."""
-    numbers = config.distill
     if numbers.when == "never":
         return "none"
     when = "after the last round" if numbers.when == "last" else "after every round"
@@ -102,9 +97,9 @@ def _distillation(config: RunConfig) -> str:
     )
 
 
-def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> dict[str, int]:
+def _bytes(plan: RunPlan, layout: AdapterLayout, clients: Sequence[str]) -> dict[str, int]:
     """Return payload bytes; those of deltas on average over two rounds, which may train different factors."""
-    rule = resolve(config).aggregation
+    config, rule = plan.config, plan.aggregation
     controls = layout.size if config.train.control_variates else 0  # a second packet both ways
     down = payload_bytes(part_size(layout, rule.changing_part), "fp32") + payload_bytes(controls, "fp32")
     parts = [rule.returned_in(number) for number in (1, 2)]
@@ -116,9 +111,9 @@ def _bytes(config: RunConfig, layout: AdapterLayout, clients: Sequence[str]) -> 
 
     if config.wire.node_sum:
         return {"bytes up a node and round": round(packet(layout.rank)), "bytes down a node and round": down}
-    ranks = deal_ranks(config.lora.client_ranks, clients, layout.rank).values() or [layout.rank]
+    ranks = plan.ranks(clients).values() or [layout.rank]
     mean_up = sum(map(packet, ranks)) / len(ranks)
     return {
-        "bytes up a round": round(mean_up * resolve(config).cohort.size),
+        "bytes up a round": round(mean_up * plan.cohort.size),
         "bytes down a node and round": down,
     }

@@ -32,11 +32,14 @@ def distil(teacher: str, *, student: str, text: str, out: Path, numbers: Numbers
     """Teach a student, write its folder and print held-out losses: the teacher's, and the student's own.
 
     Raises:
-        ConfigError: the student is no model and no number of layers that can stay, or numbers do not fit.
+        ConfigError: the student is no model and no number of layers that can stay, numbers do not fit, or the
+            folder is not a new one.
         DataError: the text cannot be read.
         FedLLMError: a model or an adapter cannot be loaded, or training diverged.
     """
     training = numbers.training  # refuses numbers out of range before anything is loaded
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"--out {out}: holds something already; name a new folder")
     num_layers = _num_layers(student)
     if num_layers and numbers.on_policy:
         raise ConfigError(f"--on-policy corrects a student's adapter, which --student {student} has not")

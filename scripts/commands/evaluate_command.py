@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from clients.client_app import PROCESS
-from clients.data_holder import ClientTokens, encode_client
+from clients.tokens import ClientTokens, encode_client
 from fedllm.adapters.folder import PublishedAdapter, load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.run_config import RunConfig

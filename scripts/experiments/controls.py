@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from clients.data_holder import ClientTokens, DataHolder
+from clients.data_holder import DataHolder
 from clients.process import Process
+from clients.tokens import ClientTokens
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import draw_rows
 from fedllm.engine.jobs import EvaluationJob, Job

@@ -20,9 +20,8 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
     for node, clients in session.by_node(plan.asked).items():
         request = TrainRequest(
             round_num=plan.round_num,
-            client_ids=tuple(clients),
-            num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
-            ranks=tuple(plan.ranks[client] for client in clients),
+            drawn={client: state.num_drawn.get(client, 0) for client in clients},
+            ranks={client: plan.ranks[client] for client in clients},
             adapter=state.adapter,
             base_delta=state.base_delta,
             plan_digest=session.plan.digest,
@@ -50,8 +49,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
             continue
         request = EvaluateRequest(
             round_num=state.round_num,
-            client_ids=tuple(clients),
-            num_drawn=tuple(state.num_drawn.get(client, 0) for client in clients),
+            drawn={client: state.num_drawn.get(client, 0) for client in clients},
             adapter=state.adapter,
             base_delta=state.base_delta,
             plan_digest=session.plan.digest,

@@ -47,7 +47,7 @@ seeds = st.integers(0, 2**20)
 
 @laws
 @given(rank_lists, rank_lists, sides, sides, seeds, st.booleans(), st.booleans())
-def test_norms_and_inner_products_equal_the_dense_ones_in_every_form(
+def test_norms_and_inner_products_equal_the_dense_ones(
     first, second, num_out, num_in, seed, first_dense, second_dense
 ) -> None:
     p, q = product_of(first, num_out, num_in, seed), product_of(second, num_out, num_in, seed + 99)
@@ -170,7 +170,7 @@ def test_every_way_to_a_basis_keeps_the_same_energy(
     torch.testing.assert_close(kept, energy[:, :4].sum(dim=1), rtol=1e-9, atol=0)
 
 
-def test_a_range_finder_as_wide_as_the_rank_is_exact_and_its_messages_add_up() -> None:
+def test_range_finder_as_wide_as_the_rank_is_exact() -> None:
     """I11: with sketch width p >= rank, M = Q Q^T M; both messages are linear in the clients' products."""
     terms = [product_of([2], 40, 30, seed, num=1) for seed in range(0, 40, 10)]
     total = terms[0].plus(terms[1]).plus(terms[2]).plus(terms[3])  # rank 8
@@ -186,7 +186,7 @@ def test_a_range_finder_as_wide_as_the_rank_is_exact_and_its_messages_add_up() -
     torch.testing.assert_close(found @ (found.mT @ total.dense), total.dense, rtol=1e-11, atol=1e-11)
 
 
-def test_dead_directions_fall_back_to_a_start_that_can_still_learn() -> None:
+def test_dead_directions_take_a_start_that_can_learn() -> None:
     fallback = gaussian(2, 4, 5, seed=9)
     product = product_of([1], 6, 5, 2)
     cut = truncate(product, 4, fallback)

@@ -34,9 +34,7 @@ def dense(base_delta: BaseDelta) -> list[torch.Tensor]:
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=6), st.integers(0, 2**20))
-def test_base_delta_is_the_sum_of_what_was_added_at_the_lowest_rank(
-    added: list[tuple[int, bool]], seed: int
-) -> None:
+def test_base_delta_is_a_sum_at_the_lowest_rank(added: list[tuple[int, bool]], seed: int) -> None:
     base_delta, total = no_base_delta(LAYOUT), torch.zeros(5, 6).double()
     for index, (rank, is_dense) in enumerate(added):
         one = product(5, 6, rank, seed + 10 * index)
@@ -102,7 +100,7 @@ def test_a_base_delta_of_other_shapes_or_values_is_refused() -> None:
         bad.checked_finite()
 
 
-def test_adapter_and_base_delta_become_one_ordinary_adapter_of_the_same_scale() -> None:
+def test_adapter_with_base_delta_is_one_ordinary_adapter() -> None:
     adapter = initial_adapter(LAYOUT, 0)
     assert adapter_with_base_delta(adapter, no_base_delta(LAYOUT)) is adapter
     base_delta = no_base_delta(LAYOUT).plus({0: product(5, 6, 1, 5), 1: product(9, 4, 3, 7)})

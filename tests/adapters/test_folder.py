@@ -62,7 +62,7 @@ def test_an_adapter_that_is_not_finite_is_never_published(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_peft_loads_the_folder_and_computes_what_our_layers_compute(
+def test_published_folder_computes_the_same_in_peft(
     kind: str, tmp_path: Path, load_tiny: Callable, make_model_folder: Callable
 ) -> None:
     from peft import PeftModel
@@ -153,7 +153,7 @@ def _describe(**changes: object) -> Callable[[Path], None]:
         lambda folder: (folder / "adapter_model.bin").write_bytes(b"\x80\x04."),
     ],
 )
-def test_a_folder_with_other_tensors_is_refused_even_where_a_manifest_vouches_for_it(
+def test_folder_of_other_tensors_is_refused_despite_its_manifest(
     folder: Path, damage: Callable[[Path], object]
 ) -> None:
     damage(folder)
@@ -192,9 +192,7 @@ def _flip(name: str, position: int) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_a_folder_that_its_manifest_does_not_vouch_for_is_refused(
-    folder: Path, damage: Callable[[Path], object]
-) -> None:
+def test_folder_unlike_its_manifest_is_refused(folder: Path, damage: Callable[[Path], object]) -> None:
     damage(folder)
     with pytest.raises(IntegrityError) as caught:
         load_adapter(folder)

@@ -30,7 +30,7 @@ def test_their_effects_add_up_and_each_comes_back(second_rank: int) -> None:
     assert torch.equal(with_rank(both, wide, 3), first)
 
 
-def test_the_mask_covers_the_second_adapter_and_no_value_of_the_first() -> None:
+def test_mask_of_second_covers_the_second_adapter_alone() -> None:
     first, second = vectors(2)
     mask = mask_of_second(SHARED, 2)
     both = side_by_side(SHARED, first, second, 2)
@@ -39,7 +39,7 @@ def test_the_mask_covers_the_second_adapter_and_no_value_of_the_first() -> None:
     assert torch.equal(both[mask].sort().values, second.sort().values)
 
 
-def test_another_rank_at_the_same_scale_cuts_products_to_comparable_ones() -> None:
+def test_at_rank_keeps_products_comparable() -> None:
     for rank in (1, 2, 3, 7):
         assert at_rank(SHARED, rank).scale == pytest.approx(SHARED.scale, rel=1e-15)
         assert at_rank(SHARED, rank).rank == rank

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
 from clients.process import Process
+from clients.techniques import plan_node_round
 from clients.train import train_clients
 from scripts.auditing.messages import leaving_message, request_of
 from scripts.auditing.opening import Case, open_case
@@ -46,7 +47,7 @@ def test_without_protection_it_is_the_change_that_training_gives(make_case: Call
     (name,) = message.clients
     this_round, client = plan_node_round(case.holder, request), case.holder.clients[name]
     start_P = request.adapter.vector
-    job = make_job(this_round, client, 0, rank=request.ranks[0], start_P=start_P)
+    job = make_job(this_round, client, 0, rank=request.ranks[name], start_P=start_P)
     (result,) = case.holder.engine.train([job])
     assert torch.equal(message.vectors["update"], result.delta.float())
     assert message.rows == tuple(row for batch in job.batches for row in batch)

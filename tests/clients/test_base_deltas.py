@@ -24,7 +24,7 @@ def base_delta_of(seed: int) -> BaseDelta:
     )
 
 
-def test_a_base_delta_is_held_by_its_digest_in_this_process_and_the_next(tmp_path: Path) -> None:
+def test_base_delta_is_held_by_digest_across_processes(tmp_path: Path) -> None:
     first, base_delta = BaseDeltaStore(tmp_path), base_delta_of(0)
     assert first.held(base_delta.digest, LAYOUT) is None
     assert first.keep(base_delta) is base_delta
@@ -79,7 +79,7 @@ def test_no_base_delta_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "base-deltas").exists()
 
 
-def test_a_folder_that_cannot_be_written_only_costs_the_next_process(tmp_path: Path) -> None:
+def test_unwritable_folder_only_costs_the_next_process(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store, base_delta = BaseDeltaStore(tmp_path / "file" / "base-deltas"), base_delta_of(0)
     assert store.keep(base_delta) is base_delta

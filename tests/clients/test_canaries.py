@@ -22,7 +22,7 @@ def test_none_are_planted_unless_asked_for(
     assert not (tmp_path / "state").exists()
 
 
-def test_they_stand_among_the_training_rows_by_coins_of_a_secret_that_is_kept(
+def test_canaries_are_drawn_by_coins_of_a_kept_secret(
     make_config: Callable, write_rows: Callable, tmp_path: Path
 ) -> None:
     source = write_rows("rows.jsonl", {"anna": 4, "ben": 3})

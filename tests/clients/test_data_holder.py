@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from clients.data_holder import DataHolder, hosted_rows
+from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
 from clients.join import declare_clients
 from clients.process import NUM_HOLDERS, Process
+from clients.techniques import plan_node_round
+from clients.tokens import hosted_rows
 from clients.train import train_clients
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import EvaluationJob, Job
@@ -61,7 +63,7 @@ def test_a_model_path_that_a_server_names_is_not_opened(
             holder_of(named, **node, **given)
 
 
-def test_a_path_that_a_server_names_is_opened_where_the_node_or_its_policy_permits(
+def test_named_path_is_opened_where_node_or_policy_permits(
     write_rows: Callable, make_config: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 4}))
@@ -88,9 +90,7 @@ def test_every_client_is_hosted_by_exactly_one_partition(
     assert sorted(hosted) == names
 
 
-def test_a_node_with_its_own_file_is_one_client_whatever_the_server_says(
-    write_rows: Callable, make_config: Callable
-) -> None:
+def test_node_with_its_own_file_is_one_client(write_rows: Callable, make_config: Callable) -> None:
     own = write_rows("own.jsonl", {"x": 3, "y": 4})
     for source in ("docstrings", "/etc/passwd", str(write_rows("other.jsonl", {"anna": 9}))):
         (rows,) = hosted_rows(make_config(source), {"data-path": str(own), "client-id": "ward-7"})
@@ -124,9 +124,7 @@ def test_a_client_names_itself_by_a_plain_word(
         hosted_rows(make_config(), {"data-path": own, "client-id": client_id})
 
 
-def test_a_file_that_is_absent_is_an_error_and_not_an_empty_client(
-    tmp_path: Path, make_config: Callable
-) -> None:
+def test_absent_file_is_an_error_and_no_empty_client(tmp_path: Path, make_config: Callable) -> None:
     with pytest.raises(DataError, match="no such file"):
         hosted_rows(make_config(), {"data-path": str(tmp_path / "absent.jsonl")})
 
@@ -136,16 +134,14 @@ def holder(write_rows: Callable, make_config: Callable) -> DataHolder:
     return holder_of(make_config(write_rows("rows.jsonl", {"anna": 8, "ben": 3})), **{"server-paths": True})
 
 
-def test_clients_declare_the_rows_they_can_train_on_and_keep_back(holder: DataHolder) -> None:
+def test_clients_declare_rows_to_train_on_and_kept_back(holder: DataHolder) -> None:
     joined = {
         client.client_id: (client.num_train, client.num_held_out) for client in declare_clients(holder, 1)
     }
     assert joined == {"anna": (7, 1), "ben": (2, 1)}
 
 
-def test_rows_whose_answer_is_cut_off_are_neither_declared_nor_trained_on(
-    write_rows: Callable, make_config: Callable
-) -> None:
+def test_rows_whose_answer_is_cut_off_are_left_out(write_rows: Callable, make_config: Callable) -> None:
     file = write_rows("rows.jsonl", {"anna": 8, "ben": 3}, secret="word " * 9)
     short = holder_of(make_config(file, **{"train.max-length": 8}), **{"server-paths": True})
     assert {client.num_train for client in declare_clients(short, 1)} == {0}
@@ -182,7 +178,7 @@ def test_a_client_draws_the_same_rows_in_whatever_company(
     assert job_of(other_seed, "anna").batches != job_of(holder, "anna").batches
 
 
-def test_answers_come_in_the_order_asked_and_strangers_have_no_data(holder: DataHolder) -> None:
+def test_answers_come_in_order_and_strangers_have_no_data(holder: DataHolder) -> None:
     answers = train_clients(holder, train_request(holder, "ben", "stranger", "anna"))
     assert [answer.client_id for answer in answers] == ["ben", "stranger", "anna"]
     ben, stranger, anna = answers

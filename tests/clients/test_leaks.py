@@ -13,7 +13,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
 
-from clients import client_app, data_holder, jobs, protect
+from clients import client_app, data_holder, jobs, protect, tokens
 from clients.process import Process
 from fedllm.errors import NoDataError
 from fedllm.messages import EVALUATION_METRICS, UPDATE_METRICS
@@ -133,7 +133,7 @@ def test_replies_hold_exactly_the_records_and_fields_on_the_list(ask: Callable) 
     assert fields_of(ask("query.overlap").content) == {"metrics": (MetricRecord, {"matched", "verbatim"})}
 
 
-def test_a_train_reply_is_as_long_as_its_packets_and_a_few_numbers(ask: Callable) -> None:
+def test_train_reply_is_packets_and_a_few_numbers(ask: Callable) -> None:
     reply = ask("train")
     sent = list(reply.content["updates"].values())
     largest = packets.max_packet_bytes(2 * 2 * (32 + 32))  # two layers, rank 2, 32 features in and out
@@ -152,7 +152,7 @@ def crash(error: Exception) -> Callable[..., Any]:
 
 
 PLACES = [
-    (data_holder, "encode"),
+    (tokens, "encode"),
     (jobs, "draw_rows"),
     (protect, "protect"),
     (client_app.replies, "write_updates"),
@@ -170,7 +170,7 @@ PLACES = [
     ],
 )
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
-def test_an_exception_with_the_text_of_a_row_leaves_as_a_code_and_is_logged_without_its_words(
+def test_exception_that_quotes_a_row_leaves_as_a_code_alone(
     place: tuple[Any, str],
     error: Exception,
     code: str,
@@ -193,7 +193,7 @@ def test_an_exception_with_the_text_of_a_row_leaves_as_a_code_and_is_logged_with
 def test_every_kind_of_request_fails_without_a_word(
     kind: str, stock: bool, ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_holder, "encode", crash(RuntimeError(TEXT)))
+    monkeypatch.setattr(tokens, "encode", crash(RuntimeError(TEXT)))
     reply = ask(kind, stock)
     assert leaks(bytes_of(reply)) == []
     if stock:

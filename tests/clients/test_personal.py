@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -11,12 +10,11 @@ import torch
 from clients.personal import (
     initial_personal,
     personal_jobs,
-    personal_layout,
     train_personal,
     wide_layout,
     with_personal,
 )
-from fedllm.adapters.layout import AdapterLayout
+from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.side_by_side import side_by_side
 from fedllm.config.keys import LoraConfig
 from fedllm.engine.engine import Engine
@@ -63,19 +61,19 @@ def merged(base: BaseModel, layout: AdapterLayout, vector: torch.Tensor) -> Base
 
 
 def random_personal(layout: AdapterLayout, numbers: PersonalTraining) -> torch.Tensor:
-    size = personal_layout(layout, numbers).size
+    size = at_rank(layout, numbers.rank).size
     return 0.1 * torch.randn(size, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("numbers", [DUAL, DITTO], ids=["dual", "ditto"])
-def test_it_is_trained_as_if_the_shared_adapter_were_merged_into_the_base(
+def test_personal_adapter_trains_as_on_the_merged_base(
     numbers: PersonalTraining, base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
-    own_layout, start = personal_layout(layout, numbers), random_personal(layout, numbers)
+    own_layout, start = at_rank(layout, numbers.rank), random_personal(layout, numbers)
     training = numbers.training(TRAINING)
     engine = Engine(base, layout, token_budget=512)
     job = replace(shared, training=training)
-    found = train_personal(engine, [job], {"anna": start}, numbers=numbers, seed=0)
+    found = train_personal(engine, layout, [job], {"anna": start}, numbers)
     # beside a merged adapter, the pull to the shared adapter is the pull to no personal one
     alone = Job("anna", start, shared.batches, training, anchor=torch.zeros_like(start))
     (expected,) = Engine(merged(base, layout, shared.start), own_layout, token_budget=512).train([alone])
@@ -83,31 +81,31 @@ def test_it_is_trained_as_if_the_shared_adapter_were_merged_into_the_base(
     torch.testing.assert_close(found["anna"], start + expected.delta.float(), rtol=0, atol=1e-6)
 
 
-def test_in_float64_the_wide_engine_gives_the_delta_of_the_merged_base_exactly(
+def test_wide_engine_equals_merged_base_exactly_in_float64(
     base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     start = random_personal(layout, DITTO)
     own = replace(shared, training=DITTO.training(TRAINING))
-    (job,) = personal_jobs([own], [start], DITTO)
+    (job,) = personal_jobs(layout, [own], {"anna": start}, DITTO)
     (result,) = Engine(base, wide_layout(layout, DITTO), token_budget=512).train([job])
     assert not bool(result.delta[~job.movable].any()), "the shared half keeps its bits, weight decay or not"
     alone = Job("anna", start, shared.batches, own.training, anchor=torch.zeros_like(start))
     (expected,) = Engine(
-        merged(base, layout, shared.start), personal_layout(layout, DITTO), token_budget=512
+        merged(base, layout, shared.start), at_rank(layout, DITTO.rank), token_budget=512
     ).train([alone])
     found = side_by_side(layout, torch.zeros(layout.size).double(), expected.delta, DITTO.rank)
     torch.testing.assert_close(result.delta, found, **EXACT)
 
 
-def test_without_a_pull_the_merged_base_agrees_with_the_plain_twin(
+def test_merged_base_without_pull_agrees_with_plain_twin(
     base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     start, training = random_personal(layout, DUAL), DUAL.training(TRAINING)
     engine = Engine(base, wide_layout(layout, DUAL), token_budget=512)
-    (job,) = personal_jobs([replace(shared, training=training)], [start], DUAL)
+    (job,) = personal_jobs(layout, [replace(shared, training=training)], {"anna": start}, DUAL)
     (result,) = engine.train([job])
     alone = Job("anna", start, shared.batches, training)
-    plain = train_plainly(merged(base, layout, shared.start), personal_layout(layout, DUAL), alone)
+    plain = train_plainly(merged(base, layout, shared.start), at_rank(layout, DUAL.rank), alone)
     found = side_by_side(layout, torch.zeros(layout.size).double(), plain, DUAL.rank)
     torch.testing.assert_close(result.delta, found, **EXACT)
 
@@ -120,21 +118,21 @@ def test_a_stronger_pull_leaves_less_of_the_personal_adapter(
     for pull in (0.0, 1.0, 100.0):
         numbers = replace(DUAL, pull=pull)
         job = replace(shared, training=numbers.training(TRAINING))
-        found = train_personal(engine, [job], {"anna": start}, numbers=numbers, seed=0)
-        factors = personal_layout(layout, numbers).factors(found["anna"])
+        found = train_personal(engine, layout, [job], {"anna": start}, numbers)
+        factors = at_rank(layout, numbers.rank).factors(found["anna"])
         sizes.append(sum(float((b @ a).square().sum()) for a, b in factors))
     assert sizes[0] > sizes[1] > sizes[2]
 
 
-def test_fused_with_others_a_personal_adapter_is_trained_as_alone(
+def test_fused_personal_adapter_is_trained_as_alone(
     base: BaseModel, layout: AdapterLayout, shared: Job
 ) -> None:
     engine = Engine(base, wide_layout(layout, DITTO), token_budget=100_000)
     jobs = [replace(shared, client_id=name, training=DITTO.training(TRAINING)) for name in "abc"]
-    options: dict[str, Any] = {"numbers": DITTO, "seed": 0}
-    together = train_personal(engine, jobs, {}, **options)
+    starts = {name: initial_personal(layout, DITTO, 0, name) for name in "abc"}
+    together = train_personal(engine, layout, jobs, starts, DITTO)
     for job in jobs:
-        alone = train_personal(engine, [job], {}, **options)[job.client_id]
+        alone = train_personal(engine, layout, [job], starts, DITTO)[job.client_id]
         torch.testing.assert_close(together[job.client_id], alone, rtol=0, atol=1e-7)
     assert not torch.equal(together["a"], together["b"]), "each begins with an A of its own"
 
@@ -156,6 +154,6 @@ def test_a_personal_adapter_that_diverges_stays_as_it_was(
     engine = Engine(base, wide_layout(layout, DUAL), token_budget=512)
     start = random_personal(layout, DUAL)
     wild = replace(shared, training=replace(TRAINING, learning_rate=1e300))
-    found = train_personal(engine, [wild], {"anna": start}, numbers=DUAL, seed=0)
+    found = train_personal(engine, layout, [wild], {"anna": start}, DUAL)
     assert torch.equal(found["anna"], start)
     assert caplog.messages == ["client anna: its personal adapter diverged and stays as it was"]

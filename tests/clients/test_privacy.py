@@ -13,12 +13,13 @@ from flwr.app import RecordDict
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
-from clients.jobs import NodeRound, make_job, plan_node_round
+from clients.jobs import make_job
 from clients.privacy import private_job, request_key
 from clients.process import Process
 from clients.protect import protect_clients
 from clients.stock import train_for_stock
-from clients.technique import Technique, Works
+from clients.technique import NodeRound, Technique, Works
+from clients.techniques import plan_node_round
 from clients.train import prepare_clients, train_clients
 from fedllm.adapters.layout import initial_adapter
 from fedllm.engine.jobs import Job
@@ -68,9 +69,7 @@ def deltas(answers: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("flat", [EXAMPLE, LOCAL])
-def test_a_request_that_comes_again_gets_the_same_answer_and_is_charged_once(
-    flat: dict[str, Any], open_one: Callable
-) -> None:
+def test_repeated_request_gets_same_answer_for_one_charge(flat: dict[str, Any], open_one: Callable) -> None:
     holder = open_one(**flat)
     first, again = (deltas(train_clients(holder, request(holder))) for _ in range(2))
     other = deltas(train_clients(holder, request(holder, round_num=2)))
@@ -91,7 +90,7 @@ def test_another_secret_gives_another_answer(open_one: Callable) -> None:
     assert not torch.allclose(first["anna"], second["anna"], rtol=0.1)
 
 
-def test_a_client_refuses_once_its_own_budget_is_spent_whatever_is_asked(open_one: Callable) -> None:
+def test_client_refuses_once_its_own_budget_is_spent(open_one: Callable) -> None:
     one = epsilon_of([Charge(0.5, 1.0, 1)], 1e-5)  # local: opposite updates are two clips apart
     holder = open_one(**{**LOCAL, "privacy.epsilon": one * 1.01})
     deltas(train_clients(holder, request(holder)))
@@ -113,9 +112,7 @@ def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable) -> None:
 
 
 @pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
-def test_other_noise_in_a_run_of_the_same_name_is_unrelated_and_charged(
-    flat: dict[str, Any], open_one: Callable
-) -> None:
+def test_other_noise_in_a_run_of_same_name_is_unrelated(flat: dict[str, Any], open_one: Callable) -> None:
     """The same noise in two amounts could be subtracted: 2 r1 - r2 would be the update itself."""
     answers = []
     for noise in (1.0, 2.0):
@@ -144,15 +141,15 @@ def test_no_technique_changes_what_is_protected(open_one: Callable) -> None:
     technique = Technique(name="louder", after=louder)
     for flat, is_refused in (({}, False), (LOCAL, True)):
         holder = open_one(**flat)
-        this_round = plan_node_round(holder, request(holder))
-        works = prepare_clients(this_round, (), {"anna": 0})
+        this_round = replace(plan_node_round(holder, request(holder)), techniques=(technique,))
+        works = prepare_clients(this_round, {"anna": 0})
         results = holder.engine.train([work.job for work in works])
         works = [replace(work, result=result) for work, result in zip(works, results, strict=True)]
         if is_refused:
             with pytest.raises(RuntimeError, match="louder"):
-                protect_clients(this_round, works, [technique])
+                protect_clients(this_round, works)
         else:
-            (work,), _ = protect_clients(this_round, works, [technique])
+            (work,), _ = protect_clients(this_round, works)
             assert torch.equal(work.sent.delta, 9 * work.trained.delta.float())
 
 
@@ -238,7 +235,7 @@ def test_the_key_of_an_answer_depends_on_all_it_answers(open_one: Callable) -> N
         key(),
         key(round_num=2),
         key(adapter=other),
-        key(num_drawn=(4, 0)),
+        key(drawn={"anna": 4, "ben": 0}),
         request_key(this_round, plan, client, bytes(31) + b"1"),
         request_key(this_round, plan, holder.clients["ben"], zeros),
         request_key(this_round, plan, more.clients["anna"], zeros),
@@ -252,7 +249,7 @@ def test_the_key_of_an_answer_depends_on_all_it_answers(open_one: Callable) -> N
     assert len(keys) == 13
 
 
-def test_a_machine_that_demands_noise_lets_no_exact_numbers_leave(
+def test_machine_that_demands_noise_lets_no_number_leave(
     open_one: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = tmp_path / "policy.toml"

@@ -4,12 +4,14 @@ from typing import Any
 import pytest
 import torch
 
-from clients.protect import protect
+from clients.protect import Protection, protect
+from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.engine.jobs import Result
 from fedllm.errors import ConfigError, NonFiniteError
 from fedllm.messages import ClientUpdate
 from fedllm.models.chat import Encoded
 
+LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 2, 4.0, "f" * 64)
 ROWS = (
     Encoded((5, 6, 7, 8), (-100, -100, 7, 8), num_cut=0),
     Encoded((5, 6, 7), (5, 6, 7), num_cut=4),  # the first token has no prediction
@@ -30,7 +32,8 @@ def result(**changes: Any) -> Result:
 
 
 def protected(weighting: str = "examples", **changes: Any) -> ClientUpdate:
-    return protect(result(**changes), ROWS, rank=2, round_num=4, weighting=weighting, num_train=21)
+    plain = Protection(layout=LAYOUT, part="both", weighting=weighting, with_numbers=True)
+    return protect(result(**changes), ROWS, 21, 4, plain)
 
 
 @pytest.mark.parametrize(("weighting", "expected"), [("examples", 21.0), ("tokens", 6.0), ("uniform", 1.0)])

@@ -35,7 +35,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_vectors_come_back_bit_for_bit_for_their_client_and_state_only(store: PrivateStore) -> None:
+def test_vectors_come_back_for_their_client_and_state_only(store: PrivateStore) -> None:
     save_private(store, "anna", 8, vectors(0))
     save_private(store, "ben", 8, vectors(1))
     save_private(store, "anna", 16, vectors(2))
@@ -44,7 +44,7 @@ def test_vectors_come_back_bit_for_bit_for_their_client_and_state_only(store: Pr
     assert_same(load_private(store, "ben", 8, SIZES), vectors(1))
 
 
-def test_before_its_first_round_a_client_has_nothing_and_nothing_is_said(
+def test_client_has_nothing_before_its_first_round(
     store: PrivateStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_private(store, "anna", 8, vectors(0))
@@ -54,7 +54,7 @@ def test_before_its_first_round_a_client_has_nothing_and_nothing_is_said(
 
 @settings(deadline=None, max_examples=30)
 @given(drawn=st.lists(st.integers(1, 9), min_size=1, max_size=12))
-def test_the_newest_states_stay_and_a_future_that_did_not_come_about_goes(
+def test_newest_states_stay_and_later_ones_go(
     drawn: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     store = PrivateStore(tmp_path_factory.mktemp("state"), "d" * 64)
@@ -67,7 +67,7 @@ def test_the_newest_states_stay_and_a_future_that_did_not_come_about_goes(
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "removed", "replaced", "unsigned", "folder"])
-def test_a_state_that_is_damaged_or_missing_is_named_in_one_line_and_the_client_starts_afresh(
+def test_damaged_state_is_one_line_and_a_fresh_start(
     damage: str, store: PrivateStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_private(store, "anna", 8, vectors(0))
@@ -95,7 +95,7 @@ def test_a_state_that_is_damaged_or_missing_is_named_in_one_line_and_the_client_
     assert "\n" not in line
 
 
-def test_a_state_of_another_layout_or_of_other_vectors_is_not_taken(
+def test_state_of_another_layout_or_vectors_is_not_taken(
     store: PrivateStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_private(store, "anna", 8, vectors(0))
@@ -116,7 +116,7 @@ def test_nobody_else_on_the_machine_reads_it(store: PrivateStore) -> None:
     assert stat.S_IMODE(file.parent.stat().st_mode) & 0o077 == 0
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_and_earlier_states_stay(store: PrivateStore) -> None:
+def test_unwritable_folder_is_one_line_and_old_states_stay(store: PrivateStore) -> None:
     save_private(store, "anna", 8, vectors(0))
     (store.folder / "ben").write_text("in the way")
     with pytest.raises(CheckpointError, match="client ben: private state cannot be written") as caught:

@@ -4,8 +4,7 @@ import pytest
 
 from fedllm.data.rows import read_rows
 from fedllm.errors import DataError
-
-SECRET = "xyzzy-private"  # the tests of this folder put it into rows; no error may repeat it
+from tests.data.builders import SECRET
 
 
 @pytest.fixture

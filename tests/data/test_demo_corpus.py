@@ -11,9 +11,10 @@ from fedllm.data import demo_corpus
 from fedllm.data.demo_corpus import docstring_rows, first_sentence
 from fedllm.data.installed_packages import REQUIREMENTS, Package, installed_packages, source_files
 from fedllm.errors import DataError
+from tests.data.builders import write
 
 
-def test_what_is_required_without_metadata_is_what_the_project_requires() -> None:
+def test_requirements_are_those_of_the_project() -> None:
     """Flower runs the project from a bundle that has none, and nodes must deal the same rows."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     names = [re.match(r"[\w.-]+(\[[\w,-]+\])?", text) for text in project["dependencies"]]
@@ -31,11 +32,6 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
 def function(name: str, sentence: str) -> str:
     return f'def {name}(x):\n    """{sentence}"""\n'
 
@@ -44,7 +40,7 @@ def answers(num_clients: int, min_rows: int = 1) -> list[tuple[str, str]]:
     return [(row["client"], row["response"]) for row in docstring_rows(num_clients, min_rows=min_rows)]
 
 
-def test_eight_installed_packages_are_disjoint_clients_of_sixty_rows_or_more() -> None:
+def test_eight_packages_are_disjoint_clients_of_sixty_rows() -> None:
     rows = docstring_rows(8)
     by_client: dict[str, set[str]] = {}
     for row in rows:
@@ -60,7 +56,7 @@ def test_eight_installed_packages_are_disjoint_clients_of_sixty_rows_or_more() -
     assert len(set().union(*by_client.values())) == len(rows)
 
 
-def test_the_corpus_is_the_same_each_time_and_fewer_clients_are_a_prefix_of_more() -> None:
+def test_corpus_of_fewer_clients_is_a_prefix_of_more() -> None:
     rows = docstring_rows(3)
     assert docstring_rows(3) == rows
     assert docstring_rows(2) == rows[: len(docstring_rows(2))]
@@ -162,7 +158,7 @@ def test_a_package_is_capped_and_no_file_speaks_for_it(packages: Path) -> None:
     assert len(of_file) == 16
 
 
-def test_too_few_packages_is_an_error_that_says_how_many_there_are(packages: Path) -> None:
+def test_too_few_packages_are_refused_with_their_number(packages: Path) -> None:
     write(packages / "p" / "a.py", function("f", "Return the number of rows."))
     (packages / "empty").mkdir()
     with pytest.raises(DataError, match=r"only 1 installed packages .* 2 wanted; .*at most 1"):
@@ -192,7 +188,7 @@ def test_a_first_sentence_is_one_plain_line_of_fair_length(docstring: str, sente
     assert first_sentence(docstring) == sentence
 
 
-def test_packages_are_dependencies_and_the_standard_library_and_not_whatever_is_installed() -> None:
+def test_packages_are_dependencies_and_the_standard_library() -> None:
     names = [package.name for package in installed_packages()]
     assert names == sorted(set(names))
     assert {"torch", "numpy", "ray", "python", "asyncio"} <= set(names)  # ray is Flower's simulation extra
@@ -212,7 +208,7 @@ def test_an_installed_fedllm_says_itself_what_it_depends_on(monkeypatch: pytest.
     assert not {"torch", "transformers", "pytest"} & names
 
 
-def test_source_files_are_in_an_order_of_their_own_that_one_more_file_keeps(tmp_path: Path) -> None:
+def test_source_files_keep_their_order_when_one_is_added(tmp_path: Path) -> None:
     for name in "abcdefgh":
         write(tmp_path / f"{name}.py", "")
     before = source_files(Package("p", tmp_path))

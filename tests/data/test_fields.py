@@ -13,8 +13,7 @@ from fedllm.data.fields import (
     to_example,
 )
 from fedllm.errors import ConfigError, DataError
-
-SECRET = "xyzzy-private"
+from tests.data.builders import SECRET
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def test_a_mapped_name_may_hold_commas() -> None:
     ("mapping", "absent"),
     [("prompt=ask,response=b", "ask"), ("prompt=a,response=tell", "tell"), ("text=whole", "whole")],
 )
-def test_a_mapped_column_that_is_absent_is_named_with_those_present(mapping: str, absent: str) -> None:
+def test_absent_column_is_named_with_those_present(mapping: str, absent: str) -> None:
     with pytest.raises(DataError) as caught:
         detect_fields(["a", "b"], mapped_columns(mapping))
     assert str(caught.value) == f"data.columns: {absent!r} is not among the columns (a, b)"
@@ -106,9 +105,7 @@ ALPACA = Fields(prompt="instruction", subject="input", response="output")
         ({"instruction": "do", "output": "ok"}, "do"),
     ],
 )
-def test_the_input_follows_the_instruction_only_when_it_says_something(
-    row: dict[str, Any], prompt: str
-) -> None:
+def test_input_follows_the_instruction_unless_empty(row: dict[str, Any], prompt: str) -> None:
     assert to_example(row, ALPACA) == pair(prompt, "ok")
 
 

@@ -1,23 +1,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedllm.data.rows import Rows, read_rows
-
-SECRET = "xyzzy-private"
-
-
-def write(path: Path, content: bytes | str) -> str:
-    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return str(path)
-
-
-def line(**row: Any) -> str:
-    return json.dumps(row) + "\n"
-
+from tests.data.builders import SECRET, line, write
 
 BAD_LINES = {
     "malformed": (f'{{"text": "{SECRET}", }}'.encode(), "not valid JSON at character"),
@@ -43,9 +31,7 @@ def test_a_bad_line_is_named_by_file_and_line_and_never_quoted(
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD_LINES.values(), ids=BAD_LINES)
-def test_skipped_bad_lines_are_counted_and_the_rest_keep_their_lines(
-    tmp_path: Path, bad: bytes, reason: str
-) -> None:
+def test_skipped_lines_are_counted_and_the_rest_keep_theirs(tmp_path: Path, bad: bytes, reason: str) -> None:
     good = line(text="fine").encode()
     source = write(tmp_path / "a.jsonl", good + b"\n" + bad + b"\n" + good)
     rows = read_rows(source)
@@ -56,7 +42,7 @@ def test_skipped_bad_lines_are_counted_and_the_rest_keep_their_lines(
     assert SECRET not in repr(rows.bad)
 
 
-def test_a_byte_order_mark_windows_line_ends_and_a_whole_surrogate_pair_are_accepted(tmp_path: Path) -> None:
+def test_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "\\ud83d\\ude00"}')
     rows = read_rows(source)
     assert [row["text"] for row in rows.rows] == ["one", "\U0001f600"]

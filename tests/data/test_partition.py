@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedllm.data.partition import load_partition, make_partition, partition_rows, save_partition
 from fedllm.errors import ConfigError, DataError, IntegrityError
+from tests.data.builders import SECRET
 
-SECRET = "xyzzy-private"
 laws = settings(deadline=None, max_examples=60)
 
 rows_with_labels = st.lists(
@@ -31,7 +31,7 @@ def has_label(rows: list[dict[str, Any]]) -> list[int]:
 
 @laws
 @given(rows_with_labels, drawn_specs, st.integers(1, 9), st.integers(0, 2**63 - 1))
-def test_a_drawn_partition_is_disjoint_complete_deterministic_and_leaves_no_client_empty_needlessly(
+def test_drawn_partition_is_disjoint_complete_and_deterministic(
     rows: list[dict[str, Any]], spec: str, num_clients: int, seed: int
 ) -> None:
     owned = has_label(rows) if spec.startswith("dirichlet") else list(range(len(rows)))
@@ -121,7 +121,7 @@ def test_of_more_values_than_clients_the_largest_stay() -> None:
     assert partition.indices == ((1, 2), (3, 4, 5))
 
 
-def test_fewer_values_than_clients_is_a_config_error_that_says_how_many() -> None:
+def test_fewer_values_than_clients_are_refused_with_their_number() -> None:
     with pytest.raises(ConfigError, match=r"has 2 values; set federation\.num-clients to 2") as caught:
         partition_rows([{"label": SECRET}, {"label": "b"}], "column:label", num_clients=3, seed=0)
     assert SECRET not in str(caught.value)
@@ -223,7 +223,7 @@ def test_a_file_that_is_no_partition_is_refused(tmp_path: Path, content: bytes) 
         load_partition(path)
 
 
-def test_a_partition_file_that_is_absent_or_has_no_folder_is_one_line(tmp_path: Path) -> None:
+def test_absent_partition_file_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         load_partition(tmp_path / "absent.json")
     with pytest.raises(DataError, match="cannot be written"):

@@ -1,4 +1,3 @@
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,17 +6,7 @@ import pytest
 
 from fedllm.data.rows import find_files, is_local, read_rows
 from fedllm.errors import ConfigError
-
-SECRET = "xyzzy-private"
-
-
-def write(path: Path, content: bytes | str) -> str:
-    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    return str(path)
-
-
-def line(**row: Any) -> str:
-    return json.dumps(row) + "\n"
+from tests.data.builders import SECRET, line, write
 
 
 @pytest.fixture
@@ -68,7 +57,7 @@ def test_a_file_whose_name_has_a_comma_or_a_bracket_is_one_file(tmp_path: Path) 
         ("", "data.source is empty"),
     ],
 )
-def test_a_source_that_names_no_data_is_refused_without_asking_the_hub(
+def test_source_without_data_is_refused_without_the_hub(
     assert_refused: Callable[..., None],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -108,7 +97,7 @@ def test_a_reader_of_local_files_is_no_data_set(
 
 
 @pytest.mark.parametrize("source", ["private", "private:default", "a/private", "a/private:default"])
-def test_a_folder_that_lies_here_is_local_whatever_follows_its_name(
+def test_folder_that_lies_here_is_local_with_any_suffix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -134,7 +123,7 @@ def test_a_hub_data_set_is_read_by_id_configuration_and_split(monkeypatch: pytes
 @pytest.mark.parametrize(
     "kind", [ConnectionError, ValueError, RuntimeError, KeyError, "DatasetGenerationError"]
 )
-def test_a_hub_failure_is_one_line_that_says_what_else_is_accepted(
+def test_hub_failure_is_one_line_with_what_else_is_accepted(
     assert_refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
     datasets = pytest.importorskip("datasets")

@@ -10,8 +10,8 @@ from fedllm.config.keys import DataConfig
 from fedllm.data.fields import ClientRows
 from fedllm.data.shards import draw_rows, load_one_client, load_shards
 from fedllm.errors import ConfigError, DataError, NoDataError
+from tests.data.builders import SECRET
 
-SECRET = "xyzzy-private"
 laws = settings(deadline=None, max_examples=60)
 
 
@@ -43,7 +43,7 @@ def one_client(path: str, *, seed: int = 0, client_id: str = "c", **options: Any
         (20, 0.5, 3, 3),
     ],
 )
-def test_the_held_out_share_is_rounded_capped_and_at_least_one_of_two(
+def test_held_out_share_is_rounded_and_capped(
     tmp_path: Path, rows: int, fraction: float, most: int, expected: int
 ) -> None:
     source = write(tmp_path / "a.jsonl", texts(rows))
@@ -61,19 +61,19 @@ def test_a_copy_of_a_held_out_row_is_never_trained_on(tmp_path: Path) -> None:
     assert not set(client.train) & set(client.held_out)
 
 
-def test_a_client_whose_rows_are_all_alike_trains_and_holds_out_nothing(tmp_path: Path) -> None:
+def test_client_of_equal_rows_holds_out_nothing(tmp_path: Path) -> None:
     client = one_client(write(tmp_path / "a.jsonl", texts(1) * 4))
     assert (len(client.train), len(client.held_out)) == (4, 0)
 
 
-def test_the_split_depends_on_seed_and_client_and_on_nothing_else(tmp_path: Path) -> None:
+def test_split_depends_on_seed_and_client_alone(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(40))
     assert one_client(source) == one_client(source)
     assert one_client(source).held_out != one_client(source, seed=1).held_out
     assert one_client(source).held_out != one_client(source, client_id="d").held_out
 
 
-def test_a_client_alone_with_its_rows_splits_them_as_in_a_run_with_others(tmp_path: Path) -> None:
+def test_client_alone_splits_its_rows_as_among_others(tmp_path: Path) -> None:
     mine, others = texts(30, client="mine"), texts(20, client="others")
     together = write(tmp_path / "all.jsonl", others[:5] + mine + others[5:])
     shards = load_shards(DataConfig(source=together), num_clients=2, seed=4)
@@ -139,13 +139,13 @@ def test_a_client_without_rows_keeps_its_place(tmp_path: Path) -> None:
     assert sorted(len(client.train) for client in shards.clients) == [0, 1, 1]
 
 
-def test_a_wrong_partition_column_is_a_wrong_setting_and_not_a_file_of_bad_rows(tmp_path: Path) -> None:
+def test_wrong_partition_column_is_a_wrong_setting(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(2))
     with pytest.raises(DataError, match="'owner'"):
         load_shards(DataConfig(source=source, partition="column:owner"), num_clients=1, seed=0)
 
 
-def test_a_malformed_partition_is_refused_before_anything_is_read() -> None:
+def test_malformed_partition_is_refused_before_reading() -> None:
     with pytest.raises(ConfigError, match="expected column:NAME"):
         load_shards(DataConfig(source="absent.jsonl", partition="random"), num_clients=1, seed=0)
 

@@ -126,12 +126,6 @@ def test_an_adapter_that_overflows_has_its_texts_left_out(
         sample_texts(engine, [wild], torch.ones(1), PROMPTS, number=3, max_tokens=9, seed=0)
 
 
-def test_prompts_are_learnt_where_asked(make_engine: Callable, make_teacher: Callable) -> None:
-    engine = make_engine("llama", "float32")
-    for row in drawn(4, engine, make_teacher(engine), learn_prompts=True).rows:
-        assert row.labels == row.tokens
-
-
 def test_what_cannot_be_sampled_is_refused(make_engine: Callable, make_teacher: Callable) -> None:
     engine = make_engine("llama", "float32")
     teacher = make_teacher(engine)

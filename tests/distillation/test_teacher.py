@@ -221,18 +221,16 @@ def test_finite_garbage_loses_its_weight_on_text_of_others(
         number=12,
         max_tokens=24,
         seed=0,
-        learn_prompts=True,
     )
+    rows = [Encoded(row.tokens, row.tokens) for row in texts.rows]
     noise = 30 * torch.randn(engine.layout.size, generator=torch.Generator().manual_seed(9))
     teacher = poisoned(sound, 0, noise)
-    targets = teach(engine, teacher, texts.rows, top_k=8)
-    honest = [
-        n for n, writer in enumerate(texts.writers) if writer != 0 and texts.rows[n].num_supervised > 12
-    ]
+    targets = teach(engine, teacher, rows, top_k=8)
+    honest = [n for n, writer in enumerate(texts.writers) if writer != 0 and rows[n].num_supervised > 12]
     assert len(honest) > 4
     last = torch.stack([targets.weights_NK[targets.starts[n + 1] - 1, 0] for n in honest])
     assert float(last.max()) < 1e-2
-    uniform = teach(engine, replace(teacher, kind="uniform"), texts.rows, top_k=8)
+    uniform = teach(engine, replace(teacher, kind="uniform"), rows, top_k=8)
     assert targets.loss < uniform.loss
 
 

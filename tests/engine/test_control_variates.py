@@ -85,7 +85,7 @@ def federate(num_rounds: int, *, is_corrected: bool, cohort_size: int = NUM_CLIE
     return x, control, own
 
 
-def test_the_mean_of_gradients_is_option_two_and_finds_the_optimum_that_averaging_misses() -> None:
+def test_correction_finds_the_optimum_that_averaging_misses() -> None:
     best = Quadratics().best
     with_base_delta, _, _ = federate(60, is_corrected=False)
     found, _, _ = federate(60, is_corrected=True)
@@ -95,9 +95,7 @@ def test_the_mean_of_gradients_is_option_two_and_finds_the_optimum_that_averagin
 
 @pytest.mark.parametrize("payload", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("cohort_size", [1, 3, NUM_CLIENTS])
-def test_c_stays_the_mean_of_the_clients_own_whoever_takes_part_and_whatever_the_codec(
-    cohort_size: int, payload: str
-) -> None:
+def test_c_stays_the_mean_of_the_clients_own(cohort_size: int, payload: str) -> None:
     _, control, own = federate(12, is_corrected=True, cohort_size=cohort_size, payload=payload)
     mean = torch.stack(own).double().mean(0)
     assert float(torch.stack(own).norm()) > 1.0
@@ -110,7 +108,7 @@ def test_before_the_first_round_c_is_zero() -> None:
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])
-def test_the_engine_corrects_every_gradient_as_its_plain_twin_does(
+def test_engine_corrects_gradients_as_its_plain_twin(
     clip_norm: float, make_engine: Callable, make_job: Callable
 ) -> None:
     engine = make_engine("llama", "float64")
@@ -124,9 +122,7 @@ def test_the_engine_corrects_every_gradient_as_its_plain_twin_does(
     assert float((found.delta - uncorrected.delta).abs().max()) > 1e-4
 
 
-def test_the_gradient_that_is_kept_is_the_loss_gradient_without_correction_and_clipped(
-    make_engine: Callable, make_job: Callable
-) -> None:
+def test_kept_gradient_is_clipped_and_without_correction(make_engine: Callable, make_job: Callable) -> None:
     engine = make_engine("llama", "float64")
     job = make_job(engine.layout, steps=1)
     nothing, much = torch.zeros(engine.layout.size), torch.full((engine.layout.size,), 3.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clients.protect import protect
+from clients.protect import Protection, protect
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.engine.engine import Engine
@@ -78,7 +78,7 @@ def test_clipping_and_weight_decay_change_the_delta(make_engine: Callable, make_
     assert float((deltas[0] - deltas[2]).abs().max()) > 1e-4
 
 
-def test_an_architecture_that_must_go_row_by_row_says_so_in_one_line(
+def test_architecture_that_goes_row_by_row_says_so_in_one_line(
     make_engine: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_engine("llama")
@@ -104,7 +104,7 @@ def test_in_float32_they_agree_to_a_hundredth_of_a_step(
     assert float(difference.norm() / plain.norm()) < 1e-4
 
 
-def test_a_model_without_ragged_attention_is_fed_row_by_row_to_the_same_delta(
+def test_rows_fed_one_by_one_give_the_same_delta(
     make_engine: Callable, make_job: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flat = make_engine("llama", "float64", "all-linear")
@@ -131,7 +131,7 @@ def test_splitting_a_step_into_passes_changes_nothing(
     assert again.loss == pytest.approx(measured.loss, rel=1e-12)
 
 
-def test_with_a_pass_of_its_own_a_result_is_bit_equal_whatever_the_jobs_around_it(
+def test_result_with_its_own_pass_is_bit_equal_among_any_jobs(
     make_engine: Callable, make_job: Callable
 ) -> None:
     engine = make_engine("llama", "float32", "all-linear", token_budget=1)
@@ -141,7 +141,7 @@ def test_with_a_pass_of_its_own_a_result_is_bit_equal_whatever_the_jobs_around_i
         assert torch.equal(only(engine.train([job])).delta, together[job.client_id])
 
 
-def test_evaluating_and_generating_before_training_changes_no_bit(
+def test_evaluating_before_training_changes_no_bit(
     make_engine: Callable, make_job: Callable, make_rows: Callable
 ) -> None:
     fresh, used = (make_engine("llama", "float32", "all-linear") for _ in range(2))
@@ -151,17 +151,16 @@ def test_evaluating_and_generating_before_training_changes_no_bit(
     assert torch.equal(only(used.train([job])).delta, only(fresh.train([job])).delta)
 
 
-def test_a_diverged_job_has_a_result_that_is_not_finite_and_harms_no_neighbour(
-    make_engine: Callable, make_job: Callable
-) -> None:
+def test_diverged_job_is_not_finite_and_harms_no_neighbour(make_engine: Callable, make_job: Callable) -> None:
     engine = make_engine("llama", "float32", "all-linear")
     sound = make_job(engine.layout, "a", 0)
     wild = make_job(engine.layout, "b", 1, learning_rate=1e30)
     expected = only(engine.train([sound])).delta
     first, diverged, last = engine.train([sound, wild, sound])
     assert not bool(torch.isfinite(diverged.delta).all())
+    plain = Protection(layout=engine.layout, part="both", weighting="uniform", with_numbers=True)
     with pytest.raises(NonFiniteError):
-        protect(diverged, (), rank=2, round_num=1, weighting="uniform", num_train=9)
+        protect(diverged, (), 9, 1, plain)
     assert torch.equal(first.delta, expected)
     assert torch.equal(last.delta, expected)
 
@@ -226,7 +225,7 @@ def test_the_base_model_is_left_as_it_was_when_training_fails(
     assert bool(torch.isfinite(only(engine.train([job])).delta).all())
 
 
-def test_answers_are_greedy_short_and_the_base_models_own_before_training(make_engine: Callable) -> None:
+def test_answers_before_training_are_the_base_models_own(make_engine: Callable) -> None:
     engine = make_engine("llama", "float32", "all-linear")
     fresh = initial_adapter(engine.layout, 0)
     other = AdapterState(engine.layout, torch.randn(engine.layout.size))

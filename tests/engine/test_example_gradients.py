@@ -29,7 +29,7 @@ def gradient_of(engine: Engine, job: Job, theta: torch.Tensor, row: Any) -> torc
     alone = replace(job, batches=((row,),), example_clip=0.0, noise=None)
     engine.bank.load(engine.layout, [theta], [engine.layout.scale], job.trained)
     with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-        return engine._step([alone], 0)[0][0].clone()
+        return engine.step_gradients([alone], 0)[0][0].clone()
 
 
 def textbook(engine: Engine, job: Job) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_one_row_moves_the_clipped_sum_by_at_most_the_clip(make_engine: Callable
     def total(rows: Any) -> torch.Tensor:
         engine.bank.load(engine.layout, [job.start], [engine.layout.scale], "both")
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            return 5 * engine._step([replace(job, batches=(rows,))], 0)[0][0].clone()
+            return 5 * engine.step_gradients([replace(job, batches=(rows,))], 0)[0][0].clone()
 
     rows = job.batches[0]
     for missing in range(5):

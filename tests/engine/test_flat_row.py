@@ -68,7 +68,7 @@ def common_beginning(rows: Sequence[Encoded], prefix: Encoded) -> list[Encoded]:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("length", [SHORTEST_SHARED, 19])
-def test_rows_that_share_their_prefix_have_the_padded_batchs_loss(
+def test_rows_that_share_a_prefix_have_the_padded_batchs_loss(
     kind: str, length: int, load_tiny: Callable, make_rows: Callable
 ) -> None:
     """The prefix is longer than gemma3's window of attention, and partly learnt."""
@@ -96,9 +96,7 @@ def test_only_neighbours_of_one_owner_share_a_prefix(make_rows: Callable) -> Non
     assert lay_out([rows[0]] * 3, CPU, "aaa").queries_Q.diff().tolist() == [10, 1, 1, 1]  # one each is kept
 
 
-def test_held_out_loss_is_the_mean_over_supervised_tokens_of_all_rows(
-    make_engine: Callable, make_rows: Callable
-) -> None:
+def test_held_out_loss_is_the_mean_over_supervised_tokens(make_engine: Callable, make_rows: Callable) -> None:
     engine, rows = make_engine("llama", "float64"), make_rows([5, 21, 2, 9])
     with torch.no_grad():
         expected = float(padded_loss(engine.base.model, rows))

@@ -120,7 +120,7 @@ def test_a_dropout_mask_keeps_the_mean(rate: float, seed: int, index: int) -> No
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["loop", "masked"])
-def test_in_float32_fusing_moves_a_value_by_a_hundredth_of_a_step_at_most(
+def test_fusing_in_float32_moves_values_by_a_hundredth_step(
     kernel: object, make_engine: Callable, make_job: Callable
 ) -> None:
     engine = make_engine("llama", "float32", token_budget=100_000)
@@ -156,7 +156,7 @@ def test_a_client_that_has_finished_never_moves_again(make_engine: Callable, mak
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["loop", "masked"])
-def test_a_diverging_client_leaves_its_fused_neighbours_as_if_alone(
+def test_diverging_client_leaves_neighbours_as_if_alone(
     kernel: object, make_engine: Callable, make_job: Callable
 ) -> None:
     engine = make_engine("llama", token_budget=100_000)
@@ -194,7 +194,7 @@ def test_growing_and_shrinking_a_rank_undo_each_other(make_engine: Callable) -> 
 def _step(engine: Engine, jobs: list[Job]) -> torch.Tensor:
     engine.bank.load(engine.layout, [job.start for job in jobs], [engine.layout.scale] * len(jobs))
     with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-        return engine._step(jobs, 0)[0].clone()
+        return engine.step_gradients(jobs, 0)[0].clone()
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["loop", "masked"])
@@ -245,7 +245,7 @@ def test_many_adapters_are_evaluated_in_one_pass(make_engine: Callable, make_row
     assert len({round(answer.loss, 9) for answer in together}) == 4
 
 
-def test_training_goes_on_after_an_evaluation_of_as_many_adapters(
+def test_training_goes_on_after_an_evaluation(
     make_engine: Callable, make_job: Callable, make_rows: Callable
 ) -> None:
     engine = make_engine("llama")

@@ -11,7 +11,7 @@ from fedllm.engine.generate import answers, left_padded
 PROMPTS = ["Sum two numbers.", "Open a file and read all of its lines, then close it."]
 
 
-def test_a_tokenizer_without_a_padding_token_answers_like_one_that_has_it(
+def test_tokenizer_without_padding_token_answers_alike(
     load_tiny: Callable,
 ) -> None:
     base = load_tiny("llama", "float64")

@@ -42,7 +42,7 @@ def uneven_jobs(engine: Engine, make_job: Callable, trained: str) -> list[Job]:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("token_budget", [1, 60, 100_000])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_fused_clients_of_mixed_ranks_equal_each_alone_through_peft(
+def test_mixed_ranks_fused_equal_each_alone_through_peft(
     kind: str, kernel: object, trained: str, token_budget: int, make_engine: Callable, make_job: Callable
 ) -> None:
     engine = make_engine(kind, token_budget=token_budget)
@@ -57,7 +57,7 @@ def test_fused_clients_of_mixed_ranks_equal_each_alone_through_peft(
 
 @factor
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_frozen_factor_moves_by_no_bit_and_the_trained_one_does(
+def test_frozen_factor_keeps_its_bits(
     trained: str, dtype: str, make_engine: Callable, make_job: Callable
 ) -> None:
     """Weight decay alone would move every value of a factor that is stepped."""
@@ -85,7 +85,7 @@ def test_the_gradient_of_one_factor_is_its_share_of_both(
     def gradients(part: str) -> torch.Tensor:
         engine.bank.load(engine.layout, [job.start for job in jobs], [engine.layout.scale] * 3, part)
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            return engine._step(jobs, 0)[0].clone()
+            return engine.step_gradients(jobs, 0)[0].clone()
 
     both, one = gradients("both"), gradients(trained)
     assert one.shape == (3, part_size(engine.layout, trained))
@@ -104,7 +104,8 @@ def test_example_gradients_are_clipped_by_the_trained_factor(
     def gradient(rows: Any, example_clip: float) -> torch.Tensor:
         engine.bank.load(engine.layout, [job.start], [engine.layout.scale], trained)
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            return engine._step([replace(job, batches=(rows,), example_clip=example_clip)], 0)[0][0].clone()
+            clipped = replace(job, batches=(rows,), example_clip=example_clip)
+            return engine.step_gradients([clipped], 0)[0][0].clone()
 
     singles = [gradient((row,), 0.0) for row in job.batches[0]]
     assert min(float(single.norm()) for single in singles) > clip
@@ -112,9 +113,7 @@ def test_example_gradients_are_clipped_by_the_trained_factor(
     torch.testing.assert_close(gradient(job.batches[0], clip), expected, **EXACT)
 
 
-def test_jobs_of_different_parts_keep_their_order_and_their_results(
-    make_engine: Callable, make_job: Callable
-) -> None:
+def test_jobs_of_different_parts_keep_order_and_results(make_engine: Callable, make_job: Callable) -> None:
     engine = make_engine("llama", token_budget=100_000)
     jobs = [
         replace(make_job(engine.layout, f"{part}{seed}", seed), trained=part)
@@ -126,7 +125,7 @@ def test_jobs_of_different_parts_keep_their_order_and_their_results(
         torch.testing.assert_close(result.delta, train_plainly(engine.base, engine.layout, job), **EXACT)
 
 
-def test_ranks_below_the_engines_are_held_at_the_widest_of_their_group(
+def test_smaller_ranks_are_held_at_the_widest_of_their_group(
     make_engine: Callable, make_job: Callable
 ) -> None:
     engine = make_engine("llama", token_budget=100_000)

@@ -18,7 +18,7 @@ KINDS = ["llama", "gpt2", "gemma3", "gemma2"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_states_of_all_adapters_give_the_losses_that_each_is_evaluated_to(
+def test_states_give_the_losses_that_adapters_are_evaluated_to(
     kind: str, make_engine: Callable, make_rows: Callable
 ) -> None:
     engine, rows = make_engine(kind), make_rows([12, 3, 20, 7])
@@ -64,9 +64,7 @@ class Shifted:
         return CrossEntropy(torch.tensor(tokens, device=device))
 
 
-def test_an_objective_is_asked_for_the_learnt_tokens_in_their_order(
-    make_engine: Callable, make_job: Callable
-) -> None:
+def test_objective_is_asked_for_learnt_tokens_in_order(make_engine: Callable, make_job: Callable) -> None:
     engine = make_engine("llama")
     job = make_job(engine.layout)
     shifted = tuple(

@@ -75,7 +75,7 @@ def test_the_gradient_of_the_pull_is_autograds(space: str) -> None:
         torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_each_row_is_pulled_in_its_own_space_and_as_strongly_as_it_asks() -> None:
+def test_each_row_is_pulled_in_its_own_space_and_strength() -> None:
     theta, anchor = random_rows(3, 0), random_rows(3, 1)
     mixed = gradient(theta, anchor, [training(0.3), training(0.0), training(0.5, "product")])
     torch.testing.assert_close(mixed[0], 0.3 * (theta[0] - anchor[0]), **EXACT)
@@ -84,7 +84,7 @@ def test_each_row_is_pulled_in_its_own_space_and_as_strongly_as_it_asks() -> Non
     torch.testing.assert_close(mixed[2:], alone, **EXACT)
 
 
-def test_the_product_form_does_not_see_which_factors_an_anchor_has() -> None:
+def test_product_form_does_not_see_the_anchors_factors() -> None:
     theta, anchor = random_rows(1, 0), random_rows(1, 1)
     other = turned(anchor[0], 2)[0][None]
     for space, is_equal in (("product", True), ("factor", False)):
@@ -92,7 +92,7 @@ def test_the_product_form_does_not_see_which_factors_an_anchor_has() -> None:
         assert torch.allclose(*found, rtol=1e-9, atol=1e-9) == is_equal
 
 
-def test_the_product_form_pulls_other_factors_of_a_product_by_the_same_law() -> None:
+def test_product_form_pulls_other_factors_of_a_product_alike() -> None:
     theta, anchor = random_rows(1, 0), random_rows(1, 1)
     other, gauges = turned(theta[0], 2)
     here = LAYOUT.factors(gradient(theta, anchor, [training(1.0, "product")])[0])
@@ -104,7 +104,7 @@ def test_the_product_form_pulls_other_factors_of_a_product_by_the_same_law() -> 
 
 @pytest.mark.parametrize("trained", ["a", "b"])
 @pytest.mark.parametrize("space", ["factor", "product"])
-def test_a_factor_that_is_trained_alone_is_pulled_as_if_both_were(space: str, trained: str) -> None:
+def test_factor_trained_alone_is_pulled_as_if_both_were(space: str, trained: str) -> None:
     theta, anchor = random_rows(2, 0), random_rows(2, 1)
     trainings = [training(0.3, space), training(2.0, space)]
     whole = gradient(theta, anchor, trainings)

@@ -48,9 +48,7 @@ def test_targets_match_the_end_of_a_modules_name(targets: str, expected: int, lo
 
 
 @pytest.mark.parametrize("targets", ["qproj", "proj", "q_proj,absent", "norm"])
-def test_a_target_that_matches_no_linear_layer_is_refused_with_those_there_are(
-    targets: str, load_tiny: Callable
-) -> None:
+def test_target_without_a_layer_is_refused_with_those_there_are(targets: str, load_tiny: Callable) -> None:
     with pytest.raises(ModelError, match=r"this model has down_proj, .*v_proj$"):
         target_modules(load_tiny("llama").model, targets)
 
@@ -96,7 +94,7 @@ def test_a_model_that_lacks_a_part_is_refused_in_one_line(
 @pytest.mark.parametrize(
     "values", [{"model_type": "zork"}, {"hidden_size": 64}], ids=["unknown architecture", "other sizes"]
 )
-def test_a_model_that_does_not_fit_its_config_is_refused_in_one_line(
+def test_model_unlike_its_config_is_refused_in_one_line(
     values: dict, model_copy: Path, edit_json: Callable
 ) -> None:
     edit_json(model_copy / "config.json", **values)
@@ -117,7 +115,7 @@ def test_devices_and_dtypes_are_chosen_by_name() -> None:
         choose_device(f"cuda:{torch.cuda.device_count()}")
 
 
-def test_quantization_without_a_gpu_or_its_package_says_what_is_needed(make_model_folder: Callable) -> None:
+def test_quantization_without_gpu_or_package_is_refused(make_model_folder: Callable) -> None:
     config = ModelConfig(name=str(make_model_folder()), device="cpu", quantization="4bit")
     with pytest.raises((ModelError, MissingExtraError), match=r"model\.quantization"):
         load_base(config)

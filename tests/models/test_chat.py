@@ -52,9 +52,7 @@ def learnt(row: Encoded) -> list[int]:
 
 @laws
 @given(prompt=texts, answer=texts)
-def test_the_answer_and_one_end_token_are_learnt_and_nothing_else(
-    prompt: str, answer: str, tokenizer: Any
-) -> None:
+def test_answer_and_one_end_token_alone_are_learnt(prompt: str, answer: str, tokenizer: Any) -> None:
     row = encode(chat(prompt, answer), tokenizer, 1000)
     assert written(tokenizer, row.tokens) == f"<|user|>{prompt}<|end|><|assistant|>{answer}<|end|>"
     assert written(tokenizer, learnt(row)) == f"{answer}<|end|>"
@@ -66,9 +64,7 @@ def test_the_answer_and_one_end_token_are_learnt_and_nothing_else(
 
 @laws
 @given(contents=st.lists(texts, min_size=4, max_size=7))
-def test_every_answer_of_a_conversation_is_learnt_and_what_follows_the_last_is_left_out(
-    contents: list[str], tokenizer: Any
-) -> None:
+def test_every_answer_of_a_conversation_is_learnt(contents: list[str], tokenizer: Any) -> None:
     row = encode(chat(*contents), tokenizer, 1000)
     answers = contents[1::2]
     assert written(tokenizer, learnt(row)) == "".join(f"{answer}<|end|>" for answer in answers)
@@ -132,7 +128,7 @@ def test_an_end_token_is_added_where_the_template_writes_none(tokenizer: Any) ->
     assert row.tokens.count(END) == 1
 
 
-def test_an_answer_that_the_template_rewrites_later_is_not_learnt(tokenizer: Any) -> None:
+def test_answer_that_the_template_rewrites_is_not_learnt(tokenizer: Any) -> None:
     tokenizer.chat_template = FORGETFUL
     row = encode(chat("One?", "First answer.", "Two?", "Second answer."), tokenizer, 100)
     assert written(tokenizer, learnt(row)) == "Second answer.<|end|>"
@@ -140,9 +136,7 @@ def test_an_answer_that_the_template_rewrites_later_is_not_learnt(tokenizer: Any
 
 
 @pytest.mark.parametrize("template", [None, "as saved"])
-def test_special_tokens_a_tokenizer_adds_by_itself_are_read_once_and_not_learnt(
-    template: str | None, tokenizer: Any
-) -> None:
+def test_special_tokens_are_read_once_and_not_learnt(template: str | None, tokenizer: Any) -> None:
     pad = tokenizer.pad_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|pad|> $A <|end|>", special_tokens=[("<|pad|>", pad), ("<|end|>", END)]
@@ -173,7 +167,7 @@ def test_a_prompt_ends_where_the_answer_would_begin(tokenizer: Any) -> None:
     assert chat_text(tokenizer, turns).startswith(prompt)
 
 
-def test_a_conversation_that_the_template_refuses_is_no_row_and_is_named_by_its_roles(tokenizer: Any) -> None:
+def test_refused_conversation_is_named_by_its_roles(tokenizer: Any) -> None:
     tokenizer.chat_template = REFUSING
     turns = (Turn("system", "Be kind."), Turn("user", "Sum?"), Turn("assistant", "Three."))
     assert encode(Example(turns=turns), tokenizer, 100) is None

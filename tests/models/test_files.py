@@ -26,15 +26,13 @@ def change_weight(folder: Path, name: str, index: int) -> None:
 
 @pytest.mark.parametrize("index", [0, -1])
 @pytest.mark.parametrize("name", [LARGEST, "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
-def test_the_fingerprint_changes_with_a_value_at_either_end_of_any_tensor(
-    name: str, index: int, model_copy: Path
-) -> None:
+def test_fingerprint_changes_with_either_end_of_any_tensor(name: str, index: int, model_copy: Path) -> None:
     before = fingerprint(model_copy)
     change_weight(model_copy, name, index)
     assert fingerprint(model_copy) != before
 
 
-def test_the_fingerprint_changes_with_a_tensors_name_shape_or_dtype(model_copy: Path) -> None:
+def test_fingerprint_changes_with_a_tensors_name_shape_or_dtype(model_copy: Path) -> None:
     tensors, seen = load_file(model_copy / WEIGHTS), {fingerprint(model_copy)}
     norm = tensors.pop("model.norm.weight")
     for name, tensor in (
@@ -56,7 +54,7 @@ def test_the_fingerprint_changes_with_a_tensors_name_shape_or_dtype(model_copy: 
         ("tokenizer_config.json", {"chat_template": "{{ messages[0].content }}"}),
     ],
 )
-def test_the_fingerprint_changes_with_config_tokenizer_and_template(
+def test_fingerprint_changes_with_config_tokenizer_and_template(
     file: str, values: dict[str, Any], model_copy: Path, edit_json: Callable
 ) -> None:
     before = fingerprint(model_copy)
@@ -71,7 +69,7 @@ def test_the_fingerprint_changes_with_a_template_in_its_own_file(model_copy: Pat
     assert fingerprint(model_copy) != before
 
 
-def test_the_fingerprint_does_not_depend_on_where_or_when_the_files_were_saved(
+def test_fingerprint_is_the_same_for_every_copy(
     model_copy: Path, edit_json: Callable, make_model_folder: Callable
 ) -> None:
     before = fingerprint(model_copy)
@@ -115,7 +113,7 @@ def test_an_absent_model_is_one_line(name: str, expected: str) -> None:
     assert name in one_line(caught.value)
 
 
-def test_the_embedded_model_without_its_package_names_the_command_that_helps(
+def test_absent_embedded_model_names_the_command_that_helps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(files, "EMBEDDED_PACKAGE", "no_such_package_for_fedllm")
@@ -212,7 +210,7 @@ def test_a_gguf_file_is_converted_once(gguf: Path, tmp_path: Path, monkeypatch: 
     assert len(converted) == 2
 
 
-def test_two_processes_that_convert_at_once_end_with_the_same_folder(
+def test_two_conversions_at_once_end_with_one_folder(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def convert(source: Path, folder: Path) -> None:
@@ -236,7 +234,7 @@ def test_a_file_that_is_no_gguf_is_refused_in_one_line(content: bytes, gguf: Pat
     assert _cached(tmp_path) == []
 
 
-def test_a_cache_that_cannot_be_written_names_the_variable_to_set(
+def test_unwritable_cache_names_the_variable_to_set(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -69,7 +69,7 @@ def test_every_layer_gains_scale_times_b_a_and_loses_it_again(
     assert fingerprint(base.files.folder) == base.fingerprint
 
 
-def test_the_whole_base_delta_is_always_added_to_the_first_weights(
+def test_base_delta_is_always_added_to_the_first_weights(
     load_tiny: Callable[..., BaseModel],
 ) -> None:
     """A thousand rounds leave no rounding: a machine that was there and one that was not have equal bits."""
@@ -108,7 +108,7 @@ def test_the_originals_come_back_when_the_block_fails(load_tiny: Callable[..., B
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_base_delta_of_the_adapters_own_factors_is_that_adapter(
+def test_base_delta_of_an_adapters_factors_is_that_adapter(
     kind: str, load_tiny: Callable[..., BaseModel]
 ) -> None:
     """What the base gained as base delta, and what an adapter with the same factors computes, is one

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.runs.spread import described, spread_of
+from fedllm.runs.spread import spread_and_losses, spread_of
 
 by_client = st.dictionaries(st.text(min_size=1, max_size=4), st.floats(0, 100), min_size=1, max_size=8)
 
@@ -24,7 +24,7 @@ def test_of_equally_bad_clients_the_first_by_name_is_named() -> None:
 
 
 def test_a_description_holds_the_numbers_and_every_client() -> None:
-    assert described({"a": 1.0, "b": 3.0}) == {
+    assert spread_and_losses({"a": 1.0, "b": 3.0}) == {
         "mean": 2.0,
         "worst": 3.0,
         "worst_client": "b",

@@ -1,31 +1,32 @@
-"""What `fedllm check` says of a rule that is not what its keys say."""
+"""What `fedllm check` says of keys that a preset, privacy or "auto" replaces."""
+
+from typing import Any
 
 import pytest
 
 from fedllm.config.run_config import RunConfig
-from scripts.commands.check_command import resolved_axes
+from fedllm.plan.run_plan import resolve
+from scripts.commands.check_command import replaced_values
+
+ROWS = {"lora.init-a": "orthonormal", "privacy.trust": "local", "privacy.metrics": "held-out"}
+CLIENTS = {"lora.init-a": "orthonormal", "privacy.trust": "central", "privacy.metrics": "withheld"}
+FFA = {"aggregation.train": "b", "aggregation.read-out": "factor-mean"}
 
 
 @pytest.mark.parametrize(
     ("flat", "in_use"),
     [
-        ({}, {}),
-        ({"aggregation.read-out": "stack"}, {}),
-        ({"aggregation.preset": "flexlora", "privacy.epsilon": 8.0}, {}),
-        (
-            {"aggregation.read-out": "svd", "privacy.epsilon": 8.0},
-            {"aggregation.train": "b", "aggregation.read-out": "factor-mean"},
-        ),
+        ({"lora.init-a": "kaiming"}, {}),
+        ({}, {"lora.init-a": "kaiming"}),
+        ({"aggregation.read-out": "stack"}, {"lora.init-a": "kaiming"}),
+        ({"aggregation.preset": "flexlora", "privacy.epsilon": 8.0}, ROWS),
+        ({"aggregation.read-out": "svd", "privacy.epsilon": 8.0}, {**ROWS, **FFA}),
         (
             {"privacy.epsilon": 8.0, "privacy.unit": "client"},
-            {
-                "aggregation.train": "b",
-                "aggregation.read-out": "factor-mean",
-                "aggregation.weighting": "uniform",
-            },
+            {**CLIENTS, **FFA, "aggregation.weighting": "uniform"},
         ),
-        ({"aggregation.preset": "fedex"}, {"aggregation.read-out": "residual"}),
+        ({"aggregation.preset": "fedex"}, {"lora.init-a": "kaiming", "aggregation.read-out": "residual"}),
     ],
 )
-def test_keys_whose_value_is_not_in_use(flat: dict[str, object], in_use: dict[str, str]) -> None:
-    assert resolved_axes(RunConfig.from_flat(flat)) == in_use
+def test_replaced_values_are_shown(flat: dict[str, Any], in_use: dict[str, str]) -> None:
+    assert replaced_values(resolve(RunConfig.from_flat(flat))) == in_use

@@ -157,7 +157,8 @@ def test_adapter_of_the_teacher_is_what_it_teaches(
     )
     (run / "config.toml").write_text(f'[model]\nname = "{deep}"\ndevice = "cpu"\n[lora]\nrank = 2\n')
     tuned, bare = (
-        _report(distil(teacher, make_model_folder(), tmp_path / "out", "--json")) for teacher in (run, deep)
+        _report(distil(teacher, make_model_folder(), tmp_path / f"of-{teacher.name}", "--json"))
+        for teacher in (run, deep)
     )
     assert tuned["held_out"]["teacher"] != bare["held_out"]["teacher"]
     assert tuned["held_out"]["before"] == bare["held_out"]["before"]
@@ -199,3 +200,11 @@ def test_other_tokenizer_has_no_on_policy_rounds(
     code, _, err = distil(deep, foreign, tmp_path / "student", "--on-policy", "2")
     assert code == 2
     assert "--on-policy" in err
+
+
+def test_folder_that_holds_something_is_kept(distil: Callable, deep: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("all of it")
+    code, _, err = distil(deep, "layers=3", tmp_path)
+    assert code == 2
+    assert "--out" in err
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"

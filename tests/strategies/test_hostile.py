@@ -13,7 +13,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from clients import train
+from clients import jobs
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size
 from fedllm.runs.records import record_to_line
@@ -273,14 +273,14 @@ def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(
 def test_an_exception_at_a_client_sends_none_of_its_words(
     make_config: Callable, open_run: Callable, expected_digest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = train.make_job
+    honest = jobs.make_job
 
     def crash(this_round: Any, client: Any, *rest: Any, **options: Any) -> Any:
         if client.client_id == OFFENDER:
             raise RuntimeError(f"cannot train on {SECRET}")
         return honest(this_round, client, *rest, **options)
 
-    monkeypatch.setattr(train, "make_job", crash)
+    monkeypatch.setattr(jobs, "make_job", crash)
     run = open_run(make_config())
     state, record = next_round(run.session, run.state)
     assert state.adapter.digest == expected_digest

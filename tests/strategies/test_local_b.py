@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from clients.client_app import app
 from clients.evaluate import evaluate_clients
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
+from clients.techniques import plan_node_round
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.engine.jobs import EvaluationJob
@@ -60,7 +61,13 @@ def test_a_round_goes_on_from_the_shared_a_and_the_last_b(
         assert float(own_b.abs().max()) > 0.01
         rank = plan.ranks[name]
         request = train_request(
-            holder, name, round_num=2, ranks=(rank,), adapter=first.adapter, base_delta=first.base_delta
+            holder,
+            name,
+            round_num=2,
+            drawn={name: 4},
+            ranks={name: rank},
+            adapter=first.adapter,
+            base_delta=first.base_delta,
         )
         start_P = whole_of(layout, own_b, "b", first.adapter.vector)
         this_round = plan_node_round(holder, request)

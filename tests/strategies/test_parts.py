@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from clients.jobs import make_job, plan_node_round
+from clients.jobs import make_job
 from clients.process import Process
+from clients.techniques import plan_node_round
 from fedllm.adapters.layout import AdapterState, at_rank, initial_adapter, with_rank
 from fedllm.adapters.parts import other_part, part_of, part_size
 from fedllm.errors import ConfigError
@@ -152,7 +153,7 @@ def test_clients_train_and_send_at_their_own_ranks(
         own = at_rank(layout, rank)
         assert own.scale == pytest.approx(layout.scale)
         start_P = run.state.adapter.vector
-        request = train_request(holder, name, ranks=(rank,), adapter=run.state.adapter)
+        request = train_request(holder, name, ranks={name: rank}, adapter=run.state.adapter)
         job = make_job(plan_node_round(holder, request), holder.clients[name], 0, rank=rank, start_P=start_P)
         assert torch.equal(job.start, with_rank(run.state.adapter.vector, layout, rank))
         (alone,) = holder.engine.train([job])

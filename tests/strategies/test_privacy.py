@@ -114,9 +114,11 @@ def test_a_local_update_is_clipped_and_then_noised_in_full() -> None:
     deltas = []
     for number in range(300):
         result = Result("anna", torch.full((LAYOUT.size,), 0.3), 1.0, 1, 1, 0.1)
-        protection = Protection(LAYOUT, "both", clip=0.5, deviation=2.0 * 0.5, key=bytes(32))
-        deltas.append(protect(result, (), rank=2, round_num=number, weighting="uniform", num_train=1,
-                              protection=protection).delta)  # fmt: skip
+        noised = Protection(
+            layout=LAYOUT, part="both", weighting="uniform", with_numbers=False,
+            clip=0.5, deviation=2.0 * 0.5, key=bytes(32),
+        )  # fmt: skip
+        deltas.append(protect(result, (), 1, number, noised).delta)
     expected = clipped(torch.full((LAYOUT.size,), 0.3), 0.5)
     check_noise(torch.stack(deltas).double() - expected, 2.0 * 0.5)
 
@@ -200,8 +202,7 @@ def test_noise_divided_by_the_root_of_the_cohort_is_caught(
 def test_noise_before_the_clip_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     real = protecting._protected_delta
 
-    def noise_first(result: Result, protection: Protection | None, round_num: int) -> torch.Tensor:
-        assert protection is not None
+    def noise_first(result: Result, protection: Protection, round_num: int) -> torch.Tensor:
         wide = real(result, replace(protection, clip=1e9), round_num)
         return clipped(wide, protection.clip)
 

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from clients.data_holder import hosted_rows
 from clients.process import Process
+from clients.tokens import hosted_rows
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine

@@ -91,6 +91,7 @@ def trained(make_config: Callable, open_run: Callable) -> Callable[..., Any]:
         after, record = next_round(session, opened.state)
         assert record.accepted == NAMES
         distilling = resolve(session.config.override({"distill.when": CHEAP["distill.when"]}))
+        distilling = replace(distilling, digest=session.plan.digest)  # the nodes keep the first configuration
         return replace(session, plan=distilling), opened.state, after, teachers.without(())
 
     return do

@@ -1,0 +1,98 @@
+"""The rows of a node's clients, and those rows as tokens: the only code that reads private text."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from clients.site import NodeConfig
+from fedllm.config.run_config import RunConfig
+from fedllm.data.fields import BadRow, ClientRows, Example
+from fedllm.data.partition import CLIENT_ID
+from fedllm.data.shards import Shards, load_one_client, load_shards
+from fedllm.errors import ConfigError, NoDataError
+from fedllm.models.chat import Encoded, encode
+
+_logger = logging.getLogger("fedllm.clients")
+
+
+@dataclass(frozen=True)
+class ClientTokens:
+    """One client's rows as the model reads them."""
+
+    client_id: str
+    train: tuple[Encoded, ...]
+    held_out: tuple[Encoded, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the training rows' tokens and labels, which never leaves this machine."""
+        hasher = hashlib.sha256()
+        for row in self.train:
+            hasher.update(repr((row.tokens, row.labels)).encode())
+        return hasher.hexdigest()
+
+
+def read_source(config: RunConfig) -> Shards:
+    """Return the rows of `data.source`, dealt to all clients of a run."""
+    shards = load_shards(config.data, num_clients=config.federation.num_clients, seed=config.seed)
+    _report(shards.bad)
+    return shards
+
+
+def hosted_rows(
+    config: RunConfig, node: NodeConfig, read: Callable[[RunConfig], Shards] = read_source
+) -> list[ClientRows]:
+    """Return the rows of the clients this node hosts.
+
+    A node started with `data-path` is one data holder with its own file, whatever the server's `data.source`
+    says. Otherwise the source is dealt to all clients, and node p of n hosts every n-th of them.
+    """
+    partition, num_partitions = int(node.get("partition-id", 0)), int(node.get("num-partitions", 1))
+    if "data-path" in node:
+        client_id = str(node.get("client-id", f"client-{partition:04d}"))
+        if not CLIENT_ID.fullmatch(client_id):
+            raise ConfigError(f"client-id {client_id!r}: expected up to 64 letters, digits, '.', '_' or '-'")
+        try:
+            shard = load_one_client(
+                str(node["data-path"]), config.data, client_id=client_id, seed=config.seed
+            )
+        except NoDataError as error:
+            _logger.warning("%s", error)
+            return [ClientRows(client_id, (), ())]  # it joins and declares no rows; the server leaves it out
+        _report(shard.bad)
+        return [shard.client]
+    return list(read(config).clients[partition::num_partitions])  # so that all nodes host about as many
+
+
+def _report(bad: tuple[BadRow, ...]) -> None:
+    if bad:
+        first = bad[0]
+        _logger.warning(
+            "%d bad rows skipped; the first: %s, line %d: %s", len(bad), first.file, first.line, first.reason
+        )
+
+
+def encode_client(rows: ClientRows, tokenizer: Any, max_length: int) -> ClientTokens:
+    """Return a client's rows as tokens; those without an answer within `max_length` are left out."""
+
+    def kept(examples: tuple[Example, ...]) -> tuple[Encoded, ...]:
+        encoded = (encode(example, tokenizer, max_length) for example in examples)
+        return tuple(row for row in encoded if row is not None)
+
+    client = ClientTokens(rows.client_id, kept(rows.train), kept(rows.held_out))
+    usable = (*client.train, *client.held_out)
+    num_lost = len(rows.train) + len(rows.held_out) - len(usable)
+    num_cut = sum(row.num_cut > 0 for row in usable)
+    if num_lost or num_cut:
+        _logger.warning(
+            "client %s: at train.max-length %d, %d rows lose their whole answer, or are none that the model's"
+            " chat template takes, and are skipped, %d are truncated",
+            rows.client_id,
+            max_length,
+            num_lost,
+            num_cut,
+        )
+    return client
