@@ -19,8 +19,7 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.parts import PARTS, part_of, part_size, whole_of
 from fedllm.errors import NotHeldError, OtherConfigError, WireError
 from fedllm.messages import EvaluateRequest, TrainRequest
-from fedllm.wire import packets
-from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
+from fedllm.wire.packets import list_field, read_vector, scalar_field, write_vector
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,7 @@ def _write(request: TrainRequest | EvaluateRequest, sending: Sending, values: di
 
 def _array(vector: torch.Tensor, layout: AdapterLayout, round_num: int, part: str) -> Array:
     # Unrounded: every client must start from the server's bits, which the digest vouches for.
-    packet = packets.encode(
-        vector, layout_digest=layout.digest, round_num=round_num, payload="fp32", part=part
-    )
-    return to_array(packet)
+    return write_vector(vector, layout, part, round_num, "fp32")
 
 
 # --- read by a client --------------------------------------------------------------------------------------
@@ -194,7 +190,4 @@ def _read_packet(content: RecordDict, name: str, layout: AdapterLayout, part: st
     if list(record) != [name]:  # what is not read is not taken either
         raise WireError(f"a request carries exactly one {name}")
     round_num = scalar_field(content.config_records["request"], "round", int)
-    packet = packets.decode(
-        packet_of(record[name]), layout_digest=layout.digest, part=part, size=size, round_num=round_num
-    )
-    return packet.vector
+    return read_vector(record[name], layout, part, round_num, size)

@@ -125,7 +125,7 @@ def aggregate(case: Case, rule: AggregationRule) -> float:
     mixture = combine.init(rule, ServerState(0, case.start), trained="both", fresh=lambda: case.start)
     for update in case.updates:
         mixture = combine.add(mixture, update)
-    return combine.finish(mixture).delta_norm
+    return combine.finish(mixture).measured.delta_norm
 
 
 def form_dense(case: Case, at_once: int = 64) -> torch.Tensor:

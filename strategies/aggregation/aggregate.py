@@ -6,7 +6,7 @@ from functools import partial
 from fedllm.adapters.layout import initial_adapter
 from fedllm.messages import ClientUpdate
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import AggregationRecord, RoundPlan, RoundRecord
+from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.seeds import derive_seed
 from strategies.aggregation import combine
 from strategies.aggregation.stock import stock_change
@@ -18,18 +18,17 @@ from strategies.session import Session
 class AggregateCollector:
     """Combines updates as they come (`strategies.aggregation.combine`)."""
 
-    mixture: combine.Mixture
-    is_empty: bool = True
+    updates: combine.RoundUpdates
 
     def add(self, update: ClientUpdate) -> None:
-        """Put one more update in the mixture."""
-        self.mixture, self.is_empty = combine.add(self.mixture, update), False
+        """Take in one more update."""
+        self.updates = combine.add(self.updates, update)
 
     def close(self, before: ServerState, after: ServerState, record: RoundRecord) -> RoundOutcome:
-        """Read the next adapter out of the mixture."""
-        if not record.applied or self.is_empty:  # a Poisson draw may choose nobody
+        """Read the next adapter out of the updates."""
+        if not record.applied or self.updates.is_empty:  # a Poisson draw may choose nobody
             return after, record
-        found = combine.finish(self.mixture)
+        found = combine.finish(self.updates)
         after = replace(
             after,
             adapter=found.adapter,
@@ -37,14 +36,7 @@ class AggregateCollector:
             optimizer=found.optimizer,
             norms=found.norms,
         )
-        measured = AggregationRecord(
-            rho=found.rho,
-            largest_rho=found.largest_rho,
-            kept_energy=found.kept_energy,
-            delta_norm=found.delta_norm,
-            silenced=found.silenced,
-        )
-        return after, replace(record, aggregation=measured, adapter=found.adapter.digest)
+        return after, replace(record, aggregation=found.measured, adapter=found.adapter.digest)
 
 
 def open_aggregate(session: Session, state: ServerState, plan: RoundPlan) -> AggregateCollector:
@@ -57,6 +49,6 @@ def open_aggregate(session: Session, state: ServerState, plan: RoundPlan) -> Agg
             state,
             trained=plan.trained,
             fresh=lambda: initial_adapter(session.layout, seed, session.plan.init_a),
-            outside=partial(stock_change, session.stock, plan.round_num) if session.stock else None,
+            stock_rule=partial(stock_change, session.stock, plan.round_num) if session.stock else None,
         )
     )

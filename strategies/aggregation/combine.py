@@ -2,7 +2,8 @@
 
 `add` turns an update into the change of one canonical adapter: at the rank of the run, with the client's own
 scale folded into B. `finish` weighs the clients (`robust`), forms the mean of their products (`sums`), reads
-it out (`readouts`) and lets the server optimizer step (`optimizers`). It reports
+it out (`readouts`) and lets the server optimizer step (`optimizers`). With R the residual of the mean M of
+the products (`sums`) and M_0 the product that the round started from, it measures
 
     rho          ||R||_F / ||M - M_0||_F: the error of averaging factors, as a share of the round's change
     kept energy  1 - ||M - what was read out||_F^2 / ||M||_F^2, at least 0
@@ -28,54 +29,75 @@ from fedllm.errors import LayoutError
 from fedllm.messages import ClientUpdate
 from fedllm.plan.aggregation import COORDINATE_RULES, AggregationRule
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import OptimizerState
+from fedllm.runs.records import AggregationRecord, OptimizerState
 from strategies.aggregation import optimizers, robust, sums
-from strategies.aggregation.optimizers import aligned
 from strategies.aggregation.readouts import READ_OUTS, Mean, ReadOut, factor_mean
-from strategies.aggregation.sums import Change, Held, Sums
+from strategies.aggregation.sums import FoldedSums, HeldUpdate, MeanChange
 
-Outside: TypeAlias = Callable[[AdapterState, Sequence[Held]], torch.Tensor]
+StockRule: TypeAlias = Callable[[AdapterState, Sequence[HeldUpdate]], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture:
-    """The updates of a round so far.
+class RoundUpdates:
+    """The updates of a round so far: the latest as they came (`held`), the earlier ones as sums (`folded`).
 
-    `trained` is what its clients train: "both", "a" or "b". `fresh` draws the adapter of a restart. `outside`
-    is a rule from elsewhere, from the start and the clients to the change [P] of the factors (`stock`).
+    `trained` is what clients train: "both", "a" or "b". `fresh` draws the adapter of a restart. `stock_rule`
+    maps the start and the clients to the change [P] of the factors, in place of our own mean (`stock`).
     """
 
     rule: AggregationRule
     state: ServerState
     trained: str
     fresh: Callable[[], AdapterState]
-    outside: Outside | None = None
-    held: tuple[Held, ...] = ()
-    folded: Sums | None = None
+    stock_rule: StockRule | None = None
+    held: tuple[HeldUpdate, ...] = ()
+    folded: FoldedSums | None = None
 
     @property
     def layout(self) -> AdapterLayout:
         """The run's layout."""
         return self.state.adapter.layout
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no update has come."""
+        return not self.held and self.folded is None
+
+    @property
+    def shared_part(self) -> str:
+        """The part of the adapter that this round's clients send: "both", "a" or "b"."""
+        return returned_part(self.trained, self.rule.local_b)
+
+    @property
+    def num_holdable(self) -> int | None:
+        """How many updates may be held before they are folded into sums; None if all must be."""
+        if self.rule.holds_updates or self.stock_rule:
+            return None
+        return sums.num_holdable(self.layout, with_products=self.rule.needs_products)
+
+    @property
+    def keeps_own_factors(self) -> bool:
+        """Whether the only client's factors are the read-out: refactoring them would only change the basis.
+
+        Not where a robust rule may shrink its change: a part of a product is not the product of parts.
+        """
+        is_single = self.folded is None and len(self.held) == 1
+        return is_single and self.rule.robust == "none" and self.rule.read_out != "stack"
+
 
 @dataclass(frozen=True, eq=False)
 class Aggregate:
     """What a round changes at the server, and what it measured.
 
-    Under read-out local-b the server knows no product: `rho` and `kept_energy` are None and `delta_norm` is
-    the Frobenius norm of A's change. Sums of nodes and outside rules leave the first two unknown as well.
+    Under read-out local-b the server knows no product: then only the norm of A's change is measured. Sums of
+    nodes and stock rules leave rho and the kept energy unknown as well.
     """
 
     adapter: AdapterState
     base_delta: BaseDelta
     optimizer: OptimizerState
     norms: tuple[float, ...]  # median norms of the last rounds, for robust rules
-    rho: float | None
-    largest_rho: float | None  # of the worst single matrix
-    kept_energy: float | None
-    delta_norm: float
-    silenced: tuple[str, ...] = ()
+    measured: AggregationRecord
 
 
 def init(
@@ -84,71 +106,58 @@ def init(
     *,
     trained: str,
     fresh: Callable[[], AdapterState],
-    outside: Outside | None = None,
-) -> Mixture:
-    """Return the empty mixture of the round that follows `state`."""
-    return Mixture(rule, state, trained, fresh, outside)
+    stock_rule: StockRule | None = None,
+) -> RoundUpdates:
+    """Return the round that follows `state`, without updates yet."""
+    return RoundUpdates(rule, state, trained, fresh, stock_rule)
 
 
-def add(mixture: Mixture, update: ClientUpdate, scale: float | None = None) -> Mixture:
-    """Return the mixture with one more client; `scale` is the client's own alpha / rank, else the run's.
+def add(updates: RoundUpdates, update: ClientUpdate, scale: float | None = None) -> RoundUpdates:
+    """Return the updates with one more; `scale` is the client's own alpha / rank, else the run's.
 
     The weight is taken as it is: a late update comes discounted (`strategies.cohort.late_updates`).
 
     Raises:
         LayoutError: the delta is no adapter of the layout at a rank from 1 to the run's.
     """
-    rule, layout = mixture.rule, mixture.layout
+    layout = updates.layout
     rank = rank_of(layout, update.delta)
-    delta_P = _canonical(mixture, update.delta, rank, layout.scale if scale is None else scale)
+    delta_P = _canonical(updates, update.delta, rank, layout.scale if scale is None else scale)
     weight = update.weight
-    if rule.weighting == "product-norm":
-        weight *= product_norm(layout, mixture.state.adapter.vector + delta_P)
-    held = (*mixture.held, Held(update.client_id, weight, rank, delta_P))
-    if (
-        rule.holds_updates
-        or mixture.outside
-        or len(held) <= sums.most_held(layout, with_products=rule.needs_products)
-    ):
-        return replace(mixture, held=held)
-    return _folded(replace(mixture, held=held))
+    if updates.rule.weighting == "product-norm":
+        weight *= product_norm(layout, updates.state.adapter.vector + delta_P)
+    updates = replace(updates, held=(*updates.held, HeldUpdate(update.client_id, weight, rank, delta_P)))
+    most = updates.num_holdable
+    return updates if most is None or len(updates.held) <= most else _fold(updates)
 
 
-def finish(mixture: Mixture) -> Aggregate:
+def finish(updates: RoundUpdates) -> Aggregate:
     """Return the aggregate of at least one client."""
-    if mixture.folded is not None and mixture.held:
-        mixture = _folded(mixture)
-    rule, layout, state = mixture.rule, mixture.layout, mixture.state
-    verdict, norms = _weigh(mixture)
-    # One client's own factors are already its exact read-out; refactoring them would only change the gauge.
-    # Not where a robust rule may shrink its change: a part of a product is not the product of parts.
-    is_single = mixture.folded is None and len(mixture.held) == 1 and rule.robust == "none"
-    read_out = factor_mean if is_single and rule.read_out != "stack" else READ_OUTS[rule.read_out]
-    vector_P, base_delta, measured = _read_out(mixture, verdict, read_out)
-    moments = state.optimizer
+    if updates.folded is not None and updates.held:
+        updates = _fold(updates)
+    rule, layout, state = updates.rule, updates.layout, updates.state
+    shares, norms = _weigh(updates)
+    read_out = factor_mean if updates.keeps_own_factors else READ_OUTS[rule.read_out]
+    vector_P, base_delta, measured = _read_out(updates, shares, read_out)
+    start_P, optimizer = state.adapter.vector, state.optimizer
     if not rule.optimizer.is_plain:
         target_P = vector_P
-        if rule.read_out == "svd" and not is_single:
-            target_P = aligned(layout, vector_P, state.adapter.vector)
-        moments, step_P = optimizers.step(
-            rule.optimizer, moments, target_P - state.adapter.vector, part_mask(layout, _shared_part(mixture))
-        )
-        vector_P = state.adapter.vector + step_P
+        if rule.read_out == "svd" and not updates.keeps_own_factors:
+            target_P = optimizers.rewrite_in_basis(layout, vector_P, start_P)
+        mask_P = part_mask(layout, updates.shared_part)
+        optimizer, step_P = optimizers.step(rule.optimizer, optimizer, target_P - start_P, mask_P)
+        vector_P = start_P + step_P
     if rule.local_b:
-        moved = float(torch.linalg.vector_norm(vector_P - state.adapter.vector))
-        measured = _Measured(None, None, None, moved)
-    elif (rule.node_sum and rule.train == "both") or mixture.outside:  # the mean of the products is not known
+        measured = AggregationRecord(delta_norm=float(torch.linalg.vector_norm(vector_P - start_P)))
+    elif (rule.node_sum and rule.train == "both") or updates.stock_rule:
+        # The mean of the products is not known, so neither is what was lost of it.
         measured = replace(measured, rho=None, largest_rho=None, kept_energy=None)
     return Aggregate(
         AdapterState(layout, vector_P).checked_finite(),
         base_delta.checked_finite(),
-        moments,
+        optimizer,
         norms,
-        measured.rho,
-        measured.largest_rho,
-        measured.kept_energy,
-        measured.delta_norm,
-        _silenced(mixture, verdict),
+        replace(measured, silenced=_silenced(updates, shares)),
     )
 
 
@@ -180,22 +189,18 @@ def product_norm(layout: AdapterLayout, vector_P: torch.Tensor) -> float:
     for group in shape_groups(layout):
         factors = sums.change_of_vector(layout, vector_P, group.indices)
         total += float(squared_norm(Product(factors.b_LOR, factors.a_LRI)).sum())
+    # A client whose product is zero, as all are before round 1, must keep a weight: they may all be so.
     return max(math.sqrt(max(total, 0.0)), torch.finfo(torch.float32).tiny)
 
 
-def _shared_part(mixture: Mixture) -> str:
-    """Return the part of the adapter that this round's clients share with the server."""
-    return returned_part(mixture.trained, mixture.rule.local_b)
-
-
-def _canonical(mixture: Mixture, delta: torch.Tensor, rank: int, scale: float) -> torch.Tensor:
+def _canonical(updates: RoundUpdates, delta: torch.Tensor, rank: int, scale: float) -> torch.Tensor:
     """Return the change [P] of the client's adapter at the run's rank and scale, as float32.
 
     Columns that the client does not have are zeros, as in its product. Where one factor is common to all,
     they are columns it did not change: the mean takes each column over the clients that train it.
     """
-    layout, part = mixture.layout, _shared_part(mixture)
-    start_P = mixture.state.adapter.vector
+    layout, part = updates.layout, updates.shared_part
+    start_P = updates.state.adapter.vector
     if rank == layout.rank and scale == layout.scale:
         return delta if part == "both" else torch.where(part_mask(layout, part), delta, 0.0)
     own = replace(layout, rank=rank, alpha=layout.scale * rank)
@@ -210,50 +215,41 @@ def _canonical(mixture: Mixture, delta: torch.Tensor, rank: int, scale: float) -
     return torch.where(part_mask(layout, part), delta_P, 0.0).float()
 
 
-def _folded(mixture: Mixture) -> Mixture:
-    layout, products = mixture.layout, mixture.rule.needs_products
-    before = mixture.folded or sums.empty_sums(layout, with_products=products)
-    return replace(mixture, held=(), folded=sums.fold(before, layout, mixture.held))
+def _fold(updates: RoundUpdates) -> RoundUpdates:
+    layout, products = updates.layout, updates.rule.needs_products
+    before = updates.folded or sums.empty_sums(layout, with_products=products)
+    return replace(updates, held=(), folded=sums.fold(before, layout, updates.held))
 
 
-def _weigh(mixture: Mixture) -> tuple[robust.Verdict, tuple[float, ...]]:
+def _weigh(updates: RoundUpdates) -> tuple[robust.ClientShares, tuple[float, ...]]:
     """Return what the held clients are left with, and the norms that robust rules remember."""
-    rule, norms = mixture.rule, mixture.state.norms
-    weights_K = torch.tensor([client.weight for client in mixture.held], dtype=torch.float64)
+    rule, norms = updates.rule, updates.state.norms
+    weights_K = torch.tensor([client.weight for client in updates.held], dtype=torch.float64)
     p_K = weights_K / weights_K.sum()
     if rule.robust == "none" or rule.robust in COORDINATE_RULES:
-        return robust.Verdict(p_K, torch.ones_like(p_K)), norms
-    deltas = [client.delta for client in mixture.held]
-    grams_KK = robust.change_grams(mixture.layout, mixture.state.adapter.vector, deltas)
-    verdict = robust.judge(rule.robust, grams_KK, p_K, max_malicious=rule.max_malicious, norms=norms)
-    return verdict, robust.next_norms(norms, grams_KK)
+        return robust.ClientShares(p_K, torch.ones_like(p_K)), norms
+    deltas = [client.delta for client in updates.held]
+    grams_KK = robust.change_grams(updates.layout, updates.state.adapter.vector, deltas)
+    shares = robust.weigh_clients(rule.robust, grams_KK, p_K, max_malicious=rule.max_malicious, norms=norms)
+    return shares, robust.remember_norms(norms, grams_KK)
 
 
-def _silenced(mixture: Mixture, verdict: robust.Verdict) -> tuple[str, ...]:
-    total = sum(client.weight for client in mixture.held)
+def _silenced(updates: RoundUpdates, shares: robust.ClientShares) -> tuple[str, ...]:
+    total = sum(client.weight for client in updates.held)
     return tuple(
         client.client_id
-        for client, left in zip(mixture.held, verdict.coefficients.tolist(), strict=True)
+        for client, left in zip(updates.held, shares.coefficients.tolist(), strict=True)
         if left < robust.SILENT_SHARE * client.weight / total
     )
 
 
-@dataclass(frozen=True)
-class _Measured:
-    rho: float | None
-    largest_rho: float | None
-    kept_energy: float | None
-    delta_norm: float
-
-
 def _read_out(
-    mixture: Mixture, verdict: robust.Verdict, read_out: Callable[[Mean], ReadOut]
-) -> tuple[torch.Tensor, BaseDelta, _Measured]:
+    updates: RoundUpdates, shares: robust.ClientShares, read_out: Callable[[Mean], ReadOut]
+) -> tuple[torch.Tensor, BaseDelta, AggregationRecord]:
     """Return the next adapter [P], the next base delta and what was measured, shape by shape."""
-    layout, base_delta, start_P = mixture.layout, mixture.state.base_delta, mixture.state.adapter.vector
+    layout, base_delta, start_P = updates.layout, updates.state.base_delta, updates.state.adapter.vector
     vector_P, energies = torch.empty(layout.size), []
-    for place, part, change in _changes(mixture, verdict):
-        indices = shape_groups(layout)[place].indices[part]
+    for indices, change in _mean_changes(updates, shares):
         start = sums.change_of_vector(layout, start_P, indices)
         mean = Mean(start.a_LRI, start.b_LOR, change)
         result = read_out(mean)
@@ -263,42 +259,46 @@ def _read_out(
         energies.append(
             torch.stack([mean.residual_energy_L, mean.change_energy_L, result.lost_L, mean.energy_L])
         )
-    if mixture.rule.read_out == "stack":
-        vector_P = mixture.fresh().vector
+    if updates.rule.read_out == "stack":  # all that was learnt is in the base now
+        vector_P = updates.fresh().vector
     return vector_P, base_delta, _measure(torch.cat(energies, dim=1), layout.scale)
 
 
-def _changes(mixture: Mixture, verdict: robust.Verdict) -> Iterator[tuple[int, slice, Change]]:
-    """Yield the mean change of every part of every shape group: its place, the part, the change."""
-    rule, layout, held = mixture.rule, mixture.layout, mixture.held
-    delta_P = None
-    if mixture.outside:
-        mask_P = part_mask(layout, _shared_part(mixture))
-        delta_P = torch.where(mask_P, mixture.outside(mixture.state.adapter, held), 0.0)
+def _mean_changes(
+    updates: RoundUpdates, shares: robust.ClientShares
+) -> Iterator[tuple[tuple[int, ...], MeanChange]]:
+    """Yield matrices of one shape, as many as fit the workspace, and the clients' mean change of them."""
+    rule, layout, held = updates.rule, updates.layout, updates.held
+    delta_P = None  # the change itself, from rules that are no weighted mean
+    if updates.stock_rule:
+        mask_P = part_mask(layout, updates.shared_part)
+        delta_P = torch.where(mask_P, updates.stock_rule(updates.state.adapter, held), 0.0)
     elif rule.robust in COORDINATE_RULES:
-        delta_P = robust.of_coordinates(rule.robust, [client.delta for client in held], rule.max_malicious)
-    shares_R = sums.rank_weights(held, verdict.weights, layout.rank)
+        deltas = [client.delta for client in held]
+        delta_P = robust.combine_coordinates(rule.robust, deltas, rule.max_malicious)
+    shares_R = sums.rank_weights(held, shares.weights, layout.rank)
     for place, group in enumerate(shape_groups(layout)):
         for part in chunks_of(group, sums.matrices_at_once(group, layout.rank * (len(held) + 2))):
             indices = group.indices[part]
             if delta_P is not None:
-                yield place, part, sums.change_of_vector(layout, delta_P, indices)
-            elif mixture.folded is not None:
-                yield place, part, sums.change_of_sums(mixture.folded, layout, place, part)
+                change = sums.change_of_vector(layout, delta_P, indices)
+            elif updates.folded is not None:
+                change = sums.change_of_sums(updates.folded, layout, place, part)
             else:
                 change = sums.change_of_held(
-                    layout, held, verdict.coefficients, indices, with_residual=rule.needs_products
+                    layout, held, shares.coefficients, indices, with_residual=rule.needs_products
                 )
-                yield place, part, change if rule.needs_products else change.per_column(shares_R)
+                change = change if rule.needs_products else change.per_column(shares_R)
+            yield indices, change
 
 
-def _measure(energies: torch.Tensor, scale: float) -> _Measured:
-    """Return the numbers of a round from the energies [4, matrices] of R, change, loss and M."""
+def _measure(energies: torch.Tensor, scale: float) -> AggregationRecord:
+    """Return the numbers of a round from the energies [4, matrices] of R, M - M_0, the loss and M."""
     residual, change, lost, total = energies.sum(dim=1).tolist()
-    worst = (energies[0] / energies[1])[energies[1] > 0]
-    return _Measured(
-        math.sqrt(residual / change) if change else 0.0,
-        math.sqrt(float(worst.max())) if len(worst) else 0.0,
-        max(0.0, 1 - lost / total) if total else 1.0,
-        math.sqrt(change) * scale,
+    worst = (energies[0] / energies[1])[energies[1] > 0]  # matrices that nobody changed have no rho
+    return AggregationRecord(
+        delta_norm=math.sqrt(change) * scale,
+        rho=math.sqrt(residual / change) if change else 0.0,
+        largest_rho=math.sqrt(float(worst.max())) if len(worst) else 0.0,
+        kept_energy=max(0.0, 1 - lost / total) if total else 1.0,
     )

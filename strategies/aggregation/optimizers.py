@@ -26,7 +26,7 @@ from fedllm.runs.records import OptimizerState
 def step(
     optimizer: ServerOptimizer, state: OptimizerState, delta_P: torch.Tensor, trained_P: torch.Tensor
 ) -> tuple[OptimizerState, torch.Tensor]:
-    """Return the next state and the step [P] of a pseudo-gradient; both are float32.
+    """Return the next state and the step [P] along a pseudo-gradient; both are float32.
 
     Where `trained_P` is false no client trained: there nothing moves and the moments stay as they are, so
     that a factor which is frozen this round is frozen for momentum too.
@@ -35,7 +35,7 @@ def step(
     if state.num_steps == 0:
         first_P = torch.zeros_like(delta_P)
         second_P = torch.full_like(delta_P, optimizer.adaptivity**2)
-    moved_first, moved_second, step_P = _rules(optimizer, first_P, second_P, delta_P)
+    moved_first, moved_second, step_P = _moments_and_direction(optimizer, first_P, second_P, delta_P)
     after = OptimizerState(
         torch.where(trained_P, moved_first, first_P).float(),
         torch.where(trained_P, moved_second, second_P).float(),
@@ -44,10 +44,10 @@ def step(
     return after, torch.where(trained_P, optimizer.rate * step_P, 0.0).float()
 
 
-def _rules(
+def _moments_and_direction(
     optimizer: ServerOptimizer, first_P: torch.Tensor, second_P: torch.Tensor, delta_P: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the moments after a step, and its direction before the learning rate."""
+    """Return both moments after a step, and its direction before the learning rate."""
     beta, square_P = optimizer.momentum, delta_P.square()
     if optimizer.name == "fedavg":
         return first_P, second_P, delta_P
@@ -70,30 +70,28 @@ def _rules(
 LEAST_SHARE = 0.1
 
 
-def aligned(layout: AdapterLayout, read_out_P: torch.Tensor, start_P: torch.Tensor) -> torch.Tensor:
-    """Return the adapter `read_out_P` in the gauge of `start_P`: every product B A is the same.
+def rewrite_in_basis(layout: AdapterLayout, read_out_P: torch.Tensor, start_P: torch.Tensor) -> torch.Tensor:
+    """Return the adapter `read_out_P` in the basis of `start_P`, with the same products B A.
 
-    With Q an orthonormal basis of the row space of A, the nearest A' = T Q to the start's A_0 has
-    T = A_0 Q^T, and B' = B (A Q^T) T^-1. A read-out that changed nothing comes back as the start itself. A
-    rotation alone (orthogonal T) cannot do this: in the first round it leaves the balanced A of an SVD a
-    fraction of the length of the initial one, and momentum would repeat that shrinking until the adapter
-    changes its sign.
+    B A does not fix B and A. This rewrites an SVD result in last round's basis, so that momentum adds like to
+    like: with Q an orthonormal basis of the row space of A, the A' = T Q nearest to the start's A_0 has
+    T = A_0 Q^T, and B' = B (A Q^T) T^-1. A read-out that changed nothing comes back as the start itself.
+
+    A rotation alone (orthogonal T) would not do: in the first round it leaves the balanced A of an SVD a
+    fraction of the length of the initial one, and momentum repeats that shrinking until the adapter changes
+    its sign.
     """
     vector_P = torch.empty_like(read_out_P)
     for group in shape_groups(layout):
         a_LKRI, b_LOKR = stack_factors(layout, (read_out_P, start_P), group.indices)
-        a_LRI, b_LOR = _align(a_LKRI[:, 0], b_LOKR[:, :, 0], a_LKRI[:, 1])
-        put_factors(layout, vector_P, group.indices, a_LRI, b_LOR)
+        a_LRI, b_LOR, start_LRI = a_LKRI[:, 0], b_LOKR[:, :, 0], a_LKRI[:, 1]
+        basis_LIR, corner_LRR = torch.linalg.qr(a_LRI.mT)  # A = corner^T basis^T, so basis^T is Q
+        u_LRR, s_LR, v_LRR = torch.linalg.svd(start_LRI @ basis_LIR, full_matrices=False)  # of T
+        longest_L1 = s_LR[:, :1]
+        # T is inverted below; where the start has no A at all, T becomes a rotation.
+        s_LR = torch.maximum(s_LR, torch.where(longest_L1 > 0, LEAST_SHARE * longest_L1, 1.0))
+        turn_LRR = (u_LRR * s_LR[:, None, :]) @ v_LRR
+        back_LRR = (v_LRR.mT / s_LR[:, None, :]) @ u_LRR.mT
+        b_LOR = b_LOR @ corner_LRR.mT @ back_LRR
+        put_factors(layout, vector_P, group.indices, turn_LRR @ basis_LIR.mT, b_LOR)
     return vector_P
-
-
-def _align(
-    a_LRI: torch.Tensor, b_LOR: torch.Tensor, start_LRI: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    basis_LIR, corner_LRR = torch.linalg.qr(a_LRI.mT)  # A = corner^T basis^T
-    u_LRR, s_LR, v_LRR = torch.linalg.svd(start_LRI @ basis_LIR, full_matrices=False)
-    longest_L1 = s_LR[:, :1]
-    s_LR = torch.maximum(s_LR, torch.where(longest_L1 > 0, LEAST_SHARE * longest_L1, 1.0))
-    turn_LRR = (u_LRR * s_LR[:, None, :]) @ v_LRR
-    back_LRR = (v_LRR.mT / s_LR[:, None, :]) @ u_LRR.mT
-    return turn_LRR @ basis_LIR.mT, b_LOR @ corner_LRR.mT @ back_LRR

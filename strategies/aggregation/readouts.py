@@ -1,4 +1,4 @@
-"""Read-outs: from the clients' mean of one group of matrices to the factors of the next adapter.
+"""Read-outs: from the mean of the clients' products to the factors of the next adapter.
 
 With client factors (A_i, B_i), scales folded into B, normalised weights p_i, and the means A' = sum p_i A_i,
 B' = sum p_i B_i, the mean a federation wants is M = sum p_i B_i A_i = B' A' + R. Its residual
@@ -26,7 +26,7 @@ from functools import cached_property
 import torch
 
 from fedllm.adapters.algebra import Product, inner, squared_norm, truncate
-from strategies.aggregation.sums import Change
+from strategies.aggregation.sums import MeanChange
 
 LEAST_ROW = 1e-5  # directions of A' shorter than this share of the longest count as none: float32 has no more
 
@@ -37,7 +37,7 @@ class Mean:
 
     start_LRI: torch.Tensor
     start_LOR: torch.Tensor
-    change: Change
+    change: MeanChange
 
     @cached_property
     def mean_LRI(self) -> torch.Tensor:
@@ -59,7 +59,8 @@ class Mean:
         """||M||^2."""
         if self.change.residual.right is not None:
             return squared_norm(self.product)
-        factors = Product(self.mean_LOR, self.mean_LRI)  # a dense M is not formed for its norm alone
+        # ||B' A' + R||^2 by its three terms: a dense M is not formed for its norm alone.
+        factors = Product(self.mean_LOR, self.mean_LRI)
         both = squared_norm(factors) + 2 * inner(factors, self.change.residual) + self.residual_energy_L
         return both.clamp(min=0)
 
@@ -105,7 +106,8 @@ def svd(mean: Mean) -> ReadOut:
 
 
 def projection(mean: Mean) -> ReadOut:
-    """Return A' and the B nearest to B' of those with the best product, B' + R A'^+."""
+    """Return A' and the best B for it, B' + R A'^+; of equally good ones that nearest to B'."""
+    # M A'^+ = B' + R A'^+, by least squares; R alone, since B' A' A'^+ would only round B'.
     inverse_LIR = torch.linalg.pinv(mean.mean_LRI, rtol=LEAST_ROW)
     correction_LOR = mean.change.residual.times(inverse_LIR)
     gained_L = squared_norm(Product(correction_LOR, mean.mean_LRI))

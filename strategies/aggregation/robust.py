@@ -1,4 +1,4 @@
-"""Robust rules: what each client is left to say, when some of them may lie.
+"""Robust rules: how much each client counts when some of them may lie.
 
 Factors have no distance: (B_i G, G^-1 A_i) is the same client for any G. So the rules measure changes of the
 product, D_i = s_i B_i A_i - B_0 A_0 over all matrices together, and every number they need stands in the
@@ -11,16 +11,16 @@ aggregate is the start plus sum a_i D_i, read out like any mean. The plain mean 
     similarity         clients whose change points with the geometric median, the rest silenced, norms clipped
                        (the cosine test of FLTrust, arXiv 2012.13995, without a data set at the server)
 
-Two more act on coordinates, where one factor is common to all (`fedllm/plan/aggregation.py` refuses them
-elsewhere), and
-count every client alike: trimmed-mean leaves out the f largest and smallest values, coordinate-median takes
-the middle one (Yin et al., arXiv 1803.01498). f is the assumed share of malicious clients, rounded up.
+Two more compare single coordinates. They make sense only where one factor is common to all
+(`fedllm/plan/aggregation.py` refuses them elsewhere), and count every client alike: trimmed-mean leaves out
+the f largest and smallest values, coordinate-median takes the middle one (Yin et al., arXiv 1803.01498). f is
+the assumed share of malicious clients, rounded up.
 Tensor suffixes: K clients, S the start and the clients, P flat adapter, R rank, O output, I input feature.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,8 @@ COORDINATES_AT_ONCE = 1 << 20  # values of all clients that are sorted together
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
-    """What clients are left with: `weights` [K] sum to 1, and each change is scaled by `shrink` [K]."""
+class ClientShares:
+    """How much clients count: `weights` [K] sum to 1, and each change is scaled by `shrink` [K]."""
 
     weights: torch.Tensor
     shrink: torch.Tensor
@@ -48,18 +48,27 @@ class Verdict:
         return self.weights * self.shrink
 
 
-def judge(
+def weigh_clients(
     rule: str, grams_KK: torch.Tensor, p_K: torch.Tensor, *, max_malicious: float, norms: Sequence[float]
-) -> Verdict:
-    """Return the verdict of a Gram rule on clients of weights `p_K` (sum 1).
+) -> ClientShares:
+    """Return how much clients of weights `p_K` (sum 1) count under a rule that needs the Gram matrix.
 
-    `norms` are the median norms of earlier rounds (`next_norms`), oldest first.
+    `norms` are the median norms of earlier rounds (`remember_norms`), oldest first.
     """
-    bound = NORM_FACTOR * statistics.median(next_norms(norms, grams_KK))
-    return _RULES[rule](_Case(grams_KK, p_K, num_malicious(len(p_K), max_malicious), bound))
+    bound = NORM_FACTOR * statistics.median(remember_norms(norms, grams_KK))
+    clip_K = (bound / _norms(grams_KK)).nan_to_num(nan=1.0).clamp(max=1.0)  # 0 / 0: nobody changed anything
+    if rule == "norm-clip":
+        return ClientShares(p_K, clip_K)
+    if rule == "similarity":
+        return ClientShares(similar_weights(grams_KK, p_K), clip_K)
+    if rule == "multi-krum":
+        weights_K = krum_weights(grams_KK, p_K, num_malicious(len(p_K), max_malicious))
+    else:
+        weights_K = geometric_median(grams_KK, p_K)
+    return ClientShares(weights_K, torch.ones_like(p_K))
 
 
-def next_norms(norms: Sequence[float], grams_KK: torch.Tensor) -> tuple[float, ...]:
+def remember_norms(norms: Sequence[float], grams_KK: torch.Tensor) -> tuple[float, ...]:
     """Return the median norms of the last rounds with this one's, all that a rule remembers."""
     return (*norms, float(_norms(grams_KK).median()))[-NUM_MEDIANS:]
 
@@ -112,43 +121,21 @@ def _factored_grams(a_SRI: torch.Tensor, b_SOR: torch.Tensor) -> torch.Tensor:
     return ends.sum(dim=(1, 3)) + mixed_KK + mixed_KK.T
 
 
-@dataclass(frozen=True, eq=False)
-class _Case:
-    """What a rule looks at."""
-
-    grams_KK: torch.Tensor
-    p_K: torch.Tensor
-    num_malicious: int
-    bound: float
-
-
 def _norms(grams_KK: torch.Tensor) -> torch.Tensor:
     return grams_KK.diagonal().clamp(min=0).sqrt()
 
 
-def _clipped(case: _Case) -> torch.Tensor:
-    """Return the factors [K] that bring every norm down to the bound."""
-    return (case.bound / _norms(case.grams_KK)).nan_to_num(nan=1.0).clamp(max=1.0)
-
-
-def _norm_clip(case: _Case) -> Verdict:
-    return Verdict(case.p_K, _clipped(case))
-
-
-def _multi_krum(case: _Case) -> Verdict:
-    """Keep the K - f clients whose K - f - 2 nearest neighbours are nearest."""
-    count, norms_K = len(case.p_K), case.grams_KK.diagonal()
-    distances = (norms_K[:, None] + norms_K[None, :] - 2 * case.grams_KK).clamp(min=0)
-    neighbours = max(1, count - case.num_malicious - 2)
+def krum_weights(grams_KK: torch.Tensor, p_K: torch.Tensor, num_malicious: int) -> torch.Tensor:
+    """Return weights [K] of the K - f clients whose K - f - 2 nearest neighbours are nearest; of others 0."""
+    count, norms_K = len(p_K), grams_KK.diagonal()
+    # ||D_i - D_j||^2 = G_ii + G_jj - 2 G_ij
+    distances = (norms_K[:, None] + norms_K[None, :] - 2 * grams_KK).clamp(min=0)
+    neighbours = max(1, count - num_malicious - 2)
     nearest = distances.sort(dim=1).values[:, 1 : neighbours + 1]  # the first is the client itself
-    kept = nearest.sum(dim=1).argsort(stable=True)[: count - case.num_malicious]
-    weights_K = torch.zeros_like(case.p_K)
-    weights_K[kept] = case.p_K[kept]
-    return Verdict(weights_K / weights_K.sum(), torch.ones_like(case.p_K))
-
-
-def _geometric_median(case: _Case) -> Verdict:
-    return Verdict(geometric_median(case.grams_KK, case.p_K), torch.ones_like(case.p_K))
+    kept = nearest.sum(dim=1).argsort(stable=True)[: count - num_malicious]
+    weights_K = torch.zeros_like(p_K)
+    weights_K[kept] = p_K[kept]
+    return weights_K / weights_K.sum()
 
 
 def geometric_median(grams_KK: torch.Tensor, p_K: torch.Tensor) -> torch.Tensor:
@@ -171,24 +158,16 @@ def geometric_median(grams_KK: torch.Tensor, p_K: torch.Tensor) -> torch.Tensor:
     return a_K
 
 
-def _similarity(case: _Case) -> Verdict:
-    """Silence who points away from the geometric median; clip the others."""
-    towards_K = case.grams_KK @ geometric_median(case.grams_KK, case.p_K)
-    weights_K = torch.where(towards_K > 0, case.p_K, 0.0)
+def similar_weights(grams_KK: torch.Tensor, p_K: torch.Tensor) -> torch.Tensor:
+    """Return weights [K] without those clients who point away from the geometric median."""
+    towards_K = grams_KK @ geometric_median(grams_KK, p_K)  # <D_i, median>
+    weights_K = torch.where(towards_K > 0, p_K, 0.0)
     if float(weights_K.sum()) == 0:  # nobody changed anything
-        weights_K = case.p_K
-    return Verdict(weights_K / weights_K.sum(), _clipped(case))
+        weights_K = p_K
+    return weights_K / weights_K.sum()
 
 
-_RULES: dict[str, Callable[[_Case], Verdict]] = {
-    "norm-clip": _norm_clip,
-    "multi-krum": _multi_krum,
-    "geometric-median": _geometric_median,
-    "similarity": _similarity,
-}
-
-
-def of_coordinates(rule: str, deltas: Sequence[torch.Tensor], max_malicious: float) -> torch.Tensor:
+def combine_coordinates(rule: str, deltas: Sequence[torch.Tensor], max_malicious: float) -> torch.Tensor:
     """Return the trimmed mean or the median [P], in float64, of every coordinate of the clients' deltas."""
     number = len(deltas)
     cut = (number - 1) // 2 if rule == "coordinate-median" else num_malicious(number, max_malicious)

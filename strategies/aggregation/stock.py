@@ -1,8 +1,8 @@
-"""A stock Flower strategy as the rule: it sees the clients' factors and gives the next ones.
+"""A stock Flower strategy in place of our own mean: it sees the clients' factors and gives the next ones.
 
 The rest of a round stays ours: validation, checkpoints, the wire. A stock strategy works on named arrays, so
-it averages A and B, or takes their median; what that means for the products is its user's to know. What it
-remembers between rounds is its own and in no checkpoint.
+it averages A and B, or takes their median; what that does to the products B A, its user has to know. What it
+remembers between rounds is in no checkpoint.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from fedllm.plan import capabilities
 from fedllm.plan.capabilities import Part, Setting, refuse_conflicts
 from fedllm.plan.run_plan import RunPlan
 from fedllm.wire.stock import read_plain, write_plain
-from strategies.aggregation.sums import Held
+from strategies.aggregation.sums import HeldUpdate
 
 
 @dataclass(frozen=True)
 class _Nodes:
-    """As much of a grid as a strategy asks for before a round: who is there."""
+    """A grid as far as a strategy asks it before a round: how many nodes there are."""
 
     number: int
 
@@ -54,7 +54,7 @@ def check_stock(plan: RunPlan) -> None:
 
 
 def stock_change(
-    strategy: Strategy, round_num: int, start: AdapterState, held: Sequence[Held]
+    strategy: Strategy, round_num: int, start: AdapterState, held: Sequence[HeldUpdate]
 ) -> torch.Tensor:
     """Return the change [P] of the adapter that `strategy` makes of the clients' adapters and weights.
 
@@ -71,7 +71,7 @@ def stock_change(
     return read_plain(arrays, start.layout).vector - start.vector
 
 
-def _reply(node_id: int, start: AdapterState, client: Held) -> Message:
+def _reply(node_id: int, start: AdapterState, client: HeldUpdate) -> Message:
     """Return what a client of a stock strategy would have answered."""
     metrics: dict[str, Any] = {"num-examples": client.weight}
     adapter = AdapterState(start.layout, start.vector + client.delta)

@@ -1,11 +1,11 @@
-"""What a round holds of its clients: the latest as they came, the earlier ones as sums.
+"""The mean of a round's products, from updates that are held as they came or folded into sums.
 
 Written in changes (a_i, b_i) of the factors since the start of the round, the mean of the products is
 
     M = B' A' + R,   R = sum p_i (b_i - b')(a_i - a')
 
-with a', b' the mean changes. Held clients give R as factors, K - 1 of them, since the last is what the others
-sum up to. Once their factors take more room than one dense float64 copy of the adapted matrices, they are
+with a', b' the mean changes. Held updates give R as factors, K - 1 of them, since the last is minus the sum
+of the others. Once their factors take more room than one dense float64 copy of the adapted matrices, they are
 folded into C = sum p_i b_i a_i, and R = C - b' a'; so memory does not grow with the number of clients. Where
 one factor is common to all clients there is no R, and only one vector is summed.
 Tensor suffixes: K clients, L matrices of one shape, P flat adapter, R rank, O output, I input feature.
@@ -20,11 +20,12 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.shapes import ShapeGroup, chunks_of, shape_groups, stack_factors
 
 WORKSPACE = 1 << 23  # bytes of float64 that one batched operation works on: what a cache holds
+ROUNDING = 1e-12  # weights that differ from 1 by less than this sum to 1: float64 leaves about 1e-16 each
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """One client as it came: its change [P] at the rank of the run, its own rank, and its weight."""
+class HeldUpdate:
+    """One client's update as it came: its change [P] at the rank of the run, its own rank, and its weight."""
 
     client_id: str
     weight: float
@@ -33,8 +34,8 @@ class Held:
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
-    """Weighted sums over the clients that are no longer held; `products` is C, one [L, O, I] per shape."""
+class FoldedSums:
+    """Weighted sums over the updates that are no longer held; `products` is C, one [L, O, I] per shape."""
 
     weight: float
     rank_weights: torch.Tensor  # [R]: the weight of the clients that train a column
@@ -42,10 +43,10 @@ class Sums:
     products: tuple[torch.Tensor, ...]
 
 
-def empty_sums(layout: AdapterLayout, *, with_products: bool) -> Sums:
+def empty_sums(layout: AdapterLayout, *, with_products: bool) -> FoldedSums:
     """Return sums over nobody."""
     shapes = [(len(g.indices), g.out_features, g.in_features) for g in shape_groups(layout)]
-    return Sums(
+    return FoldedSums(
         0.0,
         torch.zeros(layout.rank, dtype=torch.float64),
         torch.zeros(layout.size, dtype=torch.float64),
@@ -53,31 +54,32 @@ def empty_sums(layout: AdapterLayout, *, with_products: bool) -> Sums:
     )
 
 
-def most_held(layout: AdapterLayout, *, with_products: bool) -> int:
-    """Return how many clients are held before they are folded: as many as take the room of the sums."""
+def num_holdable(layout: AdapterLayout, *, with_products: bool) -> int:
+    """Return how many updates are held before they are folded: as many as take the room of the sums."""
     if not with_products:
         return 1
     entries = sum(m.out_features * m.in_features for m in layout.matrices)
-    return max(1, 2 * entries // layout.size)  # 8 bytes an entry, 4 bytes a value of a held client
+    return max(1, 2 * entries // layout.size)  # 8 bytes an entry, 4 bytes a value of a held update
 
 
-def rank_weights(held: tuple[Held, ...], weights_K: torch.Tensor, rank: int) -> torch.Tensor:
+def rank_weights(held: tuple[HeldUpdate, ...], weights_K: torch.Tensor, rank: int) -> torch.Tensor:
     """Return the weight [R] of the clients that train each of the first `rank` columns."""
-    ranks_K = torch.tensor([client.rank for client in held])
+    ranks_K = torch.tensor([update.rank for update in held])
     trains_KR = torch.arange(rank)[None, :] < ranks_K[:, None]
     return (weights_K[:, None] * trains_KR).sum(dim=0)
 
 
-def fold(sums: Sums, layout: AdapterLayout, held: tuple[Held, ...]) -> Sums:
-    """Return the sums with the held clients in them."""
-    weights_K = torch.tensor([client.weight for client in held], dtype=torch.float64)
-    deltas = [client.delta for client in held]
+def fold(sums: FoldedSums, layout: AdapterLayout, held: tuple[HeldUpdate, ...]) -> FoldedSums:
+    """Return the sums with the held updates in them, in the order in which they came."""
+    weights_K = torch.tensor([update.weight for update in held], dtype=torch.float64)
+    deltas = [update.delta for update in held]
     products = []
     for group, before in zip(shape_groups(layout) if sums.products else (), sums.products, strict=True):
         after = torch.empty_like(before)
         for part in chunks_of(group, matrices_at_once(group, layout.rank * len(held))):
             a_LKRI, b_LOKR = stack_factors(layout, deltas, group.indices[part])
             b_LOKR.mul_(weights_K[:, None])
+            # Side by side the factors of all clients are one product, and the sum over them is free.
             torch.baddbmm(before[part], b_LOKR.flatten(2), a_LKRI.flatten(1, 2), out=after[part])
         products.append(after)
     delta_P = sums.delta.clone()
@@ -99,34 +101,36 @@ def matrices_at_once(group: ShapeGroup, width: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class MeanChange:
     """The mean change a', b' of the factors of some matrices of one shape, and their residual R."""
 
     a_LRI: torch.Tensor
     b_LOR: torch.Tensor
     residual: Product
 
-    def per_column(self, shares_R: torch.Tensor) -> "Change":
-        """Return the change with every column as the mean over the share of clients that trains it."""
-        if float(shares_R.min()) > 1 - 1e-12:
+    def per_column(self, shares_R: torch.Tensor) -> "MeanChange":
+        """Return every column as the mean over the share of clients that trains it, in place of over all."""
+        if float(shares_R.min()) > 1 - ROUNDING:
             return self
         shares_R = torch.where(shares_R > 0, shares_R, 1.0)  # a column nobody trains stays as it is
         return replace(self, a_LRI=self.a_LRI / shares_R[:, None], b_LOR=self.b_LOR / shares_R)
 
 
-def change_of_vector(layout: AdapterLayout, delta_P: torch.Tensor, indices: tuple[int, ...]) -> Change:
+def change_of_vector(layout: AdapterLayout, delta_P: torch.Tensor, indices: tuple[int, ...]) -> MeanChange:
     """Return the named matrices of one flat change, without a residual."""
     a_LKRI, b_LOKR = stack_factors(layout, (delta_P,), indices)
-    return Change(a_LKRI[:, 0], b_LOKR[:, :, 0], Product(b_LOKR[:, :, 0, :0], a_LKRI[:, 0, :0]))
+    nothing = Product(b_LOKR[:, :, 0, :0], a_LKRI[:, 0, :0])  # factors of no columns: a product of zeros
+    return MeanChange(a_LKRI[:, 0], b_LOKR[:, :, 0], nothing)
 
 
-def change_of_sums(sums: Sums, layout: AdapterLayout, place: int, part: slice) -> Change:
+def change_of_sums(sums: FoldedSums, layout: AdapterLayout, place: int, part: slice) -> MeanChange:
     """Return the mean change of the matrices `part` of the shape group at `place`."""
     indices = shape_groups(layout)[place].indices[part]
     total = change_of_vector(layout, sums.delta, indices)
     change = replace(total, a_LRI=total.a_LRI / sums.weight, b_LOR=total.b_LOR / sums.weight)
     if not sums.products:
         return change.per_column(sums.rank_weights / sums.weight)
+    # R = C - b' a', with C divided by the weight on the way.
     dense = torch.baddbmm(
         sums.products[place][part], change.b_LOR, change.a_LRI, beta=1 / sums.weight, alpha=-1.0
     )
@@ -135,25 +139,26 @@ def change_of_sums(sums: Sums, layout: AdapterLayout, place: int, part: slice) -
 
 def change_of_held(
     layout: AdapterLayout,
-    held: tuple[Held, ...],
+    held: tuple[HeldUpdate, ...],
     weights_K: torch.Tensor,
     indices: tuple[int, ...],
     *,
     with_residual: bool,
-) -> Change:
+) -> MeanChange:
     """Return the mean change sum w_i (a_i, b_i) of the named matrices and R = sum w_i b_i a_i - b' a'.
 
     Every term of R is as small as the clients' disagreement, so clients that agree leave no rounding noise.
     """
-    a_LKRI, b_LOKR = stack_factors(layout, [client.delta for client in held], indices)
+    a_LKRI, b_LOKR = stack_factors(layout, [update.delta for update in held], indices)
     mean_LRI = (weights_K @ a_LKRI.flatten(2)).view(len(indices), *a_LKRI.shape[2:])
     mean_LOR = (b_LOKR * weights_K[:, None]).sum(dim=2)
     number = 0
     if with_residual:
         number = len(held)
         b_LOKR.sub_(mean_LOR[:, :, None]).mul_(weights_K[:, None])
-        if abs(float(weights_K.sum()) - 1) < 1e-12:  # the w_i (b_i - b') sum to zero: one a_i may leave all
+        if abs(float(weights_K.sum()) - 1) < ROUNDING:
+            # The w_i (b_i - b') sum to zero, so one a_i may be taken from all: its own term is gone.
             a_LKRI.sub_(a_LKRI[:, -1:].clone())
             number -= 1
     factors = Product(b_LOKR[:, :, :number].flatten(2), a_LKRI[:, :number].flatten(1, 2))
-    return Change(mean_LRI, mean_LOR, factors.lightest())
+    return MeanChange(mean_LRI, mean_LOR, factors.lightest())

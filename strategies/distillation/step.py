@@ -7,10 +7,9 @@ is the aggregate of their updates; the loss is the forward KL of `fedllm.distill
 from collections.abc import Sequence
 
 from fedllm.adapters.layout import AdapterState
-from fedllm.data.fields import mapped_columns
 from fedllm.engine.engine import Engine
 from fedllm.models.with_base_delta import with_base_delta
-from fedllm.plan.run_plan import RunPlan, distillation_of
+from fedllm.plan.run_plan import distillation_of
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import DistillationRecord
 from strategies.distillation.gate import judge_losses
@@ -18,7 +17,7 @@ from strategies.distillation.learn import student_training, train_student
 from strategies.distillation.losses import measure_base
 from strategies.distillation.material import make_material, pass_all
 from strategies.distillation.originality import text_screen
-from strategies.distillation.synthetic_text import Writers
+from strategies.distillation.synthetic_text import writers_of
 from strategies.distillation.teach import ask_teacher
 from strategies.distillation.teachers import ClientAdapter
 from strategies.session import Session
@@ -32,12 +31,6 @@ def open_engine(session: Session) -> Engine:
     """
     config = session.config
     return session.resident.engine(config.model, session.layout, config.train.token_budget)
-
-
-def writers_of(plan: RunPlan, engine: Engine, adapters: Sequence[ClientAdapter], round_num: int) -> Writers:
-    """Return the clients' adapters of a round as writers of synthetic text."""
-    is_plain = "text" in mapped_columns(plan.config.data.columns)
-    return Writers(engine, adapters, plan.config.seed, round_num, plan.prompts, is_plain)
 
 
 def distil_aggregate(

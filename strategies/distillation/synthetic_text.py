@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fedllm.data.fields import Turn
+from fedllm.data.fields import Turn, mapped_columns
 from fedllm.distillation.sample import sample_texts
 from fedllm.engine.engine import Engine
 from fedllm.errors import DataError, NoDataError
 from fedllm.models.chat import Encoded, chat_text
+from fedllm.plan.run_plan import RunPlan
 from fedllm.seeds import derive_seed
 from strategies.distillation.public_text import Split
 from strategies.distillation.teachers import ClientAdapter, priors_of
@@ -47,6 +48,12 @@ class Writers:
         )
         writers = (self.adapters[place].client_id for place in samples.writers)
         return list(zip(samples.rows, writers, strict=True))
+
+
+def writers_of(plan: RunPlan, engine: Engine, adapters: Sequence[ClientAdapter], round_num: int) -> Writers:
+    """Return the clients' adapters of a round as writers."""
+    is_plain = "text" in mapped_columns(plan.config.data.columns)
+    return Writers(engine, adapters, plan.config.seed, round_num, plan.prompts, is_plain)
 
 
 def write_synthetic_texts(

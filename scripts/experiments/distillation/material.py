@@ -6,7 +6,7 @@ from scripts.experiments.distillation.last_round import Round
 from strategies.distillation.material import Material, make_material
 from strategies.distillation.originality import text_screen
 from strategies.distillation.public_text import open_public_text
-from strategies.distillation.step import writers_of
+from strategies.distillation.synthetic_text import writers_of
 
 
 def material_of(last: Round, config: RunConfig) -> Material:

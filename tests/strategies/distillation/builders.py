@@ -11,7 +11,8 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import DistillationLosses, DistillationRecord, LossChange
 from strategies.distillation.material import Material, Screen, make_material, pass_all
 from strategies.distillation.public_text import open_public_text
-from strategies.distillation.step import open_engine, writers_of
+from strategies.distillation.step import open_engine
+from strategies.distillation.synthetic_text import writers_of
 from strategies.distillation.teachers import ClientAdapter
 from strategies.session import Session
 
@@ -64,8 +65,9 @@ def steps_of(state: ServerState) -> list[DistillationRecord]:
 
 
 def with_keys(session: Session, **flat: Any) -> Session:
-    """Return a session that distils cheaply, with other keys."""
-    return replace(session, plan=resolve(session.config.override({**CHEAP, **flat})))
+    """Return a session that distils cheaply, with other keys than its nodes were given."""
+    plan = resolve(session.config.override({**CHEAP, **flat}))
+    return replace(session, plan=replace(plan, digest=session.plan.digest))  # nodes refuse another digest
 
 
 def with_public(session: Session, source: str, **flat: Any) -> Session:

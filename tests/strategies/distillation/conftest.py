@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from clients.client_app import app
 from fedllm.config.run_config import RunConfig
-from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from scripts.runtimes.local import local_grid
@@ -19,7 +18,7 @@ from strategies.distillation.teachers import Teachers
 from strategies.rounds import next_round
 from strategies.run import run_federation
 from strategies.session import Watch
-from tests.strategies.distillation.builders import CHEAP, NAMES, write_rows
+from tests.strategies.distillation.builders import CHEAP, NAMES, with_keys, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +89,6 @@ def trained(make_config: Callable, open_run: Callable) -> Callable[..., Any]:
         )
         after, record = next_round(session, opened.state)
         assert record.accepted == NAMES
-        distilling = resolve(session.config.override({"distill.when": CHEAP["distill.when"]}))
-        distilling = replace(distilling, digest=session.plan.digest)  # the nodes keep the first configuration
-        return replace(session, plan=distilling), opened.state, after, teachers.without(())
+        return with_keys(session), opened.state, after, teachers.without(())
 
     return do

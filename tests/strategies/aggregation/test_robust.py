@@ -120,7 +120,7 @@ def test_the_geometric_median_on_a_line_is_the_median() -> None:
 def test_multi_krum_keeps_the_clients_with_the_closest_neighbours() -> None:
     points = torch.tensor([[0.0], [0.1], [0.2], [0.3], [9.0], [10.0], [-30.0]]).double()
     p_K = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]).double() / 28
-    verdict = robust.judge("multi-krum", points @ points.T, p_K, max_malicious=3 / 7, norms=())
+    verdict = robust.weigh_clients("multi-krum", points @ points.T, p_K, max_malicious=3 / 7, norms=())
     expected = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0]).double() / 10
     torch.testing.assert_close(verdict.coefficients, expected)
 
@@ -128,11 +128,11 @@ def test_multi_krum_keeps_the_clients_with_the_closest_neighbours() -> None:
 def test_norms_are_clipped_at_twice_the_running_median() -> None:
     grams = torch.diag(torch.tensor([1.0, 4.0, 9.0, 10_000.0]).double())
     p_K = torch.full((4,), 0.25).double()
-    verdict = robust.judge("norm-clip", grams, p_K, max_malicious=0.2, norms=())
+    verdict = robust.weigh_clients("norm-clip", grams, p_K, max_malicious=0.2, norms=())
     torch.testing.assert_close(verdict.shrink, torch.tensor([1.0, 1.0, 1.0, 4 / 100]).double())
-    verdict = robust.judge("norm-clip", grams, p_K, max_malicious=0.2, norms=(0.1, 0.1))
+    verdict = robust.weigh_clients("norm-clip", grams, p_K, max_malicious=0.2, norms=(0.1, 0.1))
     torch.testing.assert_close(verdict.shrink, torch.tensor([0.2, 0.1, 0.2 / 3, 0.2 / 100]).double())
-    assert robust.next_norms(tuple(float(n) for n in range(20)), grams) == (13, 14, 15, 16, 17, 18, 19, 2)
+    assert robust.remember_norms(tuple(float(n) for n in range(20)), grams) == (13, 14, 15, 16, 17, 18, 19, 2)
 
 
 @pytest.mark.parametrize(
@@ -158,17 +158,17 @@ def test_coordinate_rules_are_sorting(count: int, seed: int, share: float) -> No
     deltas = [gaussian(LAYOUT.size, seed + index) for index in range(count)]
     ordered = torch.stack(deltas).double().sort(dim=0).values
     median = ordered[(count - 1) // 2 : count // 2 + 1].mean(dim=0)
-    torch.testing.assert_close(robust.of_coordinates("coordinate-median", deltas, share), median)
+    torch.testing.assert_close(robust.combine_coordinates("coordinate-median", deltas, share), median)
     cut = robust.num_malicious(count, share)
     trimmed = ordered[cut : count - cut].mean(dim=0)
-    torch.testing.assert_close(robust.of_coordinates("trimmed-mean", deltas, share), trimmed)
+    torch.testing.assert_close(robust.combine_coordinates("trimmed-mean", deltas, share), trimmed)
 
 
 def test_coordinate_rules_work_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     deltas = [gaussian(LAYOUT.size, index) for index in range(5)]
-    whole = robust.of_coordinates("trimmed-mean", deltas, 0.2)
+    whole = robust.combine_coordinates("trimmed-mean", deltas, 0.2)
     monkeypatch.setattr(robust, "COORDINATES_AT_ONCE", 33)
-    assert torch.equal(robust.of_coordinates("trimmed-mean", deltas, 0.2), whole)
+    assert torch.equal(robust.combine_coordinates("trimmed-mean", deltas, 0.2), whole)
 
 
 @pytest.mark.parametrize("rank", [1, RANK])
@@ -193,7 +193,7 @@ def test_the_model_moves_by_the_weighted_changes(name: str, read_out: str) -> No
     updates = [*honest_updates(6), update("far", 3.0 * gaussian(LAYOUT.size, 5), 2.0)]
     weights = torch.tensor([item.weight for item in updates]).double()
     rows = changes(updates)
-    verdict = robust.judge(name, rows @ rows.T, weights / weights.sum(), max_malicious=0.2, norms=())
+    verdict = robust.weigh_clients(name, rows @ rows.T, weights / weights.sum(), max_malicious=0.2, norms=())
     found = model_change(aggregate(updates, read_out=read_out, robust=name))
     expected = products(start_adapter().vector) + verdict.coefficients @ rows / LAYOUT.scale
     assert float((found - expected).norm() / expected.norm()) < 1e-5
@@ -234,8 +234,8 @@ def test_two_of_ten_attackers_do_not_turn_the_model(name: str, read_out: str, at
     assert float(found @ clean / found.norm() / clean.norm()) > 0.8
     assert 0.4 < float(found.norm() / clean.norm()) < 1.8
     if name in ("multi-krum", "similarity") and attack != "scaled":
-        assert set(result.silenced) >= {"z0", "z1"}
-    assert not set(result.silenced) & {item.client_id for item in honest} or name == "multi-krum"
+        assert set(result.measured.silenced) >= {"z0", "z1"}
+    assert not set(result.measured.silenced) & {item.client_id for item in honest} or name == "multi-krum"
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -328,18 +328,21 @@ def test_every_rule_stays_finite_beside_every_hostile_reply(axes: dict[str, str]
     result = aggregate(hostile(kind), **axes)
     result.adapter.checked_finite()
     result.base_delta.checked_finite()
-    numbers = [result.delta_norm, *result.norms]
-    numbers += [n for n in (result.rho, result.largest_rho, result.kept_energy) if n is not None]
+    measured = result.measured
+    found = (measured.rho, measured.largest_rho, measured.kept_energy)
+    numbers = [measured.delta_norm, *result.norms, *(number for number in found if number is not None)]
     assert all(math.isfinite(number) and number >= 0 for number in numbers)
-    assert result.kept_energy is None or result.kept_energy <= 1
-    assert len(set(result.silenced)) < len(hostile(kind))
+    assert result.measured.kept_energy is None or result.measured.kept_energy <= 1
+    assert len(set(result.measured.silenced)) < len(hostile(kind))
 
 
 @pytest.mark.parametrize("axes", RULES, ids=lambda axes: " ".join(axes.values()))
 def test_clients_that_agree_are_followed_by_every_rule(axes: dict[str, str]) -> None:
     updates = hostile("duplicates")
     result = aggregate(updates, **axes)
-    assert result.silenced == () or axes["robust"] == "multi-krum"  # which of equals it drops is no matter
+    assert (
+        result.measured.silenced == () or axes["robust"] == "multi-krum"
+    )  # which of equals it drops is no matter
     if axes["read_out"] == "local-b":
         return
     delta = updates[0].delta

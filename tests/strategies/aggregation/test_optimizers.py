@@ -15,7 +15,7 @@ from fedllm.plan.aggregation import AggregationRule, ServerOptimizer
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import OptimizerState
 from strategies.aggregation import combine
-from strategies.aggregation.optimizers import aligned, step
+from strategies.aggregation.optimizers import rewrite_in_basis, step
 
 OPTIMIZERS = tuple(KEYS["aggregation.optimizer"].words)
 RANK, BETA, BETA2, TAU = 3, 0.8, 0.95, 1e-2
@@ -116,7 +116,7 @@ def test_aligning_changes_no_product_and_brings_a_gauge_back(seed: int, log_size
         gauge = torch.eye(3).double() * 10**log_size + 0.2 * gaussian(9, seed + index).view(3, 3).double()
         turned.append((gauge @ a_RI.double(), b_OR.double() @ torch.linalg.pinv(gauge)))
     vector = LAYOUT.flatten(turned).float()
-    found = aligned(LAYOUT, vector, start)
+    found = rewrite_in_basis(LAYOUT, vector, start)
     for one, other in zip(products(found), products(vector), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
     for (a_found, _), (a_RI, _) in zip(LAYOUT.factors(found), LAYOUT.factors(start), strict=True):
@@ -128,7 +128,7 @@ def test_aligning_changes_no_product_and_brings_a_gauge_back(seed: int, log_size
 @pytest.mark.parametrize("start", [torch.zeros(LAYOUT.size), gaussian(LAYOUT.size, 1)])
 @pytest.mark.parametrize("vector", [torch.zeros(LAYOUT.size), gaussian(LAYOUT.size, 2)])
 def test_aligning_never_loses_a_product(start: torch.Tensor, vector: torch.Tensor) -> None:
-    found = aligned(LAYOUT, vector, start)
+    found = rewrite_in_basis(LAYOUT, vector, start)
     for one, other in zip(products(found), products(vector), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -214,7 +214,7 @@ def test_a_rotation_alone_would_have_momentum_undo_the_first_round() -> None:
     target = start.vector + 0.01 * gaussian(LAYOUT.size, 5)
     read_out = aggregate(ServerState(0, start), updates_of(1, 1.0, start, target)).adapter.vector
     cosines = {}
-    for name, align in (("rotation", rotated), ("ours", lambda v, s: aligned(LAYOUT, v, s))):
+    for name, align in (("rotation", rotated), ("ours", lambda v, s: rewrite_in_basis(LAYOUT, v, s))):
         first = align(read_out, start.vector)
         second = first + 0.9 * (first - start.vector)  # momentum, where the clients then change nothing
         one, two = (torch.cat([m.flatten() for m in products(vector)]) for vector in (first, second))
