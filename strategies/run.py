@@ -136,7 +136,7 @@ def _is_saved(session: Session, state: ServerState, folder: Path) -> bool:
 
 
 def _save(session: Session, state: ServerState, folder: Path) -> None:
-    save_checkpoint(folder / "checkpoints", state, session.config)
+    save_checkpoint(folder / "checkpoints", state, session.config.to_flat())
     try:
         write_rounds(folder, state.records)
     except OSError as error:

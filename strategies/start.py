@@ -9,7 +9,7 @@ from fedllm.adapters.layout import AdapterState
 from fedllm.engine.resident import Resident
 from fedllm.models.base import describe_layout
 from fedllm.plan.dealt_numbers import named_clients
-from fedllm.plan.run_plan import RunPlan
+from fedllm.plan.run_plan import RunPlan, fixed_keys
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
 from fedllm.runs.privacy_statement import summary_line
 from fedllm.runs.records import RoundRecord
@@ -92,7 +92,7 @@ def begin_or_resume(session: Session, folder: Path, start: AdapterState | None) 
     if not session.config.run.resume:
         return with_journal(session.privacy, first_state(session, start))
     # A run killed after a release and before its checkpoint finds the charge in the ledger's own file.
-    state, passed_over = load_checkpoint(folder / "checkpoints", session.config, session.layout)
+    state, passed_over = load_checkpoint(folder / "checkpoints", fixed_keys(session.config), session.layout)
     for line in passed_over:
         session.watch.notice(line)
     session.watch.notice(f"resuming after round {state.round_num}")

@@ -179,8 +179,7 @@ def privacy_plan(
     if plan.rate < 1 and (plan.limit or federation.min_clients > 1):
         key = "privacy.max-participations" if plan.limit else "federation.min-clients"
         raise ConfigError(
-            f"{key} cannot go with federation.selection = 'poisson' and privacy.trust = 'central': what is"
-            " counted is a coin for each client in every round, and nothing else may decide whether it takes"
-            f" part; leave {key} at its default or set federation.selection = 'uniform'"
+            f"{key} cannot go with federation.selection = 'poisson' under privacy: what is counted is that a"
+            f" client's own coin alone decides; leave {key} out, or set federation.selection = 'uniform'"
         )
     return plan

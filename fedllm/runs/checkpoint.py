@@ -16,10 +16,8 @@ from fedllm.adapters.base_delta import BaseDelta, from_tensors, no_base_delta, t
 from fedllm.adapters.folder import load_named, load_tensors, save_named, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config.key import Scalar
-from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError, FedLLMError
 from fedllm.files import complete_folder, verify_manifest
-from fedllm.plan.run_plan import fixed_keys
 from fedllm.privacy.ledger import Ledger, ledger_from_dict, ledger_to_dict
 from fedllm.runs.records import OptimizerState, RoundRecord, record_from_dict, record_to_dict
 
@@ -57,8 +55,10 @@ class ServerState:
             object.__setattr__(self, "base_delta", no_base_delta(self.adapter.layout))
 
 
-def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None:
+def save_checkpoint(folder: Path, state: ServerState, keys: Mapping[str, Scalar]) -> None:
     """Write the checkpoint of `state` below `folder` and remove all but the newest two.
+
+    `keys` is the whole configuration, flat; `load_checkpoint` compares it with that of the resumed run.
 
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are untouched.
@@ -67,7 +67,7 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
         "round": state.round_num,
         "num_drawn": dict(state.num_drawn),
         "records": [record_to_dict(record) for record in state.records],
-        "config": config.to_flat(),
+        "config": dict(keys),
         "layout": state.adapter.layout.to_dict(),
         "norms": list(state.norms),
         "num_steps": state.optimizer.num_steps,
@@ -93,8 +93,12 @@ def save_checkpoint(folder: Path, state: ServerState, config: RunConfig) -> None
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> tuple[ServerState, list[str]]:
+def load_checkpoint(
+    folder: Path, fixed: Mapping[str, Scalar], layout: AdapterLayout
+) -> tuple[ServerState, list[str]]:
     """Return the newest intact state below `folder`, and a line about every damaged one passed over.
+
+    `fixed` has the keys that a run must share with the one it continues (`fixed_keys` of the plan).
 
     Raises:
         CheckpointError: there is no intact checkpoint.
@@ -107,7 +111,7 @@ def load_checkpoint(folder: Path, config: RunConfig, layout: AdapterLayout) -> t
         except (FedLLMError, OSError, ValueError, KeyError, TypeError) as error:
             passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
             continue
-        _check_same(saved_keys, config)
+        _check_same(saved_keys, fixed)
         if state.adapter.layout.digest != layout.digest:
             raise ConfigError(
                 f"{path} is of another base model or adapter layout; resume with the same model"
@@ -157,8 +161,7 @@ def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
     return state
 
 
-def _check_same(saved: Mapping[str, Scalar], config: RunConfig) -> None:
-    now = fixed_keys(config)
+def _check_same(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
     changed = [key for key in now if saved.get(key) != now[key]]
     if changed:
         shown = "; ".join(f"{key} was {saved.get(key)!r}, now {now[key]!r}" for key in changed[:3])

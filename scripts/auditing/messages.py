@@ -20,6 +20,7 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_ra
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.models.chat import Encoded
+from fedllm.plan.run_plan import fixed_keys
 from fedllm.runs.checkpoint import load_checkpoint
 from fedllm.wire import replies
 from scripts.auditing.opening import Case
@@ -89,7 +90,7 @@ def request_of(case: Case) -> TrainRequest:
     ranks = plan.ranks(holder.clients)
     adapter, base_delta = case.adapter, no_base_delta(case.adapter.layout)
     if adapter.layout != layout:  # the run added to the base model, and the published adapter has that too
-        state, _ = load_checkpoint(case.folder / "checkpoints", case.config, layout)
+        state, _ = load_checkpoint(case.folder / "checkpoints", fixed_keys(case.config), layout)
         adapter, base_delta = state.adapter, state.base_delta
     with_controls = plan.config.train.control_variates
     return TrainRequest(

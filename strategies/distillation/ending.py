@@ -86,6 +86,7 @@ def undo_distillation(state: ServerState) -> ServerState:
     if state.undistilled is None:
         return state
     *earlier, last = state.records
+    # What was said of the distilled adapter does not hold for the aggregate.
     last = replace(
         last, distillation=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={}
     )

@@ -12,6 +12,7 @@ from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
+from fedllm.plan.run_plan import fixed_keys
 from fedllm.privacy.accounting import Charge
 from fedllm.privacy.ledger import Entry, Ledger
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
@@ -44,12 +45,12 @@ def state_of(round_num: int) -> ServerState:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for round_num in (1, 2, 3):
-        save_checkpoint(tmp_path, state_of(round_num), CONFIG)
+        save_checkpoint(tmp_path, state_of(round_num), CONFIG.to_flat())
     return tmp_path
 
 
 def load(folder: Path, config: RunConfig = CONFIG, layout: AdapterLayout = LAYOUT) -> Any:
-    return load_checkpoint(folder, config, layout)
+    return load_checkpoint(folder, fixed_keys(config), layout)
 
 
 def test_a_state_comes_back_bit_for_bit_and_two_checkpoints_are_kept(folder: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_state_comes_back_bit_for_bit_and_two_checkpoints_are_kept(folder: Pat
 
 def test_a_state_without_base_delta_or_moments_writes_no_file_for_them(tmp_path: Path) -> None:
     plain = ServerState(1, initial_adapter(LAYOUT, 1))
-    save_checkpoint(tmp_path, plain, CONFIG)
+    save_checkpoint(tmp_path, plain, CONFIG.to_flat())
     names = {path.name for path in (tmp_path / "round-00001").iterdir()}
     assert names == {"state.json", "adapter.safetensors", "manifest.json"}
     state, _ = load(tmp_path)
@@ -78,7 +79,7 @@ def test_a_state_without_base_delta_or_moments_writes_no_file_for_them(tmp_path:
 def test_control_variates_come_back_and_are_checked_like_the_adapter(tmp_path: Path) -> None:
     control = AdapterState(LAYOUT, torch.randn(LAYOUT.size))
     for round_num in (1, 2):
-        save_checkpoint(tmp_path, replace(state_of(round_num), control=control), CONFIG)
+        save_checkpoint(tmp_path, replace(state_of(round_num), control=control), CONFIG.to_flat())
     assert load(tmp_path)[0].control.digest == control.digest
     _flip("control.safetensors")(tmp_path / "round-00002")
     state, (line,) = load(tmp_path)
@@ -205,7 +206,7 @@ def test_a_run_continues_only_with_the_configuration_it_began_with(key: str, fol
     if key == "privacy.noise-multiplier":  # it needs a budget
         before = CONFIG.override(PRIVATE)
         shutil.rmtree(folder)
-        save_checkpoint(folder, state_of(3), before)
+        save_checkpoint(folder, state_of(3), before.to_flat())
     config = before.override({key: another(before, key)})
     if key in FREE.split():
         assert load(folder, config)[0].round_num == 3
@@ -219,25 +220,25 @@ def test_a_run_continues_only_with_the_configuration_it_began_with(key: str, fol
 
 def test_a_cosine_run_keeps_its_number_of_rounds(tmp_path: Path) -> None:
     cosine = RunConfig.from_flat({"train.schedule": "cosine"})
-    save_checkpoint(tmp_path, state_of(1), cosine)
+    save_checkpoint(tmp_path, state_of(1), cosine.to_flat())
     with pytest.raises(ConfigError, match=r"federation\.num-rounds was 3, now 5"):
         load(tmp_path, cosine.override({"federation.num-rounds": 5}))
 
 
 def test_noise_that_was_calibrated_for_a_number_of_rounds_keeps_it(tmp_path: Path) -> None:
     private = RunConfig.from_flat({"privacy.epsilon": 8.0})
-    save_checkpoint(tmp_path / "a", state_of(1), private)
+    save_checkpoint(tmp_path / "a", state_of(1), private.to_flat())
     with pytest.raises(ConfigError, match=r"federation\.num-rounds was 3, now 5"):
         load(tmp_path / "a", private.override({"federation.num-rounds": 5}))
     given = private.override({"privacy.noise-multiplier": 2.0})
-    save_checkpoint(tmp_path / "b", state_of(1), given)
+    save_checkpoint(tmp_path / "b", state_of(1), given.to_flat())
     assert load(tmp_path / "b", given.override({"federation.num-rounds": 5}))[0].round_num == 1
 
 
 def test_the_ledger_and_the_clip_come_back(tmp_path: Path) -> None:
     entry = Entry(1, 2, "digest", {"anna": Charge(1.5, 0.25, 7)})
     state = replace(state_of(1), ledger=Ledger((entry,)), clip=0.375)
-    save_checkpoint(tmp_path, state, CONFIG)
+    save_checkpoint(tmp_path, state, CONFIG.to_flat())
     found, _ = load(tmp_path)
     assert (found.ledger, found.clip) == (state.ledger, 0.375)
 
@@ -257,17 +258,17 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_as_they_were(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
         with pytest.raises(CheckpointError, match=r"round 4 could not be saved in .*No space left") as caught:
-            save_checkpoint(folder, state_of(4), CONFIG)
+            save_checkpoint(folder, state_of(4), CONFIG.to_flat())
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in folder.iterdir()) == ["round-00002", "round-00003"]
     assert load(folder)[0].round_num == 3
-    save_checkpoint(folder, state_of(4), CONFIG)
+    save_checkpoint(folder, state_of(4), CONFIG.to_flat())
     assert load(folder)[0].round_num == 4
 
 
 def test_an_adapter_that_is_not_finite_is_never_resumed_from(folder: Path) -> None:
     bad = AdapterState(LAYOUT, torch.full((LAYOUT.size,), torch.inf))
-    save_checkpoint(folder, replace(state_of(4), adapter=bad), CONFIG)
+    save_checkpoint(folder, replace(state_of(4), adapter=bad), CONFIG.to_flat())
     state, (line,) = load(folder)
     assert state.round_num == 3
     assert "round-00004 is damaged" in line
@@ -287,7 +288,7 @@ def test_an_adapter_that_is_not_finite_is_never_resumed_from(folder: Path) -> No
     ids=["base delta that is not finite", "moments of another adapter"],
 )
 def test_a_state_that_cannot_be_is_never_resumed_from(changes: dict[str, Any], folder: Path) -> None:
-    save_checkpoint(folder, replace(state_of(4), **changes), CONFIG)
+    save_checkpoint(folder, replace(state_of(4), **changes), CONFIG.to_flat())
     state, (line,) = load(folder)
     assert state.round_num == 3
     assert "round-00004 is damaged" in line

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from clients.client_app import app
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.plan.run_plan import resolve
+from fedllm.plan.run_plan import fixed_keys, resolve
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
 from fedllm.runs.records import RoundRecord
 from fedllm.wire import packets
@@ -131,7 +131,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(stopped_in: int, run: Callab
 def test_c_is_in_the_checkpoint(run: Callable, make_config: Callable, tmp_path: Path) -> None:
     state = run("whole")
     config = make_config({**SCAFFOLD, "run.output": str(tmp_path), "run.name": "whole", "run.resume": True})
-    saved, _ = load_checkpoint(tmp_path / "whole" / "checkpoints", config, state.adapter.layout)
+    saved, _ = load_checkpoint(tmp_path / "whole" / "checkpoints", fixed_keys(config), state.adapter.layout)
     assert saved.control is not None
     assert state.control is not None
     assert saved.control.digest == state.control.digest

@@ -12,7 +12,7 @@ from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.folder import load_adapter
 from fedllm.config.keys import PRESETS
 from fedllm.models.files import resolve_model
-from fedllm.plan.run_plan import resolve
+from fedllm.plan.run_plan import fixed_keys, resolve
 from fedllm.runs.checkpoint import load_checkpoint, save_checkpoint
 from fedllm.runs.records import record_to_line
 from strategies.publish import publish_adapter
@@ -43,9 +43,9 @@ def test_a_run_that_is_continued_gives_the_bits_of_a_whole_one(
     state = stopped.state
     for _ in range(2):
         state, _ = next_round(stopped.session, state)
-    save_checkpoint(tmp_path, state, config)
+    save_checkpoint(tmp_path, state, config.to_flat())
     again = open_run(config)
-    state, passed_over = load_checkpoint(tmp_path, config, again.session.layout)
+    state, passed_over = load_checkpoint(tmp_path, fixed_keys(config), again.session.layout)
     assert passed_over == []
     state, resumed = next_round(again.session, state)
     assert state.adapter.digest == expected.adapter.digest

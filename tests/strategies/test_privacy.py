@@ -25,7 +25,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import Result
 from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError
 from fedllm.messages import ClientUpdate
-from fedllm.plan.run_plan import resolve
+from fedllm.plan.run_plan import fixed_keys, resolve
 from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import clipped
@@ -448,7 +448,7 @@ def test_a_killed_private_run_goes_on_with_the_same_ledger(
     with pytest.raises(Killed):
         run_federation(config, local_grid(config, app), Watch(record=kill))
     layout = expected.adapter.layout
-    saved, _ = load_checkpoint(tmp_path / "killed" / "run" / "checkpoints", config, layout)
+    saved, _ = load_checkpoint(tmp_path / "killed" / "run" / "checkpoints", fixed_keys(config), layout)
     assert saved.round_num == 2
     assert len(saved.ledger.entries) == 2
     resumed = config.override({"run.resume": True})
