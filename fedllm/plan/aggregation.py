@@ -1,8 +1,8 @@
 """How client updates become one adapter: one point of the grid of federated LoRA methods.
 
 Two axes span the grid: which factor clients train (`train`), and how the server reads their products out
-(`read_out`). Weighting, a robust rule and a server optimizer go on top. What each of them needs of the rest of
-a run, and so what it cannot go with, stands in `fedllm/plan/capabilities.py`.
+(`read_out`). Weighting, a robust rule and a server optimizer go on top. What each of them cannot go with
+follows from `fedllm/plan/capabilities.py`.
 """
 
 from dataclasses import dataclass, field
