@@ -5,11 +5,13 @@ one is a file of its own and a line in `strategies.collectors`. Its half at the 
 `clients.technique.Technique`.
 """
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from fedllm.messages import ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
+
+RoundOutcome: TypeAlias = tuple[ServerState, RoundRecord]  # the state after a round, and what it did
 
 
 class Collector(Protocol):
@@ -18,9 +20,7 @@ class Collector(Protocol):
     def add(self, update: ClientUpdate) -> None:
         """Take in an accepted update. They come in the order of the plan, late ones last."""
 
-    def close(
-        self, before: ServerState, after: ServerState, record: RoundRecord
-    ) -> tuple[ServerState, RoundRecord]:
+    def close(self, before: ServerState, after: ServerState, record: RoundRecord) -> RoundOutcome:
         """Return `after` and `record` with what this technique makes of the round; called once, at its end.
 
         `before` is the state the clients started from, `after` what the collectors so far have made of it.

@@ -6,7 +6,7 @@ from strategies.aggregation.aggregate import open_aggregate
 from strategies.collector import Collector
 from strategies.control_variates import open_control_sum
 from strategies.distillation.ending import open_distillation
-from strategies.noised_sum import with_privacy
+from strategies.private_round import with_privacy
 from strategies.session import Session
 
 

@@ -15,6 +15,7 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.messages import ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
+from strategies.collector import RoundOutcome
 from strategies.session import Session
 
 
@@ -30,9 +31,7 @@ class ControlSum:
         assert update.control_delta is not None
         self.sum_P.add_(update.control_delta)
 
-    def close(
-        self, before: ServerState, after: ServerState, record: RoundRecord
-    ) -> tuple[ServerState, RoundRecord]:
+    def close(self, before: ServerState, after: ServerState, record: RoundRecord) -> RoundOutcome:
         """Return the state with the next c."""
         if not record.applied or not record.accepted:
             return after, record

@@ -99,7 +99,7 @@ class FederatedLora(Strategy):
         self._state = replace(before, round_num=server_round - 1, adapter=adapter)
         # Flower has no exception for a run that may not go on: ours passes through its loop.
         least = self.config.federation.min_clients
-        check_budget(session.privacy, self._state, session.clients, attempt=1, least=least)
+        check_budget(session.privacy, self._state, session.clients, 1, least=least)
         self._plan, contents = begin_round(session, self._state)
         return _messages(contents, "train", server_round)
 

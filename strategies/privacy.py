@@ -1,21 +1,19 @@
-"""The server's half of the privacy plan: its secret, its budget and its ledger. The noise is in `noised_sum`.
+"""The server's half of the privacy plan: its secret and its budget. `private_round` has a round."""
 
-A round is in the ledger, and the ledger on disk, before its result is used: a run that is killed afterwards
-cannot forget it.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from fedllm.errors import BudgetSpentError
 from fedllm.messages import JoinedClient
 from fedllm.plan.privacy import FEDERATION, PrivacyPlan
 from fedllm.privacy.accounting import Charge, check_installed
 from fedllm.privacy.keys import derived_key, kept_secret, new_secret
-from fedllm.privacy.ledger import Entry, Ledger, read_ledger, write_ledger
+from fedllm.privacy.ledger import Ledger, read_ledger
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import PrivacyRecord, RoundPlan, RoundRecord, TrainingRecord
+
+Clients: TypeAlias = Mapping[str, JoinedClient]  # by id
 
 SECRET, JOURNAL = "noise-secret", "privacy-ledger.json"  # in the folder of a run that is never published
 
@@ -86,24 +84,19 @@ def largest_noise(privacy: ServerPrivacy | None) -> float:
 
 
 def clients_that_can_afford(
-    privacy: ServerPrivacy | None,
-    ledger: Ledger,
-    clients: Mapping[str, JoinedClient],
-    *,
-    round_num: int,
-    attempt: int,
+    privacy: ServerPrivacy | None, state: ServerState, clients: Clients, attempt: int
 ) -> set[str]:
-    """Return the clients that may take part once more; under coins it is all of them or none.
+    """Return the clients that may take part in an attempt at the next round; under coins all or none.
 
     An entry of this very attempt, left by a run that was killed in it, is taken to be of the same release.
     """
     if privacy is None:
         return set(clients)
-    plan = privacy.plan
-    before = Ledger(tuple(entry for entry in ledger.entries if entry.name[:2] != (round_num, attempt)))
+    plan, this = privacy.plan, (state.round_num + 1, attempt)
+    before = Ledger(tuple(entry for entry in state.ledger.entries if entry.name[:2] != this))
 
     def affords(account: str, client: JoinedClient | None) -> bool:
-        charge, num_releases = _charge_of(plan, client), sum(c.count for c in before.charges_of(account))
+        charge, num_releases = charge_of(plan, client), sum(c.count for c in before.charges_of(account))
         if plan.limit and num_releases >= plan.limit * plan.steps:  # the noise was calibrated for so many
             return False
         return before.affords(account, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned)
@@ -113,18 +106,13 @@ def clients_that_can_afford(
     return {name for name, client in clients.items() if affords(name, client)}
 
 
-def _charge_of(plan: PrivacyPlan, client: JoinedClient | None) -> Charge:
+def charge_of(plan: PrivacyPlan, client: JoinedClient | None) -> Charge:
     """Return what one participation of a client costs."""
     return plan.charge(client.num_train if client is not None else 0)
 
 
 def check_budget(
-    privacy: ServerPrivacy | None,
-    state: ServerState,
-    clients: Mapping[str, JoinedClient],
-    *,
-    attempt: int,
-    least: int,
+    privacy: ServerPrivacy | None, state: ServerState, clients: Clients, attempt: int, *, least: int
 ) -> None:
     """Stop before a round that would exceed the budget.
 
@@ -133,80 +121,10 @@ def check_budget(
     """
     if privacy is None:
         return
-    able = clients_that_can_afford(
-        privacy, state.ledger, clients, round_num=state.round_num + 1, attempt=attempt
-    )
+    able = clients_that_can_afford(privacy, state, clients, attempt)
     if len(able) < min(least, len(clients)):  # too few clients at all is a failed round, not a spent budget
         plan = privacy.plan
         raise BudgetSpentError(
             f"the privacy budget is spent: epsilon {state.ledger.epsilon(plan.delta):.3g} of"
             f" {plan.epsilon:g} at delta {plan.delta:g}; the adapter of round {state.round_num} is the result"
         )
-
-
-def charge_round(
-    privacy: ServerPrivacy,
-    state: ServerState,
-    plan: RoundPlan,
-    clients: Mapping[str, JoinedClient],
-    name: str,
-) -> ServerState:
-    """Return the state with an attempt at a round in its ledger, which is on disk by then.
-
-    Everybody asked is charged: whether a client answered is not what the guarantee hides. `name` tells one
-    release from another; who is asked again for the same one is not charged again.
-
-    Raises:
-        BudgetSpentError: this release is another than the one made before the run was killed, and both
-            together exceed the budget.
-        CheckpointError: the ledger cannot be written.
-    """
-    guarantee = privacy.plan
-    if guarantee.rate < 1:
-        charges = {FEDERATION: _charge_of(guarantee, None)}
-    else:
-        charges = {client: _charge_of(guarantee, clients[client]) for client in plan.asked}
-    entry = Entry(plan.round_num, plan.attempt, name, charges)
-    ledger = state.ledger.with_entry(entry)
-    if ledger is state.ledger:  # the same release as before the run was killed: already paid and on disk
-        return state
-    # `clients_that_can_afford` left this attempt out; what an earlier start of it released counts as well.
-    known = [earlier for earlier in state.ledger.entries if earlier.name[:2] == entry.name[:2]]
-    paid = {account for earlier in known if earlier.name == entry.name for account in earlier.charges}
-    for account, charge in charges.items():
-        if (
-            known
-            and account not in paid
-            and not state.ledger.affords(
-                account, charge, epsilon=guarantee.epsilon, delta=guarantee.delta, planned=0
-            )
-        ):
-            raise BudgetSpentError(
-                "this round was released once before the run was killed, from other updates; both together"
-                f" exceed epsilon {guarantee.epsilon:g}, so it is not released again"
-            )
-    if privacy.journal is not None:
-        write_ledger(privacy.journal, ledger)
-    return replace(state, ledger=ledger)
-
-
-def describe_round(
-    privacy: ServerPrivacy,
-    state: ServerState,
-    record: RoundRecord,
-    clients: Iterable[JoinedClient],
-    clip: float,
-) -> RoundRecord:
-    """Return a record with what its round spent and used, and without the numbers the plan withholds."""
-    plan = privacy.plan
-    # Under DP-SGD a client's noise follows from its number of rows
-    noise = [plan.multiplier(client.num_train) for client in clients] if plan.is_by_example else []
-    spent = PrivacyRecord(
-        epsilon=state.ledger.epsilon(plan.delta),
-        noise_multiplier=max(noise, default=None) if plan.is_by_example else plan.multiplier(),
-        clip=clip,
-    )
-    training = record.training
-    if plan.metrics != "all":
-        training = TrainingRecord(learning_rate=training.learning_rate, trained=training.trained)
-    return replace(record, privacy=spent, training=training)

@@ -12,6 +12,7 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord, TrainingRecord
 from strategies.cohort.late_updates import discounted
 from strategies.cohort.plan_round import plan_round
+from strategies.collector import RoundOutcome
 from strategies.collectors import open_collectors
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import rejoin, wait_for_nodes
@@ -21,7 +22,7 @@ from strategies.privacy import check_budget
 from strategies.session import Session
 
 
-def next_round(session: Session, state: ServerState) -> tuple[ServerState, RoundRecord]:
+def next_round(session: Session, state: ServerState) -> RoundOutcome:
     """Return the state after one more round, trying again where too few clients answered.
 
     Raises:
@@ -30,7 +31,7 @@ def next_round(session: Session, state: ServerState) -> tuple[ServerState, Round
     """
     federation = session.config.federation
     for attempt in range(1, federation.max_retries + 2):
-        check_budget(session.privacy, state, session.clients, attempt=attempt, least=federation.min_clients)
+        check_budget(session.privacy, state, session.clients, attempt, least=federation.min_clients)
         if attempt > 1:
             wait_for_nodes(session)
         state, record = run_round(session, state, attempt)
@@ -46,7 +47,7 @@ def next_round(session: Session, state: ServerState) -> tuple[ServerState, Round
     )
 
 
-def run_round(session: Session, state: ServerState, attempt: int = 1) -> tuple[ServerState, RoundRecord]:
+def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOutcome:
     """Do one attempt at the next round; a round with too few accepted updates changes nothing but the ledger.
 
     Raises:
@@ -84,7 +85,7 @@ def begin_round(
 
 def aggregate(
     session: Session, state: ServerState, plan: RoundPlan, answers: Iterable[Answer]
-) -> tuple[ServerState, RoundRecord]:
+) -> RoundOutcome:
     """Return the state and the record that a round's answers lead to.
 
     Answers are used up as they arrive, so that at most one update is in memory next to the collectors' own.

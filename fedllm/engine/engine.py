@@ -8,7 +8,7 @@ bit where every client has a pass of its own, `token_budget=1`). The plain twin 
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 
@@ -26,10 +26,8 @@ from fedllm.engine.layers import attached
 from fedllm.engine.optimizer import RowAdamW
 from fedllm.engine.passes import Item, Passes, by_adapters, packed
 from fedllm.engine.probe import can_be_ragged, measured_budget, plain_head, remembered_budget
-from fedllm.errors import LayoutError
 from fedllm.messages import ClientEvaluation
-from fedllm.models.attention import ragged
-from fedllm.models.base import BaseModel
+from fedllm.models.base import BaseModel, check_fits
 from fedllm.models.chat import IGNORED, Encoded
 
 CPU_TOKEN_BUDGET = 512  # more no longer speeds a CPU up, and spills out of its caches
@@ -47,11 +45,7 @@ class Engine:
     """
 
     def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int | str = "auto"):
-        if layout.fingerprint != base.fingerprint:
-            raise LayoutError(
-                f"the run's base model ({layout.fingerprint[:12]}) is not the one on this machine"
-                f" ({base.fingerprint[:12]}); use the model, revision and tokenizer the run names"
-            )
+        check_fits(layout, base)
         self.base = base
         self.layout = layout
         # Adapters are trained in float32, also on a bfloat16 base; float64 is for exactness tests.
@@ -128,7 +122,7 @@ class Engine:
         corrections_CP = rows.stack([job.correction for job in jobs], default=0.0)
         correction = control_correction(corrections_CP, self.bank.theta_CP, trainings)
         losses_SC = torch.zeros(len(jobs[0].batches), len(jobs), dtype=torch.float64)
-        with attached(self.base.model, self.bank), self._attention():
+        with attached(self.base.model, self.bank, is_ragged=self.is_ragged):
             for step in range(len(jobs[0].batches)):
                 active = [job for job in jobs if step < len(job.batches)]
                 grads, losses = self.step_gradients(active, step)
@@ -246,11 +240,8 @@ class Engine:
             self.bank.reserve(1)
             self.passes.losses([Item(row(number), 0, 0, 1.0) for number in range(size // 64)], backward=True)
 
-        with attached(self.base.model, self.bank), self._attention():
+        with attached(self.base.model, self.bank, is_ragged=self.is_ragged):
             return measured_budget(run_pass, self.base.device)
-
-    def _attention(self) -> AbstractContextManager[None]:
-        return ragged(self.base.model) if self.is_ragged else nullcontext()
 
     # --- evaluation ---------------------------------------------------------------------------------------
 
@@ -273,7 +264,7 @@ class Engine:
                 for row in job.rows
             ]
             sums = torch.zeros(len(group), dtype=torch.float64)
-            with attached(self.base.model, self.bank), self._attention():
+            with attached(self.base.model, self.bank, is_ragged=self.is_ragged):
                 for part in self._split(items, self._limit):
                     owners = torch.tensor([item.slot for item in part])
                     sums.index_add_(0, owners, self.passes.losses(part, backward=False))
@@ -299,7 +290,7 @@ class Engine:
         """
         self.bank.load(layout, vectors, [layout.scale] * len(vectors))
         items = [Item(row, place, 0, 1.0) for place in range(len(vectors)) for row in rows]
-        with attached(self.base.model, self.bank), self._attention():
+        with attached(self.base.model, self.bank, is_ragged=self.is_ragged):
             states = torch.cat([self.passes.states(part) for part in self._split(items, self._limit)])
         return states.view(len(vectors), -1, states.shape[-1])
 

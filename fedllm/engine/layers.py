@@ -1,7 +1,7 @@
 """Puts the adapters of a bank on a model's frozen linear layers, and takes them off again."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.kernels import adapted_output, frozen_output
+from fedllm.models.attention import ragged
 from fedllm.models.base import plain_linear
 
 
@@ -40,13 +41,17 @@ class BankLinear(nn.Module):
 
 
 @contextmanager
-def attached(model: Any, bank: Bank) -> Iterator[None]:
-    """Put the adapters of `bank` on the layers its layout names, and take them off again."""
+def attached(model: Any, bank: Bank, *, is_ragged: bool = False) -> Iterator[None]:
+    """Put the adapters of `bank` on the layers its layout names, and take them off again.
+
+    With `is_ragged` the model also attends within each sample of a flat row (`fedllm.models.attention`).
+    """
     originals = {m.module: model.get_submodule(m.module) for m in bank.layout.matrices}
     for index, name in enumerate(originals):
         _replace(model, name, BankLinear(originals[name], bank, index))
     try:
-        yield
+        with ragged(model) if is_ragged else nullcontext():
+            yield
     finally:
         for name, module in originals.items():
             _replace(model, name, module)

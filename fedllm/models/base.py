@@ -9,7 +9,7 @@ from torch import nn
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.config.keys import LoraConfig, ModelConfig
-from fedllm.errors import MissingExtraError, ModelError
+from fedllm.errors import LayoutError, MissingExtraError, ModelError
 from fedllm.models.files import ModelFiles, fingerprint, first_line, quiet_transformers, resolve_model
 from fedllm.site_policy import load_policy
 
@@ -173,6 +173,19 @@ def layout_of(model: Any, lora: LoraConfig, base_fingerprint: str) -> AdapterLay
         for name, module in target_modules(model, lora.target_modules).items()
     )
     return AdapterLayout(matrices, lora.rank, lora.alpha, base_fingerprint)
+
+
+def check_fits(layout: AdapterLayout, base: BaseModel) -> None:
+    """Refuse a layout of another base model: its adapters would change the wrong weights.
+
+    Raises:
+        LayoutError: the fingerprints differ.
+    """
+    if layout.fingerprint != base.fingerprint:
+        raise LayoutError(
+            f"the run's base model ({layout.fingerprint[:12]}) is not the one on this machine"
+            f" ({base.fingerprint[:12]}); use the model, revision and tokenizer the run names"
+        )
 
 
 def target_modules(model: Any, targets: str) -> dict[str, nn.Module]:

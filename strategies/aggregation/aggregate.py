@@ -10,6 +10,7 @@ from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.seeds import derive_seed
 from strategies.aggregation import combine
 from strategies.aggregation.stock import stock_change
+from strategies.collector import RoundOutcome
 from strategies.session import Session
 
 
@@ -23,9 +24,7 @@ class AggregateCollector:
         """Take in one more update."""
         self.updates = combine.add(self.updates, update)
 
-    def close(
-        self, before: ServerState, after: ServerState, record: RoundRecord
-    ) -> tuple[ServerState, RoundRecord]:
+    def close(self, before: ServerState, after: ServerState, record: RoundRecord) -> RoundOutcome:
         """Read the next adapter out of the updates."""
         if not record.applied or self.updates.is_empty:  # a Poisson draw may choose nobody
             return after, record

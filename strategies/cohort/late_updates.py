@@ -14,7 +14,7 @@ from fedllm.messages import ClientFailure, ClientUpdate
 def staleness_weight(rounds: int, exponent: float) -> float:
     """Return what a late update's weight is multiplied by: 1 / (1 + rounds)^exponent.
 
-    The weights of a round are normalised afterwards: beside fresh updates a late one counts less, and a round
+    The weights of a round are normalised afterwards: a late update counts less than fresh ones, and a round
     of equally late ones moves as far as a fresh one. FedBuff itself divides by the number of updates.
     """
     return float((1 + rounds) ** -exponent)

@@ -14,18 +14,11 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     """
     config, round_num = session.config, state.round_num + 1
     free = set(session.transport.node_ids()) - {reply.node_id for reply in session.transport.overdue}
-    able = clients_that_can_afford(
-        session.privacy, state.ledger, session.clients, round_num=round_num, attempt=attempt
-    )
+    able = clients_that_can_afford(session.privacy, state, session.clients, attempt)
     available = [c for c in session.clients.values() if c.node_id in free and c.client_id in able]
-    cohort = session.plan.cohort
+    cohort, seed = session.plan.cohort, cohort_seed(session.privacy, config.seed)
     asked = choose_clients(
-        available,
-        state.records,
-        cohort=cohort,
-        seed=cohort_seed(session.privacy, config.seed),
-        round_num=round_num,
-        attempt=attempt,
+        available, state.records, cohort=cohort, seed=seed, round_num=round_num, attempt=attempt
     )
     cohort_size = cohort.size
     if cohort.rule == "poisson" and available:  # with nobody free there was nothing to draw from

@@ -13,6 +13,7 @@ from fedllm.models.files import first_line
 from fedllm.plan.run_plan import distillation_of
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import DistillationRecord, RoundPlan, RoundRecord
+from strategies.collector import RoundOutcome
 from strategies.distillation.gate import ask_clients
 from strategies.distillation.report import describe_step
 from strategies.distillation.step import distil_aggregate
@@ -31,9 +32,7 @@ class DistillationCollector:
         """Let a client teach, if it is among the heaviest."""
         self.teachers.add(update)
 
-    def close(
-        self, before: ServerState, after: ServerState, record: RoundRecord
-    ) -> tuple[ServerState, RoundRecord]:
+    def close(self, before: ServerState, after: ServerState, record: RoundRecord) -> RoundOutcome:
         """Distil the aggregate, which stays where the step fails or a gate refuses.
 
         Losses that the gate had the clients measure are the round's, where it is to be evaluated.
@@ -87,6 +86,7 @@ def undo_distillation(state: ServerState) -> ServerState:
     if state.undistilled is None:
         return state
     *earlier, last = state.records
+    # What was said of the distilled adapter does not hold for the aggregate.
     last = replace(
         last, distillation=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={}
     )

@@ -41,6 +41,7 @@ def ask_clients(
     clients that answer for both. Where none does, nothing speaks for the distilled adapter.
     """
     before, after = evaluate(session, aggregate), evaluate(session, distilled)
+    # Means over other clients would differ for that reason alone.
     both = sorted(before.shared.keys() & after.shared.keys())
     if not both:
         return aggregate, replace(record, kept=False, reason="no client measured both adapters"), before

@@ -57,8 +57,9 @@ def train_student(
 
     before, after = measured(start), Loss(math.nan, {})
     adapter, own, error, control, num_tokens = start, None, None, None, 0
-    with suppress(NonFiniteError):
+    with suppress(NonFiniteError):  # a step that diverged is refused by the gate, and costs no round
         result = distil(engine, start, lesson.targets, training)
+        # What it forgets of the clients, where public text is held out and says nothing of them.
         own = measure_change(engine, start, result.adapter, material.own)
         adapter, after, num_tokens = result.adapter, measured(result.adapter), result.num_tokens
     if math.isfinite(after.mean):
@@ -73,6 +74,7 @@ def train_student(
         error=error,
         control=control,
         domains={
+            # a student that diverged has a loss in no domain
             domain: LossChange(loss, after.domains.get(domain, math.nan))
             for domain, loss in before.domains.items()
         },

@@ -33,6 +33,7 @@ def measure_loss(
 ) -> Loss:
     """Return the loss of an adapter on rows; `domains` has the domain of each, by default all in one."""
     domains = domains or [""] * len(rows)
+    # One job a text: the standard error of a gain needs every text's own loss.
     jobs = [EvaluationJob(domain, adapter.vector, (row,)) for domain, row in zip(domains, rows, strict=True)]
     texts = tuple((each.loss * each.num_tokens, each.num_tokens) for each in engine.evaluate(jobs))
     means = {name: _mean(found) for name, found in group_by_domain(domains, texts).items()}
@@ -69,6 +70,7 @@ def error_of_gain(before: Loss, after: Loss) -> float:
     pairs = zip(before.texts, after.texts, strict=True)
     changes = [(new - old, num_tokens) for (old, num_tokens), (new, _) in pairs]
     mean = _mean(changes)
+    # Residuals of change ~ mean x length, the linearised error of a ratio.
     rest = sum((change - mean * num_tokens) ** 2 for change, num_tokens in changes)
     return math.sqrt(rest * number / (number - 1)) / sum(num_tokens for _, num_tokens in changes)
 

@@ -115,6 +115,7 @@ def known_to_one(
     trained on.
     """
     scores = score(engine, [*adapters, no_adapter(engine)], texts)
+    # An adapter of zeros is the base model: the last of the scores.
     *clients, base = ([likelihood(one) for one in found] for found in scores)
     return outliers(leads(clients, base))
 
@@ -131,13 +132,13 @@ def ask_overlap(
 
     The key of the hashes is new for every query, so two queries cannot be compared.
     """
-    salt = secrets.token_bytes(SALT_BYTES)
+    salt = secrets.token_bytes(SALT_BYTES)  # not from the run's seed: whoever knows that could hash ahead
     probes = tuple(probe(text, salt, boilerplate) for text in tokens)
     nodes = session.by_node(session.clients if clients is None else clients)
     absent = sorted(set(nodes) - set(session.transport.node_ids()))
     for node in absent:
         session.watch.notice(f"node {node} cannot be asked about synthetic text: it is away or busy")
-    if absent or not nodes:
+    if absent or not nodes:  # who does not answer may be the one whose text was copied
         return None
     content = write_overlap_request(OverlapRequest(round_num, salt, probes))
     answers = []

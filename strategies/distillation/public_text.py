@@ -71,7 +71,7 @@ def _texts(rows: Rows, data: DataConfig) -> Iterator[PublicText]:
     for row, (file, line) in zip(rows.rows, rows.origins, strict=True):
         try:
             example = to_example(row, fields)
-        except RowProblem:
+        except RowProblem:  # as in private text, where a bad row costs only itself
             continue
         label = row_label(row, column) if column else None
         is_plain = several and Path(file).suffix.lower() == ".txt"
@@ -109,6 +109,7 @@ def split_texts(
             len(documents)
         )
         names = [sorted(documents)[index] for index in order]
+        # A fifth of the documents, so that texts held out are a quarter of those distilled on.
         count = min(len(names) - 1, max(1, round(len(names) * HELD_OUT_SHARE / (1 + HELD_OUT_SHARE))))
         held_out.append([text for name in names[:count] for text in documents[name]])
         train.append([text for name in names[count:] for text in documents[name]])
@@ -116,6 +117,7 @@ def split_texts(
     wanted = _interleave(train)
     tokens, held_out_tokens = ([tokens_of(plain_words(text)) for text in part] for part in (wanted, kept))
     copies = contaminated(tokens, held_out_tokens)
+    # Near copies would show what the student has memorised, not what it has learnt.
     clean = [text for text, is_copy in zip(wanted, copies, strict=True) if not is_copy]
     if not clean:
         raise NoDataError("distill.text: every text is nearly a copy of one that is held out; name more text")

@@ -19,6 +19,7 @@ def describe_step(record: DistillationRecord) -> str:
     if losses.control is not None:
         parts.append(f"fine-tuning on the same texts {losses.control:.3f}")
     if len(losses.domains) > 1 and math.isfinite(held_out.after):
+        # The name decides between equal losses, so that the line is the same in every run.
         worst = max(losses.domains, key=lambda domain: (losses.domains[domain].after, domain))
         change = losses.domains[worst]
         parts.append(f"worst domain {worst} {change.before:.3f} to {change.after:.3f}")

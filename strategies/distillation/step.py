@@ -49,7 +49,7 @@ def distil_aggregate(
     screen = text_screen(session, engine, adapters, round_num) if plan.is_screened else pass_all
     with with_base_delta(base_model, before.base_delta):  # what the clients' adapters were trained on
         material = make_material(plan, session.public_text, writers, screen)
-    base = measure_base(engine, material.held_out)
+    base = measure_base(engine, material.held_out)  # of the base model as published, without any delta
     with with_base_delta(base_model, before.base_delta):
         lesson = ask_teacher(engine, plan.numbers, adapters, material, base)
     with with_base_delta(base_model, after.base_delta):  # what the aggregate will be used on

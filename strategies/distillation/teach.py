@@ -51,6 +51,7 @@ def ask_teacher(
     )
     ensemble, note = teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss, ""
     is_public = material.texts.held_out_kind == PUBLIC
+    # `not <=`: a loss that is not a number counts as worse.
     if teacher.kind == "posterior" and is_public and not ensemble <= base:
         note = (
             f" (the public text is in no client's support: posterior {ensemble:.3f} is worse than the base"
@@ -71,6 +72,7 @@ def _mean_weights(
     weights_NK: torch.Tensor, clients: Sequence[str], material: Material
 ) -> dict[str, dict[str, float]]:
     """Return by domain the mean weight of every client over the predicted tokens."""
+    # The targets hold the tokens of all rows end to end.
     by_row = torch.split(weights_NK.double(), [row.num_supervised for row in material.rows])
     return {
         domain: dict(zip(clients, torch.cat(found).mean(dim=0).tolist(), strict=True))

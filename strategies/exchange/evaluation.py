@@ -49,11 +49,9 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
 
 def read_evaluations(session: Session, reply: Reply) -> dict[str, ClientEvaluation]:
     """Return the sound evaluations in a node's reply, of clients it hosts; the rest is only noticed."""
-    if reply.content is None:  # a node that is not evaluated costs the round nothing
-        session.held_by_nodes.forget(reply.node_id, None)
-        session.watch.notice(f"node {reply.node_id} was not evaluated: {reply.reason}")
-        return {}
     try:
+        if reply.content is None:
+            raise WireError(reply.reason)
         answers = replies.read_evaluations(reply.content)
     except WireError as error:
         session.held_by_nodes.forget(reply.node_id, reply.content)  # it may have lost what it held

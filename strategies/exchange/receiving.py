@@ -106,13 +106,12 @@ def read_reply(
     """
     unanswered = dict.fromkeys(asked, "its node did not answer for it")
     answers: Sequence[Answer] = ()
-    if reply.content is None:
-        unanswered = dict.fromkeys(asked, reply.reason)
-    else:
-        try:
-            answers = _answers(session, plan, reply.content, asked)
-        except WireError as error:
-            unanswered = dict.fromkeys(asked, str(error))
+    try:
+        if reply.content is None:
+            raise WireError(reply.reason)
+        answers = _answers(session, plan, reply.content, asked)
+    except WireError as error:
+        unanswered = dict.fromkeys(asked, str(error))
     if not answers:  # the node may not hold what the request left out
         session.held_by_nodes.forget(reply.node_id, reply.content)
     for answer in answers:

@@ -63,7 +63,7 @@ def _number_fault(update: ClientUpdate, largest_weight: float) -> str:
         return f"the weight {update.weight:g} is not a positive number"
     if update.weight > largest_weight:
         return f"the weight {update.weight:g} is above the {largest_weight:g} declared at joining"
-    if not 0 <= update.train_loss <= LARGEST_LOSS:  # nor NaN, of which no comparison is true
+    if not 0 <= update.train_loss <= LARGEST_LOSS:  # NaN compares false, so it is refused too
         return f"the training loss is no number from 0 to {LARGEST_LOSS:g}"
     if not 0 <= update.seconds <= LARGEST_SECONDS:
         return f"the seconds of its training are no number from 0 to {LARGEST_SECONDS:g}"

@@ -37,9 +37,8 @@ class Transport:
     grid: Grid
     poll_seconds: float = 0.1
     keeps_late: bool = False  # whether a late reply to a round counts in a later one
-    late: dict[str, tuple[int, RoundPlan | None]] = field(
-        default_factory=dict
-    )  # message id -> node, its round
+    # message id -> node that is still busy with it, and the round it belongs to
+    late: dict[str, tuple[int, RoundPlan | None]] = field(default_factory=dict)
     overdue: list[Reply] = field(default_factory=list)  # late replies that no round has taken yet
     asked: dict[int, float] = field(default_factory=dict)  # node asked to join -> when it may be again
     joining: dict[str, int] = field(default_factory=dict)  # message id -> node that has not answered that

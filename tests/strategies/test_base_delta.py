@@ -58,9 +58,7 @@ def on_base_delta(run: Any, seed: int = 0) -> Any:
     return replace(run.state, base_delta=base_delta_on(run.session.layout, seed))
 
 
-def test_a_base_delta_is_sent_once_to_a_node_and_again_when_it_changes(
-    make_config: Callable, open_run: Callable
-) -> None:
+def test_a_base_delta_is_sent_to_a_node_once_per_change(make_config: Callable, open_run: Callable) -> None:
     config = make_config({"federation.num-rounds": 9, "data.max-held-out": 2, "data.held-out-fraction": 0.4})
     run = open_run(config)
     state = on_base_delta(run)
@@ -81,9 +79,7 @@ def test_a_base_delta_is_sent_once_to_a_node_and_again_when_it_changes(
         )
 
 
-def test_an_evaluation_brings_the_base_delta_that_the_next_round_trains_on(
-    make_config: Callable, open_run: Callable
-) -> None:
+def test_an_evaluation_brings_the_next_rounds_base_delta(make_config: Callable, open_run: Callable) -> None:
     run = open_run(make_config({"data.max-held-out": 2, "data.held-out-fraction": 0.4}))
     state = on_base_delta(run)
     adapter, base_delta = packet_size(run.session.layout, state.base_delta)
@@ -93,7 +89,7 @@ def test_an_evaluation_brings_the_base_delta_that_the_next_round_trains_on(
     assert record.bytes_down == 4 * adapter
 
 
-def test_training_and_evaluation_see_the_base_delta_and_leave_the_base_as_it_was(
+def test_a_base_delta_is_used_and_leaves_the_base_as_it_was(
     make_config: Callable, open_run: Callable
 ) -> None:
     config = make_config({"data.max-held-out": 2, "data.held-out-fraction": 0.4})
@@ -157,9 +153,7 @@ def test_a_client_that_joins_late_trains_on_the_same_base_bits(
         assert torch.equal(seen[name].delta, again[name].delta)
 
 
-def test_a_node_that_has_lost_the_base_delta_says_so_and_is_sent_it_at_the_next_attempt(
-    make_config: Callable, open_run: Callable
-) -> None:
+def test_a_node_that_lost_the_base_delta_is_sent_it_again(make_config: Callable, open_run: Callable) -> None:
     config = make_config({"federation.num-rounds": 9, "federation.min-clients": 4})
     run = open_run(config)
     state, _ = next_round(run.session, on_base_delta(run))
@@ -198,9 +192,7 @@ def test_a_node_that_did_not_answer_is_sent_the_base_delta_again(
     assert record.bytes_down == 4 * adapter + base_delta
 
 
-def test_a_request_with_the_wrong_digest_of_its_base_delta_is_refused_by_every_node(
-    make_config: Callable, open_run: Callable
-) -> None:
+def test_a_wrong_digest_of_a_base_delta_is_refused(make_config: Callable, open_run: Callable) -> None:
     run = open_run(make_config({"federation.max-retries": 0}))
     state = on_base_delta(run)
     forged = base_delta_on(run.session.layout, 5)

@@ -62,7 +62,7 @@ def test_c_is_the_mean_of_the_clients_own(payload: str, run: Callable, tmp_path:
     assert_mean(run("whole", **{"wire.codec": payload}), tmp_path / "whole")
 
 
-def test_c_stays_the_mean_when_clients_take_turns_and_updates_are_lost(
+def test_c_stays_the_mean_when_updates_are_lost(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     left = [2]
@@ -82,7 +82,7 @@ def test_c_stays_the_mean_when_clients_take_turns_and_updates_are_lost(
     assert left == [0]
 
 
-def test_c_is_the_mean_of_all_that_trained_where_they_are_more_than_expected(
+def test_c_is_the_mean_of_more_clients_than_expected(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     flat = {**SCAFFOLD, "run.output": str(tmp_path)}
@@ -102,7 +102,7 @@ def test_c_is_the_mean_of_all_that_trained_where_they_are_more_than_expected(
     assert numbers[-1] > 2
 
 
-def test_the_corrections_change_what_is_learnt_from_the_second_round_on(run: Callable) -> None:
+def test_the_corrections_matter_from_the_second_round_on(run: Callable) -> None:
     flat = {"federation.num-rounds": 1}
     plain = {"train.control-variates": False}
     first = [run(name, **flat, **more).adapter.digest for name, more in (("a", {}), ("b", plain))]
@@ -175,7 +175,7 @@ def hostile(change: Callable[[torch.Tensor], torch.Tensor | None], layout: Adapt
         (lambda v: None, "do not match"),
     ],
 )
-def test_a_bad_change_costs_its_sender_the_round_and_leaves_c_alone(
+def test_a_bad_change_of_c_i_costs_its_sender_the_round(
     change: Callable, expected: str, make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     flat = {**SCAFFOLD, "run.output": str(tmp_path), "wire.codec": "fp32"}

@@ -270,7 +270,7 @@ def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(
         assert "xyzzy" not in told
 
 
-def test_an_exception_beside_the_data_costs_only_its_client_and_none_of_its_words_travel(
+def test_an_exception_at_a_client_sends_none_of_its_words(
     make_config: Callable, open_run: Callable, expected_digest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = jobs.make_job

@@ -216,7 +216,7 @@ def test_a_new_node_that_hangs_holds_one_round_for_a_short_time(
     assert session.clients["ben"].node_id == NODE
 
 
-def test_clients_that_join_while_a_round_waits_for_enough_of_them_end_the_wait(
+def test_clients_that_join_meanwhile_end_the_wait(
     make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config({"federation.min-clients": 3})

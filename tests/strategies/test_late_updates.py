@@ -50,9 +50,7 @@ def open_slow(
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 2.0])
-def test_a_late_update_is_added_to_the_newer_adapter_with_the_weight_of_its_age(
-    exponent: float, open_slow: Callable
-) -> None:
+def test_a_late_update_counts_with_the_weight_of_its_age(exponent: float, open_slow: Callable) -> None:
     run, hanging, heard = open_slow(**OVER, **{"aggregation.staleness-exponent": exponent})
     hanging.add(BEN)
     first, record = next_round(run.session, run.state)
@@ -71,9 +69,7 @@ def test_a_late_update_is_added_to_the_newer_adapter_with_the_weight_of_its_age(
     assert second.num_drawn == {"anna": 8, "ben": 4, "cleo": 8, "dora": 4}
 
 
-def test_a_late_a_counts_where_b_is_local_and_its_client_goes_on_from_the_b_beside_it(
-    open_slow: Callable, tmp_path: Path
-) -> None:
+def test_a_late_a_counts_and_its_client_keeps_the_b_it_had(open_slow: Callable, tmp_path: Path) -> None:
     fedsa = {"aggregation.read-out": "local-b", "run.output": str(tmp_path)}
     run, hanging, heard = open_slow(**OVER, **fedsa)
     hanging.add(BEN)
@@ -90,7 +86,7 @@ def test_a_late_a_counts_where_b_is_local_and_its_client_goes_on_from_the_b_besi
     assert file.name == "drawn-000000000004.safetensors"
 
 
-def test_the_late_update_is_the_one_of_the_round_that_asked_for_it(
+def test_a_late_update_is_of_the_round_that_asked_for_it(
     open_slow: Callable, make_config: Callable, open_run: Callable
 ) -> None:
     prompt = open_run(make_config(BUFFERED))
@@ -111,9 +107,7 @@ def test_the_late_update_is_the_one_of_the_round_that_asked_for_it(
 
 
 @pytest.mark.parametrize("rounds_away", [2, 3])
-def test_an_update_counts_up_to_the_largest_staleness_and_is_named_above(
-    rounds_away: int, open_slow: Callable
-) -> None:
+def test_an_update_above_the_largest_staleness_is_named(rounds_away: int, open_slow: Callable) -> None:
     run, hanging, _ = open_slow(**OVER)
     hanging.add(BEN)
     state = run.state
@@ -134,7 +128,7 @@ def test_an_update_counts_up_to_the_largest_staleness_and_is_named_above(
         assert record.asked == EVERYBODY, "its node is free again"
 
 
-def test_a_reply_after_the_deadline_is_lost_to_its_round_and_counts_in_the_next(open_slow: Callable) -> None:
+def test_a_reply_after_the_deadline_counts_in_the_next_round(open_slow: Callable) -> None:
     run, hanging, _ = open_slow(**{"federation.round-deadline": 1.0})
     hanging.add(BEN)
     state, record = next_round(run.session, run.state)
@@ -149,7 +143,7 @@ def test_a_reply_after_the_deadline_is_lost_to_its_round_and_counts_in_the_next(
     assert (record.asked, record.staleness) == (EVERYBODY, {})
 
 
-def test_a_reply_to_an_earlier_attempt_of_the_same_round_is_not_stale(open_slow: Callable) -> None:
+def test_a_reply_to_an_earlier_attempt_is_not_stale(open_slow: Callable) -> None:
     run, hanging, _ = open_slow(**{"federation.min-clients": 4, "federation.round-deadline": 1.0})
     hanging.add(BEN)
     notice = run.notices.append
@@ -166,7 +160,7 @@ def test_a_reply_to_an_earlier_attempt_of_the_same_round_is_not_stale(open_slow:
     assert record.weights == {"anna": 4.0, "ben": 6.0, "cleo": 8.0, "dora": 10.0}
 
 
-def test_what_has_arrived_beyond_the_cohort_counts_in_the_next_round(
+def test_what_arrives_beyond_the_cohort_counts_next_round(
     open_slow: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _, _ = open_slow(**{"federation.cohort": 2, "federation.over-selection": 2.0})
@@ -185,7 +179,7 @@ def test_what_has_arrived_beyond_the_cohort_counts_in_the_next_round(
     assert state.num_drawn == dict.fromkeys(EVERYBODY, 4)
 
 
-def test_an_unsound_late_reply_is_named_and_no_client_of_the_round_is_lost(open_slow: Callable) -> None:
+def test_an_unsound_late_reply_is_named_and_costs_nobody(open_slow: Callable) -> None:
     run, hanging, _ = open_slow(**OVER)
     hanging.add(BEN)
     state, _ = next_round(run.session, run.state)
@@ -204,7 +198,7 @@ def test_an_unsound_late_reply_is_named_and_no_client_of_the_round_is_lost(open_
     assert line.startswith("client ben: a late reply does not count: ")
 
 
-def test_late_updates_of_the_same_round_are_added_in_the_order_of_their_names(open_slow: Callable) -> None:
+def test_late_updates_are_added_in_the_order_of_their_names(open_slow: Callable) -> None:
     digests = []
     for order in ((2, 3), (3, 2)):
         run, hanging, _ = open_slow(**{"federation.cohort": 2, "federation.over-selection": 2.0})

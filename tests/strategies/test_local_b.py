@@ -41,7 +41,7 @@ def kept_b(folder: Path, client: str, num_drawn: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ranks", ["", "1,2"])
-def test_a_round_goes_on_from_the_shared_a_and_the_b_of_the_round_before(
+def test_a_round_goes_on_from_the_shared_a_and_the_last_b(
     ranks: str, make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     run = open_run(make_config({**FEDSA, "run.output": str(tmp_path), "lora.client-ranks": ranks}))
@@ -100,9 +100,7 @@ def test_a_client_is_evaluated_with_its_own_b(
         assert shared.loss != alone.loss
 
 
-def test_a_client_that_never_trained_has_the_b_of_the_first_adapter(
-    make_config: Callable, open_run: Callable
-) -> None:
+def test_a_client_that_never_trained_has_the_first_b(make_config: Callable, open_run: Callable) -> None:
     run = open_run(make_config(FEDSA))
     fresh = evaluate(run.session, run.state)
     other = replace(run.state, adapter=AdapterState(run.session.layout, run.state.adapter.vector.clone()))
@@ -167,7 +165,7 @@ def test_b_never_leaves_and_what_travels_is_an_a(
                 assert raw[start : start + 4].tobytes() not in sent
 
 
-def test_a_client_of_a_smaller_rank_keeps_a_b_without_the_other_columns(
+def test_a_client_of_a_smaller_rank_keeps_a_smaller_b(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     flat = {**FEDSA, "run.output": str(tmp_path), "lora.client-ranks": "1,2"}
@@ -183,7 +181,7 @@ def test_a_client_of_a_smaller_rank_keeps_a_b_without_the_other_columns(
         assert lasting == [name in ("ben", "dora")] * len(layout.matrices)
 
 
-def test_an_update_that_was_lost_leaves_no_trace_in_its_clients_b(
+def test_a_lost_update_leaves_no_trace_in_its_clients_b(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     left = [1]

@@ -105,7 +105,7 @@ def test_a_node_with_a_client_of_lower_rank_sends_every_delta(
     assert [kind - {"clients", "metrics"} for kind in kinds] == [{"sum"}, {"updates"}]
 
 
-def test_an_over_selected_cohort_closes_when_its_sums_are_of_enough_clients(
+def test_an_over_selected_cohort_closes_with_enough_members(
     make_config: Callable, open_run: Callable
 ) -> None:
     config = make_config({**SUMMED, "federation.cohort": 2, "federation.over-selection": 2.0})
@@ -184,7 +184,7 @@ HOSTILE: dict[str, tuple[Tampering, str]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_sum_costs_all_clients_of_its_node_the_round_and_nobody_else(
+def test_a_hostile_sum_costs_the_clients_of_its_node_alone(
     kind: str, make_config: Callable, open_run: Callable
 ) -> None:
     change, reason = HOSTILE[kind]

@@ -41,7 +41,7 @@ def answers_of(run: Any) -> dict[str, ClientUpdate]:
 
 @pytest.mark.parametrize("payload", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("init_a", ["kaiming", "orthonormal"])
-def test_ffa_sends_b_alone_both_ways_and_a_keeps_the_bits_of_the_seed(
+def test_ffa_sends_b_alone_and_a_keeps_the_bits_of_the_seed(
     payload: str, init_a: str, make_config: Callable, open_run: Callable
 ) -> None:
     run = open_run(make_config({**FFA, "wire.codec": payload, "lora.init-a": init_a}))
@@ -85,7 +85,7 @@ def test_an_adapter_that_the_seed_does_not_give_travels_whole(
     assert torch.equal(part_of(layout, after.adapter.vector, "a"), part_of(layout, state.adapter.vector, "a"))
 
 
-def test_a_machine_that_makes_other_bits_from_the_seed_is_sent_everything_the_next_time(
+def test_a_machine_with_other_bits_is_sent_all_the_next_time(
     make_config: Callable, open_run: Callable
 ) -> None:
     run, honest = open_run(make_config(FFA)), open_run(make_config(FFA))
@@ -108,7 +108,7 @@ def test_a_machine_that_makes_other_bits_from_the_seed_is_sent_everything_the_ne
     assert record.accepted == NAMES
 
 
-def test_alternate_moves_one_factor_a_round_and_not_a_bit_of_the_other(
+def test_alternate_moves_one_factor_a_round_and_no_other_bit(
     make_config: Callable, open_run: Callable
 ) -> None:
     config = make_config({**FFA, "aggregation.train": "alternate", "train.weight-decay": 0.1})
@@ -161,7 +161,7 @@ def test_clients_train_and_send_at_their_own_ranks(
     assert set(evaluate(run.session, state).shared) <= set(NAMES)
 
 
-def test_ranks_by_name_leave_the_others_as_they_are_and_unknown_names_are_noticed(
+def test_ranks_by_name_leave_others_alone_and_name_the_unknown(
     make_config: Callable, open_run: Callable
 ) -> None:
     run = open_run(make_config({"lora.client-ranks": "ben:1,zoe:1"}))

@@ -52,7 +52,7 @@ def personal_losses(state: ServerState) -> list[dict[str, float]]:
     return [dict(record.personal_held_out) for record in state.records]
 
 
-def test_the_shared_adapter_is_the_one_of_a_run_without_personal_adapters(run: Callable) -> None:
+def test_personal_adapters_leave_the_shared_one_as_it_is(run: Callable) -> None:
     plain, _ = run("plain")
     for name, flat in (("dual", DUAL), ("ditto", DITTO)):
         state, notices = run(name, **flat)
@@ -80,7 +80,7 @@ def test_it_lowers_its_clients_loss_and_a_pull_holds_it_back(run: Callable) -> N
 
 
 @pytest.mark.parametrize("flat", [{"lora.client-ranks": "1,2"}, {"aggregation.preset": "ffa"}])
-def test_it_is_trained_beside_the_whole_shared_adapter_whatever_its_client_trains_of_that(
+def test_it_is_trained_on_top_of_the_whole_shared_adapter(
     flat: dict[str, Any], run: Callable, tmp_path: Path
 ) -> None:
     run("whole", **DUAL, **{"federation.num-rounds": 1})
@@ -88,7 +88,7 @@ def test_it_is_trained_beside_the_whole_shared_adapter_whatever_its_client_train
     assert private_files(tmp_path / "partly") == private_files(tmp_path / "whole")
 
 
-def test_a_run_without_personal_adapters_keeps_and_records_nothing(run: Callable, tmp_path: Path) -> None:
+def test_without_personal_adapters_nothing_is_kept_or_recorded(run: Callable, tmp_path: Path) -> None:
     state, _ = run("plain")
     assert not (tmp_path / "plain" / "private").exists()
     assert personal_losses(state) == [{}] * 4
@@ -119,7 +119,7 @@ def test_no_value_of_it_leaves_the_client(make_config: Callable, open_run: Calla
 
 
 @pytest.mark.parametrize("stopped_in", [2, 3])
-def test_a_run_that_was_stopped_goes_on_with_the_same_personal_adapters(
+def test_a_stopped_run_goes_on_with_its_personal_adapters(
     stopped_in: int, run: Callable, tmp_path: Path
 ) -> None:
     def stop(record: RoundRecord) -> None:
@@ -142,7 +142,7 @@ def test_it_does_not_matter_which_node_hosts_a_client(nodes: int, run: Callable,
     assert private_files(tmp_path / "together") == private_files(tmp_path / "apart")
 
 
-def test_a_round_whose_update_was_lost_leaves_no_trace_in_the_personal_adapter(
+def test_a_lost_update_leaves_no_trace_in_the_personal_adapter(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     """Ben's first two updates are lost on the way: his personal adapter is that of his one good round."""
@@ -165,7 +165,7 @@ def test_a_round_whose_update_was_lost_leaves_no_trace_in_the_personal_adapter(
     assert record.accepted == ("anna", "ben", "cleo", "dora")
 
 
-def test_a_damaged_personal_adapter_is_named_and_its_client_starts_afresh(
+def test_a_damaged_personal_adapter_is_named_and_made_afresh(
     run: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def damage(record: RoundRecord) -> None:
@@ -195,7 +195,7 @@ def test_the_result_has_mean_worst_and_spread_of_both(run: Callable, tmp_path: P
         assert found["deviation"] > 0
 
 
-def test_the_table_shows_every_client_and_the_spread_of_each_column() -> None:
+def test_the_table_shows_every_client_and_each_spread() -> None:
     columns = {
         "base": {"a": 3.0, "b": 5.0},
         "adapter": {"a": 2.0, "b": 4.0},

@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_from_its_checkpoint_has_the_bits_of_one_that_ran(
+def test_a_run_that_is_continued_gives_the_bits_of_a_whole_one(
     method: str, make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     config = make_config(METHODS[method])

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import clients.protect as protecting
-import strategies.noised_sum as noising
 import strategies.privacy as serving
+import strategies.private_round as noising
 from clients.client_app import app
 from clients.protect import Protection, protect
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
@@ -33,8 +33,8 @@ from fedllm.runs.checkpoint import ServerState, load_checkpoint
 from fedllm.runs.records import RoundRecord, TrainingRecord
 from scripts.runtimes.local import local_grid
 from strategies.cohort.plan_round import plan_round
-from strategies.noised_sum import NoisedSum, release_sum
 from strategies.privacy import ServerPrivacy
+from strategies.private_round import NoisedSum, release_sum
 from strategies.rounds import aggregate, next_round, run_round
 from strategies.run import run_federation
 from strategies.session import Watch
@@ -103,7 +103,7 @@ def check_noise(changes: torch.Tensor, deviation: float) -> None:
         assert abs(float((first * second).mean())) < z / math.sqrt(first.numel())
 
 
-def test_a_thousand_rounds_of_zero_updates_are_the_noise_that_is_claimed(released: Callable) -> None:
+def test_rounds_of_zero_updates_are_the_noise_that_is_claimed(released: Callable) -> None:
     changes = released(1000)
     check_noise(changes, 2.0 * 0.5 / 4)
     per_value = changes.square().mean(dim=0) / (2.0 * 0.5 / 4) ** 2
@@ -266,7 +266,7 @@ def canary_rounds(privacy: ServerPrivacy, number: int, *, is_present: bool) -> t
     return torch.tensor(found)
 
 
-def test_an_attack_finds_no_more_than_is_claimed_and_nearly_all_of_it() -> None:
+def test_an_attack_finds_nearly_all_that_is_claimed_and_no_more() -> None:
     privacy = privacy_of(**{"privacy.noise-multiplier": 1.0})
     worlds = [canary_rounds(privacy, 4000, is_present=present) for present in (True, False)]
     claim = gaussian_epsilon(1.0, 1e-5)
@@ -274,7 +274,7 @@ def test_an_attack_finds_no_more_than_is_claimed_and_nearly_all_of_it() -> None:
     assert 0.7 * claim <= found <= claim
 
 
-def test_the_attack_finds_too_much_where_there_is_too_little_noise() -> None:
+def test_the_attack_exceeds_the_claim_where_noise_is_too_little() -> None:
     privacy = privacy_of(**{"privacy.noise-multiplier": 0.5})  # half of what the claim below assumes
     worlds = [canary_rounds(privacy, 1000, is_present=present) for present in (True, False)]
     assert lower_epsilon(worlds[0], worlds[1], 1e-5) > gaussian_epsilon(1.0, 1e-5)
@@ -283,7 +283,7 @@ def test_the_attack_finds_too_much_where_there_is_too_little_noise() -> None:
 # --- noise is bound to what it hides ---------------------------------------------------------------------
 
 
-def test_the_same_sum_gets_the_same_noise_and_another_sum_or_attempt_unrelated_noise() -> None:
+def test_only_the_same_sum_and_attempt_get_the_same_noise() -> None:
     privacy = privacy_of()
 
     def noise(delta: float, attempt: int = 1, secret: bytes = bytes(32)) -> torch.Tensor:
@@ -322,7 +322,7 @@ def test_rounds_are_charged_and_numbers_withheld(
         assert weights == {"anna": 0.5, "ben": 0.75, "cleo": 1.0, "dora": 1.0}
 
 
-def test_coins_charge_everybody_a_little_and_release_noise_even_for_nobody(
+def test_coins_charge_everybody_and_release_noise_for_nobody(
     make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("dp_accounting", reason="the extra dp is not installed")
@@ -430,7 +430,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("flat", [CLIENT, LOCAL, EXAMPLE])
-def test_a_private_run_that_was_killed_goes_on_with_equal_bits_and_an_equal_ledger(
+def test_a_killed_private_run_goes_on_with_the_same_ledger(
     flat: dict[str, Any], make_config: Callable, tmp_path: Path
 ) -> None:
     whole = four_rounds(flat, make_config, tmp_path / "whole")
@@ -479,7 +479,7 @@ def test_a_release_that_differs_after_a_resume_is_charged_again(
         serving.with_journal(again.privacy, fewer.state)
 
 
-def test_who_is_asked_for_a_round_again_is_charged_once_and_a_newcomer_as_well(
+def test_a_repeated_round_charges_each_client_once(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     config = make_config({**LOCAL, "federation.cohort": 3, "run.output": str(tmp_path)})
@@ -495,7 +495,7 @@ def test_who_is_asked_for_a_round_again_is_charged_once_and_a_newcomer_as_well(
     assert serving.with_journal(again.privacy, others.state).ledger == state.ledger
 
 
-def test_an_attempt_that_failed_is_in_the_ledger_of_a_run_that_ends_with_it(
+def test_a_failed_last_attempt_is_in_the_ledger(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     """The last attempt in the budget gets too few answers; those that came were released all the same."""
@@ -530,9 +530,7 @@ def test_a_second_release_of_a_round_does_not_exceed_the_budget(
         next_round(again, state)
 
 
-def test_clients_that_took_part_as_often_as_allowed_are_not_asked_again(
-    make_config: Callable, open_run: Callable
-) -> None:
+def test_clients_at_their_limit_are_not_asked_again(make_config: Callable, open_run: Callable) -> None:
     flat = {**CLIENT, "privacy.max-participations": 1, "federation.cohort": 2}
     run = open_run(make_config(flat))
     state, first = next_round(run.session, run.state)

@@ -38,7 +38,7 @@ def end(make_config: Callable) -> Callable[..., tuple[str, Mapping[str, Any]]]:
     return do
 
 
-def test_base_and_adapter_are_compared_on_the_clients_that_measured_both(end: Callable) -> None:
+def test_losses_are_compared_on_clients_that_measured_both(end: Callable) -> None:
     card, held_out = end({0: BASE, 2: {"ben": 6.0, "cleo": 1.0}})
     assert "| mean of 1 data holders | 8.0000 | 6.0000 |" in card
     assert held_out["before"]["clients"] == {"ben": 8.0}

@@ -115,7 +115,7 @@ def test_a_damaged_newest_checkpoint_costs_one_round(run: Callable, tmp_path: Pa
     assert again.adapter.digest == whole.adapter.digest
 
 
-def test_a_run_resumes_only_with_its_own_configuration_and_checkpoints(run: Callable) -> None:
+def test_a_run_resumes_only_with_its_own_keys_and_checkpoints(run: Callable) -> None:
     run("mine", **{"federation.num-rounds": 1})
     with pytest.raises(ConfigError, match="holds an earlier run"):
         run("mine")
@@ -125,7 +125,7 @@ def test_a_run_resumes_only_with_its_own_configuration_and_checkpoints(run: Call
         run("other", **{"run.resume": True})
 
 
-def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
+def test_a_disk_full_for_a_while_costs_a_checkpoint_only(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = run("whole")
@@ -148,7 +148,7 @@ def no_space(descriptor: int) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_one_line_and_the_last_good_checkpoint(
+def test_a_disk_that_stays_full_keeps_the_last_checkpoint(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.fsync
@@ -166,7 +166,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_one_line_and_the_last_good_che
     assert resumed.adapter.digest == whole.adapter.digest
 
 
-def test_a_round_that_could_not_be_saved_is_kept_though_the_next_one_fails(
+def test_an_unsaved_round_is_kept_though_the_next_one_fails(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.fsync

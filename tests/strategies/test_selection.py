@@ -104,7 +104,7 @@ def test_a_weighted_draw_of_one_is_proportional_to_the_rows() -> None:
         assert abs(counts[name] / NUM_DRAWS - expected) < 4 * deviation
 
 
-def test_a_weighted_draw_of_two_follows_the_law_of_successive_draws() -> None:
+def test_a_weighted_draw_of_two_is_that_of_successive_draws() -> None:
     rows = {"a": 1, "b": 2, "c": 7}
     counts = Counter(choose(clients(rows), "weighted", 2, round_num=n) for n in range(NUM_DRAWS))
     for pair in (("a", "b"), ("a", "c"), ("b", "c")):
@@ -136,7 +136,7 @@ def test_uniform_and_poisson_look_at_neither_rows_nor_losses() -> None:
             assert choose(few, rule, 1, round_num=round_num) == known
 
 
-def test_power_of_choice_takes_the_highest_known_losses_and_unknown_clients_first() -> None:
+def test_power_of_choice_takes_unknown_clients_then_high_losses() -> None:
     past = [record(1, {"a": 1.0, "b": 9.0, "c": 2.0}), record(2, {"b": 0.5, "d": 3.0})]
     everybody = clients("abcd")
     assert choose(everybody, "power-of-choice", 2, past, candidates=4) == ("c", "d")  # b's newest is 0.5
@@ -144,7 +144,7 @@ def test_power_of_choice_takes_the_highest_known_losses_and_unknown_clients_firs
     assert choose(everybody, "power-of-choice", 1, past, candidates=4, over_selection=3.0) == ("a", "c", "d")
 
 
-def test_power_of_choice_with_as_many_candidates_as_it_takes_is_a_weighted_draw() -> None:
+def test_power_of_choice_without_spare_candidates_is_weighted() -> None:
     rows = {"a": 1, "b": 2, "c": 7, "d": 4}
     past = [record(1, {"a": 1.0, "b": 9.0})]
     for number in range(1, 30):
@@ -212,9 +212,7 @@ def test_the_same_clients_are_asked_whoever_answers_first(
     assert len(set(asked)) > 1
 
 
-def test_an_empty_poisson_round_is_recorded_changes_nothing_and_is_no_failure(
-    make_config: Callable, open_run: Callable
-) -> None:
+def test_an_empty_poisson_round_is_recorded_and_no_failure(make_config: Callable, open_run: Callable) -> None:
     flat = {"federation.selection": "poisson", "federation.cohort": 1, "federation.num-clients": 4}
     run = open_run(make_config({**flat, "federation.max-retries": 0, "federation.num-rounds": 30}))
     state, num_empty = run.state, 0
@@ -244,7 +242,7 @@ def test_an_empty_poisson_round_is_recorded_changes_nothing_and_is_no_failure(
         {"aggregation.robust": "norm-clip"},
     ],
 )
-def test_an_empty_poisson_round_moves_no_base_no_momentum_and_no_memory_of_norms(
+def test_an_empty_poisson_round_moves_no_part_of_the_state(
     rule: dict[str, Any], make_config: Callable, open_run: Callable
 ) -> None:
     flat = {"federation.selection": "poisson", "federation.cohort": 1, "federation.num-rounds": 30}
@@ -257,9 +255,7 @@ def test_an_empty_poisson_round_moves_no_base_no_momentum_and_no_memory_of_norms
     assert state.optimizer is before.optimizer
 
 
-def test_a_poisson_draw_below_the_clients_a_round_needs_asks_nobody(
-    make_config: Callable, open_run: Callable
-) -> None:
+def test_a_poisson_draw_below_min_clients_asks_nobody(make_config: Callable, open_run: Callable) -> None:
     flat = {"federation.selection": "poisson", "federation.cohort": 2, "federation.min-clients": 2}
     asked = chosen_in(open_run(make_config(flat)), 10)
     assert {len(names) for names in asked} >= {0, 2}

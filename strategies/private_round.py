@@ -1,5 +1,8 @@
 """A private round at the server: charged in the ledger and, under a central plan, noised as a sum.
 
+A round is in the ledger, and the ledger on disk, before its result is used: a run that is killed afterwards
+cannot forget it.
+
 Where the plan is central, a round's updates are clipped once more, summed, noised and divided by a number
 that was fixed in advance. The result goes on as if one client had sent it: all that follows is
 post-processing. Where clients add the noise themselves, the server only keeps the ledger.
@@ -9,21 +12,22 @@ but never the same noise over another sum.
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, at_rank, with_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
-from fedllm.messages import ClientUpdate, JoinedClient
+from fedllm.errors import BudgetSpentError
+from fedllm.messages import ClientUpdate
 from fedllm.plan.privacy import FEDERATION
 from fedllm.privacy.keys import bits_digest, derived_key
+from fedllm.privacy.ledger import Entry, write_ledger
 from fedllm.privacy.noise import SecretStream, clipped, gaussian, is_within, next_clip
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import RoundPlan, RoundRecord
-from strategies.collector import Collector
-from strategies.privacy import ServerPrivacy, charge_round, clip_of, describe_round
+from fedllm.runs.records import PrivacyRecord, RoundPlan, RoundRecord, TrainingRecord
+from strategies.collector import Collector, RoundOutcome
+from strategies.privacy import Clients, ServerPrivacy, charge_of, clip_of
 from strategies.session import Session
 
 
@@ -106,14 +110,14 @@ def request_name(plan: RoundPlan, adapter: AdapterState, seed: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class PrivateCollector:
-    """Stands in front of the aggregate of a private run: nothing reaches it before it is charged.
+    """Stands in front of the aggregate of a private run, which is read out only once the round is charged.
 
     Without a `noised` sum the clients have noised their updates, which go straight to the aggregate.
     """
 
     privacy: ServerPrivacy
     plan: RoundPlan
-    clients: Mapping[str, JoinedClient]
+    clients: Clients
     seed: int
     aggregate: Collector
     noised: NoisedSum | None
@@ -122,22 +126,18 @@ class PrivateCollector:
         """Add an update to the sum that is to be noised, else to the aggregate."""
         (self.noised or self.aggregate).add(update)
 
-    def close(
-        self, before: ServerState, after: ServerState, record: RoundRecord
-    ) -> tuple[ServerState, RoundRecord]:
+    def close(self, before: ServerState, after: ServerState, record: RoundRecord) -> RoundOutcome:
         """Charge the attempt, whether or not it is applied; then release the sum and close the aggregate.
 
         Raises:
             BudgetSpentError, CheckpointError: a release would exceed the budget, or cannot be recorded.
         """
-        privacy, plan, noised = self.privacy, self.plan, self.noised
-        release = release_sum(privacy, plan, noised) if noised is not None and record.applied else None
+        plan, noised = self.plan, self.noised
+        release = release_sum(self.privacy, plan, noised) if noised is not None and record.applied else None
         # A round that is not applied releases nothing, but clients that noise for themselves have sent it.
         name = release.name if release else request_name(plan, before.adapter, self.seed)
-        after = charge_round(privacy, after, plan, self.clients, name)
-        asked = [self.clients[client] for client in plan.asked]
-        clip = noised.clip if noised is not None else privacy.plan.clip
-        record = describe_round(privacy, after, record, asked, clip)
+        after = self.charge_round(after, name)
+        record = self.describe_round(after, record)
         if release is None:
             return self.aggregate.close(before, after, record)
         self.aggregate.add(release.update)
@@ -145,6 +145,58 @@ class PrivateCollector:
         # Of one noised sum nobody can tell what its clients disagreed on.
         unknown = replace(record.aggregation, rho=None, largest_rho=None, kept_energy=None)
         return after, replace(record, aggregation=unknown)
+
+    def charge_round(self, state: ServerState, name: str) -> ServerState:
+        """Return the state with this attempt at a round in its ledger, which is on disk by then.
+
+        Everybody asked is charged: whether a client answered is not what the guarantee hides. `name` tells
+        one release from another; who is asked again for the same one is not charged again.
+
+        Raises:
+            BudgetSpentError: this release is another than the one made before the run was killed, and both
+                together exceed the budget.
+            CheckpointError: the ledger cannot be written.
+        """
+        plan = self.privacy.plan
+        if plan.rate < 1:
+            charges = {FEDERATION: charge_of(plan, None)}
+        else:
+            charges = {client: charge_of(plan, self.clients[client]) for client in self.plan.asked}
+        entry = Entry(self.plan.round_num, self.plan.attempt, name, charges)
+        ledger = state.ledger.with_entry(entry)
+        if ledger is state.ledger:  # the same release as before the run was killed: paid already
+            return state
+        # `clients_that_can_afford` left this attempt out, but what its earlier start released counts too.
+        known = [earlier for earlier in state.ledger.entries if earlier.name[:2] == entry.name[:2]]
+        paid = {account for earlier in known if earlier.name == entry.name for account in earlier.charges}
+        for account, charge in charges.items() if known else ():
+            if account not in paid and not state.ledger.affords(
+                account, charge, epsilon=plan.epsilon, delta=plan.delta, planned=0
+            ):
+                raise BudgetSpentError(
+                    "this round was released once before the run was killed, from other updates; both"
+                    f" together exceed epsilon {plan.epsilon:g}, so it is not released again"
+                )
+        if self.privacy.journal is not None:
+            write_ledger(self.privacy.journal, ledger)
+        return replace(state, ledger=ledger)
+
+    def describe_round(self, state: ServerState, record: RoundRecord) -> RoundRecord:
+        """Return a record with what its round spent and used, and without the numbers the plan withholds."""
+        plan = self.privacy.plan
+        if plan.is_by_example:  # a client's noise follows from its number of rows
+            noise = [plan.multiplier(self.clients[client].num_train) for client in self.plan.asked]
+        else:
+            noise = [plan.multiplier()]
+        spent = PrivacyRecord(
+            epsilon=state.ledger.epsilon(plan.delta),
+            noise_multiplier=max(noise, default=None),
+            clip=self.noised.clip if self.noised is not None else plan.clip,
+        )
+        training = record.training
+        if plan.metrics != "all":
+            training = TrainingRecord(learning_rate=training.learning_rate, trained=training.trained)
+        return replace(record, privacy=spent, training=training)
 
 
 def with_privacy(session: Session, state: ServerState, plan: RoundPlan, aggregate: Collector) -> Collector:
