@@ -1,8 +1,8 @@
-"""How client updates become one adapter: one point of the grid of federated LoRA methods, checked when built.
+"""How client updates become one adapter: one point of the grid of federated LoRA methods.
 
 Two axes span the grid: which factor clients train (`train`), and how the server reads their products out
-(`read_out`). Weighting, a robust rule and a server optimizer go on top. A combination that is not defined, or
-that would not do what its name says, is refused with the reason.
+(`read_out`). Weighting, a robust rule and a server optimizer go on top. What each of them cannot go with
+follows from `fedllm/plan/capabilities.py`.
 """
 
 from dataclasses import dataclass, field
