@@ -14,7 +14,7 @@ from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
 from clients.join import declare_clients
 from clients.originality import answer_overlap, check_limit
-from clients.process import Process
+from clients.process import PROCESS, Process
 from clients.protect import node_mean
 from clients.stock import evaluate_for_stock, train_for_stock
 from clients.train import train_clients
@@ -114,5 +114,4 @@ def _answer(
     return Message(replies.write_error(code), reply_to=message)
 
 
-PROCESS = Process()
 app = make_client_app(PROCESS)  # the one that Flower loads, by this name

@@ -1,8 +1,10 @@
 """What one process keeps from message to message, so that it reads, tokenises and loads once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
+from typing import cast
 
 from clients.base_deltas import BaseDeltaStore
 from clients.data_holder import DataHolder, open_data_holder
@@ -28,6 +30,10 @@ class Process:
     resident: Resident = field(default_factory=Resident)
     holders: dict[tuple[object, object], DataHolder] = field(default_factory=dict)
     sources: dict[RunConfig, Shards] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Callable[[], "Process"], tuple[()]]:
+        """Pickle no content: Ray copies the app with every message, and a worker keeps its own content."""
+        return own_process, ()
 
     @cached_property
     def base_deltas(self) -> BaseDeltaStore:
@@ -59,3 +65,12 @@ class Process:
         if relevant not in self.sources:
             self.sources = {relevant: read_source(relevant)}
         return self.sources[relevant]
+
+
+PROCESS = Process()
+
+
+def own_process() -> Process:
+    """Return the one of the process that calls."""
+    # By name: Flower loads modules anew, so a reference could be to another copy of this one.
+    return cast(Process, import_module("clients.process").PROCESS)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from clients.client_app import PROCESS, app
+from clients.client_app import app
+from clients.process import PROCESS
 from fedllm.config.recipe import read_recipe
 from fedllm.config.run_config import RunConfig
 from fedllm.runs.records import RoundRecord

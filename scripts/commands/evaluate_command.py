@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from clients.client_app import PROCESS
+from clients.process import PROCESS
 from clients.tokens import ClientTokens, encode_client
 from fedllm.adapters.folder import PublishedAdapter, load_adapter
 from fedllm.adapters.layout import initial_adapter

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.client_app import PROCESS, app
+from clients.client_app import app
+from clients.process import PROCESS
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.run_config import RunConfig

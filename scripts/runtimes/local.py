@@ -15,7 +15,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.client_app import PROCESS, app
+from clients.client_app import app
+from clients.process import PROCESS
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig

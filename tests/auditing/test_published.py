@@ -9,8 +9,8 @@ import pytest
 from flwr.app import Message
 from flwr.common.serde import message_to_proto
 
-from clients.client_app import PROCESS, app
-from clients.process import Process
+from clients.client_app import app
+from clients.process import PROCESS, Process
 from fedllm.attacks.canaries import Canary
 from fedllm.config.run_config import RunConfig
 from fedllm.models.base import load_tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from clients.client_app import PROCESS
+from clients.process import PROCESS
 from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition
 from fedllm.errors import ConfigError

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from clients.client_app import PROCESS
 from clients.data_holder import DataHolder
+from clients.process import PROCESS
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
