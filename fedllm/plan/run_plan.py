@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fedllm.config.key import Scalar, number_or
+from fedllm.config.key import Scalar
 from fedllm.config.keys import AuditConfig, LoraConfig
 from fedllm.config.run_config import RESUMABLE_KEYS, RunConfig
 from fedllm.errors import ConfigError
@@ -49,8 +49,9 @@ class RunPlan:
 
     def is_evaluated(self, round_num: int) -> bool:
         """Return whether a round, counted from 1, ends with held-out losses."""
-        last = self.config.federation.num_rounds
-        return round_num == last or round_num % number_or(self.config.evaluation.every, last) == 0
+        every = self.config.evaluation.every
+        is_last = round_num == self.config.federation.num_rounds
+        return is_last or (isinstance(every, int) and round_num % every == 0)
 
     def is_summed(self, ranks: Iterable[int]) -> bool:
         """Return whether a node answers for clients of these ranks with their sum: all have the run's."""
