@@ -174,3 +174,18 @@ def fixed_keys(config: RunConfig) -> dict[str, Scalar]:
     if config.distill.when != "never":  # they begin its synthetic texts
         free.discard("evaluation.prompts")
     return {key: value for key, value in config.to_flat().items() if key not in free}
+
+
+def check_nodes_agree(config: RunConfig, given: RunConfig) -> None:
+    """Refuse to run `config` over nodes that were given another configuration.
+
+    Raises:
+        ConfigError: a key that rounds compute from differs.
+    """
+    theirs = fixed_keys(given)
+    for key, value in fixed_keys(config).items():
+        if theirs.get(key) != value:
+            raise ConfigError(
+                f"{key} = {value!r}: the nodes were given {theirs.get(key)!r} and compute with it; set it in"
+                " the configuration that they are given too"
+            )
