@@ -82,8 +82,11 @@ def _charge(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens) -> N
     """Record a client's answer in its ledger; raises where it cannot be afforded or recorded."""
     file = this_round.holder.store.folder / client.client_id / "privacy-ledger.json"
     ledger, charge, name = read_ledger(file), plan.charge(len(client.train)), client.client_id
-    key = request_key(this_round, plan, client, b"")  # no secret: it only names the answer in the ledger
-    charged = ledger.with_entry(Entry(this_round.request.round_num, 0, key.hex(), {name: charge}))
+    run, request = this_round.holder.plan, request_key(this_round, plan, client, b"").hex()
+    # Any key of the run may change how the answer is rounded, and so its noise: that is another answer.
+    machine = (run.config.model.device, str(run.config.model.num_threads))  # the digest leaves them free
+    answer = derived_key(b"", "answer", run.digest, *machine, request)  # only a name, so no secret
+    charged = ledger.with_entry(Entry(this_round.request.round_num, 0, answer.hex(), {name: charge}))
     if charged is ledger:  # the same answer again gives nothing new away
         return
     if not ledger.affords(name, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned):

@@ -118,6 +118,17 @@ def test_another_precision_of_the_model_is_charged_anew(open_one: Callable) -> N
     assert len(json.loads((holder.store.folder / "anna" / "privacy-ledger.json").read_text())) == 2
 
 
+@pytest.mark.parametrize("change", [{"train.token-budget": 1}, {"model.num-threads": 2}])
+def test_a_request_of_a_run_with_other_keys_is_charged_anew(
+    change: dict[str, Any], open_one: Callable
+) -> None:
+    """Any key may change how an answer is rounded; another delta has other noise, which averages out."""
+    for flat in (LOCAL, {**LOCAL, **change}):
+        holder = open_one(**flat)
+        deltas(train_clients(holder, request(holder)))
+    assert len(json.loads((holder.store.folder / "anna" / "privacy-ledger.json").read_text())) == 2
+
+
 def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable, caplog: pytest.LogCaptureFixture) -> None:
     holder = open_one(**EXAMPLE)
     deltas(train_clients(holder, request(holder)))
