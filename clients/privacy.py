@@ -11,10 +11,10 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from clients.data_holder import DataHolder
-from clients.technique import NodeRound, Technique, Works
+from clients.technique import NodeRound, Technique, Works, failure_of
 from clients.tokens import ClientTokens
 from fedllm.engine.jobs import Job, StepNoise
-from fedllm.errors import CheckpointError, ConfigError
+from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError
 from fedllm.messages import ClientFailure
 from fedllm.models.chat import Encoded
 from fedllm.plan.privacy import PrivacyPlan
@@ -72,26 +72,26 @@ def charge_clients(
     failed = {}
     for name in clients:
         try:
-            code = "" if _charge(this_round, plan, this_round.holder.clients[name]) else "budget-spent"
-        except CheckpointError as error:
-            code = error.code
-        if code:
-            failed[name] = ClientFailure(client_id=name, code=code)
+            _charge(this_round, plan, this_round.holder.clients[name])
+        except (BudgetSpentError, CheckpointError) as error:
+            failed[name] = failure_of(name, error)
     return failed
 
 
-def _charge(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens) -> bool:
-    """Return whether the client can afford its answer, which is then recorded."""
+def _charge(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens) -> None:
+    """Record a client's answer in its ledger; raises where it cannot be afforded or recorded."""
     file = this_round.holder.store.folder / client.client_id / "privacy-ledger.json"
     ledger, charge, name = read_ledger(file), plan.charge(len(client.train)), client.client_id
     key = request_key(this_round, plan, client, b"")  # no secret: it only names the answer in the ledger
     charged = ledger.with_entry(Entry(this_round.request.round_num, 0, key.hex(), {name: charge}))
     if charged is ledger:  # the same answer again gives nothing new away
-        return True
+        return
     if not ledger.affords(name, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned):
-        return False
+        raise BudgetSpentError(
+            f"client {name}: by its ledger {file} one more answer would exceed privacy.epsilon ="
+            f" {plan.epsilon:g}; it sits out"
+        )
     write_ledger(file, charged)
-    return True
 
 
 def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, secret: bytes) -> bytes:

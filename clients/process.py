@@ -21,14 +21,14 @@ NUM_HOLDERS = 64  # a simulation's worker may host any of its nodes in turn
 
 @dataclass(eq=False)
 class Process:
-    """The base model, the open data holders, the rows of the last source read, the machine's base deltas.
+    """The base model, the data holders of one run, the rows of the last source read, base deltas.
 
     A Flower app has one (`clients.client_app`), a script or a test its own. The server of a local run shares
     its `resident` base model.
     """
 
     resident: Resident = field(default_factory=Resident)
-    holders: dict[object, DataHolder] = field(default_factory=dict)
+    holders: dict[tuple[object, object], DataHolder] = field(default_factory=dict)
     sources: dict[RunConfig, Shards] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Callable[[], "Process"], tuple[()]]:
@@ -46,14 +46,16 @@ class Process:
         Raises:
             FedLLMError: the configuration, the data or the base model cannot be used.
         """
-        key = (tuple(sorted(run_config.items())), tuple(sorted(node_config.items())))
-        if key not in self.holders:
+        run, node = tuple(sorted(run_config.items())), tuple(sorted(node_config.items()))
+        if (run, node) not in self.holders:
+            # Those of another run would keep its base model in memory, next to this one's.
+            self.holders = {key: holder for key, holder in self.holders.items() if key[0] == run}
             config = RunConfig.from_flat(run_config)  # refuses unknown keys before anything is opened
             holder = open_data_holder(config, node_config, self.resident, self.base_deltas, self.read_source)
             while len(self.holders) >= NUM_HOLDERS:
                 del self.holders[next(iter(self.holders))]  # the one that was opened first
-            self.holders[key] = holder
-        return self.holders[key]
+            self.holders[run, node] = holder
+        return self.holders[run, node]
 
     def read_source(self, config: RunConfig) -> Shards:
         """Return the rows of `data.source` dealt to all clients; read again only for another source."""

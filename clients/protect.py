@@ -12,14 +12,13 @@ weighted mean. Without a privacy plan nothing is clipped, no noise is added, and
 an update (a sparser delta, say); under one no technique may.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from clients.privacy import secret_of
-from clients.technique import NodeRound, Works
+from clients.technique import NodeRound, Works, failure_of
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size, whole_of
 from fedllm.engine.jobs import Result, is_finite
@@ -28,8 +27,6 @@ from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.models.chat import Encoded
 from fedllm.privacy.keys import bits_digest, derived_key
 from fedllm.privacy.noise import SecretStream, clipped, gaussian
-
-_logger = logging.getLogger("fedllm.clients")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +61,7 @@ def protect_clients(this_round: NodeRound, works: Works) -> tuple[Works, dict[st
             update = protect(work.trained, rows, num_train, this_round.request.round_num, protection)
             protected.append(replace(work, update=update))
         except NonFiniteError as error:
-            _logger.warning("%s", error)
-            failed[work.client.client_id] = ClientFailure(client_id=work.client.client_id, code=error.code)
+            failed[work.client.client_id] = failure_of(work.client.client_id, error)
     # Last, so that a technique sees what the server will see (SCAFFOLD), or thins it out.
     done: Works = protected
     for technique in this_round.techniques:

@@ -5,6 +5,7 @@ one file and one line in that list. Steps see all clients of a node at once, bec
 fused.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -16,7 +17,10 @@ from clients.tokens import ClientTokens
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob, Job, Result
+from fedllm.errors import FedLLMError
 from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, LocalTraining, TrainRequest
+
+_logger = logging.getLogger("fedllm.clients")
 
 Vectors: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -122,3 +126,9 @@ def start_of(techniques: Sequence[Technique], shared_P: torch.Tensor, kept: Vect
     for technique in techniques:
         shared_P = technique.start(shared_P, kept)
     return shared_P
+
+
+def failure_of(client_id: str, error: FedLLMError) -> ClientFailure:
+    """Return the answer of a client that has no result; why is logged here, and only the code leaves."""
+    _logger.error("%s", error)
+    return ClientFailure(client_id=client_id, code=error.code)

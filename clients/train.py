@@ -1,6 +1,5 @@
 """What a node does with a train request: it trains the clients that the request names."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -8,13 +7,11 @@ from clients.data_holder import DataHolder
 from clients.jobs import begin_clients
 from clients.protect import protect_clients
 from clients.state import PrivateStore, save_private
-from clients.technique import NodeRound, Works
+from clients.technique import NodeRound, Works, failure_of
 from clients.techniques import plan_node_round
 from fedllm.errors import CheckpointError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.models.with_base_delta import with_base_delta
-
-_logger = logging.getLogger("fedllm.clients")
 
 
 def train_clients(
@@ -64,6 +61,5 @@ def _save_kept(store: PrivateStore, works: Works, num_rows: int) -> dict[str, Cl
         try:
             save_private(store, name, work.num_drawn + num_rows, work.keeps)
         except CheckpointError as error:  # its update would not match what it has next round
-            _logger.error("%s", error)
-            failed[name] = ClientFailure(client_id=name, code=error.code)
+            failed[name] = failure_of(name, error)
     return failed

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.config.run_config import RunConfig
-from fedllm.plan.run_plan import resolve
+from fedllm.plan.run_plan import check_nodes_agree, resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
@@ -62,10 +62,15 @@ class FederatedLora(Strategy):
         `initial_arrays` (named PEFT tensors) replaces the seeded initial adapter; `num_rounds` and `timeout`
         replace `federation.num-rounds` and `federation.round-deadline` where given. The two configs are
         Flower's; every number a client needs comes from `RunConfig` instead.
+
+        Raises:
+            ConfigError: nodes compute with the number of rounds (a cosine schedule does), and have another.
+            FedLLMError: the run cannot start or go on; the message says why.
         """
         # Flower passes 0 for what the caller left out
         changes = {"federation.num-rounds": num_rounds, "federation.round-deadline": float(timeout)}
         config = self.config.override({key: value for key, value in changes.items() if value})
+        check_nodes_agree(config, self.config)
         start = None
         if initial_arrays:
             start = read_plain(initial_arrays, self._open(grid).layout)

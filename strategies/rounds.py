@@ -100,8 +100,9 @@ def aggregate(
         update = discounted(answer, plan.round_num, session.config.aggregation.staleness_exponent)
         for collector in collectors:
             collector.add(update)
-        for member in update.members or (update,):  # numbers only: the tensors may go
-            accepted[member.client_id] = replace(member, delta=member.delta[:0], control_delta=None)
+        for member in update.members or (update,):
+            # Numbers only: even a slice of the delta would keep it in memory.
+            accepted[member.client_id] = replace(member, delta=member.delta.new_empty(0), control_delta=None)
     # A Poisson draw may choose nobody: then the round is empty and has not failed.
     is_applied = len(accepted) >= session.config.federation.min_clients or plan.cohort_size == 0
     record = _record(state, plan, accepted, lost, is_applied=is_applied)

@@ -19,10 +19,9 @@ class Resident:
     """Hands out what it holds when asked for the same again; another model replaces the one before."""
 
     def __init__(self) -> None:
-        # One each: a second base model might not fit in memory next to the first.
         self._tokenizer = lru_cache(maxsize=1)(load_tokenizer)
-        self._base = lru_cache(maxsize=1)(self._load)
-        self._engine = lru_cache(maxsize=1)(Engine)
+        self._bases: dict[ChosenModel, BaseModel] = {}  # one at most, as of engines, which hold on to it
+        self._engines: dict[tuple[AdapterLayout, int | str], Engine] = {}
 
     def tokenizer(self, files: ModelFiles) -> Any:
         """Return the tokenizer of a model; raises as `load_tokenizer`."""
@@ -30,7 +29,13 @@ class Resident:
 
     def base(self, model: ModelConfig) -> BaseModel:
         """Return the base model on its device; raises as `load_base`."""
-        return self._base(choose_model(model))
+        chosen = choose_model(model)
+        if chosen not in self._bases:
+            # Let go of first: a second base model might not fit in memory next to the first.
+            self._engines.clear()
+            self._bases.clear()
+            self._bases[chosen] = load_chosen(chosen, self.tokenizer(chosen.files))
+        return self._bases[chosen]
 
     def engine(self, model: ModelConfig, layout: AdapterLayout, token_budget: int | str = "auto") -> Engine:
         """Return the engine that trains adapters of `layout` on the base model.
@@ -39,7 +44,7 @@ class Resident:
             ModelError: the base model cannot be loaded.
             LayoutError: `layout` is of another base model.
         """
-        return self._engine(self.base(model), layout, token_budget=token_budget)
-
-    def _load(self, chosen: ChosenModel) -> BaseModel:
-        return load_chosen(chosen, self.tokenizer(chosen.files))
+        base, key = self.base(model), (layout, token_budget)
+        if key not in self._engines:
+            self._engines = {key: Engine(base, layout, token_budget=token_budget)}
+        return self._engines[key]

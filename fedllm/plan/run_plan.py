@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fedllm.config.key import Scalar, number_or
+from fedllm.config.key import Scalar
 from fedllm.config.keys import PRESETS, AuditConfig, LoraConfig
 from fedllm.config.run_config import RESUMABLE_KEYS, RunConfig
 from fedllm.errors import ConfigError
@@ -49,8 +49,9 @@ class RunPlan:
 
     def is_evaluated(self, round_num: int) -> bool:
         """Return whether a round, counted from 1, ends with held-out losses."""
-        last = self.config.federation.num_rounds
-        return round_num == last or round_num % number_or(self.config.evaluation.every, last) == 0
+        every = self.config.evaluation.every
+        is_last = round_num == self.config.federation.num_rounds
+        return is_last or (isinstance(every, int) and round_num % every == 0)
 
     def is_summed(self, ranks: Iterable[int]) -> bool:
         """Return whether a node answers for clients of these ranks with their sum: all have the run's."""
@@ -177,3 +178,18 @@ def fixed_keys(config: RunConfig) -> dict[str, Scalar]:
     if config.distill.when != "never":  # they begin its synthetic texts
         free.discard("evaluation.prompts")
     return {key: value for key, value in config.to_flat().items() if key not in free}
+
+
+def check_nodes_agree(config: RunConfig, given: RunConfig) -> None:
+    """Refuse to run `config` over nodes that were given another configuration.
+
+    Raises:
+        ConfigError: a key that rounds compute from differs.
+    """
+    theirs = fixed_keys(given)
+    for key, value in fixed_keys(config).items():
+        if theirs.get(key) != value:
+            raise ConfigError(
+                f"{key} = {value!r}: the nodes were given {theirs.get(key)!r} and compute with it; set it in"
+                " the configuration that they are given too"
+            )

@@ -125,7 +125,9 @@ def write_ledger(file: Path, ledger: Ledger) -> None:
     try:
         write_file(file, json.dumps(ledger_to_dict(ledger)) + "\n")
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
+        raise CheckpointError(
+            f"the privacy ledger {file} cannot be written: {error.strerror}; let this user write there"
+        ) from None
 
 
 def ledger_to_dict(ledger: Ledger) -> list[dict[str, Any]]:

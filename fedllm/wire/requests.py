@@ -134,10 +134,11 @@ def _read_common(content: RecordDict, layout: AdapterLayout, holding: Holding) -
 
 
 def _by_client(config: ConfigRecord, name: str) -> dict[str, int]:
-    """Return a list of numbers by the client that each is of."""
+    """Return {client: its number} from two lists of a request."""
     client_ids, numbers = list_field(config, "client-ids", str), list_field(config, name, int)
-    if not len(client_ids) == len(set(client_ids)) == len(numbers):
-        raise WireError(f"field {name!r} or 'client-ids' is not one entry for every client")
+    # Before any client is charged for an answer that such a request could not get.
+    if not len(client_ids) == len(set(client_ids)) == len(numbers) or min(numbers) < 0:
+        raise WireError(f"field {name!r} or 'client-ids' is not one entry, from 0, for every client")
     return dict(zip(client_ids, numbers, strict=True))
 
 

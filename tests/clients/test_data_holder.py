@@ -234,3 +234,12 @@ def test_only_so_many_holders_stay_open(write_rows: Callable, make_config: Calla
     for number in range(NUM_HOLDERS + 1):
         process.open(config.to_flat(), {"server-paths": True, "partition-id": 0, "number": number})
     assert len(process.holders) == NUM_HOLDERS
+
+
+def test_holders_of_one_run_alone_stay_open(write_rows: Callable, make_config: Callable) -> None:
+    """A holder keeps its base model in memory, so those of an earlier run would keep theirs as well."""
+    config, process = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 3})), Process()
+    for number in range(3):
+        process.open(config.to_flat(), {"server-paths": True, "number": number})
+    last = process.open(config.override({"seed": 9}).to_flat(), {"server-paths": True})
+    assert list(process.holders.values()) == [last]

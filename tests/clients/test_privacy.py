@@ -1,6 +1,7 @@
 """A client under a privacy plan: its own ledger, its secret, its coins, what it refuses."""
 
 import json
+import logging
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,23 +91,30 @@ def test_another_secret_gives_another_answer(open_one: Callable) -> None:
     assert not torch.allclose(first["anna"], second["anna"], rtol=0.1)
 
 
-def test_client_refuses_once_its_own_budget_is_spent(open_one: Callable) -> None:
+def test_client_refuses_once_its_own_budget_is_spent(
+    open_one: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
     one = epsilon_of([Charge(0.5, 1.0, 1)], 1e-5)  # local: opposite updates are two clips apart
     holder = open_one(**{**LOCAL, "privacy.epsilon": one * 1.01})
     deltas(train_clients(holder, request(holder)))
-    answers = train_clients(holder, request(holder, round_num=2))
+    with caplog.at_level(logging.ERROR):
+        answers = train_clients(holder, request(holder, round_num=2))
     assert answers == [
         ClientFailure(client_id="anna", code="budget-spent"),
         ClientFailure(client_id="ben", code="budget-spent"),
     ]
+    assert all("privacy.epsilon" in line for line in caplog.messages)
+    assert len(caplog.messages) == 2  # why is said on the client's own machine
     deltas(train_clients(holder, request(holder)))  # what was paid for may be asked for again
 
 
-def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable) -> None:
+def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable, caplog: pytest.LogCaptureFixture) -> None:
     holder = open_one(**EXAMPLE)
     deltas(train_clients(holder, request(holder)))
     (holder.store.folder / "anna" / "privacy-ledger.json").write_text("{")
-    answers = train_clients(holder, request(holder, round_num=2))
+    with caplog.at_level(logging.ERROR):
+        answers = train_clients(holder, request(holder, round_num=2))
+    assert "privacy-ledger.json is damaged" in caplog.text
     assert answers[0] == ClientFailure(client_id="anna", code="checkpoint")
     assert isinstance(answers[1], ClientUpdate)
 

@@ -1,14 +1,17 @@
 """What a process keeps in memory, and what makes it load anew."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.engine.resident import Resident
 from fedllm.errors import LayoutError
-from fedllm.models.base import layout_of
+from fedllm.models.base import ChosenModel, layout_of, load_chosen
 from fedllm.models.files import resolve_model
 
 
@@ -43,3 +46,22 @@ def test_resident_keeps_the_newest_model_alone(make_model: Callable[..., ModelCo
     with pytest.raises(LayoutError):
         resident.engine(make_model(1), layout)
     assert resident.base(first) is not base
+
+
+def test_resident_lets_go_of_a_model_before_the_next(
+    make_model: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident, first = Resident(), make_model(0)
+    base = resident.base(first)
+    resident.engine(first, layout_of(base.model, LoraConfig(rank=2), base.fingerprint))
+    old, still_there = weakref.ref(base), []
+    del base
+
+    def load(chosen: ChosenModel, tokenizer: Any) -> Any:
+        gc.collect()
+        still_there.append(old() is not None)
+        return load_chosen(chosen, tokenizer)
+
+    monkeypatch.setattr("fedllm.engine.resident.load_chosen", load)
+    resident.base(make_model(1))
+    assert still_there == [False]

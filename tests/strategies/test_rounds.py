@@ -1,16 +1,20 @@
 """When a round closes, is tried again or stops the run; who is asked; what time does to a reply."""
 
 import math
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from flwr.app import Message, RecordDict
 
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
+from fedllm.messages import ClientUpdate
 from fedllm.plan.run_plan import resolve
-from strategies.rounds import next_round, run_round
+from strategies.rounds import aggregate, begin_round, next_round, run_round
 from strategies.run import check_failure_rate
 
 EVERYBODY = ("anna", "ben", "cleo", "dora")
@@ -173,6 +177,36 @@ def test_a_record_counts_packets_and_weights(make_config: Callable, open_run: Ca
     mean = sum(record.weights[name] * record.training.losses[name] for name in EVERYBODY) / 28
     assert record.training.loss == pytest.approx(mean)
     assert set(record.held_out) == set(EVERYBODY)
+
+
+def test_a_round_frees_the_updates_it_has_added(make_config: Callable, open_run: Callable) -> None:
+    """Else the memory of a round would grow with the number of its clients."""
+    run = open_run(make_config({"aggregation.train": "b", "aggregation.read-out": "factor-mean"}))
+    plan, _ = begin_round(run.session, run.state)
+    sent: list[weakref.ref[Any]] = []
+    in_memory: list[int] = []
+
+    def update(client: str) -> ClientUpdate:
+        values = np.ones(run.session.layout.size, np.float32)
+        sent.append(weakref.ref(values))
+        numbers = {"weight": 1.0, "num_tokens": 1, "train_loss": 1.0}
+        delta = torch.from_numpy(values)
+        return ClientUpdate(client_id=client, round_num=1, rank=2, delta=delta, **numbers)  # type: ignore[arg-type]
+
+    def answers() -> Iterator[ClientUpdate]:
+        for client in plan.asked:
+            yield update(client)
+            in_memory.append(sum(values() is not None for values in sent))
+
+    _, record = aggregate(run.session, run.state, plan, answers())
+    assert record.accepted == EVERYBODY
+    assert max(in_memory) == 1
+
+
+@pytest.mark.parametrize(("every", "evaluated"), [("ends", [3]), (2, [2, 3, 4, 6])])
+def test_a_run_measures_its_last_round_and_every_so_many(every: int | str, evaluated: list[int]) -> None:
+    plan = resolve(RunConfig.from_flat({"federation.num-rounds": 3, "evaluation.every": every}))
+    assert [number for number in range(1, 7) if plan.is_evaluated(number)] == evaluated
 
 
 @pytest.mark.parametrize(

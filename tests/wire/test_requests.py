@@ -354,7 +354,13 @@ def test_a_request_that_contradicts_itself_is_refused(changes: dict[str, Any]) -
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("ranks", [2, 9]), ("ranks", [2, 2, 2]), ("client-ids", ["a", "a"]), ("num-drawn", [0])],
+    [
+        ("ranks", [2, 9]),
+        ("ranks", [2, 2, 2]),
+        ("client-ids", ["a", "a"]),
+        ("num-drawn", [0]),
+        ("num-drawn", [0, -1]),
+    ],
 )
 def test_lists_that_do_not_fit_the_clients_are_refused(key: str, value: Any) -> None:
     content = sent(train_request())
