@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedllm.adapters.layout import AdapterLayout, AdapterState
+from fedllm.adapters.layout import AdapterState
 from fedllm.messages import ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
@@ -42,16 +42,12 @@ class ControlSum:
         return replace(after, control=AdapterState(control.layout, mean_P.float())), record
 
 
-def empty_sum(layout: AdapterLayout, num_clients: int) -> ControlSum:
-    """Return the sum of no changes."""
-    return ControlSum(num_clients, torch.zeros(layout.size, dtype=torch.float64))
-
-
 def open_control_sum(session: Session) -> ControlSum | None:
     """Return the empty sum of a round, None in a run without control variates."""
     if not session.config.train.control_variates:
         return None
-    return empty_sum(session.layout, session.config.federation.num_clients)
+    no_change_P = torch.zeros(session.layout.size, dtype=torch.float64)
+    return ControlSum(session.config.federation.num_clients, no_change_P)
 
 
 def control_of(state: ServerState) -> AdapterState:

@@ -16,8 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.config.run_config import RunConfig
-from fedllm.errors import ConfigError
-from fedllm.plan.run_plan import resolve
+from fedllm.plan.run_plan import check_nodes_agree, resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
@@ -65,18 +64,13 @@ class FederatedLora(Strategy):
         Flower's; every number a client needs comes from `RunConfig` instead.
 
         Raises:
-            ConfigError: the nodes compute with the number of rounds, which they read in their configuration.
+            ConfigError: nodes compute with the number of rounds (a cosine schedule does), and have another.
             FedLLMError: the run cannot start or go on; the message says why.
         """
         # Flower passes 0 for what the caller left out
         changes = {"federation.num-rounds": num_rounds, "federation.round-deadline": float(timeout)}
         config = self.config.override({key: value for key, value in changes.items() if value})
-        if resolve(config).digest != resolve(self.config).digest:
-            raise ConfigError(
-                f"num_rounds = {num_rounds} cannot replace federation.num-rounds ="
-                f" {self.config.federation.num_rounds}: the nodes compute with that key (a cosine schedule,"
-                " noise for a budget); set federation.num-rounds itself"
-            )
+        check_nodes_agree(config, self.config)
         start = None
         if initial_arrays:
             start = read_plain(initial_arrays, self._open(grid).layout)

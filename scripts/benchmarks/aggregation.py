@@ -122,7 +122,7 @@ def make_case(shape: Shape, rank: int, num_clients: int, seed: int) -> Case:
 
 def aggregate(case: Case, rule: AggregationRule) -> float:
     """Return the reported change of a round by one rule."""
-    mixture = combine.init(rule, ServerState(0, case.start), trained="both", fresh=lambda: case.start)
+    mixture = combine.RoundUpdates(rule, ServerState(0, case.start), trained="both", fresh=lambda: case.start)
     for update in case.updates:
         mixture = combine.add(mixture, update)
     return combine.finish(mixture).measured.delta_norm

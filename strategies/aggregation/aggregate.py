@@ -44,7 +44,7 @@ def open_aggregate(session: Session, state: ServerState, plan: RoundPlan) -> Agg
     # A restart (read-out stack) draws a fresh A every round, from the run's seed.
     seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
     return AggregateCollector(
-        combine.init(
+        combine.RoundUpdates(
             session.rule,
             state,
             trained=plan.trained,

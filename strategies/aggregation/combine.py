@@ -1,4 +1,4 @@
-"""A round's updates, one by one, become the next adapter: `init`, `add`, `finish`.
+"""A round's updates, one by one, become the next adapter: `RoundUpdates`, `add`, `finish`.
 
 `add` turns an update into the change of one canonical adapter: at the rank of the run, with the client's own
 scale folded into B. `finish` weighs the clients (`robust`), forms the mean of their products (`sums`), reads
@@ -98,18 +98,6 @@ class Aggregate:
     optimizer: OptimizerState
     norms: tuple[float, ...]  # median norms of the last rounds, for robust rules
     measured: AggregationRecord
-
-
-def init(
-    rule: AggregationRule,
-    state: ServerState,
-    *,
-    trained: str,
-    fresh: Callable[[], AdapterState],
-    stock_rule: StockRule | None = None,
-) -> RoundUpdates:
-    """Return the round that follows `state`, without updates yet."""
-    return RoundUpdates(rule, state, trained, fresh, stock_rule)
 
 
 def add(updates: RoundUpdates, update: ClientUpdate, scale: float | None = None) -> RoundUpdates:

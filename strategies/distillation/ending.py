@@ -17,7 +17,7 @@ from strategies.collector import RoundOutcome
 from strategies.distillation.gate import ask_clients
 from strategies.distillation.report import describe_step
 from strategies.distillation.step import distil_aggregate
-from strategies.distillation.teachers import ClientAdapter, Teachers, open_teachers
+from strategies.distillation.teachers import ClientAdapter, Teachers
 from strategies.session import Session
 
 
@@ -55,8 +55,10 @@ class DistillationCollector:
 
 def open_distillation(session: Session, state: ServerState, plan: RoundPlan) -> DistillationCollector | None:
     """Return the collector of a round that ends with a distillation step, None for the others."""
-    teachers = open_teachers(session.plan.distillation, state.adapter, plan.round_num)
-    return None if teachers is None else DistillationCollector(session, teachers)
+    step = session.plan.distillation
+    if step is None or not step.is_due(plan.round_num):
+        return None
+    return DistillationCollector(session, Teachers(state.adapter, plan.round_num, step.numbers.max_teachers))
 
 
 def try_step(

@@ -149,9 +149,7 @@ def ask_overlap(
         deadline=session.config.federation.round_deadline,
     ):
         try:
-            if reply.content is None:
-                raise WireError(reply.reason)
-            answers.append(read_overlaps(reply.content, probes))
+            answers.append(read_overlaps(reply.received(), probes))
         except WireError as error:
             session.watch.notice(f"node {reply.node_id} did not check synthetic text: {error}")
     return most(answers) if len(answers) == len(nodes) else None

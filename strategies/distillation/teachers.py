@@ -13,7 +13,6 @@ import torch
 
 from fedllm.adapters.layout import AdapterState, at_rank, with_rank
 from fedllm.messages import ClientUpdate
-from fedllm.plan.distillation import DistillationPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +58,6 @@ class Teachers:
     def without(self, silenced: Collection[str]) -> tuple[ClientAdapter, ...]:
         """Return the teachers but those that a robust rule has silenced."""
         return tuple(adapter for adapter in self.kept if adapter.client_id not in silenced)
-
-
-def open_teachers(plan: DistillationPlan | None, start: AdapterState, round_num: int) -> Teachers | None:
-    """Return the empty collection of a round that ends with a step, None for other rounds."""
-    if plan is None or not plan.is_due(round_num):
-        return None
-    return Teachers(start, round_num, plan.numbers.max_teachers)
 
 
 def priors_of(adapters: Collection[ClientAdapter]) -> torch.Tensor:

@@ -50,9 +50,7 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
 def read_evaluations(session: Session, reply: Reply) -> dict[str, ClientEvaluation]:
     """Return the sound evaluations in a node's reply, of clients it hosts; the rest is only noticed."""
     try:
-        if reply.content is None:
-            raise WireError(reply.reason)
-        answers = replies.read_evaluations(reply.content)
+        answers = replies.read_evaluations(reply.received())
     except WireError as error:
         session.held_by_nodes.forget(reply.node_id, reply.content)  # it may have lost what it held
         session.watch.notice(f"node {reply.node_id} was not evaluated: {error}")

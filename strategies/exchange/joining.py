@@ -8,7 +8,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError, WireError
 from fedllm.messages import JoinedClient
 from fedllm.wire.replies import read_error, read_joined
-from strategies.grid.transport import Reply, Transport
+from strategies.grid.transport import Transport
 from strategies.session import Session
 
 REJOIN_SECONDS = 2.0  # how long a round waits for nodes that have just appeared
@@ -115,19 +115,11 @@ def _take_declared(transport: Transport, notice: Callable[[str], None]) -> list[
     for reply in transport.join_replies():
         if reply.content is None or read_error(reply.content) in _PASSING:  # busy now, usable later
             transport.asked[reply.node_id] = time.monotonic() + AGAIN_SECONDS
-        declared += _declared(reply, notice)
+        try:
+            declared += read_joined(reply.received(), reply.node_id)
+        except WireError as error:
+            notice(f"node {reply.node_id} did not join: {error}")
     return declared
-
-
-def _declared(reply: Reply, notice: Callable[[str], None]) -> list[JoinedClient]:
-    if reply.content is None:
-        notice(f"node {reply.node_id} did not join: {reply.reason}")
-        return []
-    try:
-        return read_joined(reply.content, reply.node_id)
-    except WireError as error:
-        notice(f"node {reply.node_id} did not join: {error}")
-        return []
 
 
 def _is_usable(

@@ -27,16 +27,6 @@ def members_of(answer: Answer) -> Sequence[Answer]:
     return (isinstance(answer, ClientUpdate) and answer.members) or (answer,)
 
 
-def _first_updates(answers: Generator[Answer, None, None], number: int) -> Generator[Answer, None, None]:
-    """Stop listening once `number` updates have come; the rest of an over-selected cohort is let go."""
-    with closing(answers):  # at once, so that the transport counts what is left as late
-        for answer in answers:
-            yield answer
-            number -= len(members_of(answer)) if isinstance(answer, ClientUpdate) else 0
-            if number <= 0:
-                return
-
-
 def sort_answers(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answer, None, None]:
     """Yield answers in the plan's order, each as soon as all before it are there; late ones by name, last.
 
@@ -67,10 +57,14 @@ def receive(
     An answer is a sound update or the reason why there is none. Late updates of earlier rounds come too,
     where they count; of those that are unsound or too late there is only a notice.
     """
-    answers = _receive_all(session, plan, contents)
-    if len(plan.asked) > plan.cohort_size or session.transport.keeps_late:
-        return _first_updates(answers, plan.cohort_size)
-    return answers
+    may_stop = len(plan.asked) > plan.cohort_size or session.transport.keeps_late
+    number = plan.cohort_size
+    with closing(_receive_all(session, plan, contents)) as answers:  # at once: what is left counts as late
+        for answer in answers:
+            yield answer
+            number -= len(members_of(answer)) if isinstance(answer, ClientUpdate) else 0
+            if may_stop and number <= 0:
+                return
 
 
 def _receive_all(
@@ -107,9 +101,7 @@ def read_reply(
     unanswered = dict.fromkeys(asked, "its node did not answer for it")
     answers: Sequence[Answer] = ()
     try:
-        if reply.content is None:
-            raise WireError(reply.reason)
-        answers = _answers(session, plan, reply.content, asked)
+        answers = _answers(session, plan, reply.received(), asked)
     except WireError as error:
         unanswered = dict.fromkeys(asked, str(error))
     if not answers:  # the node may not hold what the request left out

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedllm.errors import WireError
 from fedllm.runs.records import RoundPlan
 from fedllm.wire.packets import packet_bytes
 
@@ -28,6 +29,16 @@ class Reply:
     content: RecordDict | None
     reason: str = ""
     plan: RoundPlan | None = None
+
+    def received(self) -> RecordDict:
+        """Return the content.
+
+        Raises:
+            WireError: there is none; it says why.
+        """
+        if self.content is None:
+            raise WireError(self.reason)
+        return self.content
 
 
 @dataclass(eq=False)

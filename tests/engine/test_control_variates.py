@@ -14,7 +14,7 @@ from fedllm.engine.plain import train_plainly
 from fedllm.messages import ClientUpdate, LocalTraining
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
-from strategies.control_variates import control_of, empty_sum
+from strategies.control_variates import ControlSum, control_of
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5),), 1, 1.0, "f" * 64)
@@ -57,7 +57,7 @@ def federate(num_rounds: int, *, is_corrected: bool, cohort_size: int = NUM_CLIE
             grads = losses.gradient(theta, clients)
             correction.apply(grads)
             theta = theta - RATE * grads
-        total = empty_sum(LAYOUT, NUM_CLIENTS)
+        total = ControlSum(NUM_CLIENTS, torch.zeros(LAYOUT.size, dtype=torch.float64))
         for row, client in enumerate(clients):
             gradient = correction.sum_CP[row] / STEPS
             by_the_paper = -corrections[row] + (x - theta[row]) / (STEPS * RATE)

@@ -8,8 +8,7 @@ from functools import partial
 
 import torch
 
-from clients.jobs import NodeRound
-from clients.technique import Technique, Works
+from clients.technique import NodeRound, Technique, Works
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.plan.run_plan import RunPlan
 

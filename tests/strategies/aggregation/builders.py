@@ -48,7 +48,7 @@ def random_updates(seed: int = 0, size: float = 0.1) -> list[ClientUpdate]:
 
 def open_mixture(start: AdapterState, rule: AggregationRule, trained: str = "both") -> RoundUpdates:
     state = ServerState(0, start)
-    return combining.init(rule, state, trained=trained, fresh=lambda: initial_adapter(LAYOUT, 7))
+    return RoundUpdates(rule, state, trained=trained, fresh=lambda: initial_adapter(LAYOUT, 7))
 
 
 def combine(

@@ -47,7 +47,7 @@ def aggregate(
     state: ServerState, updates: list[ClientUpdate], rule: AggregationRule, round_num: int = 1
 ) -> combine.Aggregate:
     layout = state.adapter.layout
-    mixture = combine.init(
+    mixture = combine.RoundUpdates(
         rule, state, trained=rule.trained_in(round_num), fresh=lambda: initial_adapter(layout, round_num)
     )
     for item in updates:

@@ -151,7 +151,7 @@ def updates_of(seed: int, size: float, start: AdapterState, target: torch.Tensor
 
 def aggregate(state: ServerState, updates: list[ClientUpdate], **axes: Any) -> combine.Aggregate:
     rule = AggregationRule(**axes)
-    mixture = combine.init(
+    mixture = combine.RoundUpdates(
         rule, state, trained=rule.trained_in(state.round_num + 1), fresh=lambda: state.adapter
     )
     for item in updates:

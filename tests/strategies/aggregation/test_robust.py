@@ -51,7 +51,9 @@ def aggregate(
 ) -> combine.Aggregate:
     rule = AggregationRule(**axes)
     state = state or ServerState(0, start_adapter())
-    mixture = combine.init(rule, state, trained=rule.trained_in(1), fresh=lambda: initial_adapter(LAYOUT, 7))
+    mixture = combine.RoundUpdates(
+        rule, state, trained=rule.trained_in(1), fresh=lambda: initial_adapter(LAYOUT, 7)
+    )
     for item in updates:
         mixture = combine.add(mixture, item)
     return combine.finish(mixture)
