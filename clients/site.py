@@ -52,7 +52,7 @@ def check_paths(config: RunConfig, node: NodeConfig) -> None:
 
 def check_privacy(plan: PrivacyPlan | None) -> None:
     """Refuse a run that gives away more than this machine's owner allows, or leaves the noise to a server."""
-    limit = load_policy().max_epsilon  # the owner's word, against which a server's configuration counts
+    limit = load_policy().max_epsilon  # the owner's own; 0 = none
     if not limit:
         return
     if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > LARGEST_DELTA:
