@@ -82,8 +82,11 @@ def _charge(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens) -> N
     """Record a client's answer in its ledger; raises where it cannot be afforded or recorded."""
     file = this_round.holder.store.folder / client.client_id / "privacy-ledger.json"
     ledger, charge, name = read_ledger(file), plan.charge(len(client.train)), client.client_id
-    key = request_key(this_round, plan, client, b"")  # no secret: it only names the answer in the ledger
-    charged = ledger.with_entry(Entry(this_round.request.round_num, 0, key.hex(), {name: charge}))
+    run, request = this_round.holder.plan, request_key(this_round, plan, client, b"").hex()
+    # Any key of the run may change how the answer is rounded, and so its noise: that is another answer.
+    machine = (run.config.model.device, str(run.config.model.num_threads))  # the digest leaves them free
+    answer = derived_key(b"", "answer", run.digest, *machine, request)  # only a name, so no secret
+    charged = ledger.with_entry(Entry(this_round.request.round_num, 0, answer.hex(), {name: charge}))
     if charged is ledger:  # the same answer again gives nothing new away
         return
     if not ledger.affords(name, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned):
@@ -95,21 +98,26 @@ def _charge(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens) -> N
 
 
 def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, secret: bytes) -> bytes:
-    """Return the key of all chance in a client's answer to a request: what differs in anything has another.
+    """Return the key of all random draws of a client's answer; any other request has another key.
 
-    What the plan does is part of it: the same noise in two amounts, on what is otherwise the same, cancels.
+    Another plan or another precision of the base model gives another key too: of two answers with the same
+    noise, on nearly the same gradients, the difference would have none.
     """
     request, name = this_round.request, client.client_id
     protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(len(client.train)), plan.batch_size)
     numbers = json.dumps([protected, asdict(this_round.training)], sort_keys=True)
     start = (request.round_num, request.adapter.digest, request.base_delta.digest)
-    what = (
+    what: tuple[str | int, ...] = (
         this_round.trained,
         this_round.returned,
         request.ranks[name],
         request.drawn[name],
         this_round.seed,
     )
+    base, quantization = this_round.holder.engine.base, this_round.holder.plan.config.model.quantization
+    precision = (str(base.dtype), quantization)
+    # The usual one adds nothing, so that runs under way keep their noise.
+    what += () if precision == ("torch.float32", "none") else precision
     return derived_key(secret, "train", name, client.digest, *start, *what, numbers)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from clients.state import default_state_path
+from platformdirs import user_state_path
+
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.data.rows import is_local
@@ -28,9 +29,12 @@ def max_rank_of(node: NodeConfig) -> int:
 
 
 def state_path_of(node: NodeConfig) -> Path:
-    """Return where this node keeps private state: by its config, its machine's policy or the default."""
+    """Return where this node keeps private state: by its config, its machine's policy, or this user's folder.
+
+    On Linux that folder is `~/.local/state/fedllm` ($XDG_STATE_HOME is heeded).
+    """
     named = str(node.get("state-path", "")) or load_policy().state_path
-    return Path(named).expanduser() if named else default_state_path()
+    return Path(named).expanduser() if named else user_state_path("fedllm")
 
 
 def check_paths(config: RunConfig, node: NodeConfig) -> None:
@@ -52,7 +56,7 @@ def check_paths(config: RunConfig, node: NodeConfig) -> None:
 
 def check_privacy(plan: PrivacyPlan | None) -> None:
     """Refuse a run that gives away more than this machine's owner allows, or leaves the noise to a server."""
-    limit = load_policy().max_epsilon  # the owner's word, against which a server's configuration counts
+    limit = load_policy().max_epsilon  # the owner's own; 0 = none
     if not limit:
         return
     if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > LARGEST_DELTA:

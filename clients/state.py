@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from platformdirs import user_state_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -32,11 +31,6 @@ class PrivateStore:
 
     folder: Path
     layout_digest: str
-
-
-def default_state_path() -> Path:
-    """Return this user's folder for state, on Linux `~/.local/state/fedllm` ($XDG_STATE_HOME is heeded)."""
-    return user_state_path("fedllm")
 
 
 def load_private(

@@ -31,7 +31,8 @@ def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | 
     for technique in techniques_of(holder.plan, start.layout):
         if technique.kept:
             raise ConfigError(
-                f"{technique.name}: needs fedllm's own rounds, since a stock strategy keeps no count of turns"
+                f"{technique.name}: a stock strategy does not count in which rounds a client took part; use"
+                " fedllm's own rounds (`fedllm run`)"
             )
     training = holder.plan.training(round_num)
     drawn = (round_num - 1) * training.steps * training.batch_size  # in every earlier round as many

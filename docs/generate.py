@@ -119,7 +119,7 @@ A key means the same everywhere it can stand:
 
 `fedllm run` and `fedllm check` without a recipe start from `scripts/recipes/quickstart.toml`; a recipe of
 your own and Flower start from the defaults below. An unknown key is refused and the nearest known one is
-named. A list in a recipe is read as comma-separated text.
+named. A list in a recipe is read as text parted by commas, a list of prompts by `||`.
 
 Some values are a number or a word, such as `auto`. A word may take a number after a colon: where the table
 says `oort[:SECONDS]`, both `oort` and `oort:30` are values. Constants of a server optimizer have names:

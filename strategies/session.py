@@ -12,7 +12,6 @@ from fedllm.config.run_config import RunConfig
 from fedllm.data.public_text import PublicText
 from fedllm.engine.resident import Resident
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
-from fedllm.plan.aggregation import AggregationRule
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.records import RoundRecord
 from strategies.grid.transport import Transport
@@ -58,11 +57,6 @@ class Session:
     def config(self) -> RunConfig:
         """The keys of the run."""
         return self.plan.config
-
-    @property
-    def rule(self) -> AggregationRule:
-        """How the run's updates become one adapter."""
-        return self.plan.aggregation
 
     @cached_property  # compared with in every request, and costly for a large model
     def initial(self) -> AdapterState:

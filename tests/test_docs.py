@@ -255,3 +255,9 @@ def _top_level_names(file: Path) -> set[str]:
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return names
+
+
+def test_every_extra_is_explained() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [extra for extra in extras if f"| `{extra}` |" not in page] == []

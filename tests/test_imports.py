@@ -3,10 +3,12 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("fedllm", "clients", "strategies", "scripts")
@@ -44,6 +46,15 @@ def test_the_import_contracts_of_pyproject_hold() -> None:
     done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def test_what_the_wheel_imports_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [each for extra in project["optional-dependencies"].values() for each in extra]
+    declared = {Requirement(each).name.replace("-", "_") for each in [*project["dependencies"], *extras]}
+    ours = [file for file in FILES if not {"benchmarks", "experiments"} & set(file.parts)]
+    found = {name.partition(".")[0] for file in ours for name in imports_of(file)}
+    assert found - sys.stdlib_module_names - set(PACKAGES) <= declared
 
 
 def test_nothing_unpickles_or_trusts_remote_code_by_itself() -> None:

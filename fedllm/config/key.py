@@ -32,28 +32,35 @@ class Key:
     high: float
     is_open: bool  # `low` itself is refused
     is_resumable: bool  # a resumed run may change it
+    separator: str = ","  # of a list, which the value holds as one text
 
     @property
     def allowed(self) -> str:
         """The values it takes, as a phrase."""
         parts = ["true or false"] if bool in self.types else []
         if int in self.types or float in self.types:
-            noun = "a number" if float in self.types else "a whole number"
-            most = "" if math.isinf(self.high) else f" up to {self.high:,}"
-            parts.append(f"{noun} {'above' if self.is_open else 'from'} {self.low:,}{most}")
+            parts.append(f"{'a number' if float in self.types else 'a whole number'} {self._range}")
         if str in self.types:
             forms = ", ".join(word + ending for word, ending in self.words.items())
+            numbers = re.findall(r":([A-Z]+)\b(?!=)", forms)
+            if numbers and not parts:  # after a colon, which no range has been named for
+                forms += f"; {' and '.join(dict.fromkeys(numbers))} {self._range}"
             parts.append(f"one of {forms}" if len(self.words) > 1 else forms or "text")
         return ", or ".join(parts)
 
+    @property
+    def _range(self) -> str:
+        most = "" if math.isinf(self.high) else f" up to {self.high:,}"
+        return f"{'above' if self.is_open else 'from'} {self.low:,}{most}"
+
     def typed(self, value: Any) -> Scalar:
-        """Return `value` as a type of the key; command lines give text, TOML also lists of texts.
+        """Return `value` as a type of the key; command lines give text, TOML also lists.
 
         Raises:
             ConfigError: `value` does not denote a value of these types.
         """
         for kind in self.types:
-            found: Scalar | None = _as(kind, value)
+            found: Scalar | None = _as(kind, value, self.separator)
             if found is not None:
                 return found
         raise ConfigError(f"{self.name} = {value!r}: expected {self.allowed}")
@@ -90,6 +97,7 @@ def key(
     above: float | None = None,
     at_most: float = math.inf,
     resumable: bool = False,
+    separator: str = ",",
 ) -> Any:
     """Return the dataclass field of a key; its checks and docs/config.md come from it.
 
@@ -97,7 +105,7 @@ def key(
     """
     low, is_open = (at_least, False) if above is None else (above, True)
     forms = dict(re.findall(r"([^\s\[:]+)(\S*)", words))  # "none oort[:SECONDS]" -> none and oort
-    metadata = {"meaning": meaning, "words": forms, "low": low, "high": at_most}
+    metadata = {"meaning": meaning, "words": forms, "low": low, "high": at_most, "separator": separator}
     return field(default=default, metadata={**metadata, "is_open": is_open, "is_resumable": resumable})
 
 
@@ -107,15 +115,16 @@ def declared_key(name: str, item: "Field[Any]") -> Key:
     return Key(name=name, default=default, types=get_args(item.type) or (item.type,), **item.metadata)
 
 
-def _as(kind: type, value: Any) -> Any:
+def _as(kind: type, value: Any, separator: str = ",") -> Any:
     """Return `value` as a value of one type, None where it is none."""
     if type(value) is kind:  # not isinstance: True is no number
         return value
     if kind is bool:
         return {"true": True, "false": False}.get(str(value).lower())
-    if kind is str:  # a list of texts is how people write target-modules
-        is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
-        return ",".join(value) if is_list else None
+    if kind is str:  # people write target-modules as a list, and a run's name as 2026
+        parts = value if isinstance(value, list) else [value]
+        is_text = all(type(part) in (str, int) for part in parts)
+        return separator.join(map(str, parts)) if is_text else None
     is_number = isinstance(value, str) or (kind is float and type(value) is int)
     try:
         return kind(value) if is_number else None

@@ -173,7 +173,7 @@ class AggregationConfig:
     )
     robust: str = key(
         "none",
-        "defence against outlying updates; SHARE (else 0.2) of a round's clients is assumed to attack",
+        "defence against outlying updates; SHARE (else 0.2) of a round's clients is assumed malicious",
         words="none norm-clip multi-krum[:SHARE] geometric-median similarity trimmed-mean[:SHARE]"
         " coordinate-median",
         at_least=0,
@@ -181,7 +181,8 @@ class AggregationConfig:
     )
     optimizer: str = key(
         "fedavg",
-        "server optimizer; its constants if not those published: momentum, second-moment, adaptivity",
+        "server optimizer; its constants where not the published ones: momentum (all), adaptivity (fedadam,"
+        " fedyogi, fedadagrad), second-moment (fedadam, fedyogi)",
         words="fedavg fedavgm[:NAME=NUMBER] nesterov[:NAME=NUMBER] fedadam[:NAME=NUMBER]"
         " fedyogi[:NAME=NUMBER] fedadagrad[:NAME=NUMBER]",
     )
@@ -314,5 +315,10 @@ class EvaluationConfig:
         at_most=MILLION,
         resumable=True,
     )
-    prompts: str = key("", 'public prompts answered before and after, parted by " || "', resumable=True)
+    prompts: str = key(
+        "",
+        'public prompts answered before and after, parted by " || "',
+        resumable=True,
+        separator=" || ",
+    )
     max_new_tokens: int = key(24, "most tokens of an answer", at_least=0, at_most=100_000, resumable=True)

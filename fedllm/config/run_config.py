@@ -1,6 +1,7 @@
 """The configuration of a run: every key by section, built from the flat names that people write."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from operator import attrgetter
@@ -78,7 +79,15 @@ RESUMABLE_KEYS = frozenset(name for name, each in KEYS.items() if each.is_resuma
 
 def nearest(name: str) -> str:
     """Return "; did you mean 'x'?" for the known key closest to `name`, or where keys are listed."""
-    close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-    if not close:  # people often write only the last part: "rank" for "lora.rank"
-        close = [each for each in KEYS if each.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+    section, dot, leaf = name.rpartition(".")
+    # A slip of the pen, or only the last part: "rank" for "lora.rank".
+    close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.85)
+    close = close or [each for each in KEYS if not section and each.rpartition(".")[2] == leaf][:1]
+    # Else the key that speaks of it: "personal.pull" is the number in `personal.mode = "ditto:0.2"`.
+    words = [word for word in re.split("[-_]", leaf.lower()) if len(word) > 2]
+    told = {each: f"{each} {KEYS[each].meaning} {KEYS[each].words}".lower() for each in KEYS}
+    hits = {each: sum(word in text for word in words) for each, text in told.items()}
+    within = [each for each in KEYS if each.startswith(section + dot)] or list(KEYS)
+    close = close or [each for each in [max(within, key=hits.__getitem__)] if hits[each]]
+    close = close or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "; `fedllm check` lists every key"

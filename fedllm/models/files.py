@@ -76,7 +76,8 @@ def is_local_model(name: str) -> bool:
 
 def needs_conversion(name: str) -> bool:
     """Return whether `resolve_model(name)` will convert a GGUF file first, which takes half a minute."""
-    gguf = embedded_gguf() if name == EMBEDDED_ALIAS else _local_path(name)
+    is_alias = name.partition("@")[0] == EMBEDDED_ALIAS  # as `resolve_model` reads it
+    gguf = embedded_gguf() if is_alias else _local_path(name)
     if gguf is None or gguf.suffix != ".gguf" or not gguf.is_file():
         return False
     return not (_converted_folder(gguf) / "config.json").is_file()

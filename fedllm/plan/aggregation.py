@@ -16,6 +16,14 @@ COORDINATE_RULES = frozenset({"trimmed-mean", "coordinate-median"})  # they comp
 # Published values: FedOpt (arXiv 2003.00295) and DiLoCo (arXiv 2311.08105).
 LEARNING_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "nesterov": 0.7}
 ADAPTIVE_LEARNING_RATE = 1e-3
+_MOMENTUM, _ADAPTIVE = ("momentum",), ("momentum", "second-moment", "adaptivity")
+CONSTANTS = {
+    "fedavgm": _MOMENTUM,
+    "nesterov": _MOMENTUM,
+    "fedadam": _ADAPTIVE,
+    "fedyogi": _ADAPTIVE,
+    "fedadagrad": ("momentum", "adaptivity"),  # it adds squares up, so that none is forgotten
+}
 MAX_MALICIOUS = 0.2  # of a round's clients, where aggregation.robust names no share
 
 PRIVATE_PRESET = "ffa"  # of a run with differential privacy that names no rule of its own
@@ -109,16 +117,21 @@ def server_optimizer(section: AggregationConfig) -> ServerOptimizer:
     """Return the optimizer that `aggregation.optimizer` names, such as "fedadam:second-moment=0.95".
 
     Raises:
-        ConfigError: a constant is unknown, no number or out of range.
+        ConfigError: a constant is none of this optimizer's, no number or out of range.
     """
     name, _, text = section.optimizer.partition(":")
-    named = named_values("aggregation.optimizer", text, ("momentum", "second-moment", "adaptivity"))
-    try:
-        constants = {constant.replace("-", "_"): float(value) for constant, value in named.items()}
-    except ValueError as error:
-        raise ConfigError(f"aggregation.optimizer = {section.optimizer!r}: {error}") from None
+    known = CONSTANTS.get(name, ())
     rate = number_or(section.server_learning_rate, 0.0)
-    return ServerOptimizer(name=name, learning_rate=rate, **constants)
+    try:
+        named = named_values("aggregation.optimizer", text, known) if known else {}
+        constants = {constant.replace("-", "_"): float(value) for constant, value in named.items()}
+        return ServerOptimizer(name=name, learning_rate=rate, **constants)
+    except (ConfigError, ValueError):
+        raise ConfigError(
+            f"aggregation.optimizer = {section.optimizer!r}: {name} takes numbers for {', '.join(known)},"
+            f" as in {name}:momentum=0.5; momentum and second-moment go from 0 to 0.9999,"
+            " adaptivity is above 0"
+        ) from None
 
 
 def aggregation_rule(given: AggregationConfig, privacy: PrivacyConfig, *, node_sum: bool) -> AggregationRule:

@@ -174,7 +174,10 @@ INSTEAD: dict[str, Scalar] = {"aggregation.read-out": "factor-mean", "aggregatio
 
 
 def active_parts(in_use: Mapping[str, Scalar], by: Mapping[str, str]) -> Iterator[Part]:
-    """Yield the parts of a run that has these keys in use; `by` says what has set a key, if not a person."""
+    """Yield the parts of a run that has these keys in use.
+
+    `by` names the key that has set another one: {"aggregation.train": "aggregation.preset"}.
+    """
     for key, settings in SETTINGS.items():
         default = KEYS[key].default
         value = in_use.get(key, default)
@@ -182,8 +185,11 @@ def active_parts(in_use: Mapping[str, Scalar], by: Mapping[str, str]) -> Iterato
         for wanted, setting in settings.items():
             if key in in_use and (wanted == word or (wanted == ANY and value != default)):
                 instead = setting.instead if setting.instead is not None else INSTEAD.get(key, default)
-                name = assigned(key, value) + (f" (by {by[key]})" if key in by else "")
-                yield Part(name, setting, f"set {assigned(key, instead)}")
+                name, cure = assigned(key, value), assigned(key, instead)
+                if source := by.get(key):  # it would set the key again
+                    name += f" (by {assigned(source, in_use[source])})"
+                    cure = f"{assigned(source, KEYS[source].default)} and {cure}"
+                yield Part(name, setting, f"set {cure}")
 
 
 def refuse_conflicts(parts: Sequence[Part]) -> None:

@@ -154,7 +154,8 @@ def privacy_plan(
     if trust == "distributed":
         raise ConfigError(
             "privacy.trust = 'distributed': a client's part of the noise protects nothing until the server"
-            " sees only a masked sum, which is not built yet; use central or local"
+            " sees only a masked sum, which is not built yet; set privacy.trust ="
+            " 'central' or 'local'"
         )
     rounds = federation.num_rounds
     # Noise that a client adds itself is counted without coins: the server knows who was drawn.

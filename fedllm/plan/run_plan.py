@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fedllm.config.key import Scalar
-from fedllm.config.keys import AuditConfig, LoraConfig
+from fedllm.config.keys import PRESETS, AuditConfig, LoraConfig
 from fedllm.config.run_config import RESUMABLE_KEYS, RunConfig
 from fedllm.errors import ConfigError
 from fedllm.messages import LocalTraining
 from fedllm.plan.aggregation import AXES, AggregationRule, aggregation_rule
-from fedllm.plan.capabilities import Part, active_parts, assigned, refuse_conflicts
+from fedllm.plan.capabilities import Part, active_parts, refuse_conflicts
 from fedllm.plan.cohort import CohortPlan, cohort_plan
 from fedllm.plan.dealt_numbers import are_mixed, deal_ranks, parse_repeats
 from fedllm.plan.distillation import DistillationPlan, distillation_plan
@@ -86,10 +86,12 @@ class RunPlan:
 
     def parts(self) -> list[Part]:
         """Return what the run's settings need and hide, for `refuse_conflicts`."""
-        given, in_use = self.config.to_flat(), self.in_use()
-        preset = self.config.aggregation.preset
-        source = assigned("aggregation.preset", preset) if preset else "privacy"
-        by = {key: source for key in AXES if in_use[key] != given[key]}
+        given, in_use, preset = self.config.to_flat(), self.in_use(), self.config.aggregation.preset
+        if preset:
+            axes = zip(AXES, PRESETS[preset], strict=False)
+            by = {axis: "aggregation.preset" for axis, value in axes if value}
+        else:
+            by = {axis: "privacy.epsilon" for axis in AXES if in_use[axis] != given[axis]}
         return list(active_parts(in_use, by))
 
 
@@ -131,18 +133,20 @@ def resolve(config: RunConfig) -> RunPlan:
         # JSON with sorted keys is the same text on every machine.
         digest=hashlib.sha256(json.dumps(fixed_keys(config), sort_keys=True).encode()).hexdigest(),
     )
-    _check_padding(rule, config.lora)
+    _check_padding(rule, config.lora, preset=config.aggregation.preset)
     refuse_conflicts(plan.parts())
     return plan
 
 
-def _check_padding(rule: AggregationRule, lora: LoraConfig) -> None:
+def _check_padding(rule: AggregationRule, lora: LoraConfig, *, preset: str) -> None:
     pads = (rule.train, rule.read_out) == ("both", "factor-mean") and rule.weighting != "product-norm"
     if pads and are_mixed(lora.client_ranks, lora.rank):
+        source = f"aggregation.preset = {preset!r}" if preset else "aggregation.read-out = 'factor-mean'"
+        exact = "aggregation.preset = 'flexlora'" if preset else "aggregation.read-out = 'svd'"
         raise ConfigError(
-            f"lora.client-ranks = {lora.client_ranks!r} cannot go with aggregation.read-out = 'factor-mean',"
-            " which fills smaller ranks up with zeros and so shrinks what only some clients train; set"
-            " aggregation.read-out = 'svd', or aggregation.preset = 'hetlora', which weighs for it"
+            f"lora.client-ranks = {lora.client_ranks!r} cannot go with {source}, which fills smaller ranks up"
+            f" with zeros and so shrinks what only some clients train; set {exact}, or aggregation.preset ="
+            " 'hetlora', which weighs for it"
         )
 
 

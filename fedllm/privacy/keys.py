@@ -41,9 +41,11 @@ def kept_secret(path: Path) -> bytes:
             _write_new(path, new_secret())
         found = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"the noise secret {path} cannot be kept: {error.strerror}") from None
+        raise CheckpointError(
+            f"the secret {path} cannot be kept: {error.strerror}; let this user read and write there"
+        ) from None
     if len(found) != NUM_BYTES:
-        raise CheckpointError(f"{path} is no noise secret; restore it, or start a new run")
+        raise CheckpointError(f"{path} is no secret of {NUM_BYTES} bytes; restore it, or start a new run")
     return found
 
 

@@ -11,7 +11,6 @@ only: an update is small next to the weights, so rounding the weights would lose
 import hashlib
 import json
 import struct
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -34,17 +33,6 @@ _MAX_HEADER = 4096  # many times what `encode` writes: a bound for what is parse
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
-class Packet:
-    """A decoded packet: `vector` [P] float32 and what its header says."""
-
-    vector: torch.Tensor
-    layout_digest: str
-    part: str
-    round_num: int
-    payload: str
-
-
 def encode(
     vector: torch.Tensor, *, layout_digest: str, round_num: int, payload: str, part: str = "both"
 ) -> bytes:
@@ -65,8 +53,8 @@ def encode(
 
 def decode(
     data: bytes, *, layout_digest: str, size: int, part: str = "both", round_num: int | None = None
-) -> Packet:
-    """Return the packet in `data`, which must be of this layout, part, size and (where given) round.
+) -> torch.Tensor:
+    """Return the float32 vector [size] in `data`, a packet of this layout, part and (where given) round.
 
     Raises:
         WireError: anything differs from what `encode` writes for that layout, part, size and round.
@@ -98,8 +86,7 @@ def decode(
     payload = header["payload"]
     if payload not in PAYLOADS or len(body) != payload_bytes(size, payload):
         raise WireError(f"packet body of {len(body)} bytes does not fit its payload")
-    vector = _DECODERS[payload](body, size)
-    return Packet(vector, header["layout"], part, header["round"], payload)
+    return _DECODERS[payload](body, size)
 
 
 def as_received(vector: torch.Tensor, payload: str) -> torch.Tensor:
@@ -186,7 +173,7 @@ def write_vector(
 def read_vector(array: Array, layout: AdapterLayout, part: str, round_num: int, size: int) -> torch.Tensor:
     """Return the vector [size] of the packet in an array; raises as `decode` and `packet_of`."""
     data = packet_of(array)
-    return decode(data, layout_digest=layout.digest, part=part, size=size, round_num=round_num).vector
+    return decode(data, layout_digest=layout.digest, part=part, size=size, round_num=round_num)
 
 
 def to_array(packet: bytes) -> Array:

@@ -123,7 +123,9 @@ def _read_common(content: RecordDict, layout: AdapterLayout, holding: Holding) -
     config = content.config_records["request"]
     # Before anything else: under another configuration every other difference is only a consequence.
     if scalar_field(config, "plan", str) != holding.plan_digest:
-        raise OtherConfigError("the server runs another configuration than this node was given")
+        raise OtherConfigError(
+            "the server runs another configuration than this node was given; start both from one run"
+        )
     return {
         "round_num": scalar_field(config, "round", int),
         "drawn": _by_client(config, "num-drawn"),

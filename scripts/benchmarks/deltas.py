@@ -55,7 +55,7 @@ def packed(vector: torch.Tensor, layout: AdapterLayout, payload: str) -> bytes:
 
 def unpacked(packet: bytes, layout: AdapterLayout) -> torch.Tensor:
     """Return the vector [P] that the server would read."""
-    return packets.decode(packet, layout_digest=layout.digest, size=layout.size, round_num=1).vector
+    return packets.decode(packet, layout_digest=layout.digest, size=layout.size, round_num=1)
 
 
 def relative_error(exact: torch.Tensor, got: torch.Tensor) -> float:

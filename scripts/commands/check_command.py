@@ -14,6 +14,7 @@ from fedllm.config.key import Scalar
 from fedllm.config.keys import DistillConfig
 from fedllm.models.base import describe_layout
 from fedllm.plan.aggregation import AXES
+from fedllm.plan.capabilities import assigned
 from fedllm.plan.run_plan import RunPlan, resolve
 from fedllm.runs.privacy_statement import summary_line
 from fedllm.wire.packets import payload_bytes
@@ -40,7 +41,7 @@ def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
     replaced = replaced_values(plan)
     for key, value in config.to_flat().items():
         instead = f" (in use: {replaced[key]!r})" if key in replaced else ""
-        console.line(f"  {key} = {value!r}{instead}" if isinstance(value, str) else f"  {key} = {value}")
+        console.line(f"  {assigned(key, value)}{instead}")
 
 
 def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def open_aggregate(session: Session, state: ServerState, plan: RoundPlan) -> Agg
     seed = derive_seed(session.config.seed, "fresh-adapter", plan.round_num)
     return AggregateCollector(
         combine.RoundUpdates(
-            session.rule,
+            session.plan.aggregation,
             state,
             trained=plan.trained,
             fresh=lambda: initial_adapter(session.layout, seed, session.plan.init_a),

@@ -14,7 +14,7 @@ R = sum p_i (B_i - B')(A_i - A') is what averaging factors loses.
     stack        a fresh adapter, and the base gains M (FLoRA, arXiv 2409.05976); exact
     local-b      A', and B as it was: every client keeps its own (FedSA-LoRA, arXiv 2410.01463). The server
                  never sees a B, so the global adapter's stays zero and adds nothing to the base model until
-                 a client puts its own B beside the A
+                 a client puts its own B next to the A
 
 Tensor suffixes: L matrices of one shape, R rank, O output feature, I input feature.
 """

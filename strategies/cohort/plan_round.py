@@ -32,8 +32,8 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         # Dealt over all clients and then chosen from: a client's rank must not depend on who else is asked.
         ranks={client: rank for client, rank in session.ranks().items() if client in asked},
         training=session.plan.training(round_num),
-        trained=session.rule.trained_in(round_num),
-        returned=session.rule.returned_in(round_num),
+        trained=session.plan.aggregation.trained_in(round_num),
+        returned=session.plan.aggregation.returned_in(round_num),
         # AdamW's weight decay moves a value in proportion to its size (`largest_move`).
         largest_start=float(state.adapter.vector.abs().max()),
     )

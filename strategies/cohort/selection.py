@@ -92,9 +92,8 @@ def _weighted(draw: _Draw) -> list[str]:
 
 
 def _power_of_choice(draw: _Draw) -> list[str]:
-    wanted = (
-        draw.cohort.candidates or 2 * draw.cohort.size
-    )  # with as many as are drawn, losses decide nothing
+    # With only as many candidates as are drawn, losses would decide nothing.
+    wanted = draw.cohort.candidates or 2 * draw.cohort.size
     candidates = drawn_by_weight(draw.clients, max(wanted, draw.number), draw.generator)
     losses = last_losses(draw.past)
     # Sorting is stable, so clients without a loss, and those of equal loss, keep the order they were drawn in

@@ -1,1 +1,1 @@
-"""The step that teaches the clients' adapters back into the aggregated one, beside the round loop."""
+"""The step that teaches the clients' adapters back into the aggregated one, at the end of a round."""

@@ -128,7 +128,7 @@ def ask_overlap(
     clients: Collection[str] | None = None,
     boilerplate: Sequence[int] = (),
 ) -> tuple[Overlap, ...] | None:
-    """Return of every text the most that any node of `clients` has of it, or None where one did not answer.
+    """Return for every text the largest overlap that a node of `clients` counts, None if one does not answer.
 
     The key of the hashes is new for every query, so two queries cannot be compared.
     """

@@ -15,7 +15,7 @@ from strategies.session import Session
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:
     """Return one message per node, naming its clients that train in this round."""
     # Once for all nodes: it compares the frozen part bit by bit
-    part = part_to_send(session.rule, state.adapter, session.initial)
+    part = part_to_send(session.plan.aggregation, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(plan.asked).items():
         request = TrainRequest(
@@ -42,7 +42,7 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
         return {}
     holders = [client.client_id for client in session.clients.values() if client.num_held_out]
     free = set(session.transport.node_ids())
-    part = part_to_send(session.rule, state.adapter, session.initial)
+    part = part_to_send(session.plan.aggregation, state.adapter, session.initial)
     contents = {}
     for node, clients in session.by_node(holders).items():
         if node not in free:  # still busy with a round: waiting for it would hold up the next

@@ -108,6 +108,27 @@ def test_client_refuses_once_its_own_budget_is_spent(
     deltas(train_clients(holder, request(holder)))  # what was paid for may be asked for again
 
 
+def test_another_precision_of_the_model_is_charged_anew(open_one: Callable) -> None:
+    """Its gradients differ a little: under the same noise the difference of both answers would be bare."""
+    answers = []
+    for dtype in ("float32", "bfloat16"):
+        holder = open_one(**{**EXAMPLE, "privacy.noise-multiplier": 100.0, "model.dtype": dtype})
+        answers.append(deltas(train_clients(holder, request(holder)))["anna"])
+    assert float((answers[0] - answers[1]).norm()) > 0.5 * float(answers[0].norm())
+    assert len(json.loads((holder.store.folder / "anna" / "privacy-ledger.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("change", [{"train.token-budget": 1}, {"model.num-threads": 2}])
+def test_a_request_of_a_run_with_other_keys_is_charged_anew(
+    change: dict[str, Any], open_one: Callable
+) -> None:
+    """Any key may change how an answer is rounded; another delta has other noise, which averages out."""
+    for flat in (LOCAL, {**LOCAL, **change}):
+        holder = open_one(**flat)
+        deltas(train_clients(holder, request(holder)))
+    assert len(json.loads((holder.store.folder / "anna" / "privacy-ledger.json").read_text())) == 2
+
+
 def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable, caplog: pytest.LogCaptureFixture) -> None:
     holder = open_one(**EXAMPLE)
     deltas(train_clients(holder, request(holder)))

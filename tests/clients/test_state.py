@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from clients.state import NUM_KEPT, PrivateStore, default_state_path, load_private, save_private
+from clients.site import state_path_of
+from clients.state import NUM_KEPT, PrivateStore, load_private, save_private
 from fedllm.errors import CheckpointError
 
 SIZES = {"personal": 6, "control": 3}
@@ -127,7 +128,7 @@ def test_unwritable_folder_is_one_line_and_old_states_stay(store: PrivateStore) 
 
 def test_the_default_is_the_users_folder_for_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert default_state_path() == tmp_path / "fedllm"
+    assert state_path_of({}) == tmp_path / "fedllm"
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_state_path() == tmp_path / ".local" / "state" / "fedllm"
+    assert state_path_of({}) == tmp_path / ".local" / "state" / "fedllm"

@@ -5,6 +5,7 @@ import pytest
 from fedllm.config.recipe import build_config, parse_overrides, read_recipe
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
+from fedllm.plan.run_plan import resolve
 
 
 def test_tables_and_dotted_keys_mean_the_same(tmp_path: Path) -> None:
@@ -14,6 +15,12 @@ def test_tables_and_dotted_keys_mean_the_same(tmp_path: Path) -> None:
     expected = RunConfig.from_flat({"seed": 3, "lora.rank": 4, "lora.target-modules": "q_proj,v_proj"})
     assert build_config(tables, []) == build_config(dotted, []) == expected
     assert RunConfig.from_flat(read_recipe(tables)).to_flat() == expected.to_flat()
+
+
+def test_a_list_of_prompts_is_as_many_prompts(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('evaluation.prompts = ["Why, then?", "Who?"]\n')
+    assert resolve(build_config(recipe, [])).prompts == ("Why, then?", "Who?")
 
 
 def test_overrides_win_and_may_hold_equals_signs(tmp_path: Path) -> None:

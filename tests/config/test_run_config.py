@@ -93,6 +93,12 @@ def test_a_config_is_a_frozen_value() -> None:
         ("learning-rate", "did you mean 'train.learning-rate'?"),
         ("federation.rounds", "did you mean 'federation.num-rounds'?"),
         ("Seed", "did you mean 'seed'?"),
+        ("federation.candidates", "did you mean 'federation.selection'?"),
+        ("data.text-column", "did you mean 'data.columns'?"),
+        ("personal.pull", "did you mean 'personal.mode'?"),
+        ("aggregation.max-malicious", "did you mean 'aggregation.robust'?"),
+        ("aggregation.second-moment", "did you mean 'aggregation.optimizer'?"),
+        ("model.revision", "did you mean 'model.name'?"),
         ("zzz", "`fedllm check` lists every key"),
         ("", "`fedllm check` lists every key"),
     ],
@@ -116,6 +122,7 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
         ("federation.cohort", 0, "a number above 0 up to 1,000,000, or all"),
         ("train.proximal", "product", "a number from 0, or product:MU"),
         ("train.schedule", "SVD", "one of constant, cosine"),
+        ("personal.mode", "ditto:-1", "one of none, dual, ditto[:PULL]; PULL from 0"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any, allowed: str) -> None:

@@ -189,6 +189,14 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert needs_conversion(str(gguf))
 
 
+def test_a_revision_of_the_embedded_model_is_converted_too(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "embedded_gguf", lambda: gguf)
+    assert needs_conversion(files.EMBEDDED_ALIAS)
+    assert needs_conversion(f"{files.EMBEDDED_ALIAS}@main")
+
+
 def test_a_gguf_file_is_converted_once(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converted = []
 

@@ -1,5 +1,6 @@
 """Settings that cannot go together are refused, with both keys named and what to set instead."""
 
+import re
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"aggregation.preset": "flora", "aggregation.optimizer": "fedavgm"}, "'stack'", "'fedavgm'"),
     ({"aggregation.preset": "fedex", "aggregation.optimizer": "fedadam"}, "'fedex'", "'fedadam'"),
     ({"aggregation.preset": "fedex", "aggregation.server-learning-rate": 0.5}, "'residual'", "rate = 0.5"),
-    ({"lora.client-ranks": "4,8", **MEAN}, "lora.client-ranks", "aggregation.read-out"),
+    ({"lora.client-ranks": "4,8", **MEAN}, "lora.client-ranks", "aggregation.preset = 'fedit'"),
+    ({"lora.client-ranks": "4,8", "aggregation.read-out": "factor-mean"}, "client-ranks", "aggregation.read"),
     ({"lora.client-ranks": "4,8", "aggregation.preset": "ffa", "aggregation.robust": "trimmed-mean"},
      "lora.client-ranks", "aggregation.robust"),
     ({"aggregation.preset": "fedsa", "aggregation.robust": "multi-krum"}, "'local-b'", "'multi-krum'"),
@@ -98,6 +100,20 @@ def test_a_conflict_names_both_keys(flat: dict[str, Any], one: str, other: str) 
 
 def test_the_sentences_and_refused_pairs_are_those_of_the_file() -> None:
     assert golden_text() == GOLDEN.read_text(), "run `python -m tests.plan.refusals` and read the difference"
+
+
+CHANGE = re.compile(r"([a-z.-]+) = ('[^']*'|[^\s,]+)")
+
+
+@pytest.mark.parametrize("flat", [flat for flat, *_ in REFUSED])
+def test_a_cure_lifts_the_conflict(flat: dict[str, Any]) -> None:
+    sentence = refusal(flat)
+    for cure in sentence.rpartition("; ")[2].split(", or "):
+        changes = {key: value.strip("'") for key, value in CHANGE.findall(cure)}
+        left_out = cure.removeprefix("leave ").removesuffix(" out")
+        left = refusal({key: value for key, value in {**flat, **changes}.items() if key != left_out})
+        assert not left or left.partition(": ")[0] != sentence.partition(": ")[0]
+        assert "contradicts" not in left
 
 
 def test_every_setting_is_one_that_a_run_can_have() -> None:

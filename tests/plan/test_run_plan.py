@@ -55,6 +55,9 @@ def test_ranks_are_dealt_by_the_plan() -> None:
         ({"federation.selection": "power-of-choice:7.5"}, ["federation.selection = 'power-of-choice:7.5'"]),
         ({"aggregation.optimizer": "fedadam:momentum=x"}, ["aggregation.optimizer = 'fedadam:momentum=x'"]),
         ({"aggregation.optimizer": "fedadam:momentum=1"}, ["aggregation.optimizer"]),
+        ({"aggregation.optimizer": "fedavgm:adaptivity=1e-3"}, ["'fedavgm:adaptivity=1e-3'", "momentum"]),
+        ({"aggregation.optimizer": "fedadagrad:second-moment=0.5"}, ["second-moment=0.5'", "adaptivity"]),
+        ({"aggregation.optimizer": "fedadam:beta=0.5"}, ["'fedadam:beta=0.5'", "momentum"]),
         ({"federation.min-clients": 9}, ["federation.min-clients = 9", "cohort of 8"]),
         (
             {"federation.cohort": 0.5, "federation.min-clients": 5},

@@ -91,7 +91,7 @@ def test_a_secret_is_drawn_once_and_read_by_its_owner_only(tmp_path: Path) -> No
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert new_secret() != new_secret()
     path.write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="is no noise secret"):
+    with pytest.raises(CheckpointError, match="is no secret"):
         kept_secret(path)
 
 

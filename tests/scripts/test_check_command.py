@@ -1,12 +1,17 @@
 """What `fedllm check` says of keys that a preset, privacy or "auto" replaces."""
 
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedllm.config.recipe import build_config, flatten
 from fedllm.config.run_config import RunConfig
 from fedllm.plan.run_plan import resolve
-from scripts.commands.check_command import replaced_values
+from scripts.commands.check_command import check, replaced_values
 
 ROWS = {"lora.init-a": "orthonormal", "privacy.trust": "local", "privacy.metrics": "held-out"}
 CLIENTS = {"lora.init-a": "orthonormal", "privacy.trust": "central", "privacy.metrics": "withheld"}
@@ -30,3 +35,15 @@ FFA = {"aggregation.train": "b", "aggregation.read-out": "factor-mean"}
 )
 def test_replaced_values_are_shown(flat: dict[str, Any], in_use: dict[str, str]) -> None:
     assert replaced_values(resolve(RunConfig.from_flat(flat))) == in_use
+
+
+def test_the_keys_that_are_printed_are_a_recipe(
+    make_model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "Return the list.", "client": "anna"}\n' * 4)
+    words = [f"model.name={make_model_folder('llama')}", f"data.source={rows}", "federation.num-clients=1"]
+    check(words, on_bad_row="", as_json=False)
+    printed = re.sub(r" \(in use: .*\)$", "", capsys.readouterr().out.partition("keys (")[2], flags=re.M)
+    keys = flatten(tomllib.loads(printed.partition("\n")[2]))
+    assert RunConfig.from_flat(keys) == build_config(None, words)

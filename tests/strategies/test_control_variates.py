@@ -152,7 +152,7 @@ def hostile(change: Callable[[torch.Tensor], torch.Tensor | None], layout: Adapt
         if reply.metadata.src_node_id == BEN and reply.metadata.message_type == "train":
             data = reply.content["controls"]["ben"].data
             honest = packets.decode(data, layout_digest=layout.digest, part="control", size=layout.size)
-            vector = change(honest.vector)
+            vector = change(honest)
             if vector is None:
                 del reply.content["controls"]
             else:

@@ -32,7 +32,7 @@ def as_packet(data: bytes, **changes: Any) -> Array:
 
 def delta_of(content: RecordDict, layout: AdapterLayout) -> torch.Tensor:
     data = content["updates"][OFFENDER].data
-    return packets.decode(data, layout_digest=layout.digest, size=layout.size).vector.clone()
+    return packets.decode(data, layout_digest=layout.digest, size=layout.size).clone()
 
 
 def sends(content: RecordDict, data: bytes, **changes: Any) -> None:

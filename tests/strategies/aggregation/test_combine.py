@@ -270,7 +270,7 @@ def test_a_lossy_wire_moves_the_result_by_less_than_it_rounds(payload: str, read
     received = []
     for item in updates:
         packet = packets.encode(item.delta, layout_digest="x", round_num=1, payload=payload)
-        vector = packets.decode(packet, layout_digest="x", size=LAYOUT.size).vector
+        vector = packets.decode(packet, layout_digest="x", size=LAYOUT.size)
         received.append(update(item.client_id, vector, item.weight))
     exact, lossy = combine(start, updates, read_out), combine(start, received, read_out)
     rounding = {"bf16": 2.0**-8, "int8": 2.0**-5}[payload]  # of a delta's values, relative
