@@ -12,6 +12,7 @@ from fedllm.errors import LayoutError
 
 # A client's update carries its delta, and of numbers only these.
 UPDATE_METRICS = ("weight", "num_tokens", "train_loss", "num_truncated", "seconds")
+PROXIMAL_SPACES = ("factor", "product")
 EVALUATION_METRICS = ("loss", "personal_loss", "num_tokens", "num_rows")
 
 
@@ -27,6 +28,10 @@ class LocalTraining:
     dropout: float = 0.0  # of the adapters' inputs
     proximal: float = 0.0  # strength mu of FedProx
     proximal_space: str = "factor"  # what it pulls: "factor" or "product"
+
+    def __post_init__(self) -> None:
+        if self.proximal_space not in PROXIMAL_SPACES:  # any other would switch the pull off unnoticed
+            raise LayoutError(f"the proximal space is one of {', '.join(PROXIMAL_SPACES)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,7 +216,7 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
     """Run `config` as a Flower simulation, or with one SuperNode per client on loopback.
 
     Raises:
-        RunFailedError: the run does not end "finished:completed"; the reason is the run's own.
+        RunFailedError: the run does not complete; the reason is the run's own.
     """
     config = _with_absolute_paths(config)
     (run_folder(config) / "result.json").unlink(missing_ok=True)  # an earlier attempt's
@@ -243,9 +243,11 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
         run_id = submit(link, config, federation)
         view.notice(f"Flower run {run_id} on {link.address}")
         ended = follow(link, run_id, run_folder(config), view, num_old)
-        if ended != "finished:completed":
+        result = _result_of(run_folder(config))
+        # Flower calls some failed simulations completed, so the run's own word counts as well.
+        if ended != "finished:completed" or result.get("status") != "completed":
             kept = keep_logs(link, run_id, run_folder(config))
-            raise RunFailedError(f"Flower ended the run as {ended}: {_reason(run_folder(config), kept)}")
+            raise RunFailedError(f"Flower ended the run as {ended}: {result.get('reason', f'see {kept}')}")
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -339,11 +341,13 @@ def keep_logs(link: Link, run_id: str, folder: Path) -> Path:
     return kept
 
 
-def _reason(folder: Path, log: Path) -> str:
+def _result_of(folder: Path) -> dict[str, Any]:
+    """Return what the run says of its end, {} where it did not live to say it."""
     try:
-        return str(json.loads((folder / "result.json").read_text())["reason"])
-    except (OSError, ValueError, KeyError):
-        return f"see {log}"
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return result
 
 
 def _free_port() -> int:

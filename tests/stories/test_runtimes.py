@@ -65,6 +65,16 @@ def _kept(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+def test_a_failed_simulation_is_one_line(tiny_run, fedllm, tmp_path):
+    words = [*tiny_run, "train.learning-rate=1e30", "federation.max-retries=0", "run.name=wild"]
+    done = fedllm("run", *words, "--out", str(tmp_path), "--runtime", "simulation", check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fedllm: Flower ended the run as")
+    assert "round 1 failed" in line
+
+
+@pytest.mark.slow
 def test_kept_vectors_are_the_same_with_a_process_per_message(tiny_run, fedllm, tmp_path):
     words = [*tiny_run, "federation.num-clients=2", "--out", str(tmp_path), "personal.mode=ditto"]
     words += ["train.control-variates=true", "aggregation.read-out=factor-mean"]
