@@ -104,7 +104,7 @@ def verdict(plan: PrivacyPlan, ratio: float) -> str:
         return (
             f"client-level privacy buys nothing with {plan.denominator:g} clients a round: {compared}, so"
             " expect no gain over the base model; it takes hundreds to thousands of clients a round, or"
-            " privacy.unit = example, which hides one row of a client"
+            " privacy.unit = 'example', which hides one row of a client"
         )
     return f"a whole client is hidden; {compared}: expect {'little' if ratio < 1 else 'some'} of the gain"
 
