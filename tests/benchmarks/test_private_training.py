@@ -139,7 +139,7 @@ def test_comparison_of_deltas_notices_missing_clipping(bench: Bench) -> None:
 
 @needs_opacus
 @quiet
-def test_judged_variant_trains_with_the_noise_of_a_private_client(bench: Bench) -> None:
+def test_judged_variant_has_the_noise_of_a_private_client(bench: Bench) -> None:
     """The deviation is z * clip / batch; without it the same job is the one that Opacus agrees with."""
     job = make_job(bench, 4, "docstrings")
     private = noised(job, bench.seed)

@@ -60,7 +60,7 @@ def test_what_a_participation_costs() -> None:
     assert example.charge(3).rate == 1.0  # fewer rows than a batch: every row in every step
 
 
-def test_sampling_of_a_fixed_size_and_shuffled_rows_are_counted_as_no_sampling() -> None:
+def test_fixed_size_and_shuffled_rows_count_as_no_sampling() -> None:
     plan = planned({**CLIENT, "federation.cohort": 2, "privacy.noise-multiplier": 4.0})
     assert plan.rate == 1.0
     assert "no amplification" in statement_of(plan, Ledger(), num_clients=8, num_rounds=1)["sampling"]
@@ -102,7 +102,7 @@ def entry(round_num: int, attempt: int, release: str, **counts: int) -> Entry:
     return Entry(round_num, attempt, release, {name: Charge(2.0, 1.0, n) for name, n in counts.items()})
 
 
-def test_a_release_made_again_is_charged_once_and_another_attempt_twice() -> None:
+def test_a_release_made_again_is_charged_once() -> None:
     ledger = Ledger().with_entry(entry(1, 1, "x", anna=1))
     assert ledger.with_entry(entry(1, 1, "x", anna=1)) is ledger
     for other in (entry(1, 2, "x", anna=1), entry(1, 1, "y", anna=1), entry(2, 1, "x", anna=1)):
@@ -118,7 +118,7 @@ def test_the_ledger_reports_the_account_that_spent_most() -> None:
     assert Ledger().epsilon(1e-5) == 0.0
 
 
-def test_the_ledger_reports_the_largest_of_accounts_that_differ_in_noise_and_rate() -> None:
+def test_the_ledger_reports_the_largest_of_unlike_accounts() -> None:
     """A client of many rows with little noise may spend more than small ones whose loss varies more."""
     pytest.importorskip("dp_accounting", reason="the extra dp is not installed")
     large = Charge(0.42, 0.0016, 80)
@@ -132,7 +132,7 @@ def test_the_ledger_reports_the_largest_of_accounts_that_differ_in_noise_and_rat
     assert check >= each[0]
 
 
-def test_an_account_that_is_asked_again_for_a_release_is_not_charged_again_and_a_new_one_is() -> None:
+def test_an_account_pays_once_for_one_release() -> None:
     ledger = Ledger().with_entry(entry(1, 1, "x", anna=1, ben=1)).with_entry(entry(1, 1, "x", ben=1, cleo=1))
     assert [ledger.charges_of(name)[0].count for name in ("anna", "ben", "cleo")] == [1, 1, 1]
     assert len(ledger.entries) == 1

@@ -53,7 +53,7 @@ def load(folder: Path, config: RunConfig = CONFIG, layout: AdapterLayout = LAYOU
     return load_checkpoint(folder, fixed_keys(config), layout)
 
 
-def test_a_state_comes_back_bit_for_bit_and_two_checkpoints_are_kept(folder: Path) -> None:
+def test_a_state_comes_back_bit_for_bit_and_two_are_kept(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["round-00002", "round-00003"]
     state, passed_over = load(folder)
     assert passed_over == []
@@ -66,7 +66,7 @@ def test_a_state_comes_back_bit_for_bit_and_two_checkpoints_are_kept(folder: Pat
     assert state.norms == expected.norms
 
 
-def test_a_state_without_base_delta_or_moments_writes_no_file_for_them(tmp_path: Path) -> None:
+def test_a_state_without_base_delta_or_moments_has_no_file(tmp_path: Path) -> None:
     plain = ServerState(1, initial_adapter(LAYOUT, 1))
     save_checkpoint(tmp_path, plain, CONFIG.to_flat())
     names = {path.name for path in (tmp_path / "round-00001").iterdir()}
@@ -76,7 +76,7 @@ def test_a_state_without_base_delta_or_moments_writes_no_file_for_them(tmp_path:
     assert (state.optimizer.num_steps, state.optimizer.first.numel()) == (0, 0)
 
 
-def test_control_variates_come_back_and_are_checked_like_the_adapter(tmp_path: Path) -> None:
+def test_control_variates_come_back_checked_like_the_adapter(tmp_path: Path) -> None:
     control = AdapterState(LAYOUT, torch.randn(LAYOUT.size))
     for round_num in (1, 2):
         save_checkpoint(tmp_path, replace(state_of(round_num), control=control), CONFIG.to_flat())
@@ -118,9 +118,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_costs_one_round_and_one_line(
-    damage: Callable[[Path], None], folder: Path
-) -> None:
+def test_a_damaged_newest_checkpoint_costs_one_round(damage: Callable[[Path], None], folder: Path) -> None:
     damage(folder / "round-00003")
     state, (line,) = load(folder)
     assert state.round_num == 2
@@ -201,7 +199,7 @@ PRIVATE = {"privacy.epsilon": 8.0, "privacy.unit": "client", "aggregation.weight
 
 
 @pytest.mark.parametrize("key", list(CONFIG.to_flat()))
-def test_a_run_continues_only_with_the_configuration_it_began_with(key: str, folder: Path) -> None:
+def test_a_run_continues_only_with_its_first_configuration(key: str, folder: Path) -> None:
     before = CONFIG
     if key == "privacy.noise-multiplier":  # it needs a budget
         before = CONFIG.override(PRIVATE)
@@ -225,7 +223,7 @@ def test_a_cosine_run_keeps_its_number_of_rounds(tmp_path: Path) -> None:
         load(tmp_path, cosine.override({"federation.num-rounds": 5}))
 
 
-def test_noise_that_was_calibrated_for_a_number_of_rounds_keeps_it(tmp_path: Path) -> None:
+def test_calibrated_noise_keeps_its_number_of_rounds(tmp_path: Path) -> None:
     private = RunConfig.from_flat({"privacy.epsilon": 8.0})
     save_checkpoint(tmp_path / "a", state_of(1), private.to_flat())
     with pytest.raises(ConfigError, match=r"federation\.num-rounds was 3, now 5"):

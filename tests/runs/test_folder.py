@@ -44,7 +44,7 @@ def test_a_configuration_that_is_damaged_or_absent_is_no_run(damage: bytes | Non
         read_keys(tmp_path)
 
 
-def test_an_environment_names_versions_and_neither_host_nor_user_nor_path(tmp_path: Path) -> None:
+def test_an_environment_names_versions_and_no_host_or_path(tmp_path: Path) -> None:
     import getpass
     import socket
 

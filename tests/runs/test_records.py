@@ -110,7 +110,7 @@ def test_numbers_that_are_not_finite_become_null() -> None:
     assert record_to_dict(record)["round"] == 1
 
 
-def test_the_mean_held_out_loss_is_over_clients_and_absent_where_none_was_measured() -> None:
+def test_the_mean_held_out_loss_is_over_measured_clients() -> None:
     assert RoundRecord(round_num=1, held_out={"a": 1.0, "b": 4.0}).mean_held_out == 2.5
     assert RoundRecord(round_num=1).mean_held_out is None
 

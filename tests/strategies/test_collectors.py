@@ -54,7 +54,7 @@ def silence(*clients: int) -> Callable[[Message], list[Message]]:
     return lose
 
 
-def test_a_collector_sees_accepted_updates_in_the_order_of_the_plan(
+def test_a_collector_sees_updates_in_the_order_of_the_plan(
     counting: Counting, make_config: Callable, open_run: Callable
 ) -> None:
     run = open_run(make_config(), tamper=silence(3))  # ben's node

@@ -85,7 +85,7 @@ def conv1d(weight_OI: torch.Tensor) -> nn.Module:
 @pytest.mark.parametrize("make_layer", [linear, conv1d])
 @pytest.mark.parametrize(("num_in", "num_out"), [(20, 12), (12, 20), (16, 16)])
 @pytest.mark.parametrize("preset", ["fedex", "flora", "ffa", "rolora"])
-def test_the_layer_with_base_delta_and_adapter_computes_the_mean_of_the_clients(
+def test_a_layer_with_base_delta_computes_the_clients_mean(
     preset: str, num_in: int, num_out: int, make_layer: Callable[[torch.Tensor], nn.Module]
 ) -> None:
     """I1, I2, I3: (W + s base delta) x + s B A x = W x + s M x, wherever a transposed factor cannot hide."""
@@ -138,7 +138,7 @@ def test_a_published_adapter_holds_the_base_delta(preset: str) -> None:
 # --- two published mistakes, in our own words ------------------------------------------------------------
 
 
-def test_a_transposed_residual_would_be_worse_than_no_residual_at_all() -> None:
+def test_a_transposed_residual_would_be_worse_than_none() -> None:
     """FedEx-LoRA's public aggregator adds the residual of `nn.Linear` transposed; square layers hide it."""
     layout = layout_of(16, 16)
     start = AdapterState(layout, 0.3 * gaussian(layout.size, seed=50))
@@ -156,7 +156,7 @@ def test_a_transposed_residual_would_be_worse_than_no_residual_at_all() -> None:
     assert errors["transposed"] > errors["averaged factors"] > 0.1 * float(mean.norm())
 
 
-def test_a_sum_under_a_misspelt_name_would_keep_the_first_client_alone() -> None:
+def test_a_misspelt_sum_would_keep_the_first_client_alone() -> None:
     """FLoRA's public FedIT baseline sums into a name that nothing reads: p_0 * client_0 is what remains."""
 
     def misspelt(vectors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_every_optimizer_follows_its_published_recurrence(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "nesterov"])
-def test_momentum_optimizers_are_torchs_sgd_on_the_negative_change(name: str) -> None:
+def test_momentum_is_torchs_sgd_on_the_negative_change(name: str) -> None:
     optimizer = ServerOptimizer(name=name, learning_rate=0.7, momentum=0.9)
     theta, state = torch.zeros(3, requires_grad=True), OptimizerState()
     sgd = torch.optim.SGD([theta], lr=0.7, momentum=0.9, nesterov=name == "nesterov")
@@ -163,7 +163,7 @@ def after(state: ServerState, result: combine.Aggregate) -> ServerState:
     return ServerState(state.round_num + 1, result.adapter, optimizer=result.optimizer)
 
 
-def test_fedavg_keeps_the_read_out_as_it_is_and_a_first_step_of_momentum_has_its_product() -> None:
+def test_fedavg_and_a_first_momentum_step_keep_the_read_out() -> None:
     start = initial_adapter(LAYOUT, 0)
     state = ServerState(0, start)
     updates = updates_of(0, 0.5, start, gaussian(LAYOUT.size, 5))
@@ -208,7 +208,7 @@ def rotated(vector: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     return LAYOUT.flatten(turned).float()
 
 
-def test_a_rotation_alone_would_have_momentum_undo_the_first_round() -> None:
+def test_a_rotation_would_have_momentum_undo_the_first_round() -> None:
     """The negative control of the gauge: the same two rounds as above, aligned by a rotation only."""
     start = initial_adapter(LAYOUT, 0)
     target = start.vector + 0.01 * gaussian(LAYOUT.size, 5)

@@ -119,7 +119,7 @@ def test_the_geometric_median_on_a_line_is_the_median() -> None:
     assert float(a_K @ points[:, 0]) == pytest.approx(2.0, abs=1e-3)
 
 
-def test_multi_krum_keeps_the_clients_with_the_closest_neighbours() -> None:
+def test_multi_krum_keeps_clients_with_the_closest_neighbours() -> None:
     points = torch.tensor([[0.0], [0.1], [0.2], [0.3], [9.0], [10.0], [-30.0]]).double()
     p_K = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]).double() / 28
     verdict = robust.weigh_clients("multi-krum", points @ points.T, p_K, max_malicious=3 / 7, norms=())

@@ -58,7 +58,7 @@ def test_stock_fedavg_and_our_factor_mean_give_the_same_adapter(
     torch.testing.assert_close(theirs.vector, state.adapter.vector, rtol=0, atol=1e-6)
 
 
-def test_a_stock_request_with_another_adapter_is_answered_with_a_code_alone(make_config: Callable) -> None:
+def test_a_stock_request_of_another_adapter_gets_a_code_alone(make_config: Callable) -> None:
     config = make_config()
     record = write_plain(start_of(config))
     record["xyzzy"] = record.pop(next(iter(record)))
@@ -195,7 +195,7 @@ def test_a_rule_with_a_stock_strategy_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_stock_strategy_that_gives_nothing_stops_the_run_with_one_line(make_config: Callable) -> None:
+def test_a_stock_strategy_that_gives_nothing_stops_the_run(make_config: Callable) -> None:
     class Silent(FedAvg):
         def aggregate_train(self, server_round: int, replies: Any) -> Any:
             return None, None

@@ -53,7 +53,7 @@ FRESH = tuple(
 )
 
 
-def test_a_copy_of_any_clients_row_is_refused_and_fresh_text_passes(
+def test_a_copy_of_a_row_is_refused_and_fresh_text_passes(
     make_config: Callable, open_run: Callable, encode_text: Callable
 ) -> None:
     run = open_run(make_config())
@@ -68,7 +68,7 @@ def test_a_copy_of_any_clients_row_is_refused_and_fresh_text_passes(
     assert all(one.membership is None for one in verdicts)
 
 
-def test_copies_in_the_set_and_of_public_text_and_flags_are_refused(
+def test_copies_within_and_of_public_text_are_refused(
     make_config: Callable, open_run: Callable, encode_text: Callable
 ) -> None:
     run = open_run(make_config())

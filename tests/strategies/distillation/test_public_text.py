@@ -53,7 +53,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def test_a_domain_is_the_label_that_parts_clients_or_else_the_file(tmp_path: Path) -> None:
+def test_a_domain_is_the_clients_label_or_else_the_file(tmp_path: Path) -> None:
     rows = [{"text": f"text {row}", "office": "north" if row % 2 else None} for row in range(4)]
     source = write_rows(tmp_path / "letters.jsonl", rows)
     read = read_public(source, DataConfig(partition="column:office"))
@@ -62,7 +62,7 @@ def test_a_domain_is_the_label_that_parts_clients_or_else_the_file(tmp_path: Pat
     assert {text.domain for text in read_public(source, DataConfig(partition="iid"))} == {"letters"}
 
 
-def test_a_document_is_a_file_of_plain_text_where_there_are_several(tmp_path: Path) -> None:
+def test_a_document_is_a_file_where_there_are_several(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("first paragraph\n\nsecond paragraph\n")
     several = read_public(str(tmp_path), DataConfig())
@@ -101,7 +101,7 @@ def test_text_that_cannot_be_used_is_one_line_that_names_the_key(
     assert "alone" not in str(caught.value)
 
 
-def test_no_document_is_in_both_parts_and_the_parts_have_the_sizes_asked_for() -> None:
+def test_no_document_is_in_both_parts_of_the_asked_sizes() -> None:
     split = split_texts([*texts_of("a", 40), *texts_of("b", 40)], 16, seed=3, tokens_of=tokens_of)
     assert (len(split.train), len(split.held_out), split.num_removed) == (16, 4, 0)
     assert not {text.document for text in split.train} & {text.document for text in split.held_out}
