@@ -42,7 +42,7 @@ PARTS: Mapping[str, tuple[tuple[str, str], ...]] = {
         *(("fedllm.wire.replies", name) for name in ("write_updates", "read_updates")),
     ),
     "validate": (("strategies.exchange.receiving", "find_fault"),),
-    "aggregate": tuple(("strategies.aggregation.combine", name) for name in ("init", "add", "finish")),
+    "aggregate": tuple(("strategies.aggregation.combine", name) for name in ("add", "finish")),
     "checkpoint": (("strategies.run", "save_checkpoint"), ("strategies.run", "write_rounds")),
 }
 
