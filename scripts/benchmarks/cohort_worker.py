@@ -1,6 +1,6 @@
 """The comparison with pfl-research in an environment that has it, for `scripts.benchmarks.client`.
 
-PYTHON_OF_PFL -m scripts.benchmarks.cohort_worker '{"seed": 0, "repetitions": 3, "threads": 1, "quick": false}'
+PYTHON -m scripts.benchmarks.cohort_worker '{"seed": 0, "repetitions": 3, "threads": 1, "quick": false}'
 """
 
 import json
