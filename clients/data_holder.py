@@ -82,6 +82,7 @@ def open_data_holder(
         plan = plan.with_own_model(str(node["model-path"]))
     files = resolve_model(plan.config.model.name)
     tokenizer, state_path = resident.tokenizer(files), state_path_of(node)
+    resident.check_tokenizer(plan.config.model, config.train.max_length)
     clients = {}
     for rows in hosted_rows(config, node, read):
         client = encode_client(rows, tokenizer, config.train.max_length)

@@ -53,6 +53,9 @@ def open_session(
         check_stock(plan)
     public_text = open_public_text(plan.distillation, config.data)
     layout = describe_layout(config.model, config.lora)
+    resident = resident or Resident()
+    if warning := resident.check_tokenizer(config.model, config.train.max_length):
+        watch.notice(warning)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice)
@@ -65,7 +68,7 @@ def open_session(
         transport,
         clients,
         watch,
-        resident=resident or Resident(),
+        resident=resident,
         stock=stock,
         privacy=privacy,
         folder=folder,

@@ -12,7 +12,8 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.config.keys import ModelConfig
 from fedllm.engine.engine import Engine
 from fedllm.models.base import BaseModel, ChosenModel, choose_model, load_chosen, load_tokenizer
-from fedllm.models.files import ModelFiles
+from fedllm.models.files import ModelFiles, resolve_model
+from fedllm.models.tokenizer_fit import check_tokenizer_fits
 
 
 class Resident:
@@ -26,6 +27,11 @@ class Resident:
     def tokenizer(self, files: ModelFiles) -> Any:
         """Return the tokenizer of a model; raises as `load_tokenizer`."""
         return self._tokenizer(files)
+
+    def check_tokenizer(self, model: ModelConfig, max_length: int) -> str:
+        """Return a warning about rows of `max_length` tokens, or ""; raises as `check_tokenizer_fits`."""
+        files = resolve_model(model.name)
+        return check_tokenizer_fits(files, self.tokenizer(files), max_length)
 
     def base(self, model: ModelConfig) -> BaseModel:
         """Return the base model on its device; raises as `load_base`."""

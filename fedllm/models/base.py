@@ -10,6 +10,7 @@ from torch import nn
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.errors import LayoutError, MissingExtraError, ModelError
+from fedllm.models.chat import check_template
 from fedllm.models.files import ModelFiles, fingerprint, first_line, quiet_transformers, resolve_model
 from fedllm.site_policy import load_policy
 
@@ -105,7 +106,8 @@ def load_tokenizer(files: ModelFiles) -> Any:
     """Return the tokenizer of a model; no weight is loaded.
 
     Raises:
-        ModelError: it is absent or cannot report where in the text a token stands.
+        ModelError: it is absent, cannot report where in the text a token stands, or its chat template is
+            broken.
     """
     from transformers import AutoTokenizer
 
@@ -116,6 +118,7 @@ def load_tokenizer(files: ModelFiles) -> Any:
         raise ModelError(f"no tokenizer in {files.public_name}: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{files.public_name} has no fast tokenizer, which the label mask needs")
+    check_template(tokenizer)
     return tokenizer
 
 

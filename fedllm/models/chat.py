@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from fedllm.data.fields import Example, Turn
-from fedllm.errors import DataError
+from fedllm.errors import DataError, ModelError
+from fedllm.models.files import first_line
 
 IGNORED = -100
+# Why nothing is learnt from an example (`NoRow`).
+CUT, REFUSED, NO_ANSWER, UNKNOWN_TOKEN = "cut", "refused", "no-answer", "unknown-token"
 ALPACA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}### Instruction:\n{{ message['content'] }}\n\n"
@@ -22,6 +25,8 @@ ALPACA_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
+# What a template raises: jinja's errors, and those of the Python that it calls.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,37 @@ class Encoded:
         return len(self.learnt_tokens)
 
 
-def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
-    """Return the row of `example`, cut to `max_length` tokens.
+@dataclass(frozen=True)
+class NoRow:
+    """Why nothing is learnt from an example.
 
-    None where no answer token is left, or the model's chat template takes no such conversation.
+    `cause` is CUT: no answer token is within the length limit (`length` is that of the whole row); REFUSED:
+    the model's chat template takes no such conversation; NO_ANSWER: it leaves the answer out; UNKNOWN_TOKEN:
+    the model has no embedding for a token.
+    """
+
+    cause: str
+    length: int = 0
+
+
+def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
+    """Return the row of `example`, cut to `max_length` tokens; None where nothing is learnt from it."""
+    row = encode_or_cause(example, tokenizer, max_length)
+    return row if isinstance(row, Encoded) else None
+
+
+def encode_or_cause(
+    example: Example, tokenizer: Any, max_length: int, num_embeddings: int | None = None
+) -> Encoded | NoRow:
+    """Return the row of `example`, cut to `max_length` tokens, or why there is none.
+
+    A system turn that the model's chat template refuses goes at the head of the user's next turn. Tokens from
+    `num_embeddings` on are none of the model's.
     """
     try:
         text, spans = _render(example, tokenizer)
     except DataError:
-        return None
+        return NoRow(REFUSED)
     # A chat template writes its own special tokens; a plain text or the Alpaca form does not.
     templated = bool(example.turns) and bool(tokenizer.chat_template)
     encoding = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
@@ -60,7 +87,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
         for begin, end in encoding["offset_mapping"]
     ]
     if not any(learnt):
-        return None
+        return NoRow(NO_ANSWER)
     # What follows the last learnt token is never predicted from, so it is left out. Where the template
     # does not close the answer with the end token, that token is added: a tuned model must know to stop.
     stop = len(learnt) - learnt[::-1].index(True)
@@ -71,7 +98,11 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> Encoded | None:
         labels.append(tokenizer.eos_token_id)
     num_cut = max(0, len(tokens) - max_length)
     row = Encoded(tuple(tokens[:max_length]), tuple(labels[:max_length]), num_cut)
-    return row if row.num_supervised else None
+    if not row.num_supervised:
+        return NoRow(CUT, len(tokens))
+    if num_embeddings is not None and max(row.tokens) >= num_embeddings:
+        return NoRow(UNKNOWN_TOKEN)
+    return row
 
 
 def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt_answer: bool = False) -> str:
@@ -86,10 +117,52 @@ def chat_text(tokenizer: Any, turns: Sequence[Turn], *, prompt_answer: bool = Fa
         text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=prompt_answer
         )
-    except TemplateError:  # its message may quote a turn, so it is not passed on
+    except _TEMPLATE_ERRORS:  # its message may quote a turn, so it is not passed on
         roles = ", ".join(turn.role for turn in turns)
         raise DataError(f"the model's chat template refuses a conversation of {roles}") from None
     return str(text)
+
+
+def check_template(tokenizer: Any) -> None:
+    """Refuse a chat template that no conversation can go through.
+
+    Raises:
+        ModelError: it has a syntax error, fails on a question and its answer, or is one of several of which
+            none is the default.
+    """
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise ModelError(
+            f"the model has several chat templates ({', '.join(sorted(templates))}), none of them"
+            " named default; keep one alone, in chat_template.jinja"
+        )
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    try:
+        if templates:
+            tokenizer.apply_chat_template(messages, tokenize=False)
+            tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    except _TEMPLATE_ERRORS as error:  # it can quote nothing but the template and the question above
+        is_syntax = isinstance(error, TemplateSyntaxError)
+        what = "has a syntax error" if is_syntax else "is broken: it fails on a question and its answer"
+        raise ModelError(
+            f"the model's chat template {what} ({first_line(error)}); mend chat_template.jinja or"
+            " tokenizer_config.json, or take the model's files anew"
+        ) from None
+
+
+def fate_of_system(tokenizer: Any) -> str:
+    """Return what a system turn comes to in the model's chat template: "written", "refused" or "left out"."""
+    turns = [Turn("system", "Be brief."), Turn("user", "Why?"), Turn("assistant", "So.")]
+    try:
+        return "written" if turns[0].content in chat_text(tokenizer, turns) else "left out"
+    except DataError:
+        return "refused"
+
+
+def opens_answer(tokenizer: Any) -> bool:
+    """Return whether prompts end with more than answers begin with, as a tag that opens a thought."""
+    turns = [Turn("user", "Why?"), Turn("assistant", "So.")]
+    return not chat_text(tokenizer, turns).startswith(chat_text(tokenizer, turns[:1], prompt_answer=True))
 
 
 def form_tokens(tokenizer: Any) -> tuple[int, ...]:
@@ -111,12 +184,41 @@ def _render(example: Example, tokenizer: Any) -> tuple[str, list[tuple[int, int]
     """
     if not example.turns:
         return example.text, [(0, len(example.text))]
-    whole = chat_text(tokenizer, example.turns)
+    turns = example.turns
+    try:
+        whole = chat_text(tokenizer, turns)
+    except DataError:
+        turns = _without_system(turns)
+        whole = chat_text(tokenizer, turns)
     spans = []
-    for index, turn in enumerate(example.turns):
-        if turn.role == "assistant":
-            prompt = chat_text(tokenizer, example.turns[:index], prompt_answer=True)
-            answered = chat_text(tokenizer, example.turns[: index + 1]).rstrip()
-            if whole.startswith(answered) and answered.startswith(prompt):
-                spans.append((len(prompt), len(answered)))
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant" and turn.learnt:
+            prompt = chat_text(tokenizer, turns[:index], prompt_answer=True)
+            answered = chat_text(tokenizer, turns[: index + 1]).rstrip()
+            # Some prompts open a thought that a written answer does not have: it begins where they part.
+            begin = _parting(prompt, answered)
+            has_header = begin == len(prompt) or begin > len(chat_text(tokenizer, turns[:index]))
+            if whole.startswith(answered) and has_header:
+                spans.append((begin, len(answered)))
     return whole, spans
+
+
+def _parting(first: str, second: str) -> int:
+    """Return the place of the first character in which two texts differ, else the length of the shorter."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _without_system(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Return turns with the system's words at the head of the user's next turn, as Gemma's makers advise."""
+    kept: list[Turn] = []
+    said: list[str] = []
+    for turn in turns:
+        if turn.role == "system":
+            said.append(turn.content)
+        elif turn.role == "user" and said:
+            kept.append(Turn("user", "\n\n".join([*said, turn.content])))
+            said = []
+        else:
+            kept.append(turn)
+    return tuple(kept)

@@ -7,8 +7,22 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from fedllm.data.fields import Example, Turn
-from fedllm.errors import DataError
-from fedllm.models.chat import IGNORED, Encoded, chat_text, encode
+from fedllm.errors import DataError, ModelError
+from fedllm.models.chat import (
+    CUT,
+    IGNORED,
+    NO_ANSWER,
+    REFUSED,
+    UNKNOWN_TOKEN,
+    Encoded,
+    NoRow,
+    chat_text,
+    check_template,
+    encode,
+    encode_or_cause,
+    fate_of_system,
+    opens_answer,
+)
 
 END = 0  # the id of <|end|>
 laws = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -24,6 +38,16 @@ REFUSING = (
     "{{ raise_exception('no system turn: ' + message['content']) }}{% endif %}"
     "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+REASONING = (  # writes answers without their thoughts, and has a thought open each new one
+    "{% for m in messages %}{% if m.role != 'system' %}<|{{ m.role }}|>"
+    "{{ m.content.split('</think>')[-1] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles alternate') }}{% endif %}{{ m.content }}{% endfor %}"
 )
 
 
@@ -167,13 +191,87 @@ def test_a_prompt_ends_where_the_answer_would_begin(tokenizer: Any) -> None:
     assert chat_text(tokenizer, turns).startswith(prompt)
 
 
+TURNS = (Turn("system", "Be kind."), Turn("user", "Sum?"), Turn("assistant", "Three."))
+
+
 def test_refused_conversation_is_named_by_its_roles(tokenizer: Any) -> None:
     tokenizer.chat_template = REFUSING
-    turns = (Turn("system", "Be kind."), Turn("user", "Sum?"), Turn("assistant", "Three."))
-    assert encode(Example(turns=turns), tokenizer, 100) is None
-    assert encode(Example(turns=turns[1:]), tokenizer, 100) is not None
     with pytest.raises(DataError) as caught:
-        chat_text(tokenizer, turns)
+        chat_text(tokenizer, TURNS)
     assert "system, user, assistant" in str(caught.value)
-    assert not any(turn.content in str(caught.value) for turn in turns)
+    assert not any(turn.content in str(caught.value) for turn in TURNS)
     assert caught.value.__suppress_context__, "the template's own message quotes a turn"
+
+
+def test_a_refused_system_turn_begins_the_next_user_turn(tokenizer: Any) -> None:
+    assert fate_of_system(tokenizer) == "written"
+    tokenizer.chat_template = REFUSING
+    assert fate_of_system(tokenizer) == "refused"
+    row = encode(Example(turns=TURNS), tokenizer, 100)
+    expected = "<|user|>Be kind.\n\nSum?<|end|><|assistant|>Three.<|end|>"
+    assert written(tokenizer, row.tokens) == expected
+    assert written(tokenizer, learnt(row)) == "Three.<|end|>"
+    assert encode(Example(turns=TURNS[1:]), tokenizer, 100) is not None
+
+
+def test_a_system_turn_that_the_template_leaves_out_is_told(tokenizer: Any) -> None:
+    tokenizer.chat_template = REASONING
+    assert fate_of_system(tokenizer) == "left out"
+
+
+def test_an_answer_is_learnt_without_the_thought_that_prompts_open(tokenizer: Any) -> None:
+    assert not opens_answer(tokenizer)
+    tokenizer.chat_template = REASONING
+    assert opens_answer(tokenizer)
+    row = encode(chat("Sum?", "Three.", "More?", "<think>So.</think>Four."), tokenizer, 100)
+    assert written(tokenizer, row.tokens) == (
+        "<|user|>Sum?<|end|><|assistant|>Three.<|end|><|user|>More?<|end|><|assistant|>Four.<|end|>"
+    )
+    assert written(tokenizer, learnt(row)) == "Three.<|end|>Four.<|end|>"
+
+
+def test_an_answer_that_is_only_context_is_not_learnt(tokenizer: Any) -> None:
+    turns = (Turn("user", "A?"), Turn("assistant", "B.", learnt=False), *TURNS[1:])
+    row = encode(Example(turns=turns), tokenizer, 100)
+    assert written(tokenizer, learnt(row)) == "Three.<|end|>"
+    assert "B." in written(tokenizer, row.tokens)
+
+
+def test_why_nothing_is_learnt_is_told_case_by_case(tokenizer: Any) -> None:
+    example = chat("Sum?", "Three.")
+    whole = encode(example, tokenizer, 100)
+    assert encode_or_cause(example, tokenizer, 2) == NoRow(CUT, len(whole.tokens))
+    few = max(whole.tokens)
+    assert encode_or_cause(example, tokenizer, 100, few) == NoRow(UNKNOWN_TOKEN)
+    assert encode_or_cause(example, tokenizer, 100, few + 1) == whole
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}"
+    assert encode_or_cause(example, tokenizer, 100) == NoRow(NO_ANSWER)
+    tokenizer.chat_template = ALTERNATING
+    twice = Example(turns=(Turn("user", "A?"), *TURNS[1:]))
+    assert encode_or_cause(twice, tokenizer, 100) == NoRow(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for m in messages %}{{ m.content }}", "syntax error"),
+        ("{{ messages | shout }}", "syntax error"),
+        ("{{ absent.name }}", "is broken"),
+        ("{{ messages[0].content + 1 }}", "is broken"),
+        ("{{ raise_exception('never') }}", "is broken"),
+        ({"rag": UNCLOSED, "tool_use": UNCLOSED}, "(rag, tool_use), none of them named default"),
+    ],
+)
+def test_a_template_for_no_conversation_is_refused(template: Any, told: str, tokenizer: Any) -> None:
+    check_template(tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError) as caught:
+        check_template(tokenizer)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", [None, REFUSING, UNCLOSED, {"default": UNCLOSED, "rag": ""}])
+def test_a_template_for_a_question_and_its_answer_passes(template: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = template
+    check_template(tokenizer)
