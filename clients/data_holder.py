@@ -7,9 +7,10 @@ from pathlib import Path
 
 from clients.base_deltas import BaseDeltaStore
 from clients.canaries import draw_canaries
+from clients.lost_rows import RowCounts
 from clients.site import NodeConfig, check_paths, check_privacy, max_rank_of, state_path_of
 from clients.state import PrivateStore
-from clients.tokens import ClientTokens, encode_client, hosted_rows
+from clients.tokens import ClientTokens, encode_client, hosted_rows, report_rows
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import Shards
@@ -17,6 +18,7 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.resident import Resident
 from fedllm.models.base import layout_of
 from fedllm.models.files import ModelFiles, fingerprint, resolve_model
+from fedllm.models.tokenizer_fit import num_embeddings
 from fedllm.plan.run_plan import RunPlan, resolve
 
 
@@ -35,6 +37,11 @@ class DataHolder:
     clients: Mapping[str, ClientTokens]
     max_rank: int
     state_path: Path
+
+    @property
+    def counts(self) -> dict[str, RowCounts]:
+        """What became of the rows of each client."""
+        return {name: client.counts for name, client in self.clients.items()}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -83,10 +90,14 @@ def open_data_holder(
     files = resolve_model(plan.config.model.name)
     tokenizer, state_path = resident.tokenizer(files), state_path_of(node)
     resident.check_tokenizer(plan.config.model, config.train.max_length)
-    clients = {}
+    clients, limit, known = {}, config.train.max_length, num_embeddings(files)
     for rows in hosted_rows(config, node, read):
-        client = encode_client(rows, tokenizer, config.train.max_length)
+        client = encode_client(rows, tokenizer, limit, known)
+        if client.counts.are_too_many_lost:
+            client = replace(client, train=(), held_out=())
         # A client without rows gets no canaries either: it declares none and is left out.
         extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.train else ()
         clients[client.client_id] = replace(client, train=(*client.train, *extra))
-    return DataHolder(plan, resident, base_deltas, files, clients, max_rank_of(node), state_path)
+    holder = DataHolder(plan, resident, base_deltas, files, clients, max_rank_of(node), state_path)
+    report_rows(holder.counts, limit)
+    return holder

@@ -2,18 +2,19 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from clients.lost_rows import RowCounts, count_rows, describe, describe_left_out
 from clients.site import NodeConfig
 from fedllm.config.run_config import RunConfig
-from fedllm.data.fields import BadRow, ClientRows, Example, count_reasons
+from fedllm.data.fields import BadRow, ClientRows, count_reasons
 from fedllm.data.partition import CLIENT_ID
 from fedllm.data.shards import Shards, load_one_client, load_shards
 from fedllm.errors import ConfigError, NoDataError
-from fedllm.models.chat import Encoded, encode
+from fedllm.models.chat import Encoded, encode_or_cause
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -25,6 +26,7 @@ class ClientTokens:
     client_id: str
     train: tuple[Encoded, ...]
     held_out: tuple[Encoded, ...]
+    counts: RowCounts = RowCounts()  # of all its rows, also of those that are left out
 
     @cached_property
     def digest(self) -> str:
@@ -72,24 +74,24 @@ def _report(bad: tuple[BadRow, ...]) -> None:
         _logger.warning("%d bad rows skipped: %s", len(bad), count_reasons(bad))
 
 
-def encode_client(rows: ClientRows, tokenizer: Any, max_length: int) -> ClientTokens:
-    """Return a client's rows as tokens; those without an answer within `max_length` are left out."""
+def encode_client(
+    rows: ClientRows, tokenizer: Any, max_length: int, num_embeddings: int | None = None
+) -> ClientTokens:
+    """Return a client's rows as tokens, and counts of those that are left out, and why."""
+    examples = (*rows.train, *rows.held_out)
+    encoded = [encode_or_cause(example, tokenizer, max_length, num_embeddings) for example in examples]
+    train, held_out = (
+        tuple(row for row in part if isinstance(row, Encoded))
+        for part in (encoded[: len(rows.train)], encoded[len(rows.train) :])
+    )
+    return ClientTokens(rows.client_id, train, held_out, count_rows(examples, encoded, tokenizer))
 
-    def kept(examples: tuple[Example, ...]) -> tuple[Encoded, ...]:
-        encoded = (encode(example, tokenizer, max_length) for example in examples)
-        return tuple(row for row in encoded if row is not None)
 
-    client = ClientTokens(rows.client_id, kept(rows.train), kept(rows.held_out))
-    usable = (*client.train, *client.held_out)
-    num_lost = len(rows.train) + len(rows.held_out) - len(usable)
-    num_cut = sum(row.num_cut > 0 for row in usable)
-    if num_lost or num_cut:
-        _logger.warning(
-            "client %s: at train.max-length %d, %d rows lose their whole answer, or are none that the model's"
-            " chat template takes, and are skipped, %d are truncated",
-            rows.client_id,
-            max_length,
-            num_lost,
-            num_cut,
-        )
-    return client
+def report_rows(counts: Mapping[str, RowCounts], max_length: int) -> None:
+    """Log on this machine what became of its clients' rows: which lose too many, and what of the others."""
+    if told := describe_left_out(counts, max_length):
+        _logger.warning("%s", told)
+    others = {name: count for name, count in counts.items() if not count.are_too_many_lost}
+    if told := describe(sum(others.values(), RowCounts()), max_length):
+        who = f"client {next(iter(others))}" if len(others) == 1 else f"{len(others)} clients"
+        _logger.warning("%s: %s", who, told)

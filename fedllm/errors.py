@@ -35,6 +35,15 @@ class NoDataError(DataError):
     code = "no-data"
 
 
+class RowsLostError(DataError):
+    """So many rows of a client are of no use that it does not take part."""
+
+    code = "rows-lost"
+    cause = (
+        "too many of its rows are of no use, as where train.max-length cuts their answers; see its own log"
+    )
+
+
 class ModelError(FedLLMError, RuntimeError):
     """A base model is absent, unsupported or not the one the run uses."""
 
@@ -111,7 +120,8 @@ class MissingExtraError(FedLLMError, ImportError):
 CLIENT_ERROR_CODES = frozenset(
     error.code
     for error in (
-        *(FedLLMError, ConfigError, OtherConfigError, DataError, NoDataError, ModelError, LayoutError),
+        *(FedLLMError, ConfigError, OtherConfigError, DataError, NoDataError, RowsLostError),
+        *(ModelError, LayoutError),
         *(WireError, NotHeldError, QueryLimitError, NonFiniteError, CheckpointError, BudgetSpentError),
         *(WithheldError, MissingExtraError),
     )

@@ -81,7 +81,6 @@ class ClientRows:
     client_id: str
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    num_bad: int = 0  # rows of its own file that cannot be used
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from fedllm.data.fields import (
 )
 from fedllm.data.partition import Partition, parse_partition, partition_rows, row_label
 from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
-from fedllm.errors import NoDataError
+from fedllm.errors import NoDataError, RowsLostError
 from fedllm.seeds import derive_seed
 
+MOST_LOST = 0.2  # share of rows that may be of no use; beyond it something is wrong with them or the settings
 _DEFAULT_PACKAGES = 8  # of the docstrings corpus where packages are not the clients
 
 
@@ -58,6 +59,7 @@ def load_shards(data: DataConfig, *, num_clients: int, seed: int) -> Shards:
         ConfigError: the partition or the column mapping is malformed or does not fit the rows.
         DataError: the source cannot be read, has no known columns, or holds a bad row under `stop`.
         NoDataError: the source has no usable row.
+        RowsLostError: more than `MOST_LOST` of them cannot be used.
     """
     spec = parse_partition(data.partition)
     num_packages = num_clients if spec.form == "column" else min(num_clients, _DEFAULT_PACKAGES)
@@ -78,6 +80,7 @@ def load_one_client(path: str | Path, data: DataConfig, *, client_id: str, seed:
         ConfigError: the column mapping is malformed.
         DataError: the files cannot be read, have no known columns, or hold a bad row under `stop`.
         NoDataError: the files have no usable row.
+        RowsLostError: more than `MOST_LOST` of them cannot be used.
     """
     rows = read_local_rows(str(path), on_bad_row=data.on_bad_row)
     usable = _usable(str(path), rows, data, "")
@@ -120,7 +123,7 @@ def _permutation(length: int, seed: int, *names: str | int) -> np.ndarray[Any, n
 
 
 def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) -> _Usable:
-    """Return the rows that become examples; raises `NoDataError` where none does."""
+    """Return the rows that become examples; raises as `load_shards` where none or too few do."""
     if not rows.rows:
         raise _nothing_usable(source, rows.bad)
     present = dict.fromkeys(name for row in rows.rows for name in row)
@@ -140,9 +143,15 @@ def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) ->
                 raise bad_row_error(bad[-1]) from None
             continue
         kept.append((row, example))
+    bad = [*rows.bad, *bad]
     if not kept:
-        raise _nothing_usable(source, (*rows.bad, *bad))
-    return _Usable(tuple(row for row, _ in kept), tuple(made for _, made in kept), (*rows.bad, *bad))
+        raise _nothing_usable(source, bad)
+    if len(bad) > MOST_LOST * (len(kept) + len(bad)):
+        raise RowsLostError(
+            f"{source}: {len(bad)} of {len(kept) + len(bad)} rows cannot be used, more than {MOST_LOST:.0%}:"
+            f" {count_reasons(bad)}; mend them or take them out"
+        )
+    return _Usable(tuple(row for row, _ in kept), tuple(made for _, made in kept), tuple(bad))
 
 
 def _nothing_usable(source: str, bad: Sequence[BadRow]) -> NoDataError:

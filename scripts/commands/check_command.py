@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from clients.data_holder import DataHolder
+from clients.lost_rows import RowCounts, check_none_left_out, describe
 from clients.process import Process
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_size
@@ -27,6 +28,7 @@ def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
     """Print what the run that `words` describe would do: sizes, tokens, bytes a round, and every key."""
     config = config_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
     holder = Process().open(own_rows(config).to_flat(), {"server-paths": True})
+    check_none_left_out(holder.counts, config.train.max_length)
     plan = resolve(config)
     figures = figures_of(plan, holder)
     if as_json:
@@ -53,6 +55,7 @@ def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:
     mean_tokens = sum(len(row.tokens) for row in rows) / max(1, len(rows))
     supervised = sum(row.num_supervised for row in rows) / max(1, sum(len(row.tokens) for row in rows))
     cohort, train = plan.cohort.size, config.train
+    warning = holder.resident.check_tokenizer(config.model, train.max_length)
     tokens = round(mean_tokens * train.local_steps * train.batch_size * cohort)
     sizes = sorted(len(client.train) for client in clients)
     return {
@@ -62,6 +65,8 @@ def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:
         "held-out rows": sum(len(client.held_out) for client in clients),
         "tokens of a row": f"{mean_tokens:.0f} on average, {supervised:.0%} of them learnt",
         "rows cut off": sum(row.num_cut > 0 for row in rows),
+        "rows lost": describe(sum(holder.counts.values(), RowCounts()), train.max_length) or "none",
+        "longest row": warning or f"{train.max_length} tokens",
         "cohort": f"{cohort} clients, {train.local_steps} steps of {train.batch_size} rows each",
         "tokens a round": tokens,
         "tokens of the run": tokens * config.federation.num_rounds,

@@ -152,7 +152,7 @@ def crash(error: Exception) -> Callable[..., Any]:
 
 
 PLACES = [
-    (tokens, "encode"),
+    (tokens, "encode_or_cause"),
     (jobs, "draw_rows"),
     (protect, "protect"),
     (client_app.replies, "write_updates"),
@@ -193,7 +193,7 @@ def test_exception_that_quotes_a_row_leaves_as_a_code_alone(
 def test_every_kind_of_request_fails_without_a_word(
     kind: str, stock: bool, ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "encode", crash(RuntimeError(TEXT)))
+    monkeypatch.setattr(tokens, "encode_or_cause", crash(RuntimeError(TEXT)))
     reply = ask(kind, stock)
     assert leaks(bytes_of(reply)) == []
     if stock:

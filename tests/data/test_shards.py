@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedllm.config.keys import DataConfig
 from fedllm.data.fields import ClientRows
 from fedllm.data.shards import draw_rows, load_one_client, load_shards
-from fedllm.errors import ConfigError, DataError, NoDataError
+from fedllm.errors import ConfigError, DataError, NoDataError, RowsLostError
 from tests.data.builders import SECRET
 
 laws = settings(deadline=None, max_examples=60)
@@ -90,7 +90,7 @@ def test_max_rows_keeps_a_seeded_choice_of_each_client(tmp_path: Path) -> None:
 
 def test_bad_rows_of_both_stages_are_counted_with_their_place(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    source = write(path, texts(4, client="c"))
+    source = write(path, texts(20, client="c"))
     with path.open("a") as file:
         file.write(f'{{"text": "{SECRET}\n')
         for row in (
@@ -101,11 +101,23 @@ def test_bad_rows_of_both_stages_are_counted_with_their_place(tmp_path: Path) ->
         ):
             file.write(json.dumps(row) + "\n")
     shards = load_shards(DataConfig(source=source), num_clients=1, seed=0)
-    assert sum(len(client.train) + len(client.held_out) for client in shards.clients) == 4
-    assert [(bad.file, bad.line) for bad in shards.bad] == [(source, number) for number in range(5, 10)]
+    assert sum(len(client.train) + len(client.held_out) for client in shards.clients) == 20
+    assert [(bad.file, bad.line) for bad in shards.bad] == [(source, number) for number in range(21, 26)]
     reasons = [bad.reason for bad in shards.bad]
     assert [reason.split()[-1] for reason in reasons[1:]] == ["null", "missing", "text", "value"]
     assert SECRET not in repr(shards)
+
+
+def test_a_source_of_which_too_much_is_bad_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [*texts(7, client="c"), *[{"text": None, "client": SECRET}] * 2])
+    for load in (
+        lambda: load_shards(DataConfig(source=source), num_clients=1, seed=0),
+        lambda: one_client(source),
+    ):
+        with pytest.raises(RowsLostError, match="2 of 9 rows cannot be used") as caught:
+            load()
+        assert "2 x column 'text' is null" in str(caught.value)
+        assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [{"text": None}, {"other": SECRET}, {"text": {"a": SECRET}}, {"text": ""}])
