@@ -50,7 +50,7 @@ def run_federation(
         state = begin_or_resume(session, folder, start)
         describe_run(folder, config)  # only now is it certain that the run goes on with this configuration
         state, stopped = _rounds(session, state, folder)
-        publish_run(folder, plan, state, stopped)
+        publish_run(folder, plan, state, stopped, session.clients)
     except FedLLMError as error:
         _write_failure(folder, str(error))
         raise

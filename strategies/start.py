@@ -1,5 +1,7 @@
 """How a run starts: the session over the clients that join, and the state its first round begins with."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -55,6 +57,7 @@ def open_session(
     layout = describe_layout(config.model, config.lora)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
+    watch.phase("joining", 0, config.federation.num_clients)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
@@ -77,8 +80,10 @@ def first_state(session: Session, start: AdapterState | None = None) -> ServerSt
     """Return the state before round 1, with the held-out loss of the base model as record 0."""
     state = ServerState(0, start or session.initial)
     # What the last round is compared with.
+    began = time.perf_counter()
     record = RoundRecord(round_num=0, adapter=state.adapter.digest)
     record = evaluate(session, state).noted_in(record)
+    record = replace(record, seconds=time.perf_counter() - began)  # tells how long later evaluations take
     session.watch.record(record)
     return ServerState(0, state.adapter, records=(record,))
 

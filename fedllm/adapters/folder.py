@@ -7,6 +7,7 @@ accepts renamed keys, missing keys, NaN and flipped bits without a word.
 
 import errno
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,13 @@ def save_adapter(
         lora.save_pretrained(str(building))
         save_tensors(building / WEIGHTS, state)
         (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        (building / "README.md").write_text(card)
+
+
+def replace_card(folder: Path, card: str) -> None:
+    """Replace the README.md of a published adapter; the rest of the folder stays as it is."""
+    with complete_folder(folder) as building:
+        shutil.copytree(folder, building, dirs_exist_ok=True)
         (building / "README.md").write_text(card)
 
 

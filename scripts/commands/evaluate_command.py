@@ -20,7 +20,7 @@ from fedllm.messages import ClientEvaluation
 from fedllm.models.files import resolve_model
 from fedllm.runs.spread import spread_of
 from scripts.commands.run_command import Answers, compare_answers
-from scripts.console import Console, one_line
+from scripts.console import Console
 from scripts.finished_run import bare_config, find_adapter, own_rows, trained_clients
 
 
@@ -114,5 +114,4 @@ def _print(console: Console, report: Mapping[str, Any], answers: Answers) -> Non
     for label, key in (("worst - best", "spread"), ("deviation", "deviation")):
         table.add_row(label, "", "", f"{report[key]['base']:.4f}", f"{report[key]['adapter']:.4f}")
     console.rich.print(table)
-    for prompt, before, after in zip(answers.prompts, answers.before, answers.after, strict=True):
-        console.line(f"\n  {prompt}\n    before: {one_line(before)}\n    after:  {one_line(after)}")
+    console.answers(answers.prompts, answers.before, answers.after)

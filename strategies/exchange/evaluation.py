@@ -32,6 +32,8 @@ class HeldOut:
 def evaluate(session: Session, state: ServerState) -> HeldOut:
     """Return the held-out loss of every client that keeps held-out rows and answers with a sound number."""
     found: dict[str, ClientEvaluation] = {}
+    number = sum(client.num_held_out > 0 for client in session.clients.values())
+    session.watch.phase("evaluating", 0, number)
     for reply in session.transport.exchange(
         evaluate_requests(session, state),
         message_type="evaluate",
@@ -39,6 +41,7 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
         deadline=session.config.federation.round_deadline,
     ):
         found.update(read_evaluations(session, reply))
+        session.watch.phase("evaluating", len(found), number)
     # By name, so that a record does not tell who was quick.
     shared = {client: found[client].loss for client in sorted(found)}
     if session.config.personal.mode == "none":
