@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fedllm.runs.spread import keep_common_clients, spread_of
 
+NOTHING = "(nothing)"  # what is shown of an answer that ends at once
 MOST_CLIENTS = 20  # that a table lists one by one; beyond, those with the largest losses
 
 
@@ -43,7 +44,7 @@ class Console:
         for prompt, *texts in zip(prompts, before, after, strict=True):
             self.line(f"\n  {one_line(prompt, width + 10)}")
             for name, text in zip(("before:", "after: "), texts, strict=True):
-                self.line(f"    {name} {one_line(text, width)}")
+                self.line(f"    {name} {one_line(text, width) or NOTHING}")
 
     def summary(self, folder: Path, result: Mapping[str, Any]) -> None:
         """Print held-out losses, answers before and after, what came out, where it is and what to do next."""
@@ -60,6 +61,15 @@ class Console:
         self.line(f"next:    fedllm evaluate {shown}")
 
 
+def client_table(*headings: str) -> Table:
+    """Return an empty table of figures by client; where it is too wide, names are cut and never figures."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("client", overflow="ellipsis")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
 def loss_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
     """Return held-out loss per client in named columns (empty ones are left out), and how it is spread.
 
@@ -67,10 +77,7 @@ def loss_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
     losses in the last column are listed; the spread is that of all.
     """
     shown = keep_common_clients(columns)
-    table = Table("client", box=None, header_style="bold", pad_edge=False)
-    table.columns[0].overflow, table.columns[0].no_wrap = "ellipsis", True
-    for heading in (*shown, "change"):
-        table.add_column(heading, no_wrap=True)
+    table = client_table(*shown, "change")
     clients = list(next(iter(shown.values()), ()))
     last = list(shown.values())[-1] if shown else {}
     listed = set(sorted(clients, key=lambda client: -last[client])[:MOST_CLIENTS])

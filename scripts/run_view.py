@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, RenderableColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
+from rich.text import Text
 
 from fedllm.config.key import number_or
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
@@ -47,7 +48,7 @@ def figures_of(plan: RunPlan) -> tuple[Figure, ...]:
         Figure("rho", "rho", 5, rank=5),
         Figure("kept", "kept", 6, rank=4),
         Figure("distilled", "distilled", 9, rank=1),
-        Figure("time", "seconds", 7, unit=" s"),
+        Figure("time", "seconds", 7, rank=1, unit=" s"),
         Figure("epsilon", "epsilon", len(f"{budget:.2f}/{budget:g}")),
     )
     used = {"distilled": plan.distillation is not None, "epsilon": budget > 0}
@@ -83,13 +84,13 @@ class RunView:
             BarColumn(None, table_column=Column(ratio=1)),
             TextColumn("{task.fields[count]}", table_column=text),
             TimeElapsedColumn(table_column=text),
-            TextColumn("{task.fields[left]}", table_column=text),
+            RenderableColumn(Countdown(self), table_column=text),
             console=console.rich,
             disable=not console.is_live,
             transient=True,
             expand=True,
         )
-        self.task = self.progress.add_task("starting", total=None, count="", left="")
+        self.task = self.progress.add_task("starting", total=None, count="")
 
     @contextmanager
     def showing(self) -> Iterator["RunView"]:
@@ -113,7 +114,6 @@ class RunView:
             self.progress.reset(self.task)
         self.name, self.done, self.number = name, done, number
         where = f"round {self.round_num}/{self.num_rounds}" if self.round_num else ""
-        left = 0.0 if self.ends is None else self.ends - self.progress.get_time()
         self.progress.update(
             self.task,
             description=f"{where} {name}".strip(),
@@ -121,7 +121,6 @@ class RunView:
             total=number if done else None,
             completed=min(done, number),
             count=f"{done}/{number}" if number else "",
-            left=f"about {in_time(left)} left" if left >= 1 else "",
         )
 
     def joined(self, clients: Mapping[str, JoinedClient]) -> None:
@@ -181,6 +180,18 @@ class RunView:
             "epsilon": f"{epsilon:.2f}/{number_or(budget, 0.0):g}",
         }
         return {figure.name: cells[figure.name] for figure in self.figures}
+
+
+@dataclass(frozen=True, eq=False)
+class Countdown:
+    """The time that a run has left, each time that the bar is drawn."""
+
+    view: RunView
+
+    def __rich__(self) -> Text:
+        """Return it in words, "" where it is not known or over."""
+        left = 0.0 if self.view.ends is None else self.view.ends - self.view.progress.get_time()
+        return Text(f"about {in_time(left)} left" if left >= 1 else "")
 
 
 def seconds_left(plan: RunPlan, records: Sequence[RoundRecord]) -> float | None:
