@@ -1,7 +1,6 @@
 """A Flower run is followed without asking Flower often."""
 
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -14,25 +13,12 @@ from scripts.console import Console
 from scripts.run_view import RunView
 from scripts.runtimes import flower
 from scripts.runtimes.flower import Link, app_folder, follow
+from tests.builders import Clock
 
 
 def rounds(number: int) -> RunPlan:
     """Return the plan of a run of so many rounds."""
     return resolve(RunConfig.from_flat({"federation.num-rounds": number}))
-
-
-@dataclass
-class Clock:
-    """Time that passes only where somebody sleeps."""
-
-    now: float = 0.0
-    asked: list[float] = field(default_factory=list)
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture
