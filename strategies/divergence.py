@@ -83,8 +83,8 @@ def warnings_of(ends: Mapping[str, RoundRecord], last: RoundRecord | None) -> li
         before, after = (spread_of(ends[name].held_out).mean for name in ("before", "after"))
         if after > before:
             found.append(
-                f"the mean held-out loss ended above the base model's ({before:.4f} before, {after:.4f} after);"
-                " lower train.learning-rate or do fewer steps"
+                f"the mean held-out loss ended above the base model's ({before:.4f} before,"
+                f" {after:.4f} after); lower train.learning-rate or do fewer steps"
             )
     if last is not None and last.not_finite:
         total = len(last.not_finite) + len(last.held_out)

@@ -1,7 +1,10 @@
 """What a data holder may declare, and what becomes of one that declares nonsense."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from fedllm.errors import RunFailedError
 from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import resolve
+from fedllm.wire.replies import write_error
+from scripts.runtimes.local import init
 from strategies.exchange import joining
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import join_clients, rejoin, wait_for_nodes
@@ -250,6 +255,108 @@ def test_a_node_is_asked_again_where_its_error_may_pass(
     monkeypatch.setattr(time, "monotonic", lambda: later)
     rejoin(run.session)
     assert ("ben" in run.session.clients) is is_asked_again
+
+
+def patience(monkeypatch: pytest.MonkeyPatch, number: int = 3) -> list[float]:
+    """Let joining sleep so many times and no more; return how long it slept each time."""
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) > number:
+            raise TimeoutError("still waiting")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    return slept
+
+
+def refusing(code: str, nodes: Iterable[int]) -> Callable[[Message], list[Message]]:
+    def tamper(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id in set(nodes) and reply.metadata.message_type == "query.join":
+            reply.content = write_error(code)
+        return [reply]
+
+    return tamper
+
+
+@pytest.mark.parametrize("code", ["bad-model", "bad-data", "bad-config", "missing-package", "no-data"])
+def test_refusals_of_all_nodes_end_the_wait_with_the_cause(
+    code: str, make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience(monkeypatch)
+    config = make_config({"federation.join-deadline": 600.0})
+    with pytest.raises(RunFailedError, match=rf"0 usable clients.*node 2, node 3, node 4 .*{code}") as caught:
+        open_run(config, tamper=refusing(code, range(10)))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_wait_ends_with_what_a_node_of_this_process_says(
+    make_config: Callable, make_model_folder: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience(monkeypatch)
+    broken = tmp_path / "broken"
+    shutil.copytree(make_model_folder(), broken)
+    (broken / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    config = make_config({"model.name": str(broken), "federation.join-deadline": 600.0})
+    with pytest.raises(RunFailedError, match="node 2: no tokenizer in broken"):
+        init(config)
+
+
+@pytest.mark.parametrize(("refused", "waits"), [((2, 3, 4, 5), False), ((2, 3), True)])
+def test_elsewhere_a_wait_ends_when_as_many_as_expected_refused(
+    refused: tuple[int, ...],
+    waits: bool,
+    make_config: Callable,
+    open_run: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = open_run(make_config())
+    for node in {2, 3, 4, 5} - set(refused):
+        del run.grid.contexts[node]
+    run.grid.set_run(replace(run.grid.run, primary_task_type=""))  # a SuperLink: more nodes may connect
+    run.grid.tamper = refusing("bad-data", refused)
+    patience(monkeypatch)
+    config = make_config({"federation.join-deadline": 600.0})
+    with pytest.raises(TimeoutError if waits else RunFailedError):
+        join_clients(Transport(run.grid), config, run.session.layout, run.notices.append)
+    assert any("did not join" in line for line in run.notices)  # at once, not when the wait ends
+
+
+def test_those_that_joined_go_on_when_all_others_have_refused(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience(monkeypatch)
+    config = make_config({"federation.join-deadline": 600.0})
+    run = open_run(config, tamper=refusing("bad-data", [NODE]))
+    assert list(run.session.clients) == ["anna", "cleo", "dora"]
+
+
+def test_an_unforeseen_error_is_asked_about_once_more(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def count(content: RecordDict) -> RecordDict:
+        asked.append(1)
+        return write_error("internal")
+
+    run = open_run(make_config(), tamper=tampering("query.join", count))
+    for number in (1, 2, 3):
+        later = time.monotonic() + number * (joining.AGAIN_SECONDS + 1)
+        with monkeypatch.context() as context:
+            context.setattr(time, "monotonic", lambda later=later: later)
+            rejoin(run.session)
+    assert len(asked) == 2
+    assert sum("internal" in line for line in run.notices) == 1
+
+
+@pytest.mark.parametrize("number", [2**53, 10**3800])
+def test_a_declared_number_beyond_all_bounds_is_refused(
+    number: int, make_config: Callable, open_run: Callable
+) -> None:
+    run = open_run(make_config(), tamper=tampering("query.join", declaring(num_train=[number])))
+    assert "ben" not in run.session.clients
+    assert max(map(len, run.notices)) < 300
 
 
 def losing(**fields: Any) -> Callable[[RecordDict], RecordDict]:
