@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from flwr.app import RecordDict
 
-from fedllm.errors import PERMANENT_CAUSES, NonFiniteError, RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord, TrainingRecord
@@ -14,8 +13,8 @@ from strategies.cohort.late_updates import discounted
 from strategies.cohort.plan_round import plan_round
 from strategies.collector import RoundOutcome
 from strategies.collectors import open_collectors
-from strategies.divergence import check_finite, diverged
-from strategies.exchange.causes import by_cause
+from strategies.divergence import check_finite
+from strategies.exchange.causes import failure_of, stays
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import rejoin, wait_for_nodes
 from strategies.exchange.receiving import Answer, receive, sort_answers
@@ -49,30 +48,11 @@ def next_round(session: Session, state: ServerState) -> RoundOutcome:
             f"round {record.round_num}: {len(record.accepted)} updates accepted, {federation.min_clients}"
             " are needed; the adapter is unchanged"
         )
-        stuck |= {client: code for client, code in record.codes.items() if _stays(code, before.get(client))}
+        stuck |= {client: code for client, code in record.codes.items() if stays(code, before.get(client))}
         if len(session.clients.keys() - stuck) < federation.min_clients:
             break
         before = record.codes
-    raise _failure_of(session, state, record, attempt)
-
-
-def _stays(code: str, before: str | None) -> bool:
-    """Return whether a client would report a code again; an error that nobody foresaw may pass once."""
-    return code in PERMANENT_CAUSES or (code == before and code in ("internal", "out-of-memory"))
-
-
-def _failure_of(session: Session, state: ServerState, record: RoundRecord, attempt: int) -> RunFailedError:
-    """Return the error of a round that has failed for good: why, and what is kept."""
-    if record.lost and set(record.codes.values()) == {NonFiniteError.code}:
-        what = "training gave NaN or infinity at every client that was asked"
-        return diverged(session.config, state.records, record.round_num, what)
-    words = {client: session.transport.words_of(session.clients[client].node_id) for client in record.lost}
-    why = by_cause({client: words[client] or reason for client, reason in record.lost.items()})
-    times = "once" if attempt == 1 else f"{attempt} times"
-    return RunFailedError(
-        f"round {record.round_num} failed {times}; the adapter of round {state.round_num} is kept"
-        + (f"; {why}" if why else "")
-    )
+    raise failure_of(session, state, record, attempt)
 
 
 def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOutcome:

@@ -1,9 +1,13 @@
-"""Why nodes and clients have no result, in words a person can act on, and short however many there are."""
+"""Why nodes and clients have no result: words a person can act on, short however many there are."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from fedllm.errors import PERMANENT_CAUSES
+from fedllm.errors import PERMANENT_CAUSES, NonFiniteError, RunFailedError
+from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import RoundRecord
+from strategies.divergence import diverged
+from strategies.session import Session
 
 NAMES_SHOWN = 3
 CAUSES_SHOWN = 3
@@ -54,3 +58,22 @@ def few(notice: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     finally:
         if number > MOST_NOTICES:
             notice(f"and {number - MOST_NOTICES:,} more lines like these")
+
+
+def stays(code: str, before: str | None) -> bool:
+    """Return whether a client would report a code again; an error that nobody foresaw may pass once."""
+    return code in PERMANENT_CAUSES or (code == before and code in ("internal", "out-of-memory"))
+
+
+def failure_of(session: Session, state: ServerState, record: RoundRecord, attempt: int) -> RunFailedError:
+    """Return the error of a round that has failed for good: why, and what is kept."""
+    if record.lost and set(record.codes.values()) == {NonFiniteError.code}:
+        what = "training gave NaN or infinity at every client that was asked"
+        return diverged(session.config, state.records, record.round_num, what)
+    words = {client: session.transport.words_of(session.clients[client].node_id) for client in record.lost}
+    why = by_cause({client: words[client] or reason for client, reason in record.lost.items()})
+    times = "once" if attempt == 1 else f"{attempt} times"
+    return RunFailedError(
+        f"round {record.round_num} failed {times}; the adapter of round {state.round_num} is kept"
+        + (f"; {why}" if why else "")
+    )

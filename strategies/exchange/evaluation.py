@@ -8,6 +8,7 @@ from fedllm.messages import ClientEvaluation, ClientFailure
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from fedllm.wire import replies
+from strategies.divergence import check_finite
 from strategies.exchange.causes import few, grouped
 from strategies.exchange.requesting import evaluate_requests
 from strategies.exchange.validation import UNSOUND, check_evaluation
@@ -54,6 +55,14 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
         losses = {client: answer.personal_loss for client, answer in sound.items()}
         personal = {client: loss for client, loss in losses.items() if loss is not None}
     return HeldOut(shared, personal, tuple(sorted(found.keys() - sound)))
+
+
+def evaluate_base(session: Session, state: ServerState) -> RoundRecord:
+    """Return record 0, which the last round is compared with, and show it; raises as `check_finite`."""
+    record = evaluate(session, state).noted_in(RoundRecord(round_num=0, adapter=state.adapter.digest))
+    session.watch.record(record)
+    check_finite(session.config, state, record)
+    return record
 
 
 def read_evaluations(
