@@ -160,6 +160,7 @@ def _record(
         accepted=tuple(updates),
         lost={client: failure.reason or failure.code for client, failure in lost.items()},
         codes={client: failure.code for client, failure in lost.items()},
+        unsent=tuple(client for client, failure in lost.items() if failure.sent_nothing),
         weights={client: update.weight for client, update in updates.items()},
         staleness={client: rounds for client, rounds in rounds_late.items() if rounds},
         applied=is_applied,

@@ -98,12 +98,12 @@ def read_reply(
 
     The sum of a node's clients is one answer for all of them, sound or lost as a whole.
     """
-    code, unanswered = "lost", dict.fromkeys(asked, "its node did not answer for it")
+    unanswered = dict.fromkeys(asked, "its node did not answer for it")
     answers: Sequence[Answer] = ()
+    reported = replies.read_error(reply.content) if reply.content is not None else None
     try:
         answers = _answers(session, plan, reply.received(), asked)
     except WireError as error:
-        code = (reply.content is not None and replies.read_error(reply.content)) or "lost"
         unanswered = dict.fromkeys(asked, str(error))
     if not answers:  # the node may not hold what the request left out
         session.held_by_nodes.forget(reply.node_id, reply.content)
@@ -118,7 +118,9 @@ def read_reply(
     if strangers:
         session.watch.notice(f"node {reply.node_id} answered for {strangers} clients it was not asked for")
     for client, reason in unanswered.items():
-        yield ClientFailure(client_id=client, code=code, reason=reason)
+        yield ClientFailure(
+            client_id=client, code=reported or "lost", reason=reason, sent_nothing=reported is not None
+        )
 
 
 def _answers(session: Session, plan: RoundPlan, content: RecordDict, asked: Sequence[str]) -> list[Answer]:
