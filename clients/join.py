@@ -1,6 +1,7 @@
 """What a node answers when it is asked to join: the clients it hosts and their sizes."""
 
 from clients.data_holder import DataHolder
+from fedllm.errors import RowsLostError
 from fedllm.messages import JoinedClient
 
 
@@ -15,6 +16,7 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
             num_held_out=len(client.held_out),
             max_rank=holder.max_rank,
             fingerprint=holder.fingerprint,
+            cause=RowsLostError.code if client.counts.are_too_many_lost else "",
         )
         for client in holder.clients.values()
     ]

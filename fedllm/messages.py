@@ -140,7 +140,7 @@ class JoinedClient:
     """What a client declares when it joins; its later weights may not exceed these sizes.
 
     A client without usable rows declares `num_train` 0 and is left out. `max_rank` is the largest rank its
-    machine has room for, 0 = any.
+    machine has room for, 0 = any. `cause` is the code of the error for which it takes no part, "" for none.
     """
 
     client_id: str
@@ -149,3 +149,4 @@ class JoinedClient:
     num_held_out: int
     fingerprint: str
     max_rank: int = 0
+    cause: str = ""

@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -5,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
@@ -20,6 +23,8 @@ from fedllm.errors import ConfigError, DataError, ModelError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.plan.run_plan import resolve
 from tests.builders import evaluate_request, train_request
+
+SERVED = {"server-paths": True}
 
 
 def holder_of(config: RunConfig, **node: Any) -> DataHolder:
@@ -149,6 +154,34 @@ def test_rows_whose_answer_is_cut_off_are_left_out(write_rows: Callable, make_co
     rows = [row for client in with_room.clients.values() for row in client.train]
     assert rows
     assert all(len(row.tokens) <= 70 and row.num_supervised for row in rows)
+
+
+def test_a_client_that_loses_too_many_rows_declares_why(
+    write_rows: Callable, make_config: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_rows("rows.jsonl", {"anna": 8, "ben": 4})
+    long = {"instruction": "word " * 60, "output": "Return 1.", "client": "ben"}
+    file.write_text(file.read_text() + f"{json.dumps(long)}\n" * 2)
+    holder = holder_of(make_config(file), **{"server-paths": True})
+    joined = {client.client_id: (client.num_train, client.cause) for client in declare_clients(holder, 1)}
+    assert joined == {"anna": (7, ""), "ben": (0, "rows-lost")}
+    assert "client ben: 2 of 6 rows are skipped: 2 rows lose their whole answer" in caplog.text
+    assert "word" not in caplog.text
+    few = holder_of(make_config(file, **{"federation.num-clients": 1, "data.partition": "iid"}), **SERVED)
+    (client,) = declare_clients(few, 1)
+    assert (client.cause, few.counts[client.client_id].num_lost) == ("", 2)  # 2 of 14
+
+
+def test_tokenizer_without_embeddings_is_refused_on_opening(
+    write_rows: Callable, make_config: Callable, tmp_path: Path
+) -> None:
+    config = make_config(write_rows("rows.jsonl", {"anna": 8, "ben": 3}))
+    shutil.copytree(config.model.name, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    tokenizer.add_tokens(["anna"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="embedding"):
+        holder_of(config.override({"model.name": str(tmp_path / "model")}), **SERVED)
 
 
 def job_of(holder: DataHolder, client: str, drawn: int = 0, *others: str, **training: Any) -> Job:

@@ -127,7 +127,7 @@ def test_replies_hold_exactly_the_records_and_fields_on_the_list(ask: Callable) 
         "metrics": (MetricRecord, set(EVALUATION_METRICS)),
     }
     assert fields_of(ask("query.join").content) == {
-        "clients": (ConfigRecord, {"ids", "fingerprints"}),
+        "clients": (ConfigRecord, {"ids", "fingerprints", "causes"}),
         "metrics": (MetricRecord, {"num_train", "num_held_out", "max_rank"}),
     }
     assert fields_of(ask("query.overlap").content) == {"metrics": (MetricRecord, {"matched", "verbatim"})}

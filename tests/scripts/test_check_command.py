@@ -1,5 +1,6 @@
 """What `fedllm check` says of keys that a preset, privacy or "auto" replaces."""
 
+import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 
 from fedllm.config.recipe import build_config, flatten
 from fedllm.config.run_config import RunConfig
+from fedllm.errors import RowsLostError
 from fedllm.plan.run_plan import resolve
 from scripts.commands.check_command import check, replaced_values
 
@@ -35,6 +37,26 @@ FFA = {"aggregation.train": "b", "aggregation.read-out": "factor-mean"}
 )
 def test_replaced_values_are_shown(flat: dict[str, Any], in_use: dict[str, str]) -> None:
     assert replaced_values(resolve(RunConfig.from_flat(flat))) == in_use
+
+
+def test_a_client_that_loses_its_answers_is_an_error_with_the_cure(
+    make_model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [
+        {"prompt": "Return the list? " * (9 if name == "ben" else 1), "response": "ok", "client": name}
+        for name in ("anna", "ben")
+        for _ in range(5)
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [f"model.name={make_model_folder('llama')}", f"data.source={rows}", "federation.num-clients=2"]
+    with pytest.raises(RowsLostError) as caught:
+        check([*words, "train.max-length=40"], on_bad_row="", as_json=True)
+    assert "client ben: 5 of 5 rows are skipped" in str(caught.value)
+    assert "anna" not in str(caught.value)
+    (needed,) = re.findall(r"train\.max-length = (\d+) would keep 5 of 5 whole", str(caught.value))
+    check([*words, f"train.max-length={needed}"], on_bad_row="", as_json=True)
+    assert json.loads(capsys.readouterr().out)["plan"]["rows lost"] == "none"
 
 
 def test_the_keys_that_are_printed_are_a_recipe(
