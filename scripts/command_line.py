@@ -23,6 +23,9 @@ def run_app(app: typer.Typer, words: Sequence[str], *, name: str, verbose: bool 
     try:
         return app(list(words), prog_name=name, standalone_mode=False) or 0
     except click.ClickException as error:
+        # Typer and click each add what the command may have been called.
+        text, mark, guess = error.message.partition(" Did you mean")
+        error.message = text + mark + guess.partition(mark)[0].rstrip() if mark else text
         error.show()
         return error.exit_code
     except FedLLMError as error:
