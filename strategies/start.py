@@ -51,9 +51,10 @@ def open_session(
     if stock is not None:
         check_stock(plan)
     public_text = open_public_text(plan.distillation, config.data)
-    layout = describe_layout(config.model, config.lora)
+    layout = describe_layout(config.model, config.lora, watch.notice)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
+    watch.phase("joining", 0, config.federation.num_clients)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
