@@ -23,9 +23,6 @@ def run_app(app: typer.Typer, words: Sequence[str], *, name: str, verbose: bool 
     try:
         return app(list(words), prog_name=name, standalone_mode=False) or 0
     except click.ClickException as error:
-        # Typer and click each add what the command may have been called.
-        text, mark, guess = error.message.partition(" Did you mean")
-        error.message = text + mark + guess.partition(mark)[0].rstrip() if mark else text
         error.show()
         return error.exit_code
     except FedLLMError as error:
@@ -57,7 +54,9 @@ def run_module(package: str, modules: Mapping[str, str], words: Sequence[str]) -
     `modules` holds a line of help by name. The `main` of a module takes its options as a dataclass. Only
     the module that is asked for is imported.
     """
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, suggest_commands=False
+    )
     for name, line in modules.items():
         if words[:1] == [name]:
             module = import_module(f"{package}.{name}")
