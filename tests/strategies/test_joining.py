@@ -337,7 +337,7 @@ def test_an_unforeseen_error_is_asked_about_once_more(
     assert sum("internal" in line for line in run.notices) == 1
 
 
-@pytest.mark.parametrize("number", [2**53, 10**3800])
+@pytest.mark.parametrize("number", [2**53, 10**3800], ids=["just too many", "3,800 digits"])
 def test_a_declared_number_beyond_all_bounds_is_refused(
     number: int, make_config: Callable, open_run: Callable
 ) -> None:
