@@ -12,7 +12,7 @@ from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_size
 from fedllm.config.key import Scalar
 from fedllm.config.keys import DistillConfig
-from fedllm.models.base import describe_layout
+from fedllm.models.base import choose_model, describe_layout
 from fedllm.plan.aggregation import AXES
 from fedllm.plan.capabilities import assigned
 from fedllm.plan.run_plan import RunPlan, resolve
@@ -26,6 +26,7 @@ from scripts.recipe_arguments import config_of
 def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
     """Print what the run that `words` describe would do: sizes, tokens, bytes a round, and every key."""
     config = config_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
+    choose_model(config.model)  # refuses a device or a quantisation that the run would refuse
     holder = Process().open(own_rows(config).to_flat(), {"server-paths": True})
     plan = resolve(config)
     figures = figures_of(plan, holder)

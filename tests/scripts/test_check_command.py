@@ -10,6 +10,7 @@ import pytest
 
 from fedllm.config.recipe import build_config, flatten
 from fedllm.config.run_config import RunConfig
+from fedllm.errors import MissingExtraError, ModelError
 from fedllm.plan.run_plan import resolve
 from scripts.commands.check_command import check, replaced_values
 
@@ -47,3 +48,20 @@ def test_the_keys_that_are_printed_are_a_recipe(
     printed = re.sub(r" \(in use: .*\)$", "", capsys.readouterr().out.partition("keys (")[2], flags=re.M)
     keys = flatten(tomllib.loads(printed.partition("\n")[2]))
     assert RunConfig.from_flat(keys) == build_config(None, words)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["model.device=cuda:99", "model.device=gpu", "model.device=mps", "model.device=cuda:x"]
+    + [f"model.quantization={kind}" for kind in ("4bit", "8bit")],
+)
+def test_a_device_or_precision_that_is_not_here_is_refused(
+    word: str, make_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As the run would: before, each was found only when the clients trained."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "Return the list.", "client": "anna"}\n' * 4)
+    words = [f"model.name={make_model_folder()}", f"data.source={rows}", "federation.num-clients=1"]
+    on_cpu = [] if "device" in word else ["model.device=cpu"]
+    with pytest.raises((ModelError, MissingExtraError), match=word.partition("=")[0].replace(".", r"\.")):
+        check([*words, word, *on_cpu], on_bad_row="", as_json=False)
