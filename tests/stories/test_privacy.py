@@ -34,7 +34,6 @@ def test_a_device_that_is_missing_spends_no_privacy(tiny_run, fedllm, tmp_path):
         "--out",
         str(tmp_path),
         "privacy.epsilon=8",
-        f"privacy.unit={unit}",
         "run.name=private",
     ]
     failed = fedllm("run", *words, "model.device=cuda:99", "federation.max-retries=0", check=False)
