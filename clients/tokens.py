@@ -9,7 +9,7 @@ from typing import Any
 
 from clients.site import NodeConfig
 from fedllm.config.run_config import RunConfig
-from fedllm.data.fields import BadRow, ClientRows, Example
+from fedllm.data.fields import BadRow, ClientRows, Example, count_reasons
 from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.data.shards import Shards, load_one_client, load_shards
 from fedllm.errors import ConfigError, NoDataError
@@ -69,10 +69,7 @@ def hosted_rows(
 
 def _report(bad: tuple[BadRow, ...]) -> None:
     if bad:
-        first = bad[0]
-        _logger.warning(
-            "%d bad rows skipped; the first: %s, line %d: %s", len(bad), first.file, first.line, first.reason
-        )
+        _logger.warning("%d bad rows skipped: %s", len(bad), count_reasons(bad))
 
 
 def encode_client(rows: ClientRows, tokenizer: Any, max_length: int) -> ClientTokens:

@@ -24,11 +24,10 @@ def train_clients(
     """
     this_round = plan_node_round(holder, request, weighting=weighting)
     able = [name for name in request.drawn if name in holder.clients and holder.clients[name].train]
-    # The ledger is written before there is anything to account for: a crash can only count too much.
-    unpaid: dict[str, ClientFailure] = {}
+    failed: dict[str, ClientFailure] = {}
     for technique in this_round.techniques:
-        unpaid.update(technique.charge(this_round, able))
-    drawn = {name: request.drawn[name] for name in able if name not in unpaid}
+        failed.update(technique.refuse(this_round, able))
+    drawn = {name: request.drawn[name] for name in able if name not in failed}
     # Everything trains on the base model with the base delta, the techniques' own adapters too.
     with with_base_delta(holder.engine.base, holder.base_deltas.keep(request.base_delta)):
         works = prepare_clients(this_round, drawn)
@@ -37,8 +36,13 @@ def train_clients(
         works, diverged = protect_clients(this_round, works)
     # After protection, since what a client keeps may depend on what has left it (SCAFFOLD's c_i).
     unsaved = _save_kept(holder.store, works, this_round.training.steps * this_round.training.batch_size)
+    works = [work for work in works if work.client.client_id not in unsaved]
+    failed.update({**diverged, **unsaved})
+    # Last, since all that can fail has not: what is charged leaves, and until then nothing has.
+    for technique in this_round.techniques:
+        failed.update(technique.charge(this_round, works))
     updates = {work.client.client_id: work.sent for work in works}
-    answers: dict[str, ClientUpdate | ClientFailure] = {**unpaid, **diverged, **updates, **unsaved}
+    answers: dict[str, ClientUpdate | ClientFailure] = {**updates, **failed}
     return [answers.get(name, ClientFailure(client_id=name, code="no-data")) for name in request.drawn]
 
 

@@ -93,9 +93,11 @@ def aggregate(
     collectors = open_collectors(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, str] = {}
+    unsent: list[str] = []
     for answer in sort_answers(answers, plan.asked):  # floating-point sums depend on their order
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer.reason or answer.code
+            unsent += [answer.client_id] * answer.sent_nothing
             continue
         update = discounted(answer, plan.round_num, session.config.aggregation.staleness_exponent)
         for collector in collectors:
@@ -105,7 +107,7 @@ def aggregate(
             accepted[member.client_id] = replace(member, delta=member.delta.new_empty(0), control_delta=None)
     # A Poisson draw may choose nobody: then the round is empty and has not failed.
     is_applied = len(accepted) >= session.config.federation.min_clients or plan.cohort_size == 0
-    record = _record(state, plan, accepted, lost, is_applied=is_applied)
+    record = replace(_record(state, plan, accepted, lost, is_applied=is_applied), unsent=tuple(unsent))
     after = _next_state(state, plan, accepted) if is_applied else state
     for collector in collectors:
         after, record = collector.close(state, after, record)

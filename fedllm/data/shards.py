@@ -15,6 +15,7 @@ from fedllm.data.fields import (
     ClientRows,
     Example,
     RowProblem,
+    count_reasons,
     detect_fields,
     mapped_columns,
     to_example,
@@ -167,10 +168,9 @@ def _tell_clients(partition: Partition, rows: Sequence[dict[str, Any]], column: 
 def _nothing_usable(source: str, bad: Sequence[BadRow]) -> NoDataError:
     if not bad:
         return NoDataError(f"{source}: holds no rows; name a source that does")
-    first = bad[0]
     return NoDataError(
-        f"{source}: none of its {len(bad)} rows can be used; the first, {first.file}, line {first.line}: "
-        f"{first.reason}; check the file and data.columns"
+        f"{source}: none of its {len(bad)} rows can be used: {count_reasons(bad)}; check the file and"
+        " data.columns"
     )
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -25,8 +26,17 @@ from fedllm.engine.kernels import LoopKernel, MaskedKernel
 from fedllm.engine.layers import attached
 from fedllm.engine.optimizer import RowAdamW
 from fedllm.engine.passes import Item, Passes, by_adapters, packed
-from fedllm.engine.probe import can_be_ragged, measured_budget, plain_head, remembered_budget
+from fedllm.engine.probe import (
+    can_be_ragged,
+    check_causal,
+    keeps_apart,
+    measured_budget,
+    plain_head,
+    remembered_budget,
+)
+from fedllm.errors import ModelError
 from fedllm.messages import ClientEvaluation
+from fedllm.models.attention import longest_pass
 from fedllm.models.base import BaseModel, check_fits
 from fedllm.models.chat import IGNORED, Encoded
 
@@ -52,7 +62,9 @@ class Engine:
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         kernel = MaskedKernel() if base.device.type == "cuda" else LoopKernel()
         self.bank = Bank(layout, kernel, base.device, dtype)
+        check_causal(base.model, base.device)
         self.is_ragged = can_be_ragged(base.model, base.device)
+        self._keeps_examples_apart = False  # not tried yet
         self.passes = Passes(base, self.bank, plain_head(base.model, base.device))
         if not self.is_ragged:
             kind = type(base.model).__name__
@@ -62,7 +74,13 @@ class Engine:
     # --- training -----------------------------------------------------------------------------------------
 
     def train(self, jobs: Sequence[Job]) -> Iterator[Result]:
-        """Yield the result of every job, in order. A diverged job has one too, which is not finite."""
+        """Yield the result of every job, in order. A diverged job has one too, which is not finite.
+
+        Raises:
+            ModelError: examples are to be private, and the model mixes them even one by one.
+        """
+        if any(job.example_clip for job in jobs) and not self._keeps_examples_apart:
+            self._check_examples()
         for group in self._groups(jobs):
             yield from self._train_group(group)
 
@@ -194,18 +212,40 @@ class Engine:
             total_AP.addmm_(clip_factors(jobs, owners, norms_S), grad_SP)
         return total_AP, losses_A
 
+    def _check_examples(self) -> None:
+        """Try on this model, under adapters, whether an example's loss is its own; else feed each alone."""
+        draw = torch.Generator().manual_seed(0)
+        starts = [torch.randn(self.layout.size, generator=draw) * 0.1 for _ in range(2)]
+        self.bank.load(self.layout, starts, [self.layout.scale] * 2)
+
+        def losses_of(rows: Sequence[Encoded]) -> Sequence[torch.Tensor]:
+            # Another seed each, so that none shares its beginning, as in training.
+            items = [Item(row, place // 2, 0, 1.0, seed=place) for place, row in enumerate(rows)]
+            parts = self._split(items, self._limit)
+            return torch.cat([self.passes.losses(part, backward=False).float() for part in parts]).unbind()
+
+        with torch.no_grad(), attached(self.base.model, self.bank, is_ragged=self.is_ragged):
+            self._keeps_examples_apart = keeps_apart(losses_of, self.base.model)
+        if not self._keeps_examples_apart and self.is_ragged:
+            self.is_ragged = False
+            self._check_examples()
+        elif not self._keeps_examples_apart:
+            kind = type(self.base.model).__name__
+            raise ModelError(f"{kind} mixes examples, so none can be private; take another model.name")
+
     # --- passes -------------------------------------------------------------------------------------------
 
     @property
     def _limit(self) -> int:
         """Tokens up to which clients share a pass; 0 keeps samples apart where attention cannot be ragged."""
-        return self.token_budget if self.is_ragged else 0
+        return min(self.token_budget, longest_pass(self.base.model)) if self.is_ragged else 0
 
     @property
     def _step_limit(self) -> int:
         """Tokens above which a step is split. On a CPU only memory asks for it, so it is above the budget."""
         is_roomy = self.is_ragged and self.base.device.type == "cpu"
-        return max(self._limit, CPU_STEP_TOKENS) if is_roomy else self._limit
+        most = min(CPU_STEP_TOKENS, longest_pass(self.base.model))
+        return max(self._limit, most) if is_roomy else self._limit
 
     def _split(self, items: Sequence[Item], limit: int) -> Iterator[list[Item]]:
         """Split samples into forward passes of at most `limit` tokens."""
@@ -303,20 +343,31 @@ class Engine:
         max_new_tokens: int,
         choose: Choice,
     ) -> list[tuple[int, ...]]:
-        """Return the tokens that `choose` takes after each beginning under its own adapter, all in one batch.
+        """Return the tokens that `choose` takes after each beginning under its own adapter.
 
         `vectors[i]` [P] of `layout` goes with `beginnings[i]`; the same vector object is held once.
         """
-        with self._whole_rows(layout, vectors):
-            return continuations(self.base, beginnings, max_new_tokens, choose)
+        found: list[tuple[int, ...]] = []
+        for places in self._batches(len(beginnings)):
+            with self._whole_rows(layout, [vectors[place] for place in places]):
+                batch = [beginnings[place] for place in places]
+                found += continuations(self.base, batch, max_new_tokens, partial(choose, places))
+        return found
 
     @torch.inference_mode()
     def generate(
         self, states: Sequence[AdapterState], prompts: Sequence[str], max_new_tokens: int
     ) -> list[str]:
-        """Return the greedy answer of `states[i]` to `prompts[i]`, all of them in one batch."""
-        with self._whole_rows(self.layout, [state.vector for state in states]):
-            return answers(self.base, prompts, max_new_tokens)
+        """Return the greedy answer of `states[i]` to `prompts[i]`."""
+        found: list[str] = []
+        for places in self._batches(len(prompts)):
+            with self._whole_rows(self.layout, [states[place].vector for place in places]):
+                found += answers(self.base, [prompts[place] for place in places], max_new_tokens)
+        return found
+
+    def _batches(self, number: int) -> list[range]:
+        """Return which prompts are answered together: all, or one by one where padding could change state."""
+        return [range(number)] if self.is_ragged else [range(place, place + 1) for place in range(number)]
 
     @contextmanager
     def _whole_rows(self, layout: AdapterLayout, vectors: Sequence[torch.Tensor]) -> Iterator[None]:

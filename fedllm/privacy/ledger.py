@@ -2,12 +2,13 @@
 
 An account is a client, or the whole federation where all clients are charged alike. The ledger is written
 before a release is used, so a run that was killed resumes with everything it has spent. An entry is named by
-round, attempt and the digest of what its noise hides: the same release made again after a resume is charged
-once, while another attempt at the round, or another sum in it, is a second release.
+round, attempt and a digest of what was released: the same release made again after a resume is charged once,
+while another attempt at the round, or other bits in it, is a second release.
 """
 
+import fcntl
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -20,12 +21,16 @@ from fedllm.privacy.accounting import Charge, epsilon_of, merged, quick_bound, r
 
 @dataclass(frozen=True)
 class Entry:
-    """One release: the charge of every account that took part."""
+    """One release: the charge of every account that took part.
+
+    `draw` names the coins that drew its rows, "" where there were none.
+    """
 
     round_num: int
     attempt: int
     release: str
     charges: Mapping[str, Charge]
+    draw: str = ""
 
     @property
     def name(self) -> tuple[int, int, str]:
@@ -116,14 +121,26 @@ def read_ledger(file: Path) -> Ledger:
         raise CheckpointError(f"{file} is damaged; what was spent is not known: restore it") from None
 
 
-def write_ledger(file: Path, ledger: Ledger) -> None:
-    """Write a ledger to its file, whole or not at all.
+def change_ledger(file: Path, change: Callable[[Ledger], Ledger]) -> Ledger:
+    """Return what `change` makes of the ledger in a file, which holds it by then: whole or as it was.
+
+    Whoever else changes it waits: of two that read and then write, one would forget what the other charged.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: it is damaged or cannot be written; what `change` raises leaves it as it was.
     """
     try:
-        write_file(file, json.dumps(ledger_to_dict(ledger)) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # A file of its own, since a write replaces the ledger and with it what a lock on it would hold.
+        with file.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, or with its process
+            before = read_ledger(file)
+            after = change(before)
+            if after is not before:
+                write_file(file, json.dumps(ledger_to_dict(after)) + "\n")
+            return after
+    except CheckpointError:  # it is an OSError too
+        raise
     except OSError as error:
         raise CheckpointError(
             f"the privacy ledger {file} cannot be written: {error.strerror}; let this user write there"
@@ -137,6 +154,7 @@ def ledger_to_dict(ledger: Ledger) -> list[dict[str, Any]]:
             "round": entry.round_num,
             "attempt": entry.attempt,
             "release": entry.release,
+            "draw": entry.draw,
             "charges": {account: asdict(charge) for account, charge in entry.charges.items()},
         }
         for entry in ledger.entries
@@ -156,6 +174,7 @@ def ledger_from_dict(values: Iterable[Mapping[str, Any]]) -> Ledger:
                 int(item["attempt"]),
                 str(item["release"]),
                 {str(account): Charge(**charge) for account, charge in item["charges"].items()},
+                str(item.get("draw", "")),
             )
             for item in values
         )

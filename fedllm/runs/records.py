@@ -156,6 +156,7 @@ class RoundRecord:
     asked: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
     lost: Mapping[str, str] = field(default_factory=dict)  # client -> reason
+    unsent: tuple[str, ...] = ()  # of the lost, those who reported that they have no update
     weights: Mapping[str, float] = field(default_factory=dict)
     staleness: Mapping[str, int] = field(default_factory=dict)  # late client -> rounds by which it was late
     applied: bool = True  # false where too few updates were accepted and the adapter stayed as it was

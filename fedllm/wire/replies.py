@@ -341,7 +341,7 @@ def _read_delta(array: Array, layout: AdapterLayout, part: str, round_num: int) 
 
 
 def _reported(client_id: str, code: str) -> ClientFailure:
-    return ClientFailure(client_id=client_id, code=code, reason=f"client reports {code}")
+    return ClientFailure(client_id=client_id, code=code, reason=f"client reports {code}", sent_nothing=True)
 
 
 def _bad_packet(client_id: str, error: WireError) -> ClientFailure:

@@ -100,6 +100,7 @@ def read_reply(
     """
     unanswered = dict.fromkeys(asked, "its node did not answer for it")
     answers: Sequence[Answer] = ()
+    sent_nothing = reply.content is not None and replies.read_error(reply.content) is not None
     try:
         answers = _answers(session, plan, reply.received(), asked)
     except WireError as error:
@@ -114,7 +115,7 @@ def read_reply(
             unanswered.pop(member.client_id, None)
         yield from _checked(session, plan, answer)
     for client, reason in unanswered.items():
-        yield ClientFailure(client_id=client, code="lost", reason=reason)
+        yield ClientFailure(client_id=client, code="lost", reason=reason, sent_nothing=sent_nothing)
 
 
 def _answers(session: Session, plan: RoundPlan, content: RecordDict, asked: Sequence[str]) -> list[Answer]:

@@ -118,7 +118,7 @@ def test_stop_refuses_the_first_bad_row_by_file_and_line(tmp_path: Path, bad: di
     assert caught.value.__suppress_context__
 
 
-@pytest.mark.parametrize("rows", [[], [{"text": None, "client": "c"}], [{"text": 5, "client": SECRET}]])
+@pytest.mark.parametrize("rows", [[], [{"text": None, "client": "c"}], [{"text": [5], "client": SECRET}]])
 def test_a_source_without_a_usable_row_has_no_data(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     source = write(tmp_path / "a.jsonl", rows)
     for load in (
@@ -128,7 +128,7 @@ def test_a_source_without_a_usable_row_has_no_data(tmp_path: Path, rows: list[di
         with pytest.raises(NoDataError) as caught:
             load()
         assert source in str(caught.value)
-        assert not rows or "line 1: column 'text'" in str(caught.value)
+        assert not rows or all(part in str(caught.value) for part in ("line 1", "column 'text'"))
         assert SECRET not in str(caught.value)
 
 

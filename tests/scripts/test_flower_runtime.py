@@ -1,7 +1,6 @@
 """A Flower run is followed without asking Flower often."""
 
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,7 @@ from fedllm.runs.records import RoundRecord
 from scripts.console import Console, RunView
 from scripts.runtimes import flower
 from scripts.runtimes.flower import Link, app_folder, follow
-
-
-@dataclass
-class Clock:
-    """Time that passes only where somebody sleeps."""
-
-    now: float = 0.0
-    asked: list[float] = field(default_factory=list)
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
+from tests.builders import Clock
 
 
 @pytest.fixture

@@ -31,14 +31,14 @@ def test_sigkill_in_a_round_then_resume_gives_the_same_bytes(tiny_run, fedllm, t
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 600
     while 1 not in _rounds(killed) and time.monotonic() < ends and process.poll() is None:
         time.sleep(0.02)
     time.sleep(0.3)  # into round 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
-    assert _rounds(killed) == [0, 1]
+    assert _rounds(killed) in ([0, 1], [0, 1, 2])  # as fast as this machine is
     assert not (killed / "adapter").exists()
 
     refused = fedllm("run", *words, "run.name=killed", check=False)
@@ -65,11 +65,11 @@ def test_interrupt_leaves_complete_rounds_and_one_line(tiny_run, tmp_path):
         # a shell that runs tests in the background has them ignore Ctrl-C, and so would this process
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 600
     while 1 not in _rounds(tmp_path / "stopped") and time.monotonic() < ends and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 130
     assert error.strip().splitlines()[-1].startswith("fedllm: stopped")
     assert "Traceback" not in error

@@ -71,7 +71,10 @@ def test_an_updates_reply_comes_back_as_it_was() -> None:
     assert torch.equal(a.delta, DELTA)
     for name in ("round_num", "weight", "num_tokens", "train_loss", "num_truncated", "seconds"):
         assert getattr(a, name) == getattr(sent, name)
-    assert (b.client_id, c) == ("b", ClientFailure(client_id="c", code="no-data", reason=c.reason))
+    assert (b.client_id, c) == (
+        "b",
+        ClientFailure(client_id="c", code="no-data", reason=c.reason, sent_nothing=True),
+    )
 
 
 def controls_reply() -> RecordDict:
