@@ -257,7 +257,7 @@ def _values(path: str) -> list[Item]:
         try:
             value, after = _JSON.raw_decode(text, place)
         except (ValueError, RecursionError):
-            if not values:  # one bad line at the top of a file of lines
+            if not values or line == values[0][0]:  # one bad line at the top of a file of lines
                 return []
             why = "not valid JSON, in a file whose values are not one on a line"
             raise DataError(f"{path}, line {line}: {why}; write one object on a line") from None

@@ -155,12 +155,12 @@ def _tell_clients(partition: Partition, rows: Sequence[dict[str, Any]], column: 
     if num_values > num_clients:
         num_left = len(rows) - sum(map(len, partition.indices))
         _logger.warning(
-            "federation.num-clients = %d: %d of the %d values of column %r are left out, with %d of %d rows",
+            "federation.num-clients = %d: %d of the %d clients of column %r are left out, with %d of %d rows",
             *(num_clients, num_values - num_clients, num_values, column, num_left, len(rows)),
         )
     if partition.values:
         _logger.warning(
-            "%d clients are named otherwise than column %r names them; fedllm check shows the names",
+            "%d clients have a name other than their value of column %r; fedllm check shows both",
             *(len(partition.values), column),
         )
 

@@ -77,8 +77,8 @@ def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:
 
 
 def renamed_clients(partition: Partition) -> dict[str, str]:
-    """Return the clients whose value of the column could not be their name, with the beginning of that."""
-    values = [f"{name} = {value[:40]!r}" for name, value in partition.values.items()]
+    """Return the clients whose value of the column cannot be their name, with the beginning of that value."""
+    values = [f"{name} = {value[:40]!r}" for name, value in sorted(partition.values.items())]
     more = f" and {len(values) - _MOST_NAMES} more" if len(values) > _MOST_NAMES else ""
     return {"clients renamed": ", ".join(values[:_MOST_NAMES]) + more} if values else {}
 
