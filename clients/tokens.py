@@ -13,7 +13,7 @@ from typing import Any
 from clients.site import NodeConfig
 from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import BadRow, ClientRows, Example, count_reasons
-from fedllm.data.partition import CLIENT_ID
+from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.data.shards import Shards, load_one_client, load_shards
 from fedllm.errors import ConfigError, NoDataError
 from fedllm.models.chat import Encoded, encode
@@ -57,8 +57,8 @@ def hosted_rows(
     partition, num_partitions = int(node.get("partition-id", 0)), int(node.get("num-partitions", 1))
     if "data-path" in node:
         client_id = str(node.get("client-id", f"client-{partition:04d}"))
-        if not CLIENT_ID.fullmatch(client_id):
-            raise ConfigError(f"client-id {client_id!r}: expected up to 64 letters, digits, '.', '_' or '-'")
+        if not is_client_id(client_id):
+            raise ConfigError(f"client-id {client_id!r}: expected {CLIENT_ID_FORM}")
         try:
             shard = load_one_client(
                 str(node["data-path"]), config.data, client_id=client_id, seed=config.seed

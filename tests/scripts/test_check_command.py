@@ -1,5 +1,6 @@
 """What `fedllm check` says of keys that a preset, privacy or "auto" replaces."""
 
+import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -65,3 +66,19 @@ def test_a_device_or_precision_that_is_not_here_is_refused(
     on_cpu = [] if "device" in word else ["model.device=cpu"]
     with pytest.raises((ModelError, MissingExtraError), match=word.partition("=")[0].replace(".", r"\.")):
         check([*words, word, *on_cpu], on_bad_row="", as_json=False)
+
+
+def test_a_client_by_another_name_is_shown_with_its_value(
+    make_model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    made = (
+        {"text": f"Return the list {n}.", "client": client}
+        for client in ("ward 7/a", "Zoë Müller")
+        for n in range(4)
+    )
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    words = [f"model.name={make_model_folder('llama')}", f"data.source={rows}", "federation.num-clients=2"]
+    check(words, on_bad_row="", as_json=True)
+    figures = json.loads(capsys.readouterr().out)["plan"]
+    assert figures["clients renamed"] == "client-0001 = 'ward 7/a'"
