@@ -8,6 +8,7 @@ import typer
 
 import fedllm
 from scripts.command_line import run_app
+from scripts.terminal import make_output_plain
 
 app = typer.Typer(
     name="fedllm",
@@ -178,6 +179,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command; an expected failure is one line on stderr and exit code 2."""
+    make_output_plain()
     verbose = {"-v", "--verbose"} & set(sys.argv[1:])
     arguments = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
     code = run_app(app, arguments, name="fedllm", verbose=bool(verbose))

@@ -47,7 +47,8 @@ def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
 def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:
     """Return the figures of a run, counted from its rows and layout."""
     config, privacy = plan.config, plan.privacy
-    layout = describe_layout(config.model, config.lora)
+    left_out: list[str] = []
+    layout = describe_layout(config.model, config.lora, left_out.append)
     clients = [client for client in holder.clients.values() if client.train]
     rows = [row for client in clients for row in client.train]
     mean_tokens = sum(len(row.tokens) for row in rows) / max(1, len(rows))
@@ -58,6 +59,7 @@ def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:
     return {
         "base model": f"{config.model.name} (fingerprint {layout.fingerprint[:16]})",
         "adapter": f"rank {layout.rank} on {len(layout.matrices)} layers, {layout.size:,} values",
+        **({"layers left out": left_out[0]} if left_out else {}),
         "clients": f"{len(clients)} with {sizes[0]} to {sizes[-1]} training rows" if sizes else "none",
         "held-out rows": sum(len(client.held_out) for client in clients),
         "tokens of a row": f"{mean_tokens:.0f} on average, {supervised:.0%} of them learnt",

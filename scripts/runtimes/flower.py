@@ -31,7 +31,7 @@ from fedllm.models.files import is_local_model
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import ROUNDS, run_folder, to_toml
 from fedllm.runs.records import record_from_dict
-from scripts.console import RunView
+from scripts.run_view import RunView
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 _START_SECONDS = 60.0

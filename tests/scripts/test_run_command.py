@@ -11,12 +11,14 @@ from clients.process import PROCESS
 from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition
 from fedllm.errors import ConfigError
+from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import describe_run
 from scripts.commands import run_command
-from scripts.console import Console, RunView
+from scripts.console import Console
+from scripts.run_view import RunView
 from strategies import run as federation
 
-VIEW = RunView(Console(quiet=True), 1)
+VIEW = RunView(Console(quiet=True), resolve(RunConfig()))
 
 
 class CrashError(Exception):

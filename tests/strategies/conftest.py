@@ -144,6 +144,12 @@ def open_run() -> Callable[..., Run]:
 
 
 @pytest.fixture
+def watched_grid() -> type[WatchedGrid]:
+    """Return the class of a local grid whose replies pass through its `tamper`."""
+    return WatchedGrid
+
+
+@pytest.fixture
 def own_base_deltas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the base deltas of a test apart from those of others."""
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
