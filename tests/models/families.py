@@ -180,6 +180,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {"sliding_window": 6},
     "vaultgemma": WINDOW,
+    "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 96},
     "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
 }
 

@@ -30,9 +30,12 @@ from tests.builders import random_texts
 from tests.models.families import FAMILIES, tiny_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-BEGIN, END = "<!-- families: written by tests/models/test_architectures.py -->\n", "<!-- end of families -->\n"
+BEGIN, END = (
+    "<!-- families: written by tests/models/test_architectures.py -->\n",
+    "<!-- end of families -->\n",
+)
 ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
-LENGTHS = (9, 14, 6, 20)
+LENGTHS = (9, 14, 6)
 TRAINING = LocalTraining(steps=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0, clip_norm=0.0)
 
 
@@ -92,13 +95,11 @@ def check_clients(engine: Engine, vector: torch.Tensor) -> None:
         # Adam's first step is the sign of a gradient: only where that is nearly zero can rounding turn it.
         assert float((result.delta - alone.delta).abs().gt(1e-3).double().mean()) < 0.01
         assert result.loss == pytest.approx(alone.loss, rel=1e-5)
-    beginnings = [row.tokens for row in rows]
+    beginnings = [row.tokens for row in rows[:2]]
 
     def written(which: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         vectors = [vector] * len(which)
-        return engine.continue_rows(
-            engine.layout, vectors, which, 4, lambda _, logits: logits.argmax(dim=1)
-        )
+        return engine.continue_rows(engine.layout, vectors, which, 4, lambda _, logits: logits.argmax(1))
 
     assert written(beginnings) == [only for beginning in beginnings for only in written([beginning])]
 
@@ -128,19 +129,20 @@ def finding(family: str) -> Finding:
     try:
         layout = layout_of(model, LoraConfig(rank=2, alpha=4.0), base.fingerprint)
         engine = Engine(base, layout)
-    except ModelError as error:
-        assert "not causal" in str(error)
-        return Finding(kind, "refused: not causal", "")
+    except ModelError as error:  # "KIND is not causal: why"
+        return Finding(kind, "refused: " + str(error).partition(" is ")[2].partition(":")[0], "")
+    linear = {_kind(name) for name, module in model.base_model.named_modules() if is_linear(module)}
     vector = 0.1 * torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
     check_rows(engine, vector)
     check_clients(engine, vector)
     check_published(engine, vector)
-    adapted = {matrix.module for matrix in layout.matrices}
-    linear = {name for name, module in tiny_model(family).base_model.named_modules() if is_linear(module)}
-    ends = {name.rpartition(".")[2] for name in adapted}
-    left_out = sorted({name.rpartition(".")[2] for name in linear} - ends)
+    left_out = sorted(linear - {_kind(matrix.module) for matrix in layout.matrices} - {"lm_head"})
     rows = "share a pass" if engine.is_ragged else "one by one"
     return Finding(kind, rows, "all but " + ", ".join(left_out) if left_out else "all linear layers")
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def line_of(family: str) -> str:
