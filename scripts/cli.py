@@ -15,6 +15,7 @@ app = typer.Typer(
     help="Federated fine-tuning of language models: private text stays, LoRA adapters travel.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click suggests them itself
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
