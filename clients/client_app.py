@@ -100,14 +100,14 @@ def _answer(
         holder = process.open(context.run_config, context.node_config)
         return Message(handler(holder, message.content, context), reply_to=message)
     except FedLLMError as error:
-        _logger.error("%s", error)
+        _logger.error("%s: %s", error.code, error)  # the code is what the server is told
         code = error.code
     except (MemoryError, torch.OutOfMemoryError):
-        _logger.error("out of memory: lower train.batch-size or train.max-length")
+        _logger.error("out-of-memory: lower train.batch-size or train.max-length")
         code = "out-of-memory"
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]  # where it happened quotes no row
-        _logger.error("internal error: %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
+        _logger.error("internal: unforeseen %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
         code = "internal"
     if is_stock:  # stock strategies drop error messages and abort on anything else
         return Message(Error(code=0, reason=code), reply_to=message)

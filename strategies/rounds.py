@@ -66,6 +66,7 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOu
     plan, requests = begin_round(session, state, attempt)
     down, up = transport.bytes_down, transport.bytes_up  # requests to join belong to no round
     # 2 Send and 3 receive: answers are checked as they arrive; a bad one is dropped and named.
+    session.watch.phase("training", 0, len(plan.asked))
     answers = receive(session, plan, requests)
     # 4 Prepare the data, 5 train, 6 protect: all three next to the data (`clients/train.py`).
     # 7 Aggregate: the updates in the order of the plan, into the next state; distillation is the last part.

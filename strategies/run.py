@@ -51,7 +51,7 @@ def run_federation(
         state = begin_or_resume(session, folder, start)
         describe_run(folder, config)  # only now is it certain that the run goes on with this configuration
         state, stopped = _rounds(session, state, folder)
-        for line in publish_run(folder, plan, state, stopped):
+        for line in publish_run(folder, plan, state, stopped, session.clients):
             watch.notice(f"warning: {line}")
     except FedLLMError as error:
         _write_failure(folder, str(error), "diverged" if isinstance(error, DivergedError) else "failed")

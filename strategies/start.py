@@ -54,6 +54,7 @@ def open_session(
     layout = describe_layout(config.model, config.lora, watch.notice)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
+    watch.phase("joining", 0, config.federation.num_clients)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():

@@ -7,6 +7,7 @@ accepts renamed keys, missing keys, NaN and flipped bits without a word.
 
 import errno
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,13 @@ def save_adapter(
         (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         (building / "README.md").write_text(card)
         finish(building)
+
+
+def replace_card(folder: Path, card: str) -> None:
+    """Replace the README.md of a published adapter; the rest of the folder stays as it is."""
+    with complete_folder(folder) as building:
+        shutil.copytree(folder, building, dirs_exist_ok=True)
+        (building / "README.md").write_text(card)
 
 
 def load_adapter(folder: Path) -> PublishedAdapter:

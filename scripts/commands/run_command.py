@@ -17,9 +17,11 @@ from fedllm.errors import ConfigError
 from fedllm.models.files import needs_conversion
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import open_run_folder, read_keys, run_folder
-from scripts.console import Console, RunView
+from scripts.console import Console
 from scripts.finished_run import PARTITION
 from scripts.recipe_arguments import config_of
+from scripts.run_view import RunView
+from strategies.publish import keep_answers
 
 RUNTIMES = ("local", "simulation", "deployment")
 
@@ -46,15 +48,29 @@ def run(
     console = Console(quiet=as_json)
     if needs_conversion(config.model.name):
         console.line("converting the model to safetensors, once, about half a minute ...")
-    with console.watching(config, runtime) as view, _logs_to(view):
+    console.paragraph(_heading(config, runtime), indent=0)
+    view = RunView(console, resolve(config))
+    with view.showing(), _logs_to(view):
         run_in(runtime, config, view)
     folder = run_folder(config)
-    result = json.loads((folder / "result.json").read_text())
     answers = compare_answers(config, folder / "adapter")
+    if answers.prompts:
+        keep_answers(folder, vars(answers))
+    result = json.loads((folder / "result.json").read_text())
     if as_json:
-        print(json.dumps({**result, "answers": vars(answers)}))
+        print(json.dumps({"answers": vars(answers), **result}))
     else:
-        console.summary(folder, result, answers)
+        console.summary(folder, result)
+
+
+def _heading(config: RunConfig, runtime: str) -> str:
+    federation, train = config.federation, config.train
+    return (
+        f"{config.run.name}: {config.model.name}, LoRA rank {config.lora.rank} on"
+        f" {config.lora.target_modules}, {federation.num_clients} clients,"
+        f" {federation.num_rounds} rounds of {train.local_steps} steps of {train.batch_size} rows,"
+        f" {runtime} runtime"
+    )
 
 
 def run_in(runtime: str, config: RunConfig, view: RunView) -> None:

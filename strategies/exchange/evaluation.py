@@ -1,5 +1,6 @@
 """The held-out loss of every client, measured where its rows are."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,8 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
     """Return the held-out loss of every client that keeps held-out rows and answers with a sound number."""
     found: dict[str, ClientEvaluation | None] = {}
     hosted = session.by_node(session.clients)
+    number = sum(client.num_held_out > 0 for client in session.clients.values())
+    session.watch.phase("evaluating", 0, number)
     with few(session.watch.notice) as notice:
         for reply in session.transport.exchange(
             evaluate_requests(session, state),
@@ -47,6 +50,7 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
             deadline=session.config.federation.round_deadline,
         ):
             found |= read_evaluations(session, reply, hosted.get(reply.node_id, []), notice)
+            session.watch.phase("evaluating", len(found), number)
     # By name, so that a record does not tell who was quick.
     sound = {client: answer for client, answer in sorted(found.items()) if answer is not None}
     shared = {client: answer.loss for client, answer in sound.items()}
@@ -59,7 +63,9 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
 
 def evaluate_base(session: Session, state: ServerState) -> RoundRecord:
     """Return record 0, which the last round is compared with, and show it; raises as `check_finite`."""
+    began = time.perf_counter()
     record = evaluate(session, state).noted_in(RoundRecord(round_num=0, adapter=state.adapter.digest))
+    record = replace(record, seconds=time.perf_counter() - began)  # how long later evaluations will take
     session.watch.record(record)
     check_finite(session.config, state, record)
     return record

@@ -11,12 +11,16 @@ from clients.process import PROCESS
 from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition
 from fedllm.errors import ConfigError
+from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import describe_run
+from scripts import cli
+from scripts.command_line import run_app
 from scripts.commands import run_command
-from scripts.console import Console, RunView
+from scripts.console import Console
+from scripts.run_view import RunView
 from strategies import run as federation
 
-VIEW = RunView(Console(quiet=True), 1)
+VIEW = RunView(Console(quiet=True), resolve(RunConfig()))
 
 
 class CrashError(Exception):
@@ -79,3 +83,8 @@ def test_resume_without_a_partition_saves_its_own(
     (tmp_path / "run" / "partition.json").unlink()
     start(8, seed=seed, **{"run.resume": True})
     assert (tmp_path / "run" / "partition.json").exists() is is_saved
+
+
+def test_an_unknown_command_gets_one_guess(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(cli.app, ["rnu"], name="fedllm") == 2
+    assert capsys.readouterr().err.count("Did you mean 'run'?") == 1
