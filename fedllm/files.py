@@ -83,6 +83,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a crash could leave the new name empty
         os.replace(name, path)
+        _flush(path.parent)  # the new name is an entry of this folder: a power cut must not undo a charge
     finally:
         Path(name).unlink(missing_ok=True)
 
