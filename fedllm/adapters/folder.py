@@ -60,7 +60,7 @@ def save_adapter(
         revision=revision or None,
     )
     description = {"base_model": base_model, "revision": revision, "layout": layout.to_dict()}
-    with complete_folder(folder) as building:
+    with complete_folder(folder, is_public=True) as building:
         lora.save_pretrained(str(building))
         save_tensors(building / WEIGHTS, state)
         (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")

@@ -18,6 +18,7 @@ import numpy as np
 
 from fedllm.data.fields import name_columns
 from fedllm.errors import ConfigError, DataError, IntegrityError
+from fedllm.files import write_file
 from fedllm.seeds import derive_seed
 
 CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -26,11 +27,15 @@ _FORMS = "column:NAME, iid, dirichlet:NAME:ALPHA (ALPHA > 0) or quantity:SKEW (S
 
 @dataclass(frozen=True)
 class Partition:
-    """`indices[i]` are the rows, ascending, of `client_ids[i]`; no row has two owners."""
+    """`indices[i]` are the rows, ascending, of `client_ids[i]`; no row has two owners.
+
+    `contents[i]` is the SHA-256, in hexadecimal, of what those rows say, where they have been read.
+    """
 
     client_ids: tuple[str, ...]
     indices: tuple[tuple[int, ...], ...]
-    digest: str  # SHA-256, in hexadecimal, of the two fields above
+    digest: str  # SHA-256, in hexadecimal, of the other fields
+    contents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,22 @@ def partition_rows(rows: Sequence[Mapping[str, Any]], spec: str, *, num_clients:
     return make_partition((f"client-{number:04d}" for number in range(num_clients)), _without_empty(parts))
 
 
-def make_partition(client_ids: Iterable[str], indices: Iterable[Iterable[int]]) -> Partition:
+def make_partition(
+    client_ids: Iterable[str], indices: Iterable[Iterable[int]], contents: Iterable[str] = ()
+) -> Partition:
     """Return the partition with its digest; each client's indices are put in ascending order."""
-    names = tuple(client_ids)
+    names, said = tuple(client_ids), tuple(contents)
     owned = tuple(tuple(sorted(rows)) for rows in indices)
-    return Partition(names, owned, _digest(names, owned))
+    return Partition(names, owned, _digest(names, owned, said), said)
+
+
+def changed_clients(before: Partition, after: Partition) -> list[str]:
+    """Return the clients, by name, that do not have the same rows in both."""
+    first, second = (
+        dict(zip(one.client_ids, zip(one.indices, one.contents, strict=True), strict=True))
+        for one in (before, after)
+    )
+    return sorted(name for name in first | second if first.get(name) != second.get(name))
 
 
 def row_label(row: Mapping[str, Any], column: str) -> str | None:
@@ -108,13 +124,13 @@ def row_label(row: Mapping[str, Any], column: str) -> str | None:
 
 
 def save_partition(path: str | Path, partition: Partition) -> None:
-    """Write `partition` as JSON.
+    """Write `partition` as JSON, in one step and with mode 0600: it tells who owns which rows.
 
     Raises:
         DataError: the file cannot be written.
     """
     try:
-        Path(path).write_text(json.dumps(vars(partition)) + "\n", encoding="utf-8")
+        write_file(Path(path), json.dumps(vars(partition)) + "\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); check the folder") from None
 
@@ -130,18 +146,21 @@ def load_partition(path: str | Path) -> Partition:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         names = tuple(str(name) for name in content["client_ids"])
         owned = tuple(tuple(int(row) for row in rows) for rows in content["indices"])
-        stated = str(content["digest"])
+        stated, said = str(content["digest"]), tuple(map(str, content["contents"]))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); partition the data again") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); let this user read it") from None
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
-        raise IntegrityError(f"{path}: not a partition file; partition the data again") from None
-    if _digest(names, owned) != stated:
-        raise IntegrityError(f"{path}: does not match its digest; partition the data again")
-    return Partition(names, owned, stated)
+        raise IntegrityError(
+            f"{path}: not a partition file of this version; start anew under another run.name"
+        ) from None
+    if _digest(names, owned, said) != stated:
+        raise IntegrityError(f"{path}: does not match its digest; start anew under another run.name")
+    return Partition(names, owned, stated, said)
 
 
-def _digest(names: Sequence[str], owned: Sequence[Sequence[int]]) -> str:
-    canonical = json.dumps([list(names), [list(rows) for rows in owned]], separators=(",", ":"))
+def _digest(names: Sequence[str], owned: Sequence[Sequence[int]], contents: Sequence[str]) -> str:
+    fields = [names, owned, contents] if contents else [names, owned]
+    canonical = json.dumps(fields, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 

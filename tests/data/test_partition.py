@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.data.partition import load_partition, make_partition, partition_rows, save_partition
+from fedllm.data.partition import (
+    changed_clients,
+    load_partition,
+    make_partition,
+    partition_rows,
+    save_partition,
+)
 from fedllm.errors import ConfigError, DataError, IntegrityError
 from tests.data.builders import SECRET
 
@@ -226,5 +234,23 @@ def test_a_file_that_is_no_partition_is_refused(tmp_path: Path, content: bytes) 
 def test_absent_partition_file_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         load_partition(tmp_path / "absent.json")
+    (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        save_partition(tmp_path / "absent" / "partition.json", make_partition([], []))
+        save_partition(tmp_path / "file" / "partition.json", make_partition([], []))
+
+
+def test_a_saved_partition_is_its_owners_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        save_partition(tmp_path / "partition.json", make_partition(["a"], [[0]]))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "partition.json").stat().st_mode) == 0o600
+
+
+def test_clients_whose_rows_changed_are_named() -> None:
+    before = make_partition("abc", [[0], [1], [2]], ["x", "y", "z"])
+    assert changed_clients(before, before) == []
+    assert changed_clients(before, make_partition("abc", [[0], [1], [2]], ["x", "Y", "z"])) == ["b"]
+    assert changed_clients(before, make_partition("abd", [[0], [3], [2]], ["x", "y", "z"])) == ["b", "c", "d"]
+    assert make_partition("a", [[0]], ["x"]).digest != make_partition("a", [[0]], ["y"]).digest
