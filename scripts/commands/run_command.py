@@ -142,7 +142,7 @@ def compare_answers(config: RunConfig, adapter: Path) -> Answers:
 class _logs_to:
     """Show what the clients of this process log (skipped rows, truncation) as notices of the run."""
 
-    def __init__(self, notice: Callable[[str], object]):
+    def __init__(self, notice: Callable[[str], None]):
         self.handler = logging.Handler()
         self.handler.emit = lambda record: notice(record.getMessage())  # type: ignore[method-assign]
 

@@ -1,9 +1,10 @@
 """Runs one command, and ends it and all it has started once its starter ends: `python guard.py COMMAND ...`.
 
 The starter holds the other end of the standard input, which the system closes however the starter ends, by
-SIGKILL too. What the command starts stays in the guard's session, also where its own parent ends before it.
+SIGKILL too. A process group would not do: Flower and Ray give what they start sessions and groups of its own.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -11,13 +12,17 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
-_TRIES = 200  # of 0.05 s; a zombie that nobody buries would else be waited for without end
+_PR_SET_CHILD_SUBREAPER = 36
+_TRIES = 200  # of 0.05 s: nothing outlives SIGKILL for long
 _KILLED = 128 + signal.SIGKILL
 
 
 def main(command: list[str]) -> None:
     """Run `command`; end with its exit code, or at the end of standard input."""
+    if sys.platform == "linux":  # what loses its own parent becomes a child of this process
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for sign in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # Handled and not ignored: the command would inherit that, and it is to end at these.
         signal.signal(sign, lambda *unused: None)
@@ -29,10 +34,13 @@ def main(command: list[str]) -> None:
 
 
 def _end(code: int) -> None:
-    """Kill all other processes of this session, and end with an exit code."""
-    me, session = os.getpid(), os.getsid(0)
+    """Kill all that this process has started, directly or not, and end with an exit code."""
+    known = {os.getpid()}
     for _ in range(_TRIES):
-        others = [process for process in _processes() if process != me and _session(process) == session]
+        living = _processes()
+        while more := {process for process, parent in living.items() if parent in known} - known:
+            known |= more
+        others = (known & living.keys()) - {os.getpid()}
         if not others:
             break
         for process in others:
@@ -42,17 +50,21 @@ def _end(code: int) -> None:
     os._exit(code if code >= 0 else 128 - code)
 
 
-def _processes() -> list[int]:
-    if os.path.isdir("/proc/self"):
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    done = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, text=True, check=False)
-    return [int(number) for number in done.stdout.split()]
-
-
-def _session(process: int) -> int:
-    with suppress(OSError):
-        return os.getsid(process)
-    return -1  # it has ended, or is another user's
+def _processes() -> dict[int, int]:
+    """Return the living processes of this machine with their parents."""
+    if not Path("/proc/self/stat").exists():
+        with subprocess.Popen(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, text=True) as listing:
+            lines = listing.communicate()[0].splitlines()
+        found = dict(tuple(map(int, line.split())) for line in lines)
+        return {process: parent for process, parent in found.items() if process != listing.pid}
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            # "7 (a name) S 1 ...": the name may hold anything
+            state, parent = (place / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(place.name)] = int(parent)
+    return found
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import sys
 
 from scripts.runtimes import guard
 
-# A grandchild in a process group of its own, as Ray's workers are; all three hold the same standard output.
+# A grandchild in a session of its own, as those of Flower are; all three hold the same standard output.
 COMMAND = """
 import subprocess, sys, time
-lives = "import os, time; os.setpgrp(); print('ready', flush=True); time.sleep(60); print('lived on')"
+lives = "import os, time; os.setsid(); print('ready', flush=True); time.sleep(60); print('lived on')"
 child = subprocess.Popen([sys.executable, "-c", lives])
 {then}
 """

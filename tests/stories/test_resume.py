@@ -74,8 +74,9 @@ def test_a_signal_leaves_complete_rounds_and_one_line(sign, code, tiny_run, fedl
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes in /proc")
-@pytest.mark.parametrize("runtime", ["deployment", "simulation"])
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("sign", "runtime"), [(signal.SIGKILL, "simulation"), (signal.SIGTERM, "deployment")]
+)
 def test_all_processes_of_a_run_end_with_it(sign, runtime, tiny_run, tmp_path):
     words = [*tiny_run, "federation.num-clients=2", "train.local-steps=200", "federation.num-rounds=50"]
     process = _started([*words, "--out", str(tmp_path), "run.name=killed", "--runtime", runtime], tmp_path)
