@@ -55,9 +55,9 @@ def _processes() -> dict[int, int]:
     if not Path("/proc/self/stat").exists():
         with subprocess.Popen(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, text=True) as listing:
             lines = listing.communicate()[0].splitlines()
-        found = dict(tuple(map(int, line.split())) for line in lines)
-        return {process: parent for process, parent in found.items() if process != listing.pid}
-    found = {}
+        pairs = [map(int, line.split()) for line in lines]
+        return {process: parent for process, parent in pairs if process != listing.pid}
+    found: dict[int, int] = {}
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
             # "7 (a name) S 1 ...": the name may hold anything
