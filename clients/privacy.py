@@ -1,26 +1,32 @@
 """A client's half of the privacy plan: its budget, its secret, its private training.
 
 A client counts what it has given away itself and refuses once its budget is spent, whatever a server asks: a
-file in its state folder, written before it answers. A request that comes again, as after a resume, gets the
-same noise and so the same answer, and is charged once; any other request is charged anew.
+file in its state folder, written when an answer is ready to leave. What is counted is the answer, not the
+request. A request that comes again, as after a resume, gets the same noise and so the same bits, which are
+charged once; where a machine computes other bits, their noise is unrelated, and they are charged anew.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
+
+import torch
 
 from clients.data_holder import DataHolder
-from clients.technique import NodeRound, Technique, Works, failure_of
+from clients.technique import ClientWork, NodeRound, Technique, Works, failure_of
 from clients.tokens import ClientTokens
 from fedllm.engine.jobs import Job, StepNoise
 from fedllm.errors import BudgetSpentError, CheckpointError, ConfigError
-from fedllm.messages import ClientFailure
+from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.models.chat import Encoded
+from fedllm.models.files import weights_digest
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.plan.run_plan import RunPlan
-from fedllm.privacy.keys import derived_key, kept_secret
-from fedllm.privacy.ledger import Entry, read_ledger, write_ledger
+from fedllm.privacy.accounting import Charge
+from fedllm.privacy.keys import bits_digest, derived_key, kept_secret
+from fedllm.privacy.ledger import Entry, Ledger, change_ledger, read_ledger
 from fedllm.privacy.noise import SecretStream, coins
 
 ROUNDING = 1e-4  # by which gradients are clipped below C: more than float32 can lose in a norm
@@ -33,10 +39,11 @@ def client_privacy(plan: RunPlan) -> Technique | None:
         return None
     if privacy.is_central:  # charged at the server, which adds the noise
         return Technique(name="central noise", prepare=_refuse_without_clip)
-    charge = partial(charge_clients, privacy)
+    refuse, charge = partial(refuse_spent, privacy), partial(charge_clients, privacy)
     if privacy.is_by_example:
-        return Technique(name="private rows", charge=charge, prepare=partial(_train_privately, privacy))
-    return Technique(name="local noise", charge=charge)  # the noise itself is in `clients.protect`
+        prepare = partial(_train_privately, privacy)
+        return Technique(name="private rows", refuse=refuse, prepare=prepare, charge=charge)
+    return Technique(name="local noise", refuse=refuse, charge=charge)  # the noise is in `clients.protect`
 
 
 def _train_privately(plan: PrivacyPlan, this_round: NodeRound, works: Works) -> Works:
@@ -62,63 +69,104 @@ def secret_of(holder: DataHolder) -> bytes:
     return kept_secret(holder.store.folder / "noise-secret")
 
 
-def charge_clients(
-    plan: PrivacyPlan, this_round: NodeRound, clients: Iterable[str]
-) -> dict[str, ClientFailure]:
-    """Charge each client for its answer to a request; return those that cannot pay.
+def refuse_spent(plan: PrivacyPlan, this_round: NodeRound, names: Iterable[str]) -> dict[str, ClientFailure]:
+    """Return the clients that cannot pay for another answer, before they train for nothing.
 
-    A client whose ledger cannot be read or written fails too: what is not recorded must not leave.
+    One that has answered in this round already may: the same answer again is free.
     """
-    failed = {}
-    for name in clients:
-        try:
-            _charge(this_round, plan, this_round.holder.clients[name])
-        except (BudgetSpentError, CheckpointError) as error:
-            failed[name] = failure_of(name, error)
-    return failed
+
+    def check(name: str) -> None:
+        client, file = this_round.holder.clients[name], _ledger_of(this_round, name)
+        ledger, number = read_ledger(file), this_round.request.round_num
+        if not any(entry.round_num == number for entry in ledger.entries):
+            _check_afforded(plan, ledger, file, name, plan.charge(len(client.train)))
+
+    return _failures(check, names)
 
 
-def _charge(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens) -> None:
-    """Record a client's answer in its ledger; raises where it cannot be afforded or recorded."""
-    file = this_round.holder.store.folder / client.client_id / "privacy-ledger.json"
-    ledger, charge, name = read_ledger(file), plan.charge(len(client.train)), client.client_id
-    run, request = this_round.holder.plan, request_key(this_round, plan, client, b"").hex()
-    # Any key of the run may change how the answer is rounded, and so its noise: that is another answer.
-    machine = (run.config.model.device, str(run.config.model.num_threads))  # the digest leaves them free
-    answer = derived_key(b"", "answer", run.digest, *machine, request)  # only a name, so no secret
-    charged = ledger.with_entry(Entry(this_round.request.round_num, 0, answer.hex(), {name: charge}))
-    if charged is ledger:  # the same answer again gives nothing new away
-        return
+def charge_clients(plan: PrivacyPlan, this_round: NodeRound, works: Works) -> dict[str, ClientFailure]:
+    """Charge each client for the answer that is about to leave it; return those whose answer must stay.
+
+    It is on disk by then. What failed on the way here, a missing device say, has cost nothing; what is not
+    recorded must not leave, so a client whose ledger cannot be read or written fails too.
+    """
+    by_name = {work.client.client_id: work for work in works}
+    return _failures(lambda name: _charge(plan, this_round, by_name[name]), by_name)
+
+
+def _charge(plan: PrivacyPlan, this_round: NodeRound, work: ClientWork) -> None:
+    """Record in a client's ledger what leaves it; raises where it cannot be afforded or recorded."""
+    client, name = work.client, work.client.client_id
+    charge, file = plan.charge(len(client.train)), _ledger_of(this_round, name)
+    draw = request_key(this_round, plan, client, b"").hex() if plan.is_by_example else ""
+    entry = Entry(this_round.request.round_num, 0, release_digest(work.sent), {name: charge}, draw)
+
+    def pay(ledger: Ledger) -> Ledger:
+        paid = entry
+        if draw and any(earlier.draw == draw for earlier in ledger.entries):
+            # The same rows as in an earlier answer, whose bits were others: only the first was sampled.
+            paid = replace(entry, charges={name: replace(charge, rate=1.0)})
+        charged = ledger.with_entry(paid)
+        if charged is not ledger:  # the same answer again gives nothing new away
+            _check_afforded(plan, ledger, file, name, paid.charges[name])
+        return charged
+
+    change_ledger(file, pay)
+
+
+def _check_afforded(plan: PrivacyPlan, ledger: Ledger, file: Path, name: str, charge: Charge) -> None:
     if not ledger.affords(name, charge, epsilon=plan.epsilon, delta=plan.delta, planned=plan.planned):
         raise BudgetSpentError(
             f"client {name}: by its ledger {file} one more answer would exceed privacy.epsilon ="
             f" {plan.epsilon:g}; it sits out"
         )
-    write_ledger(file, charged)
+
+
+def _failures(step: Callable[[str], None], names: Iterable[str]) -> dict[str, ClientFailure]:
+    failed = {}
+    for name in names:
+        try:
+            step(name)
+        except (BudgetSpentError, CheckpointError) as error:
+            failed[name] = failure_of(name, error)
+    return failed
+
+
+def _ledger_of(this_round: NodeRound, name: str) -> Path:
+    return this_round.holder.store.folder / name / "privacy-ledger.json"
+
+
+def release_digest(update: ClientUpdate) -> str:
+    """Return the SHA-256 (hex) of what leaves a client: the bits of its delta, its weight and its numbers.
+
+    Seconds are left out: where they leave, the plan says that they have no noise, and they never repeat.
+    """
+    numbers = (update.weight, update.num_tokens, update.train_loss, update.num_truncated)
+    return bits_digest(update.delta, torch.tensor(numbers, dtype=torch.float64))
 
 
 def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, secret: bytes) -> bytes:
     """Return the key of all random draws of a client's answer; any other request has another key.
 
-    Another plan or another precision of the base model gives another key too: of two answers with the same
-    noise, on nearly the same gradients, the difference would have none.
+    So has another plan, model, precision or device, which may round a gradient otherwise: rows drawn by the
+    same coins for two answers are sampled once, and both answers are charged as sampled.
     """
-    request, name = this_round.request, client.client_id
+    request, name, holder = this_round.request, client.client_id, this_round.holder
     protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(len(client.train)), plan.batch_size)
     numbers = json.dumps([protected, asdict(this_round.training)], sort_keys=True)
     start = (request.round_num, request.adapter.digest, request.base_delta.digest)
-    what: tuple[str | int, ...] = (
+    what = (
         this_round.trained,
         this_round.returned,
         request.ranks[name],
         request.drawn[name],
         this_round.seed,
     )
-    base, quantization = this_round.holder.engine.base, this_round.holder.plan.config.model.quantization
-    precision = (str(base.dtype), quantization)
-    # The usual one adds nothing, so that runs under way keep their noise.
-    what += () if precision == ("torch.float32", "none") else precision
-    return derived_key(secret, "train", name, client.digest, *start, *what, numbers)
+    base, model = holder.engine.base, holder.plan.config.model
+    weights = weights_digest(base.files.folder)  # all of them: a fingerprint reads samples
+    # The digest of the plan leaves device and threads free.
+    machine = (holder.plan.digest, str(base.device), str(base.dtype), str(model.num_threads), weights)
+    return derived_key(secret, "train", name, client.digest, *start, *what, numbers, *machine)
 
 
 def private_job(job: Job, client: ClientTokens, plan: PrivacyPlan, key: bytes) -> Job:

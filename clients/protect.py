@@ -12,6 +12,8 @@ weighted mean. Without a privacy plan nothing is clipped, no noise is added, and
 an update (a sparser delta, say); under one no technique may.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,14 +30,16 @@ from fedllm.models.chat import Encoded
 from fedllm.privacy.keys import bits_digest, derived_key
 from fedllm.privacy.noise import SecretStream, clipped, gaussian
 
+_logger = logging.getLogger("fedllm.clients")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protection:
     """What may leave one client in one round.
 
     Its delta, of `layout` (that of the client's rank), is clipped to `clip`, and where `deviation` is above
-    0, Gaussian noise of it is added to the values of `part` under the secret `key`. With a `clip` of 0
-    neither is done: there is no privacy plan, or the result was private when it came (DP-SGD).
+    0, Gaussian noise of it is added to the values of `part` under the secret `key`. `clip` is 0 where there
+    is no privacy plan, and infinite where the result was private when it came (DP-SGD).
     `with_numbers` lets losses, counts and seconds leave. `weighting` is "examples" (the client's rows),
     "tokens" (supervised tokens of this round), "uniform", or "product-norm", which the server measures; where
     `weight_cap` is above 0, a client counts by its rows instead, and fully from so many on.
@@ -57,6 +61,8 @@ def protect_clients(this_round: NodeRound, works: Works) -> tuple[Works, dict[st
     for work in works:
         rows, num_train = [row for batch in work.job.batches for row in batch], len(work.client.train)
         protection = protection_of(this_round, work.job.layout or this_round.layout)
+        if protection.clip and not is_finite(work.trained):  # heard on this machine alone
+            _logger.warning("client %s: training diverged and counts as zero", work.client.client_id)
         try:
             update = protect(work.trained, rows, num_train, this_round.request.round_num, protection)
             protected.append(replace(work, update=update))
@@ -85,7 +91,7 @@ def protection_of(this_round: NodeRound, layout: AdapterLayout) -> Protection:
         part=part,
         weighting=weighting,
         with_numbers=plan.metrics == "all",
-        clip=0.0 if plan.is_by_example else clip,  # DP-SGD has clipped every row already
+        clip=math.inf if plan.is_by_example else clip,  # DP-SGD has clipped every row already
         deviation=plan.multiplier() * plan.clip if plan.is_local_client else 0.0,
         key=secret_of(this_round.holder) if plan.is_local_client else b"",
         weight_cap=plan.weight_cap,
@@ -97,14 +103,14 @@ def protect(
 ) -> ClientUpdate:
     """Return the update of a client that has `num_train` rows, from its training result.
 
-    `rows` are those trained on; of them only counts are used. A result to be clipped that holds NaN or
-    infinity counts as zero: failing would tell the server.
+    `rows` are those trained on; of them only counts are used. Under a privacy plan a result that holds NaN or
+    infinity counts as zero: failing would tell the server, and for nothing.
 
     Raises:
-        NonFiniteError: training diverged and nothing is clipped; nothing is sent.
+        NonFiniteError: training diverged, without a privacy plan; nothing is sent.
         ConfigError: the weighting is unknown.
     """
-    # A result that is clipped counts as zero instead: a failure would be a message without noise.
+    # A private result counts as zero instead: a failure would be a message without noise, or uncharged.
     if not protection.clip and not is_finite(result):
         raise NonFiniteError(f"client {result.client_id}: the loss is not finite; lower train.learning-rate")
     has_numbers = protection.with_numbers and is_finite(result)

@@ -101,21 +101,23 @@ class Technique:
     `kept` has the name and the size of each vector that a client keeps for it between rounds; a vector is in
     `ClientWork.kept` from a client's second round on.
 
-    charge    counts what an answer will give away of the named clients; returns those that cannot pay
+    refuse    returns those of the named clients that must not train; nothing is counted yet
     start     the adapter [P] a client starts from, given the server's and what the client kept
     prepare   changes jobs before the engine trains them
     after     sees results and protected updates, inside the chain of `clients.protect`; without a privacy
               plan it may change an update, and always what the client keeps
+    charge    counts what answers give away, when they are ready to leave; returns those that must stay
     measure   adds to the evaluations of the shared adapter, by client id
     """
 
     name: str
     kept: Mapping[str, int] = field(default_factory=dict)
     is_evaluated: bool = False  # whether `start` or `measure` does something, so evaluation loads `kept`
-    charge: Callable[[NodeRound, Sequence[str]], Mapping[str, ClientFailure]] = lambda this_round, names: {}
+    refuse: Callable[[NodeRound, Sequence[str]], Mapping[str, ClientFailure]] = lambda this_round, names: {}
     start: Callable[[torch.Tensor, Vectors], torch.Tensor] = lambda start_P, kept: start_P
     prepare: Callable[[NodeRound, Works], Works] = lambda this_round, works: works
     after: Callable[[NodeRound, Works], Works] = lambda this_round, works: works
+    charge: Callable[[NodeRound, Works], Mapping[str, ClientFailure]] = lambda this_round, works: {}
     measure: Callable[[Engine, Sequence[EvaluationJob], Mapping[str, Vectors], Evaluations], Evaluations] = (
         lambda engine, jobs, kept, measured: measured
     )
@@ -130,5 +132,5 @@ def start_of(techniques: Sequence[Technique], shared_P: torch.Tensor, kept: Vect
 
 def failure_of(client_id: str, error: FedLLMError) -> ClientFailure:
     """Return the answer of a client that has no result; why is logged here, and only the code leaves."""
-    _logger.error("%s", error)
+    _logger.error("%s: %s", error.code, error)
     return ClientFailure(client_id=client_id, code=error.code)

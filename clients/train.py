@@ -9,7 +9,7 @@ from clients.protect import protect_clients
 from clients.state import PrivateStore, save_private
 from clients.technique import NodeRound, Works, failure_of
 from clients.techniques import plan_node_round
-from fedllm.errors import CheckpointError
+from fedllm.errors import CheckpointError, ConfigError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.models.with_base_delta import with_base_delta
 
@@ -21,14 +21,21 @@ def train_clients(
 
     What clients keep for themselves is on disk before an answer is given: a client that cannot keep it fails.
     `weighting` replaces the plan's own.
+
+    Raises:
+        ConfigError: a client is asked to train at a rank this machine has no room for.
     """
+    if 0 < holder.max_rank < max(request.ranks.values(), default=0):
+        raise ConfigError(
+            f"the server asks for rank {max(request.ranks.values())}, and this node's max-rank is"
+            f" {holder.max_rank}"
+        )
     this_round = plan_node_round(holder, request, weighting=weighting)
     able = [name for name in request.drawn if name in holder.clients and holder.clients[name].train]
-    # The ledger is written before there is anything to account for: a crash can only count too much.
-    unpaid: dict[str, ClientFailure] = {}
+    failed: dict[str, ClientFailure] = {}
     for technique in this_round.techniques:
-        unpaid.update(technique.charge(this_round, able))
-    drawn = {name: request.drawn[name] for name in able if name not in unpaid}
+        failed.update(technique.refuse(this_round, able))
+    drawn = {name: request.drawn[name] for name in able if name not in failed}
     # Everything trains on the base model with the base delta, the techniques' own adapters too.
     with with_base_delta(holder.engine.base, holder.base_deltas.keep(request.base_delta)):
         works = prepare_clients(this_round, drawn)
@@ -37,8 +44,13 @@ def train_clients(
         works, diverged = protect_clients(this_round, works)
     # After protection, since what a client keeps may depend on what has left it (SCAFFOLD's c_i).
     unsaved = _save_kept(holder.store, works, this_round.training.steps * this_round.training.batch_size)
+    works = [work for work in works if work.client.client_id not in unsaved]
+    failed.update({**diverged, **unsaved})
+    # Last, since all that can fail has not: what is charged leaves, and until then nothing has.
+    for technique in this_round.techniques:
+        failed.update(technique.charge(this_round, works))
     updates = {work.client.client_id: work.sent for work in works}
-    answers: dict[str, ClientUpdate | ClientFailure] = {**unpaid, **diverged, **updates, **unsaved}
+    answers: dict[str, ClientUpdate | ClientFailure] = {**updates, **failed}
     return [answers.get(name, ClientFailure(client_id=name, code="no-data")) for name in request.drawn]
 
 

@@ -6,45 +6,55 @@ only its message; programming mistakes stay ordinary exceptions with a traceback
 
 
 class FedLLMError(Exception):
-    """Base of all expected failures. `code` is the only part of an error that may leave a client."""
+    """Base of all expected failures. `code` is the only part of an error that may leave a client.
+
+    `cause` is what a server says of a node that reports the code; "" where asking again may help.
+    """
 
     code = "failed"
+    cause = ""
 
 
 class ConfigError(FedLLMError, ValueError):
     """A configuration key or value is unknown, out of range or contradicts another."""
 
     code = "bad-config"
+    cause = "its owner's policy or its configuration does not allow the run"
 
 
 class OtherConfigError(ConfigError):
     """A server runs another configuration than this node was given."""
 
     code = "other-config"
+    cause = "it was given another configuration than the server"
 
 
 class DataError(FedLLMError, ValueError):
     """A data source, row, column or partition cannot be used. Never quotes the text of a row."""
 
     code = "bad-data"
+    cause = "its rows cannot be read as the run describes them"
 
 
 class NoDataError(DataError):
     """A client holds no usable row; it is left out of the run."""
 
     code = "no-data"
+    cause = "it has no usable row"
 
 
 class ModelError(FedLLMError, RuntimeError):
     """A base model is absent, unsupported or not the one the run uses."""
 
     code = "bad-model"
+    cause = "its copy of the base model is absent, damaged or not supported, or its device cannot load it"
 
 
 class LayoutError(FedLLMError, ValueError):
     """An adapter does not have the names, shapes or base model that the run expects."""
 
     code = "wrong-layout"
+    cause = "its base model has other layers than the server's"
 
 
 class IntegrityError(FedLLMError, ValueError):
@@ -69,12 +79,14 @@ class QueryLimitError(FedLLMError, PermissionError):
     """A server asks more about private text than a node answers."""
 
     code = "query-limit"
+    cause = "it has answered as many questions about private text as it may"
 
 
 class NonFiniteError(FedLLMError, ArithmeticError):
     """Training produced NaN or infinity; nothing is sent."""
 
     code = "non-finite"
+    cause = "training gave NaN or infinity; lower train.learning-rate"
 
 
 class CheckpointError(FedLLMError, OSError):
@@ -89,30 +101,39 @@ class RunFailedError(FedLLMError, RuntimeError):
     code = "run-failed"
 
 
+class DivergedError(RunFailedError):
+    """A run's losses are no finite numbers any more: what it trained is not a result."""
+
+    code = "diverged"
+
+
 class BudgetSpentError(FedLLMError, RuntimeError):
     """One more round would exceed the privacy budget; what has been trained is kept."""
 
     code = "budget-spent"
+    cause = "its privacy budget is spent"
 
 
 class WithheldError(FedLLMError, PermissionError):
     """A number is asked for that the privacy plan keeps with the client."""
 
     code = "withheld"
+    cause = "its privacy plan keeps the number that was asked for"
 
 
 class MissingExtraError(FedLLMError, ImportError):
     """An optional package is needed; the message names the install command."""
 
     code = "missing-package"
+    cause = "a package is not installed there; its log names the install command"
 
 
+_REPORTED = (
+    *(FedLLMError, ConfigError, OtherConfigError, DataError, NoDataError, ModelError, LayoutError),
+    *(WireError, NotHeldError, QueryLimitError, NonFiniteError, CheckpointError, BudgetSpentError),
+    *(WithheldError, MissingExtraError),
+)
 # What a client may report in place of an update. Strings outside this set never travel.
-CLIENT_ERROR_CODES = frozenset(
-    error.code
-    for error in (
-        *(FedLLMError, ConfigError, OtherConfigError, DataError, NoDataError, ModelError, LayoutError),
-        *(WireError, NotHeldError, QueryLimitError, NonFiniteError, CheckpointError, BudgetSpentError),
-        *(WithheldError, MissingExtraError),
-    )
-) | {"out-of-memory", "internal"}
+CLIENT_ERROR_CODES = frozenset(error.code for error in _REPORTED) | {"out-of-memory", "internal"}
+# Codes of which a node would say the same if it were asked again, each with what a server says of them.
+PERMANENT_CAUSES = {error.code: error.cause for error in _REPORTED if error.cause}

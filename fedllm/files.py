@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from fedllm.errors import IntegrityError
+from fedllm.errors import ConfigError, IntegrityError
 
 MANIFEST = "manifest.json"
 
@@ -52,6 +54,24 @@ def complete_folder(target: Path, *, is_public: bool = False) -> Iterator[Path]:
         _flush(target.parent)  # the rename itself is an entry of this folder
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the values of a TOML file; Windows may have put a byte order mark before them.
+
+    Raises:
+        OSError: the file cannot be read.
+        ConfigError: it is not TOML in UTF-8.
+    """
+    content = path.read_bytes()
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except tomllib.TOMLDecodeError as error:
+        if b"\0" not in content:
+            raise ConfigError(f"{path}: not a TOML file ({error})") from None
+    except UnicodeDecodeError:
+        pass
+    raise ConfigError(f"{path}: not a TOML file in UTF-8; save it as UTF-8")
 
 
 def write_file(path: Path, text: str) -> None:

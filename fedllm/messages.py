@@ -123,11 +123,16 @@ class ClientEvaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientFailure:
-    """A client that has no result: `code` is one of `errors.CLIENT_ERROR_CODES` or a server-side verdict."""
+    """A client that has no result: `code` is one of `errors.CLIENT_ERROR_CODES` or a server-side verdict.
+
+    `sent_nothing` says that the client or its node reported the code in place of an update. Any other update
+    may have left it: one that was refused, or lost on its way.
+    """
 
     client_id: str
     code: str
     reason: str = ""  # the server's own words, never a client's
+    sent_nothing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

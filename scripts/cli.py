@@ -8,12 +8,14 @@ import typer
 
 import fedllm
 from scripts.command_line import run_app
+from scripts.terminal import make_output_plain
 
 app = typer.Typer(
     name="fedllm",
     help="Federated fine-tuning of language models: private text stays, LoRA adapters travel.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click suggests them itself
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -176,6 +178,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command; an expected failure is one line on stderr and exit code 2."""
+    make_output_plain()
     verbose = {"-v", "--verbose"} & set(sys.argv[1:])
     arguments = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
     sys.exit(run_app(app, arguments, name="fedllm", verbose=bool(verbose)))

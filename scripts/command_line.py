@@ -91,7 +91,9 @@ def run_module(package: str, modules: Mapping[str, str], words: Sequence[str]) -
     `modules` holds a line of help by name. The `main` of a module takes its options as a dataclass. Only
     the module that is asked for is imported.
     """
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, suggest_commands=False
+    )
     for name, line in modules.items():
         if words[:1] == [name]:
             module = import_module(f"{package}.{name}")

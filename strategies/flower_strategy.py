@@ -6,6 +6,7 @@ functions, for code that drives a strategy step by step. The class is final: beh
 `RunConfig`, never from a subclass.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import final
@@ -141,10 +142,11 @@ class FederatedLora(Strategy):
         """Return the mean held-out loss over clients, or None where none was measured."""
         if self._session is None:
             raise RuntimeError("configure_evaluate comes before aggregate_evaluate")
-        losses: dict[str, float] = {}
+        hosted = self._session.by_node(self._session.clients)
+        losses: dict[str, float] = {}  # NaN where a client's is no finite number, so the mean says so
         for reply in map(reply_of, replies):
-            found = read_evaluations(self._session, reply)
-            losses.update({client: evaluation.loss for client, evaluation in found.items()})
+            found = read_evaluations(self._session, reply, hosted.get(reply.node_id, []), self.watch.notice)
+            losses |= {client: one.loss if one else math.nan for client, one in found.items()}
         return MetricRecord({"held-out-loss": sum(losses.values()) / len(losses)}) if losses else None
 
     def summary(self) -> None:

@@ -1,7 +1,7 @@
 """A private round at the server: charged in the ledger and, under a central plan, noised as a sum.
 
-A round is in the ledger, and the ledger on disk, before its result is used: a run that is killed afterwards
-cannot forget it.
+What a round releases is in the ledger, and the ledger on disk, before it is used: a run that is killed
+afterwards cannot forget it.
 
 Where the plan is central, a round's updates are clipped once more, summed, noised and divided by a number
 that was fixed in advance. The result goes on as if one client had sent it: all that follows is
@@ -12,6 +12,7 @@ but never the same noise over another sum.
 """
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +23,7 @@ from fedllm.errors import BudgetSpentError
 from fedllm.messages import ClientUpdate
 from fedllm.plan.privacy import FEDERATION
 from fedllm.privacy.keys import bits_digest, derived_key
-from fedllm.privacy.ledger import Entry, write_ledger
+from fedllm.privacy.ledger import Entry, change_ledger
 from fedllm.privacy.noise import SecretStream, clipped, gaussian, is_within, next_clip
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import PrivacyRecord, RoundPlan, RoundRecord, TrainingRecord
@@ -121,22 +122,29 @@ class PrivateCollector:
     seed: int
     aggregate: Collector
     noised: NoisedSum | None
+    received: dict[str, str] = field(default_factory=dict)  # client -> digest of what came, noised by itself
 
     def add(self, update: ClientUpdate) -> None:
         """Add an update to the sum that is to be noised, else to the aggregate."""
+        if self.noised is None:
+            bits = bits_digest(update.delta, torch.tensor([update.weight], dtype=torch.float64))
+            self.received.update(dict.fromkeys((one.client_id for one in update.members or (update,)), bits))
         (self.noised or self.aggregate).add(update)
 
     def close(self, before: ServerState, after: ServerState, record: RoundRecord) -> RoundOutcome:
-        """Charge the attempt, whether or not it is applied; then release the sum and close the aggregate.
+        """Charge what the attempt has released; then release the sum and close the aggregate.
+
+        Where the server adds the noise, an attempt that is not applied has released nothing. Where clients
+        do, they have sent their updates whatever becomes of the round.
 
         Raises:
             BudgetSpentError, CheckpointError: a release would exceed the budget, or cannot be recorded.
         """
         plan, noised = self.plan, self.noised
         release = release_sum(self.privacy, plan, noised) if noised is not None and record.applied else None
-        # A round that is not applied releases nothing, but clients that noise for themselves have sent it.
-        name = release.name if release else request_name(plan, before.adapter, self.seed)
-        after = self.charge_round(after, name)
+        if noised is None or release is not None:
+            name = release.name if release else request_name(plan, before.adapter, self.seed)
+            after = self.charge_round(after, name, record.unsent)
         record = self.describe_round(after, record)
         if release is None:
             return self.aggregate.close(before, after, record)
@@ -146,11 +154,14 @@ class PrivateCollector:
         unknown = replace(record.aggregation, rho=None, largest_rho=None, kept_energy=None)
         return after, replace(record, aggregation=unknown)
 
-    def charge_round(self, state: ServerState, name: str) -> ServerState:
+    def charge_round(self, state: ServerState, name: str, unsent: Collection[str] = ()) -> ServerState:
         """Return the state with this attempt at a round in its ledger, which is on disk by then.
 
-        Everybody asked is charged: whether a client answered is not what the guarantee hides. `name` tells
-        one release from another; who is asked again for the same one is not charged again.
+        Everybody who may have sent an update is charged, whether or not it arrived and was sound. Who
+        reported that there is none (`unsent`: no such device, no memory, no budget) has not: nothing of its
+        rows was used or sent. That it failed is public, and the guarantee never hides it. Coins charge all,
+        drawn or not. `name` tells one release from another; who is asked again for the same one is charged
+        again only where other bits came, as from another device.
 
         Raises:
             BudgetSpentError: this release is another than the one made before the run was killed, and both
@@ -161,16 +172,19 @@ class PrivateCollector:
         if plan.rate < 1:
             charges = {FEDERATION: charge_of(plan, None)}
         else:
-            charges = {client: charge_of(plan, self.clients[client]) for client in self.plan.asked}
-        entry = Entry(self.plan.round_num, self.plan.attempt, name, charges)
+            may_have_sent = (client for client in self.plan.asked if client not in unsent)
+            charges = {client: charge_of(plan, self.clients[client]) for client in may_have_sent}
+        if not charges:
+            return state
+        received = {client: bits for client, bits in self.received.items() if client in charges}
+        entry = Entry(self.plan.round_num, self.plan.attempt, name, charges, answers=received)
         ledger = state.ledger.with_entry(entry)
         if ledger is state.ledger:  # the same release as before the run was killed: paid already
             return state
         # `clients_that_can_afford` left this attempt out, but what its earlier start released counts too.
-        known = [earlier for earlier in state.ledger.entries if earlier.name[:2] == entry.name[:2]]
-        paid = {account for earlier in known if earlier.name == entry.name for account in earlier.charges}
-        for account, charge in charges.items() if known else ():
-            if account not in paid and not state.ledger.affords(
+        is_known = any(earlier.name[:2] == entry.name[:2] for earlier in state.ledger.entries)
+        for account, charge in charges.items() if is_known else ():
+            if ledger.charges_of(account) != state.ledger.charges_of(account) and not state.ledger.affords(
                 account, charge, epsilon=plan.epsilon, delta=plan.delta, planned=0
             ):
                 raise BudgetSpentError(
@@ -178,7 +192,7 @@ class PrivateCollector:
                     f" together exceed epsilon {plan.epsilon:g}, so it is not released again"
                 )
         if self.privacy.journal is not None:
-            write_ledger(self.privacy.journal, ledger)
+            change_ledger(self.privacy.journal, lambda kept: kept.with_all(ledger))
         return replace(state, ledger=ledger)
 
     def describe_round(self, state: ServerState, record: RoundRecord) -> RoundRecord:

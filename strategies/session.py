@@ -21,10 +21,15 @@ from strategies.privacy import ServerPrivacy
 
 @dataclass(frozen=True)
 class Watch:
-    """What the person who started the run wants to hear; every callable may be left out."""
+    """What the person who started the run wants to hear; every callable may be left out.
+
+    `phase` hears what begins or goes on (joining, training, evaluating, distilling), how much of it is done
+    and of how many; 0 of 0 where it is not counted.
+    """
 
     notice: Callable[[str], None] = lambda line: None
     joined: Callable[[Mapping[str, JoinedClient]], None] = lambda clients: None
+    phase: Callable[[str, int, int], None] = lambda name, done, number: None
     client: Callable[[int, ClientUpdate | ClientFailure], None] = lambda round_num, result: None
     record: Callable[[RoundRecord], None] = lambda record: None
 

@@ -13,10 +13,9 @@ from fedllm.plan.run_plan import RunPlan, fixed_keys
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, newest_round
 from fedllm.runs.folder import CHECKPOINTS
 from fedllm.runs.privacy_statement import summary_line
-from fedllm.runs.records import RoundRecord
 from strategies.aggregation.stock import check_stock
 from strategies.distillation.public_text import open_public_text
-from strategies.exchange.evaluation import evaluate
+from strategies.exchange.evaluation import evaluate_base
 from strategies.exchange.joining import join_clients
 from strategies.grid.transport import Transport
 from strategies.privacy import open_privacy, with_journal
@@ -53,9 +52,10 @@ def open_session(
     if stock is not None:
         check_stock(plan)
     public_text = open_public_text(plan.distillation, config.data)
-    layout = describe_layout(config.model, config.lora)
+    layout = describe_layout(config.model, config.lora, watch.notice)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
+    watch.phase("joining", 0, config.federation.num_clients)
     clients = join_clients(transport, config, layout, watch.notice)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
@@ -75,13 +75,13 @@ def open_session(
 
 
 def first_state(session: Session, start: AdapterState | None = None) -> ServerState:
-    """Return the state before round 1, with the held-out loss of the base model as record 0."""
+    """Return the state before round 1, with the held-out loss of the base model as record 0.
+
+    Raises:
+        DivergedError: that loss is not finite, or the adapter to start from is too large to compute with.
+    """
     state = ServerState(0, start or session.initial)
-    # What the last round is compared with.
-    record = RoundRecord(round_num=0, adapter=state.adapter.digest)
-    record = evaluate(session, state).noted_in(record)
-    session.watch.record(record)
-    return ServerState(0, state.adapter, records=(record,))
+    return ServerState(0, state.adapter, records=(evaluate_base(session, state),))
 
 
 def begin_or_resume(session: Session, folder: Path, start: AdapterState | None) -> ServerState:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,22 @@ from fedllm.config.keys import LoraConfig
 from fedllm.engine.engine import Engine
 from fedllm.messages import ClientUpdate, EvaluateRequest, TrainRequest
 from fedllm.models.base import BaseModel, layout_of
+
+
+@dataclass
+class Clock:
+    """Time that passes only where somebody sleeps; `asked` is for what a test wants to note of it."""
+
+    now: float = 0.0
+    asked: list[float] = field(default_factory=list)
+
+    def monotonic(self) -> float:
+        """Return the seconds that have passed."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
 
 
 def engine_on(

@@ -7,13 +7,15 @@ accepts renamed keys, missing keys, NaN and flipped bits without a word.
 
 import errno
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
+from fedllm.adapters.peft_reading import peft_config
 from fedllm.errors import FedLLMError, IntegrityError
 from fedllm.files import complete_folder, verify_manifest
 
@@ -38,32 +40,32 @@ def save_adapter(
     revision: str,
     target_modules: Sequence[str],
     card: str,
+    finish: Callable[[Path], None] = lambda building: None,
 ) -> None:
     """Write the PEFT folder of `state` in one step; `card` becomes its README.md.
+
+    `finish` is called with the folder before it takes its name: it may add files, and where it raises nothing
+    is published.
 
     Raises:
         NonFiniteError: the adapter holds NaN or infinite values, which are never published.
     """
-    from peft import LoraConfig, TaskType
-
     state.checked_finite()
     layout = state.layout
-    lora = LoraConfig(
-        r=layout.rank,
-        lora_alpha=layout.alpha,
-        target_modules=sorted(target_modules),
-        lora_dropout=0.0,
-        bias="none",
-        task_type=TaskType.CAUSAL_LM,
-        inference_mode=True,
-        base_model_name_or_path=base_model,
-        revision=revision or None,
-    )
+    config = peft_config(layout.rank, layout.alpha, target_modules, base_model=base_model, revision=revision)
     description = {"base_model": base_model, "revision": revision, "layout": layout.to_dict()}
     with complete_folder(folder, is_public=True) as building:
-        lora.save_pretrained(str(building))
+        config.save_pretrained(str(building))
         save_tensors(building / WEIGHTS, state)
         (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+        (building / "README.md").write_text(card)
+        finish(building)
+
+
+def replace_card(folder: Path, card: str) -> None:
+    """Replace the README.md of a published adapter; the rest of the folder stays as it is."""
+    with complete_folder(folder) as building:
+        shutil.copytree(folder, building, dirs_exist_ok=True)
         (building / "README.md").write_text(card)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedllm.data.fields import (
     ClientRows,
     Example,
     RowProblem,
+    count_reasons,
     detect_fields,
     mapped_columns,
     to_example,
@@ -25,6 +27,7 @@ from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
 from fedllm.errors import NoDataError
 from fedllm.seeds import derive_seed
 
+_logger = logging.getLogger("fedllm.data")
 _DEFAULT_PACKAGES = 8  # of the docstrings corpus where packages are not the clients
 
 
@@ -65,12 +68,14 @@ def load_shards(data: DataConfig, *, num_clients: int, seed: int) -> Shards:
     rows = read_rows(data.source, split=data.split, on_bad_row=data.on_bad_row, num_packages=num_packages)
     usable = _usable(data.source, rows, data, spec.column)
     dealt = partition_rows(usable.rows, data.partition, num_clients=num_clients, seed=seed)
+    if spec.form == "column":
+        _tell_clients(dealt, usable.rows, spec.column)
     owned = [[usable.examples[index] for index in indices] for indices in dealt.indices]
     clients = (
         _client_rows(examples, data, client_id, seed)
         for client_id, examples in zip(dealt.client_ids, owned, strict=True)
     )
-    partition = make_partition(dealt.client_ids, dealt.indices, map(examples_digest, owned))
+    partition = make_partition(dealt.client_ids, dealt.indices, dealt.values, map(examples_digest, owned))
     return Shards(tuple(clients), usable.bad, partition)
 
 
@@ -82,7 +87,7 @@ def load_one_client(path: str | Path, data: DataConfig, *, client_id: str, seed:
         DataError: the files cannot be read, have no known columns, or hold a bad row under `stop`.
         NoDataError: the files have no usable row.
     """
-    rows = read_local_rows(str(path), on_bad_row=data.on_bad_row)
+    rows = read_local_rows(str(path), split=data.split, on_bad_row=data.on_bad_row)
     usable = _usable(str(path), rows, data, "")
     return ClientShard(_client_rows(usable.examples, data, client_id, seed), usable.bad)
 
@@ -157,13 +162,28 @@ def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) ->
     return _Usable(tuple(row for row, _ in kept), tuple(made for _, made in kept), (*rows.bad, *bad))
 
 
+def _tell_clients(partition: Partition, rows: Sequence[dict[str, Any]], column: str) -> None:
+    """Log how many values of the column are no client, and how many are one by another name."""
+    num_values, num_clients = len({row_label(row, column) for row in rows}), len(partition.client_ids)
+    if num_values > num_clients:
+        num_left = len(rows) - sum(map(len, partition.indices))
+        _logger.warning(
+            "federation.num-clients = %d: %d of the %d clients of column %r are left out, with %d of %d rows",
+            *(num_clients, num_values - num_clients, num_values, column, num_left, len(rows)),
+        )
+    if partition.values:
+        _logger.warning(
+            "%d clients have a name other than their value of column %r; fedllm check shows both",
+            *(len(partition.values), column),
+        )
+
+
 def _nothing_usable(source: str, bad: Sequence[BadRow]) -> NoDataError:
     if not bad:
         return NoDataError(f"{source}: holds no rows; name a source that does")
-    first = bad[0]
     return NoDataError(
-        f"{source}: none of its {len(bad)} rows can be used; the first, {first.file}, line {first.line}: "
-        f"{first.reason}; check the file and data.columns"
+        f"{source}: none of its {len(bad)} rows can be used: {count_reasons(bad)}; check the file and"
+        " data.columns"
     )
 
 

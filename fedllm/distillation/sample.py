@@ -109,13 +109,14 @@ class _NextTokens:
         self.temperature = temperature
         self.not_finite: set[int] = set()
 
-    def __call__(self, number: int, logits_BV: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: Sequence[int], logits_BV: torch.Tensor) -> torch.Tensor:
         """Return the tokens [B]; row b takes the first token at which the sum of probabilities passes u_b."""
         probs_BV = (logits_BV.double() / self.temperature).softmax(dim=1)
         finite_B = probs_BV.isfinite().all(dim=1)
-        self.not_finite |= set((~finite_B).nonzero()[:, 0].tolist())
+        self.not_finite |= {rows[b] for b in (~finite_B).nonzero()[:, 0].tolist()}
         sums_BV = torch.where(finite_B[:, None], probs_BV, 1.0).cumsum(dim=1)
         # One draw for each row, in order: a generator is never shared, so neighbours change nothing.
-        u_B1 = torch.tensor([[g.random()] for g in self.generators], dtype=torch.float64).to(sums_BV.device)
+        u_B1 = torch.tensor([[self.generators[row].random()] for row in rows], dtype=torch.float64)
+        u_B1 = u_B1.to(sums_BV.device)
         places_B1 = torch.searchsorted(sums_BV, u_B1 * sums_BV[:, -1:], right=True)
         return places_B1[:, 0].clamp(max=probs_BV.shape[1] - 1)  # where rounding left u at the very end

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -25,7 +26,16 @@ from fedllm.engine.kernels import LoopKernel, MaskedKernel
 from fedllm.engine.layers import attached
 from fedllm.engine.optimizer import RowAdamW
 from fedllm.engine.passes import Item, Passes, by_adapters, packed
-from fedllm.engine.probe import can_be_ragged, measured_budget, plain_head, remembered_budget
+from fedllm.engine.probe import (
+    can_be_ragged,
+    check_causal,
+    keeps_apart,
+    longest_pass,
+    measured_budget,
+    mixes_examples,
+    plain_head,
+    remembered_budget,
+)
 from fedllm.messages import ClientEvaluation
 from fedllm.models.base import BaseModel, check_fits
 from fedllm.models.chat import IGNORED, Encoded
@@ -52,17 +62,26 @@ class Engine:
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         kernel = MaskedKernel() if base.device.type == "cuda" else LoopKernel()
         self.bank = Bank(layout, kernel, base.device, dtype)
+        check_causal(base.model, base.device)
         self.is_ragged = can_be_ragged(base.model, base.device)
+        self._keeps_examples_apart = False  # not tried yet
         self.passes = Passes(base, self.bank, plain_head(base.model, base.device))
         if not self.is_ragged:
             kind = type(base.model).__name__
             _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
-        self.token_budget = token_budget if isinstance(token_budget, int) else self._default_budget()
+        budget = token_budget if isinstance(token_budget, int) else self._default_budget()
+        self.token_budget = min(budget, longest_pass(base.model))
 
     # --- training -----------------------------------------------------------------------------------------
 
     def train(self, jobs: Sequence[Job]) -> Iterator[Result]:
-        """Yield the result of every job, in order. A diverged job has one too, which is not finite."""
+        """Yield the result of every job, in order. A diverged job has one too, which is not finite.
+
+        Raises:
+            ModelError: examples are to be private, and the model mixes them even one by one.
+        """
+        if any(job.example_clip for job in jobs) and not self._keeps_examples_apart:
+            self._check_examples()
         for group in self._groups(jobs):
             yield from self._train_group(group)
 
@@ -194,6 +213,26 @@ class Engine:
             total_AP.addmm_(clip_factors(jobs, owners, norms_S), grad_SP)
         return total_AP, losses_A
 
+    def _check_examples(self) -> None:
+        """Try on this model under adapters whether an example's states are its own, else feed each alone."""
+        draw = torch.Generator().manual_seed(0)
+        starts = [torch.randn(self.layout.size, generator=draw) * 0.1 for _ in range(2)]
+        self.bank.load(self.layout, starts, [self.layout.scale] * 2)
+
+        def states_of(rows: Sequence[Encoded]) -> Sequence[torch.Tensor]:
+            # Another seed each, so that none shares its beginning, as in training.
+            items = [Item(row, place // 2, 0, 1.0, seed=place) for place, row in enumerate(rows)]
+            states_ND = torch.cat([self.passes.states(part) for part in self._split(items, self._limit)])
+            return torch.split(states_ND.float(), [row.num_supervised for row in rows])
+
+        with torch.no_grad(), attached(self.base.model, self.bank, is_ragged=self.is_ragged):
+            self._keeps_examples_apart = keeps_apart(states_of, self.base.model)
+        if not self._keeps_examples_apart and self.is_ragged:
+            self.is_ragged = False
+            self._check_examples()
+        elif not self._keeps_examples_apart:
+            raise mixes_examples(self.base.model)
+
     # --- passes -------------------------------------------------------------------------------------------
 
     @property
@@ -205,7 +244,8 @@ class Engine:
     def _step_limit(self) -> int:
         """Tokens above which a step is split. On a CPU only memory asks for it, so it is above the budget."""
         is_roomy = self.is_ragged and self.base.device.type == "cpu"
-        return max(self._limit, CPU_STEP_TOKENS) if is_roomy else self._limit
+        most = min(CPU_STEP_TOKENS, longest_pass(self.base.model))
+        return max(self._limit, most) if is_roomy else self._limit
 
     def _split(self, items: Sequence[Item], limit: int) -> Iterator[list[Item]]:
         """Split samples into forward passes of at most `limit` tokens."""
@@ -303,20 +343,31 @@ class Engine:
         max_new_tokens: int,
         choose: Choice,
     ) -> list[tuple[int, ...]]:
-        """Return the tokens that `choose` takes after each beginning under its own adapter, all in one batch.
+        """Return the tokens that `choose` takes after each beginning under its own adapter.
 
         `vectors[i]` [P] of `layout` goes with `beginnings[i]`; the same vector object is held once.
         """
-        with self._whole_rows(layout, vectors):
-            return continuations(self.base, beginnings, max_new_tokens, choose)
+        found: list[tuple[int, ...]] = []
+        for places in self._batches(len(beginnings)):
+            with self._whole_rows(layout, [vectors[place] for place in places]):
+                batch = [beginnings[place] for place in places]
+                found += continuations(self.base, batch, max_new_tokens, partial(choose, places))
+        return found
 
     @torch.inference_mode()
     def generate(
         self, states: Sequence[AdapterState], prompts: Sequence[str], max_new_tokens: int
     ) -> list[str]:
-        """Return the greedy answer of `states[i]` to `prompts[i]`, all of them in one batch."""
-        with self._whole_rows(self.layout, [state.vector for state in states]):
-            return answers(self.base, prompts, max_new_tokens)
+        """Return the greedy answer of `states[i]` to `prompts[i]`."""
+        found: list[str] = []
+        for places in self._batches(len(prompts)):
+            with self._whole_rows(self.layout, [states[place].vector for place in places]):
+                found += answers(self.base, [prompts[place] for place in places], max_new_tokens)
+        return found
+
+    def _batches(self, number: int) -> list[range]:
+        """Return which prompts are answered together: all, or one by one where padding could change state."""
+        return [range(number)] if self.is_ragged else [range(place, place + 1) for place in range(number)]
 
     @contextmanager
     def _whole_rows(self, layout: AdapterLayout, vectors: Sequence[torch.Tensor]) -> Iterator[None]:

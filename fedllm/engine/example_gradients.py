@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from fedllm.adapters.parts import part_size
+from fedllm.adapters.parts import part_of
 from fedllm.engine.job_rows import JobRows
-from fedllm.engine.jobs import Job
-from fedllm.privacy.keys import derived_key
+from fedllm.engine.jobs import Job, StepNoise
+from fedllm.privacy.keys import bits_digest, derived_key
 from fedllm.privacy.noise import SecretStream, gaussian
 
 
@@ -58,7 +58,16 @@ def add_noise(rows: JobRows, grad_AP: torch.Tensor, step: int) -> None:
     for row, job in enumerate(rows.jobs[: len(grad_AP)]):
         if job.noise is None:
             continue
-        stream = SecretStream(derived_key(job.noise.key, "step", step))
-        # Drawn at the job's own rank: the padded values are not trained, and noise there would be wasted.
-        noise_Q = gaussian(stream, part_size(rows.layouts[row], job.trained), job.noise.deviation)
-        grad_AP[row] += rows.pad_part(row, noise_Q).to(grad_AP)
+        # At the job's own rank: the padded values are not trained, and noise there would be wasted.
+        mean_Q = part_of(rows.layouts[row], rows.unstack(row, grad_AP[row]), job.trained)
+        grad_AP[row] += rows.pad_part(row, step_noise(job.noise, step, mean_Q)).to(grad_AP)
+
+
+def step_noise(noise: StepNoise, step: int, mean_Q: torch.Tensor) -> torch.Tensor:
+    """Return the noise [Q] of one step on the mean of its clipped gradients; the same mean, the same noise.
+
+    Another mean has unrelated noise: of two means under one noise, the difference would be bare. Rounding is
+    enough to make another, so a step done again on another device may not reuse what was drawn on the first.
+    """
+    key = derived_key(noise.key, "step", step, bits_digest(mean_Q))
+    return gaussian(SecretStream(key), mean_Q.numel(), noise.deviation)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
+from fedllm.models.attention import is_ragged
 from fedllm.models.chat import IGNORED, Encoded
 
 SHORTEST_SHARED = 8  # tokens; less than that saves no more than its bookkeeping costs
@@ -103,18 +104,19 @@ def predicting_states(model: Any, flat: FlatRow, head: Head) -> torch.Tensor:
     """Return what the model has computed where each supervised token is predicted, [N, D].
 
     These are the hidden states, which `head` turns into logits. Where `head` has no weight they are already
-    the logits, by the model's own forward: some architectures scale or cap them.
+    the logits, by the model's own forward: some architectures scale or cap them. A model without ragged
+    attention is given one row at a time.
     """
-    inputs = {
-        "input_ids": flat.tokens_T[None],
-        "position_ids": flat.positions_T[None],
-        "cu_seq_lens_q": flat.queries_Q,
-        "cu_seq_lens_k": flat.keys_Q,
-        "max_length_q": flat.longest[0],
-        "max_length_k": flat.longest[1],
-        "key_places": flat.places_K,
-        "use_cache": False,
-    }
+    inputs: dict[str, Any] = {"input_ids": flat.tokens_T[None], "use_cache": False}
+    if is_ragged(model):  # to one row alone they say nothing, and some layers take them for another's words
+        inputs |= {
+            "position_ids": flat.positions_T[None],
+            "cu_seq_lens_q": flat.queries_Q,
+            "cu_seq_lens_k": flat.keys_Q,
+            "max_length_q": flat.longest[0],
+            "max_length_k": flat.longest[1],
+            "key_places": flat.places_K,
+        }
     if head.weight_VD is None:
         logits_NV: torch.Tensor = model(**inputs, logits_to_keep=flat.predicting_N).logits[0]
         return logits_NV

@@ -11,8 +11,8 @@ from fedllm.data.fields import Turn
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import chat_text
 
-# (number of tokens chosen before, logits [B, V]) -> the next token of every row [B]
-Choice = Callable[[int, torch.Tensor], torch.Tensor]
+# (places of the rows among all beginnings, logits [B, V]) -> the next token of every row [B]
+Choice = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 
 
 def answers(base: BaseModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -36,9 +36,12 @@ def answers(base: BaseModel, prompts: Sequence[str], max_new_tokens: int) -> lis
 
 
 def continuations(
-    base: BaseModel, beginnings: Sequence[Sequence[int]], max_new_tokens: int, choose: Choice
+    base: BaseModel,
+    beginnings: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    choose: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[tuple[int, ...]]:
-    """Return the tokens that `choose` takes after each beginning of at least one token.
+    """Return the tokens that `choose` takes, by their logits, after each beginning of at least one token.
 
     A row ends with its first end token, which is part of it, or after `max_new_tokens`. `choose` sees the
     model's own logits at temperature 1: no setting of the model's generation counts.
@@ -46,27 +49,26 @@ def continuations(
     ends = end_tokens(base)
     # A forward pass without `generate`: that would apply the generation settings of the model to the logits.
     inputs_Bt, mask_Bt = left_padded(beginnings, 0, base.device)
+    is_padded = len(set(map(len, beginnings))) > 1
     # Padding does not count as a position, so a row's tokens stand where they would stand alone.
     positions_Bt = (mask_Bt.cumsum(dim=1) - 1).clamp(min=0)
     chosen: list[list[int]] = [[] for _ in beginnings]
     going, cache = [True] * len(beginnings), None
-    for number in range(max_new_tokens):
+    for _ in range(max_new_tokens):
+        places = {"attention_mask": mask_Bt, "position_ids": positions_Bt} if is_padded else {}
         output = base.model(
-            input_ids=inputs_Bt,
-            attention_mask=mask_Bt,
-            position_ids=positions_Bt,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+            input_ids=inputs_Bt, **places, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        cache, next_B = output.past_key_values, choose(number, output.logits[:, -1])
+        cache, next_B = output.get("past_key_values"), choose(output.logits[:, -1])
         for row, token in enumerate(next_B.tolist()):
             if going[row]:  # a row that has ended is fed on with the others, and what it says is not kept
                 chosen[row].append(token)
                 going[row] = token not in ends
         if not any(going):
             break
-        inputs_Bt, positions_Bt = next_B[:, None], positions_Bt[:, -1:] + 1
+        # Models that keep their state elsewhere (Mamba) read all tokens again.
+        inputs_Bt = torch.cat([inputs_Bt if cache is None else inputs_Bt[:, :0], next_B[:, None]], dim=1)
+        positions_Bt = positions_Bt[:, -1:] + 1
         mask_Bt = torch.cat([mask_Bt, torch.ones_like(mask_Bt[:, :1])], dim=1)
     return [tuple(tokens) for tokens in chosen]
 

@@ -23,7 +23,10 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class StepNoise:
-    """Gaussian noise on the mean gradient of every step, of `deviation`, drawn from the secret `key`."""
+    """Gaussian noise on the mean gradient of every step, of `deviation`.
+
+    It is drawn from the secret `key`, the step and the very gradient that it hides.
+    """
 
     key: bytes
     deviation: float

@@ -25,6 +25,16 @@ class BankLinear(nn.Module):
         self.bank = bank
         self.index = index
 
+    @property
+    def weight(self) -> Any:
+        """The frozen weight. Mamba reads one, and an adapter on that layer changes nothing, as in PEFT."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        """The frozen bias."""
+        return self.base.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the adapted output, [..., D_in] -> [..., D_out]."""
         flat = x.reshape(-1, x.shape[-1])

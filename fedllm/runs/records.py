@@ -156,6 +156,8 @@ class RoundRecord:
     asked: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
     lost: Mapping[str, str] = field(default_factory=dict)  # client -> reason
+    codes: Mapping[str, str] = field(default_factory=dict)  # lost client -> the code that stands for it
+    unsent: tuple[str, ...] = ()  # of the lost, those who reported that they have no update
     weights: Mapping[str, float] = field(default_factory=dict)
     staleness: Mapping[str, int] = field(default_factory=dict)  # late client -> rounds by which it was late
     applied: bool = True  # false where too few updates were accepted and the adapter stayed as it was
@@ -169,6 +171,7 @@ class RoundRecord:
     distillation: DistillationRecord | None = None  # in rounds with a distillation step
     held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
     personal_held_out: Mapping[str, float] = field(default_factory=dict)  # with its personal adapter on top
+    not_finite: tuple[str, ...] = ()  # clients that could report no finite held-out loss
 
     @property
     def mean_held_out(self) -> float | None:

@@ -30,6 +30,7 @@ PACKET_TYPE = "fedllm.packet"
 _PREFIX = struct.Struct("<4sBI")
 _CHECKSUM = 32
 _MAX_HEADER = 4096  # many times what `encode` writes: a bound for what is parsed
+LARGEST_NUMBER = 2**53  # of a count from outside: up to here a float holds every whole number
 T = TypeVar("T")
 
 
@@ -114,6 +115,8 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     # Types are compared, not instances: true is an int to Python.
     if not isinstance(header, dict) or {key: type(value) for key, value in header.items()} != wanted:
         raise WireError("packet header has other fields than layout, part, payload, round and size")
+    if not all(0 <= header[key] < LARGEST_NUMBER for key in ("round", "size")):
+        raise WireError(f"packet header has a number outside 0 to {LARGEST_NUMBER}")
     return header
 
 

@@ -23,7 +23,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
-from fedllm.data.partition import CLIENT_ID
+from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.messages import (
     EVALUATION_METRICS,
@@ -33,13 +33,13 @@ from fedllm.messages import (
     ClientUpdate,
     JoinedClient,
 )
-from fedllm.wire.packets import list_field, read_vector, write_vector
+from fedllm.wire.packets import LARGEST_NUMBER, list_field, read_vector, write_vector
 
 _OK = "ok"  # no error code is called so
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _JOIN_NUMBERS = ("num_train", "num_held_out", "max_rank")
 _COUNTS = frozenset({"num_tokens", "num_truncated", "num_rows"})  # travel as floats, as all metrics do
-_LARGEST_COUNT = 2**53  # up to here a float holds every whole number
+_FEW = 8  # how many more clients than were asked a reply may name: enough to be told who strays
 
 T = TypeVar("T")
 Update: TypeAlias = ClientUpdate | ClientFailure
@@ -163,7 +163,7 @@ def read_updates(
         WireError: the reply as a whole is malformed. A client with a bad packet is a failure instead.
     """
     names = ("updates", "controls") if with_controls else ("updates",)
-    codes, metrics = _read_results(content, UPDATE_METRICS, names)
+    codes, metrics = _read_results(content, UPDATE_METRICS, names, most=len(ranks))
     packets = {name: content.array_records.get(name, ArrayRecord()) for name in names}
     if any(set(record) != set(metrics) for record in packets.values()):
         raise WireError("the packets do not match the clients that report an update")
@@ -196,13 +196,17 @@ def read_updates(
     return results
 
 
-def read_sum(content: RecordDict, *, layout: AdapterLayout, part: str, round_num: int) -> list[Update]:
+def read_sum(
+    content: RecordDict, *, layout: AdapterLayout, part: str, round_num: int, most: int
+) -> list[Update]:
     """Return what the reply of a node that was asked for its sum says: one update with members, and failures.
+
+    `most` is the number of clients that were asked.
 
     Raises:
         WireError: the reply as a whole is malformed. If only the packet is bad, all its clients fail.
     """
-    codes, metrics = _read_results(content, UPDATE_METRICS, ("sum",))
+    codes, metrics = _read_results(content, UPDATE_METRICS, ("sum",), most=most)
     failures = [_reported(client_id, code) for client_id, code in codes.items() if code != _OK]
     record = content.array_records.get("sum", ArrayRecord())
     if list(record) != (["sum"] if metrics else []):
@@ -230,9 +234,12 @@ def read_sum(content: RecordDict, *, layout: AdapterLayout, part: str, round_num
     return [total, *failures]
 
 
-def read_evaluations(content: RecordDict) -> list[Evaluation]:
-    """Return what a reply to an evaluate request says about each client; raises as `read_updates`."""
-    codes, metrics = _read_results(content, EVALUATION_METRICS)
+def read_evaluations(content: RecordDict, *, most: int) -> list[Evaluation]:
+    """Return what a reply to an evaluate request says about each client, `most` of whom were asked.
+
+    Raises as `read_updates`.
+    """
+    codes, metrics = _read_results(content, EVALUATION_METRICS, most=most)
     return [
         ClientEvaluation(client_id=client_id, **metrics[client_id])
         if code == _OK
@@ -250,10 +257,10 @@ def read_joined(content: RecordDict, node_id: int) -> list[JoinedClient]:
     if read_error(content) == "no-data":
         return []
     texts, columns = _read_tables(content, ("ids", "fingerprints"), _JOIN_NUMBERS, int)
-    if any(number < 0 for column in columns.values() for number in column):
-        raise WireError("a join reply declares a negative number")
-    if not all(map(CLIENT_ID.fullmatch, texts["ids"])):  # they are printed and written to files
-        raise WireError("a join reply names a client by other than 1 to 64 letters, digits, '.', '_' and '-'")
+    if not all(0 <= number < LARGEST_NUMBER for column in columns.values() for number in column):
+        raise WireError(f"a join reply declares a number outside 0 to {LARGEST_NUMBER}")
+    if not all(map(is_client_id, texts["ids"])):  # they are printed and written to files
+        raise WireError(f"a join reply names a client by other than {CLIENT_ID_FORM}")
     if not all(map(_FINGERPRINT.fullmatch, texts["fingerprints"])):
         raise WireError("a join reply has a fingerprint that is not 64 hexadecimal digits")
     rows = _rows(texts["ids"], columns)
@@ -289,10 +296,12 @@ def check_records(content: RecordDict, **allowed: type) -> None:
 
 
 def _read_results(
-    content: RecordDict, metric_names: Sequence[str], packets: Sequence[str] = ()
+    content: RecordDict, metric_names: Sequence[str], packets: Sequence[str] = (), *, most: int
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Return (client -> code, client that is "ok" -> its metrics) of a reply."""
+    """Return (client -> code, client that is "ok" -> its metrics) of a reply to `most` clients."""
     texts, columns = _read_tables(content, ("ids", "codes"), metric_names, float, packets)
+    if len(texts["ids"]) > most + _FEW:
+        raise WireError(f"the reply names {len(texts['ids']):,} clients, {most:,} were asked")
     codes = dict(zip(texts["ids"], texts["codes"], strict=True))
     if not set(codes.values()) <= CLIENT_ERROR_CODES | {_OK}:
         raise WireError("the reply carries a code that is not on the list")
@@ -341,7 +350,7 @@ def _read_delta(array: Array, layout: AdapterLayout, part: str, round_num: int) 
 
 
 def _reported(client_id: str, code: str) -> ClientFailure:
-    return ClientFailure(client_id=client_id, code=code, reason=f"client reports {code}")
+    return ClientFailure(client_id=client_id, code=code, reason=f"client reports {code}", sent_nothing=True)
 
 
 def _bad_packet(client_id: str, error: WireError) -> ClientFailure:
@@ -350,4 +359,4 @@ def _bad_packet(client_id: str, error: WireError) -> ClientFailure:
 
 def _count(value: float) -> int:
     """Return a reported count; anything that is not a plausible count is 0."""
-    return int(value) if 0 <= value < _LARGEST_COUNT else 0
+    return int(value) if 0 <= value < LARGEST_NUMBER else 0

@@ -32,9 +32,8 @@ def read_plain(record: ArrayRecord, layout: AdapterLayout) -> AdapterState:
         values = _numpy_of(record[spec.name], spec.name)
         # Flower's adaptive strategies (FedAdam and the like) answer in float64.
         if values.dtype not in (np.float32, np.float64) or values.shape != spec.shape:
-            raise WireError(
-                f"tensor {spec.name!r} is {values.dtype} {values.shape}, expected float32 {spec.shape}"
-            )
+            found = f"{values.dtype} {values.shape}"[:80]  # the dtype is text from outside
+            raise WireError(f"tensor {spec.name!r} is {found}, expected float32 {spec.shape}")
         view.copy_(torch.from_numpy(values.astype(np.float32)))
     return AdapterState(layout, vector).checked_finite()
 

@@ -54,7 +54,9 @@ def leaving_message(case: Case) -> Message:
     if plan.is_summed(request.ranks.values()):
         mean_P = node_mean([one for one in answers if isinstance(one, ClientUpdate)])
         content = replies.write_sum(answers, mean_P, layout=layout, part=part, payload=payload)
-        update = replies.read_sum(content, layout=layout, part=part, round_num=round_num)[0]
+        update = replies.read_sum(content, layout=layout, part=part, round_num=round_num, most=len(answers))[
+            0
+        ]
     else:
         content = replies.write_updates(answers, layout=layout, part=part, payload=payload)
         (update,) = replies.read_updates(

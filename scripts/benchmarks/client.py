@@ -22,10 +22,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fedllm.errors import MissingExtraError
 from scripts.benchmarks import cohort as bench_cohort
 from scripts.benchmarks.agreement import checked_difference
 from scripts.benchmarks.arithmetic import gemm_rate, trunk_weights
 from scripts.benchmarks.client_rows import DEFAULT_ROWS, UNEVEN_ROWS, kinds_of_rows
+from scripts.benchmarks.cohort_worker import compare_elsewhere
 from scripts.benchmarks.options import BenchOptions, start_benchmark
 from scripts.benchmarks.peers.flowertune import train_afresh
 from scripts.benchmarks.peers.shared import TOLERANCE, Outcome, missing_package, quiet_huggingface
@@ -38,7 +40,6 @@ from scripts.reports import Goal, Spread, figures_table, publish, spread, spread
 OURS = bench_cohort.OURS
 FLOWERTUNE, NO_CHECKPOINTS = "FlowerTune-like", "no checkpointing"
 TRL, TRL_AT_BEST = "TRL", "TRL at its best"
-PEERS = {"trl": TRL, "pfl": bench_cohort.PFL}  # that come with the extra `bench`
 PACKAGES = ("fedllm", "torch", "transformers", "peft", "accelerate", "safetensors")
 PEAK_TOKENS = 512  # rows of the peak GEMM: more of them change little
 WARM_ROWS = 2
@@ -192,7 +193,7 @@ def goals_of(rows: Mapping[str, Any], cohorts: Mapping[str, Any]) -> dict[str, G
 def main(options: Options) -> None:
     """Measure, print and keep the figures."""
     options = replace(options, repetitions=2) if options.quick else options
-    packages = [*PACKAGES, *(package for package in PEERS if not missing_package(package))]
+    packages = PACKAGES if missing_package("trl") else (*PACKAGES, "trl")
     console, machine = start_benchmark(options, packages)
     figures, goals = compare(options, console, machine)
     if options.plot:
@@ -218,13 +219,16 @@ def compare(
         FedLLMError: there is no such client or no such data.
         RuntimeError: two did not train the same adapter.
     """
-    left_out = {name: line for package, name in PEERS.items() if (line := missing_package(package))}
-    for line in left_out.values():
-        console.print(line)
+    left_out = {TRL: line} if (line := missing_package("trl")) else {}
     bench = open_bench(options.client, options.seed)
     with quiet_huggingface():
         rows = compare_clients(bench, options, console)
-        cohorts = {} if bench_cohort.PFL in left_out else compare_cohorts(bench, options, console)
+    try:
+        cohorts = compare_cohorts(options, console)
+    except MissingExtraError as error:
+        cohorts, left_out = {}, {**left_out, bench_cohort.PFL: str(error)}
+    for line in left_out.values():
+        console.print(line)
     settings = {
         "seed": options.seed,
         "client": options.client,
@@ -255,12 +259,14 @@ def compare_clients(bench: Bench, options: Options, console: Console) -> dict[st
     return figures
 
 
-def compare_cohorts(bench: Bench, options: Options, console: Console) -> dict[str, Any]:
-    """Return a round's figures compared with pfl-research, by vocabulary; only the small one if quick."""
-    figures: dict[str, Any] = {}
-    for name, vocabulary in bench_cohort.VOCABULARIES.items():
-        if name == bench_cohort.SMALL or not options.quick:
-            cohort = bench_cohort.make_cohort(bench.engine.base, vocabulary, bench.seed)
-            figures[name] = bench_cohort.compare(cohort, options.repetitions)
-            bench_cohort.show(console, name, figures[name])
+def compare_cohorts(options: Options, console: Console) -> dict[str, Any]:
+    """Return a round's figures compared with pfl-research, by vocabulary; print each."""
+    figures = compare_elsewhere(
+        seed=options.seed,
+        repetitions=options.repetitions,
+        threads=options.threads,
+        quick=options.quick,
+    )
+    for name, found in figures.items():
+        bench_cohort.show(console, name, found)
     return figures

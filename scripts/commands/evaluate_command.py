@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from clients.process import PROCESS
 from clients.tokens import ClientTokens, encode_client
 from fedllm.adapters.folder import PublishedAdapter, load_adapter
@@ -20,7 +18,7 @@ from fedllm.messages import ClientEvaluation
 from fedllm.models.files import resolve_model
 from fedllm.runs.spread import spread_of
 from scripts.commands.run_command import Answers, compare_answers
-from scripts.console import Console, one_line
+from scripts.console import Console, client_table
 from scripts.finished_run import Found, adapter_of, bare_config, own_rows
 
 
@@ -107,8 +105,8 @@ def report_of(
 
 
 def _print(console: Console, report: Mapping[str, Any], answers: Answers) -> None:
-    names = ("client", "rows", "tokens", "base loss", "adapter loss", "base ppl", "adapter ppl")
-    table = Table(*names, box=None, header_style="bold", pad_edge=False)
+    console.line("loss (nats per token) and perplexity (ppl) on held-out rows")
+    table = client_table("rows", "tokens", "base", "adapter", "base ppl", "adapter ppl")
     for name, row in report["clients"].items():
         base, adapter = row["base"], row["adapter"]
         numbers = (f"{base['loss']:.4f}", f"{adapter['loss']:.4f}")
@@ -120,5 +118,4 @@ def _print(console: Console, report: Mapping[str, Any], answers: Answers) -> Non
     for label, key in (("worst - best", "spread"), ("deviation", "deviation")):
         table.add_row(label, "", "", f"{report[key]['base']:.4f}", f"{report[key]['adapter']:.4f}")
     console.rich.print(table)
-    for prompt, before, after in zip(answers.prompts, answers.before, answers.after, strict=True):
-        console.line(f"\n  {prompt}\n    before: {one_line(before)}\n    after:  {one_line(after)}")
+    console.answers(answers.prompts, answers.before, answers.after)

@@ -20,9 +20,11 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import newest_round
 from fedllm.runs.folder import CHECKPOINTS, RESULT, STARTER, open_run_folder, run_folder
 from scripts.command_line import StoppedError, again
-from scripts.console import Console, RunView
+from scripts.console import Console
 from scripts.finished_run import PARTITION
 from scripts.recipe_arguments import config_of
+from scripts.run_view import RunView
+from strategies.publish import keep_answers
 
 RUNTIMES = ("local", "simulation", "deployment")
 
@@ -57,16 +59,30 @@ def run(
         else:
             if needs_conversion(config.model.name):
                 console.line("converting the model to safetensors, once, about half a minute ...")
-            with console.watching(config, runtime) as view, _logs_to(view.notice):
+            console.paragraph(_heading(config, runtime), indent=0)
+            view = RunView(console, resolve(config))
+            with view.showing(), _logs_to(view.notice):
                 for line in told:
                     view.notice(line)
                 run_in(runtime, config, view)
-        result = json.loads((folder / RESULT).read_text())
     answers = compare_answers(config, folder / "adapter")
+    if answers.prompts:
+        keep_answers(folder, vars(answers))
+    result = json.loads((folder / RESULT).read_text())
     if as_json:
-        print(json.dumps({**result, "answers": vars(answers)}))
+        print(json.dumps({"answers": vars(answers), **result}))
     else:
-        console.summary(folder, result, answers)
+        console.summary(folder, result)
+
+
+def _heading(config: RunConfig, runtime: str) -> str:
+    federation, train = config.federation, config.train
+    return (
+        f"{config.run.name}: {config.model.name}, LoRA rank {config.lora.rank} on"
+        f" {config.lora.target_modules}, {federation.num_clients} clients,"
+        f" {federation.num_rounds} rounds of {train.local_steps} steps of {train.batch_size} rows,"
+        f" {runtime} runtime"
+    )
 
 
 def run_in(runtime: str, config: RunConfig, view: RunView) -> None:

@@ -7,6 +7,7 @@ comes from `flwr ls`: `flwr run --stream` exits 0 on failure.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,7 +32,7 @@ from fedllm.models.files import is_local_model
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import ROUNDS, run_folder, to_toml
 from fedllm.runs.records import record_from_dict
-from scripts.console import RunView
+from scripts.run_view import RunView
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 _START_SECONDS = 60.0
@@ -251,7 +252,11 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
         # Flower calls some failed simulations completed, so the run's own word counts as well.
         if ended != "finished:completed" or result.get("status") != "completed":
             kept = keep_logs(link, run_id, run_folder(config))
-            raise RunFailedError(f"Flower ended the run as {ended}: {result.get('reason', f'see {kept}')}")
+            reason = str(result.get("reason", f"see {kept}"))
+            said = said_by_nodes(kept.read_text(errors="replace"), reason)
+            raise RunFailedError(
+                f"Flower ended the run as {ended}: {reason}" + "".join(f"; {x}" for x in said)
+            )
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -323,6 +328,15 @@ def _state(file: Path) -> tuple[int, int]:
     """Return what tells one version of a growing file from the next; its time alone may be too coarse."""
     found = file.stat()
     return found.st_mtime_ns, found.st_size
+
+
+def said_by_nodes(log: str, reason: str) -> list[str]:
+    """Return what nodes of this machine logged last of each code that the reason of a failed run names."""
+    found = []
+    for code in dict.fromkeys(re.findall(r"client reports ([a-z-]+)", reason)):
+        said = re.findall(rf"\b{code}: (.+)", re.sub(r"\x1b\[[0-9;]*m", "", log))  # without colours
+        found += said[-1:]
+    return found
 
 
 def keep_logs(link: Link, run_id: str, folder: Path) -> Path:

@@ -5,13 +5,16 @@ a Flower process two internals must be set by hand, the task's identity and a me
 and nowhere else, under a contract test.
 """
 
+import logging
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
+from flwr.supercore.constant import TaskType
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -38,7 +41,9 @@ class LocalGrid(Grid):
         self._client_app = client_app
         self.contexts = contexts
         self._waiting: dict[str, Message] = {}
-        self._run = Run.create_empty(run_id=1)
+        self.errors: dict[int, str] = {}  # node -> what it logged of its last error
+        # A simulation is what Flower calls a run whose nodes are all there from the start.
+        self._run = replace(Run.create_empty(run_id=1), primary_task_type=TaskType.SIMULATION)
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SERVER_NODE
 
     def set_run(self, run: Run) -> None:
@@ -82,7 +87,9 @@ class LocalGrid(Grid):
         for message_id in message_ids:
             message = self._waiting.pop(message_id, None)
             if message is not None:
-                return [self._client_app(message, self.contexts[message.metadata.dst_node_id])]
+                node = message.metadata.dst_node_id
+                with _error_kept(self.errors, node):
+                    return [self._client_app(message, self.contexts[node])]
         return []
 
     def send_and_receive(
@@ -91,6 +98,24 @@ class LocalGrid(Grid):
         """Run all messages and return their replies."""
         ids = list(self.push_messages(messages))
         return [reply for message_id in ids for reply in self.pull_messages([message_id])]
+
+
+@contextmanager
+def _error_kept(errors: dict[int, str], node: int) -> Iterator[None]:
+    """Keep the last error that the clients of this process log in the block as the node's."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            errors[node] = record.getMessage()
+        return True
+
+    logger = logging.getLogger("fedllm.clients")
+    errors.pop(node, None)
+    logger.addFilter(keep)  # not a handler: where none is installed Python prints errors by itself
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def local_grid(config: RunConfig, client_app: ClientApp, num_nodes: int = 1) -> LocalGrid:

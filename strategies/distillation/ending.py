@@ -41,6 +41,7 @@ class DistillationCollector:
             return after, record
         session, plan = self.session, distillation_of(self.session.plan)
         teachers = self.teachers.without(record.aggregation.silenced)
+        session.watch.phase("distilling", 0, 0)
         adapter, outcome = try_step(session, before, after, teachers)
         # A run that is resumed with more rounds goes on from the aggregate, so it is kept as well.
         aggregate = after.adapter if plan.numbers.when == "last" and outcome.kept else None

@@ -1,15 +1,18 @@
 """The held-out loss of every client, measured where its rows are."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedllm.errors import WireError
+from fedllm.errors import NonFiniteError, WireError
 from fedllm.messages import ClientEvaluation, ClientFailure
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from fedllm.wire import replies
+from strategies.divergence import check_finite
+from strategies.exchange.causes import few, grouped
 from strategies.exchange.requesting import evaluate_requests
-from strategies.exchange.validation import check_evaluation
+from strategies.exchange.validation import UNSOUND, check_evaluation
 from strategies.grid.transport import Reply
 from strategies.session import Session
 
@@ -18,51 +21,84 @@ from strategies.session import Session
 class HeldOut:
     """Held-out loss by client: under the shared adapter, and with its personal one on top.
 
-    Without personal adapters `personal` is empty.
+    Without personal adapters `personal` is empty. `not_finite` names the clients that answered with no finite
+    number.
     """
 
     shared: Mapping[str, float]
     personal: Mapping[str, float]
+    not_finite: tuple[str, ...] = ()
 
     def noted_in(self, record: RoundRecord) -> RoundRecord:
         """Return a round's record with these losses."""
-        return replace(record, held_out=self.shared, personal_held_out=self.personal)
+        return replace(
+            record, held_out=self.shared, personal_held_out=self.personal, not_finite=self.not_finite
+        )
 
 
 def evaluate(session: Session, state: ServerState) -> HeldOut:
     """Return the held-out loss of every client that keeps held-out rows and answers with a sound number."""
-    found: dict[str, ClientEvaluation] = {}
-    for reply in session.transport.exchange(
-        evaluate_requests(session, state),
-        message_type="evaluate",
-        group=str(state.round_num),
-        deadline=session.config.federation.round_deadline,
-    ):
-        found.update(read_evaluations(session, reply))
+    found: dict[str, ClientEvaluation | None] = {}
+    hosted = session.by_node(session.clients)
+    number = sum(client.num_held_out > 0 for client in session.clients.values())
+    session.watch.phase("evaluating", 0, number)
+    with few(session.watch.notice) as notice:
+        for reply in session.transport.exchange(
+            evaluate_requests(session, state),
+            message_type="evaluate",
+            group=str(state.round_num),
+            deadline=session.config.federation.round_deadline,
+        ):
+            found |= read_evaluations(session, reply, hosted.get(reply.node_id, []), notice)
+            session.watch.phase("evaluating", len(found), number)
     # By name, so that a record does not tell who was quick.
-    shared = {client: found[client].loss for client in sorted(found)}
-    if session.config.personal.mode == "none":
-        return HeldOut(shared, {})
-    personal = {client: found[client].personal_loss for client in sorted(found)}
-    return HeldOut(shared, {client: loss for client, loss in personal.items() if loss is not None})
+    sound = {client: answer for client, answer in sorted(found.items()) if answer is not None}
+    shared = {client: answer.loss for client, answer in sound.items()}
+    personal: dict[str, float] = {}
+    if session.config.personal.mode != "none":
+        losses = {client: answer.personal_loss for client, answer in sound.items()}
+        personal = {client: loss for client, loss in losses.items() if loss is not None}
+    return HeldOut(shared, personal, tuple(sorted(found.keys() - sound)))
 
 
-def read_evaluations(session: Session, reply: Reply) -> dict[str, ClientEvaluation]:
-    """Return the sound evaluations in a node's reply, of clients it hosts; the rest is only noticed."""
+def evaluate_base(session: Session, state: ServerState) -> RoundRecord:
+    """Return record 0, which the last round is compared with, and show it; raises as `check_finite`."""
+    began = time.perf_counter()
+    record = evaluate(session, state).noted_in(RoundRecord(round_num=0, adapter=state.adapter.digest))
+    record = replace(record, seconds=time.perf_counter() - began)  # how long later evaluations will take
+    session.watch.record(record)
+    check_finite(session.config, state, record)
+    return record
+
+
+def read_evaluations(
+    session: Session, reply: Reply, hosted: Sequence[str], notice: Callable[[str], None]
+) -> dict[str, ClientEvaluation | None]:
+    """Return the evaluations in a node's reply, of the clients it hosts; None where a loss is not finite.
+
+    The rest is only noticed: one line for a reply, or for a cause.
+    """
     try:
-        answers = replies.read_evaluations(reply.received())
+        answers = replies.read_evaluations(reply.received(), most=len(hosted))
     except WireError as error:
         session.held_by_nodes.forget(reply.node_id, reply.content)  # it may have lost what it held
-        session.watch.notice(f"node {reply.node_id} was not evaluated: {error}")
+        notice(f"node {reply.node_id} was not evaluated: {error}")
         return {}
-    found: dict[str, ClientEvaluation] = {}
+    found: dict[str, ClientEvaluation | None] = {}
+    lost: dict[str, str] = {}
+    strangers = 0
     for answer in answers:
         sound = check_evaluation(answer) if isinstance(answer, ClientEvaluation) else answer
-        joined = session.clients.get(answer.client_id)
-        if joined is None or joined.node_id != reply.node_id:  # nobody speaks for another node's clients
-            session.watch.notice(f"node {reply.node_id} answered for a client it does not host")
+        if answer.client_id not in hosted:  # nobody speaks for another node's clients
+            strangers += 1
         elif isinstance(sound, ClientFailure):
-            session.watch.notice(f"client {answer.client_id} was not evaluated: {sound.reason}")
+            lost[answer.client_id] = sound.reason
+            if sound.code in (UNSOUND, NonFiniteError.code):
+                found[answer.client_id] = None
         else:
             found[answer.client_id] = sound
+    for clients, reason in grouped(lost):
+        notice(f"client {clients} was not evaluated: {reason}")
+    if strangers:
+        notice(f"node {reply.node_id} answered for {strangers:,} clients it does not host")
     return found

@@ -5,15 +5,15 @@ from collections.abc import Callable
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.config.run_config import RunConfig
-from fedllm.errors import RunFailedError, WireError
+from fedllm.errors import NoDataError, RunFailedError, WireError
 from fedllm.messages import JoinedClient
 from fedllm.wire.replies import read_error, read_joined
-from strategies.grid.transport import Transport
+from strategies.exchange.causes import by_cause, few, grouped, in_words, names
+from strategies.grid.transport import CRASHED, Reply, Transport
 from strategies.session import Session
 
 REJOIN_SECONDS = 2.0  # how long a round waits for nodes that have just appeared
 AGAIN_SECONDS = 30.0  # after which a node is asked again whose error may have passed
-_PASSING = ("internal", "out-of-memory")  # the other errors are of the data or the policy, which stay
 
 
 def join_clients(
@@ -22,44 +22,63 @@ def join_clients(
     """Wait until the expected clients have declared themselves; return the usable ones by id.
 
     Nodes are asked as they appear, so that one which hangs holds up no other. An answer that comes after the
-    wait is taken before the next round (`rejoin`).
+    wait is taken before the next round (`rejoin`). The wait ends at once where every node has answered for
+    good and none is missing.
 
     Raises:
-        RunFailedError: fewer than `federation.min-clients` are usable when the join deadline has passed.
+        RunFailedError: fewer than `federation.min-clients` are usable then, or when the deadline has passed.
     """
     federation = config.federation
-    ends = time.monotonic() + federation.join_deadline
-    declared: dict[str, JoinedClient] = {}
-    while len(declared) < federation.num_clients and time.monotonic() < ends:
-        transport.ask_to_join()
-        new = _take_declared(transport, notice)
-        for client in new:
-            if client.client_id in declared:
-                notice(f"two nodes declare client {client.client_id}; the second is left out")
-            else:
-                declared[client.client_id] = client
-        if not new:  # else more may be waiting already
-            time.sleep(transport.poll_seconds)
-    if len(declared) < federation.num_clients:
+    with few(notice) as notice:
+        declared = _wait_for_declared(transport, config, notice)
         for node in sorted(transport.joining.values()):
             notice(f"node {node} has not answered yet; its clients take part once it does")
-    # By name, so that nothing depends on who declared itself first.
-    usable = {
-        client_id: client
-        for client_id, client in sorted(declared.items())
-        if _is_usable(client, config, layout, notice)
-    }
+        # By name, so that nothing depends on who declared itself first.
+        usable, refused = {}, {}
+        for client_id, client in sorted(declared.items()):
+            reason = _refusal_of(client, config, layout)
+            if reason:
+                notice(f"client {client_id} {reason} and is left out")
+                refused[f"client {client_id}"] = reason
+            else:
+                usable[client_id] = client
+        if len(usable) >= federation.min_clients and len(declared) < federation.num_clients:
+            notice(
+                f"{len(declared)} of {federation.num_clients} expected clients joined;"
+                " going on without the rest"
+            )
     if len(usable) < federation.min_clients:
+        nodes = {f"node {node}": transport.words_of(node) or why for node, why in transport.refused.items()}
+        why = by_cause({**nodes, **refused}) or "check the data source and that the nodes run"
+        waited = "" if nodes or refused else f" within {federation.join_deadline:g} s"
         raise RunFailedError(
-            f"{len(usable)} usable clients joined within {federation.join_deadline:g} s,"
-            f" federation.min-clients = {federation.min_clients} are needed;"
-            " check the data source and that the nodes run"
-        )
-    if len(declared) < federation.num_clients:
-        notice(
-            f"{len(declared)} of {federation.num_clients} expected clients joined; going on without the rest"
+            f"{len(usable)} usable clients joined{waited},"
+            f" federation.min-clients = {federation.min_clients} are needed; {why}"
         )
     return usable
+
+
+def _wait_for_declared(
+    transport: Transport, config: RunConfig, notice: Callable[[str], None]
+) -> dict[str, JoinedClient]:
+    """Return the clients declared until all are there, no more can be, or the join deadline has passed."""
+    number, ends = config.federation.num_clients, time.monotonic() + config.federation.join_deadline
+    declared: dict[str, JoinedClient] = {}
+    while len(declared) < number and time.monotonic() < ends:
+        transport.ask_to_join()
+        new = _take_declared(transport, notice)
+        kept = [declared.setdefault(client.client_id, client) for client in new]
+        _notice_twice([one.client_id for one, first in zip(new, kept, strict=True) if one != first], notice)
+        if not new:  # else more may be waiting already
+            if transport.have_all_answered(number, len(declared)):
+                break
+            time.sleep(transport.poll_seconds)
+    return declared
+
+
+def _notice_twice(clients: list[str], notice: Callable[[str], None]) -> None:
+    if clients:
+        notice(f"two nodes declare client {names(clients)}; the second is left out")
 
 
 def wait_for_nodes(session: Session) -> None:
@@ -95,15 +114,20 @@ def rejoin(session: Session) -> None:
 
 
 def _add_declared(session: Session) -> None:
-    clients, notice = session.clients, session.watch.notice
-    for client in _take_declared(session.transport, notice):
-        known = clients.get(client.client_id)
-        # A connected node keeps its clients; one that is gone was restarted under another id.
-        if known is not None and known.node_id in set(session.transport.grid.get_node_ids()):
-            notice(f"two nodes declare client {client.client_id}; the second is left out")
-        elif _is_usable(client, session.config, session.layout, notice):
-            notice(f"client {client.client_id} {'is back' if known else 'joined'}")
-            clients[client.client_id] = client
+    clients, twice = session.clients, []
+    with few(session.watch.notice) as notice:
+        for client in _take_declared(session.transport, notice):
+            known = clients.get(client.client_id)
+            reason = _refusal_of(client, session.config, session.layout)
+            # A connected node keeps its clients; one that is gone was restarted under another id.
+            if known is not None and known.node_id in set(session.transport.grid.get_node_ids()):
+                twice.append(client.client_id)
+            elif reason:
+                notice(f"client {client.client_id} {reason} and is left out")
+            else:
+                notice(f"client {client.client_id} {'is back' if known else 'joined'}")
+                clients[client.client_id] = client
+        _notice_twice(twice, notice)
 
 
 def _take_declared(transport: Transport, notice: Callable[[str], None]) -> list[JoinedClient]:
@@ -111,34 +135,50 @@ def _take_declared(transport: Transport, notice: Callable[[str], None]) -> list[
 
     A node whose error may pass is asked again after a while; one that answered anything else is not.
     """
-    declared = []
+    declared, new = [], {}
     for reply in transport.join_replies():
-        if reply.content is None or read_error(reply.content) in _PASSING:  # busy now, usable later
-            transport.asked[reply.node_id] = time.monotonic() + AGAIN_SECONDS
+        node, before = reply.node_id, transport.refused.pop(reply.node_id, "")
         try:
-            declared += read_joined(reply.received(), reply.node_id)
+            clients = read_joined(reply.received(), node)
+            why = "" if clients else in_words(NoDataError.code)
         except WireError as error:
-            notice(f"node {reply.node_id} did not join: {error}")
+            clients, code = [], read_error(reply.content) if reply.content is not None else None
+            why = in_words(code) if code else str(error)
+        declared += clients
+        if why:
+            transport.refused[node] = why
+        if why and _may_pass(reply, is_repeated=why == before):
+            transport.asked[node] = time.monotonic() + AGAIN_SECONDS
+        if why and why != before:  # else it was said already
+            new[f"node {node}"] = why
+    for nodes, why in grouped(new):
+        notice(f"{nodes} did not join: {why}")
     return declared
 
 
-def _is_usable(
-    client: JoinedClient, config: RunConfig, layout: AdapterLayout, notice: Callable[[str], None]
-) -> bool:
+def _may_pass(reply: Reply, *, is_repeated: bool) -> bool:
+    """Return whether a node that did not join may do so later: it was busy, say, or had no memory left.
+
+    An error that nobody foresaw counts as passing once.
+    """
+    code = read_error(reply.content) if reply.content is not None else None
+    if code == "internal" or reply.reason == CRASHED:
+        return not is_repeated
+    return code == "out-of-memory" or reply.content is None
+
+
+def _refusal_of(client: JoinedClient, config: RunConfig, layout: AdapterLayout) -> str:
+    """Return why a client cannot take part, "" where it can."""
     if client.num_train == 0:
-        notice(f"client {client.client_id} has no data and is left out")
-        return False
+        return "has no data"
     # The same names and shapes are not enough: a delta is one of certain base weights.
     if client.fingerprint != layout.fingerprint:
-        notice(
-            f"client {client.client_id} holds another base model ({client.fingerprint[:12]}) than the run"
-            f" ({layout.fingerprint[:12]}) and is left out"
+        return (
+            f"holds another base model ({client.fingerprint[:12]}) than the run ({layout.fingerprint[:12]})"
         )
-        return False
     if config.train.control_variates and 0 < client.max_rank < layout.rank:
-        notice(
-            f"client {client.client_id} has room for rank {client.max_rank} only, and train.control-variates"
-            f" needs the run's {layout.rank}: it is left out"
+        return (
+            f"has room for rank {client.max_rank} only, and train.control-variates needs the run's"
+            f" {layout.rank},"
         )
-        return False
-    return True
+    return ""

@@ -14,7 +14,7 @@ from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.records import RoundPlan
 from fedllm.wire import replies
 from strategies.cohort.late_updates import late_refusal
-from strategies.exchange.validation import find_fault, largest_weight
+from strategies.exchange.validation import UNSOUND, find_fault, largest_weight
 from strategies.grid.transport import Reply
 from strategies.privacy import largest_noise
 from strategies.session import Session
@@ -100,21 +100,27 @@ def read_reply(
     """
     unanswered = dict.fromkeys(asked, "its node did not answer for it")
     answers: Sequence[Answer] = ()
+    reported = replies.read_error(reply.content) if reply.content is not None else None
     try:
         answers = _answers(session, plan, reply.received(), asked)
     except WireError as error:
         unanswered = dict.fromkeys(asked, str(error))
     if not answers:  # the node may not hold what the request left out
         session.held_by_nodes.forget(reply.node_id, reply.content)
+    strangers = 0
     for answer in answers:
         if unanswered.pop(answer.client_id, None) is None:  # or answered for twice
-            session.watch.notice(f"node {reply.node_id} answered for a client it was not asked for")
+            strangers += 1
             continue
         for member in members_of(answer)[1:]:  # the sum itself goes by the name of its first member
             unanswered.pop(member.client_id, None)
         yield from _checked(session, plan, answer)
+    if strangers:
+        session.watch.notice(f"node {reply.node_id} answered for {strangers} clients it was not asked for")
     for client, reason in unanswered.items():
-        yield ClientFailure(client_id=client, code="lost", reason=reason)
+        yield ClientFailure(
+            client_id=client, code=reported or "lost", reason=reason, sent_nothing=reported is not None
+        )
 
 
 def _answers(session: Session, plan: RoundPlan, content: RecordDict, asked: Sequence[str]) -> list[Answer]:
@@ -129,7 +135,13 @@ def _answers(session: Session, plan: RoundPlan, content: RecordDict, asked: Sequ
             round_num=plan.round_num,
             with_controls=session.config.train.control_variates,
         )
-    answers = replies.read_sum(content, layout=session.layout, part=plan.returned, round_num=plan.round_num)
+    answers = replies.read_sum(
+        content,
+        layout=session.layout,
+        part=plan.returned,
+        round_num=plan.round_num,
+        most=len(asked),
+    )
     if not {each.client_id for answer in answers for each in members_of(answer)} <= ranks.keys():
         raise WireError("its node's sum is of clients that were not asked")
     return answers
@@ -154,6 +166,6 @@ def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answ
     if not reason:
         return [answer]
     return [
-        ClientFailure(client_id=member.client_id, code="refused", reason=reason)
+        ClientFailure(client_id=member.client_id, code=UNSOUND, reason=reason)
         for member in members_of(answer)
     ]

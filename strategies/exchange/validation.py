@@ -12,6 +12,7 @@ from fedllm.plan.run_plan import RunPlan
 ROUNDING = 1.02  # what a lossy payload may add to a delta
 LARGEST_LOSS = 1e6  # nats per token: far above any even guess, and finite in sums and squares
 LARGEST_SECONDS = 1e9
+UNSOUND = "refused"  # the code of an answer that holds other numbers than a client can honestly have
 
 
 def find_fault(
@@ -93,4 +94,4 @@ def check_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation | ClientF
     if all(0 <= loss <= LARGEST_LOSS for loss in losses) and evaluation.num_tokens > 0:
         return evaluation
     reason = f"the held-out loss is no number from 0 to {LARGEST_LOSS:g}, or is of no token"
-    return ClientFailure(client_id=evaluation.client_id, code="refused", reason=reason)
+    return ClientFailure(client_id=evaluation.client_id, code=UNSOUND, reason=reason)

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.constant import TaskType
 
 from fedllm.errors import WireError
 from fedllm.runs.records import RoundPlan
 from fedllm.wire.packets import packet_bytes
 
-_FLOWER_CODES = {2: "client error", 5: "node unavailable", 8: "client stopped responding"}
+CRASHED = "client error"
+_FLOWER_CODES = {2: CRASHED, 5: "node unavailable", 8: "client stopped responding"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,7 @@ class Transport:
     overdue: list[Reply] = field(default_factory=list)  # late replies that no round has taken yet
     asked: dict[int, float] = field(default_factory=dict)  # node asked to join -> when it may be again
     joining: dict[str, int] = field(default_factory=dict)  # message id -> node that has not answered that
+    refused: dict[int, str] = field(default_factory=dict)  # node -> why it did not join, when last asked
     num_stale: int = 0  # replies that came after their phase
     bytes_down: int = 0  # packet bytes sent and received so far
     bytes_up: int = 0
@@ -62,6 +65,24 @@ class Transport:
         self._collect_late()
         busy = {node for node, _ in self.late.values()} | set(self.joining.values())
         return sorted(node for node in self.grid.get_node_ids() if node not in busy)
+
+    def have_all_answered(self, num_expected: int, num_declared: int) -> bool:
+        """Return whether no connected node will answer otherwise to the request to join, and none is missing.
+
+        A simulation's nodes are all there from the start. Elsewhere a node is expected for every client
+        that is not declared yet, unless it has refused.
+        """
+        nodes = list(self.grid.get_node_ids())
+        if not nodes or self.joining or any(self.asked.get(node) != math.inf for node in nodes):
+            return False
+        if self.grid.run.primary_task_type == TaskType.SIMULATION:
+            return True
+        return num_declared + len(self.refused) >= num_expected
+
+    def words_of(self, node: int) -> str:
+        """Return what a node of this very process said of its last error, "" for nodes elsewhere."""
+        words: Mapping[int, str] = getattr(self.grid, "errors", {})
+        return words.get(node, "")
 
     def ask_to_join(self) -> set[str]:
         """Ask the connected nodes that were not asked yet, or may be again; return the messages' ids."""

@@ -91,7 +91,7 @@ def test_trl_trains_the_engines_adapter(
 
 def test_pfl_gives_the_engines_weighted_mean_of_a_round(bench: Bench) -> None:
     """In float64, but Llama's norms and pfl's differences stay float32. A second round is the first again."""
-    pytest.importorskip("pfl", reason="the extra `bench` is not installed")
+    pytest.importorskip("pfl", reason="see scripts/benchmarks/peers/environment.py")
     from scripts.benchmarks.peers.pfl import open_simulation, run_round
 
     engine = tiny_engine(bench.engine.base, 400, torch.float64)
@@ -215,7 +215,6 @@ def test_a_missing_peer_is_named_once_and_left_out(
 def test_quick_report_holds_all_peers_and_is_json(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole command on a tiny model: timings mean nothing, the work is the real one."""
     _trl()
-    pytest.importorskip("pfl", reason="the extra `bench` is not installed")
     monkeypatch.setattr(client, "open_bench", lambda client, seed: bench)
     figures, found = client.compare(Options(quick=True, repetitions=2), Console(quiet=True), {})
     assert list(figures["rows"]) == ["first sentences"]

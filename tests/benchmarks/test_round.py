@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,10 +148,19 @@ def test_processes_of_a_simulation_are_told_apart(name, command, kind):
 
 BURN = """
 import subprocess, sys, time
+
+def burn(word):  # then wait until the other side has looked
+    began = time.process_time()
+    while time.process_time() < began + 0.5:
+        pass
+    print(word, flush=True)
+    input()
+
 if len(sys.argv) == 1:
     subprocess.run([sys.executable, __file__, "child"])
-while time.process_time() < 0.5:
-    pass
+    burn("parent")
+else:
+    burn("child")
 """
 
 
@@ -160,14 +168,20 @@ def test_a_tree_counts_children_that_have_ended(tmp_path: Path):
     script = tmp_path / "burn.py"
     script.write_text(BURN)
     kinds = {True: "child", False: "parent"}
-    with subprocess.Popen([sys.executable, str(script)]) as parent:
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin
+        assert parent.stdout
         tree = ProcessTree(parent.pid, lambda name, line: kinds[line.endswith("child")])
         samples = [tree.sample()]
-        while parent.poll() is None:
-            time.sleep(0.01)
+        for word in ("child", "parent"):  # the child has ended when the parent burns
+            assert parent.stdout.readline() == f"{word}\n"
             samples.append(tree.sample())
-    assert samples[-1].cpu["parent"] > 0.2  # what the last look saw of its 0.5
-    assert samples[-1].cpu["child"] > 0.2  # it ended before the parent began
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+    assert parent.returncode == 0
+    assert samples[-1].cpu["child"] >= 0.5
+    assert samples[-1].cpu["parent"] >= 0.5
     totals = [sum(sample.cpu.values()) for sample in samples]
     assert totals == sorted(totals)
 

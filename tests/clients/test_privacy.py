@@ -2,8 +2,11 @@
 
 import json
 import logging
+import math
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,9 @@ from clients.technique import NodeRound, Technique, Works
 from clients.techniques import plan_node_round
 from clients.train import prepare_clients, train_clients
 from fedllm.adapters.layout import initial_adapter
-from fedllm.engine.jobs import Job
-from fedllm.errors import ConfigError, WithheldError
+from fedllm.engine.engine import Engine
+from fedllm.engine.jobs import Job, Result
+from fedllm.errors import ConfigError, ModelError, WithheldError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.privacy.accounting import Charge, epsilon_of
@@ -62,6 +66,13 @@ def plain_job(holder: DataHolder, name: str) -> Job:
     asked = request(holder)
     this_round = plan_node_round(holder, asked)
     return make_job(this_round, holder.clients[name], 0, rank=2, start_P=asked.adapter.vector)
+
+
+def entries(holder: DataHolder, name: str = "anna") -> list[Any]:
+    """Return what a client's ledger holds."""
+    file = holder.store.folder / name / "privacy-ledger.json"
+    found: list[Any] = json.loads(file.read_text()) if file.exists() else []
+    return found
 
 
 def deltas(answers: Any) -> dict[str, torch.Tensor]:
@@ -119,14 +130,97 @@ def test_another_precision_of_the_model_is_charged_anew(open_one: Callable) -> N
 
 
 @pytest.mark.parametrize("change", [{"train.token-budget": 1}, {"model.num-threads": 2}])
-def test_a_request_of_a_run_with_other_keys_is_charged_anew(
-    change: dict[str, Any], open_one: Callable
-) -> None:
+def test_a_run_with_other_keys_pays_where_its_bits_differ(change: dict[str, Any], open_one: Callable) -> None:
     """Any key may change how an answer is rounded; another delta has other noise, which averages out."""
+    answers = []
     for flat in (LOCAL, {**LOCAL, **change}):
         holder = open_one(**flat)
+        answers.append(deltas(train_clients(holder, request(holder)))["anna"])
+    assert len(entries(holder)) == 2 - torch.equal(*answers)
+
+
+@contextmanager
+def other_weights(holder: DataHolder, share: float) -> Iterator[None]:
+    """Let the model of a holder compute a little otherwise, as another device does, and no file say so."""
+    embedding = holder.engine.base.model.get_input_embeddings().weight
+    kept = embedding.detach().clone()
+    try:
+        embedding.mul_(1 + share)
+        yield
+    finally:
+        embedding.copy_(kept)
+
+
+def test_every_other_answer_to_one_request_is_charged(open_one: Callable) -> None:
+    """What is counted is what leaves: the request is the same each time, the noise is not."""
+    budget = epsilon_of([Charge(0.5, 1.0, 3)], 1e-5)  # local: opposite updates are two clips apart
+    holder = open_one(**{**LOCAL, "privacy.epsilon": budget * 1.01})
+    given = []
+    for number in range(5):
+        with other_weights(holder, number / 100):
+            given.append(train_clients(holder, request(holder))[0])
+    assert [isinstance(answer, ClientUpdate) for answer in given] == [True] * 3 + [False] * 2
+    assert given[3] == ClientFailure(client_id="anna", code="budget-spent")
+    assert len({entry["release"] for entry in entries(holder)}) == len(entries(holder)) == 3
+    again = deltas(train_clients(holder, request(holder)))  # bits that have left may leave again
+    assert torch.equal(again["anna"], given[0].delta)
+    assert len(entries(holder)) == 3
+
+
+def test_rows_that_one_draw_gave_twice_are_sampled_once(open_one: Callable) -> None:
+    """The coins follow the request: of two answers to it, the second is one of rows that were known."""
+    holder = open_one(**EXAMPLE)
+    with other_weights(holder, 0.01):
         deltas(train_clients(holder, request(holder)))
-    assert len(json.loads((holder.store.folder / "anna" / "privacy-ledger.json").read_text())) == 2
+    deltas(train_clients(holder, request(holder)))
+    deltas(train_clients(holder, request(holder, round_num=2)))
+    rates = [entry["charges"]["anna"]["rate"] for entry in entries(holder)]
+    assert rates == [rates[0], 1.0, rates[0]]
+    assert rates[0] < 0.3
+
+
+def out_of_memory(*arguments: Any) -> Any:
+    raise MemoryError
+
+
+def diverge(engine: Engine, jobs: Any) -> list[Result]:
+    """Return results that no plan lets leave as they are."""
+    return [Result(job.client_id, job.start * math.nan, math.nan, 2, 9, 0.1) for job in jobs]
+
+
+@pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
+def test_what_fails_before_it_leaves_costs_nothing(
+    flat: dict[str, Any], open_one: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = open_one(**flat)
+    for place in ("fedllm.engine.engine.Engine.train", "clients.protect.protect"):
+        monkeypatch.setattr(place, out_of_memory)
+        with pytest.raises(MemoryError):
+            train_clients(holder, request(holder))
+        monkeypatch.undo()
+    nowhere = open_one(**{**flat, "model.device": "cuda:99"})
+    with pytest.raises(ModelError, match=r"model\.device = 'cuda:99'"):
+        train_clients(nowhere, request(holder))
+    assert entries(holder) == []
+    deltas(train_clients(holder, request(holder)))
+    assert len(entries(holder)) == 1
+
+
+@pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
+def test_private_training_that_diverges_says_so_at_home_alone(
+    flat: dict[str, Any],
+    open_one: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whether noised training diverged tells of it: as a failure it would be an uncounted answer."""
+    holder = open_one(**flat)
+    monkeypatch.setattr(Engine, "train", diverge)
+    answers = deltas(train_clients(holder, request(holder)))
+    assert all(bool(torch.isfinite(delta).all()) for delta in answers.values())
+    assert [bool(delta.any()) for delta in answers.values()] == [flat is LOCAL] * 2
+    assert "client anna: training diverged" in caplog.text
+    assert len(entries(holder)) == 1
 
 
 def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable, caplog: pytest.LogCaptureFixture) -> None:
@@ -276,6 +370,26 @@ def test_the_key_of_an_answer_depends_on_all_it_answers(open_one: Callable) -> N
         request_key(this_round, replace(plan, batch_size=3), client, zeros),
     }
     assert len(keys) == 13
+
+
+def test_the_key_of_an_answer_depends_on_every_weight(
+    make_model_folder: Callable[..., Path], open_one: Callable, tmp_path: Path
+) -> None:
+    """The fingerprint samples the ends of a tensor; a change in its middle gives other gradients too."""
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        shutil.copytree(make_model_folder(), folder)
+    with (folders[1] / "model.safetensors").open("r+b") as weights:
+        weights.seek(8 + int.from_bytes(weights.read(8), "little") + 20_000)  # within the embedding
+        weights.write(bytes(4))
+    holder = open_one(**EXAMPLE)
+    own = [replace(holder, plan=holder.plan.with_own_model(str(folder))) for folder in folders]
+    assert own[0].engine.base.fingerprint == own[1].engine.base.fingerprint
+    keys = {
+        request_key(plan_node_round(one, request(one)), privacy_of(one), one.clients["anna"], bytes(32))
+        for one in own
+    }
+    assert len(keys) == 2
 
 
 def test_machine_that_demands_noise_lets_no_number_leave(

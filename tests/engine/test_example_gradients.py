@@ -9,8 +9,9 @@ import torch
 
 from fedllm.adapters.layout import at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
+from fedllm.engine import example_gradients
 from fedllm.engine.engine import Engine
-from fedllm.engine.example_gradients import add_noise, clip_factors, diverged, drop
+from fedllm.engine.example_gradients import add_noise, clip_factors, diverged, drop, step_noise
 from fedllm.engine.job_rows import rows_of_jobs
 from fedllm.engine.jobs import Job, StepNoise
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
@@ -22,6 +23,17 @@ from fedllm.privacy.noise import SecretStream, gaussian
 
 KEY = bytes(range(32))
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def plain_noise(noise: StepNoise, step: int, mean: torch.Tensor) -> torch.Tensor:
+    """Return noise that no gradient changes."""
+    return gaussian(SecretStream(derived_key(noise.key, "step", step)), mean.numel(), noise.deviation)
+
+
+@pytest.fixture
+def plainly_noised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rounding change no noise: what is compared with here rounds otherwise."""
+    monkeypatch.setattr(example_gradients, "step_noise", plain_noise)
 
 
 def gradient_of(engine: Engine, job: Job, theta: torch.Tensor, row: Any) -> torch.Tensor:
@@ -42,8 +54,7 @@ def textbook(engine: Engine, job: Job) -> torch.Tensor:
         for row in batch:
             single = gradient_of(engine, job, theta.detach(), row)
             total += single * min(1.0, job.example_clip / float(single.norm()))
-        stream = SecretStream(derived_key(job.noise.key, "step", step))
-        mean = total / job.training.batch_size + gaussian(stream, len(total), job.noise.deviation)
+        mean = total / job.training.batch_size + plain_noise(job.noise, step, total)
         theta.grad = whole_of(engine.layout, mean, job.trained)
         optimizer.step()
     return theta.detach() - job.start.double()
@@ -60,6 +71,7 @@ def private(job: Job, trained: str, sizes: tuple[int, ...], key: bytes = KEY) ->
     return replace(job, batches=tuple(batches), example_clip=0.3, noise=noise, trained=trained)
 
 
+@pytest.mark.usefixtures("plainly_noised")
 @pytest.mark.parametrize("trained", ["b", "both"])
 @pytest.mark.parametrize("token_budget", [40, 100_000])
 def test_the_engine_is_the_textbook_loop(
@@ -74,6 +86,7 @@ def test_the_engine_is_the_textbook_loop(
         torch.testing.assert_close(result.delta.double(), textbook(engine, job), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.usefixtures("plainly_noised")
 def test_batches_may_all_be_empty(make_engine: Callable, make_job: Callable) -> None:
     engine = make_engine("llama")
     job = private(make_job(engine.layout), "b", (0, 0))
@@ -116,6 +129,7 @@ def test_a_row_whose_gradient_is_no_number_counts_as_zero(
     assert bool(torch.isfinite(sums_B).all())
 
 
+@pytest.mark.usefixtures("plainly_noised")
 @pytest.mark.parametrize("kernel", [LoopKernel(), MaskedKernel()], ids=["loop", "masked"])
 def test_a_row_that_diverges_loses_no_other_row_of_its_pass(
     kernel: object, make_engine: Callable, make_job: Callable
@@ -166,3 +180,31 @@ def test_noise_falls_on_what_a_job_trains_at_its_own_rank(make_engine: Callable,
     again = torch.zeros_like(grad_AP)
     add_noise(rows, again, 1)
     assert float((again[0] * grad_AP[0]).mean().abs()) < 0.01**2 * 3.3 / size**0.5
+
+
+def test_another_gradient_never_gets_the_same_noise() -> None:
+    """Under one noise the difference of two means would be bare, as where a base model was changed."""
+    noise, mean = StepNoise(KEY, 1.0), torch.linspace(-1, 1, 999)
+    rounded = torch.nextafter(mean, torch.ones(1))
+    first = step_noise(noise, 0, mean)
+    assert torch.equal(first, step_noise(noise, 0, mean.clone()))
+    for other in (step_noise(noise, 0, rounded), step_noise(noise, 1, mean)):
+        assert abs(float((first * other).mean())) < 3.3 / 999**0.5
+    assert not step_noise(noise, 0, mean[:0]).numel()
+
+
+def test_noise_of_two_training_runs_cannot_be_subtracted(make_engine: Callable, make_job: Callable) -> None:
+    engine = make_engine("llama")
+    job = private(make_job(engine.layout, steps=1, batch_size=3), "b", (3,))
+    loud = replace(job, noise=StepNoise(KEY, 1e3))
+    start, other = ({"start": job.start}, {"start": job.start * 1.01})
+    rows = rows_of_jobs([loud], engine.layout)
+    noises = []
+    for begin in (start, other):
+        engine.bank.load(engine.layout, [begin["start"]], [engine.layout.scale], "b")
+        with attached(engine.base.model, engine.bank), ragged(engine.base.model):
+            gradient = engine.step_gradients([replace(loud, **begin)], 0)[0].clone()
+        noised = gradient.clone()
+        add_noise(rows, noised, 0)
+        noises.append((noised - gradient)[0])
+    assert float((noises[0] - noises[1]).norm()) > 0.5 * float(noises[0].norm())

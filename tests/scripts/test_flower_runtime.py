@@ -1,30 +1,24 @@
 """A Flower run is followed without asking Flower often."""
 
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from fedllm.config.run_config import RunConfig
+from fedllm.plan.run_plan import RunPlan, resolve
 from fedllm.runs.folder import write_rounds
 from fedllm.runs.records import RoundRecord
-from scripts.console import Console, RunView
+from scripts.console import Console
+from scripts.run_view import RunView
 from scripts.runtimes import flower
-from scripts.runtimes.flower import Link, app_folder, follow
+from scripts.runtimes.flower import Link, app_folder, follow, said_by_nodes
+from tests.builders import Clock
 
 
-@dataclass
-class Clock:
-    """Time that passes only where somebody sleeps."""
-
-    now: float = 0.0
-    asked: list[float] = field(default_factory=list)
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
+def rounds(number: int) -> RunPlan:
+    """Return the plan of a run of so many rounds."""
+    return resolve(RunConfig.from_flat({"federation.num-rounds": number}))
 
 
 @pytest.fixture
@@ -42,7 +36,7 @@ def test_a_run_that_dies_silently_is_noticed_within_a_minute(clock, monkeypatch,
         return "finished:failed" if clock.now >= dies else "running"
 
     monkeypatch.setattr(flower, "status", status)
-    view = RunView(Console(quiet=True), 2)
+    view = RunView(Console(quiet=True), rounds(2))
     assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:failed"
     assert clock.asked == pytest.approx([10, 30, 70, 130, 190, 250], abs=2)
 
@@ -62,7 +56,7 @@ def test_every_round_is_shown_once_and_the_result_ends_the_wait(clock, monkeypat
     clock.sleep = sleep  # type: ignore[method-assign]
     monkeypatch.setattr(flower, "status", lambda link, run_id: "finished:completed")
     shown: list[int] = []
-    view = RunView(Console(quiet=True), 3)
+    view = RunView(Console(quiet=True), rounds(3))
     view.record = lambda record: shown.append(record.round_num)  # type: ignore[method-assign]
     assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:completed"
     assert shown == [0, 1, 2, 3]
@@ -80,14 +74,14 @@ def test_earlier_sessions_say_nothing_of_the_time_left(clock, monkeypatch, tmp_p
 
     clock.sleep = sleep  # type: ignore[method-assign]
     monkeypatch.setattr(flower, "status", lambda link, run_id: "finished:completed")
-    follow(Link(tmp_path, 1), "7", tmp_path, RunView(Console(), 10), num_old=3)
+    follow(Link(tmp_path, 1), "7", tmp_path, RunView(Console(), rounds(10)), num_old=3)
     shown = [line for line in capsys.readouterr().out.splitlines() if "round" in line]
     assert ["left" in line for line in shown] == [False, False, False, True]
     assert shown[-1].endswith("left 49 s")
 
 
 def test_time_left_is_that_of_this_sessions_rounds(capsys):
-    view = RunView(Console(), 10)
+    view = RunView(Console(), rounds(10))
     for number in (6, 7):  # the run was resumed after round 5
         view.record(RoundRecord(round_num=number, seconds=3.0))
     lines = capsys.readouterr().out.splitlines()
@@ -111,3 +105,15 @@ def test_app_of_a_wheel_holds_what_flower_packs(monkeypatch, tmp_path: Path):
     assert packed == {
         path.relative_to(flower.ROOT) for room in rooms for path in (flower.ROOT / room).rglob("*.py")
     }
+
+
+def test_a_failed_run_ends_with_what_its_nodes_said():
+    log = (
+        "(ClientAppActor pid=1)\x1b[0m bad-data: rows.jsonl, line 3: no column text\x1b[0m\n"
+        "ERROR: 0 usable clients joined; node 7: client reports bad-data (its rows cannot be read)\n"
+        "bad-model: no such device\n"
+    )
+    assert said_by_nodes(log, "node 7: client reports bad-data (its rows cannot be read)") == [
+        "rows.jsonl, line 3: no column text"
+    ]
+    assert said_by_nodes(log, "the disk is full") == []

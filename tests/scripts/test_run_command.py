@@ -10,7 +10,8 @@ import pytest
 from clients.process import PROCESS
 from fedllm.data.partition import load_partition
 from fedllm.errors import ConfigError
-from scripts.command_line import StoppedError
+from scripts import cli
+from scripts.command_line import StoppedError, run_app
 from scripts.commands import run_command
 from strategies import run as federation
 
@@ -121,3 +122,8 @@ def test_a_finished_run_is_shown_and_not_done_again(
     start(8, resume=True, by=None)
     assert json.loads(capsys.readouterr().out)["rounds"] == 3
     start(8, resume=True, more=("federation.num-rounds=4",))
+
+
+def test_an_unknown_command_gets_one_guess(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(cli.app, ["rnu"], name="fedllm") == 2
+    assert capsys.readouterr().err.count("Did you mean 'run'?") == 1

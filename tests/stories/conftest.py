@@ -39,7 +39,7 @@ def tiny_run(make_model_folder, text_file):
         "data.partition=column:owner",
         "federation.num-clients=4",
         "federation.num-rounds=2",
-        "federation.join-deadline=60",
+        "federation.join-deadline=300",
         "model.num-threads=1",
         "model.device=cpu",
         "lora.rank=4",
@@ -54,7 +54,7 @@ def tiny_run(make_model_folder, text_file):
 def fedllm(tmp_path):
     """Return a function that runs the command in a process of its own and returns what it printed."""
 
-    def run(*words: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [FEDLLM, *words],

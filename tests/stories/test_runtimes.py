@@ -123,7 +123,7 @@ def test_two_holders_with_files_of_their_own(tiny_run, text_file, tmp_path):
 
 def _wait(link, run_id: str, folder: Path) -> str:
     """Return Flower's status once the run has ended; asking costs a second of CPU, so it is asked rarely."""
-    ends = time.monotonic() + 240
+    ends = time.monotonic() + 600
     asked = time.monotonic()
     while time.monotonic() < ends:
         time.sleep(0.5)

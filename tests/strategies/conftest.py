@@ -18,8 +18,11 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from scripts.runtimes.local import LocalGrid, local_grid
+from strategies.exchange import joining
+from strategies.grid import transport
 from strategies.session import Session, Watch
 from strategies.start import open_session
+from tests.builders import Clock
 
 NAMES = ("anna", "ben", "cleo", "dora")
 WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "index", "key", "name", "order")
@@ -53,6 +56,15 @@ class Run:
         """Return the data holder that a node has opened."""
         context = self.grid.contexts[node]
         return self.process.open(context.run_config, context.node_config)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Let deadlines pass only where the server waits: no test depends on how fast this machine is."""
+    clock = Clock()
+    for module in (joining, transport):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +141,12 @@ def open_run() -> Callable[..., Run]:
         return Run(session, state, grid, notices, records, process)
 
     return start
+
+
+@pytest.fixture
+def watched_grid() -> type[WatchedGrid]:
+    """Return the class of a local grid whose replies pass through its `tamper`."""
+    return WatchedGrid
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def test_a_client_without_room_for_the_runs_rank_is_left_out(
     opened = open_run(make_config(flat), node_configs={BEN: {"max-rank": 1}})
     assert set(opened.session.clients) == {"anna", "cleo", "dora"}
     expected = (
-        "client ben has room for rank 1 only, and train.control-variates needs the run's 2: it is left out"
+        "client ben has room for rank 1 only, and train.control-variates needs the run's 2, and is left out"
     )
     assert expected in opened.notices
     _, record = next_round(opened.session, opened.state)

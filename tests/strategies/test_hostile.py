@@ -18,6 +18,7 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size
 from fedllm.runs.records import record_to_line
 from fedllm.wire import packets
+from strategies.exchange.evaluation import evaluate
 from strategies.rounds import next_round
 
 OFFENDER, NODE = "ben", 3
@@ -80,6 +81,16 @@ def other_size(extra: int) -> Tampering:
 
 def earlier_round(content: RecordDict, layout: AdapterLayout) -> None:
     sends(content, encoded(delta_of(content, layout), layout, round_num=0))
+
+
+def header_numbers(digits: int) -> Tampering:
+    def tamper(content: RecordDict, layout: AdapterLayout) -> None:
+        header = {"layout": layout.digest, "part": "both", "payload": "fp32", "round": 1, "size": 1}
+        text = json.dumps(header).replace(": 1", ": 1" + digits * "0").encode()
+        body = b"FLLM\x02" + struct.pack("<I", len(text)) + text
+        sends(content, body + hashlib.sha256(body).digest())
+
+    return tamper
 
 
 def other_payload_bytes(content: RecordDict, layout: AdapterLayout) -> None:
@@ -195,6 +206,11 @@ KINDS: dict[str, Tampering] = {
     "deep header": packet(b"FLLM\x02" + struct.pack("<I", 4000) + b"[" * 4000 + bytes(40)),
     "numpy array": numpy_array,
     "other array type": other_array_type,
+    "numbers of 1,800 digits": header_numbers(1_800),
+    "answers for 20,000 strangers": lambda content, layout: answers_as(*map(str, range(20_000)))(
+        content, layout
+    ),
+    "answers for a few strangers": answers_as("\x1b[2J", "\u202eevil", "e" * 100_000),
     "renamed entry": renamed_entry,
     "missing entry": missing_entry,
     "extra entry": extra_entry,
@@ -268,6 +284,30 @@ def test_a_bad_reply_costs_its_sender_the_round_and_nobody_else(
     assert "\n" not in reason
     for told in (reason, record_to_line(record), *run.notices):
         assert "xyzzy" not in told
+        assert told.isprintable()
+    assert len(reason) < 200
+    assert sum(map(len, (record_to_line(record), *run.notices))) < 4_000
+
+
+@pytest.mark.parametrize("number", [3, 20_000])
+def test_an_evaluation_of_strangers_says_one_line(
+    number: int, make_config: Callable, open_run: Callable
+) -> None:
+    def tamper(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id == NODE and reply.metadata.message_type == "evaluate":
+            names = [f"\x1b[2J{SECRET}{place}" for place in range(number)]
+            reply.content["clients"] = ConfigRecord({"ids": names, "codes": ["ok"] * number})
+            metrics = reply.content["metrics"]
+            reply.content["metrics"] = MetricRecord({key: metrics[key] * number for key in metrics})
+        return [reply]
+
+    run = open_run(make_config(), tamper=tamper)
+    held_out = evaluate(run.session, run.state)
+    assert set(held_out.shared) == {"anna", "cleo", "dora"}
+    (notice,) = run.notices
+    assert notice.isprintable()
+    assert len(notice) < 200
+    assert "xyzzy" not in notice
 
 
 def test_an_exception_at_a_client_sends_none_of_its_words(

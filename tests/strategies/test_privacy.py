@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +31,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import clipped
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
 from fedllm.runs.records import RoundRecord, TrainingRecord
+from fedllm.wire.replies import write_error
 from scripts.runtimes.local import local_grid
 from strategies.cohort.plan_round import plan_round
 from strategies.privacy import ServerPrivacy
@@ -364,7 +365,11 @@ def test_an_adaptive_clip_follows_the_norms(make_config: Callable, open_run: Cal
     assert state.clip != clips[-1]
 
 
-def test_a_repeated_attempt_is_charged_twice(make_config: Callable, open_run: Callable) -> None:
+@pytest.mark.parametrize(("flat", "charged"), [(LOCAL, [1, 2]), (CLIENT, [2])])
+def test_a_repeated_attempt_is_charged_where_updates_are_out(
+    flat: dict[str, Any], charged: list[int], make_config: Callable, open_run: Callable
+) -> None:
+    """Of a sum that the server never noised nothing is out; clients that noise have sent what they sent."""
     left = [1]
 
     def tamper(reply: Any) -> list[Any]:
@@ -373,11 +378,51 @@ def test_a_repeated_attempt_is_charged_twice(make_config: Callable, open_run: Ca
             reply.content = RecordDict()
         return [reply]
 
-    run = open_run(make_config({**CLIENT, "federation.min-clients": 4}), tamper=tamper)
+    run = open_run(make_config({**flat, "federation.min-clients": 4}), tamper=tamper)
     state, record = next_round(run.session, run.state)
     assert record.attempt == 2
-    assert [entry.attempt for entry in state.ledger.entries] == [1, 2]
-    assert {sums[0].count for sums in state.ledger.accounts.values()} == {2}
+    assert [entry.attempt for entry in state.ledger.entries] == charged
+    assert {sums[0].count for sums in state.ledger.accounts.values()} == {len(charged)}
+
+
+@pytest.mark.parametrize(
+    ("flat", "content", "charged"),
+    [
+        (LOCAL, write_error("bad-model"), "ben cleo dora"),
+        (EXAMPLE, write_error("out-of-memory"), "ben cleo dora"),
+        (CLIENT, write_error("bad-model"), "ben cleo dora"),
+        (LOCAL, RecordDict(), "anna ben cleo dora"),
+        (EXAMPLE, RecordDict({"updates": ArrayRecord()}), "anna ben cleo dora"),
+    ],
+)
+def test_who_reports_that_it_has_no_update_is_not_charged(
+    flat: dict[str, Any], content: RecordDict, charged: str, make_config: Callable, open_run: Callable
+) -> None:
+    """An answer that is lost, or that cannot be read, may have been an update."""
+
+    def tamper(reply: Any) -> list[Any]:
+        if reply.metadata.message_type == "train" and reply.metadata.src_node_id == node:
+            reply.content = content
+        return [reply]
+
+    run = open_run(make_config(flat), tamper=tamper)
+    node = run.session.clients["anna"].node_id
+    state, record = next_round(run.session, run.state)
+    assert set(record.lost) == {"anna"}
+    assert sorted(state.ledger.accounts) == charged.split()
+
+
+@pytest.mark.parametrize("flat", [LOCAL, EXAMPLE, CLIENT])
+def test_a_run_that_trains_nowhere_spends_nothing(
+    flat: dict[str, Any], make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    run = open_run(make_config({**flat, "model.device": "cuda:99", "federation.max-retries": 0}))
+    privacy = serving.open_privacy(run.session.plan.privacy, tmp_path / "server")
+    state, record = run_round(replace(run.session, privacy=privacy), run.state)
+    assert not record.applied
+    assert set(record.unsent) == set(record.asked) == {"anna", "ben", "cleo", "dora"}
+    assert state.ledger == Ledger()
+    assert [path.name for path in (tmp_path / "server").iterdir()] == ["noise-secret"]
 
 
 def test_zero_updates_and_lost_clients_never_end_a_run(make_config: Callable, open_run: Callable) -> None:
@@ -493,6 +538,30 @@ def test_a_repeated_round_charges_each_client_once(
     everybody = {*first.asked, *second.asked}
     assert {name: state.ledger.charges_of(name)[0].count for name in everybody} == dict.fromkeys(everybody, 1)
     assert serving.with_journal(again.privacy, others.state).ledger == state.ledger
+
+
+@pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
+def test_a_round_done_again_with_other_bits_is_charged_again(
+    flat: dict[str, Any], make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    """As on another device; the journal knows what came before the process was gone."""
+    config, journal = make_config({**flat, "run.output": str(tmp_path)}), tmp_path / "server"
+    run = open_run(config)
+    session = replace(run.session, privacy=serving.open_privacy(resolve(config).privacy, journal))
+    next_round(session, run.state)
+    weight = run.holder(2).engine.base.model.get_input_embeddings().weight
+    kept = weight.detach().clone()
+    counts = []
+    try:
+        for share in (1.0, 1.01, 1.01):
+            weight.copy_(kept * share)
+            state, _ = next_round(session, serving.with_journal(session.privacy, run.state))
+            counts.append(
+                {sums[0].count // session.privacy.plan.steps for sums in state.ledger.accounts.values()}
+            )
+    finally:
+        weight.copy_(kept)
+    assert counts == [{1}, {2}, {2}]
 
 
 def test_a_failed_last_attempt_is_in_the_ledger(

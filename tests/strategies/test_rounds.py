@@ -14,6 +14,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientUpdate
 from fedllm.plan.run_plan import resolve
+from fedllm.wire.replies import write_error
 from strategies.rounds import aggregate, begin_round, next_round, run_round
 from strategies.run import check_failure_rate
 
@@ -49,6 +50,53 @@ def test_a_round_below_min_clients_fails_after_its_retries(make_config: Callable
     assert state is run.state
     assert record.accepted == ("ben", "dora")
     assert set(record.lost) == {"anna", "cleo"}
+
+
+def reporting(code: str, nodes: Iterable[int] = range(10)) -> Callable[[Message], list[Message]]:
+    """Return what makes these nodes answer every train request with an error code."""
+
+    def tamper(reply: Message) -> list[Message]:
+        if reply.metadata.src_node_id in set(nodes) and reply.metadata.message_type == "train":
+            reply.content = write_error(code)
+        return [reply]
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("code", "attempts"), [("bad-model", 1), ("missing-package", 1), ("internal", 2), ("checkpoint", 6)]
+)
+def test_a_round_that_cannot_succeed_is_not_repeated(
+    code: str, attempts: int, make_config: Callable, open_run: Callable
+) -> None:
+    run = open_run(make_config({"federation.max-retries": 5}), tamper=reporting(code))
+    with pytest.raises(RunFailedError, match=code) as caught:
+        next_round(run.session, run.state)
+    assert len(run.records) == attempts
+    assert set(run.records[0].codes.values()) == {code}
+    assert "\n" not in str(caught.value)
+
+
+def test_clients_that_fail_for_good_end_a_round_that_needs_them(
+    make_config: Callable, open_run: Callable
+) -> None:
+    flat = {"federation.max-retries": 5, "federation.min-clients": 3}
+    run = open_run(make_config(flat), tamper=reporting("bad-data", [2, 4]))
+    with pytest.raises(RunFailedError, match=r"anna, cleo: .*bad-data"):
+        next_round(run.session, run.state)
+    assert len(run.records) == 1
+
+
+def test_a_failed_round_ends_with_the_words_of_a_node_here(make_config: Callable, open_run: Callable) -> None:
+    run, fail = open_run(make_config()), reporting("bad-model")
+
+    def tamper(reply: Message) -> list[Message]:
+        run.grid.errors[reply.metadata.src_node_id] = "cuda:3 is not on this machine"
+        return fail(reply)
+
+    run.grid.tamper = tamper
+    with pytest.raises(RunFailedError, match=r"anna, ben, cleo and 1 more: cuda:3 is not on this machine$"):
+        next_round(run.session, run.state)
 
 
 def test_a_failed_round_is_applied_at_its_second_attempt(make_config: Callable, open_run: Callable) -> None:

@@ -45,6 +45,10 @@ def joined_reply() -> RecordDict:
     return replies.write_joined([joined("a"), joined("b"), joined("c")])
 
 
+def read_evaluations(content: RecordDict) -> list[ClientEvaluation | ClientFailure]:
+    return replies.read_evaluations(content, most=3)
+
+
 def read_updates(content: RecordDict, with_controls: bool = False) -> list[ClientUpdate | ClientFailure]:
     return replies.read_updates(
         content,
@@ -58,7 +62,7 @@ def read_updates(content: RecordDict, with_controls: bool = False) -> list[Clien
 
 READERS: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]] = {
     "updates": (updates_reply, read_updates),
-    "evaluations": (evaluations_reply, replies.read_evaluations),
+    "evaluations": (evaluations_reply, read_evaluations),
     "joined": (joined_reply, lambda content: replies.read_joined(content, 9)),
 }
 
@@ -71,7 +75,10 @@ def test_an_updates_reply_comes_back_as_it_was() -> None:
     assert torch.equal(a.delta, DELTA)
     for name in ("round_num", "weight", "num_tokens", "train_loss", "num_truncated", "seconds"):
         assert getattr(a, name) == getattr(sent, name)
-    assert (b.client_id, c) == ("b", ClientFailure(client_id="c", code="no-data", reason=c.reason))
+    assert (b.client_id, c) == (
+        "b",
+        ClientFailure(client_id="c", code="no-data", reason=c.reason, sent_nothing=True),
+    )
 
 
 def controls_reply() -> RecordDict:
@@ -101,7 +108,7 @@ def test_control_variates_come_exactly_where_they_are_wanted() -> None:
 
 
 def test_an_evaluations_reply_comes_back_as_it_was() -> None:
-    a, b, c = replies.read_evaluations(evaluations_reply())
+    a, b, c = read_evaluations(evaluations_reply())
     assert (a, b) == (evaluation("a"), evaluation("b"))
     assert isinstance(c, ClientFailure)
     assert c.code == "non-finite"
@@ -109,7 +116,7 @@ def test_an_evaluations_reply_comes_back_as_it_was() -> None:
 
 def test_without_a_personal_adapter_both_losses_are_the_same() -> None:
     sent = ClientEvaluation(client_id="a", loss=0.75, num_tokens=11, num_rows=2)
-    (got,) = replies.read_evaluations(replies.write_evaluations([sent]))
+    (got,) = read_evaluations(replies.write_evaluations([sent]))
     assert isinstance(got, ClientEvaluation)
     assert got.personal_loss == got.loss == 0.75
 
@@ -127,7 +134,7 @@ def test_replies_with_nothing_done_can_be_written_and_read() -> None:
     content = replies.write_updates(failures, layout=LAYOUT, part="both", payload="bf16")
     assert set(content) == {"clients"}
     assert [answer.code for answer in read_updates(content)] == ["no-data"]
-    assert [answer.code for answer in replies.read_evaluations(content)] == ["no-data"]
+    assert [answer.code for answer in read_evaluations(content)] == ["no-data"]
     for empty in (
         replies.write_updates([], layout=LAYOUT, part="both", payload="bf16"),
         replies.write_evaluations([]),
