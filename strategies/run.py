@@ -137,7 +137,7 @@ def _measured(session: Session, state: ServerState) -> ServerState:
     *earlier, last = state.records
     last = evaluate(session, state).noted_in(last)
     state = replace(state, records=(*earlier, last))
-    check_finite(session.config, state, last)
+    check_finite(session.config, state, last, is_saved=True)
     return state
 
 
