@@ -10,13 +10,13 @@ The policy is a TOML file on the local machine: $FEDLLM_POLICY, else `~/.config/
 """
 
 import os
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedllm.errors import ConfigError
+from fedllm.files import read_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +51,13 @@ def load_policy() -> SitePolicy:
     named = os.environ.get("FEDLLM_POLICY")
     path = Path(named or "~/.config/fedllm/policy.toml").expanduser()
     try:
-        values = tomllib.loads(path.read_text())
+        values = read_toml(path)
     except FileNotFoundError:
         if named:
             raise ConfigError(f"$FEDLLM_POLICY names {path}, which does not exist") from None
         return SitePolicy()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file ({type(error).__name__})") from None
     for name, value in values.items():
         if name not in _ALLOWED:
             raise ConfigError(f"{path}: unknown key {name!r}")

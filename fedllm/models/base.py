@@ -1,5 +1,6 @@
 """The frozen base model: which device and dtype it gets, how it is loaded, and which layers LoRA adapts."""
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -60,14 +61,16 @@ def load_base(config: ModelConfig) -> BaseModel:
 
 
 def choose_model(config: ModelConfig) -> ChosenModel:
-    """Return what `config` means on this machine, and let torch use the threads it names.
+    """Return what `config` means on this machine, and let torch use the threads it names; nothing is loaded.
 
     Raises:
-        ModelError: the model's files are absent, or the device does not exist here.
+        ModelError: the model's files are absent, or the device or what quantises for it is not here.
+        MissingExtraError: quantisation is asked for without bitsandbytes.
     """
     if isinstance(config.num_threads, int):
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
+    _check_quantization(config.quantization, device)
     files = resolve_model(config.name)
     dtype = choose_dtype(config.dtype, device)
     return ChosenModel(files, device, dtype, config.quantization, config.gradient_checkpointing)
@@ -81,7 +84,7 @@ def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
     files, device, dtype = chosen.files, chosen.device, chosen.dtype
     extra: dict[str, Any] = {"trust_remote_code": files.runs_own_code}
     if chosen.quantization != "none":
-        extra["quantization_config"] = _quantization(chosen.quantization, device, dtype)
+        extra["quantization_config"] = _quantization(chosen.quantization, dtype)
         extra["device_map"] = {"": device}
     try:
         with quiet_transformers():
@@ -327,15 +330,18 @@ def _checkpoint_layers(model: Any) -> None:
                     setattr(layer, name, 0.0)
 
 
-def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install bitsandbytes`")
+def _check_quantization(kind: str, device: torch.device) -> None:
+    if kind == "none":
+        return
     if device.type != "cuda":
         raise ModelError(f"model.quantization = {kind!r} needs a GPU; set it to none")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install bitsandbytes`")
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
