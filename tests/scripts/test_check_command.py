@@ -3,15 +3,17 @@
 import json
 import re
 import tomllib
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from fedllm.config.recipe import build_config, flatten
 from fedllm.config.run_config import RunConfig
-from fedllm.errors import MissingExtraError, ModelError
+from fedllm.errors import DataError, MissingExtraError, ModelError
 from fedllm.plan.run_plan import resolve
 from scripts.commands.check_command import check, replaced_values
 
@@ -82,3 +84,21 @@ def test_a_client_by_another_name_is_shown_with_its_value(
     check(words, on_bad_row="", as_json=True)
     figures = json.loads(capsys.readouterr().out)["plan"]
     assert figures["clients renamed"] == "client-0001 = 'ward 7/a'"
+
+
+def test_a_tokenizer_that_panics_is_one_line_without_a_row(
+    make_model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panic(self: object, text: str, **options: object) -> None:
+        raise Panic(text)
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "Return the list.", "client": "anna"}\n' * 4)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", panic)
+    words = [f"model.name={make_model_folder()}", f"data.source={rows}", "federation.num-clients=1"]
+    with pytest.raises(DataError, match=r"client anna: the tokenizer broke down \(Panic\)") as caught:
+        check(words, on_bad_row="", as_json=False)
+    assert "Return" not in "".join(traceback.format_exception(caught.value))
