@@ -15,10 +15,9 @@ app = typer.Typer(
     help="Federated fine-tuning of language models: private text stays, LoRA adapters travel.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click suggests them itself
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-INTERRUPTED = 130
 
 Words = Annotated[
     list[str] | None,
@@ -187,7 +186,4 @@ def main() -> None:
     make_output_plain()
     verbose = {"-v", "--verbose"} & set(sys.argv[1:])
     arguments = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
-    code = run_app(app, arguments, name="fedllm", verbose=bool(verbose))
-    if code == INTERRUPTED:  # how typer reports Ctrl-C
-        print("fedllm: stopped; complete rounds are saved, --resume continues", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(run_app(app, arguments, name="fedllm", verbose=bool(verbose)))

@@ -13,7 +13,8 @@ from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_size
 from fedllm.config.key import Scalar
 from fedllm.config.keys import DistillConfig
-from fedllm.models.base import describe_layout
+from fedllm.data.partition import Partition
+from fedllm.models.base import choose_model, describe_layout
 from fedllm.plan.aggregation import AXES
 from fedllm.plan.capabilities import assigned
 from fedllm.plan.run_plan import RunPlan, resolve
@@ -24,14 +25,18 @@ from scripts.finished_run import own_rows
 from scripts.plan_page import what_it_costs, what_it_means, what_was_set, who_has_rows
 from scripts.recipe_arguments import request_of
 
+_MOST_NAMES = 20
+
 
 def check(words: Sequence[str], *, on_bad_row: str, as_json: bool, show_all: bool = False) -> None:
     """Print what the run that `words` describe would do, and what it costs; with `show_all` every key too."""
     request = request_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
     config = request.config
-    holder = Process().open(own_rows(config).to_flat(), {"server-paths": True})
+    choose_model(config.model)  # refuses a device or a quantisation that the run would refuse
+    own, process = own_rows(config), Process()
+    holder = process.open(own.to_flat(), {"server-paths": True})
     plan = resolve(config)
-    figures = figures_of(plan, holder)
+    figures = figures_of(plan, holder) | renamed_clients(process.read_source(own).partition)
     if as_json:
         print(json.dumps({"plan": figures, "config": config.to_flat(), "set_by": dict(request.origins)}))
         return
@@ -99,6 +104,13 @@ def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:
         "distillation": _distillation(config.distill),
         "privacy": summary_line(privacy) if privacy else "no differential privacy; updates are not masked",
     }
+
+
+def renamed_clients(partition: Partition) -> dict[str, str]:
+    """Return the clients whose value of the column cannot be their name, with the beginning of that value."""
+    values = [f"{name} = {value[:40]!r}" for name, value in sorted(partition.values.items())]
+    more = f" and {len(values) - _MOST_NAMES} more" if len(values) > _MOST_NAMES else ""
+    return {"clients renamed": ", ".join(values[:_MOST_NAMES]) + more} if values else {}
 
 
 def replaced_values(plan: RunPlan) -> dict[str, Scalar]:

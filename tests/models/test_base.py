@@ -7,7 +7,14 @@ from safetensors.torch import load_file, save_file
 
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.errors import LayoutError, MissingExtraError, ModelError
-from fedllm.models.base import choose_device, choose_dtype, describe_layout, load_base, target_modules
+from fedllm.models.base import (
+    choose_device,
+    choose_dtype,
+    choose_model,
+    describe_layout,
+    load_base,
+    target_modules,
+)
 
 CPU = torch.device("cpu")
 LLAMA_LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -117,5 +124,6 @@ def test_devices_and_dtypes_are_chosen_by_name() -> None:
 
 def test_quantization_without_gpu_or_package_is_refused(make_model_folder: Callable) -> None:
     config = ModelConfig(name=str(make_model_folder()), device="cpu", quantization="4bit")
-    with pytest.raises((ModelError, MissingExtraError), match=r"model\.quantization"):
-        load_base(config)
+    for load in (load_base, choose_model):
+        with pytest.raises((ModelError, MissingExtraError), match=r"model\.quantization"):
+            load(config)

@@ -283,7 +283,7 @@ def test_the_wait_ends_with_what_a_node_of_this_process_says(
     shutil.copytree(make_model_folder(), broken)
     (broken / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     config = make_config({"model.name": str(broken), "federation.join-deadline": 600.0})
-    with pytest.raises(RunFailedError, match="node 2: no tokenizer in broken"):
+    with pytest.raises(RunFailedError, match="node 2: bad-model: no tokenizer in broken"):
         init(config)
     assert clock.now - began < 1
 
@@ -337,7 +337,7 @@ def test_an_unforeseen_error_is_asked_about_once_more(
     assert sum("internal" in line for line in run.notices) == 1
 
 
-@pytest.mark.parametrize("number", [2**53, 10**3800])
+@pytest.mark.parametrize("number", [2**53, 10**3800], ids=["just too many", "3,800 digits"])
 def test_a_declared_number_beyond_all_bounds_is_refused(
     number: int, make_config: Callable, open_run: Callable
 ) -> None:
