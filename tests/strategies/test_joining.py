@@ -290,7 +290,7 @@ def test_the_wait_ends_with_what_a_node_of_this_process_says(
     began = clock.now
     broken = tmp_path / "broken"
     shutil.copytree(make_model_folder(), broken)
-    (broken / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (broken / "tokenizer.json").write_text("{}")
     config = make_config({"model.name": str(broken), "federation.join-deadline": 600.0})
     with pytest.raises(RunFailedError, match="node 2: bad-model: no tokenizer in broken"):
         init(config)
