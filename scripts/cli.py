@@ -62,11 +62,16 @@ def run(
 
 
 @app.command()
-def check(words: Words = None, on_bad_row: OnBadRow = "", json: Json = False) -> None:
-    """Print the resolved plan of a run - clients, sizes, tokens, bytes a round - without doing it."""
+def check(
+    words: Words = None,
+    on_bad_row: OnBadRow = "",
+    show_all: Annotated[bool, typer.Option("--all", help="Every key with its value too.")] = False,
+    json: Json = False,
+) -> None:
+    """Print the plan of a run without doing it: what was set, what it means, minutes, memory, bytes."""
     from scripts.commands import check_command
 
-    check_command.check(words or [], on_bad_row=on_bad_row, as_json=json)
+    check_command.check(words or [], on_bad_row=on_bad_row, as_json=json, show_all=show_all)
 
 
 @app.command()

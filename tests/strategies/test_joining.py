@@ -288,6 +288,13 @@ def test_the_wait_ends_with_what_a_node_of_this_process_says(
     assert clock.now - began < 1
 
 
+def test_clients_without_rows_end_the_wait_with_what_to_look_at(
+    make_config: Callable, open_run: Callable
+) -> None:
+    with pytest.raises(RunFailedError, match=r"0 usable clients.*client anna.*train\.max-length"):
+        open_run(make_config({"train.max-length": 8}))
+
+
 @pytest.mark.parametrize(("refused", "waits"), [((2, 3, 4, 5), False), ((2, 3), True)])
 def test_elsewhere_a_wait_ends_when_as_many_as_expected_refused(
     refused: tuple[int, ...],
