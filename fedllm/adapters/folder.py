@@ -64,7 +64,7 @@ def save_adapter(
 
 def replace_card(folder: Path, card: str) -> None:
     """Replace the README.md of a published adapter; the rest of the folder stays as it is."""
-    with complete_folder(folder) as building:
+    with complete_folder(folder, is_public=True) as building:
         shutil.copytree(folder, building, dirs_exist_ok=True)
         (building / "README.md").write_text(card)
 

@@ -55,7 +55,8 @@ def run(
         with _logs_to(told.append):
             keep_partition(config)
         if resume and (rounds := _complete_rounds(folder, config)):
-            console.line(f"{folder}: complete after {rounds} rounds; another run.name starts a new run")
+            new = f"run.name={config.run.name}-2"
+            console.line(f"{config.run.name}: complete after {rounds} rounds; {new} starts a new run")
         else:
             if needs_conversion(config.model.name):
                 console.line("converting the model to safetensors, once, about half a minute ...")
