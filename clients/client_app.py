@@ -94,20 +94,23 @@ def _answer(
 
     Flower would send the text of an exception to the server, and that text may quote a row. So the one broad
     `except` of this project stands here: the cause is logged on this machine, where the row already is, and
-    even there without the exception's own words.
+    even there without the exception's own words. A panic of Rust code, as of a tokenizer, is no `Exception`:
+    it would end the process with a traceback that quotes the row, and leave the server without an answer.
     """
     try:
         holder = process.open(context.run_config, context.node_config)
         return Message(handler(holder, message.content, context), reply_to=message)
     except FedLLMError as error:
-        _logger.error("%s", error)
+        _logger.error("%s: %s", error.code, error)  # the code is what the server is told
         code = error.code
     except (MemoryError, torch.OutOfMemoryError):
-        _logger.error("out of memory: lower train.batch-size or train.max-length")
+        _logger.error("out-of-memory: lower train.batch-size or train.max-length")
         code = "out-of-memory"
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):  # the machine's own wish to end
+        raise
+    except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]  # where it happened quotes no row
-        _logger.error("internal error: %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
+        _logger.error("internal: unforeseen %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
         code = "internal"
     if is_stock:  # stock strategies drop error messages and abort on anything else
         return Message(Error(code=0, reason=code), reply_to=message)

@@ -132,5 +132,5 @@ def start_of(techniques: Sequence[Technique], shared_P: torch.Tensor, kept: Vect
 
 def failure_of(client_id: str, error: FedLLMError) -> ClientFailure:
     """Return the answer of a client that has no result; why is logged here, and only the code leaves."""
-    _logger.error("%s", error)
+    _logger.error("%s: %s", error.code, error)
     return ClientFailure(client_id=client_id, code=error.code)

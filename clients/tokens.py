@@ -2,21 +2,25 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from threading import RLock
 from typing import Any
 
 from clients.lost_rows import RowCounts, count_rows, describe, describe_left_out
 from clients.site import NodeConfig
 from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import BadRow, ClientRows, count_reasons
-from fedllm.data.partition import CLIENT_ID
+from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.data.shards import Shards, load_one_client, load_shards
-from fedllm.errors import ConfigError, NoDataError
+from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.models.chat import Encoded, encode_or_cause
 
 _logger = logging.getLogger("fedllm.clients")
+_STDERR = RLock()  # of two threads that put it back in the wrong order, one would lose it for good
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ def hosted_rows(
     partition, num_partitions = int(node.get("partition-id", 0)), int(node.get("num-partitions", 1))
     if "data-path" in node:
         client_id = str(node.get("client-id", f"client-{partition:04d}"))
-        if not CLIENT_ID.fullmatch(client_id):
-            raise ConfigError(f"client-id {client_id!r}: expected up to 64 letters, digits, '.', '_' or '-'")
+        if not is_client_id(client_id):
+            raise ConfigError(f"client-id {client_id!r}: expected {CLIENT_ID_FORM}")
         try:
             shard = load_one_client(
                 str(node["data-path"]), config.data, client_id=client_id, seed=config.seed
@@ -79,7 +83,9 @@ def encode_client(
 ) -> ClientTokens:
     """Return a client's rows as tokens, and counts of those that are left out, and why."""
     examples = (*rows.train, *rows.held_out)
-    encoded = [encode_or_cause(example, tokenizer, max_length, num_embeddings) for example in examples]
+    with _native_errors_dropped(), ExitStack() as stack:
+        stack.push(partial(_refuse_panic, rows.client_id))
+        encoded = [encode_or_cause(example, tokenizer, max_length, num_embeddings) for example in examples]
     train, held_out = (
         tuple(row for row in part if isinstance(row, Encoded))
         for part in (encoded[: len(rows.train)], encoded[len(rows.train) :])
@@ -95,3 +101,33 @@ def report_rows(counts: Mapping[str, RowCounts], max_length: int) -> None:
     if told := describe(sum(others.values(), RowCounts()), max_length):
         who = f"client {next(iter(others))}" if len(others) == 1 else f"{len(others)} clients"
         _logger.warning("%s: %s", who, told)
+
+
+@contextmanager
+def _native_errors_dropped() -> Iterator[None]:
+    """Drop what is written to this process's stderr within the block.
+
+    Rust code that panics, as a tokenizer may, prints its message there by itself, and the message quotes the
+    text.
+    """
+    with _STDERR, open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _refuse_panic(client_id: str, kind: type[BaseException] | None, *about: object) -> None:
+    """Raise one line in place of a panic, which quotes the text and is no `Exception`, as a block ends.
+
+    Raises:
+        DataError: the block ended with one.
+    """
+    if kind is not None and not issubclass(kind, Exception | KeyboardInterrupt | SystemExit):
+        raise DataError(
+            f"client {client_id}: the tokenizer broke down ({kind.__name__}) on one of its rows; leave out"
+            " rows of unusual characters or length, or choose another model.name"
+        ) from None

@@ -6,10 +6,11 @@ from dataclasses import replace
 from clients.data_holder import DataHolder
 from clients.jobs import begin_clients
 from clients.protect import protect_clients
+from clients.same_rows import refuse_edited
 from clients.state import PrivateStore, save_private
 from clients.technique import NodeRound, Works, failure_of
 from clients.techniques import plan_node_round
-from fedllm.errors import CheckpointError
+from fedllm.errors import CheckpointError, ConfigError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.models.with_base_delta import with_base_delta
 
@@ -21,10 +22,18 @@ def train_clients(
 
     What clients keep for themselves is on disk before an answer is given: a client that cannot keep it fails.
     `weighting` replaces the plan's own.
+
+    Raises:
+        ConfigError: a client is asked to train at a rank this machine has no room for.
     """
+    if 0 < holder.max_rank < max(request.ranks.values(), default=0):
+        raise ConfigError(
+            f"the server asks for rank {max(request.ranks.values())}, and this node's max-rank is"
+            f" {holder.max_rank}"
+        )
     this_round = plan_node_round(holder, request, weighting=weighting)
     able = [name for name in request.drawn if name in holder.clients and holder.clients[name].train]
-    failed: dict[str, ClientFailure] = {}
+    failed = refuse_edited(holder, {name: request.drawn[name] for name in able})
     for technique in this_round.techniques:
         failed.update(technique.refuse(this_round, able))
     drawn = {name: request.drawn[name] for name in able if name not in failed}

@@ -2,20 +2,21 @@
 
 The policy is a TOML file on the local machine: $FEDLLM_POLICY, else `~/.config/fedllm/policy.toml`.
 
-    trust-remote-code = ["org/model"]     # models whose own Python code may run here
+    trust-remote-code = ["org/model"]     # models of the hub whose own Python code may run here;
+                                          # for a local folder, "NAME@sha256:DIGEST of that code"
     server-paths = false                  # may a server name a local file as the data source?
     state-path = "/private/fedllm"        # where clients keep what never leaves; else the user's state folder
     max-epsilon = 8.0                     # only runs whose clients noise for themselves, up to this budget
 """
 
 import os
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedllm.errors import ConfigError
+from fedllm.files import read_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +51,13 @@ def load_policy() -> SitePolicy:
     named = os.environ.get("FEDLLM_POLICY")
     path = Path(named or "~/.config/fedllm/policy.toml").expanduser()
     try:
-        values = tomllib.loads(path.read_text())
+        values = read_toml(path)
     except FileNotFoundError:
         if named:
             raise ConfigError(f"$FEDLLM_POLICY names {path}, which does not exist") from None
         return SitePolicy()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file ({type(error).__name__})") from None
     for name, value in values.items():
         if name not in _ALLOWED:
             raise ConfigError(f"{path}: unknown key {name!r}")

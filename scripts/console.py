@@ -59,6 +59,8 @@ class Console:
             self.paragraph(f"stopped after round {result['rounds']}: {result['stopped']}", indent=0)
         self.line(f"\nadapter: {shown}/adapter\ncard:    {shown}/adapter/README.md (results, how to load it)")
         self.line(f"next:    fedllm evaluate {shown}")
+        for line in result.get("warnings", ()):
+            self.paragraph(f"warning: {line}", indent=0)
 
 
 def client_table(*headings: str) -> Table:

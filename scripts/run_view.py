@@ -66,6 +66,9 @@ def fitting(figures: Sequence[Figure], width: int) -> list[Figure]:
     return kept
 
 
+LOST_SHOWN = 20  # clients of a round, a line each; the others are counted
+
+
 class RunView:
     """Progress of one run, in whichever form the console can show."""
 
@@ -75,6 +78,7 @@ class RunView:
         self.num_rounds = plan.config.federation.num_rounds
         self.records: list[RoundRecord] = []  # of this session
         self.has_heading = False
+        self.num_lost = 0  # in this round
         self.round_num = 0  # that is being done; 0 measures the base model
         self.ends: float | None = None  # when the run will have ended, on the clock of `progress`
         self.name, self.done, self.number = "", 0, 0  # of the phase
@@ -133,11 +137,15 @@ class RunView:
     def client(self, round_num: int, answer: ClientUpdate | ClientFailure) -> None:
         """Count a client that has answered, and say why where it failed."""
         self.phase("training", self.done + 1, self.number)
-        if isinstance(answer, ClientFailure):
+        self.num_lost += isinstance(answer, ClientFailure)
+        if isinstance(answer, ClientFailure) and self.num_lost <= LOST_SHOWN:
             self.notice(f"round {round_num}: client {answer.client_id} lost: {answer.reason or answer.code}")
 
     def record(self, record: RoundRecord) -> None:
         """Show a finished round."""
+        if self.num_lost > LOST_SHOWN:
+            self.notice(f"round {record.round_num}: {self.num_lost - LOST_SHOWN:,} more clients lost")
+        self.num_lost = 0
         self.records.append(record)
         left = seconds_left(self.plan, self.records)
         self.ends = None if left is None else self.progress.get_time() + left

@@ -67,6 +67,11 @@ def test_file_not_understood_permits_nothing(text: str, expected: str, policy_fi
     assert "\n" not in str(caught.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_policy(policy_file: Path) -> None:
+    policy_file.write_bytes(b"\xef\xbb\xbfserver-paths = true\r\n")
+    assert load_policy().server_paths
+
+
 def test_bytes_that_are_no_text_are_an_error(policy_file: Path) -> None:
     policy_file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not a TOML file"):

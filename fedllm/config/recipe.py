@@ -1,6 +1,5 @@
 """TOML recipes and `key=value` overrides: the two ways a person writes a configuration."""
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,21 +7,19 @@ from typing import Any
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
+from fedllm.files import read_toml
 
 
 def read_recipe(path: Path) -> dict[str, Scalar]:
     """Return the flat keys of a TOML recipe; tables and dotted keys mean the same.
 
     Raises:
-        ConfigError: the file is absent or not TOML.
+        ConfigError: the file is absent or not TOML in UTF-8.
     """
     try:
-        with path.open("rb") as file:
-            return flatten(tomllib.load(file))
+        return flatten(read_toml(path))
     except OSError as error:
         raise ConfigError(f"recipe {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path}: {error}") from None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:

@@ -8,9 +8,9 @@ import hashlib
 import heapq
 import json
 import math
-import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,28 @@ import numpy as np
 
 from fedllm.data.fields import name_columns
 from fedllm.errors import ConfigError, DataError, IntegrityError
+from fedllm.files import write_file
 from fedllm.seeds import derive_seed
 
-CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NEVER_IN_IDS = '/\\:*?"<>|[]{}$%;`'  # paths, globs, shells and marked-up text use them
+CLIENT_ID_FORM = f"1 to 64 printable characters, the first a letter or digit, none of {_NEVER_IN_IDS}"
+_MOST_ID_BYTES = 200  # of UTF-8: an id is also the name of a folder, and file systems allow 255
 _FORMS = "column:NAME, iid, dirichlet:NAME:ALPHA (ALPHA > 0) or quantity:SKEW (SKEW > 0)"
 
 
 @dataclass(frozen=True)
 class Partition:
-    """`indices[i]` are the rows, ascending, of `client_ids[i]`; no row has two owners."""
+    """`indices[i]` are the rows, ascending, of `client_ids[i]`; no row has two owners.
+
+    `contents[i]` is the SHA-256, in hexadecimal, of what those rows say, where they have been read.
+    """
 
     client_ids: tuple[str, ...]
     indices: tuple[tuple[int, ...], ...]
-    digest: str  # SHA-256, in hexadecimal, of the two fields above
+    digest: str  # SHA-256, in hexadecimal, of names, indices and contents
+    # The column's value of each client whose name is another; it stays on this machine.
+    values: Mapping[str, str] = field(default_factory=dict, compare=False)
+    contents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def partition_rows(rows: Sequence[Mapping[str, Any]], spec: str, *, num_clients:
     - `quantity:SKEW`: at random, in sizes proportional to rank ** -SKEW over a random ranking of the clients.
       Larger SKEW = less even.
 
-    In the last three every client gets a row where there are enough. Rows whose column is missing, null,
+    In the last three every client gets a row. Rows whose column is missing, null,
     empty or not a scalar belong to no client.
 
     Args:
@@ -82,7 +91,8 @@ def partition_rows(rows: Sequence[Mapping[str, Any]], spec: str, *, num_clients:
         seed: the run's seed.
 
     Raises:
-        ConfigError: `spec` is malformed, or a column has fewer values than there are clients.
+        ConfigError: `spec` is malformed, or a column has fewer values, or the data fewer rows, than there
+            are clients.
         DataError: no row has a value in the column.
     """
     if num_clients < 1:
@@ -91,30 +101,65 @@ def partition_rows(rows: Sequence[Mapping[str, Any]], spec: str, *, num_clients:
     if parsed.form == "column":
         return _by_column(_groups(rows, parsed.column), parsed.column, num_clients)
     parts = _drawn(rows, parsed, num_clients, seed)
+    if (num_rows := sum(map(len, parts))) < num_clients:
+        raise ConfigError(
+            f"federation.num-clients = {num_clients}, but data.partition = {spec!r} deals {num_rows} rows and"
+            f" every client needs one; set federation.num-clients to {num_rows} at most"
+        )
     return make_partition((f"client-{number:04d}" for number in range(num_clients)), _without_empty(parts))
 
 
-def make_partition(client_ids: Iterable[str], indices: Iterable[Iterable[int]]) -> Partition:
+def is_client_id(text: str) -> bool:
+    """Return whether `text` can name a client: printed anywhere, and as a folder of any file system.
+
+    The form is `CLIENT_ID_FORM`, composed (Unicode NFC), without spaces at the end or two in a row.
+    """
+    return (
+        0 < len(text) <= 64
+        and text[0].isalnum()
+        and text.isprintable()  # no control character, none that turns the direction of writing
+        and not set(_NEVER_IN_IDS) & set(text)
+        and text == _tidy(text)
+        and len(text.encode()) <= _MOST_ID_BYTES
+    )
+
+
+def make_partition(
+    client_ids: Iterable[str],
+    indices: Iterable[Iterable[int]],
+    values: Mapping[str, str] | None = None,
+    contents: Iterable[str] = (),
+) -> Partition:
     """Return the partition with its digest; each client's indices are put in ascending order."""
-    names = tuple(client_ids)
+    names, said = tuple(client_ids), tuple(contents)
     owned = tuple(tuple(sorted(rows)) for rows in indices)
-    return Partition(names, owned, _digest(names, owned))
+    return Partition(names, owned, _digest(names, owned, said), values or {}, said)
+
+
+def changed_clients(before: Partition, after: Partition) -> list[str]:
+    """Return the clients, by name, that do not have the same rows in both."""
+    first, second = (
+        dict(zip(one.client_ids, zip(one.indices, one.contents, strict=True), strict=True))
+        for one in (before, after)
+    )
+    return sorted(name for name in first | second if first.get(name) != second.get(name))
 
 
 def row_label(row: Mapping[str, Any], column: str) -> str | None:
-    """Return the value of `column` as text, or None where it is missing, null, empty or not a scalar."""
+    """Return the value of `column` as text, or None where it is missing, null, NaN, empty or not a scalar."""
     value = row.get(column)
-    return str(value) if isinstance(value, str | int | float) and value != "" else None
+    is_label = isinstance(value, str | int | float) and value != "" and value == value  # NaN equals nothing
+    return str(value) if is_label else None
 
 
 def save_partition(path: str | Path, partition: Partition) -> None:
-    """Write `partition` as JSON.
+    """Write `partition` as JSON, in one step and with mode 0600: it tells who owns which rows.
 
     Raises:
         DataError: the file cannot be written.
     """
     try:
-        Path(path).write_text(json.dumps(vars(partition)) + "\n", encoding="utf-8")
+        write_file(Path(path), json.dumps(vars(partition)) + "\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); check the folder") from None
 
@@ -130,18 +175,22 @@ def load_partition(path: str | Path) -> Partition:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         names = tuple(str(name) for name in content["client_ids"])
         owned = tuple(tuple(int(row) for row in rows) for rows in content["indices"])
-        stated = str(content["digest"])
+        stated, said = str(content["digest"]), tuple(map(str, content["contents"]))
+        values = {str(name): str(value) for name, value in content.get("values", {}).items()}
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); partition the data again") from None
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
-        raise IntegrityError(f"{path}: not a partition file; partition the data again") from None
-    if _digest(names, owned) != stated:
-        raise IntegrityError(f"{path}: does not match its digest; partition the data again")
-    return Partition(names, owned, stated)
+        raise DataError(f"{path}: cannot be read ({error.strerror}); let this user read it") from None
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
+        raise IntegrityError(
+            f"{path}: not a partition file of this version; start anew under another run.name"
+        ) from None
+    if _digest(names, owned, said) != stated:
+        raise IntegrityError(f"{path}: does not match its digest; start anew under another run.name")
+    return Partition(names, owned, stated, values, said)
 
 
-def _digest(names: Sequence[str], owned: Sequence[Sequence[int]]) -> str:
-    canonical = json.dumps([list(names), [list(rows) for rows in owned]], separators=(",", ":"))
+def _digest(names: Sequence[str], owned: Sequence[Sequence[int]], contents: Sequence[str]) -> str:
+    fields = [names, owned, contents] if contents else [names, owned]
+    canonical = json.dumps(fields, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
@@ -173,17 +222,36 @@ def _by_column(groups: dict[str, list[int]], column: str, num_clients: int) -> P
             f"set federation.num-clients to {len(groups)} or choose another data.partition"
         )
     largest = sorted(groups, key=lambda label: (-len(groups[label]), label))[:num_clients]
-    owners = {_client_id(label, rank, groups): groups[label] for rank, label in enumerate(sorted(largest))}
-    return make_partition(sorted(owners), (owners[name] for name in sorted(owners)))
+    names = _client_ids(sorted(largest), groups)
+    owners = {names[label]: groups[label] for label in names}
+    values = {name: label for label, name in names.items() if name != label}
+    return make_partition(sorted(owners), (owners[name] for name in sorted(owners)), values)
 
 
-def _client_id(label: str, rank: int, labels: Mapping[str, Any]) -> str:
-    if CLIENT_ID.fullmatch(label):
-        return label
-    name = f"client-{rank:04d}"
-    while name in labels:  # a value that itself looks like a number given here
-        name += "x"
-    return name
+def _client_ids(labels: Sequence[str], groups: Iterable[str]) -> dict[str, str]:
+    """Return a name for each of some values of a column: the value itself where it can be one, else a number.
+
+    Names that some disks take for one, as those that differ by case, are one name: the first value keeps it.
+    """
+    used, names = set(), {}
+    others = set(map(_folded, groups))  # values that themselves look like a number given here
+    for rank, label in sorted(enumerate(labels), key=lambda item: not is_client_id(item[1])):
+        name = _tidy(label)  # a value as it is comes before one that is the same when tidied
+        if not is_client_id(name) or _folded(name) in used:
+            name = f"client-{rank:04d}"
+            while name in others or name in used:
+                name += "x"
+        used.add(_folded(name))
+        names[label] = name
+    return names
+
+
+def _tidy(text: str) -> str:
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def _drawn(
@@ -227,14 +295,14 @@ def _cut(order: list[int], bounds: list[int]) -> list[list[int]]:
 
 
 def _without_empty(parts: list[list[int]]) -> list[list[int]]:
-    """Return `parts` with a row of the largest moved to each empty one, while any has two rows."""
+    """Return `parts`, with as many rows as there are parts or more, with one of the largest moved to each
+    empty part.
+    """
     filled = [list(part) for part in parts]
     largest = [(-len(part), index) for index, part in enumerate(filled)]
     heapq.heapify(largest)
     for part in (part for part in filled if not part):
         size, donor = largest[0]
-        if size >= -1:  # the largest has one row: there are fewer rows than clients
-            break
         part.append(filled[donor].pop())
         heapq.heapreplace(largest, (size + 1, donor))
     return filled

@@ -1,6 +1,5 @@
 """Reads a data source, as a person names it, into rows that remember their file and line."""
 
-import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -10,15 +9,14 @@ from typing import Any, TypeAlias
 
 from fedllm.data.demo_corpus import docstring_rows
 from fedllm.data.fields import BadRow
-from fedllm.data.formats import READERS
+from fedllm.data.find_files import ACCEPTED, GLOB_CHARACTERS, find_files
+from fedllm.data.formats import READERS, check_content
 from fedllm.errors import ConfigError, DataError
 
 DOCSTRINGS = "docstrings"
 
 _Located: TypeAlias = tuple[str, int, dict[str, Any] | str]
 
-_ACCEPTED = f"{', '.join(READERS)} files"
-_GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?")
 
 
@@ -36,11 +34,11 @@ def read_rows(source: str, *, split: str = "train", on_bad_row: str = "skip", nu
     """Read every row of `source`.
 
     Args:
-        source: `docstrings`; a .jsonl, .json, .csv, .parquet or .txt file; a folder of them; a glob; several
-            of these separated by commas; or else the id of a Hugging Face data set, `id:configuration` where
+        source: `docstrings`; a file of a known kind (`READERS`); a folder of them; a glob; several of
+            these separated by commas; or else the id of a Hugging Face data set, `id:configuration` where
             it has several. What looks like a path (a known extension, glob characters, a leading `/`, `.` or
             `~`) or exists is never looked up on the hub.
-        split: the split of a hub data set.
+        split: the split of a hub data set, or of a folder whose files are named as splits.
         on_bad_row: `skip` collects bad rows in `Rows.bad`; `stop` raises at the first.
         num_packages: how many installed packages `docstrings` is read from.
 
@@ -53,18 +51,18 @@ def read_rows(source: str, *, split: str = "train", on_bad_row: str = "skip", nu
         located: Iterable[_Located] = ((DOCSTRINGS, number, row) for number, row in enumerate(corpus, 1))
         return _collect(located, (DOCSTRINGS,), on_bad_row)
     if is_local(source):
-        return read_local_rows(source, on_bad_row=on_bad_row)
+        return read_local_rows(source, split=split, on_bad_row=on_bad_row)
     return _collect(_hub_rows(source, split), (source,), on_bad_row)
 
 
-def read_local_rows(source: str, *, on_bad_row: str = "skip") -> Rows:
+def read_local_rows(source: str, *, split: str = "train", on_bad_row: str = "skip") -> Rows:
     """Read local files as `read_rows` does, and never the hub: for text whose very name may be private.
 
     Raises:
         ConfigError: `on_bad_row` is neither `skip` nor `stop`.
         DataError: nothing is there, a file cannot be read, or a row is bad under `stop`.
     """
-    files = find_files(source)
+    files = find_files(source, split)
     return _collect((item for file in files for item in _file_rows(file)), files, on_bad_row)
 
 
@@ -72,25 +70,12 @@ def is_local(source: str) -> bool:
     """Return whether `source` names local files rather than a hub data set."""
     return (
         source.startswith(("/", ".", "~"))
-        or Path(source).suffix.lower() in READERS
-        or _GLOB_CHARACTERS.search(source) is not None
+        or any(suffix.lower() in READERS for suffix in Path(source).suffixes)  # also rows.jsonl.gz
+        or GLOB_CHARACTERS.search(source) is not None
         or os.path.exists(source)
         or (hub := _HUB_ID.fullmatch(source)) is None  # commas, spaces and deeper paths are no hub id either
         or os.path.exists(hub["id"])
     )
-
-
-def find_files(source: str) -> tuple[str, ...]:
-    """Return the files that a path, folder, glob or comma-separated list of them names, each once.
-
-    Raises:
-        DataError: a part names nothing, or a file of another kind.
-    """
-    is_whole = os.path.exists(os.path.expanduser(source))  # a comma may be part of a name
-    parts = [source] if is_whole else [part.strip() for part in source.split(",") if part.strip()]
-    if not parts:
-        raise DataError("data.source is empty; name a file, a folder, a glob, a hub data set or docstrings")
-    return tuple(dict.fromkeys(file for part in parts for file in _files_of_part(part)))
 
 
 def bad_row_error(bad: BadRow) -> DataError:
@@ -100,29 +85,9 @@ def bad_row_error(bad: BadRow) -> DataError:
     )
 
 
-def _files_of_part(part: str) -> list[str]:
-    path = os.path.expanduser(part)
-    if os.path.isdir(path):
-        found = sorted(os.path.join(path, name) for name in os.listdir(path) if not name.startswith("."))
-        return _supported(part, found)
-    if os.path.exists(path):
-        if Path(path).suffix.lower() not in READERS:
-            raise DataError(f"{part}: not a kind of file that is read; expected {_ACCEPTED}")
-        return [path]
-    if _GLOB_CHARACTERS.search(path):
-        return _supported(part, sorted(glob.glob(path, recursive=True)))
-    raise DataError(f"{part}: no such file; data.source takes {_ACCEPTED}, a folder or a glob of them")
-
-
-def _supported(part: str, paths: list[str]) -> list[str]:
-    found = [path for path in paths if Path(path).suffix.lower() in READERS and os.path.isfile(path)]
-    if not found:
-        raise DataError(f"{part}: holds or matches no file that is read; expected {_ACCEPTED}")
-    return found
-
-
 def _file_rows(file: str) -> Iterator[_Located]:
     try:
+        check_content(file)
         for line, row in READERS[Path(file).suffix.lower()](file):
             yield file, line, row
     except OSError as error:
@@ -146,7 +111,7 @@ def _hub_rows(source: str, split: str) -> Iterator[_Located]:
         raise DataError(
             f"{source}: no such file, and no Hugging Face data set with split {split!r} could be read "
             f"({type(error).__name__}); check the network, data.split and id:configuration, "
-            f"or name local {_ACCEPTED}"
+            f"or name local {ACCEPTED}"
         ) from None
 
 

@@ -1,6 +1,9 @@
 """Deals a data source to one shard per client, and fixes the order in which a client draws its rows."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,13 @@ from fedllm.data.fields import (
     mapped_columns,
     to_example,
 )
-from fedllm.data.partition import Partition, parse_partition, partition_rows, row_label
+from fedllm.data.partition import Partition, make_partition, parse_partition, partition_rows, row_label
 from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
 from fedllm.errors import NoDataError, RowsLostError
 from fedllm.seeds import derive_seed
 
 MOST_LOST = 0.2  # share of rows that may be of no use; beyond it something is wrong with them or the settings
+_logger = logging.getLogger("fedllm.data")
 _DEFAULT_PACKAGES = 8  # of the docstrings corpus where packages are not the clients
 
 
@@ -65,11 +69,15 @@ def load_shards(data: DataConfig, *, num_clients: int, seed: int) -> Shards:
     num_packages = num_clients if spec.form == "column" else min(num_clients, _DEFAULT_PACKAGES)
     rows = read_rows(data.source, split=data.split, on_bad_row=data.on_bad_row, num_packages=num_packages)
     usable = _usable(data.source, rows, data, spec.column)
-    partition = partition_rows(usable.rows, data.partition, num_clients=num_clients, seed=seed)
+    dealt = partition_rows(usable.rows, data.partition, num_clients=num_clients, seed=seed)
+    if spec.form == "column":
+        _tell_clients(dealt, usable.rows, spec.column)
+    owned = [[usable.examples[index] for index in indices] for indices in dealt.indices]
     clients = (
-        _client_rows([usable.examples[index] for index in indices], data, client_id, seed)
-        for client_id, indices in zip(partition.client_ids, partition.indices, strict=True)
+        _client_rows(examples, data, client_id, seed)
+        for client_id, examples in zip(dealt.client_ids, owned, strict=True)
     )
+    partition = make_partition(dealt.client_ids, dealt.indices, dealt.values, map(examples_digest, owned))
     return Shards(tuple(clients), usable.bad, partition)
 
 
@@ -82,7 +90,7 @@ def load_one_client(path: str | Path, data: DataConfig, *, client_id: str, seed:
         NoDataError: the files have no usable row.
         RowsLostError: more than `MOST_LOST` of them cannot be used.
     """
-    rows = read_local_rows(str(path), on_bad_row=data.on_bad_row)
+    rows = read_local_rows(str(path), split=data.split, on_bad_row=data.on_bad_row)
     usable = _usable(str(path), rows, data, "")
     return ClientShard(_client_rows(usable.examples, data, client_id, seed), usable.bad)
 
@@ -116,6 +124,15 @@ def draw_rows(num_rows: int, *, seed: int, client_id: str, start: int, count: in
     )
     offset = start - first * num_rows
     return tuple(int(index) for index in stream[offset : offset + count])
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """Return the SHA-256 (hex) of what examples say, in their order."""
+    hasher = hashlib.sha256()
+    for example in examples:  # JSON, so that no other examples give the same bytes
+        turns = [(turn.role, turn.content) for turn in example.turns]
+        hasher.update(json.dumps([example.text, turns]).encode())
+    return hasher.hexdigest()
 
 
 def _permutation(length: int, seed: int, *names: str | int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -152,6 +169,22 @@ def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) ->
             f" {count_reasons(bad)}; mend them or take them out"
         )
     return _Usable(tuple(row for row, _ in kept), tuple(made for _, made in kept), tuple(bad))
+
+
+def _tell_clients(partition: Partition, rows: Sequence[dict[str, Any]], column: str) -> None:
+    """Log how many values of the column are no client, and how many are one by another name."""
+    num_values, num_clients = len({row_label(row, column) for row in rows}), len(partition.client_ids)
+    if num_values > num_clients:
+        num_left = len(rows) - sum(map(len, partition.indices))
+        _logger.warning(
+            "federation.num-clients = %d: %d of the %d clients of column %r are left out, with %d of %d rows",
+            *(num_clients, num_values - num_clients, num_values, column, num_left, len(rows)),
+        )
+    if partition.values:
+        _logger.warning(
+            "%d clients have a name other than their value of column %r; fedllm check shows both",
+            *(len(partition.values), column),
+        )
 
 
 def _nothing_usable(source: str, bad: Sequence[BadRow]) -> NoDataError:

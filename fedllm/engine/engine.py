@@ -30,13 +30,13 @@ from fedllm.engine.probe import (
     can_be_ragged,
     check_causal,
     keeps_apart,
+    longest_pass,
     measured_budget,
+    mixes_examples,
     plain_head,
     remembered_budget,
 )
-from fedllm.errors import ModelError
 from fedllm.messages import ClientEvaluation
-from fedllm.models.attention import longest_pass
 from fedllm.models.base import BaseModel, check_fits
 from fedllm.models.chat import IGNORED, Encoded
 
@@ -69,7 +69,8 @@ class Engine:
         if not self.is_ragged:
             kind = type(base.model).__name__
             _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
-        self.token_budget = token_budget if isinstance(token_budget, int) else self._default_budget()
+        budget = token_budget if isinstance(token_budget, int) else self._default_budget()
+        self.token_budget = min(budget, longest_pass(base.model))
 
     # --- training -----------------------------------------------------------------------------------------
 
@@ -213,32 +214,31 @@ class Engine:
         return total_AP, losses_A
 
     def _check_examples(self) -> None:
-        """Try on this model, under adapters, whether an example's loss is its own; else feed each alone."""
+        """Try on this model under adapters whether an example's states are its own, else feed each alone."""
         draw = torch.Generator().manual_seed(0)
         starts = [torch.randn(self.layout.size, generator=draw) * 0.1 for _ in range(2)]
         self.bank.load(self.layout, starts, [self.layout.scale] * 2)
 
-        def losses_of(rows: Sequence[Encoded]) -> Sequence[torch.Tensor]:
+        def states_of(rows: Sequence[Encoded]) -> Sequence[torch.Tensor]:
             # Another seed each, so that none shares its beginning, as in training.
             items = [Item(row, place // 2, 0, 1.0, seed=place) for place, row in enumerate(rows)]
-            parts = self._split(items, self._limit)
-            return torch.cat([self.passes.losses(part, backward=False).float() for part in parts]).unbind()
+            states_ND = torch.cat([self.passes.states(part) for part in self._split(items, self._limit)])
+            return torch.split(states_ND.float(), [row.num_supervised for row in rows])
 
         with torch.no_grad(), attached(self.base.model, self.bank, is_ragged=self.is_ragged):
-            self._keeps_examples_apart = keeps_apart(losses_of, self.base.model)
+            self._keeps_examples_apart = keeps_apart(states_of, self.base.model)
         if not self._keeps_examples_apart and self.is_ragged:
             self.is_ragged = False
             self._check_examples()
         elif not self._keeps_examples_apart:
-            kind = type(self.base.model).__name__
-            raise ModelError(f"{kind} mixes examples, so none can be private; take another model.name")
+            raise mixes_examples(self.base.model)
 
     # --- passes -------------------------------------------------------------------------------------------
 
     @property
     def _limit(self) -> int:
         """Tokens up to which clients share a pass; 0 keeps samples apart where attention cannot be ragged."""
-        return min(self.token_budget, longest_pass(self.base.model)) if self.is_ragged else 0
+        return self.token_budget if self.is_ragged else 0
 
     @property
     def _step_limit(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from sys import maxsize
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from fedllm.engine.flat_row import SHORTEST_SHARED, lay_out, token_losses
 from fedllm.engine.head import Head
+from fedllm.errors import ModelError
 from fedllm.files import write_file
 from fedllm.models.attention import attends_by_interface, ragged
 from fedllm.models.base import not_causal
@@ -104,6 +106,24 @@ def neighbours(model: Any, seed: int = 0) -> list[Encoded]:
         begin + _tokens(model, 4 + 3 * place, 1 + place + 10 * seed) for place, begin in enumerate(beginnings)
     ]
     return [Encoded(row, row) for row in rows]
+
+
+def mixes_examples(model: Any) -> ModelError:
+    """Return the error for a model under which no example of a private run would be alone."""
+    kind = type(model).__name__
+    return ModelError(f"model.name: {kind} mixes examples, so none can be private; take another model")
+
+
+def longest_pass(model: Any) -> int:
+    """Return how many tokens rows may share a pass up to, as far as their positions go.
+
+    Some rotations stretch with the longest row of a pass, once that is longer than what was learnt first.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in {"dynamic", "longrope"}:
+        return maxsize
+    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 @torch.no_grad()

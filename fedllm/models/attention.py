@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from inspect import signature
-from sys import maxsize
 from typing import Any
 
 import torch
@@ -67,18 +66,6 @@ def attends_by_interface(model: Any) -> bool:
     # Chunks are counted from the start of a pass, which short rows would not show.
     has_chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None
     return bool(model._supports_attention_backend) and not has_chunks
-
-
-def longest_pass(model: Any) -> int:
-    """Return how many tokens rows may share a pass up to, as far as their positions go.
-
-    Some rotations stretch with the longest row of a pass, once that is longer than what was learnt first.
-    """
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in {"dynamic", "longrope"}:
-        return maxsize
-    return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
 
 
 def is_ragged(model: Any) -> bool:

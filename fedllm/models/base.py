@@ -1,5 +1,6 @@
 """The frozen base model: which device and dtype it gets, how it is loaded, and which layers LoRA adapts."""
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.errors import LayoutError, MissingExtraError, ModelError
 from fedllm.models.chat import check_template
 from fedllm.models.files import ModelFiles, fingerprint, first_line, quiet_transformers, resolve_model
-from fedllm.site_policy import load_policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +62,16 @@ def load_base(config: ModelConfig) -> BaseModel:
 
 
 def choose_model(config: ModelConfig) -> ChosenModel:
-    """Return what `config` means on this machine, and let torch use the threads it names.
+    """Return what `config` means on this machine, and let torch use the threads it names; nothing is loaded.
 
     Raises:
-        ModelError: the model's files are absent, or the device does not exist here.
+        ModelError: the model's files are absent, or the device or what quantises for it is not here.
+        MissingExtraError: quantisation is asked for without bitsandbytes.
     """
     if isinstance(config.num_threads, int):
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
+    _check_quantization(config.quantization, device)
     files = resolve_model(config.name)
     dtype = choose_dtype(config.dtype, device)
     return ChosenModel(files, device, dtype, config.quantization, config.gradient_checkpointing)
@@ -81,9 +83,9 @@ def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
     from transformers import AutoModelForCausalLM
 
     files, device, dtype = chosen.files, chosen.device, chosen.dtype
-    extra: dict[str, Any] = {"trust_remote_code": files.public_name in load_policy().trust_remote_code}
+    extra: dict[str, Any] = {"trust_remote_code": files.runs_own_code}
     if chosen.quantization != "none":
-        extra["quantization_config"] = _quantization(chosen.quantization, device, dtype)
+        extra["quantization_config"] = _quantization(chosen.quantization, dtype)
         extra["device_map"] = {"": device}
     try:
         with quiet_transformers():
@@ -91,7 +93,7 @@ def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
                 files.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load {files.public_name}: {first_line(error)}") from None
+        raise _unreadable("cannot load", files, error) from None
     if loaded["missing_keys"]:  # transformers fills them with random numbers
         first = min(loaded["missing_keys"])
         raise ModelError(f"{files.public_name}: tensor {first!r} is missing from its weights")
@@ -113,15 +115,24 @@ def load_tokenizer(files: ModelFiles) -> Any:
     """
     from transformers import AutoTokenizer
 
-    trusted = files.public_name in load_policy().trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trusted)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no tokenizer in {files.public_name}: {first_line(error)}") from None
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=files.runs_own_code)
+    except Exception as error:  # the tokenizers library raises Exception itself for a damaged file
+        raise _unreadable("no tokenizer in", files, error) from None
     if not tokenizer.is_fast:
         raise ModelError(f"{files.public_name} has no fast tokenizer, which the label mask needs")
     check_template(tokenizer)
     return tokenizer
+
+
+def _unreadable(what: str, files: ModelFiles, error: Exception) -> ModelError:
+    """Return the error for a model that transformers does not open, with what its own code would need."""
+    if files.code_entry and not files.runs_own_code:
+        return ModelError(
+            f"{what} {files.public_name}: it brings Python code of its own, which does not run here; to"
+            f' permit it, add "{files.code_entry}" to trust-remote-code in this machine\'s policy file'
+        )
+    return ModelError(f"{what} {files.public_name}: {first_line(error)}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -159,13 +170,12 @@ def open_skeleton(files: ModelFiles) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    trusted = files.public_name in load_policy().trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.runs_own_code)
         with torch.device("meta"):  # shapes without storage
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=files.runs_own_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read {files.public_name}: {first_line(error)}") from None
+        raise _unreadable("cannot read", files, error) from None
 
 
 def describe_layout(
@@ -323,15 +333,18 @@ def _checkpoint_layers(model: Any) -> None:
                     setattr(layer, name, 0.0)
 
 
-def _quantization(kind: str, device: torch.device, dtype: torch.dtype) -> Any:
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install bitsandbytes`")
+def _check_quantization(kind: str, device: torch.device) -> None:
+    if kind == "none":
+        return
     if device.type != "cuda":
         raise ModelError(f"model.quantization = {kind!r} needs a GPU; set it to none")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(f"model.quantization = {kind!r} needs `pip install bitsandbytes`")
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -73,7 +73,8 @@ class PrivacyPlan:
     def relation(self) -> str:
         """Which two federations count as neighbours: their results must be hard to tell apart."""
         if self.is_by_example:
-            return "add-or-remove-one: the same rows of a client, with or without one of them"
+            # As many rows: their public number sets the client's weight, its sampling and its noise.
+            return "zero-out: a client's rows, or as many of which one counts as nothing"
         if self.is_local_client:
             return "replace-one: any two updates of a client"
         return "add-or-remove-one: a client's updates, or zeros in their place"

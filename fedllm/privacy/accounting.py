@@ -1,7 +1,8 @@
 """Privacy accounting: the epsilon of a series of noised releases, and the noise for an epsilon.
 
 Every release adds Gaussian noise of multiplier z = deviation / sensitivity. Neighbouring data differ by one
-unit (add-or-remove-one). Two cases:
+unit: it takes part or counts as nothing. Where the number of units is hidden that is add-or-remove-one, where
+it is public zero-out, and the figures of both are the same. Two cases:
 
 - every unit takes part in every release: together they are one Gaussian release with mu = sqrt(sum 1 / z^2),
   and its epsilon solves an exact equation (Balle & Wang 2018, arXiv 1805.06530; Dong, Roth & Su 2019, arXiv

@@ -58,8 +58,11 @@ def statement_of(plan: PrivacyPlan, ledger: Ledger, *, num_clients: int, num_rou
 
 def not_covered(plan: PrivacyPlan) -> list[str]:
     """Return what leaves data holders without noise, or is decided by looking at private data."""
+    numbers = "the number of training and of held-out rows, which every data holder declares when it joins"
+    if plan.is_by_example:
+        numbers += ", and which sets its weight, sampling rate and noise: neighbours have as many rows"
     found = [
-        "the number of training and of held-out rows, which every data holder declares when it joins",
+        numbers,
         "who took part in which round, and which data holders failed: rounds.jsonl names them",
         "the choice of hyper-parameters, if other runs on the same text led to it; other runs add up",
     ]

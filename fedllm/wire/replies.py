@@ -23,7 +23,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
-from fedllm.data.partition import CLIENT_ID
+from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.messages import (
     EVALUATION_METRICS,
@@ -259,8 +259,8 @@ def read_joined(content: RecordDict, node_id: int) -> list[JoinedClient]:
     texts, columns = _read_tables(content, ("ids", "fingerprints", "causes"), _JOIN_NUMBERS, int)
     if not all(0 <= number < LARGEST_NUMBER for column in columns.values() for number in column):
         raise WireError(f"a join reply declares a number outside 0 to {LARGEST_NUMBER}")
-    if not all(map(CLIENT_ID.fullmatch, texts["ids"])):  # they are printed and written to files
-        raise WireError("a join reply names a client by other than 1 to 64 letters, digits, '.', '_' and '-'")
+    if not all(map(is_client_id, texts["ids"])):  # they are printed and written to files
+        raise WireError(f"a join reply names a client by other than {CLIENT_ID_FORM}")
     if not all(map(_FINGERPRINT.fullmatch, texts["fingerprints"])):
         raise WireError("a join reply has a fingerprint that is not 64 hexadecimal digits")
     if not set(texts["causes"]) <= CLIENT_ERROR_CODES | {""}:

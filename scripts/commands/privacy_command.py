@@ -33,7 +33,8 @@ def privacy(words: Sequence[str], *, noise: float, rows: int, as_json: bool) -> 
         config = config.override({"privacy.epsilon": USUAL_EPSILON})
     plan = resolve(config).privacy
     assert plan is not None
-    report = report_of(config, replace(plan, noise_multiplier=noise or plan.noise_multiplier), rows)
+    plan = replace(plan, noise_multiplier=noise or plan.noise_multiplier)
+    report = report_of(config, plan, rows)
     if as_json:
         print(json.dumps(report))
     else:
@@ -138,7 +139,12 @@ def table_of(config: RunConfig, plan: PrivacyPlan, rows: int) -> list[dict[str, 
 
 
 def _print(console: Console, plan: PrivacyPlan, report: dict[str, Any]) -> None:
-    console.line(summary_line(plan))
+    if plan.noise_multiplier:  # what it costs is the answer, not what the run may spend
+        console.line(summary_line(replace(plan, epsilon=float(f"{report['epsilon']:.3g}"))))
+        ends = "ends the run before that" if report["epsilon"] > plan.epsilon else "is enough for that"
+        console.line(f"the budget, privacy.epsilon = {plan.epsilon:g}, {ends}")
+    else:
+        console.line(summary_line(plan))
     check = report["epsilon_renyi_check"]
     checked = "" if check is None else f"Renyi check {check:.3g}; "
     console.line(

@@ -7,6 +7,7 @@ comes from `flwr ls`: `flwr run --stream` exits 0 on failure.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,17 @@ def supernode(link: Link, name: str, node_config: Mapping[str, Scalar]) -> Itera
 def process(
     command: Sequence[str], folder: Path, environment: Mapping[str, str], name: str
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a console script of this environment in its own process group, and end the whole group after."""
+    """Run a console script of this environment in a session of its own, and end all of that session after.
+
+    It ends as well when this process does, however that comes about (`scripts.runtimes.guard`).
+    """
     program = str(Path(sys.executable).with_name(command[0]))
     with (folder / f"{name}.log").open("wb") as log:
         running = subprocess.Popen(
-            [program, *command[1:]],
+            [sys.executable, "-I", "-S", str(HERE / "guard.py"), program, *command[1:]],
             cwd=folder,
             env=environment,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -137,18 +142,18 @@ def process(
     try:
         yield running
     finally:
-        _end_group(running)
+        _end_session(running)
 
 
-def _end_group(running: "subprocess.Popen[bytes]") -> None:
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(running.pid, sign)
-            running.wait(_STOP_SECONDS)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def _end_session(running: "subprocess.Popen[bytes]") -> None:
+    """Ask a guarded command to end; where it does not, its guard kills it and all that it started."""
+    assert running.stdin is not None
+    with suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        running.wait(_STOP_SECONDS)
+    running.stdin.close()
+    running.wait()
 
 
 def app_folder(link: Link) -> Path:
@@ -247,7 +252,11 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
         # Flower calls some failed simulations completed, so the run's own word counts as well.
         if ended != "finished:completed" or result.get("status") != "completed":
             kept = keep_logs(link, run_id, run_folder(config))
-            raise RunFailedError(f"Flower ended the run as {ended}: {result.get('reason', f'see {kept}')}")
+            reason = str(result.get("reason", f"see {kept}"))
+            said = said_by_nodes(kept.read_text(errors="replace"), reason)
+            raise RunFailedError(
+                f"Flower ended the run as {ended}: {reason}" + "".join(f"; {x}" for x in said)
+            )
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -319,6 +328,15 @@ def _state(file: Path) -> tuple[int, int]:
     """Return what tells one version of a growing file from the next; its time alone may be too coarse."""
     found = file.stat()
     return found.st_mtime_ns, found.st_size
+
+
+def said_by_nodes(log: str, reason: str) -> list[str]:
+    """Return what nodes of this machine logged last of each code that the reason of a failed run names."""
+    found = []
+    for code in dict.fromkeys(re.findall(r"client reports ([a-z-]+)", reason)):
+        said = re.findall(rf"\b{code}: (.+)", re.sub(r"\x1b\[[0-9;]*m", "", log))  # without colours
+        found += said[-1:]
+    return found
 
 
 def keep_logs(link: Link, run_id: str, folder: Path) -> Path:

@@ -71,7 +71,10 @@ def failure_of(session: Session, state: ServerState, record: RoundRecord, attemp
         what = "training gave NaN or infinity at every client that was asked"
         return diverged(session.config, state.records, record.round_num, what)
     words = {client: session.transport.words_of(session.clients[client].node_id) for client in record.lost}
-    why = by_cause({client: words[client] or reason for client, reason in record.lost.items()})
+    for client, code in record.codes.items():
+        if not words[client]:
+            words[client] = in_words(code) if code in PERMANENT_CAUSES else record.lost[client]
+    why = by_cause(words)
     times = "once" if attempt == 1 else f"{attempt} times"
     return RunFailedError(
         f"round {record.round_num} failed {times}; the adapter of round {state.round_num} is kept"

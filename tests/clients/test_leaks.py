@@ -3,6 +3,7 @@
 import base64
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
+from transformers import PreTrainedTokenizerFast
 
 from clients import client_app, data_holder, jobs, protect, tokens
 from clients.process import Process
@@ -144,9 +146,16 @@ def test_train_reply_is_packets_and_a_few_numbers(ask: Callable) -> None:
 TEXT = f"cannot handle {CANARY}: Return 3."
 
 
-def crash(error: Exception) -> Callable[..., Any]:
+class Panic(BaseException):
+    """What Rust code that panics raises: no `Exception`."""
+
+
+def crash(error: BaseException) -> Callable[..., Any]:
+    """Return a function that fails as native code does: it prints its message by itself, and raises it."""
+
     def fail(*arguments: Any, **options: Any) -> Any:
-        raise error
+        os.write(2, f"thread panicked: {error}\n".encode())
+        raise error from ValueError(TEXT)
 
     return fail
 
@@ -200,6 +209,53 @@ def test_every_kind_of_request_fails_without_a_word(
         assert reply.error.reason == "internal"
     else:
         assert replies.read_error(reply.content) == "internal"
+
+
+@pytest.mark.parametrize("kind", ["query.join", "train", "evaluate"])
+def test_a_tokenizer_that_panics_says_nothing_anywhere(
+    kind: str,
+    ask: Callable,
+    leaks: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Of a row nothing is in the reply, in the log, or in what native code prints on its own."""
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", crash(Panic(TEXT)))
+    reply = ask(kind)
+    assert replies.read_error(reply.content) == "bad-data"
+    printed = capfd.readouterr()
+    for text in (bytes_of(reply), caplog.text.encode(), printed.out.encode(), printed.err.encode()):
+        assert leaks(text) == []
+    assert "client anna: the tokenizer broke down (Panic)" in caplog.text
+    os.write(2, b"heard")  # stderr is back in its place
+    assert capfd.readouterr().err == "heard"
+
+
+@pytest.mark.parametrize("place", PLACES[1:], ids=lambda place: place[1])
+def test_a_panic_anywhere_is_answered_by_a_code(
+    place: tuple[Any, str],
+    ask: Callable,
+    leaks: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(*place, crash(Panic(TEXT)))
+    reply = ask("train")
+    assert replies.read_error(reply.content) == "internal"
+    assert leaks(bytes_of(reply) + caplog.text.encode()) == []
+    assert "Panic at" in caplog.text
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_node_can_be_stopped_while_it_answers(
+    stop: type[BaseException], ask: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "encode_or_cause", crash(stop()))
+    with pytest.raises(stop):
+        ask("train")
 
 
 def test_an_error_of_fedllm_leaves_as_its_code(

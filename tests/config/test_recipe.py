@@ -42,7 +42,7 @@ def test_a_word_that_sets_no_key_is_one_line(word: str) -> None:
 @pytest.mark.parametrize("content", [b"lora.rank = ", b"[lora", b"\xff\xfe", b"a = 1\na = 2\n"])
 def test_a_recipe_that_is_no_toml_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"recipe .*recipe\.toml: ") as caught:
+    with pytest.raises(ConfigError, match=r"recipe\.toml: not a TOML file") as caught:
         read_recipe(tmp_path / "recipe.toml")
     assert "\n" not in str(caught.value)
 
@@ -67,9 +67,15 @@ def test_lines_may_end_as_windows_ends_them(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "recipe.toml") == {"lora.rank": 4}
 
 
-def test_a_byte_order_mark_is_no_toml(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
-    with pytest.raises(ConfigError, match=r"recipe\.toml: "):
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes(b"\xef\xbb\xbf[lora]\r\nrank = 3\r\n")
+    assert read_recipe(tmp_path / "recipe.toml") == {"lora.rank": 3}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
+def test_a_recipe_in_another_encoding_names_the_cure(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes('run.name = "müller"\n'.encode(encoding))
+    with pytest.raises(ConfigError, match=r"recipe\.toml: .*save it as UTF-8"):
         read_recipe(tmp_path / "recipe.toml")
 
 

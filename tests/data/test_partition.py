@@ -1,4 +1,8 @@
 import json
+import math
+import os
+import stat
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.data.partition import load_partition, make_partition, partition_rows, save_partition
+from fedllm.data.partition import (
+    Partition,
+    changed_clients,
+    is_client_id,
+    load_partition,
+    make_partition,
+    partition_rows,
+    save_partition,
+)
 from fedllm.errors import ConfigError, DataError, IntegrityError
 from tests.data.builders import SECRET
 
@@ -37,12 +49,16 @@ def test_drawn_partition_is_disjoint_complete_and_deterministic(
     owned = has_label(rows) if spec.startswith("dirichlet") else list(range(len(rows)))
     if spec.startswith("dirichlet") and not owned:
         return
+    if len(owned) < num_clients:
+        with pytest.raises(ConfigError, match=rf"deals {len(owned)} rows.*set federation\.num-clients"):
+            partition_rows(rows, spec, num_clients=num_clients, seed=seed)
+        return
     partition = partition_rows(rows, spec, num_clients=num_clients, seed=seed)
     assert partition == partition_rows(rows, spec, num_clients=num_clients, seed=seed)
     assert len(partition.client_ids) == len(set(partition.client_ids)) == num_clients
     assert sorted(index for indices in partition.indices for index in indices) == owned
     assert all(list(indices) == sorted(indices) for indices in partition.indices)
-    assert sum(bool(indices) for indices in partition.indices) == min(num_clients, len(owned))
+    assert all(partition.indices)
 
 
 @laws
@@ -64,7 +80,7 @@ def test_a_column_partition_gives_each_client_one_value(
 
 
 @laws
-@given(st.integers(0, 200), st.integers(1, 20), st.integers(0, 99))
+@given(st.integers(20, 200), st.integers(1, 20), st.integers(0, 99))
 def test_iid_sizes_differ_by_one_row_at_most(num_rows: int, num_clients: int, seed: int) -> None:
     partition = partition_rows(labelled("a" * num_rows), "iid", num_clients=num_clients, seed=seed)
     sizes = [len(indices) for indices in partition.indices]
@@ -107,12 +123,60 @@ def test_larger_skew_is_less_even_and_follows_the_power_law() -> None:
     assert sizes(0.001)[0] < sizes(1)[0] < sizes(2)[0]
 
 
-def test_clients_of_a_column_are_named_by_value_or_by_number() -> None:
-    rows = [{"label": value} for value in ("Gloucester", "King Henry", "a/b", 7, "client-0001", ".x")]
-    partition = partition_rows(rows, "column:label", num_clients=6, seed=0)
-    assert set(partition.client_ids) > {"Gloucester", "7", "client-0001"}
-    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzG0123456789-") for name in partition.client_ids)
-    assert sorted(partition.indices) == [(index,) for index in range(6)]
+def named(*labels: object) -> Partition:
+    rows = [{"label": label} for label in labels]
+    return partition_rows(rows, "column:label", num_clients=len(labels), seed=0)
+
+
+def test_clients_of_a_column_keep_printable_values_as_names() -> None:
+    labels = ("Gloucester", "King Henry", "Zoë & Ümit (ward 3)", "서울 병원", "O’Neill", "7", "client-0001")
+    partition = named(*labels)
+    assert partition.client_ids == tuple(sorted(labels))
+    assert partition.values == {}
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        *(
+            "a/b",
+            "..",
+            ".x",
+            "-x",
+            "a\\b",
+            "a:b",
+            "[red]",
+            "x" * 65,
+            "a\x07b",
+            "a\u202eb",
+            "a\u200bb",
+            "\ud800",
+        )
+    ],
+)
+def test_a_value_that_cannot_be_a_name_is_kept_next_to_it(label: str) -> None:
+    partition = named(label, "client-0000", "client-0001")
+    (name,) = partition.values
+    assert partition.values == {name: label}
+    assert is_client_id(name)
+    assert partition.client_ids == tuple(sorted({"client-0000", "client-0001", name}))
+    assert len(partition.client_ids) == 3
+    assert partition.indices[partition.client_ids.index(name)] == (0,)
+
+
+def test_values_that_a_disk_may_take_for_one_have_two_names() -> None:
+    decomposed = "Zoe\u0308"
+    partition = named("Anna", "anna", " anna ", "Zo\u00eb", decomposed, "Mu\u0308ller")
+    assert set(partition.client_ids) > {"Anna", "Zo\u00eb", "M\u00fcller"}
+    folded = {unicodedata.normalize("NFKC", name).casefold() for name in partition.client_ids}
+    assert len(folded) == 6
+    assert set(partition.values.values()) == {"anna", " anna ", decomposed, "Mu\u0308ller"}
+
+
+def test_a_number_that_is_missing_belongs_to_nobody() -> None:
+    rows = [{"label": 1.0}, {"label": math.nan}, {"label": 2.0}]
+    partition = partition_rows(rows, "column:label", num_clients=2, seed=0)
+    assert partition.indices == ((0,), (2,))
 
 
 def test_of_more_values_than_clients_the_largest_stay() -> None:
@@ -188,9 +252,16 @@ def test_the_digest_is_pinned_so_that_versions_agree() -> None:
 
 
 def test_a_saved_partition_is_loaded_as_it_was(tmp_path: Path) -> None:
-    partition = partition_rows(labelled("abcab"), "iid", num_clients=7, seed=3)
+    partition = partition_rows(labelled("abcab"), "iid", num_clients=5, seed=3)
     save_partition(tmp_path / "partition.json", partition)
     assert load_partition(tmp_path / "partition.json") == partition
+
+
+def test_a_saved_partition_keeps_values_for_its_owner_alone(tmp_path: Path) -> None:
+    partition = named("a/b", "c")
+    save_partition(tmp_path / "partition.json", partition)
+    assert load_partition(tmp_path / "partition.json").values == partition.values == {"client-0000": "a/b"}
+    assert (tmp_path / "partition.json").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize(
@@ -214,6 +285,7 @@ def test_a_changed_partition_file_does_not_match_its_digest(tmp_path: Path, chan
         b"\xff",
         b'{"client_ids": 1, "indices": [], "digest": ""}',
         b'{"client_ids": [Infinity',
+        b'{"client_ids": [], "indices": [], "digest": "", "values": []}',
     ],
 )
 def test_a_file_that_is_no_partition_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -226,5 +298,29 @@ def test_a_file_that_is_no_partition_is_refused(tmp_path: Path, content: bytes) 
 def test_absent_partition_file_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         load_partition(tmp_path / "absent.json")
+    (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        save_partition(tmp_path / "absent" / "partition.json", make_partition([], []))
+        save_partition(tmp_path / "file" / "partition.json", make_partition([], []))
+
+
+def test_a_saved_partition_is_its_owners_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        save_partition(tmp_path / "partition.json", make_partition(["a"], [[0]]))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "partition.json").stat().st_mode) == 0o600
+
+
+def test_clients_whose_rows_changed_are_named() -> None:
+    before = make_partition("abc", [[0], [1], [2]], contents=["x", "y", "z"])
+    assert changed_clients(before, before) == []
+    assert changed_clients(before, make_partition("abc", [[0], [1], [2]], contents=["x", "Y", "z"])) == ["b"]
+    assert changed_clients(before, make_partition("abd", [[0], [3], [2]], contents=["x", "y", "z"])) == [
+        "b",
+        "c",
+        "d",
+    ]
+    assert (
+        make_partition("a", [[0]], contents=["x"]).digest != make_partition("a", [[0]], contents=["y"]).digest
+    )

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from fedllm.data.rows import find_files, is_local, read_rows
+from fedllm.data.find_files import find_files
+from fedllm.data.rows import is_local, read_rows
 from fedllm.errors import ConfigError
 from tests.data.builders import SECRET, line, write
 

@@ -144,11 +144,23 @@ def test_a_source_without_a_usable_row_has_no_data(tmp_path: Path, rows: list[di
         assert SECRET not in str(caught.value)
 
 
-def test_a_client_without_rows_keeps_its_place(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", texts(2))
-    shards = load_shards(DataConfig(source=source, partition="iid"), num_clients=3, seed=0)
-    assert [client.client_id for client in shards.clients] == list(shards.partition.client_ids)
-    assert sorted(len(client.train) for client in shards.clients) == [0, 1, 1]
+def test_clients_left_out_or_renamed_are_told_by_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "client": f"{SECRET}/{index % 5}"} for index, row in enumerate(texts(11))]
+    source = write(tmp_path / "a.jsonl", rows)
+    load_shards(DataConfig(source=source), num_clients=2, seed=0)
+    left_out, renamed = caplog.messages
+    assert "federation.num-clients = 2" in left_out
+    assert "3 of the 5 clients of column 'client' are left out, with 6 of 11 rows" in left_out
+    assert "2 clients have a name other" in renamed
+    assert SECRET not in caplog.text
+
+
+def test_a_client_for_every_value_needs_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{**row, "client": f"ward {index % 3}"} for index, row in enumerate(texts(9))]
+    load_shards(DataConfig(source=write(tmp_path / "a.jsonl", rows)), num_clients=3, seed=0)
+    assert caplog.messages == []
 
 
 def test_wrong_partition_column_is_a_wrong_setting(tmp_path: Path) -> None:

@@ -67,6 +67,19 @@ def test_fixed_size_and_shuffled_rows_count_as_no_sampling() -> None:
     assert planned({**LOCAL, "federation.selection": "poisson", "federation.cohort": 2}).rate == 1.0
 
 
+def test_rows_are_hidden_among_as_many_rows() -> None:
+    """Their number weighs a client and sets its noise, so no neighbour has another."""
+    plan = planned({**EXAMPLE, "privacy.noise-multiplier": 4.0})
+    few, many = plan.charge(50), plan.charge(400)
+    assert few.rate > many.rate
+    statement = statement_of(plan, Ledger(), num_clients=8, num_rounds=1)
+    assert statement["relation"].startswith("zero-out: ")
+    assert "neighbours have as many rows" in statement["does_not_cover"][0]
+    clients = statement_of(planned(CLIENT), Ledger(), num_clients=8, num_rounds=1)
+    assert clients["relation"].startswith("add-or-remove-one: ")
+    assert "neighbours" not in clients["does_not_cover"][0]
+
+
 def test_adaptive_clipping_splits_one_release_in_two() -> None:
     """Both together are one release of z: 1/z^2 = 1/z_sum^2 + 1/(2 sigma_b)^2 (arXiv 1905.03871)."""
     plan = planned({**CLIENT, "federation.num-clients": 1000, "privacy.clip": "adaptive"})

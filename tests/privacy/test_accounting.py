@@ -50,6 +50,19 @@ def test_the_case_that_opacus_pins() -> None:
     assert epsilon_of(case, 1e-5) == pytest.approx(6.777, rel=2e-3)  # their PRV figure of 2,249 steps
 
 
+def test_a_row_that_counts_as_nothing_costs_what_one_left_out_does() -> None:
+    """Zero-out, with a public number of rows, is dp-accounting's replacement by a special row."""
+    library()
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(
+        dp_accounting.NeighboringRelation.REPLACE_SPECIAL, value_discretization_interval=1e-3
+    )
+    accountant.compose(dp_accounting.PoissonSampledDpEvent(0.05, dp_accounting.GaussianDpEvent(1.0)), 40)
+    assert accountant.get_epsilon(1e-5) == pytest.approx(epsilon_of([Charge(1.0, 0.05, 40)], 1e-5), rel=1e-9)
+
+
 def test_fifty_of_a_thousand_clients() -> None:
     library()
     case = [Charge(1.0, 0.05, 100)]

@@ -12,7 +12,7 @@ from fedllm.runs.records import RoundRecord
 from scripts.console import Console
 from scripts.run_view import RunView
 from scripts.runtimes import flower
-from scripts.runtimes.flower import Link, app_folder, follow
+from scripts.runtimes.flower import Link, app_folder, follow, said_by_nodes
 from tests.builders import Clock
 
 
@@ -105,3 +105,15 @@ def test_app_of_a_wheel_holds_what_flower_packs(monkeypatch, tmp_path: Path):
     assert packed == {
         path.relative_to(flower.ROOT) for room in rooms for path in (flower.ROOT / room).rglob("*.py")
     }
+
+
+def test_a_failed_run_ends_with_what_its_nodes_said():
+    log = (
+        "(ClientAppActor pid=1)\x1b[0m bad-data: rows.jsonl, line 3: no column text\x1b[0m\n"
+        "ERROR: 0 usable clients joined; node 7: client reports bad-data (its rows cannot be read)\n"
+        "bad-model: no such device\n"
+    )
+    assert said_by_nodes(log, "node 7: client reports bad-data (its rows cannot be read)") == [
+        "rows.jsonl, line 3: no column text"
+    ]
+    assert said_by_nodes(log, "the disk is full") == []

@@ -1,11 +1,14 @@
 """The plan of a private run: how long the noise on the whole change is, by numbers worked out by hand."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from fedllm.config.run_config import RunConfig
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.plan.run_plan import resolve
-from scripts.commands.privacy_command import full_rounds, signal_to_noise
+from scripts.commands.privacy_command import full_rounds, privacy, signal_to_noise
 
 NUM_VALUES = 10_000  # noise of deviation 1 on each is 100 long
 Z = 2.0
@@ -52,3 +55,27 @@ def test_noise_of_a_step_is_shared_by_its_rows_and_the_cohort() -> None:
 def test_limit_of_participations_spares_no_round_its_noise(most: int, rounds: int) -> None:
     found = ratio(**{"privacy.unit": "client", "privacy.max-participations": most})
     assert found == pytest.approx(rounds * 100 / (rounds**0.5 * Z * 100))
+
+
+@pytest.mark.parametrize(
+    ("noise", "epsilon", "budget"),
+    [
+        (4.0, "epsilon 4.98 at", "privacy.epsilon = 8, is enough"),
+        (1.0, "epsilon 28.4 at", "privacy.epsilon = 8, ends the run before"),
+        (0.0, "epsilon 8 at", ""),
+    ],
+)
+def test_a_given_noise_is_answered_by_its_own_epsilon(
+    noise: float,
+    epsilon: str,
+    budget: str,
+    make_model_folder: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = (f"model.name={make_model_folder()}", "privacy.unit=client", "distill.when=never")
+    words += ("federation.num-rounds=20",)
+    privacy(words, noise=noise, rows=100, as_json=False)
+    printed = capsys.readouterr().out
+    assert printed.startswith(epsilon)
+    assert budget in printed
+    assert ("privacy.epsilon = 8," in printed) == bool(budget)

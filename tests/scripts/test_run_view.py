@@ -141,3 +141,13 @@ def test_time_left_takes_a_distillation_step_as_long_as_the_last() -> None:
 def test_a_round_that_failed_says_nothing_of_the_time() -> None:
     plan = plan_of(**{"federation.num-rounds": 3})
     assert seconds_left(plan, [done(0, 0.0), done(1, 600.0, applied=False)]) is None
+
+
+def test_clients_lost_in_a_round_are_bounded_lines(view: Callable) -> None:
+    shown, printed = view(80)
+    for round_num in (1, 2):
+        for number in range(500):
+            shown.client(round_num, ClientFailure(client_id=f"client-{number}", code="bad-data"))
+        shown.record(RoundRecord(round_num=round_num, applied=False))
+    assert printed.getvalue().count("lost: bad-data") == 40
+    assert printed.getvalue().count("480 more clients lost") == 2

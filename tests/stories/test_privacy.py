@@ -28,6 +28,26 @@ def test_a_budget_alone_makes_a_private_run_with_a_statement(tiny_run, fedllm, t
 
 
 @pytest.mark.slow
+def test_a_device_that_is_missing_spends_no_privacy(tiny_run, fedllm, tmp_path):
+    words = [
+        *tiny_run,
+        "--out",
+        str(tmp_path),
+        "privacy.epsilon=8",
+        "run.name=private",
+    ]
+    failed = fedllm("run", *words, "model.device=cuda:99", "federation.max-retries=0", check=False)
+    folder = tmp_path / "private"
+    assert failed.returncode != 0
+    assert list(folder.rglob("privacy-ledger.json")) == []
+    fedllm("run", *words)  # a name that nothing was released under is free, and so is its budget
+    statement = json.loads((folder / "privacy.json").read_text())
+    assert statement["releases_of_a_unit"] == 2 * 2  # rounds, steps
+    assert json.loads((folder / "result.json").read_text())["rounds"] == 2
+    assert 7.9 < statement["epsilon"] <= 8  # all of it, for both rounds
+
+
+@pytest.mark.slow
 def test_plan_says_what_noise_costs_and_few_clients_get_nothing(tiny_run, fedllm):
     words = [
         *tiny_run,

@@ -176,6 +176,16 @@ def test_a_limit_that_is_no_rank_is_refused_by_its_node(limit: Any, make_config:
         Process().open(make_config().to_flat(), node)
 
 
+def test_a_node_refuses_a_rank_above_its_own_limit(make_config: Callable, open_run: Callable) -> None:
+    run = open_run(make_config(), node_configs={3: {"max-rank": 1}})
+    run.session.clients["ben"] = replace(
+        run.session.clients["ben"], max_rank=0
+    )  # a server that does not heed it
+    _, record = next_round(run.session, run.state)
+    assert record.accepted == ("anna", "cleo", "dora")
+    assert dict(record.codes) == {"ben": "bad-config"}
+
+
 def test_with_a_local_b_a_alone_travels(make_config: Callable, open_run: Callable) -> None:
     run = open_run(make_config({"aggregation.read-out": "local-b", "wire.codec": "fp32"}))
     layout, seen = run.session.layout, answers_of(run)
