@@ -25,7 +25,8 @@ class DataHolder:
     """The clients of one node. Nothing is loaded before it is needed: joining needs no weights.
 
     `max_rank` is the largest rank this machine has room for, 0 = any. Below `state_path` every run has a
-    folder for what its clients keep.
+    folder for what its clients keep. `owns_rows` says that the rows are in a file that this node was started
+    with.
     """
 
     plan: RunPlan
@@ -35,6 +36,7 @@ class DataHolder:
     clients: Mapping[str, ClientTokens]
     max_rank: int
     state_path: Path
+    owns_rows: bool = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -88,4 +90,6 @@ def open_data_holder(
         # A client without rows gets no canaries either: it declares none and is left out.
         extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.train else ()
         clients[client.client_id] = replace(client, train=(*client.train, *extra))
-    return DataHolder(plan, resident, base_deltas, files, clients, max_rank_of(node), state_path)
+    return DataHolder(
+        plan, resident, base_deltas, files, clients, max_rank_of(node), state_path, "data-path" in node
+    )

@@ -162,10 +162,11 @@ def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, 
         request.drawn[name],
         this_round.seed,
     )
-    base, model = holder.engine.base, holder.plan.config.model
+    base = holder.engine.base
     weights = weights_digest(base.files.folder)  # all of them: a fingerprint reads samples
+    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else str(base.device)
     # The digest of the plan leaves device and threads free.
-    machine = (holder.plan.digest, str(base.device), str(base.dtype), str(model.num_threads), weights)
+    machine = (holder.plan.digest, device, torch.get_num_threads(), str(base.dtype), weights)
     return derived_key(secret, "train", name, client.digest, *start, *what, numbers, *machine)
 
 

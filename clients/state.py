@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedllm.errors import CheckpointError, IntegrityError
-from fedllm.files import write_bytes
+from fedllm.files import make_private_folder, write_bytes
 
 NUM_KEPT = 3  # a server may go back by two rounds: one under way, and one whose checkpoint was damaged
 _ABOUT = "fedllm"  # the one entry of a file's metadata
@@ -69,7 +69,7 @@ def save_private(
     about = {"layout": store.layout_digest, "sha256": _digest(tensors)}
     content = save(tensors, {_ABOUT: json.dumps(about)})  # one entry: safetensors keeps no order of several
     try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(file.parent)
         write_bytes(file, content)
         states = sorted(file.parent.glob("*.safetensors"))
         place = states.index(file)

@@ -4,9 +4,9 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from threading import RLock
 from typing import Any
 
@@ -15,7 +15,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import BadRow, ClientRows, Example, count_reasons
 from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.data.shards import Shards, load_one_client, load_shards
-from fedllm.errors import ConfigError, NoDataError
+from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.models.chat import Encoded, encode
 
 _logger = logging.getLogger("fedllm.clients")
@@ -83,7 +83,8 @@ def encode_client(rows: ClientRows, tokenizer: Any, max_length: int) -> ClientTo
         encoded = (encode(example, tokenizer, max_length) for example in examples)
         return tuple(row for row in encoded if row is not None)
 
-    with _native_errors_dropped():
+    with _native_errors_dropped(), ExitStack() as stack:
+        stack.push(partial(_refuse_panic, rows.client_id))
         client = ClientTokens(rows.client_id, kept(rows.train), kept(rows.held_out))
     usable = (*client.train, *client.held_out)
     num_lost = len(rows.train) + len(rows.held_out) - len(usable)
@@ -105,7 +106,7 @@ def _native_errors_dropped() -> Iterator[None]:
     """Drop what is written to this process's stderr within the block.
 
     Rust code that panics, as a tokenizer may, prints its message there by itself, and the message quotes the
-    text. The exception that it raises then goes on as always.
+    text.
     """
     with _STDERR, open(os.devnull, "wb") as nowhere:
         kept = os.dup(2)
@@ -115,3 +116,16 @@ def _native_errors_dropped() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def _refuse_panic(client_id: str, kind: type[BaseException] | None, *about: object) -> None:
+    """Raise one line in place of a panic, which quotes the text and is no `Exception`, as a block ends.
+
+    Raises:
+        DataError: the block ended with one.
+    """
+    if kind is not None and not issubclass(kind, Exception | KeyboardInterrupt | SystemExit):
+        raise DataError(
+            f"client {client_id}: the tokenizer broke down ({kind.__name__}) on one of its rows; leave out"
+            " rows of unusual characters or length, or choose another model.name"
+        ) from None

@@ -6,6 +6,7 @@ from dataclasses import replace
 from clients.data_holder import DataHolder
 from clients.jobs import begin_clients
 from clients.protect import protect_clients
+from clients.same_rows import refuse_edited
 from clients.state import PrivateStore, save_private
 from clients.technique import NodeRound, Works, failure_of
 from clients.techniques import plan_node_round
@@ -32,7 +33,7 @@ def train_clients(
         )
     this_round = plan_node_round(holder, request, weighting=weighting)
     able = [name for name in request.drawn if name in holder.clients and holder.clients[name].train]
-    failed: dict[str, ClientFailure] = {}
+    failed = refuse_edited(holder, {name: request.drawn[name] for name in able})
     for technique in this_round.techniques:
         failed.update(technique.refuse(this_round, able))
     drawn = {name: request.drawn[name] for name in able if name not in failed}

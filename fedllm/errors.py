@@ -79,7 +79,6 @@ class QueryLimitError(FedLLMError, PermissionError):
     """A server asks more about private text than a node answers."""
 
     code = "query-limit"
-    cause = "it has answered as many questions about private text as it may"
 
 
 class NonFiniteError(FedLLMError, ArithmeticError):

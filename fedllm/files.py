@@ -1,5 +1,6 @@
 """Files and folders that are either complete under their final name or not there at all."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,11 +18,12 @@ MANIFEST = "manifest.json"
 
 
 @contextmanager
-def complete_folder(target: Path) -> Iterator[Path]:
+def complete_folder(target: Path, *, is_public: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an error.
 
     A manifest with the SHA-256 of every file is added and all is flushed to disk before the rename, so a
-    crash at any moment leaves the previous `target`, the new one, or none, never a mixture.
+    crash at any moment leaves the previous `target`, the new one, or none, never a mixture. Everybody on this
+    machine may read a public one, this user alone any other.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     # Next to the target, since a rename is one step only within a file system.
@@ -30,8 +32,12 @@ def complete_folder(target: Path) -> Iterator[Path]:
         yield building
         write_manifest(building)
         for file in sorted(building.rglob("*")):
+            if is_public:  # safetensors writes 0600, whatever the umask
+                file.chmod(0o755 if file.is_dir() else 0o644)
             if file.is_file():
                 _flush(file)
+        if is_public:
+            building.chmod(0o755)
         _flush(building)
         if target.exists():  # a folder that holds files cannot be replaced by a rename
             old = Path(tempfile.mkdtemp(prefix=f".old-{target.name}-", dir=target.parent))
@@ -83,8 +89,42 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a crash could leave the new name empty
         os.replace(name, path)
+        _flush(path.parent)  # the new name is an entry of this folder: a power cut must not undo a charge
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file for the block, and yield whether it was free. An absent file is made.
+
+    The system frees the lock however the process ends.
+
+    Raises:
+        OSError: the file cannot be opened for writing.
+    """
+    with path.open("a") as file:
+        yield _lock(file.fileno())
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system without locks: work there goes on without
+        return True
+    return True
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make a folder that only this user can open, and as private the parents that are absent.
+
+    `Path.mkdir` gives its mode to the last folder alone.
+    """
+    if not folder.exists():
+        make_private_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def write_manifest(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 The policy is a TOML file on the local machine: $FEDLLM_POLICY, else `~/.config/fedllm/policy.toml`.
 
-    trust-remote-code = ["org/model"]     # models whose own Python code may run here
+    trust-remote-code = ["org/model"]     # models of the hub whose own Python code may run here;
+                                          # for a local folder, "NAME@sha256:DIGEST of that code"
     server-paths = false                  # may a server name a local file as the data source?
     state-path = "/private/fedllm"        # where clients keep what never leaves; else the user's state folder
     max-epsilon = 8.0                     # only runs whose clients noise for themselves, up to this budget

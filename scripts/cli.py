@@ -19,8 +19,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-INTERRUPTED = 130
-
 Words = Annotated[
     list[str] | None,
     typer.Argument(
@@ -64,11 +62,16 @@ def run(
 
 
 @app.command()
-def check(words: Words = None, on_bad_row: OnBadRow = "", json: Json = False) -> None:
-    """Print the resolved plan of a run - clients, sizes, tokens, bytes a round - without doing it."""
+def check(
+    words: Words = None,
+    on_bad_row: OnBadRow = "",
+    show_all: Annotated[bool, typer.Option("--all", help="Every key with its value too.")] = False,
+    json: Json = False,
+) -> None:
+    """Print the plan of a run without doing it: what was set, what it means, minutes, memory, bytes."""
     from scripts.commands import check_command
 
-    check_command.check(words or [], on_bad_row=on_bad_row, as_json=json)
+    check_command.check(words or [], on_bad_row=on_bad_row, as_json=json, show_all=show_all)
 
 
 @app.command()
@@ -183,7 +186,4 @@ def main() -> None:
     make_output_plain()
     verbose = {"-v", "--verbose"} & set(sys.argv[1:])
     arguments = [word for word in sys.argv[1:] if word not in {"-v", "--verbose"}]
-    code = run_app(app, arguments, name="fedllm", verbose=bool(verbose))
-    if code == INTERRUPTED:  # how typer reports Ctrl-C
-        print("fedllm: stopped; complete rounds are saved, --resume continues", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(run_app(app, arguments, name="fedllm", verbose=bool(verbose)))

@@ -1,6 +1,9 @@
 """What the command lines of this project share: how one runs, and how a module becomes one."""
 
 import inspect
+import shlex
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -18,10 +21,33 @@ Json = Annotated[bool, typer.Option("--json", help="The last line of stdout is o
 Output = Annotated[Path | None, typer.Option(help="Also keep the JSON object in this file.")]
 
 
+INTERRUPTED = 128 + signal.SIGINT  # how typer reports Ctrl-C
+
+
+class StoppedError(FedLLMError):
+    """A signal stopped the command; the message says what is kept and how to go on."""
+
+
 def run_app(app: typer.Typer, words: Sequence[str], *, name: str, verbose: bool = False) -> int:
-    """Run a command line and return its exit code; an error that a person can mend is one line and code 2."""
+    """Run a command line and return its exit code; an error that a person can mend is one line and code 2.
+
+    SIGTERM does what Ctrl-C does; the codes are 143 and 130.
+    """
+    stopped_by = int(signal.SIGINT)
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped_by
+        stopped_by = number
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)  # a supervisor's way to say Ctrl-C
     try:
-        return app(list(words), prog_name=name, standalone_mode=False) or 0
+        code: int = app(list(words), prog_name=name, standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            print("fedllm: stopped", file=sys.stderr)
+    except StoppedError as error:
+        print(f"fedllm: {error}", file=sys.stderr)
+        code = INTERRUPTED
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -30,6 +56,17 @@ def run_app(app: typer.Typer, words: Sequence[str], *, name: str, verbose: bool 
             raise
         print(f"fedllm: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 128 + stopped_by if code == INTERRUPTED else code
+
+
+def again(*more: str) -> str:
+    """Return the command line that was typed, with further words."""
+    program = ["fedllm"] if shutil.which("fedllm") else [sys.argv[0]]
+    if Path(sys.argv[0]).name == "__main__.py":
+        program = ["python", "-m", "fedllm"]
+    return shlex.join([*program, *(word for word in sys.argv[1:] if word not in more), *more])
 
 
 def command_of(work: Callable[[Any], None]) -> Callable[..., None]:

@@ -1,15 +1,67 @@
-"""A finished run or a published adapter, found in its folder."""
+"""A run or a published adapter, found in its folder."""
 
 import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from fedllm.adapters.folder import PublishedAdapter
+from fedllm.adapters.base_delta import adapter_with_base_delta
+from fedllm.adapters.folder import PublishedAdapter, save_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
-from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID
-from fedllm.runs.folder import read_keys
+from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID, resolve_model
+from fedllm.runs.checkpoint import newest_checkpoint, newest_round
+from fedllm.runs.folder import CHECKPOINTS, RESULT, read_keys
+from scripts.console import shown_path
 
 PARTITION = "partition.json"  # how the rows of a run were dealt, in its folder
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter folder, the configuration of its run where known, and the clients whose losses the run has.
+
+    `note` says of an unfinished run which round the adapter is of and how to go on, else it is "".
+    """
+
+    folder: Path
+    config: RunConfig | None
+    clients: list[str]
+    note: str = ""
+
+
+@contextmanager
+def adapter_of(target: Path) -> Iterator[Found]:
+    """Yield the adapter that `target` is or holds; of an unfinished run that of its newest checkpoint.
+
+    Raises:
+        ConfigError: there is neither an adapter nor a round of a run, or the run's configuration is damaged.
+        CheckpointError: no checkpoint is intact.
+    """
+    if not newest_round(target / CHECKPOINTS) or _status(target) == "completed":
+        folder, config = find_adapter(target)
+        yield Found(folder, config, trained_clients(folder.parent))
+        return
+    config = _config_of(target)
+    state, notes = newest_checkpoint(target / CHECKPOINTS)
+    files, run = resolve_model(config.model.name), target.resolve()
+    command = ["fedllm", "run", shown_path(run / "config.toml"), "--out", shown_path(run.parent), "--resume"]
+    notes.append(f"not finished: the adapter of round {state.round_num}; to go on: {shlex.join(command)}")
+    with TemporaryDirectory() as scratch:  # nobody is to take it for the result
+        folder = Path(scratch) / "adapter"
+        save_adapter(
+            folder,
+            adapter_with_base_delta(state.adapter, state.base_delta),
+            base_model=files.public_name,
+            revision=files.revision,
+            target_modules=["all-linear"],  # it is read back by its layout alone
+            card="",
+        )
+        measured = next((record.held_out for record in reversed(state.records) if record.held_out), {})
+        yield Found(folder, config, list(measured), "\n".join(notes))
 
 
 def find_adapter(target: Path) -> tuple[Path, RunConfig | None]:
@@ -20,10 +72,25 @@ def find_adapter(target: Path) -> tuple[Path, RunConfig | None]:
     """
     folder = target / "adapter" if (target / "adapter").is_dir() else target
     if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{target}: neither a finished run nor an adapter folder")
+        raise ConfigError(f"{target}: neither a run with a complete round nor an adapter folder")
     if folder.name != "adapter" or not (folder.parent / "config.toml").is_file():
         return folder, None
-    return folder, RunConfig.from_flat(read_keys(folder.parent))
+    return folder, _config_of(folder.parent)
+
+
+def _config_of(run: Path) -> RunConfig:
+    try:
+        return RunConfig.from_flat(read_keys(run))
+    except ConfigError as error:
+        raise ConfigError(f"{run}: a run of another version of fedllm, or a damaged one ({error})") from None
+
+
+def _status(run: Path) -> str:
+    """Return how the latest attempt at a run ended, "" where it left no word."""
+    try:
+        return str(json.loads((run / RESULT).read_text()).get("status", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def bare_config(published: PublishedAdapter) -> RunConfig:

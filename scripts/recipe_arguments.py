@@ -1,16 +1,30 @@
 """The words after a command: a recipe and `key=value` overrides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.config.recipe import build_config
+from fedllm.config.recipe import build_config, parse_overrides, read_recipe
 from fedllm.config.run_config import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for: the configuration, and where each key that was set was set."""
+
+    config: RunConfig
+    origins: Mapping[str, str]  # key -> the name of its recipe, or "command line"
+
+
 def config_of(words: Sequence[str], extra: Sequence[str] = ()) -> RunConfig:
-    """Return the configuration that `words` describe; without a recipe it is the quickstart.
+    """Return the configuration that `words` describe; raises as `request_of`."""
+    return request_of(words, extra).config
+
+
+def request_of(words: Sequence[str], extra: Sequence[str] = ()) -> Request:
+    """Return what `words` ask for; without a recipe it is the quickstart.
 
     The quickstart's numbers and prompts fit its own text: with another `data.source` and no recipe, every
     key not given has its default instead.
@@ -19,10 +33,12 @@ def config_of(words: Sequence[str], extra: Sequence[str] = ()) -> RunConfig:
         ConfigError: the recipe is absent, or a key or value is wrong.
     """
     recipes = [word for word in words if word.endswith(".toml") and "=" not in word]
-    overrides = [word for word in words if word not in recipes[:1]]
-    if not recipes and any(word.partition("=")[0].strip() == "data.source" for word in overrides):
-        return build_config(None, [*overrides, *extra])
-    recipe = Path(recipes[0]) if recipes else RECIPES / "quickstart.toml"
-    if not recipe.is_file() and (RECIPES / recipe.name).is_file():
+    overrides = [*(word for word in words if word not in recipes[:1]), *extra]
+    recipe: Path | None = Path(recipes[0]) if recipes else RECIPES / "quickstart.toml"
+    if not recipes and any(word.partition("=")[0].strip() == "data.source" for word in words):
+        recipe = None
+    elif recipe is not None and not recipe.is_file() and (RECIPES / recipe.name).is_file():
         recipe = RECIPES / recipe.name  # a shipped recipe by its bare name
-    return build_config(recipe, [*overrides, *extra])
+    config = build_config(recipe, overrides)
+    by_recipe = dict.fromkeys(read_recipe(recipe), recipe.name) if recipe else {}
+    return Request(config, {**by_recipe, **dict.fromkeys(parse_overrides(overrides), "command line")})

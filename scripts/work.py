@@ -5,17 +5,22 @@ The unit is one token through the model once, forward. A backward pass through f
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
+from fedllm.engine.engine import CPU_STEP_TOKENS, CPU_TOKEN_BUDGET
+from fedllm.models.base import ChosenModel
 from fedllm.plan.distillation import DistillationPlan
 from fedllm.plan.run_plan import RunPlan
 
 EFFICIENCY = 0.6  # of a large matrix product's rate, what a whole step reaches (attention, small products)
 _WRITING_ROWS = 16  # a step that writes one token for each text reads all weights: it costs as if for so many
 _PROGRAM_BYTES = 0.6e9  # Python, torch and transformers, before any model
-_MATRIX = 1024  # a product of this size is large enough to be as fast as a model's, and takes milliseconds
+_VALUE_BYTES = {"8bit": 1.0, "4bit": 0.6}  # of a weight, with the scales of its block
+_KEPT = 24  # values kept for the way back, of a token in a layer, over the model's width
+_MATRIX = 512  # a product of this size is about as fast as a model's, and takes a few milliseconds
 
 
 @dataclass(frozen=True)
@@ -64,35 +69,57 @@ def work_of(plan: RunPlan, *, tokens_a_round: float, held_out_tokens: float) -> 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the floating-point operations a second of a matrix product here, measured in milliseconds."""
-    left, right = (torch.randn(_MATRIX, _MATRIX, device=device, dtype=dtype) for _ in range(2))
+    size = _MATRIX * (8 if device.type == "cuda" else 1)  # a small product does not fill a GPU
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(6):  # the first also starts threads or kernels
+    for _ in range(20):  # the first also starts threads or kernels; some are disturbed
         began = time.perf_counter()
         product = left @ right
         product[0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - began)
-    return 2 * _MATRIX**3 / best
+    return 2 * size**3 / best
 
 
-def seconds_of(work: float, num_parameters: int, rate: float) -> float:
-    """Return how long work takes on a model whose parameters each multiply and add once for a token."""
-    return work * 2 * num_parameters / (rate * EFFICIENCY)
+@dataclass(frozen=True)
+class ModelSize:
+    """What the cost of a base model depends on; `multiplying` are its parameters but looked-up embeddings."""
+
+    parameters: int
+    multiplying: int
+    num_layers: int
+    hidden: int
 
 
-def memory_bytes(
-    layout: AdapterLayout,
-    *,
-    model_bytes: float,
-    num_layers: int,
-    hidden: int,
-    pass_tokens: float,
-    num_clients: int,
+def size_of(skeleton: Any) -> ModelSize:
+    """Return the size of a model that transformers has built, with or without storage."""
+    parameters = sum(each.numel() for each in skeleton.parameters())
+    embedding = skeleton.get_input_embeddings().weight
+    head = skeleton.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding
+    config = skeleton.config.get_text_config()
+    looked_up = 0 if is_tied or skeleton.config.tie_word_embeddings else embedding.numel()
+    layers, hidden = (int(getattr(config, name, 0)) for name in ("num_hidden_layers", "hidden_size"))
+    return ModelSize(parameters, parameters - looked_up, layers, hidden)
+
+
+def seconds_of(work: Work, model: ModelSize, rate: float) -> float:
+    """Return how long work takes: each parameter multiplies and adds once for a token."""
+    return work.total * 2 * model.multiplying / (rate * EFFICIENCY)
+
+
+def memory_of(
+    plan: RunPlan, layout: AdapterLayout, model: ModelSize, chosen: ChosenModel, row_tokens: float
 ) -> float:
-    """Return about how much memory a process needs that trains so many clients at once on one model.
+    """Return about how many bytes one process needs that holds all clients of a run, without a GPU's passes.
 
-    The model's weights; of each client the adapter, its gradient, two moments of AdamW, the start (float32);
-    and what a pass keeps of its tokens in every layer for the way back.
+    The weights; for every client of a pass its adapter, gradient, two moments of AdamW and start; the updates
+    of a round, all float32; and what a pass on a CPU keeps of its tokens in every layer.
     """
-    adapters = 5 * 4 * layout.size * num_clients
-    activations = 4 * 24 * hidden * num_layers * pass_tokens  # about 24 vectors of the model's width a layer
-    return _PROGRAM_BYTES + model_bytes + adapters + activations
+    train, budget = plan.config.train, plan.config.train.token_budget
+    step = max(1.0, row_tokens * train.batch_size)
+    tokens = min(max(budget if isinstance(budget, int) else CPU_TOKEN_BUDGET, step), CPU_STEP_TOKENS)
+    together = min(plan.cohort.size, max(1, int(tokens / step)))
+    weights = model.parameters * _VALUE_BYTES.get(chosen.quantization, chosen.dtype.itemsize)
+    adapters = 4 * layout.size * (5 * together + plan.cohort.size)
+    passes = 0.0 if chosen.device.type == "cuda" else 4 * _KEPT * model.hidden * model.num_layers * tokens
+    return _PROGRAM_BYTES + weights + adapters + passes

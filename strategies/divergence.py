@@ -5,6 +5,7 @@ from itertools import chain
 
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import DivergedError
+from fedllm.plan.run_plan import fixed_keys
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import spread_of
@@ -22,8 +23,12 @@ def is_finite(record: RoundRecord) -> bool:
     return len(record.not_finite) <= len(record.held_out)
 
 
-def check_finite(config: RunConfig, state: ServerState, record: RoundRecord) -> None:
+def check_finite(
+    config: RunConfig, state: ServerState, record: RoundRecord, *, is_saved: bool = False
+) -> None:
     """Stop a run whose last round, `record`, led to `state` and gave no finite numbers.
+
+    `is_saved` says that the round has a checkpoint already, since it was measured only afterwards.
 
     Raises:
         DivergedError: most clients' held-out losses are not finite, or the adapter's values are too large.
@@ -40,10 +45,12 @@ def check_finite(config: RunConfig, state: ServerState, record: RoundRecord) -> 
         what = "the adapter's values are too large to compute with after it"
     else:
         return
-    raise diverged(config, state.records, record.round_num, what)
+    raise diverged(config, state.records, record.round_num, what, is_saved=is_saved)
 
 
-def diverged(config: RunConfig, records: Sequence[RoundRecord], round_num: int, what: str) -> DivergedError:
+def diverged(
+    config: RunConfig, records: Sequence[RoundRecord], round_num: int, what: str, *, is_saved: bool = False
+) -> DivergedError:
     """Return the error of a run that diverged in a round: what is kept, and how to go on."""
     saved = round_num - 1
     measured = [one.round_num for one in records if one.held_out and is_finite(one)]
@@ -52,8 +59,9 @@ def diverged(config: RunConfig, records: Sequence[RoundRecord], round_num: int, 
     if saved and known != saved:
         kept += ", whose loss was not measured"
         kept += "" if known is None else f" (that of round {known} was finite)"
-    # Under the other schedules the rates of all rounds depend on their number.
-    if saved and config.train.schedule == "constant":
+    if is_saved:
+        kept = "its checkpoint is kept"
+    elif saved and "federation.num-rounds" not in fixed_keys(config):
         kept += f": --resume federation.num-rounds={saved} publishes it"
     return DivergedError(
         f"round {round_num} diverged: {what}. Nothing of it is published; {kept}. Run again under another"

@@ -122,9 +122,13 @@ class PrivateCollector:
     seed: int
     aggregate: Collector
     noised: NoisedSum | None
+    received: dict[str, str] = field(default_factory=dict)  # client -> digest of what came, noised by itself
 
     def add(self, update: ClientUpdate) -> None:
         """Add an update to the sum that is to be noised, else to the aggregate."""
+        if self.noised is None:
+            bits = bits_digest(update.delta, torch.tensor([update.weight], dtype=torch.float64))
+            self.received.update(dict.fromkeys((one.client_id for one in update.members or (update,)), bits))
         (self.noised or self.aggregate).add(update)
 
     def close(self, before: ServerState, after: ServerState, record: RoundRecord) -> RoundOutcome:
@@ -156,8 +160,8 @@ class PrivateCollector:
         Everybody who may have sent an update is charged, whether or not it arrived and was sound. Who
         reported that there is none (`unsent`: no such device, no memory, no budget) has not: nothing of its
         rows was used or sent. That it failed is public, and the guarantee never hides it. Coins charge all,
-        drawn or not. `name` tells one release from another; who is asked again for the same one is not
-        charged again.
+        drawn or not. `name` tells one release from another; who is asked again for the same one is charged
+        again only where other bits came, as from another device.
 
         Raises:
             BudgetSpentError: this release is another than the one made before the run was killed, and both
@@ -172,15 +176,15 @@ class PrivateCollector:
             charges = {client: charge_of(plan, self.clients[client]) for client in may_have_sent}
         if not charges:
             return state
-        entry = Entry(self.plan.round_num, self.plan.attempt, name, charges)
+        received = {client: bits for client, bits in self.received.items() if client in charges}
+        entry = Entry(self.plan.round_num, self.plan.attempt, name, charges, answers=received)
         ledger = state.ledger.with_entry(entry)
         if ledger is state.ledger:  # the same release as before the run was killed: paid already
             return state
         # `clients_that_can_afford` left this attempt out, but what its earlier start released counts too.
-        known = [earlier for earlier in state.ledger.entries if earlier.name[:2] == entry.name[:2]]
-        paid = {account for earlier in known if earlier.name == entry.name for account in earlier.charges}
-        for account, charge in charges.items() if known else ():
-            if account not in paid and not state.ledger.affords(
+        is_known = any(earlier.name[:2] == entry.name[:2] for earlier in state.ledger.entries)
+        for account, charge in charges.items() if is_known else ():
+            if ledger.charges_of(account) != state.ledger.charges_of(account) and not state.ledger.affords(
                 account, charge, epsilon=plan.epsilon, delta=plan.delta, planned=0
             ):
                 raise BudgetSpentError(

@@ -1,6 +1,7 @@
 """A run from its folder to its published adapter."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from fedllm.config.run_config import RunConfig
 from fedllm.engine.resident import Resident
 from fedllm.errors import BudgetSpentError, CheckpointError, DivergedError, FedLLMError, RunFailedError
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.checkpoint import ServerState, save_checkpoint
-from fedllm.runs.folder import describe_run, open_run_folder, write_result, write_rounds
+from fedllm.runs.checkpoint import ServerState, remove_unfinished, save_checkpoint
+from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
 from strategies.distillation.ending import undo_distillation
 from strategies.divergence import check_finite
 from strategies.exchange.evaluation import evaluate
@@ -45,14 +46,23 @@ def run_federation(
         FedLLMError: the run cannot start or go on; the message says why.
     """
     plan = resolve(config)
-    folder = open_run_folder(config)
-    try:
+    with open_run_folder(config) as folder, _failure_noted(folder):
+        (folder / "result.json").unlink(missing_ok=True)  # it says how the latest attempt ended
+        remove_unfinished(folder / CHECKPOINTS)
         session = open_session(plan, grid, watch, stock, folder=folder, resident=resident)
         state = begin_or_resume(session, folder, start)
         describe_run(folder, config)  # only now is it certain that the run goes on with this configuration
         state, stopped = _rounds(session, state, folder)
         for line in publish_run(folder, plan, state, stopped, session.clients):
             watch.notice(f"warning: {line}")
+        return state
+
+
+@contextmanager
+def _failure_noted(folder: Path) -> Iterator[None]:
+    """Write why a run failed into its `result.json`."""
+    try:
+        yield
     except FedLLMError as error:
         _write_failure(folder, str(error), "diverged" if isinstance(error, DivergedError) else "failed")
         raise
@@ -61,7 +71,6 @@ def run_federation(
         raise CheckpointError(
             f"cannot write {folder}: {error.strerror}; free space and use --resume"
         ) from None
-    return state
 
 
 def _write_failure(folder: Path, reason: str, status: str = "failed") -> None:
@@ -128,7 +137,7 @@ def _measured(session: Session, state: ServerState) -> ServerState:
     *earlier, last = state.records
     last = evaluate(session, state).noted_in(last)
     state = replace(state, records=(*earlier, last))
-    check_finite(session.config, state, last)
+    check_finite(session.config, state, last, is_saved=True)
     return state
 
 
@@ -143,7 +152,7 @@ def _is_saved(session: Session, state: ServerState, folder: Path) -> bool:
 
 
 def _save(session: Session, state: ServerState, folder: Path) -> None:
-    save_checkpoint(folder / "checkpoints", state, session.config.to_flat())
+    save_checkpoint(folder / CHECKPOINTS, state, session.config.to_flat())
     try:
         write_rounds(folder, state.records)
     except OSError as error:

@@ -10,7 +10,8 @@ from fedllm.engine.resident import Resident
 from fedllm.models.base import describe_layout
 from fedllm.plan.dealt_numbers import named_clients
 from fedllm.plan.run_plan import RunPlan, fixed_keys
-from fedllm.runs.checkpoint import ServerState, load_checkpoint
+from fedllm.runs.checkpoint import ServerState, load_checkpoint, newest_round
+from fedllm.runs.folder import CHECKPOINTS
 from fedllm.runs.privacy_statement import summary_line
 from strategies.aggregation.stock import check_stock
 from strategies.distillation.public_text import open_public_text
@@ -84,15 +85,19 @@ def first_state(session: Session, start: AdapterState | None = None) -> ServerSt
 
 
 def begin_or_resume(session: Session, folder: Path, start: AdapterState | None) -> ServerState:
-    """Return the state to go on from: before round 1, or under `run.resume` that of the newest checkpoint.
+    """Return the state to go on from: that of the newest checkpoint, or before round 1 where there is none.
+
+    `open_run_folder` has refused a run that has checkpoints and is not to be resumed.
 
     Raises:
-        CheckpointError, ConfigError: there is no checkpoint to resume from, or it is of another run.
+        CheckpointError, ConfigError: no checkpoint is intact, or it is of another run.
     """
-    if not session.config.run.resume:
+    if not newest_round(folder / CHECKPOINTS):
+        if session.config.run.resume:
+            session.watch.notice("no complete round to resume after: starting")
         return with_journal(session.privacy, first_state(session, start))
     # A run killed after a release and before its checkpoint finds the charge in the ledger's own file.
-    state, passed_over = load_checkpoint(folder / "checkpoints", fixed_keys(session.config), session.layout)
+    state, passed_over = load_checkpoint(folder / CHECKPOINTS, fixed_keys(session.config), session.layout)
     for line in passed_over:
         session.watch.notice(line)
     session.watch.notice(f"resuming after round {state.round_num}")

@@ -54,7 +54,7 @@ def save_adapter(
     layout = state.layout
     config = peft_config(layout.rank, layout.alpha, target_modules, base_model=base_model, revision=revision)
     description = {"base_model": base_model, "revision": revision, "layout": layout.to_dict()}
-    with complete_folder(folder) as building:
+    with complete_folder(folder, is_public=True) as building:
         config.save_pretrained(str(building))
         save_tensors(building / WEIGHTS, state)
         (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
@@ -64,7 +64,7 @@ def save_adapter(
 
 def replace_card(folder: Path, card: str) -> None:
     """Replace the README.md of a published adapter; the rest of the folder stays as it is."""
-    with complete_folder(folder) as building:
+    with complete_folder(folder, is_public=True) as building:
         shutil.copytree(folder, building, dirs_exist_ok=True)
         (building / "README.md").write_text(card)
 

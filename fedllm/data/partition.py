@@ -29,13 +29,17 @@ _FORMS = "column:NAME, iid, dirichlet:NAME:ALPHA (ALPHA > 0) or quantity:SKEW (S
 
 @dataclass(frozen=True)
 class Partition:
-    """`indices[i]` are the rows, ascending, of `client_ids[i]`; no row has two owners."""
+    """`indices[i]` are the rows, ascending, of `client_ids[i]`; no row has two owners.
+
+    `contents[i]` is the SHA-256, in hexadecimal, of what those rows say, where they have been read.
+    """
 
     client_ids: tuple[str, ...]
     indices: tuple[tuple[int, ...], ...]
-    digest: str  # SHA-256, in hexadecimal, of the two fields above
+    digest: str  # SHA-256, in hexadecimal, of names, indices and contents
     # The column's value of each client whose name is another; it stays on this machine.
     values: Mapping[str, str] = field(default_factory=dict, compare=False)
+    contents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,24 @@ def is_client_id(text: str) -> bool:
 
 
 def make_partition(
-    client_ids: Iterable[str], indices: Iterable[Iterable[int]], values: Mapping[str, str] | None = None
+    client_ids: Iterable[str],
+    indices: Iterable[Iterable[int]],
+    values: Mapping[str, str] | None = None,
+    contents: Iterable[str] = (),
 ) -> Partition:
     """Return the partition with its digest; each client's indices are put in ascending order."""
-    names = tuple(client_ids)
+    names, said = tuple(client_ids), tuple(contents)
     owned = tuple(tuple(sorted(rows)) for rows in indices)
-    return Partition(names, owned, _digest(names, owned), values or {})
+    return Partition(names, owned, _digest(names, owned, said), values or {}, said)
+
+
+def changed_clients(before: Partition, after: Partition) -> list[str]:
+    """Return the clients, by name, that do not have the same rows in both."""
+    first, second = (
+        dict(zip(one.client_ids, zip(one.indices, one.contents, strict=True), strict=True))
+        for one in (before, after)
+    )
+    return sorted(name for name in first | second if first.get(name) != second.get(name))
 
 
 def row_label(row: Mapping[str, Any], column: str) -> str | None:
@@ -137,7 +153,7 @@ def row_label(row: Mapping[str, Any], column: str) -> str | None:
 
 
 def save_partition(path: str | Path, partition: Partition) -> None:
-    """Write `partition` as JSON.
+    """Write `partition` as JSON, in one step and with mode 0600: it tells who owns which rows.
 
     Raises:
         DataError: the file cannot be written.
@@ -159,19 +175,22 @@ def load_partition(path: str | Path) -> Partition:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         names = tuple(str(name) for name in content["client_ids"])
         owned = tuple(tuple(int(row) for row in rows) for rows in content["indices"])
-        stated = str(content["digest"])
+        stated, said = str(content["digest"]), tuple(map(str, content["contents"]))
         values = {str(name): str(value) for name, value in content.get("values", {}).items()}
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); partition the data again") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); let this user read it") from None
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
-        raise IntegrityError(f"{path}: not a partition file; partition the data again") from None
-    if _digest(names, owned) != stated:
-        raise IntegrityError(f"{path}: does not match its digest; partition the data again")
-    return Partition(names, owned, stated, values)
+        raise IntegrityError(
+            f"{path}: not a partition file of this version; start anew under another run.name"
+        ) from None
+    if _digest(names, owned, said) != stated:
+        raise IntegrityError(f"{path}: does not match its digest; start anew under another run.name")
+    return Partition(names, owned, stated, values, said)
 
 
-def _digest(names: Sequence[str], owned: Sequence[Sequence[int]]) -> str:
-    canonical = json.dumps([list(names), [list(rows) for rows in owned]], separators=(",", ":"))
+def _digest(names: Sequence[str], owned: Sequence[Sequence[int]], contents: Sequence[str]) -> str:
+    fields = [names, owned, contents] if contents else [names, owned]
+    canonical = json.dumps(fields, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 

@@ -1,7 +1,9 @@
 """Deals a data source to one shard per client, and fixes the order in which a client draws its rows."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from fedllm.data.fields import (
     mapped_columns,
     to_example,
 )
-from fedllm.data.partition import Partition, parse_partition, partition_rows, row_label
+from fedllm.data.partition import Partition, make_partition, parse_partition, partition_rows, row_label
 from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
 from fedllm.errors import NoDataError
 from fedllm.seeds import derive_seed
@@ -65,13 +67,15 @@ def load_shards(data: DataConfig, *, num_clients: int, seed: int) -> Shards:
     num_packages = num_clients if spec.form == "column" else min(num_clients, _DEFAULT_PACKAGES)
     rows = read_rows(data.source, split=data.split, on_bad_row=data.on_bad_row, num_packages=num_packages)
     usable = _usable(data.source, rows, data, spec.column)
-    partition = partition_rows(usable.rows, data.partition, num_clients=num_clients, seed=seed)
+    dealt = partition_rows(usable.rows, data.partition, num_clients=num_clients, seed=seed)
     if spec.form == "column":
-        _tell_clients(partition, usable.rows, spec.column)
+        _tell_clients(dealt, usable.rows, spec.column)
+    owned = [[usable.examples[index] for index in indices] for indices in dealt.indices]
     clients = (
-        _client_rows([usable.examples[index] for index in indices], data, client_id, seed)
-        for client_id, indices in zip(partition.client_ids, partition.indices, strict=True)
+        _client_rows(examples, data, client_id, seed)
+        for client_id, examples in zip(dealt.client_ids, owned, strict=True)
     )
+    partition = make_partition(dealt.client_ids, dealt.indices, dealt.values, map(examples_digest, owned))
     return Shards(tuple(clients), usable.bad, partition)
 
 
@@ -117,6 +121,15 @@ def draw_rows(num_rows: int, *, seed: int, client_id: str, start: int, count: in
     )
     offset = start - first * num_rows
     return tuple(int(index) for index in stream[offset : offset + count])
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """Return the SHA-256 (hex) of what examples say, in their order."""
+    hasher = hashlib.sha256()
+    for example in examples:  # JSON, so that no other examples give the same bytes
+        turns = [(turn.role, turn.content) for turn in example.turns]
+        hasher.update(json.dumps([example.text, turns]).encode())
+    return hasher.hexdigest()
 
 
 def _permutation(length: int, seed: int, *names: str | int) -> np.ndarray[Any, np.dtype[np.int64]]:

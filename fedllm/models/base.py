@@ -14,7 +14,6 @@ from fedllm.adapters.peft_reading import modules_for_peft, names_for_peft
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.errors import LayoutError, MissingExtraError, ModelError
 from fedllm.models.files import ModelFiles, fingerprint, first_line, quiet_transformers, resolve_model
-from fedllm.site_policy import load_policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +82,7 @@ def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
     from transformers import AutoModelForCausalLM
 
     files, device, dtype = chosen.files, chosen.device, chosen.dtype
-    extra: dict[str, Any] = {"trust_remote_code": files.public_name in load_policy().trust_remote_code}
+    extra: dict[str, Any] = {"trust_remote_code": files.runs_own_code}
     if chosen.quantization != "none":
         extra["quantization_config"] = _quantization(chosen.quantization, dtype)
         extra["device_map"] = {"": device}
@@ -93,7 +92,7 @@ def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
                 files.folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load {files.public_name}: {first_line(error)}") from None
+        raise _unreadable("cannot load", files, error) from None
     if loaded["missing_keys"]:  # transformers fills them with random numbers
         first = min(loaded["missing_keys"])
         raise ModelError(f"{files.public_name}: tensor {first!r} is missing from its weights")
@@ -114,14 +113,23 @@ def load_tokenizer(files: ModelFiles) -> Any:
     """
     from transformers import AutoTokenizer
 
-    trusted = files.public_name in load_policy().trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trusted)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no tokenizer in {files.public_name}: {first_line(error)}") from None
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=files.runs_own_code)
+    except Exception as error:  # the tokenizers library raises Exception itself for a damaged file
+        raise _unreadable("no tokenizer in", files, error) from None
     if not tokenizer.is_fast:
         raise ModelError(f"{files.public_name} has no fast tokenizer, which the label mask needs")
     return tokenizer
+
+
+def _unreadable(what: str, files: ModelFiles, error: Exception) -> ModelError:
+    """Return the error for a model that transformers does not open, with what its own code would need."""
+    if files.code_entry and not files.runs_own_code:
+        return ModelError(
+            f"{what} {files.public_name}: it brings Python code of its own, which does not run here; to"
+            f' permit it, add "{files.code_entry}" to trust-remote-code in this machine\'s policy file'
+        )
+    return ModelError(f"{what} {files.public_name}: {first_line(error)}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -159,13 +167,12 @@ def open_skeleton(files: ModelFiles) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    trusted = files.public_name in load_policy().trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=files.runs_own_code)
         with torch.device("meta"):  # shapes without storage
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=files.runs_own_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read {files.public_name}: {first_line(error)}") from None
+        raise _unreadable("cannot read", files, error) from None
 
 
 def describe_layout(

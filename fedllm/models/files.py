@@ -17,11 +17,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from platformdirs import user_cache_path
 
 from fedllm.errors import ModelError
+from fedllm.models.folders import check_folder, code_digest, may_run_code, read_json
 from fedllm.site_policy import load_policy
 
 EMBEDDED_ALIAS = "smollm2-135m-instruct"
@@ -53,6 +53,8 @@ class ModelFiles:
     folder: Path
     public_name: str
     revision: str = ""
+    runs_own_code: bool = False  # permitted by this machine's policy
+    code_entry: str = ""  # what the policy would have to name for it, "" where the model brings no code
 
 
 def resolve_model(name: str) -> ModelFiles:
@@ -76,7 +78,9 @@ def resolve_model(name: str) -> ModelFiles:
         return ModelFiles(converted_gguf(path), path.stem)
     if not path.is_dir():
         raise ModelError(f"model.name = {name!r}: no such folder")
-    return ModelFiles(_checked_folder(path), _declared_name(path))
+    check_folder(path)
+    name, digest = _declared_name(path), code_digest(path)
+    return ModelFiles(path, name, "", may_run_code(path), f"{name}@sha256:{digest}" if digest else "")
 
 
 def is_local_model(name: str) -> bool:
@@ -106,7 +110,7 @@ def fingerprint(folder: Path) -> str:
         ModelError: a file is damaged.
     """
     hasher = hashlib.sha256()
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     # What differs between copies of one model: where it was loaded from, and by which version
     volatile = {"_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype"}
     kept = {key: value for key, value in config.items() if key not in volatile}
@@ -117,7 +121,7 @@ def fingerprint(folder: Path) -> str:
         path = folder / name
         hasher.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
     if (folder / "tokenizer_config.json").is_file():
-        values = _read_json(folder / "tokenizer_config.json")
+        values = read_json(folder / "tokenizer_config.json")
         decisive = {key: values.get(key) for key in ("chat_template", "bos_token", "eos_token", "pad_token")}
         hasher.update(json.dumps(decisive, sort_keys=True).encode())
     return hasher.hexdigest()
@@ -130,7 +134,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     config = target / "tokenizer_config.json"
     if config.is_file():
-        values = _read_json(config)
+        values = read_json(config)
         # Older releases of transformers wrote here where a tokenizer had been loaded from.
         kept = {key: value for key, value in values.items() if key not in _TOKENIZER_PATHS}
         config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
@@ -252,29 +256,26 @@ def _download(name: str, revision: str, hint: str = "") -> ModelFiles:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    code = ["*.py"] if name in load_policy().trust_remote_code else []  # run only where the site trusts it
+    named = {entry.partition("@")[0] for entry in load_policy().trust_remote_code}
+    code = ["*.py"] if name in named else []  # run only where the site permits it
     wanted = [*code, "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=wanted)
+        folder = snapshot_download(
+            name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["adapter_*"]
+        )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ModelError(
             f"model.name = {name!r}: not a local folder and not available from the hub"
             f" ({type(error).__name__}){hint}"
         ) from None
-    return ModelFiles(_checked_folder(Path(folder)), name, revision)
-
-
-def _checked_folder(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json, so not a model folder")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: no .safetensors weights; pickled weights are never loaded")
-    return folder
+    found = Path(folder)
+    check_folder(found)
+    return ModelFiles(found, name, revision, may_run_code(found, name), name if code_digest(found) else "")
 
 
 def _declared_name(folder: Path) -> str:
     """Return what the model calls itself, so that a local path never enters an adapter or a message."""
-    declared = str(_read_json(folder / "config.json").get("_name_or_path", ""))
+    declared = str(read_json(folder / "config.json").get("_name_or_path", ""))
     is_hub_id = declared.count("/") == 1 and not declared.startswith((".", "/", "~"))
     return declared if is_hub_id else folder.name
 
@@ -289,18 +290,13 @@ def _hash_weights(file: Path, hasher: "hashlib._Hash") -> None:
             header = json.loads(stream.read(header_length))
             entries = [(name, header[name]) for name in sorted(header.keys() - {"__metadata__"})]
             described = [(name, e["dtype"], e["shape"], *e["data_offsets"]) for name, e in entries]
+            length = 8 + header_length + max((end for *_, end in described), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(f"{file}: not a safetensors file") from None
+        if (found := file.stat().st_size) < length:
+            raise ModelError(f"{file}: cut short, {found:,} of {length:,} bytes; get the model's files anew")
         for name, dtype, shape, begin, end in described:
             hasher.update(json.dumps([name, dtype, shape]).encode())
             for offset in (begin, max(begin, end - _SAMPLE)):
                 stream.seek(8 + header_length + offset)
                 hasher.update(stream.read(min(_SAMPLE, end - begin)))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        values = json.loads(file.read_text())
-        if isinstance(values, dict):
-            return values
-    raise ModelError(f"{file}: not a JSON object; get the model's files anew")

@@ -18,6 +18,9 @@ from fedllm.plan.distillation import DistillationPlan, distillation_plan
 from fedllm.plan.privacy import PrivacyPlan, privacy_plan
 from fedllm.plan.training import PersonalTraining, local_training, personal_training
 
+# A file system has room for 255, of which the names of private state and unfinished files take up to 55.
+MOST_NAME_BYTES = 200
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -108,9 +111,7 @@ def resolve(config: RunConfig) -> RunPlan:
         ConfigError: two values contradict each other, or would together not do what they say.
     """
     run, data, federation = config.run, config.data, config.federation
-    # The name becomes a folder: it must not lead out of run.output or be hidden.
-    if not run.name or "/" in run.name or run.name.startswith("."):
-        raise ConfigError(f"run.name = {run.name!r}: expected a plain folder name")
+    _check_name(run.name)
     _check_canaries(config.audit, config.train.max_length)
     cohort = cohort_plan(federation)
     rule = aggregation_rule(config.aggregation, config.privacy, node_sum=config.wire.node_sum)
@@ -136,6 +137,20 @@ def resolve(config: RunConfig) -> RunPlan:
     _check_padding(rule, config.lora, preset=config.aggregation.preset)
     refuse_conflicts(plan.parts())
     return plan
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that leads out of `run.output`, is hidden, looks like an option or cannot be read."""
+    is_plain = name.isprintable() and not set(name) & set("/\\") and name == name.strip()
+    if not name or not is_plain or name[0] in ".-":
+        raise ConfigError(
+            f"run.name = {name[:80]!r}: expected a plain folder name, without slashes, control characters or"
+            " spaces at its ends, that begins with neither '.' nor '-'"
+        )
+    if (size := len(name.encode())) > MOST_NAME_BYTES:
+        raise ConfigError(
+            f"run.name is {size} bytes long, and a folder's name has room for {MOST_NAME_BYTES}; shorten it"
+        )
 
 
 def _check_padding(rule: AggregationRule, lora: LoraConfig, *, preset: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from fedllm.errors import CheckpointError
+from fedllm.files import make_private_folder
 
 NUM_BYTES = 32
 
@@ -36,7 +37,7 @@ def kept_secret(path: Path) -> bytes:
         CheckpointError: the file cannot be read or written, or is no secret.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(path.parent)
         if not path.exists():
             _write_new(path, new_secret())
         found = path.read_bytes()

@@ -9,7 +9,7 @@ while another attempt at the round, or other bits in it, is a second release.
 import fcntl
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from fedllm.privacy.accounting import Charge, epsilon_of, merged, quick_bound, r
 class Entry:
     """One release: the charge of every account that took part.
 
-    `draw` names the coins that drew its rows, "" where there were none.
+    `draw` names the coins that drew its rows, "" where there were none. Where accounts release something each
+    and `release` names what they were asked for, `answers` has a digest of what came of each.
     """
 
     round_num: int
@@ -31,6 +32,7 @@ class Entry:
     release: str
     charges: Mapping[str, Charge]
     draw: str = ""
+    answers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> tuple[int, int, str]:
@@ -47,15 +49,24 @@ class Ledger:
     def with_entry(self, entry: Entry) -> "Ledger":
         """Return the ledger with one more release.
 
-        A release that is known already is not charged twice; only its accounts that were not charged are.
+        A release that is known already is not charged twice; only its accounts that were not charged are,
+        and those of which other bits came than before.
         """
         known = next((known for known in self.entries if known.name == entry.name), None)
         if known is None:
             return Ledger((*self.entries, entry))
-        if entry.charges.keys() <= known.charges.keys():
-            return self
-        wider = replace(known, charges={**entry.charges, **known.charges})
-        return Ledger(tuple(wider if one is known else one for one in self.entries))
+        ledger = self
+        if not (
+            entry.charges.keys() <= known.charges.keys() and entry.answers.keys() <= known.answers.keys()
+        ):
+            charges, answers = {**entry.charges, **known.charges}, {**entry.answers, **known.answers}
+            wider = replace(known, charges=charges, answers=answers)
+            ledger = Ledger(tuple(wider if one is known else one for one in self.entries))
+        for account, bits in entry.answers.items():
+            if known.answers.get(account, bits) != bits:  # a release of its own, named by itself
+                apart = {account: entry.charges[account]}
+                ledger = ledger.with_entry(Entry(entry.round_num, entry.attempt, bits, apart))
+        return ledger
 
     def with_all(self, other: "Ledger") -> "Ledger":
         """Return the union with another ledger, in the order of rounds and attempts."""
@@ -155,6 +166,7 @@ def ledger_to_dict(ledger: Ledger) -> list[dict[str, Any]]:
             "attempt": entry.attempt,
             "release": entry.release,
             "draw": entry.draw,
+            "answers": dict(entry.answers),
             "charges": {account: asdict(charge) for account, charge in entry.charges.items()},
         }
         for entry in ledger.entries
@@ -175,6 +187,7 @@ def ledger_from_dict(values: Iterable[Mapping[str, Any]]) -> Ledger:
                 str(item["release"]),
                 {str(account): Charge(**charge) for account, charge in item["charges"].items()},
                 str(item.get("draw", "")),
+                {str(account): str(bits) for account, bits in item.get("answers", {}).items()},
             )
             for item in values
         )

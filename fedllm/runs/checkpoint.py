@@ -6,6 +6,7 @@ is whole or absent; the one before is kept, so that a damaged newest one costs a
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ from fedllm.adapters.base_delta import BaseDelta, from_tensors, no_base_delta, t
 from fedllm.adapters.folder import load_named, load_tensors, save_named, save_tensors
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.config.key import Scalar
-from fedllm.errors import CheckpointError, ConfigError, FedLLMError
+from fedllm.errors import CheckpointError, ConfigError, FedLLMError, LayoutError
 from fedllm.files import complete_folder, verify_manifest
 from fedllm.privacy.ledger import Ledger, ledger_from_dict, ledger_to_dict
 from fedllm.runs.records import OptimizerState, RoundRecord, record_from_dict, record_to_dict
 
+_ROUND = re.compile(r"round-\d{5,}")
 NUM_KEPT = 2  # should the newest be damaged, a run goes on from the one before
 # Written only where they hold something.
 BASE_DELTA, OPTIMIZER, CONTROL = "base-delta.safetensors", "optimizer.safetensors", "control.safetensors"
@@ -93,10 +95,46 @@ def save_checkpoint(folder: Path, state: ServerState, keys: Mapping[str, Scalar]
         shutil.rmtree(old, ignore_errors=True)
 
 
+def newest_round(folder: Path) -> int:
+    """Return the last round with a checkpoint below `folder`; 0 = none, so there is no run to resume."""
+    return max((int(path.name.removeprefix("round-")) for path in _rounds(folder)), default=0)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a run left that was killed while it wrote a checkpoint."""
+    for building in folder.glob(".round-*"):
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def check_resumable(folder: Path, fixed: Mapping[str, Scalar]) -> None:
+    """Compare the keys in the newest checkpoint with those of `load_checkpoint`, and read nothing else.
+
+    Raises:
+        ConfigError: the checkpoint is of another configuration; the difference is named.
+    """
+    for path in _rounds(folder):
+        try:
+            saved = dict(json.loads((path / "state.json").read_text())["config"])
+        except (OSError, ValueError, KeyError, TypeError):  # what is wrong with it `load_checkpoint` says
+            continue
+        _check_same(saved, fixed)
+        return
+
+
+def newest_checkpoint(folder: Path) -> tuple[ServerState, list[str]]:
+    """Return the newest intact state below `folder`, and a line about every other passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    state, _, passed_over = _newest(folder)
+    return state, passed_over
+
+
 def load_checkpoint(
     folder: Path, fixed: Mapping[str, Scalar], layout: AdapterLayout
 ) -> tuple[ServerState, list[str]]:
-    """Return the newest intact state below `folder`, and a line about every damaged one passed over.
+    """Return the state of `newest_checkpoint` for a run to go on from, and its lines.
 
     `fixed` has the keys that a run must share with the one it continues (`fixed_keys` of the plan).
 
@@ -104,25 +142,35 @@ def load_checkpoint(
         CheckpointError: there is no intact checkpoint.
         ConfigError: the checkpoint is of another configuration or base model; the difference is named.
     """
-    passed_over = []
+    state, saved_keys, passed_over = _newest(folder)
+    _check_same(saved_keys, fixed)
+    if state.adapter.layout.digest != layout.digest:
+        raise ConfigError(
+            f"{_path(folder, state.round_num)} is of another base model or adapter layout; resume with the"
+            " same model"
+        )
+    return state, passed_over
+
+
+def _newest(folder: Path) -> tuple[ServerState, dict[str, Scalar], list[str]]:
+    """Return the newest intact state, the keys of the run that wrote it, and a line about every other."""
+    passed_over: list[str] = []
     for path in _rounds(folder):
         try:
-            state, saved_keys = _read_checkpoint(path)
-        except (FedLLMError, OSError, ValueError, KeyError, TypeError) as error:
-            passed_over.append(f"{path.name} is damaged ({error}); using the one before it")
-            continue
-        _check_same(saved_keys, fixed)
-        if state.adapter.layout.digest != layout.digest:
-            raise ConfigError(
-                f"{path} is of another base model or adapter layout; resume with the same model"
-            )
-        return state, passed_over
-    raise CheckpointError(f"no intact checkpoint in {folder}; start without --resume")
+            verify_manifest(path)  # first: what follows trusts that every file is there as it was written
+            return *_read_checkpoint(path), [f"{line}; using the one before it" for line in passed_over]
+        except (CheckpointError, KeyError, TypeError, AttributeError):  # whole, and not what this code writes
+            passed_over.append(f"{path.name} was written by another version of fedllm")
+        except (FedLLMError, OSError, ValueError) as error:
+            passed_over.append(f"{path.name} is damaged ({error})")
+    found = passed_over[0] if passed_over else "it is empty"
+    raise CheckpointError(
+        f"no intact checkpoint in {folder}: {found}; restore it, or start anew under another run.name"
+    )
 
 
 def _read_checkpoint(path: Path) -> tuple[ServerState, dict[str, Scalar]]:
     """Return the state in one checkpoint folder, and the keys of the run that wrote it."""
-    verify_manifest(path)  # first: what follows trusts that every file which was written is there
     content = json.loads((path / "state.json").read_text())
     layout = layout_from_dict(content["layout"])
     state = ServerState(
@@ -157,15 +205,23 @@ def _load_optimizer(file: Path, num_steps: int, size: int) -> OptimizerState:
     tensors = load_named(file)
     state = OptimizerState(tensors["first"], tensors["second"], num_steps)
     if state.first.shape != (size,) or state.second.shape != (size,):
-        raise CheckpointError(f"{file.name} is of another adapter")
+        raise LayoutError(f"{file.name} is of another adapter")
     return state
 
 
 def _check_same(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
-    changed = [key for key in now if saved.get(key) != now[key]]
+    unknown = [key for key in now if key not in saved]
+    if unknown:
+        raise ConfigError(
+            f"cannot resume: the run was begun by another version of fedllm, without the key {unknown[0]};"
+            " go on with that version, or start anew under another run.name"
+        )
+    changed = [key for key in now if saved[key] != now[key]]
     if changed:
-        shown = "; ".join(f"{key} was {saved.get(key)!r}, now {now[key]!r}" for key in changed[:3])
-        raise ConfigError(f"cannot resume with another configuration: {shown}")
+        shown = "; ".join(f"{key} was {saved[key]!r}, now {now[key]!r}" for key in changed[:3])
+        raise ConfigError(
+            f"cannot resume with another configuration: {shown}; restore it, or choose another run.name"
+        )
 
 
 def _path(folder: Path, round_num: int) -> Path:
@@ -174,4 +230,4 @@ def _path(folder: Path, round_num: int) -> Path:
 
 def _rounds(folder: Path) -> list[Path]:
     """Return the complete checkpoint folders, newest first."""
-    return sorted(folder.glob("round-[0-9]*"), reverse=True)
+    return sorted((path for path in folder.glob("round-*") if _ROUND.fullmatch(path.name)), reverse=True)

@@ -1,5 +1,6 @@
 """The run folder: everything a run leaves behind, and nothing a client would not want there.
 
+runs/NAME/.*.lock           held by the processes that do the run; free whenever none lives
 runs/NAME/config.toml       the resolved configuration; a recipe that repeats the run
 runs/NAME/environment.json  versions of what it ran on
 runs/NAME/partition.json    which rows each client had, with a hash (written by `fedllm run`)
@@ -16,7 +17,8 @@ runs/NAME/result.json       held-out loss before and after, and how the run ende
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,13 @@ from fedllm.config.key import Scalar
 from fedllm.config.recipe import read_recipe
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
-from fedllm.files import write_file
+from fedllm.files import locked, write_file
+from fedllm.plan.run_plan import fixed_keys
+from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
-ROUNDS = "rounds.jsonl"
+ROUNDS, CHECKPOINTS, RESULT = "rounds.jsonl", "checkpoints", "result.json"
+WRITER, STARTER = ".writer.lock", ".starter.lock"
 _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")
 
 
@@ -37,25 +42,48 @@ def run_folder(config: RunConfig) -> Path:
     return (Path(os.path.expanduser(config.run.output or "runs")) / config.run.name).resolve()
 
 
-def open_run_folder(config: RunConfig) -> Path:
-    """Create the folder of a run, or open it to continue the run in it.
+@contextmanager
+def open_run_folder(config: RunConfig, lock: str = WRITER) -> Iterator[Path]:
+    """Create the folder of a run, or open it to continue the run in it; hold it for the block.
+
+    `WRITER` is held by the process that does the rounds, in each runtime. `STARTER` is held by a command
+    around that process, which may be another one; it is refused as well while somebody does rounds.
 
     Raises:
-        ConfigError: it cannot be written, or holds an earlier run that is not to be continued.
+        ConfigError: it cannot be written, another process holds it, or it has an earlier run that is not to
+            be continued, or not with these keys.
     """
     folder = run_folder(config)
-    if (folder / "checkpoints").exists() and not config.run.resume:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            is_free = stack.enter_context(locked(folder / lock))
+            if lock != WRITER:
+                with locked(folder / WRITER) as is_quiet:
+                    is_free = is_free and is_quiet
+        except OSError as error:
+            raise ConfigError(f"cannot write {folder}: {error.strerror}; set run.output") from None
+        if not is_free:
+            raise ConfigError(
+                f"{folder}: another process is doing this run; wait until it ends, or choose another run.name"
+            )
+        _check_earlier(folder, config)
+        yield folder
+
+
+def _check_earlier(folder: Path, config: RunConfig) -> None:
+    """Refuse a folder whose earlier run is not to be continued; a run without a complete round is none."""
+    if not newest_round(folder / CHECKPOINTS):
+        if (folder / "adapter").exists():
+            raise ConfigError(
+                f"{folder} holds an adapter and no checkpoint to go on from; choose another run.name"
+            )
+    elif config.run.resume:
+        check_resumable(folder / CHECKPOINTS, fixed_keys(config))
+    else:
         raise ConfigError(
             f"{folder} holds an earlier run: add --resume to continue it, or choose another run.name"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-        (folder / "result.json").unlink(missing_ok=True)  # it says how the latest attempt ended
-    except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error.strerror}; set run.output") from None
-    return folder
 
 
 def describe_run(folder: Path, config: RunConfig) -> None:

@@ -1,7 +1,8 @@
 """`fedllm check`: the resolved plan of a run, measured on the real rows, before any work."""
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -21,30 +22,56 @@ from fedllm.runs.privacy_statement import summary_line
 from fedllm.wire.packets import payload_bytes
 from scripts.console import Console
 from scripts.finished_run import own_rows
-from scripts.recipe_arguments import config_of
+from scripts.plan_page import what_it_costs, what_it_means, what_was_set, who_has_rows
+from scripts.recipe_arguments import request_of
 
 _MOST_NAMES = 20
 
 
-def check(words: Sequence[str], *, on_bad_row: str, as_json: bool) -> None:
-    """Print what the run that `words` describe would do: sizes, tokens, bytes a round, and every key."""
-    config = config_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
+def check(words: Sequence[str], *, on_bad_row: str, as_json: bool, show_all: bool = False) -> None:
+    """Print what the run that `words` describe would do, and what it costs; with `show_all` every key too."""
+    request = request_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
+    config = request.config
     choose_model(config.model)  # refuses a device or a quantisation that the run would refuse
     own, process = own_rows(config), Process()
     holder = process.open(own.to_flat(), {"server-paths": True})
     plan = resolve(config)
     figures = figures_of(plan, holder) | renamed_clients(process.read_source(own).partition)
     if as_json:
-        print(json.dumps({"plan": figures, "config": config.to_flat()}))
+        print(json.dumps({"plan": figures, "config": config.to_flat(), "set_by": dict(request.origins)}))
         return
-    console = Console()
-    table = Table("plan", "", box=None, show_header=False, pad_edge=False)
+    console, layout = Console(), describe_layout(config.model, config.lora)
+    meaning = [*who_has_rows(holder), *what_it_means(plan, layout, holder, figures)]
+    _print_part(console, "set", what_was_set(request, replaced_values(plan)))
+    _print_part(console, "what it means", meaning)
+    _print_part(console, "what it costs", what_it_costs(plan, layout, holder, figures))
+    _print_figures(console, figures)
+    if show_all:
+        _print_keys(console, plan)
+    again = shlex.join(words)
+    console.line(f"\nnext:     fedllm run {again}".rstrip())
+    if not show_all:
+        console.line(f"all keys: fedllm check --all {again}".rstrip())
+
+
+def _print_part(console: Console, title: str, lines: Sequence[str]) -> None:
+    console.line(title, style="bold")
+    for line in lines:
+        console.paragraph(line)
+
+
+def _print_figures(console: Console, figures: Mapping[str, Any]) -> None:
+    console.line("figures", style="bold")
+    table = Table("", "", box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in figures.items():
-        table.add_row(name, value if isinstance(value, str) else f"{value:,}")
+        table.add_row(f"  {name}", value if isinstance(value, str) else f"{value:,}")
     console.rich.print(table)
+
+
+def _print_keys(console: Console, plan: RunPlan) -> None:
     console.line("\nkeys (any of them as key=value, in a recipe, or in flwr run --run-config):")
     replaced = replaced_values(plan)
-    for key, value in config.to_flat().items():
+    for key, value in plan.config.to_flat().items():
         instead = f" (in use: {replaced[key]!r})" if key in replaced else ""
         console.line(f"  {assigned(key, value)}{instead}")
 

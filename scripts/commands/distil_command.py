@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.adapters.folder import load_adapter, save_adapter
+from fedllm.adapters.peft_reading import check_peft_reads, names_for_peft
 from fedllm.config.keys import DataConfig, ModelConfig
 from fedllm.engine.engine import Engine
 from fedllm.errors import CheckpointError, ConfigError, DataError, NoDataError
@@ -121,13 +122,15 @@ def save_student(out: Path, large: Taught, outcome: Outcome, *, is_cut: bool) ->
             student.base.tokenizer.save_pretrained(building)
             (building / "README.md").write_text(card)
         return
+    modules = [matrix.module for matrix in student.adapter.layout.matrices]
     save_adapter(
         out,
         student.adapter,
         base_model=student.base.files.public_name,
         revision=student.base.files.revision,
-        target_modules=sorted({one.module.rpartition(".")[2] for one in student.adapter.layout.matrices}),
+        target_modules=names_for_peft(student.base.model, modules) or modules,
         card=card,
+        finish=lambda building: check_peft_reads(building, student.base.model, student.adapter),
     )
 
 

@@ -19,23 +19,29 @@ from fedllm.models.files import resolve_model
 from fedllm.runs.spread import spread_of
 from scripts.commands.run_command import Answers, compare_answers
 from scripts.console import Console, client_table
-from scripts.finished_run import bare_config, find_adapter, own_rows, trained_clients
+from scripts.finished_run import Found, adapter_of, bare_config, own_rows
 
 
 def evaluate(target: Path, *, data: str, as_json: bool) -> None:
     """Print losses and perplexities of base and adapter for every client, the worst client, and answers."""
-    folder, config = find_adapter(target)
-    published = load_adapter(folder)
+    with adapter_of(target) as found:
+        if found.note:
+            Console(quiet=as_json).line(found.note)
+        _evaluate(target, found, data=data, as_json=as_json)
+
+
+def _evaluate(target: Path, found: Found, *, data: str, as_json: bool) -> None:
+    published, config = load_adapter(found.folder), found.config
     if config is None:
         if not data:
             raise ConfigError(f"{target}: an adapter without its run needs rows: give some with --data")
         config = bare_config(published)
     engine = PROCESS.resident.engine(config.model, published.state.layout, config.train.token_budget)
-    clients = _clients(config, data, trained_clients(folder.parent))
+    clients = _clients(config, data, found.clients)
     if not clients:
         raise NoDataError(f"{target}: the run keeps no held-out rows; give some with --data")
     before, after = _losses(engine, clients, published)
-    answers = compare_answers(config, folder)
+    answers = compare_answers(config, found.folder)
     report = report_of(before, after, answers)
     if as_json:
         print(json.dumps(report))

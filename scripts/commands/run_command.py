@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from clients.process import PROCESS
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.run_config import RunConfig
-from fedllm.data.partition import load_partition, save_partition
+from fedllm.data.partition import changed_clients, load_partition, save_partition
 from fedllm.errors import ConfigError
 from fedllm.models.files import needs_conversion
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.folder import open_run_folder, read_keys, run_folder
+from fedllm.runs.checkpoint import newest_round
+from fedllm.runs.folder import CHECKPOINTS, RESULT, STARTER, open_run_folder, run_folder
+from scripts.command_line import StoppedError, again
 from scripts.console import Console
 from scripts.finished_run import PARTITION
 from scripts.recipe_arguments import config_of
@@ -45,18 +48,28 @@ def run(
     config = config_of(words, extra)
     if runtime not in RUNTIMES:
         raise ConfigError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
+    resolve(config)  # what the keys alone refuse comes before a folder is made
     console = Console(quiet=as_json)
-    if needs_conversion(config.model.name):
-        console.line("converting the model to safetensors, once, about half a minute ...")
-    console.paragraph(_heading(config, runtime), indent=0)
-    view = RunView(console, resolve(config))
-    with view.showing(), _logs_to(view):
-        run_in(runtime, config, view)
-    folder = run_folder(config)
+    with open_run_folder(config, STARTER) as folder, _told_how_to_go_on(folder):
+        told: list[str] = []
+        with _logs_to(told.append):
+            keep_partition(config)
+        if resume and (rounds := _complete_rounds(folder, config)):
+            new = f"run.name={config.run.name}-2"
+            console.line(f"{config.run.name}: complete after {rounds} rounds; {new} starts a new run")
+        else:
+            if needs_conversion(config.model.name):
+                console.line("converting the model to safetensors, once, about half a minute ...")
+            console.paragraph(_heading(config, runtime), indent=0)
+            view = RunView(console, resolve(config))
+            with view.showing(), _logs_to(view.notice):
+                for line in told:
+                    view.notice(line)
+                run_in(runtime, config, view)
     answers = compare_answers(config, folder / "adapter")
     if answers.prompts:
         keep_answers(folder, vars(answers))
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / RESULT).read_text())
     if as_json:
         print(json.dumps({"answers": vars(answers), **result}))
     else:
@@ -79,7 +92,6 @@ def run_in(runtime: str, config: RunConfig, view: RunView) -> None:
     Raises:
         FedLLMError: it cannot start, or ended without a result.
     """
-    _keep_partition(config)
     if runtime == "local":
         from scripts.runtimes.local import local_grid
         from strategies.run import run_federation
@@ -91,30 +103,45 @@ def run_in(runtime: str, config: RunConfig, view: RunView) -> None:
         run_with_flower(config, view, is_simulation=runtime == "simulation")
 
 
-def _keep_partition(config: RunConfig) -> None:
-    """Save how the rows are dealt before the run begins: a run that crashed goes on only with the same rows.
+def keep_partition(config: RunConfig) -> None:
+    """Save how the rows are dealt before a run begins; one with a complete round goes on only with the same.
 
     Raises:
-        ConfigError: a run is to go on, and its clients no longer have the same rows; or a new run is to begin
-            in the folder of an earlier one.
+        ConfigError: a run is to go on, and its clients no longer have the same rows.
     """
     partition, folder = PROCESS.read_source(config).partition, run_folder(config)
     saved = folder / PARTITION
-    if config.run.resume and saved.exists():
-        if load_partition(saved) != partition:
-            raise ConfigError(f"cannot resume: the rows are no longer those of {saved}; restore the data")
-    elif not config.run.resume or _is_dealt_alike(folder, config):
-        save_partition(open_run_folder(config) / PARTITION, partition)
+    if newest_round(folder / CHECKPOINTS) and saved.exists():
+        if changed := changed_clients(load_partition(saved), partition):
+            names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+            raise ConfigError(
+                f"cannot resume: the rows of {names} are no longer those of {saved}; restore the data, or"
+                " start anew under another run.name"
+            )
+    else:
+        save_partition(saved, partition)
 
 
-def _is_dealt_alike(folder: Path, config: RunConfig) -> bool:
-    """Return whether the run in `folder` deals its rows as `config` says; if not, it will refuse to go on."""
+def _complete_rounds(folder: Path, config: RunConfig) -> int:
+    """Return how many rounds the run in `folder` has done, 0 while it is not complete."""
     try:
-        begun = RunConfig.from_flat(read_keys(folder))
-    except ConfigError:
-        return False
-    ways = [(each.data, each.seed, each.federation.num_clients) for each in (begun, config)]
-    return ways[0] == ways[1]
+        result = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):  # it was interrupted
+        return 0
+    is_complete = result.get("status") == "completed" and (folder / "adapter").is_dir()
+    rounds = int(result.get("rounds", 0)) if is_complete else 0
+    return rounds if rounds >= config.federation.num_rounds else 0
+
+
+@contextmanager
+def _told_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Where a signal stops the run, say which round is saved and what to type to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = newest_round(folder / CHECKPOINTS)
+        kept = f"round {done} is saved" if done else "no round was complete yet"
+        raise StoppedError(f"stopped; {kept}; go on with: {again('--resume')}") from None
 
 
 def compare_answers(config: RunConfig, adapter: Path) -> Answers:
@@ -132,9 +159,9 @@ def compare_answers(config: RunConfig, adapter: Path) -> Answers:
 class _logs_to:
     """Show what the clients of this process log (skipped rows, truncation) as notices of the run."""
 
-    def __init__(self, view: RunView):
+    def __init__(self, notice: Callable[[str], None]):
         self.handler = logging.Handler()
-        self.handler.emit = lambda record: view.notice(record.getMessage())  # type: ignore[method-assign]
+        self.handler.emit = lambda record: notice(record.getMessage())  # type: ignore[method-assign]
 
     def __enter__(self) -> None:
         logging.getLogger("fedllm").addHandler(self.handler)

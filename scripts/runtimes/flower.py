@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,17 @@ def supernode(link: Link, name: str, node_config: Mapping[str, Scalar]) -> Itera
 def process(
     command: Sequence[str], folder: Path, environment: Mapping[str, str], name: str
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a console script of this environment in its own process group, and end the whole group after."""
+    """Run a console script of this environment in a session of its own, and end all of that session after.
+
+    It ends as well when this process does, however that comes about (`scripts.runtimes.guard`).
+    """
     program = str(Path(sys.executable).with_name(command[0]))
     with (folder / f"{name}.log").open("wb") as log:
         running = subprocess.Popen(
-            [program, *command[1:]],
+            [sys.executable, "-I", "-S", str(HERE / "guard.py"), program, *command[1:]],
             cwd=folder,
             env=environment,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -138,18 +142,18 @@ def process(
     try:
         yield running
     finally:
-        _end_group(running)
+        _end_session(running)
 
 
-def _end_group(running: "subprocess.Popen[bytes]") -> None:
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(running.pid, sign)
-            running.wait(_STOP_SECONDS)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+def _end_session(running: "subprocess.Popen[bytes]") -> None:
+    """Ask a guarded command to end; where it does not, its guard kills it and all that it started."""
+    assert running.stdin is not None
+    with suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        running.wait(_STOP_SECONDS)
+    running.stdin.close()
+    running.wait()
 
 
 def app_folder(link: Link) -> Path:

@@ -179,6 +179,11 @@ def init(config: RunConfig, *, num_nodes: int = 1) -> LocalState:
 
 
 def step(state: LocalState) -> tuple[LocalState, RoundRecord]:
-    """Return the federation after one more round, and what the round did. `state` itself stays as it was."""
+    """Return the federation after one more round, and what the round did. `state` itself stays as it was.
+
+    Raises:
+        RunFailedError: the round failed for good; DivergedError, a kind of it: its numbers are not finite.
+        BudgetSpentError: it would exceed the privacy budget.
+    """
     server, record = next_round(state.session, state.server)
     return replace(state, server=server), record

@@ -13,6 +13,7 @@ from strategies.grid.transport import CRASHED, Reply, Transport
 from strategies.session import Session
 
 REJOIN_SECONDS = 2.0  # how long a round waits for nodes that have just appeared
+NO_ROWS = "no usable row; its log says how many were refused, or lost their answer to train.max-length"
 AGAIN_SECONDS = 30.0  # after which a node is asked again whose error may have passed
 
 
@@ -39,7 +40,7 @@ def join_clients(
             reason = _refusal_of(client, config, layout)
             if reason:
                 notice(f"client {client_id} {reason} and is left out")
-                refused[f"client {client_id}"] = reason
+                refused[f"client {client_id}"] = reason if client.num_train else NO_ROWS
             else:
                 usable[client_id] = client
         if len(usable) >= federation.min_clients and len(declared) < federation.num_clients:
@@ -49,8 +50,10 @@ def join_clients(
             )
     if len(usable) < federation.min_clients:
         nodes = {f"node {node}": transport.words_of(node) or why for node, why in transport.refused.items()}
-        why = by_cause({**nodes, **refused}) or "check the data source and that the nodes run"
-        waited = "" if nodes or refused else f" within {federation.join_deadline:g} s"
+        limit = f"within {federation.join_deadline:g} s"
+        silent = {f"node {node}": f"no answer {limit}" for node in transport.joining.values()}
+        why = by_cause({**nodes, **refused, **silent}) or "check the data source and that the nodes run"
+        waited = "" if nodes or refused or silent else f" {limit}"
         raise RunFailedError(
             f"{len(usable)} usable clients joined{waited},"
             f" federation.min-clients = {federation.min_clients} are needed; {why}"

@@ -14,6 +14,7 @@ from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.records import RoundPlan
 from fedllm.wire import replies
 from strategies.cohort.late_updates import late_refusal
+from strategies.exchange.causes import few
 from strategies.exchange.validation import UNSOUND, find_fault, largest_weight
 from strategies.grid.transport import Reply
 from strategies.privacy import largest_noise
@@ -78,17 +79,18 @@ def _receive_all(
         deadline=session.config.federation.round_deadline,
         plan=plan,
     )
-    for reply in arriving:
-        sent = reply.plan or plan  # a late reply is checked against the round that asked for it
-        named = asked if sent is plan else session.by_node(sent.asked)
-        for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):
-            refused = sent is not plan and late_refusal(answer, plan.round_num, largest_staleness)
-            if refused:
-                session.watch.notice(refused)
-                continue
-            for each in members_of(answer):
-                session.watch.client(plan.round_num, each)
-            yield answer
+    with few(session.watch.notice) as notice:
+        for reply in arriving:
+            sent = reply.plan or plan  # a late reply is checked against the round that asked for it
+            named = asked if sent is plan else session.by_node(sent.asked)
+            for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):
+                refused = sent is not plan and late_refusal(answer, plan.round_num, largest_staleness)
+                if refused:
+                    notice(refused)
+                    continue
+                for each in members_of(answer):
+                    session.watch.client(plan.round_num, each)
+                yield answer
 
 
 def read_reply(

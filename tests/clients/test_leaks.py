@@ -174,7 +174,6 @@ PLACES = [
         (ValueError(TEXT), "internal"),
         (KeyError(TEXT), "internal"),
         (UnicodeDecodeError("utf-8", TEXT.encode(), 0, 1, TEXT), "internal"),
-        (Panic(TEXT), "internal"),
         (MemoryError(TEXT), "out-of-memory"),
         (torch.OutOfMemoryError(TEXT), "out-of-memory"),
     ],
@@ -225,13 +224,29 @@ def test_a_tokenizer_that_panics_says_nothing_anywhere(
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", crash(Panic(TEXT)))
     reply = ask(kind)
-    assert replies.read_error(reply.content) == "internal"
+    assert replies.read_error(reply.content) == "bad-data"
     printed = capfd.readouterr()
     for text in (bytes_of(reply), caplog.text.encode(), printed.out.encode(), printed.err.encode()):
         assert leaks(text) == []
-    assert "internal error: Panic at" in caplog.text
+    assert "client anna: the tokenizer broke down (Panic)" in caplog.text
     os.write(2, b"heard")  # stderr is back in its place
     assert capfd.readouterr().err == "heard"
+
+
+@pytest.mark.parametrize("place", PLACES[1:], ids=lambda place: place[1])
+def test_a_panic_anywhere_is_answered_by_a_code(
+    place: tuple[Any, str],
+    ask: Callable,
+    leaks: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(*place, crash(Panic(TEXT)))
+    reply = ask("train")
+    assert replies.read_error(reply.content) == "internal"
+    assert leaks(bytes_of(reply) + caplog.text.encode()) == []
+    assert "Panic at" in caplog.text
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])

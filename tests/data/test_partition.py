@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import stat
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedllm.data.partition import (
     Partition,
+    changed_clients,
     is_client_id,
     load_partition,
     make_partition,
@@ -295,6 +298,29 @@ def test_a_file_that_is_no_partition_is_refused(tmp_path: Path, content: bytes) 
 def test_absent_partition_file_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         load_partition(tmp_path / "absent.json")
-    (tmp_path / "file").touch()
+    (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         save_partition(tmp_path / "file" / "partition.json", make_partition([], []))
+
+
+def test_a_saved_partition_is_its_owners_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        save_partition(tmp_path / "partition.json", make_partition(["a"], [[0]]))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "partition.json").stat().st_mode) == 0o600
+
+
+def test_clients_whose_rows_changed_are_named() -> None:
+    before = make_partition("abc", [[0], [1], [2]], contents=["x", "y", "z"])
+    assert changed_clients(before, before) == []
+    assert changed_clients(before, make_partition("abc", [[0], [1], [2]], contents=["x", "Y", "z"])) == ["b"]
+    assert changed_clients(before, make_partition("abd", [[0], [3], [2]], contents=["x", "y", "z"])) == [
+        "b",
+        "c",
+        "d",
+    ]
+    assert (
+        make_partition("a", [[0]], contents=["x"]).digest != make_partition("a", [[0]], contents=["y"]).digest
+    )

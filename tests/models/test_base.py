@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Glm4MoeConfig
 
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.errors import LayoutError, MissingExtraError, ModelError
@@ -63,6 +64,20 @@ def test_target_without_a_layer_is_refused_with_those_there_are(targets: str, lo
 def test_no_target_at_all_is_no_layout(make_model_folder: Callable) -> None:
     with pytest.raises(LayoutError, match=r"lora\.target-modules"):
         describe_layout(ModelConfig(name=str(make_model_folder())), LoraConfig(target_modules=" , "))
+
+
+def test_layers_that_peft_cannot_read_are_named_once(model_copy: Path) -> None:
+    experts = {"n_routed_experts": 4, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 400}
+    Glm4MoeConfig(**shape, **experts, num_attention_heads=4, num_key_value_heads=2).save_pretrained(
+        model_copy
+    )
+    notices: list[str] = []
+    layout = describe_layout(ModelConfig(name=str(model_copy)), LoraConfig(), notices.append)
+    assert len(layout.matrices) == 8
+    assert [line for line in notices if "down_proj, gate_proj, up_proj" in line] == notices != []
+    describe_layout(ModelConfig(name=str(model_copy)), LoraConfig(target_modules="q_proj"), notices.append)
+    assert len(notices) == 1
 
 
 def test_base_model_is_frozen(make_model_folder: Callable) -> None:

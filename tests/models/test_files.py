@@ -1,13 +1,22 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from fedllm.errors import ModelError
 from fedllm.models import files
-from fedllm.models.files import ModelFiles, converted_gguf, fingerprint, needs_conversion, resolve_model
+from fedllm.models.files import (
+    ModelFiles,
+    converted_gguf,
+    copy_tokenizer,
+    fingerprint,
+    needs_conversion,
+    resolve_model,
+)
 
 WEIGHTS = "model.safetensors"
 LARGEST = "model.embed_tokens.weight"
@@ -250,3 +259,67 @@ def test_unwritable_cache_names_the_variable_to_set(
     with pytest.raises(ModelError, match="set FEDLLM_CACHE") as caught:
         converted_gguf(gguf)
     one_line(caught.value)
+
+
+def _pointer(name: str) -> Callable[[Path], object]:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    return lambda folder: (folder / name).write_text(text)
+
+
+def _missing_shard(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def _other_name(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
+
+
+def _quantised(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_pointer(WEIGHTS), r"model\.safetensors: not a safetensors file but a git-LFS pointer"),
+        (_pointer("tokenizer.json"), r"tokenizer\.json: not a json file but a git-LFS pointer"),
+        (_pointer("config.json"), r"config\.json: not a json file but a git-LFS pointer"),
+        (_missing_shard, r"model-00002-of-00002\.safetensors: missing"),
+        (_other_name, r"neither model\.safetensors nor"),
+        (_quantised, r"already quantised \(bitsandbytes\).* model\.quantization"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{}"),
+            r"adapter_config\.json: an adapter",
+        ),
+    ],
+    ids=["weights", "tokenizer", "config", "shard", "other name", "quantised", "adapter"],
+)
+def test_a_folder_that_loads_otherwise_than_it_seems_is_refused(
+    damage: Callable[[Path], object], expected: str, model_copy: Path
+) -> None:
+    damage(model_copy)
+    with pytest.raises(ModelError, match=expected) as caught:
+        resolve_model(str(model_copy))
+    one_line(caught.value)
+
+
+def test_shortened_weights_have_no_fingerprint(model_copy: Path) -> None:
+    content = (model_copy / WEIGHTS).read_bytes()
+    (model_copy / WEIGHTS).write_bytes(content[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors: cut short"):
+        fingerprint(model_copy)
+
+
+def test_a_copied_tokenizer_names_no_path(model_copy: Path, edit_json: Callable, tmp_path: Path) -> None:
+    edit_json(model_copy / "tokenizer_config.json", name_or_path="/home/anna/base", tokenizer_file="/home/x")
+    target = tmp_path / "adapter"
+    target.mkdir()
+    copy_tokenizer(model_copy, target)
+    assert not any("/home/" in file.read_text() for file in target.iterdir())
+    copied, own = (AutoTokenizer.from_pretrained(folder) for folder in (target, model_copy))
+    assert copied("Return the sum.") == own("Return the sum.")
+    assert copied.chat_template == own.chat_template

@@ -28,6 +28,36 @@ def test_the_digest_has_the_number_of_rounds_where_it_counts(keys: dict[str, Any
     assert planned(**keys).digest != planned(**keys, federation__num_rounds=9).digest
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "../x",
+        "a/b",
+        "a\\b",
+        ".hidden",
+        "-r",
+        " x",
+        "x ",
+        "a\x1b[31m",
+        "a\nb",
+        "a\u202eb",
+        "x" * 201,
+        "가" * 67,
+    ],
+)
+def test_a_name_that_makes_no_plain_folder_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.name") as caught:
+        planned(run__name=name)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["run", "2026", "병원 연합-1", "a.b_c", "x" * 200])
+def test_a_name_in_any_script_is_taken(name: str) -> None:
+    assert planned(run__name=name).config.run.name == name
+
+
 def test_an_own_copy_of_the_model_keeps_the_digest() -> None:
     plan = planned(model__name="org/model@main")
     own = plan.with_own_model("somewhere/model")

@@ -7,7 +7,14 @@ import pytest
 
 from fedllm.errors import BudgetSpentError, CheckpointError
 from fedllm.privacy.accounting import Charge
-from fedllm.privacy.ledger import Entry, Ledger, change_ledger, read_ledger
+from fedllm.privacy.ledger import (
+    Entry,
+    Ledger,
+    change_ledger,
+    ledger_from_dict,
+    ledger_to_dict,
+    read_ledger,
+)
 
 NUM_WRITERS, NUM_CHARGES = 4, 15
 
@@ -49,3 +56,25 @@ def test_what_cannot_be_kept_or_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "ledger.json").write_text("[{}]")
     with pytest.raises(CheckpointError, match="is damaged"):
         change_ledger(tmp_path / "ledger.json", lambda ledger: ledger)
+
+
+def asked(**bits: str) -> Entry:
+    """Return the entry of a request by what came of each account, "" for nothing."""
+    charges = dict.fromkeys(bits, Charge(2.0, 0.5, 3))
+    return Entry(1, 1, "request", charges, answers={name: came for name, came in bits.items() if came})
+
+
+def counts(ledger: Ledger) -> dict[str, int]:
+    return {account: charge.count // 3 for account, (charge,) in ledger.accounts.items()}
+
+
+def test_who_answers_one_request_with_other_bits_pays_again() -> None:
+    first = Ledger().with_entry(asked(anna="x", ben="y", cleo=""))
+    assert first.with_entry(asked(anna="x", ben="y")) is first
+    second = first.with_entry(asked(anna="x", ben="z", cleo="w"))
+    assert counts(second) == {"anna": 1, "ben": 2, "cleo": 1}  # of cleo nothing had come
+    assert second.with_entry(asked(anna="x", ben="z", cleo="w")) is second
+    assert second.with_entry(asked(ben="y")) is second
+    assert counts(second.with_entry(asked(ben="v", cleo="u"))) == {"anna": 1, "ben": 3, "cleo": 2}
+    assert ledger_from_dict(ledger_to_dict(second)) == second
+    assert first.with_all(second) == second

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,18 @@ from fedllm.adapters.base_delta import BaseDelta
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, initial_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
+from fedllm.files import write_manifest
 from fedllm.plan.run_plan import fixed_keys
 from fedllm.privacy.accounting import Charge
 from fedllm.privacy.ledger import Entry, Ledger
-from fedllm.runs.checkpoint import ServerState, load_checkpoint, save_checkpoint
+from fedllm.runs.checkpoint import (
+    ServerState,
+    check_resumable,
+    load_checkpoint,
+    newest_round,
+    remove_unfinished,
+    save_checkpoint,
+)
 from fedllm.runs.records import AggregationRecord, OptimizerState, RoundRecord
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
@@ -127,12 +136,53 @@ def test_a_damaged_newest_checkpoint_costs_one_round(damage: Callable[[Path], No
     assert "\n" not in line
 
 
-def test_without_an_intact_checkpoint_there_is_nothing_to_resume(folder: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_alone_name_a_way_out_that_works(folder: Path) -> None:
     for name in ("round-00002", "round-00003"):
         _flip("adapter.safetensors")(folder / name)
-    for path in (folder, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match=r"no intact checkpoint in .*; start without --resume"):
-            load(path)
+    with pytest.raises(CheckpointError, match=r"round-00003 is damaged .* another run\.name"):
+        load(folder)
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what `state.json` says, as another version would have written it: with a manifest that fits."""
+    content = json.loads((path / "state.json").read_text())
+    change(content)
+    (path / "state.json").write_text(json.dumps(content))
+    write_manifest(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("norms"),
+        lambda content: content["records"][0].update(unheard=1),
+        lambda content: content.update(records=[3]),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_not_damaged(change: Callable, folder: Path) -> None:
+    for name in ("round-00002", "round-00003"):
+        _rewrite(folder / name, change)
+    with pytest.raises(CheckpointError, match="written by another version") as caught:
+        load(folder)
+    assert "damaged" not in str(caught.value)
+
+
+def test_keys_that_a_checkpoint_lacks_are_of_another_version(folder: Path) -> None:
+    for name in ("round-00002", "round-00003"):
+        _rewrite(folder / name, lambda content: content["config"].pop("train.local-steps"))
+    for read in (load, lambda folder: check_resumable(folder, fixed_keys(CONFIG))):
+        with pytest.raises(ConfigError, match=r"another version .* train\.local-steps"):
+            read(folder)
+
+
+def test_a_checkpoint_that_was_not_finished_is_no_round(tmp_path: Path) -> None:
+    (tmp_path / ".round-00001-abc").mkdir()
+    (tmp_path / "round-00007.bak").mkdir()
+    assert newest_round(tmp_path) == newest_round(tmp_path / "absent") == 0
+    save_checkpoint(tmp_path, state_of(2), CONFIG.to_flat())
+    assert newest_round(tmp_path) == 2
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00002", "round-00007.bak"]
 
 
 def another(config: RunConfig, key: str) -> Any:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ from fedllm.config.recipe import build_config
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.runs.folder import (
+    STARTER,
+    WRITER,
     describe_run,
     environment,
     open_run_folder,
@@ -23,11 +27,17 @@ def config_in(tmp_path: Path, **changes: Any) -> RunConfig:
     return RunConfig.from_flat({"run.output": str(tmp_path), "run.name": "mine", **changes})
 
 
+def enter(config: RunConfig, lock: str = WRITER) -> None:
+    with open_run_folder(config, lock):
+        pass
+
+
 def test_a_run_folder_holds_the_recipe_that_repeats_the_run(tmp_path: Path) -> None:
     config = config_in(
         tmp_path, seed=7, **{"lora.target-modules": "q_proj,v_proj", "train.learning-rate": 3e-4}
     )
-    folder = open_run_folder(config)
+    with open_run_folder(config) as opened:
+        folder = opened
     assert folder == run_folder(config) == (tmp_path / "mine").resolve()
     assert not (folder / "config.toml").exists(), "a resume that is refused leaves the earlier one"
     describe_run(folder, config)
@@ -54,20 +64,66 @@ def test_an_environment_names_versions_and_no_host_or_path(tmp_path: Path) -> No
         assert private not in text
 
 
+def test_a_run_without_a_complete_round_is_begun_anew(tmp_path: Path) -> None:
+    for resume in (False, True):
+        with open_run_folder(config_in(tmp_path, **{"run.resume": resume})) as folder:
+            # as a kill inside the first checkpoint leaves it
+            (folder / "checkpoints" / ".round-00001-abc").mkdir(parents=True, exist_ok=True)
+
+
 def test_an_earlier_run_is_continued_only_on_purpose(tmp_path: Path) -> None:
-    folder = open_run_folder(config_in(tmp_path))
-    open_run_folder(config_in(tmp_path))  # it has no checkpoint yet
-    (folder / "checkpoints").mkdir()
+    config = config_in(tmp_path)
+    round_folder = run_folder(config) / "checkpoints" / "round-00001"
+    round_folder.mkdir(parents=True)
+    (round_folder / "state.json").write_text(json.dumps({"config": config.to_flat()}))
     with pytest.raises(ConfigError, match="holds an earlier run: add --resume") as caught:
-        open_run_folder(config_in(tmp_path))
+        enter(config)
     assert "\n" not in str(caught.value)
-    assert open_run_folder(config_in(tmp_path, **{"run.resume": True})) == folder
+    enter(config_in(tmp_path, **{"run.resume": True}))
+    with pytest.raises(ConfigError, match=r"train\.local-steps was 4, now 5"):
+        enter(config_in(tmp_path, **{"run.resume": True, "train.local-steps": 5}))
+
+
+def test_an_adapter_without_checkpoints_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "adapter").mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"holds an adapter and no checkpoint .* run\.name"):
+            enter(config_in(tmp_path, **{"run.resume": resume}))
+
+
+@pytest.mark.parametrize("lock", [WRITER, STARTER])
+def test_a_folder_is_held_by_one_writer_while_it_lives(lock: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    script = f"""
+import sys
+from pathlib import Path
+from fedllm.files import locked
+with locked(Path({str(tmp_path / "mine" / lock)!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="another process is doing this run") as caught:
+            enter(config_in(tmp_path), STARTER)
+        assert "\n" not in str(caught.value)
+        other.kill()
+    enter(config_in(tmp_path), STARTER)
+
+
+def test_a_starter_and_its_writer_hold_one_folder_together(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    with open_run_folder(config, STARTER), open_run_folder(config):
+        for lock in (STARTER, WRITER):
+            with pytest.raises(ConfigError, match="another process"):
+                enter(config, lock)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("a file")
     with pytest.raises(ConfigError, match=r"cannot write .*; set run\.output") as caught:
-        open_run_folder(config_in(tmp_path))
+        enter(config_in(tmp_path))
     assert "\n" not in str(caught.value)
 
 

@@ -3,15 +3,17 @@
 import json
 import re
 import tomllib
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from fedllm.config.recipe import build_config, flatten
 from fedllm.config.run_config import RunConfig
-from fedllm.errors import MissingExtraError, ModelError
+from fedllm.errors import DataError, MissingExtraError, ModelError
 from fedllm.plan.run_plan import resolve
 from scripts.commands.check_command import check, replaced_values
 
@@ -45,10 +47,68 @@ def test_the_keys_that_are_printed_are_a_recipe(
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "Return the list.", "client": "anna"}\n' * 4)
     words = [f"model.name={make_model_folder('llama')}", f"data.source={rows}", "federation.num-clients=1"]
-    check(words, on_bad_row="", as_json=False)
+    check(words, on_bad_row="", as_json=False, show_all=True)
     printed = re.sub(r" \(in use: .*\)$", "", capsys.readouterr().out.partition("keys (")[2], flags=re.M)
-    keys = flatten(tomllib.loads(printed.partition("\n")[2]))
+    keys = flatten(tomllib.loads(printed.partition("\n")[2].partition("\nnext:")[0]))
     assert RunConfig.from_flat(keys) == build_config(None, words)
+
+
+@pytest.fixture
+def page(
+    make_model_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., str]:
+    """Return a function (**keys) -> the page of a recipe with these keys more on the command line."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"Return the list {n}.", "client": f"clinic-{n % 2}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.toml").write_text(
+        'data.source = "rows.jsonl"\nfederation.num-clients = 2\ntrain.local-steps = 3\n'
+        f'model.name = "{make_model_folder("llama")}"\n'
+    )
+
+    def show(**keys: object) -> str:
+        check(["own.toml", *(f"{key}={value}" for key, value in keys.items())], on_bad_row="", as_json=False)
+        return capsys.readouterr().out
+
+    return show
+
+
+def test_what_was_set_comes_first_with_who_set_it(
+    page: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDLLM_CACHE", "elsewhere")
+    lines = page(**{"train.local-steps": 5, "privacy.epsilon": 8}).splitlines()
+    part = lines[: lines.index("what it means")]
+    by = {line.split(" = ")[0].strip(): line for line in part if " = " in line}
+    assert by.keys() == {
+        *("data.source", "federation.num-clients", "model.name", "train.local-steps", "privacy.epsilon")
+    }
+    assert by["data.source"].endswith("own.toml")
+    assert by["train.local-steps"].split()[2:] == ["5", "command", "line"]
+    assert "FEDLLM_CACHE=elsewhere" in part[-1]
+
+
+def test_the_page_says_who_trains_what_and_what_it_costs(page: Callable[..., str]) -> None:
+    shown = page(**{"federation.num-rounds": 7, "run.name": "mine"})
+    assert shown.index("what it means") < shown.index("what it costs") < shown.index("figures")
+    for words in ("clinic-0", "2 data holders", "7 rounds", "3 steps", "MB up", "runs/mine", "Privacy: none"):
+        assert words in shown
+    assert re.search(r"about [\d.]+ (s|min|h) of computing and [\d.]+ GB of memory", shown)
+    assert "GFLOP/s" in shown
+    assert "fedllm run own.toml federation.num-rounds=7 run.name=mine" in shown
+    assert "wire.codec" not in shown  # the keys nobody set are behind --all
+
+
+def test_the_page_names_the_privacy_of_a_private_run(page: Callable[..., str]) -> None:
+    assert "epsilon 8 at delta" in page(**{"privacy.epsilon": 8}).partition("figures")[0]
+
+
+def test_an_earlier_run_in_the_folder_is_named(page: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "runs" / "run" / "checkpoints").mkdir(parents=True)
+    assert "holds an earlier run" in page()
 
 
 @pytest.mark.parametrize(
@@ -82,3 +142,21 @@ def test_a_client_by_another_name_is_shown_with_its_value(
     check(words, on_bad_row="", as_json=True)
     figures = json.loads(capsys.readouterr().out)["plan"]
     assert figures["clients renamed"] == "client-0001 = 'ward 7/a'"
+
+
+def test_a_tokenizer_that_panics_is_one_line_without_a_row(
+    make_model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panic(self: object, text: str, **options: object) -> None:
+        raise Panic(text)
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "Return the list.", "client": "anna"}\n' * 4)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", panic)
+    words = [f"model.name={make_model_folder()}", f"data.source={rows}", "federation.num-clients=1"]
+    with pytest.raises(DataError, match=r"client anna: the tokenizer broke down \(Panic\)") as caught:
+        check(words, on_bad_row="", as_json=False)
+    assert "Return" not in "".join(traceback.format_exception(caught.value))

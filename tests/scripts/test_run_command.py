@@ -1,4 +1,4 @@
-"""`fedllm run` keeps how the rows are dealt, whatever becomes of the run."""
+"""`fedllm run` keeps how the rows are dealt, and says how a run that was stopped goes on."""
 
 import json
 from collections.abc import Callable
@@ -8,19 +8,12 @@ from typing import Any
 import pytest
 
 from clients.process import PROCESS
-from fedllm.config.run_config import RunConfig
 from fedllm.data.partition import load_partition
 from fedllm.errors import ConfigError
-from fedllm.plan.run_plan import resolve
-from fedllm.runs.folder import describe_run
 from scripts import cli
-from scripts.command_line import run_app
+from scripts.command_line import StoppedError, run_app
 from scripts.commands import run_command
-from scripts.console import Console
-from scripts.run_view import RunView
 from strategies import run as federation
-
-VIEW = RunView(Console(quiet=True), resolve(RunConfig()))
 
 
 class CrashError(Exception):
@@ -28,61 +21,107 @@ class CrashError(Exception):
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
-    """Return a function (number of rows, **flat) that starts a run on so many rows, and has it crash."""
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that starts a run on so many rows of one answer, and has it end by an exception."""
 
-    def crash(*unused: Any, **also_unused: Any) -> None:
-        raise CrashError
+    def do(
+        num_rows: int,
+        *,
+        resume: bool = False,
+        answer: str = "a",
+        by: type[BaseException] | None = CrashError,
+        more: tuple[str, ...] = (),
+    ) -> str:
+        def end(*unused: Any, **also_unused: Any) -> None:
+            raise by or AssertionError("a finished run was done again")
 
-    def do(num_rows: int, **flat: Any) -> RunConfig:
-        source = tmp_path / f"{num_rows}.jsonl"
-        rows = [{"prompt": f"q{row}", "response": "a"} for row in range(num_rows)]
-        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        monkeypatch.setattr(federation, "run_federation", end)
         file = tmp_path / "rows.jsonl"
-        file.unlink(missing_ok=True)
-        file.symlink_to(source)
+        rows = [{"prompt": f"q{row}", "response": answer} for row in range(num_rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         PROCESS.sources.clear()  # another process reads the source anew
-        own = {"data.source": str(file), "data.partition": "iid", "federation.num-clients": 2}
-        config = RunConfig.from_flat({**own, "run.output": str(tmp_path), **flat})
-        with pytest.raises(CrashError):
-            run_command.run_in("local", config, VIEW)
-        return config
+        words = [f"data.source={file}", "data.partition=iid", "federation.num-clients=2"]
+        options = {"runtime": "local", "out": tmp_path, "on_bad_row": "", "as_json": True}
+        try:
+            run_command.run([*words, *more], resume=resume, **options)
+        except (CrashError, StoppedError) as error:
+            return str(error)
+        assert by is None, "the run did not begin"
+        return ""
 
-    monkeypatch.setattr(federation, "run_federation", crash)
     return do
 
 
-def test_a_run_that_crashed_goes_on_only_with_the_same_rows(start: Callable) -> None:
-    start(8)
-    start(8, **{"run.resume": True})
-    with pytest.raises(ConfigError, match="the rows are no longer those of"):
-        start(6, **{"run.resume": True})
+def saved_round(tmp_path: Path) -> None:
+    """Leave a complete round, which says nothing of the run's keys."""
+    (tmp_path / "run" / "checkpoints" / "round-00001").mkdir(parents=True)
 
 
-def test_run_begun_anew_keeps_its_new_rows(start: Callable, tmp_path: Path) -> None:
+def owners(tmp_path: Path) -> Any:
+    return load_partition(tmp_path / "run" / "partition.json")
+
+
+def test_a_run_with_a_round_goes_on_only_with_the_same_rows(start: Callable, tmp_path: Path) -> None:
     start(8)
-    config = start(6)
-    assert load_partition(tmp_path / "run" / "partition.json") == PROCESS.read_source(config).partition
+    saved_round(tmp_path)
+    start(8, resume=True)
+    before = owners(tmp_path)
+    for changes in ({"num_rows": 6}, {"num_rows": 8, "answer": "b"}):
+        with pytest.raises(ConfigError, match="rows of client-0000"):
+            start(**changes, resume=True)
+    assert owners(tmp_path) == before
+
+
+def test_a_run_without_a_round_begins_with_the_rows_there_are(start: Callable, tmp_path: Path) -> None:
+    start(8)
+    start(6, resume=True)
+    assert sum(map(len, owners(tmp_path).indices)) == 6
 
 
 def test_an_earlier_run_keeps_its_own(start: Callable, tmp_path: Path) -> None:
-    config = start(8)
-    before = PROCESS.read_source(config).partition
-    (tmp_path / "run" / "checkpoints").mkdir()
+    start(8)
+    before = owners(tmp_path)
+    saved_round(tmp_path)
     with pytest.raises(ConfigError, match="holds an earlier run"):
         start(6)
-    assert load_partition(tmp_path / "run" / "partition.json") == before
+    assert owners(tmp_path) == before
 
 
-@pytest.mark.parametrize(("seed", "is_saved"), [(0, True), (1, False)])
-def test_resume_without_a_partition_saves_its_own(
-    seed: int, is_saved: bool, start: Callable, tmp_path: Path
-) -> None:
-    config = start(8, seed=0)
-    describe_run(tmp_path / "run", config)
+def test_resume_without_a_partition_saves_its_own(start: Callable, tmp_path: Path) -> None:
+    start(8)
+    saved_round(tmp_path)
     (tmp_path / "run" / "partition.json").unlink()
-    start(8, seed=seed, **{"run.resume": True})
-    assert (tmp_path / "run" / "partition.json").exists() is is_saved
+    start(8, resume=True)
+    assert sum(map(len, owners(tmp_path).indices)) == 8
+
+
+@pytest.mark.parametrize(
+    ("has_round", "says"), [(False, "no round was complete"), (True, "round 1 is saved")]
+)
+def test_a_stopped_run_says_what_is_saved(
+    has_round: bool, says: str, start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fedllm", "run", "a name", "--resume"])
+    start(8)
+    if has_round:
+        saved_round(tmp_path)
+    line = start(8, resume=True, by=KeyboardInterrupt)
+    assert says in line
+    assert line.endswith("run 'a name' --resume")
+
+
+def test_a_finished_run_is_shown_and_not_done_again(
+    start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(8)
+    saved_round(tmp_path)
+    (tmp_path / "run" / "adapter").mkdir()
+    result = {"status": "completed", "rounds": 3, "held_out": {}, "adapter": "here"}
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    monkeypatch.setattr(run_command, "compare_answers", lambda *unused: run_command.Answers([], [], []))
+    start(8, resume=True, by=None)
+    assert json.loads(capsys.readouterr().out)["rounds"] == 3
+    start(8, resume=True, more=("federation.num-rounds=4",))
 
 
 def test_an_unknown_command_gets_one_guess(capsys: pytest.CaptureFixture[str]) -> None:

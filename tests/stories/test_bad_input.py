@@ -113,14 +113,15 @@ def test_output_below_a_file(fail, tmp_path, tiny_run):
 
 
 def test_earlier_run_is_not_overwritten(fail, tmp_path, tiny_run):
-    (tmp_path / "again" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "again" / "checkpoints" / "round-00001").mkdir(parents=True)
     assert "--resume" in fail("run", *tiny_run, "run.name=again", "--out", str(tmp_path))
 
 
-def test_resume_without_a_checkpoint(fail, tmp_path, tiny_run):
-    assert "no intact checkpoint" in fail(
-        "run", *tiny_run, "run.name=new", "--resume", "--out", str(tmp_path)
-    )
+def test_resume_refuses_before_it_prints_anything(fail, tmp_path, tiny_run):
+    (tmp_path / "old" / "checkpoints" / "round-00001").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "round-00001" / "state.json").write_text('{"config": {"seed": 1}}')
+    line = fail("run", *tiny_run, "run.name=old", "--resume", "--out", str(tmp_path))
+    assert "another version" in line
 
 
 def test_all_labels_cut_off_leaves_no_data(fail, tmp_path, tiny_run):
@@ -152,7 +153,7 @@ def test_bad_rows_are_skipped_and_counted(tiny_run, tmp_path, fedllm):
 
 
 def test_not_an_adapter(fail, tmp_path):
-    assert "neither a finished run nor an adapter folder" in fail("evaluate", str(tmp_path))
+    assert "neither a run with a complete round nor an adapter folder" in fail("evaluate", str(tmp_path))
 
 
 def test_flipped_bit_in_the_adapter_is_refused(fail, tmp_path, tiny_run, fedllm):
@@ -174,3 +175,7 @@ def test_a_finished_run_goes_on_only_with_the_same_rows(fail, tmp_path, tiny_run
     line = fail("run", *tiny_run, *words, "--resume", "--out", str(tmp_path))
     assert "partition.json" in line
     assert "restore the data" in line
+    edited = [{**row, "response": "another"} if row["prompt"] == "q3" else row for row in rows]
+    _rows(tmp_path / "rows.jsonl", *edited)
+    assert "the rows of client-000" in fail("run", *tiny_run, *words, "--resume", "--out", str(tmp_path))
+    assert json.loads((tmp_path / "more" / "result.json").read_text())["status"] == "completed"

@@ -185,6 +185,15 @@ def test_a_node_that_hangs_holds_up_no_other(
     assert "node 3 has not answered yet; its clients take part once it does" in nodes.run.notices
 
 
+def test_nodes_that_hang_are_the_cause_where_too_few_are_left(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = Nodes(open_run(make_config()), monkeypatch)
+    nodes.silent = {NODE}
+    with pytest.raises(RunFailedError, match=r"3 usable clients.*node 3: no answer within 0\.4 s$"):
+        nodes.join(make_config({"federation.min-clients": 4}))
+
+
 def test_an_answer_after_the_wait_counts_from_the_next_round_on(
     make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,11 +290,18 @@ def test_the_wait_ends_with_what_a_node_of_this_process_says(
     began = clock.now
     broken = tmp_path / "broken"
     shutil.copytree(make_model_folder(), broken)
-    (broken / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (broken / "tokenizer.json").write_text("{}")
     config = make_config({"model.name": str(broken), "federation.join-deadline": 600.0})
-    with pytest.raises(RunFailedError, match="node 2: no tokenizer in broken"):
+    with pytest.raises(RunFailedError, match="node 2: bad-model: no tokenizer in broken"):
         init(config)
     assert clock.now - began < 1
+
+
+def test_clients_without_rows_end_the_wait_with_what_to_look_at(
+    make_config: Callable, open_run: Callable
+) -> None:
+    with pytest.raises(RunFailedError, match=r"0 usable clients.*client anna.*train\.max-length"):
+        open_run(make_config({"train.max-length": 8}))
 
 
 @pytest.mark.parametrize(("refused", "waits"), [((2, 3, 4, 5), False), ((2, 3), True)])
@@ -337,7 +353,7 @@ def test_an_unforeseen_error_is_asked_about_once_more(
     assert sum("internal" in line for line in run.notices) == 1
 
 
-@pytest.mark.parametrize("number", [2**53, 10**3800])
+@pytest.mark.parametrize("number", [2**53, 10**3800], ids=["just too many", "3,800 digits"])
 def test_a_declared_number_beyond_all_bounds_is_refused(
     number: int, make_config: Callable, open_run: Callable
 ) -> None:

@@ -540,6 +540,30 @@ def test_a_repeated_round_charges_each_client_once(
     assert serving.with_journal(again.privacy, others.state).ledger == state.ledger
 
 
+@pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
+def test_a_round_done_again_with_other_bits_is_charged_again(
+    flat: dict[str, Any], make_config: Callable, open_run: Callable, tmp_path: Path
+) -> None:
+    """As on another device; the journal knows what came before the process was gone."""
+    config, journal = make_config({**flat, "run.output": str(tmp_path)}), tmp_path / "server"
+    run = open_run(config)
+    session = replace(run.session, privacy=serving.open_privacy(resolve(config).privacy, journal))
+    next_round(session, run.state)
+    weight = run.holder(2).engine.base.model.get_input_embeddings().weight
+    kept = weight.detach().clone()
+    counts = []
+    try:
+        for share in (1.0, 1.01, 1.01):
+            weight.copy_(kept * share)
+            state, _ = next_round(session, serving.with_journal(session.privacy, run.state))
+            counts.append(
+                {sums[0].count // session.privacy.plan.steps for sums in state.ledger.accounts.values()}
+            )
+    finally:
+        weight.copy_(kept)
+    assert counts == [{1}, {2}, {2}]
+
+
 def test_a_failed_last_attempt_is_in_the_ledger(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:

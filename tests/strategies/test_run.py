@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,8 +122,62 @@ def test_a_run_resumes_only_with_its_own_keys_and_checkpoints(run: Callable) -> 
         run("mine")
     with pytest.raises(ConfigError, match=r"train\.learning-rate was 0\.05, now 0\.1"):
         run("mine", **{"run.resume": True, "train.learning-rate": 0.1})
-    with pytest.raises(CheckpointError, match="no intact checkpoint"):
-        run("other", **{"run.resume": True})
+
+
+def test_resume_of_nothing_starts_the_run(run: Callable, tmp_path: Path) -> None:
+    whole, _ = run("whole")
+    # what a kill in the first checkpoint leaves
+    (tmp_path / "begun" / "checkpoints" / ".round-00001-abc").mkdir(parents=True)
+    begun, notices = run("begun", **{"run.resume": True})
+    assert "starting" in notices[0]
+    assert begun.adapter.digest == whole.adapter.digest
+    assert not list((tmp_path / "begun" / "checkpoints").glob(".*"))
+
+
+def test_a_run_killed_in_its_first_round_begins_anew(run: Callable) -> None:
+    whole, _ = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", interrupt_after(1))
+    again, _ = run("stopped")
+    assert again.adapter.digest == whole.adapter.digest
+
+
+def test_a_second_run_in_the_folder_of_a_living_one_is_refused(run: Callable, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def begin_another(record: RoundRecord) -> None:
+        with pytest.raises(ConfigError, match="another process is doing this run") as caught:
+            run("mine", **{"run.resume": True})
+        refused.append(str(caught.value))
+
+    whole, _ = run("whole")
+    state, _ = run("mine", begin_another)
+    assert len(refused) == 4
+    assert state.adapter.digest == whole.adapter.digest
+    assert result_of(tmp_path / "mine")["status"] == "completed"
+
+
+def test_a_refused_resume_leaves_the_finished_run_as_it_was(run: Callable, tmp_path: Path) -> None:
+    run("mine", **{"federation.num-rounds": 1})
+    before = result_of(tmp_path / "mine")
+    with pytest.raises(ConfigError, match=r"was 0\.05, now 0\.1"):
+        run("mine", **{"run.resume": True, "train.learning-rate": 0.1})
+    assert result_of(tmp_path / "mine") == before
+
+
+def test_a_published_adapter_is_readable_and_private_state_is_not(run: Callable, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        run("mine", **{"federation.num-rounds": 1, "personal.mode": "ditto"})
+    finally:
+        os.umask(before)
+
+    def modes(folder: Path) -> set[tuple[bool, int]]:
+        paths = [folder, *folder.rglob("*")]
+        return {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in paths}
+
+    assert modes(tmp_path / "mine" / "adapter") == {(True, 0o755), (False, 0o644)}
+    assert modes(tmp_path / "mine" / "private") == {(True, 0o700), (False, 0o600)}
 
 
 def test_a_disk_full_for_a_while_costs_a_checkpoint_only(
