@@ -50,8 +50,10 @@ def join_clients(
             )
     if len(usable) < federation.min_clients:
         nodes = {f"node {node}": transport.words_of(node) or why for node, why in transport.refused.items()}
-        why = by_cause({**nodes, **refused}) or "check the data source and that the nodes run"
-        waited = "" if nodes or refused else f" within {federation.join_deadline:g} s"
+        limit = f"within {federation.join_deadline:g} s"
+        silent = {f"node {node}": f"no answer {limit}" for node in transport.joining.values()}
+        why = by_cause({**nodes, **refused, **silent}) or "check the data source and that the nodes run"
+        waited = "" if nodes or refused or silent else f" {limit}"
         raise RunFailedError(
             f"{len(usable)} usable clients joined{waited},"
             f" federation.min-clients = {federation.min_clients} are needed; {why}"

@@ -185,6 +185,15 @@ def test_a_node_that_hangs_holds_up_no_other(
     assert "node 3 has not answered yet; its clients take part once it does" in nodes.run.notices
 
 
+def test_nodes_that_hang_are_the_cause_where_too_few_are_left(
+    make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = Nodes(open_run(make_config()), monkeypatch)
+    nodes.silent = {NODE}
+    with pytest.raises(RunFailedError, match=r"3 usable clients.*node 3: no answer within 0\.4 s$"):
+        nodes.join(make_config({"federation.min-clients": 4}))
+
+
 def test_an_answer_after_the_wait_counts_from_the_next_round_on(
     make_config: Callable, open_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +290,7 @@ def test_the_wait_ends_with_what_a_node_of_this_process_says(
     began = clock.now
     broken = tmp_path / "broken"
     shutil.copytree(make_model_folder(), broken)
-    (broken / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (broken / "tokenizer.json").write_text("{}")
     config = make_config({"model.name": str(broken), "federation.join-deadline": 600.0})
     with pytest.raises(RunFailedError, match="node 2: bad-model: no tokenizer in broken"):
         init(config)
