@@ -17,6 +17,7 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout, TensorSpec
 from fedllm.adapters.parts import other_part, part_of, part_size, part_specs
+from fedllm.errors import ModelError
 
 # Odd, so that no two matrices of a row get one seed: 2^64 / golden ratio, which spreads neighbours far apart.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -120,8 +121,17 @@ class Bank:
             return torch.zeros(number, size, device=self.device, dtype=self.dtype)
 
     def route_of(self, num_tokens: int) -> Route:
-        """Return which rows the `num_tokens` tokens of a layer's input belong to."""
+        """Return which rows the `num_tokens` tokens of a layer's input belong to.
+
+        Raises:
+            ModelError: they are not all tokens of the pass, so nothing tells whose they are.
+        """
         if not self.batch_rows:
+            if self.route.clients and self.route.clients[-1].end != num_tokens:
+                raise ModelError(
+                    "lora.target-modules: a layer sees only some tokens of a row, as an expert of a mixture"
+                    " does, and cannot be adapted; name other layers"
+                )
             return self.route
         length = num_tokens // len(self.batch_rows)
         return Route(segments([length] * len(self.batch_rows), self.batch_rows), ())

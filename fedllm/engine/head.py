@@ -27,7 +27,8 @@ class Head:
         dtype = precise(states_ND.dtype)
         if self.weight_VD is None:
             return states_ND.to(dtype, copy=True)
-        return linear(states_ND, self.weight_VD, self.bias_V).to(dtype)
+        # Mamba adds its layers up in float32, whatever its weights are in.
+        return linear(states_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).to(dtype)
 
     def backward(self, grad_NV: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the states [N, D] from that of the logits."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from fedllm.adapters.layout import initial_adapter
 from fedllm.attacks.token_scores import no_adapter, score, whole
@@ -95,6 +96,24 @@ def test_model_that_sees_later_tokens_gets_no_engine(family: str, own_base: Base
         engine_of(replace(own_base, model=tiny_model(family)))
     assert "model.name" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_states_of_another_dtype_than_the_head_are_read(own_base: BaseModel) -> None:
+    half = tiny_model("mamba").to(torch.bfloat16)  # adds up in float32
+    engine = engine_of(replace(own_base, model=half, dtype=torch.bfloat16))
+    rows = [whole(range(5, 15))]
+    found = engine.evaluate([EvaluationJob("a", no_adapter(engine), tuple(rows))])[0].loss
+    tokens = torch.tensor([rows[0].tokens])
+    expected = cross_entropy(half(input_ids=tokens).logits[0, :-1].float(), tokens[0, 1:])
+    assert found == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_layer_that_sees_some_tokens_alone_is_refused(own_base: BaseModel, make_rows: Callable) -> None:
+    engine, norm = engine_of(own_base), own_base.model.model.layers[0].post_attention_layernorm
+    norm.register_forward_hook(lambda _layer, _inputs, output: output[:, ::2])  # as a mixture's router does
+    job = EvaluationJob("a", no_adapter(engine), make_rows([6]))
+    with pytest.raises(ModelError, match="target-modules"):
+        engine.evaluate([job])
 
 
 def test_bert_is_refused_before_its_weights_are_read(tmp_path: Path, make_model_folder: Callable) -> None:
