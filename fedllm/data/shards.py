@@ -24,7 +24,7 @@ from fedllm.data.fields import (
 )
 from fedllm.data.partition import Partition, make_partition, parse_partition, partition_rows, row_label
 from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
-from fedllm.errors import NoDataError, RowsLostError
+from fedllm.errors import DataError, NoDataError, RowsLostError
 from fedllm.seeds import derive_seed
 
 MOST_LOST = 0.2  # share of rows that may be of no use; beyond it something is wrong with them or the settings
@@ -144,7 +144,12 @@ def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) ->
     if not rows.rows:
         raise _nothing_usable(source, rows.bad)
     present = dict.fromkeys(name for row in rows.rows for name in row)
-    fields = detect_fields(present, mapped_columns(data.columns))
+    # A table keeps columns that nothing uses, such as a null "messages" next to prompts and responses.
+    filled = [name for name in present if any(row.get(name) is not None for row in rows.rows)]
+    try:
+        fields = detect_fields(filled, mapped_columns(data.columns))
+    except DataError:
+        fields = detect_fields(present, mapped_columns(data.columns))
     # A column that no row has is a wrong setting, which partition_rows reports, not a file of bad rows
     labelled = partition_column and any(row_label(row, partition_column) for row in rows.rows)
     kept: list[tuple[dict[str, Any], Example]] = []

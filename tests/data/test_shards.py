@@ -157,6 +157,12 @@ def test_clients_left_out_or_renamed_are_told_by_number(
     assert SECRET not in caplog.text
 
 
+def test_a_column_without_a_value_hides_no_other(tmp_path: Path) -> None:
+    rows = [{"messages": None, "prompt": f"q{n}", "response": "a"} for n in range(4)]
+    client = one_client(write(tmp_path / "a.jsonl", rows))
+    assert len(client.train) + len(client.held_out) == 4
+
+
 def test_a_client_for_every_value_needs_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{**row, "client": f"ward {index % 3}"} for index, row in enumerate(texts(9))]
     load_shards(DataConfig(source=write(tmp_path / "a.jsonl", rows)), num_clients=3, seed=0)
