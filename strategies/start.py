@@ -58,8 +58,7 @@ def open_session(
         watch.notice(warning)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
-    watch.phase("joining", 0, config.federation.num_clients)
-    clients = join_clients(transport, config, layout, watch.notice)
+    clients = join_clients(transport, config, layout, watch.notice, watch.phase)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")

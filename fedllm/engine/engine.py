@@ -356,13 +356,19 @@ class Engine:
 
     @torch.inference_mode()
     def generate(
-        self, states: Sequence[AdapterState], prompts: Sequence[str], max_new_tokens: int
+        self,
+        states: Sequence[AdapterState],
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        *,
+        as_plain_text: bool = False,
     ) -> list[str]:
-        """Return the greedy answer of `states[i]` to `prompts[i]`."""
+        """Return the greedy answer of `states[i]` to `prompts[i]`; under `as_plain_text`, how it goes on."""
         found: list[str] = []
         for places in self._batches(len(prompts)):
             with self._whole_rows(self.layout, [states[place].vector for place in places]):
-                found += answers(self.base, [prompts[place] for place in places], max_new_tokens)
+                batch = [prompts[place] for place in places]
+                found += answers(self.base, batch, max_new_tokens, as_plain_text=as_plain_text)
         return found
 
     def _batches(self, number: int) -> list[range]:

@@ -15,11 +15,18 @@ from fedllm.models.chat import chat_text
 Choice = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 
 
-def answers(base: BaseModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Return what the model, with the adapters that are attached to it, answers to each prompt."""
+def answers(
+    base: BaseModel, prompts: Sequence[str], max_new_tokens: int, *, as_plain_text: bool = False
+) -> list[str]:
+    """Return what the model, with the adapters that are attached to it, answers to each prompt.
+
+    Under `as_plain_text` a prompt is no user's turn but the beginning of a text, which is continued.
+    """
     tokenizer = base.tokenizer
-    texts = [chat_text(tokenizer, [Turn("user", prompt)], prompt_answer=True) for prompt in prompts]
-    special = not tokenizer.chat_template
+    texts = list(prompts)
+    if not as_plain_text:
+        texts = [chat_text(tokenizer, [Turn("user", prompt)], prompt_answer=True) for prompt in prompts]
+    special = as_plain_text or not tokenizer.chat_template
     rows = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
     # Some tokenizers have no padding token; which one it is does not matter, since the mask hides it.
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -10,7 +10,7 @@ from fedllm.messages import JoinedClient
 from fedllm.wire.replies import read_error, read_joined
 from strategies.exchange.causes import by_cause, few, grouped, in_words, names
 from strategies.grid.transport import CRASHED, Reply, Transport
-from strategies.session import Session
+from strategies.session import SILENT, Session
 
 REJOIN_SECONDS = 2.0  # how long a round waits for nodes that have just appeared
 NO_ROWS = "no usable row; its log says how many were refused, or lost their answer to train.max-length"
@@ -18,7 +18,11 @@ AGAIN_SECONDS = 30.0  # after which a node is asked again whose error may have p
 
 
 def join_clients(
-    transport: Transport, config: RunConfig, layout: AdapterLayout, notice: Callable[[str], None]
+    transport: Transport,
+    config: RunConfig,
+    layout: AdapterLayout,
+    notice: Callable[[str], None],
+    phase: Callable[[str, int, int], None] = SILENT.phase,
 ) -> dict[str, JoinedClient]:
     """Wait until the expected clients have declared themselves; return the usable ones by id.
 
@@ -31,7 +35,7 @@ def join_clients(
     """
     federation = config.federation
     with few(notice) as notice:
-        declared = _wait_for_declared(transport, config, notice)
+        declared = _wait_for_declared(transport, config, notice, phase)
         for node in sorted(transport.joining.values()):
             notice(f"node {node} has not answered yet; its clients take part once it does")
         # By name, so that nothing depends on who declared itself first.
@@ -62,17 +66,23 @@ def join_clients(
 
 
 def _wait_for_declared(
-    transport: Transport, config: RunConfig, notice: Callable[[str], None]
+    transport: Transport,
+    config: RunConfig,
+    notice: Callable[[str], None],
+    phase: Callable[[str, int, int], None],
 ) -> dict[str, JoinedClient]:
     """Return the clients declared until all are there, no more can be, or the join deadline has passed."""
     number, ends = config.federation.num_clients, time.monotonic() + config.federation.join_deadline
     declared: dict[str, JoinedClient] = {}
+    phase("joining", 0, number)
     while len(declared) < number and time.monotonic() < ends:
         transport.ask_to_join()
         new = _take_declared(transport, notice)
         kept = [declared.setdefault(client.client_id, client) for client in new]
         _notice_twice([one.client_id for one, first in zip(new, kept, strict=True) if one != first], notice)
-        if not new:  # else more may be waiting already
+        if new:  # and more may be waiting already
+            phase("joining", len(declared), number)
+        else:
             if transport.have_all_answered(number, len(declared)):
                 break
             time.sleep(transport.poll_seconds)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm.adapters.layout import AdapterState, with_rank
+from fedllm.adapters.layout import AdapterState, initial_adapter, with_rank
 from fedllm.config.keys import LoraConfig
 from fedllm.engine.adapter_bank import NoisyRow, Segment, row_mask, segments
 from fedllm.engine.engine import Engine
@@ -273,3 +273,18 @@ def test_many_adapters_answer_in_one_batch(make_engine: Callable) -> None:
 
 def test_neighbouring_runs_of_a_row_are_one_segment() -> None:
     assert segments([3, 2, 4, 1], [0, 0, 1, 0]) == (Segment(0, 5, 0), Segment(5, 9, 1), Segment(9, 10, 0))
+
+
+def test_a_plain_text_is_continued_and_not_asked(make_engine: Callable) -> None:
+    engine = make_engine("llama", "float32")
+    seen: list[list[int]] = []
+    hook = engine.base.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, given: seen.append(given[0][0].tolist())
+    )
+    with hook:
+        for as_plain_text in (True, False):
+            engine.generate([initial_adapter(engine.layout, 0)], ["Sort the"], 1, as_plain_text=as_plain_text)
+    plain, asked = map(engine.base.tokenizer.decode, seen)
+    assert plain == "Sort the"
+    assert asked.startswith("<|user|>Sort the")
+    assert asked.endswith("<|assistant|>")

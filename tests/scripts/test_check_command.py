@@ -170,8 +170,12 @@ def test_a_tokenizer_that_panics_is_one_line_without_a_row(
     class Panic(BaseException):
         pass
 
-    def panic(self: object, text: str, **options: object) -> None:
-        raise Panic(text)
+    call = PreTrainedTokenizerFast.__call__
+
+    def panic(self: PreTrainedTokenizerFast, text: str, **options: Any) -> Any:
+        if "Return" in text:
+            raise Panic(text)
+        return call(self, text, **options)
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "Return the list.", "client": "anna"}\n' * 4)

@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
+from clients.client_app import app
 from fedllm.errors import RunFailedError
 from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import resolve
 from fedllm.wire.replies import write_error
-from scripts.runtimes.local import init
+from scripts.runtimes.local import init, local_grid
 from strategies.exchange import joining
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import join_clients, rejoin, wait_for_nodes
 from strategies.grid.transport import Transport
 from strategies.rounds import next_round
+from strategies.session import Watch
+from strategies.start import first_state, open_session
 from tests.builders import Clock
 
 OFFENDER, NODE = "ben", 3
@@ -417,3 +420,19 @@ def test_an_unsound_evaluation_is_noticed_and_left_out(
     assert losses == expected
     assert run.notices
     assert not any("xyzzy" in line or "\n" in line for line in run.notices)
+
+
+def test_every_phase_is_heard_with_its_numbers(make_config: Callable) -> None:
+    heard: list[tuple[str, int, int]] = []
+    config = make_config({"federation.num-rounds": 1})
+    watch = Watch(phase=lambda *phase: heard.append(phase))
+    session = open_session(resolve(config), local_grid(config, app, num_nodes=4), watch)
+    next_round(session, first_state(session))
+    assert [name for name, done, _ in heard if done == 0] == [
+        "joining",
+        "evaluating",
+        "training",
+        "evaluating",
+    ]
+    for name in ("joining", "evaluating"):
+        assert [(done, number) for each, done, number in heard if each == name][-1] == (4, 4)
