@@ -252,11 +252,9 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
         # Flower calls some failed simulations completed, so the run's own word counts as well.
         if ended != "finished:completed" or result.get("status") != "completed":
             kept = keep_logs(link, run_id, run_folder(config))
-            reason = str(result.get("reason", f"see {kept}"))
+            reason = str(result.get("reason", f"Flower ended the run as {ended}, see {kept}"))
             said = said_by_nodes(kept.read_text(errors="replace"), reason)
-            raise RunFailedError(
-                f"Flower ended the run as {ended}: {reason}" + "".join(f"; {x}" for x in said)
-            )
+            raise RunFailedError("; ".join([reason, *said]))
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -192,8 +192,8 @@ def test_a_plot_without_matplotlib_names_the_extra(
 def test_a_folder_without_an_adapter(copied: Callable, refused: Callable, tmp_path: Path) -> None:
     folder = copied("plain", PLAIN)
     shutil.rmtree(folder / "adapter")
-    assert "neither a finished run nor an adapter folder" in refused(str(folder))
-    assert "neither a finished run nor an adapter folder" in refused(str(tmp_path / "nowhere"))
+    assert "neither a run with a complete round nor an adapter folder" in refused(str(folder))
+    assert "neither a run with a complete round nor an adapter folder" in refused(str(tmp_path / "nowhere"))
 
 
 def test_an_adapter_without_its_run(copied: Callable, refused: Callable, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_damaged_configuration(copied: Callable, refused: Callable) -> None:
     folder = copied("plain", PLAIN)
     for damage in (b"seed = ", b"\xff"):
         (folder / "config.toml").write_bytes(damage)
-        assert "not a run folder (recipe" in refused(str(folder))
+        assert "or a damaged one (" in refused(str(folder))
 
 
 def test_a_damaged_claim_is_not_taken_for_none(copied: Callable, refused: Callable) -> None:

@@ -70,8 +70,8 @@ def test_a_failed_simulation_is_one_line(tiny_run, fedllm, tmp_path):
     done = fedllm("run", *words, "--out", str(tmp_path), "--runtime", "simulation", check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("fedllm: Flower ended the run as")
-    assert "round 1 failed" in line
+    assert line.startswith("fedllm: round 1 diverged")
+    assert "train.learning-rate" in line
 
 
 @pytest.mark.slow

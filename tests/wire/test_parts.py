@@ -127,7 +127,8 @@ def test_a_sum_comes_back_as_one_update_with_its_members(part: str) -> None:
     content = recorddict_from_proto(recorddict_to_proto(sum_reply(part)))  # as Flower carries it
     total, failure = read_sum(content, part)
     assert isinstance(total, ClientUpdate)
-    assert failure == ClientFailure(client_id="b", code="no-data", reason="client reports no-data")
+    reported = {"code": "no-data", "reason": "client reports no-data", "sent_nothing": True}
+    assert failure == ClientFailure(client_id="b", **reported)
     assert torch.equal(part_of(LAYOUT, total.delta, part), part_of(LAYOUT, MEAN, part))
     assert (total.weight, total.num_tokens, total.rank) == (4.0, 62, 4)
     assert [(m.client_id, m.weight, m.train_loss) for m in total.members] == [

@@ -83,7 +83,7 @@ def test_public_text_need_not_have_the_columns_of_private_text(tmp_path: Path) -
         (None, DataError, "no such file"),
         ("", NoDataError, "no row can be used"),
         ('{"text": "alone"}\n', DataError, "holds one document"),
-        ('{"text": 3}\n{"text": null}\n', NoDataError, "no row can be used"),
+        ('{"text": [3]}\n{"text": null}\n', NoDataError, "no row can be used"),
         ('{"other": "x"}\n{"other": "y"}\n', DataError, "no known text columns"),
     ],
 )
