@@ -2,12 +2,9 @@
 
 import hashlib
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from threading import RLock
+from functools import cached_property
 from typing import Any
 
 from clients.lost_rows import RowCounts, count_rows, describe, describe_left_out
@@ -18,9 +15,9 @@ from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.data.shards import Shards, load_one_client, load_shards
 from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.models.chat import Encoded, encode_or_cause
+from fedllm.models.panics import panics_refused
 
 _logger = logging.getLogger("fedllm.clients")
-_STDERR = RLock()  # of two threads that put it back in the wrong order, one would lose it for good
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,20 @@ def _report(bad: tuple[BadRow, ...]) -> None:
 def encode_client(
     rows: ClientRows, tokenizer: Any, max_length: int, num_embeddings: int | None = None
 ) -> ClientTokens:
-    """Return a client's rows as tokens, and counts of those that are left out, and why."""
+    """Return a client's rows as tokens, and counts of those that are left out, and why.
+
+    Raises:
+        DataError: the tokenizer breaks down on one of them; the message quotes nothing of it.
+    """
     examples = (*rows.train, *rows.held_out)
-    with _native_errors_dropped(), ExitStack() as stack:
-        stack.push(partial(_refuse_panic, rows.client_id))
+
+    def refusal(kind: str) -> DataError:
+        return DataError(
+            f"client {rows.client_id}: the tokenizer broke down ({kind}) on one of its rows; leave out"
+            " rows of unusual characters or length, or choose another model.name"
+        )
+
+    with panics_refused(refusal):
         encoded = [encode_or_cause(example, tokenizer, max_length, num_embeddings) for example in examples]
     train, held_out = (
         tuple(row for row in part if isinstance(row, Encoded))
@@ -101,33 +108,3 @@ def report_rows(counts: Mapping[str, RowCounts], max_length: int) -> None:
     if told := describe(sum(others.values(), RowCounts()), max_length):
         who = f"client {next(iter(others))}" if len(others) == 1 else f"{len(others)} clients"
         _logger.warning("%s: %s", who, told)
-
-
-@contextmanager
-def _native_errors_dropped() -> Iterator[None]:
-    """Drop what is written to this process's stderr within the block.
-
-    Rust code that panics, as a tokenizer may, prints its message there by itself, and the message quotes the
-    text.
-    """
-    with _STDERR, open(os.devnull, "wb") as nowhere:
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _refuse_panic(client_id: str, kind: type[BaseException] | None, *about: object) -> None:
-    """Raise one line in place of a panic, which quotes the text and is no `Exception`, as a block ends.
-
-    Raises:
-        DataError: the block ended with one.
-    """
-    if kind is not None and not issubclass(kind, Exception | KeyboardInterrupt | SystemExit):
-        raise DataError(
-            f"client {client_id}: the tokenizer broke down ({kind.__name__}) on one of its rows; leave out"
-            " rows of unusual characters or length, or choose another model.name"
-        ) from None

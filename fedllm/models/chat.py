@@ -166,8 +166,14 @@ def opens_answer(tokenizer: Any) -> bool:
 
 
 def form_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens of a conversation of empty turns: those that every conversation has."""
-    text = chat_text(tokenizer, [Turn("user", ""), Turn("assistant", "")])
+    """Return the tokens of a conversation of empty turns: those that every conversation has.
+
+    There are none where the model's chat template takes no empty turn.
+    """
+    try:
+        text = chat_text(tokenizer, [Turn("user", ""), Turn("assistant", "")])
+    except DataError:
+        return ()
     return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
 
 

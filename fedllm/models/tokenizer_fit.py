@@ -11,6 +11,7 @@ import torch
 from fedllm.errors import ModelError
 from fedllm.models.chat import form_tokens
 from fedllm.models.files import ModelFiles, first_line
+from fedllm.models.panics import panics_refused
 from fedllm.site_policy import load_policy
 
 _OFFSET = 8  # some tables have a few positions more than there is room for, as OPT's
@@ -31,12 +32,12 @@ def check_tokenizer_fits(files: ModelFiles, tokenizer: Any, max_length: int) -> 
     Special tokens that no template writes may lack an embedding: Gemma 3's text models have one for images.
 
     Raises:
-        ModelError: the tokenizer writes tokens that the model has no embedding for, or the model has no
-            position for some of `max_length` tokens.
+        ModelError: the tokenizer breaks down, it writes tokens that the model has no embedding for, or the
+            model has no position for some of `max_length` tokens.
     """
     known = num_embeddings(files)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    written = {*form_tokens(tokenizer), tokenizer.eos_token_id or 0}
+    written = {*_written_tokens(files, tokenizer), tokenizer.eos_token_id or 0}
     highest = max(written | (set(tokenizer.get_vocab().values()) - special))
     if known is not None and highest >= known:
         raise ModelError(
@@ -51,6 +52,19 @@ def check_tokenizer_fits(files: ModelFiles, tokenizer: Any, max_length: int) -> 
     if _has_position_table(config, positions, files.public_name in load_policy().trust_remote_code):
         raise ModelError(f"{told} and can read no longer row; set it to {positions} at most")
     return f"{told} by its configuration: longer rows are beyond what it was made for"
+
+
+def _written_tokens(files: ModelFiles, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that every conversation has."""
+
+    def refusal(kind: str) -> ModelError:
+        return ModelError(
+            f"{files.public_name}: its tokenizer breaks down ({kind}) even on a conversation without words;"
+            " take the model's files anew, or choose another model.name"
+        )
+
+    with panics_refused(refusal):
+        return form_tokens(tokenizer)
 
 
 def _has_position_table(config: Any, positions: int, trusted: bool) -> bool:

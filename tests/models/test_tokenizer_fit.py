@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import (
     GPTJConfig,
     LlamaConfig,
     OPTConfig,
+    PreTrainedTokenizerFast,
 )
 
 from fedllm.errors import ModelError
@@ -52,6 +54,30 @@ def test_a_special_token_of_the_template_needs_an_embedding(files: ModelFiles, t
     tokenizer.chat_template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
     with pytest.raises(ModelError, match="embedding"):
         check_tokenizer_fits(files, tokenizer, 64)
+
+
+def test_a_template_may_refuse_turns_without_words(files: ModelFiles, tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    assert check_tokenizer_fits(files, tokenizer, 64) == ""
+
+
+def test_a_tokenizer_that_panics_on_anything_is_named(
+    files: ModelFiles, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panic(*arguments: Any, **options: Any) -> Any:
+        os.write(2, b"thread panicked\n")
+        raise Panic
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", panic)
+    with pytest.raises(ModelError, match=r"tiny: its tokenizer breaks down \(Panic\)"):
+        check_tokenizer_fits(files, tokenizer, 64)
+    assert capfd.readouterr().err == ""
 
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
