@@ -27,6 +27,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     def run(*words: str, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["fedllm", "audit", *words])
         monkeypatch.setenv("COLUMNS", "180")
+        capsys.readouterr()  # what making the run has printed
         with pytest.raises(SystemExit) as ended:
             cli.main()
         captured = capsys.readouterr()
