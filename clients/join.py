@@ -1,12 +1,22 @@
 """What a node answers when it is asked to join: the clients it hosts and their sizes."""
 
+import logging
+
 from clients.data_holder import DataHolder
+from clients.lost_rows import describe_left_out
 from fedllm.errors import RowsLostError
 from fedllm.messages import JoinedClient
 
+_logger = logging.getLogger("fedllm.clients")
+
 
 def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
-    """Return what this node's clients declare: sizes and base model, no text."""
+    """Return what this node's clients declare: sizes and base model, no text.
+
+    Which of them are left out, as they lose too many rows, is logged here, where a run begins.
+    """
+    if told := describe_left_out(holder.counts, holder.plan.config.train.max_length):
+        _logger.warning("%s", told)
     # The server holds later updates to these sizes, and compares base models by their fingerprint.
     return [
         JoinedClient(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from clients.lost_rows import RowCounts, count_rows, describe, describe_left_out
+from clients.lost_rows import RowCounts, count_rows, describe
 from clients.site import NodeConfig
 from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import BadRow, ClientRows, count_reasons
@@ -101,9 +101,7 @@ def encode_client(
 
 
 def report_rows(counts: Mapping[str, RowCounts], max_length: int) -> None:
-    """Log on this machine what became of its clients' rows: which lose too many, and what of the others."""
-    if told := describe_left_out(counts, max_length):
-        _logger.warning("%s", told)
+    """Log on this machine what became of the rows of its clients that take part."""
     others = {name: count for name, count in counts.items() if not count.are_too_many_lost}
     if told := describe(sum(others.values(), RowCounts()), max_length):
         who = f"client {next(iter(others))}" if len(others) == 1 else f"{len(others)} clients"

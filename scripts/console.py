@@ -55,6 +55,8 @@ class Console:
             self.rich.print(loss_table({name: part["clients"] for name, part in columns.items()}))
         answers = result.get("answers", {"prompts": (), "before": (), "after": ()})
         self.answers(answers["prompts"], answers["before"], answers["after"])
+        if "rows_lost" in result:
+            self.paragraph(f"rows: {result['rows_lost']}", indent=0)
         if "stopped" in result:
             self.paragraph(f"stopped after round {result['rounds']}: {result['stopped']}", indent=0)
         self.line(f"\nadapter: {shown}/adapter\ncard:    {shown}/adapter/README.md (results, how to load it)")

@@ -129,4 +129,4 @@ def _splits_of(path: Path) -> set[str]:
         path.parent.name.lower(),
     }  # "train_sft-00000-of-00001"
     found = {_SPLITS[word] for word in ends if word in _SPLITS}
-    return found | {name} if shard and found else found
+    return found | {name} if shard and found and words else found

@@ -28,6 +28,7 @@ _JSON_TYPES = {list: "a list", str: "a text", bool: "true or false", int: "a num
 _OTHER_LISTS = ("train", "rows", "test", "examples", "items", "records")  # known names, so not private
 _BETWEEN_VALUES = re.compile(r"[\s,]*")
 _DELIMITERS = ",;\t|"
+_TRIED = 50  # records of a CSV file whose header leaves open what parts the cells
 _QUOTED = re.compile(r'"[^"]*"')
 _EXCEL_LINE = re.compile(r"sep=(.)", re.IGNORECASE)  # a first line that tells Excel the delimiter
 _REPEATED = object()  # in place of a JSON object that names a key twice
@@ -298,7 +299,11 @@ def _paragraph(run: list[tuple[int, bytes]]) -> Item:
 
 
 def _delimiter(path: str) -> str:
-    """Return what parts the cells of a CSV file: what its header has most of outside quotes, else a comma."""
+    """Return what parts the cells of a CSV file.
+
+    Of what its header has outside quotes it is that by which most of the first records have as many cells as
+    the header, so that a comma's file may have bars within its names; else what the header has most of.
+    """
     first = next((line for _, line in _numbered_lines(path) if line.strip()), b"")
     text = first.decode("utf-8", "surrogateescape").strip("\r\n")
     if named := _EXCEL_LINE.fullmatch(text):
@@ -306,7 +311,22 @@ def _delimiter(path: str) -> str:
     bare = _QUOTED.sub("", text)
     if path.lower().endswith(".tsv") and "\t" in bare:
         return "\t"
-    return max(_DELIMITERS, key=bare.count)  # of equals the first
+    present = [character for character in _DELIMITERS if character in bare] or [","]
+    if len(present) == 1:
+        return present[0]
+    return max(present, key=lambda character: (_num_fitting(path, character), bare.count(character)))
+
+
+def _num_fitting(path: str, delimiter: str) -> int:
+    """Return how many of a file's first records have as many cells as its header."""
+    lines = (line.decode("utf-8", "surrogateescape") for _, line in _numbered_lines(path) if line.strip())
+    try:
+        records = list(
+            itertools.islice(csv.reader(lines, delimiter=delimiter, skipinitialspace=True), _TRIED)
+        )
+    except csv.Error:
+        return 0
+    return sum(len(record) == len(records[0]) for record in records[1:])
 
 
 def _header(path: str, records: Any) -> list[str]:

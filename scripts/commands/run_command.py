@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.client_app import app
+from clients.lost_rows import RowCounts, describe
 from clients.process import PROCESS
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import initial_adapter
@@ -19,12 +20,13 @@ from fedllm.errors import ConfigError, FedLLMError
 from fedllm.models.files import needs_conversion
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import newest_round
-from fedllm.runs.folder import CHECKPOINTS, RESULT, STARTER, open_run_folder, run_folder
+from fedllm.runs.folder import CHECKPOINTS, RESULT, STARTER, open_run_folder, run_folder, write_result
 from scripts.command_line import StoppedError, again
 from scripts.console import Console
-from scripts.finished_run import PARTITION
+from scripts.finished_run import PARTITION, own_rows
 from scripts.recipe_arguments import config_of
 from scripts.run_view import RunView
+from scripts.runtimes.local import node_config_of
 from strategies.publish import keep_answers
 
 RUNTIMES = ("local", "simulation", "deployment")
@@ -70,7 +72,9 @@ def run(
     answers = compare_answers(config, folder / "adapter")
     if answers.prompts:
         keep_answers(folder, vars(answers))
-    result = json.loads((folder / RESULT).read_text())
+    result = json.loads((folder / RESULT).read_text()) | rows_lost(config, runtime)
+    if resolve(config).privacy is None:  # else these counts, which have no noise, stay on the screen
+        write_result(folder, result)
     if as_json:
         print(json.dumps({"answers": vars(answers), **result}))
     else:
@@ -102,6 +106,22 @@ def run_in(runtime: str, config: RunConfig, view: RunView) -> None:
         from scripts.runtimes.flower import run_with_flower
 
         run_with_flower(config, view, is_simulation=runtime == "simulation")
+
+
+def rows_lost(config: RunConfig, runtime: str) -> dict[str, str]:
+    """Return in a line, under "rows_lost", how many rows were of no use and why, where they are all here."""
+    if runtime == "deployment":
+        return {}
+    try:
+        with _logs_to(lambda _: None):  # the clients have said it already
+            holder = PROCESS.open(own_rows(config).to_flat(), node_config_of(config))
+        num_bad = len(PROCESS.read_source(config).bad)
+    except FedLLMError:  # a run that is complete is resumed without its rows
+        return {}
+    bad = [f"{num_bad} bad rows skipped"] if num_bad else []
+    others = describe(sum(holder.counts.values(), RowCounts()), config.train.max_length)
+    told = "; ".join([*bad, *([others] if others else [])])
+    return {"rows_lost": told} if told else {}
 
 
 def keep_partition(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.data.formats import read_csv
 from fedllm.data.rows import Rows, read_rows
 from tests.data.builders import SECRET, line, write
 
@@ -333,3 +334,19 @@ def test_a_damaged_parquet_file_is_refused(assert_refused: Callable[..., None], 
 def test_an_empty_file_has_no_rows(tmp_path: Path, suffix: str) -> None:
     source = write(tmp_path / f"a{suffix}", "")
     assert read_rows(source) == Rows((), (), (source,), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("prompt,response,a|b|c|d\nWhy?,So.,x\n", {"prompt": "Why?", "response": "So.", "a|b|c|d": "x"}),
+        ("prompt,response,a;b;c;d\nWhy?,So.,\n", {"prompt": "Why?", "response": "So.", "a;b;c;d": ""}),
+        ("prompt;cost, net, gross, all\n1,5;2,5\n", {"prompt": "1,5", "cost, net, gross, all": "2,5"}),
+    ],
+)
+def test_records_tell_what_parts_cells_if_the_header_does_not(
+    text: str, row: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(text)
+    assert list(read_csv(str(file))) == [(2, row)]

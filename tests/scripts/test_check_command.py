@@ -184,3 +184,14 @@ def test_a_tokenizer_that_panics_is_one_line_without_a_row(
     with pytest.raises(DataError, match=r"client anna: the tokenizer broke down \(Panic\)") as caught:
         check(words, on_bad_row="", as_json=False)
     assert "Return" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_rows_that_are_lost_are_told_of_once(
+    make_model_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "word " * 90, "response": "So.", "client": "anna"}) + "\n")
+    words = [f"model.name={make_model_folder()}", f"data.source={rows}", "federation.num-clients=1"]
+    with pytest.raises(RowsLostError, match="client anna: 1 of 1 rows are skipped"):
+        check([*words, "train.max-length=16"], on_bad_row="", as_json=False)
+    assert "skipped" not in caplog.text

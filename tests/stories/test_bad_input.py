@@ -141,6 +141,7 @@ def test_client_without_data_is_left_out(tiny_run, tmp_path, fedllm):
     done = fedllm("run", *tiny_run, *words, "--out", str(tmp_path))
     assert "client c has no data" in done.stdout
     assert "3 rows lose their whole answer" in done.stdout
+    assert "\nrows: 3 of 15 rows are skipped" in done.stdout
 
 
 def test_bad_rows_are_skipped_and_counted(tiny_run, tmp_path, fedllm):
@@ -150,6 +151,8 @@ def test_bad_rows_are_skipped_and_counted(tiny_run, tmp_path, fedllm):
     done = fedllm("run", *tiny_run, *words, "--out", str(tmp_path))
     assert "2 bad rows skipped: 1 x" in done.stdout
     assert "line 9" in done.stdout
+    assert "\nrows: 2 bad rows skipped" in done.stdout
+    assert json.loads((tmp_path / "skip" / "result.json").read_text())["rows_lost"] == "2 bad rows skipped"
 
 
 def test_not_an_adapter(fail, tmp_path):
