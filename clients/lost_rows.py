@@ -22,7 +22,9 @@ from fedllm.models.chat import (
 
 _NAMED = 8  # clients that have a line of their own
 _WHOLE = 0.95  # share of the rows for which a longer limit is worked out
+_BAD = "bad"
 _LOST = {
+    _BAD: "are bad",
     CUT: "lose their whole answer at train.max-length = {limit}",
     REFUSED: "are refused by the model's chat template (some want user and assistant in turn)",
     NO_ANSWER: "have no answer left in the model's chat template",
@@ -62,12 +64,15 @@ class RowCounts:
         return RowCounts(self.number + other.number, self.kinds + other.kinds, self.lengths + other.lengths)
 
 
-def count_rows(examples: Sequence[Example], rows: Sequence[Encoded | NoRow], tokenizer: Any) -> RowCounts:
-    """Return what became of `examples`, which were encoded as `rows`."""
+def count_rows(
+    examples: Sequence[Example], rows: Sequence[Encoded | NoRow], tokenizer: Any, num_bad: int = 0
+) -> RowCounts:
+    """Return what became of `examples`, which were encoded as `rows`, and of bad rows besides."""
     kept = [example for example, row in zip(examples, rows, strict=True) if isinstance(row, Encoded)]
     num_systems = sum(any(turn.role == "system" for turn in example.turns) for example in kept)
     num_chats = sum(bool(example.turns) for example in kept)
     kinds = Counter(row.cause for row in rows if isinstance(row, NoRow))
+    kinds[_BAD] = num_bad
     kinds["truncated"] = sum(row.num_cut > 0 for row in rows if isinstance(row, Encoded))
     if num_systems:
         fate = fate_of_system(tokenizer)
@@ -76,11 +81,16 @@ def count_rows(examples: Sequence[Example], rows: Sequence[Encoded | NoRow], tok
     if num_chats and opens_answer(tokenizer):
         kinds["thought"] = num_chats
     whole = (len(row.tokens) + row.num_cut if isinstance(row, Encoded) else row.length for row in rows)
-    return RowCounts(len(rows), +kinds, tuple(length for length in whole if length))
+    return RowCounts(len(rows) + num_bad, +kinds, tuple(length for length in whole if length))
 
 
 def describe(counts: RowCounts, limit: int) -> str:
-    """Return in words what became of rows at a limit of `limit` tokens, "" where all is well."""
+    """Return in words what became of rows at a limit of `limit` tokens, "" where all is well.
+
+    Bad rows alone have been told of with their reasons where they were read.
+    """
+    if not counts.kinds.keys() - {_BAD}:
+        return ""
     told = [
         f"{counts.kinds[kind]} rows {words}" for kind, words in (_LOST | _NOTES).items() if counts.kinds[kind]
     ]

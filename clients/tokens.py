@@ -97,7 +97,8 @@ def encode_client(
         tuple(row for row in part if isinstance(row, Encoded))
         for part in (encoded[: len(rows.train)], encoded[len(rows.train) :])
     )
-    return ClientTokens(rows.client_id, train, held_out, count_rows(examples, encoded, tokenizer))
+    counts = count_rows(examples, encoded, tokenizer, rows.num_bad)
+    return ClientTokens(rows.client_id, train, held_out, counts)
 
 
 def report_rows(counts: Mapping[str, RowCounts], max_length: int) -> None:

@@ -81,6 +81,7 @@ class ClientRows:
     client_id: str
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
+    num_bad: int = 0  # in a file of its own; of a dealt source nobody knows whose they are
 
 
 @dataclass(frozen=True)

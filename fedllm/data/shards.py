@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,10 @@ def load_one_client(path: str | Path, data: DataConfig, *, client_id: str, seed:
     """
     rows = read_local_rows(str(path), split=data.split, on_bad_row=data.on_bad_row)
     usable = _usable(str(path), rows, data, "")
-    return ClientShard(_client_rows(usable.examples, data, client_id, seed), usable.bad)
+    client, number = _client_rows(usable.examples, data, client_id, seed), len(usable.examples)
+    if number_or(data.max_rows, number) >= number:  # else they stand next to a few of the others
+        client = replace(client, num_bad=len(usable.bad))
+    return ClientShard(client, usable.bad)
 
 
 def draw_rows(num_rows: int, *, seed: int, client_id: str, start: int, count: int) -> tuple[int, ...]:

@@ -172,6 +172,22 @@ def test_a_client_that_loses_too_many_rows_declares_why(
     assert (client.cause, few.counts[client.client_id].num_lost) == ("", 2)  # 2 of 14
 
 
+def test_bad_rows_and_cut_rows_of_an_own_file_count_together(
+    make_config: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [json.dumps({"prompt": f"q{number}", "response": "an answer"}) for number in range(10)]
+    long = json.dumps({"prompt": "word " * 300, "response": "an answer"})
+    file, causes = tmp_path / "rows.jsonl", {}
+    for bad, cut in ((2, 0), (0, 2), (2, 2)):  # of 12, 12 and 14
+        file.write_text(
+            "\n".join([*good, *["{"] * bad, *[long.replace("word", f"word{n}") for n in range(cut)]])
+        )
+        holder = holder_of(make_config(file), **SERVED, **{"data-path": str(file)})
+        causes[bad, cut] = declare_clients(holder, 1)[0].cause
+    assert causes == {(2, 0): "", (0, 2): "", (2, 2): "rows-lost"}
+    assert "4 of 14 rows are skipped: 2 rows are bad; 2 rows lose their whole answer" in caplog.text
+
+
 def test_tokenizer_without_embeddings_is_refused_on_opening(
     write_rows: Callable, make_config: Callable, tmp_path: Path
 ) -> None:
