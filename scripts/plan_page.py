@@ -13,7 +13,8 @@ from fedllm.config.key import Scalar
 from fedllm.models.base import choose_model, open_skeleton
 from fedllm.plan.capabilities import assigned
 from fedllm.plan.run_plan import RunPlan
-from fedllm.runs.folder import run_folder
+from fedllm.runs.checkpoint import newest_round
+from fedllm.runs.folder import CHECKPOINTS, run_folder
 from fedllm.runs.privacy_statement import summary_line
 from scripts.console import MOST_CLIENTS, in_time, shown_path
 from scripts.recipe_arguments import Request
@@ -71,7 +72,7 @@ def what_it_means(
         lines.append(f"Distillation at the server, {figures['distillation']}.")
     taken = (
         " It holds an earlier run: add --resume, or another run.name."
-        if (folder / "checkpoints").exists()
+        if newest_round(folder / CHECKPOINTS) and not config.run.resume
         else ""
     )
     return [*lines, f"Results: {shown_path(folder)} (adapter/ with its card, result.json).{taken}"]

@@ -58,9 +58,10 @@ def open_run_folder(config: RunConfig, lock: str = WRITER) -> Iterator[Path]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             is_free = stack.enter_context(locked(folder / lock))
-            if lock != WRITER:
-                with locked(folder / WRITER) as is_quiet:
-                    is_free = is_free and is_quiet
+            # Not where it is refused anyway: the process that the lock's holder starts may open it just then.
+            if is_free and lock != WRITER:
+                with locked(folder / WRITER) as is_free:
+                    pass
         except OSError as error:
             raise ConfigError(f"cannot write {folder}: {error.strerror}; set run.output") from None
         if not is_free:

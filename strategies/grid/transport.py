@@ -70,14 +70,14 @@ class Transport:
         """Return whether no connected node will answer otherwise to the request to join, and none is missing.
 
         A simulation's nodes are all there from the start. Elsewhere a node is expected for every client
-        that is not declared yet, unless it has refused.
+        that is not declared yet, unless it has refused; one that then went away may come back mended.
         """
         nodes = list(self.grid.get_node_ids())
         if not nodes or self.joining or any(self.asked.get(node) != math.inf for node in nodes):
             return False
         if self.grid.run.primary_task_type == TaskType.SIMULATION:
             return True
-        return num_declared + len(self.refused) >= num_expected
+        return num_declared + sum(node in self.refused for node in nodes) >= num_expected
 
     def words_of(self, node: int) -> str:
         """Return what a node of this very process said of its last error, "" for nodes elsewhere."""

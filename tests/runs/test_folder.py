@@ -120,6 +120,16 @@ def test_a_starter_and_its_writer_hold_one_folder_together(tmp_path: Path) -> No
                 enter(config, lock)
 
 
+def test_a_refused_starter_leaves_the_writers_lock_alone(tmp_path: Path) -> None:
+    """The process that the first starter is about to start takes that lock: nobody may hold it meanwhile."""
+    config = config_in(tmp_path)
+    with open_run_folder(config, STARTER) as folder:
+        (folder / WRITER).unlink()
+        with pytest.raises(ConfigError, match="another process"):
+            enter(config, STARTER)
+        assert not (folder / WRITER).exists()
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("a file")
     with pytest.raises(ConfigError, match=r"cannot write .*; set run\.output") as caught:

@@ -127,8 +127,12 @@ def test_the_page_names_the_privacy_of_a_private_run(page: Callable[..., str]) -
 
 
 def test_an_earlier_run_in_the_folder_is_named(page: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "runs" / "run" / "checkpoints").mkdir(parents=True)
+    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    assert "holds an earlier run" not in page(), "no round is complete: the run simply starts"
+    (checkpoints / "round-00001").mkdir()
     assert "holds an earlier run" in page()
+    assert "holds an earlier run" not in page(**{"run.resume": True})
 
 
 @pytest.mark.parametrize(

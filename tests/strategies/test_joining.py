@@ -1,5 +1,6 @@
 """What a data holder may declare, and what becomes of one that declares nonsense."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -329,6 +330,17 @@ def test_elsewhere_a_wait_ends_when_as_many_as_expected_refused(
         join_clients(Transport(run.grid), config, run.session.layout, lambda line: said.append(clock.now))
     assert said[0] - began < 1
     assert clock.now - began == pytest.approx(600 if waits else 0, abs=1)
+
+
+def test_a_node_that_refused_and_was_restarted_counts_once(make_config: Callable, open_run: Callable) -> None:
+    """Its new id and its old one do not stand for two nodes: another may still connect."""
+    run = open_run(make_config())
+    for node in (3, 4, 5):
+        del run.grid.contexts[node]
+    run.grid.set_run(replace(run.grid.run, primary_task_type=""))
+    transport = Transport(run.grid, asked={2: math.inf}, refused={9: "bad-model", 2: "bad-model"})
+    assert not transport.have_all_answered(2, 0)
+    assert transport.have_all_answered(1, 0)
 
 
 def test_those_that_joined_go_on_when_all_others_have_refused(
