@@ -122,11 +122,14 @@ def _splits_of(path: Path) -> set[str]:
     """Return the names of the splits that a file belongs to by its name and by the folders of its path."""
     shard = _SHARD.fullmatch(path.stem)
     name = shard[1] if shard else path.stem
-    words = [word for word in re.split("[^a-z]+", name.lower()) if word not in _OTHER_WORDS]
-    ends = {
-        *words[-1:],
-        *(words[:1] if shard else ()),
-        path.parent.name.lower(),
-    }  # "train_sft-00000-of-00001"
+    if shard and not _words(name):  # "train_sft/data-00000-of-00001.arrow", as `save_to_disk` writes
+        name = path.parent.name
+    words = _words(name)
+    # "train_sft-00000-of-00001" begins with its split, "my-test" ends with it
+    ends = {*words[-1:], *(words[:1] if shard else ()), path.parent.name.lower()}
     found = {_SPLITS[word] for word in ends if word in _SPLITS}
     return found | {name} if shard and found and words else found
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split("[^a-z]+", name.lower()) if word not in _OTHER_WORDS]
