@@ -152,3 +152,12 @@ def test_a_saved_split_may_have_a_longer_name(split: str, folder: str, tmp_path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "data-00000-of-00001.arrow").touch()
     assert find_files(str(tmp_path), split) == (str(tmp_path / folder / "data-00000-of-00001.arrow"),)
+
+
+@pytest.mark.parametrize("form", ["{}-00000-of-00001.parquet", "{}/data-00000-of-00001.arrow"])
+def test_a_shard_next_to_the_split_is_another_split(form: str, tmp_path: Path) -> None:
+    for name in ("train", "unsupervised"):
+        (tmp_path / form.format(name)).parent.mkdir(exist_ok=True)
+        (tmp_path / form.format(name)).touch()
+    for name in ("train", "unsupervised"):
+        assert find_files(str(tmp_path), name) == (str(tmp_path / form.format(name)),)
