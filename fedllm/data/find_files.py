@@ -76,6 +76,8 @@ def _chosen(part: str, entries: list[str], split: str, root: str) -> list[str]:
     rows = [file for file, why in files.items() if not why]
     splits = {file: _splits_of(Path(os.path.relpath(file, root))) for file in rows}
     wanted = {_SPLITS.get(name, name) for name in re.sub(r"\[.*?\]", "", split).split("+")}
+    if any(named & wanted for named in splits.values()):  # then shards of any other name are a split too
+        splits |= {file: _shard_name(file) for file, named in splits.items() if not named}
     kept = [file for file in rows if not splits[file] or splits[file] & wanted]
     if not kept and not is_folder:
         kept = rows  # a glob that itself names another split
@@ -120,13 +122,22 @@ def _files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
 
 def _splits_of(path: Path) -> set[str]:
     """Return the names of the splits that a file belongs to by its name and by the folders of its path."""
-    shard = _SHARD.fullmatch(path.stem)
-    name = shard[1] if shard else path.stem
-    words = [word for word in re.split("[^a-z]+", name.lower()) if word not in _OTHER_WORDS]
-    ends = {
-        *words[-1:],
-        *(words[:1] if shard else ()),
-        path.parent.name.lower(),
-    }  # "train_sft-00000-of-00001"
+    shard = _shard_name(path)
+    name = next(iter(shard), path.stem)
+    words = _words(name)
+    # "train_sft-00000-of-00001" begins with its split, "my-test" ends with it
+    ends = {*words[-1:], *(words[:1] if shard else ()), path.parent.name.lower()}
     found = {_SPLITS[word] for word in ends if word in _SPLITS}
-    return found | {name} if shard and found and words else found
+    return found | shard if found and words else found
+
+
+def _shard_name(path: str | Path) -> set[str]:
+    """Return what a shard of a data set is named, such as `unsupervised`; nothing for other files."""
+    shard = _SHARD.fullmatch(Path(path).stem)
+    if shard and not _words(shard[1]):  # "train_sft/data-00000-of-00001.arrow", as `save_to_disk` writes
+        return {Path(path).parent.name}
+    return {shard[1]} if shard else set()
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split("[^a-z]+", name.lower()) if word not in _OTHER_WORDS]

@@ -144,3 +144,20 @@ def test_a_compressed_file_that_is_absent_is_no_hub_data_set() -> None:
 def test_a_file_in_two_parts_of_a_list_is_read_once(tmp_path: Path) -> None:
     folder = place(tmp_path, "a.jsonl", "b.jsonl")
     assert find_files(f"{folder}/b.jsonl,{folder}") == (f"{folder}/b.jsonl", f"{folder}/a.jsonl")
+
+
+@pytest.mark.parametrize(("split", "folder"), [("train", "train_sft"), ("test_sft", "test_sft")])
+def test_a_saved_split_may_have_a_longer_name(split: str, folder: str, tmp_path: Path) -> None:
+    for name in ("train_sft", "test_sft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data-00000-of-00001.arrow").touch()
+    assert find_files(str(tmp_path), split) == (str(tmp_path / folder / "data-00000-of-00001.arrow"),)
+
+
+@pytest.mark.parametrize("form", ["{}-00000-of-00001.parquet", "{}/data-00000-of-00001.arrow"])
+def test_a_shard_next_to_the_split_is_another_split(form: str, tmp_path: Path) -> None:
+    for name in ("train", "unsupervised"):
+        (tmp_path / form.format(name)).parent.mkdir(exist_ok=True)
+        (tmp_path / form.format(name)).touch()
+    for name in ("train", "unsupervised"):
+        assert find_files(str(tmp_path), name) == (str(tmp_path / form.format(name)),)
