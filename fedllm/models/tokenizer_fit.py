@@ -12,7 +12,6 @@ from fedllm.errors import ModelError
 from fedllm.models.chat import form_tokens
 from fedllm.models.files import ModelFiles, first_line
 from fedllm.models.panics import panics_refused
-from fedllm.site_policy import load_policy
 
 _OFFSET = 8  # some tables have a few positions more than there is room for, as OPT's
 
@@ -49,7 +48,7 @@ def check_tokenizer_fits(files: ModelFiles, tokenizer: Any, max_length: int) -> 
     if not isinstance(positions, int) or not 0 < positions < max_length:
         return ""
     told = f"train.max-length = {max_length}, but {files.public_name} has {positions} positions"
-    if _has_position_table(config, positions, files.public_name in load_policy().trust_remote_code):
+    if _has_position_table(config, positions, files.runs_own_code):
         raise ModelError(f"{told} and can read no longer row; set it to {positions} at most")
     return f"{told} by its configuration: longer rows are beyond what it was made for"
 
@@ -84,8 +83,7 @@ def _has_position_table(config: Any, positions: int, trusted: bool) -> bool:
 def _read_config(files: ModelFiles) -> Any:
     from transformers import AutoConfig
 
-    trusted = files.public_name in load_policy().trust_remote_code
     try:
-        return AutoConfig.from_pretrained(files.folder, trust_remote_code=trusted)
+        return AutoConfig.from_pretrained(files.folder, trust_remote_code=files.runs_own_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read {files.public_name}: {first_line(error)}") from None

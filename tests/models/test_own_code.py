@@ -11,6 +11,7 @@ from fedllm.errors import ModelError
 from fedllm.models.base import load_tokenizer, open_skeleton
 from fedllm.models.files import resolve_model
 from fedllm.models.folders import code_digest, may_run_code
+from fedllm.models.tokenizer_fit import check_tokenizer_fits, num_embeddings
 
 CODE = """
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_a_name_a_folder_gives_itself_runs_no_code(
         open_skeleton(resolve_model(str(folder)))
     assert "\n" not in str(caught.value)
     assert not marker.exists()
+
+
+def test_measuring_a_model_asks_for_the_digest_too(
+    folder: Path, marker: Path, trust: Callable
+) -> None:
+    trust("org/trusted")
+    with pytest.raises(ModelError, match="cannot read org/trusted"):
+        num_embeddings(resolve_model(str(folder)))
+    assert not marker.exists()
+    trust(f"sha256:{code_digest(folder)}")
+    files = resolve_model(str(folder))
+    assert check_tokenizer_fits(files, load_tokenizer(files), 10**6)  # beyond the positions that it declares
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("form", ["{}", "org/trusted@{}", "any words@{}"])
