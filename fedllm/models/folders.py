@@ -67,7 +67,7 @@ def may_run_code(folder: Path, hub_id: str = "") -> bool:
     `hub_id` where the policy names that id alone. What a folder says of itself counts for nothing.
     """
     digest, named = code_digest(folder), load_policy().trust_remote_code
-    if not digest or _names_code_elsewhere(folder):
+    if not digest or _has_code_elsewhere(folder):
         return False
     pinned = {entry.rpartition("sha256:")[2].lower() for entry in named if "sha256:" in entry}
     return digest in pinned or (bool(hub_id) and hub_id in named)
@@ -110,6 +110,13 @@ def _configurations(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def _names_code_elsewhere(folder: Path) -> bool:
-    """Return whether a configuration names code of another repository ("org/name--file.Class")."""
-    return any("--" in json.dumps(read_json(path).get("auto_map")) for path in _configurations(folder))
+def _has_code_elsewhere(folder: Path) -> bool:
+    """Return whether code may come from where no digest reaches: another repository, or outside the folder.
+
+    A configuration names the one as "org/name--file.Class", the other by an absolute path or through a link
+    to a folder. Links to files are followed by the digest; the hub's cache is made of them.
+    """
+    named = [json.dumps(read_json(path).get("auto_map")) for path in _configurations(folder)]
+    if any("--" in names or '"/' in names for names in named):
+        return True
+    return any(path.is_symlink() and path.is_dir() for path in folder.rglob("*"))

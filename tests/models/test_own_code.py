@@ -68,9 +68,7 @@ def test_a_name_a_folder_gives_itself_runs_no_code(
     assert not marker.exists()
 
 
-def test_measuring_a_model_asks_for_the_digest_too(
-    folder: Path, marker: Path, trust: Callable
-) -> None:
+def test_measuring_a_model_asks_for_the_digest_too(folder: Path, marker: Path, trust: Callable) -> None:
     trust("org/trusted")
     with pytest.raises(ModelError, match="cannot read org/trusted"):
         num_embeddings(resolve_model(str(folder)))
@@ -109,6 +107,30 @@ def test_code_of_another_repository_never_runs(folder: Path, edit_json: Callable
     edit_json(folder / "config.json", auto_map={"AutoConfig": "org/other--own.OwnConfig"})
     trust(f"sha256:{code_digest(folder)}", "org/other", "org/trusted")
     assert not may_run_code(folder, "org/trusted")
+
+
+@pytest.mark.parametrize("place", ["linked/own", "{outside}/own"])
+def test_code_outside_the_folder_never_runs(
+    place: str, folder: Path, edit_json: Callable, trust: Callable, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (folder / "own.py").rename(outside / "own.py")
+    if place.startswith("linked"):
+        (folder / "linked").symlink_to(outside)
+    edit_json(folder / "config.json", auto_map={"AutoConfig": f"{place.format(outside=outside)}.OwnConfig"})
+    trust(f"sha256:{code_digest(folder)}")
+    assert not may_run_code(folder)
+
+
+def test_links_to_files_are_followed_by_the_digest(folder: Path, trust: Callable, tmp_path: Path) -> None:
+    before = code_digest(folder)
+    (folder / "own.py").rename(tmp_path / "blob")
+    (folder / "own.py").symlink_to(tmp_path / "blob")
+    trust(f"sha256:{before}")
+    assert may_run_code(folder)
+    (tmp_path / "blob").write_text("# changed\n")
+    assert not may_run_code(folder)
 
 
 @pytest.mark.parametrize(
