@@ -94,7 +94,7 @@ def test_models_come_from_safetensors_or_gguf_only() -> None:
     assert ["use_safetensors=True" in call for call in calls].count(True) == 1
 
 
-def test_broad_excepts_stand_in_two_places() -> None:
+def test_broad_excepts_stand_in_three_places() -> None:
     broad = [
         file.relative_to(ROOT).as_posix()
         for file in FILES
@@ -102,5 +102,6 @@ def test_broad_excepts_stand_in_two_places() -> None:
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
     ]
-    # A node answers for whatever happens; the tokenizers library raises Exception itself for a damaged file.
-    assert sorted(broad) == ["clients/client_app.py", "fedllm/models/base.py"]
+    # A node answers for whatever happens; the tokenizers library raises Exception itself for a damaged file,
+    # and what is none where it panics.
+    assert sorted(broad) == ["clients/client_app.py", "fedllm/models/base.py", "fedllm/models/panics.py"]
