@@ -12,7 +12,7 @@ but never the same noise over another sum.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,8 +22,9 @@ from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.errors import BudgetSpentError
 from fedllm.messages import ClientUpdate
 from fedllm.plan.privacy import FEDERATION
+from fedllm.privacy.accounting import Charge
 from fedllm.privacy.keys import bits_digest, derived_key
-from fedllm.privacy.ledger import Entry, change_ledger
+from fedllm.privacy.ledger import Entry, Ledger, change_ledger
 from fedllm.privacy.noise import SecretStream, clipped, gaussian, is_within, next_clip
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import PrivacyRecord, RoundPlan, RoundRecord, TrainingRecord
@@ -177,23 +178,42 @@ class PrivateCollector:
         if not charges:
             return state
         received = {client: bits for client, bits in self.received.items() if client in charges}
+        unsampled = self._not_sampled(state.ledger, charges, received)
+        charges |= unsampled
         entry = Entry(self.plan.round_num, self.plan.attempt, name, charges, answers=received)
         ledger = state.ledger.with_entry(entry)
         if ledger is state.ledger:  # the same release as before the run was killed: paid already
             return state
         # `clients_that_can_afford` left this attempt out, but what its earlier start released counts too.
         is_known = any(earlier.name[:2] == entry.name[:2] for earlier in state.ledger.entries)
-        for account, charge in charges.items() if is_known else ():
+        for account, charge in (charges if is_known else unsampled).items():
             if ledger.charges_of(account) != state.ledger.charges_of(account) and not state.ledger.affords(
                 account, charge, epsilon=plan.epsilon, delta=plan.delta, planned=0
             ):
                 raise BudgetSpentError(
-                    "this round was released once before the run was killed, from other updates; both"
-                    f" together exceed epsilon {plan.epsilon:g}, so it is not released again"
+                    "this round was released once before, from other updates; both together exceed epsilon"
+                    f" {plan.epsilon:g}, so it is not released again"
                 )
         if self.privacy.journal is not None:
             change_ledger(self.privacy.journal, lambda kept: kept.with_all(ledger))
         return replace(state, ledger=ledger)
+
+    def _not_sampled(
+        self, ledger: Ledger, charges: Mapping[str, Charge], received: Mapping[str, str]
+    ) -> dict[str, Charge]:
+        """Return the charges of clients that answered this round before, with other bits, as not sampled.
+
+        The coins that draw a client's rows follow the request: both answers are of the same rows, so only the
+        first was amplified by sampling.
+        """
+        before = [entry.answers for entry in ledger.entries if entry.round_num == self.plan.round_num]
+        other = {
+            client
+            for answers in before
+            for client, bits in received.items()
+            if charges[client].rate < 1 and answers.get(client, bits) != bits
+        }
+        return {client: replace(charges[client], rate=1.0) for client in other}
 
     def describe_round(self, state: ServerState, record: RoundRecord) -> RoundRecord:
         """Return a record with what its round spent and used, and without the numbers the plan withholds."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -557,11 +557,43 @@ def test_a_round_done_again_with_other_bits_is_charged_again(
             weight.copy_(kept * share)
             state, _ = next_round(session, serving.with_journal(session.privacy, run.state))
             counts.append(
-                {sums[0].count // session.privacy.plan.steps for sums in state.ledger.accounts.values()}
+                {
+                    sum(charge.count for charge in sums) // session.privacy.plan.steps
+                    for sums in state.ledger.accounts.values()
+                }
             )
     finally:
         weight.copy_(kept)
     assert counts == [{1}, {2}, {2}]
+
+
+def test_rows_of_one_draw_answered_twice_are_sampled_once(make_config: Callable, open_run: Callable) -> None:
+    """A second attempt asks with the same coins; of another answer to it no amplification may be claimed."""
+    config = make_config({**EXAMPLE, "federation.min-clients": 4, "federation.max-retries": 1})
+    run = open_run(config)
+    embedding = run.holder(2).engine.base.model.get_input_embeddings().weight
+    kept, asked = embedding.detach().clone(), []
+
+    def tamper(reply: Message) -> list[Message]:
+        if reply.metadata.message_type == "train":
+            asked.append(reply.metadata.src_node_id)
+            if len(asked) == 4:  # the last answer of the first attempt is unreadable, so there is a second
+                reply.content = RecordDict()
+                embedding.copy_(kept * 1.01)
+        return [reply]
+
+    run.grid.tamper = tamper
+    privacy = serving.open_privacy(resolve(config).privacy, None)
+    try:
+        state, record = next_round(replace(run.session, privacy=privacy), run.state)
+    finally:
+        embedding.copy_(kept)
+    assert record.attempt == 2
+    rates = {
+        account: {charge.rate for charge in charges} for account, charges in state.ledger.accounts.items()
+    }
+    assert sum(1.0 in found for found in rates.values()) == 3  # those of whom both answers came
+    assert all(min(found) < 1 for found in rates.values())
 
 
 def test_a_failed_last_attempt_is_in_the_ledger(
