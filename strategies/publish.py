@@ -150,6 +150,8 @@ def keep_answers(folder: Path, answers: Mapping[str, Sequence[str]]) -> None:
         for texts in list(zip(kept["prompts"], kept["before"], kept["after"], strict=True))[:MOST_ON_CARD]
         for name, text in zip(("prompt:", "before:", "after: "), texts, strict=True)
     ]
+    if not lines:
+        return
     # Indented, text of any kind stands in Markdown as it is.
     heading = f"{_ANSWERS}\n\nGreedy, up to the run's `evaluation.max-new-tokens`.\n\n"
     card = (folder / "adapter" / "README.md").read_text().partition(f"\n{_ANSWERS}")[0]

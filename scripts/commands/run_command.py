@@ -69,16 +69,25 @@ def run(
                 for line in told:
                     view.notice(line)
                 run_in(runtime, config, view)
-    answers = compare_answers(config, folder / "adapter")
-    if answers.prompts:
-        keep_answers(folder, vars(answers))
-    result = json.loads((folder / RESULT).read_text()) | rows_lost(config, runtime)
-    if resolve(config).privacy is None:  # else these counts, which have no noise, stay on the screen
-        write_result(folder, result)
+        result = json.loads((folder / RESULT).read_text())
+        if "answers" not in result:  # a run shown once more keeps those it has
+            result = keep_findings(config, runtime, folder)
     if as_json:
-        print(json.dumps({"answers": vars(answers), **result}))
+        print(json.dumps(result))
     else:
         console.summary(folder, result)
+
+
+def keep_findings(config: RunConfig, runtime: str, folder: Path) -> dict[str, Any]:
+    """Add to a complete run what this machine can find out about it: answers, and rows of no use.
+
+    Returns its result, with the rows of no use also where the file must not have them.
+    """
+    keep_answers(folder, vars(compare_answers(config, folder / "adapter")))
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text()) | rows_lost(config, runtime)
+    if resolve(config).privacy is None:  # else these counts, which have no noise, stay on the screen
+        write_result(folder, result)
+    return result
 
 
 def _heading(config: RunConfig, runtime: str) -> str:
@@ -149,8 +158,8 @@ def _complete_rounds(folder: Path, config: RunConfig) -> int:
         result = json.loads((folder / RESULT).read_text())
     except (OSError, ValueError):  # it was interrupted
         return 0
-    is_complete = result.get("status") == "completed" and (folder / "adapter").is_dir()
-    rounds = int(result.get("rounds", 0)) if is_complete else 0
+    is_complete = isinstance(result, dict) and result.get("status") == "completed"
+    rounds = int(result.get("rounds", 0)) if is_complete and (folder / "adapter").is_dir() else 0
     return rounds if rounds >= config.federation.num_rounds else 0
 
 
