@@ -90,7 +90,7 @@ def arrange(rows: Sequence[Encoded], owners: Sequence[Hashable] = ()) -> Arrange
             begin += len(row.tokens) - shared
         lengths_G.append(begin - prefix)
     queries_Q, before_Q, prefix_Q = np.array(sequences).T
-    begins_Q, keys_Q = _begins(queries_Q), queries_Q + before_Q
+    begins_Q, keys_Q = starts(queries_Q), queries_Q + before_Q
     arrays = {
         "tokens_T": np.concatenate(pieces),
         "positions_T": np.arange(begin) - (begins_Q - before_Q).repeat(queries_Q),
@@ -98,7 +98,7 @@ def arrange(rows: Sequence[Encoded], owners: Sequence[Hashable] = ()) -> Arrange
         "keys_Q": _bounds(keys_Q).astype(np.int32),
     }
     if before_Q.any():
-        place_K = np.arange(keys_Q.sum()) - _begins(keys_Q).repeat(keys_Q)  # in its sequence
+        place_K = np.arange(keys_Q.sum()) - starts(keys_Q).repeat(keys_Q)  # in its sequence
         in_prefix_K = place_K < before_Q.repeat(keys_Q)
         starts_K = np.where(in_prefix_K, prefix_Q.repeat(keys_Q), (begins_Q - before_Q).repeat(keys_Q))
         arrays["places_K"] = starts_K + place_K
@@ -112,10 +112,10 @@ def _learnt(rows: Sequence[Encoded], shared_B: Array, prefix_B: Array, begins_B:
     lengths_B = np.array([len(row.tokens) for row in rows])
     labels = np.concatenate([row.arrays[1] for row in rows])
     is_learnt = labels != IGNORED
-    is_learnt[_begins(lengths_B)] = False  # nothing is before a first token
+    is_learnt[starts(lengths_B)] = False  # nothing is before a first token
     (places_N,) = is_learnt.nonzero()
     row_N = np.arange(len(rows)).repeat(lengths_B)[places_N]
-    before_N = places_N - _begins(lengths_B)[row_N] - 1  # the place in its row where it is predicted
+    before_N = places_N - starts(lengths_B)[row_N] - 1  # the place in its row where it is predicted
     begin_N = np.where(before_N < shared_B[row_N], prefix_B[row_N], (begins_B - shared_B)[row_N])
     counts_B = np.bincount(row_N, minlength=len(rows))
     return {"predicting_N": begin_N + before_N, "targets_N": labels[places_N], "learnt_B": _bounds(counts_B)}
@@ -126,7 +126,8 @@ def _bounds(sizes: Array) -> Array:
     return np.concatenate([[0], sizes.cumsum()])
 
 
-def _begins(sizes: Array) -> Array:
+def starts(sizes: Array) -> Array:
+    """Return where each of neighbours begins."""
     return sizes.cumsum() - sizes
 
 

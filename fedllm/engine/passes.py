@@ -12,13 +12,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedllm.engine.adapter_bank import Bank, NoisyRow, Route, noisy_rows, segments
-from fedllm.engine.flat_row import FlatRow, arrange, flat_row
+from fedllm.engine.adapter_bank import Bank, noisy_rows
+from fedllm.engine.flat_row import FlatRow, arrange
 from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
 from fedllm.engine.jobs import EvaluationJob, Objective
 from fedllm.engine.layers import attached
-from fedllm.engine.pass_buffer import Array, PassBuffer
-from fedllm.engine.route_tensors import route_arrays, route_tensors
+from fedllm.engine.pass_inputs import PassArrays, PassInputs, place
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import Encoded
 
@@ -43,31 +42,6 @@ class Item:
 
 
 @dataclass(frozen=True, eq=False)
-class PassArrays:
-    """A pass on the host: the arrays of its flat row and the weight of each learnt token, by name."""
-
-    flat: dict[str, Array]
-    longest: tuple[int, int]
-    route_G: tuple[Array, Array, Array]  # tokens, client and slot of runs of neighbours; slot -1 is none
-    num_slots: int
-    noise: tuple[NoisyRow, ...]
-
-    def named(self) -> dict[str, Array]:
-        """Return all arrays that a device needs."""
-        return {**self.flat, **route_arrays(*self.route_G, self.num_slots)}
-
-
-@dataclass(frozen=True, eq=False)
-class PassInputs:
-    """A pass on a device. `buffer` holds all its tensors; what is written to it is the next pass."""
-
-    buffer: PassBuffer
-    flat: FlatRow
-    route: Route
-    weights_N: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class Passes:
     """Runs passes of a base model that has the adapters of a bank attached."""
 
@@ -89,7 +63,7 @@ class Passes:
         The loss is the objective's, cross-entropy with the next token where there is none. It is on the
         model's device, which need not have finished the pass.
         """
-        inputs = self.place(self.arrange(items, backward=backward))
+        inputs = place(self.arrange(items, backward=backward), self.base.device)
         criterion: Criterion = CrossEntropy(inputs.flat.targets_N)
         if objective is not None:
             criterion = objective.criterion([item.row for item in items], self.base.device)
@@ -97,7 +71,7 @@ class Passes:
 
     def states(self, items: Sequence[Item]) -> torch.Tensor:
         """Return the trunk's states for all supervised tokens, sample by sample, [N, D]."""
-        inputs = self.place(self.arrange(items, backward=False))
+        inputs = place(self.arrange(items, backward=False), self.base.device)
         self.bank.route = inputs.route
         return self.trunk(inputs.flat)
 
@@ -124,7 +98,9 @@ class Passes:
         return PassArrays(
             {**arranged.arrays, "weights_N": weights_N.astype(str(self.bank.dtype).removeprefix("torch."))},
             arranged.longest,
-            (arranged.lengths_G, np.array(clients), np.array(slots)),
+            arranged.lengths_G,
+            np.array(clients),
+            np.array(slots),
             len(self.bank.grad_SP) if backward else 1,
             noisy_rows(
                 [len(item.row.tokens) for item in items],
@@ -132,19 +108,6 @@ class Passes:
                 [item.seed for item in items],
             ),
         )
-
-    def place(self, arrays: PassArrays) -> PassInputs:
-        """Return a pass on the device, where it gets in one copy."""
-        buffer = PassBuffer(arrays.named(), self.base.device)
-        lengths_G, clients_G, slots_G = (values.tolist() for values in arrays.route_G)
-        route = Route(
-            segments(lengths_G, clients_G),
-            segments(lengths_G, [max(slot, 0) for slot in slots_G]),
-            route_tensors(buffer.tensors),
-            arrays.noise,
-        )
-        flat = flat_row(buffer.tensors, arrays.longest)
-        return PassInputs(buffer, flat, route, buffer.tensors["weights_N"])
 
 
 def split(items: Sequence[Item], limit: int) -> Iterator[list[Item]]:

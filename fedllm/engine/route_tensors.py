@@ -36,13 +36,24 @@ def route_tensors(tensors: Mapping[str, torch.Tensor]) -> RouteTensors:
     return RouteTensors(**{field.name: tensors[field.name] for field in fields(RouteTensors)})
 
 
-def route_arrays(lengths_G: Array, clients_G: Array, slots_G: Array, num_slots: int) -> dict[str, Array]:
-    """Return the arrays of `RouteTensors`, by name. The tokens of a slot are neighbours; -1 is no slot."""
+def most_tiles(num_tokens: int, num_runs: int) -> int:
+    """Return how many tiles runs of tokens have at most."""
+    return num_tokens // TILE + num_runs
+
+
+def route_arrays(
+    lengths_G: Array, clients_G: Array, slots_G: Array, num_slots: int, num_tiles: int = 0
+) -> dict[str, Array]:
+    """Return the arrays of `RouteTensors`, by name. The tokens of a slot are neighbours; -1 is no slot.
+
+    Fewer than `num_tiles` tiles are followed by empty ones.
+    """
     bounds_G = np.concatenate([[0], lengths_G.cumsum()])
     begins, ends, clients = _runs(bounds_G, clients_G)
-    num_tiles = -(-(ends - begins) // TILE)
-    number_N = np.arange(num_tiles.sum()) - (num_tiles.cumsum() - num_tiles).repeat(num_tiles)  # in its run
-    tile_begin_N = begins.repeat(num_tiles) + TILE * number_N
+    tiles = -(-(ends - begins) // TILE)
+    number_N = np.arange(tiles.sum()) - (tiles.cumsum() - tiles).repeat(tiles)  # in its run
+    tile_begin_N = begins.repeat(tiles) + TILE * number_N
+    empty_N = np.zeros(max(0, num_tiles - len(tile_begin_N)), np.int64)
     slot_begin_S, slot_end_S = np.zeros(num_slots, np.int32), np.zeros(num_slots, np.int32)
     for begin, end, slot in zip(*_runs(bounds_G, slots_G), strict=True):
         if slot >= 0:
@@ -50,9 +61,9 @@ def route_arrays(lengths_G: Array, clients_G: Array, slots_G: Array, num_slots: 
     return {
         "owners_T": clients_G.repeat(lengths_G),
         "slots_T": slots_G.clip(0).repeat(lengths_G),
-        "tile_begin": tile_begin_N.astype(np.int32),
-        "tile_end": np.minimum(tile_begin_N + TILE, ends.repeat(num_tiles)).astype(np.int32),
-        "tile_client": clients.repeat(num_tiles).astype(np.int32),
+        "tile_begin": np.append(tile_begin_N, empty_N).astype(np.int32),
+        "tile_end": np.append(np.minimum(tile_begin_N + TILE, ends.repeat(tiles)), empty_N).astype(np.int32),
+        "tile_client": np.append(clients.repeat(tiles), empty_N).astype(np.int32),
         "slot_begin_S": slot_begin_S,
         "slot_end_S": slot_end_S,
     }

@@ -133,6 +133,7 @@ def test_every_learnt_token_is_predicted_from_the_one_before_it(drawn: list) -> 
         for row in drawn
     ]
     flat = lay_out(rows, CPU)
+    assert flat.learnt_B.diff().tolist() == [row.num_supervised for row in rows]
     assert flat.tokens_T.tolist() == [token for row in rows for token in row.tokens]
     assert flat.positions_T.tolist() == [index for row in rows for index in range(len(row.tokens))]
     assert flat.queries_Q.diff().tolist() == [len(row.tokens) for row in rows]
