@@ -12,10 +12,10 @@ from fedllm.engine.engine import Engine
 from fedllm.messages import LocalTraining
 from fedllm.models.base import layout_of, load_base
 from scripts.benchmarks.agreement import TOLERANCES, delta_difference
-from scripts.benchmarks.gpu.steps import device_seconds
 from scripts.benchmarks.models import vocabulary_of
 from scripts.benchmarks.peers.flowertune import train_afresh
 from scripts.benchmarks.peers.shared import Outcome, missing_package, quiet_huggingface
+from scripts.benchmarks.timing import device_seconds
 from scripts.benchmarks.workloads import Shape, Workload, make_workload, started_adapter
 from scripts.reports import Spread, spread
 
@@ -68,7 +68,7 @@ def _compare(engine: Engine, works: list[Workload], scratch: Path, repetitions: 
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repetition in range(repetitions + 1):
         for name, variant in variants.items():
-            seconds = device_seconds(variant, device)
+            seconds = device_seconds(variant)
             if repetition:  # the first warms all of them
                 times[name].append(seconds / (len(jobs) if name == "fedllm" else 1))
     own, share = times["fedllm"], TOLERANCES[base.dtype].share
@@ -124,7 +124,7 @@ def measure_generation(model: str, device: str, *, quick: bool) -> dict[str, Any
         )
         written[:] = [sum(map(len, texts))]
 
-    seconds = [device_seconds(write, engine.base.device) for _ in range(2 if quick else 4)]
+    seconds = [device_seconds(write) for _ in range(2 if quick else 4)]
     found: Spread = spread(seconds[1:])
     return {"texts": number, "adapters": ADAPTERS, "tokens": written[0], "s": found}
 

@@ -48,7 +48,6 @@ ROOT = Path(__file__).parents[3]
 class Options(BenchOptions):
     """What can be asked for; --quick is a tiny model and little work, and judges nothing."""
 
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     part: Annotated[str, typer.Option(help="One part alone, in this process.")] = ""
     model: Annotated[str, typer.Option(help="Of clients, rounds and runs; empty = the embedded one.")] = ""
     plot: Plot = None

@@ -4,8 +4,7 @@ Seconds of a step are those of a job of many steps less those of one of few, ove
 the adapters and what reads the results is not a step's. A GPU is waited for at both ends.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from fedllm.privacy.keys import NUM_BYTES, derived_key
 from fedllm.seeds import derive_seed
 from scripts.benchmarks.arithmetic import trunk_weights
 from scripts.benchmarks.models import bench_engine, plain_training, random_rows, vocabulary_of
+from scripts.benchmarks.timing import device_seconds
 from scripts.benchmarks.workloads import started_adapter
 from scripts.reports import Spread, spread
 
@@ -26,28 +26,13 @@ PRIVATE_ROWS = 16  # a step of each private client
 CLIP = 0.1
 
 
-def device_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of `work` from an idle device to an idle device, by the device's own clock."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize(device)
-    begin.record()
-    work()
-    end.record()
-    torch.cuda.synchronize(device)
-    return float(begin.elapsed_time(end)) / 1e3
-
-
 def peak_flops(device: torch.device, *, quick: bool) -> float:
     """Return the FLOP per second of the device's best product of two large bfloat16 matrices."""
     size = 512 if quick else 8192
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(5):
-        seconds.append(device_seconds(lambda: [left @ right for _ in range(10)], device) / 10)
+        seconds.append(device_seconds(lambda: [left @ right for _ in range(10)]) / 10)
     return 2 * size**3 / min(seconds)
 
 
@@ -84,7 +69,7 @@ def seconds_of_step(
 
 def train_seconds(engine: Engine, jobs: Sequence[Job]) -> float:
     """Return the seconds of training jobs together."""
-    return device_seconds(lambda: list(engine.train(jobs)), engine.base.device)
+    return device_seconds(lambda: list(engine.train(jobs)))
 
 
 def step_flop(engine: Engine, num_tokens: int) -> float:

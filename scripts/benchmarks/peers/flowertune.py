@@ -16,7 +16,7 @@ import transformers
 from fedllm.models.files import quiet_transformers
 from scripts.benchmarks.peers import shared
 from scripts.benchmarks.peers.shared import Outcome
-from scripts.benchmarks.timing import Phases
+from scripts.benchmarks.timing import CPU, Phases
 from scripts.benchmarks.workloads import Workload
 
 
@@ -26,7 +26,7 @@ def train_afresh(
     scratch: Path,
     *,
     checkpointing: bool = True,
-    device: torch.device = shared.CPU,
+    device: torch.device = CPU,
 ) -> Outcome:
     """Train on the base model in `folder`; nothing is kept from the last message."""
     phase, job, layout = Phases(), workload.job, workload.layout

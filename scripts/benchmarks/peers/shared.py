@@ -21,9 +21,6 @@ from scripts.benchmarks.workloads import Workload
 TOLERANCE = Tolerance(0.99, 1e-3)  # on a CPU all peers train in float32
 
 
-CPU = torch.device("cpu")
-
-
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """The delta [P] a client sends, and the CPU seconds of the phases it names."""

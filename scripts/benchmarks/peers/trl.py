@@ -22,7 +22,7 @@ import trl
 from fedllm.models.files import quiet_transformers
 from scripts.benchmarks.peers import shared
 from scripts.benchmarks.peers.shared import Outcome
-from scripts.benchmarks.timing import Phases
+from scripts.benchmarks.timing import CPU, Phases
 from scripts.benchmarks.workloads import Workload
 
 
@@ -33,7 +33,7 @@ def train_with_trl(
     *,
     at_best: bool = False,
     model: Any = None,
-    device: torch.device = shared.CPU,
+    device: torch.device = CPU,
 ) -> Outcome:
     """Train on the base model in `folder`, or on `model` where it is resident, which is left as it was.
 
