@@ -6,16 +6,13 @@ Tensor suffixes: N learnt token of a text, V vocabulary, D feature, P adapter va
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from fedllm.engine.engine import Engine
 from fedllm.engine.head import CHUNK
-from fedllm.engine.layers import attached
-from fedllm.engine.passes import MAX_ADAPTERS, Item, packed
-from fedllm.models.attention import ragged
+from fedllm.engine.passes import MAX_ADAPTERS, Item, split
 from fedllm.models.chat import Encoded
 
 
@@ -50,16 +47,14 @@ def score(
     A row without a learnt token has empty scores. Passes are fused up to the engine's token budget, which
     changes speed and rounding, nothing else.
     """
-    limit = engine.token_budget if engine.is_ragged else 0  # 0 feeds every row alone
     found: list[list[TokenScores]] = []
     for begin in range(0, len(adapters), MAX_ADAPTERS):
         held = adapters[begin : begin + MAX_ADAPTERS]
         engine.bank.load(engine.layout, held, [engine.layout.scale] * len(held))
         items = [Item(row, place, 0, 1.0) for place in range(len(held)) for row in rows]
         done: list[TokenScores] = []
-        attention = ragged(engine.base.model) if engine.is_ragged else nullcontext()
-        with attached(engine.base.model, engine.bank), attention:
-            for part in packed(items, [len(item.row.tokens) for item in items], limit):
+        with engine.passes.attached():
+            for part in split(items, engine.limits.together):
                 done += _scored(engine, part)
         found += [done[len(rows) * place : len(rows) * (place + 1)] for place in range(len(held))]
     return found
@@ -79,7 +74,7 @@ def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
         for part_ND, part_N in zip(torch.split(states_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)
     ]
     sizes = [item.row.num_supervised for item in items]
-    columns = [torch.split(torch.cat(column), sizes) for column in zip(*chunks, strict=True)]
+    columns = [torch.split(torch.cat(column).cpu(), sizes) for column in zip(*chunks, strict=True)]
     return [TokenScores(*values) for values in zip(*columns, strict=True)]
 
 
@@ -91,4 +86,4 @@ def _chunk_scores(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[tor
     deviations_N = (probs_NV * (log_NV - means_N[:, None]).square()).sum(dim=1).sqrt()
     chosen_N = log_NV.gather(1, targets_N[:, None])[:, 0]
     numbers = (chosen_N, means_N, deviations_N)
-    return (*(column.double().cpu() for column in numbers), (log_NV.argmax(dim=1) == targets_N).cpu())
+    return (*(column.double() for column in numbers), log_NV.argmax(dim=1) == targets_N)

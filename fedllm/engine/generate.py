@@ -80,7 +80,7 @@ def continuations(
         if number % (READ_EVERY if on_gpu else 1) == 0 and written.is_complete:
             break
         if number == 2 and is_fixed and on_gpu:  # the first step has chosen and warmed all kernels up
-            step = recorded(step)
+            step = recorded(step, base.device)
         step()
     return written.rows()
 

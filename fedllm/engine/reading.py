@@ -117,14 +117,15 @@ def can_be_fixed(base: BaseModel) -> bool:
     return True
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
+def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Return `step`, which has run once, as one CUDA graph, or as it is where it cannot be recorded.
 
     All that the step changes it must change in place, and it must read nothing back.
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # Other threads of the process, which write checkpoints, say, may go on meanwhile.
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
         _logger.warning("texts are written without a CUDA graph, more slowly: %s", first_line(error))
