@@ -14,11 +14,10 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.engine import Engine
+from fedllm.engine.reading import rows_at_once
 from fedllm.errors import ConfigError, LayoutError, NoDataError, NonFiniteError
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.seeds import derive_seed
-
-TEXTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,15 @@ def sample_texts(
     temperature: float = 1.0,
     seed: int,
     layout: AdapterLayout | None = None,
-    at_once: int = TEXTS_AT_ONCE,
+    at_once: int = 0,
 ) -> Samples:
     """Return `number` texts, each by a writer drawn by its prior [K] after a prompt drawn evenly.
 
     A text has at most `max_tokens` new tokens; an end token ends it and is part of it. `prompts` are
     beginnings of at least one token each; only what follows them is learnt. `adapters` [P] are of the
     engine's layout, or of `layout`. An adapter that is not finite writes nothing: the others take its share.
-    Texts of an adapter that computes numbers that are not finite are left out.
+    Texts of an adapter that computes numbers that are not finite are left out. `at_once` of them share a
+    batch (0 = 32 on a CPU, on a GPU as many as its memory holds).
 
     Raises:
         ConfigError: the temperature is not above 0, or number or length is below 1.
@@ -57,7 +57,7 @@ def sample_texts(
         NonFiniteError: no adapter is finite, or all texts were left out.
     """
     layout = layout or engine.layout
-    if not (temperature > 0 and number >= 1 and max_tokens >= 1 and at_once >= 1):
+    if not (temperature > 0 and number >= 1 and max_tokens >= 1):
         raise ConfigError("sampling needs a temperature above 0 and at least one text of one token")
     if len(priors) != len(adapters) or any(vector.shape != (layout.size,) for vector in adapters):
         raise LayoutError(f"sampling needs adapters of {layout.size} values each, with one prior each")
@@ -70,6 +70,7 @@ def sample_texts(
     rows: dict[int, Encoded] = {}
     # Neighbours in length share a batch, for less padding.
     order = sorted(range(number), key=lambda n: (len(prompts[which[n]]), writers[n]))
+    at_once = at_once or rows_at_once(engine.base, max(map(len, prompts)) + max_tokens)
     for begin in range(0, number, at_once):
         batch = order[begin : begin + at_once]
         beginnings = [tuple(prompts[which[n]]) for n in batch]

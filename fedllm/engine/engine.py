@@ -193,16 +193,17 @@ class Engine:
         `vectors[i]` [P] of `layout` goes with `beginnings[i]`; the same vector object is held once.
         """
         found: list[tuple[int, ...]] = []
+        is_fixed = self._is_fixed  # tried before an adapter is on the model
         for places in self._batches(len(beginnings)):
             with self._whole_rows(layout, [vectors[place] for place in places]):
                 batch = [beginnings[place] for place in places]
                 take = partial(choose, places)
-                found += continuations(self.base, batch, max_new_tokens, take, is_fixed=self._is_fixed)
+                found += continuations(self.base, batch, max_new_tokens, take, is_fixed=is_fixed)
         return found
 
     @cached_property
     def _is_fixed(self) -> bool:
-        """Whether texts are written in a cache of fixed size, which serves a GPU; tried once, on first use."""
+        """Whether texts are written in a cache of fixed size, as a GPU wants it; tried once, on first use."""
         return self.base.device.type == "cuda" and can_be_fixed(self.base)
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ from fedllm.models.files import first_line
 
 _logger = logging.getLogger("fedllm.generation")
 
+CPU_ROWS = 32  # of a batch: what is computed of the logits of more would take hundreds of megabytes
 _AGREE = 2e-2  # of the norm of the logits: more than 16 bits round, and far less than a lost token changes
 
 
@@ -115,6 +116,22 @@ def can_be_fixed(base: BaseModel) -> bool:
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False  # the model or its cache refuses
     return True
+
+
+def rows_at_once(base: BaseModel, length: int) -> int:
+    """Return how many rows of `length` tokens a batch may have; on a GPU half its free memory decides.
+
+    A row needs room for its keys and values, and for the eight numbers that a choice makes of each logit.
+    """
+    if base.device.type != "cuda":
+        return CPU_ROWS
+    config = base.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept = 2 * config.num_hidden_layers * heads * width * length * base.dtype.itemsize
+    unused = torch.cuda.memory_reserved(base.device) - torch.cuda.memory_allocated(base.device)
+    free: int = torch.cuda.mem_get_info(base.device)[0] + unused
+    return max(1, free // (2 * int(kept + 8 * 8 * config.vocab_size)))
 
 
 def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
