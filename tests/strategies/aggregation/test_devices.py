@@ -46,7 +46,7 @@ def test_products_stay_on_the_cpu_of_a_process_without_a_gpu() -> None:
 
 
 def test_products_of_a_device_come_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On "meta", which refuses most sums of its tensors and others, as a GPU does; it has no values to give."""
+    """On "meta", which refuses most sums of its tensors and others, as a GPU does, and has no values."""
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
     with all_products_on(torch.device("meta")):
         folded = sums.empty_sums(LAYOUT, with_products=True)
