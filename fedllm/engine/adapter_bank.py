@@ -100,6 +100,7 @@ class Bank:
         self.load(layout, (), ())
         self.route = make_route([0], [0], [-1], 0, device)
         self.batch_rows: tuple[int, ...] = ()  # while generating: the client of each row of the batch
+        self._batch_routes: dict[int, Route] = {}  # of those rows, by the number of their tokens
         # Autograd calls a backward pass only where an input requires a gradient, and no parameter is one.
         self.tap = torch.zeros((), device=device, requires_grad=True)
 
@@ -149,18 +150,21 @@ class Bank:
                     " does, and cannot be adapted; name other layers"
                 )
             return self.route
-        length = num_tokens // len(self.batch_rows)
-        rows = self.batch_rows
-        return make_route([length] * len(rows), rows, [0] * len(rows), 1, self.device)
+        if num_tokens not in self._batch_routes:  # the same for all layers, and for every new token
+            length = num_tokens // len(self.batch_rows)
+            rows = self.batch_rows
+            route = make_route([length] * len(rows), rows, [0] * len(rows), 1, self.device)
+            self._batch_routes[num_tokens] = route
+        return self._batch_routes[num_tokens]
 
     @contextmanager
     def whole_rows(self, rows: Sequence[int]) -> Iterator[None]:
         """Within the block, row i of every batch [B, t, D] belongs to client `rows[i]`, for any t."""
-        self.batch_rows = tuple(rows)
+        self.batch_rows, self._batch_routes = tuple(rows), {}
         try:
             yield
         finally:
-            self.batch_rows = ()
+            self.batch_rows, self._batch_routes = (), {}
 
     def factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (A [C, R, D_in], B [C, D_out, R]) of matrix `index` as views of the clients' rows."""
