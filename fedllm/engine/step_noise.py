@@ -1,7 +1,7 @@
 """The noise of DP-SGD on a step's mean gradients (arXiv 1607.00133), drawn where the gradients are.
 
-On a CPU row by row; on a CUDA device for all rows at once by the kernels of `fedllm.privacy.triton_noise`, with
-no value read back. A device is trusted only where its numbers were compared with the CPU's.
+On a CPU row by row; on a CUDA device for all rows at once by the kernels of `fedllm.privacy.triton_noise`,
+with no value read back. A device is trusted only after its numbers were compared with the CPU's.
 Tensor suffixes: A active job, B job of one rank, Q its trained values, P those at the widest rank, S step.
 """
 
@@ -59,8 +59,10 @@ class DeviceKeys:
         from fedllm.privacy.triton_noise import add_gaussian, keyed_hashes
 
         active = slice(0, len(values_BQ))
-        hashes_B4 = keyed_hashes(self.hash_keys_B8[active], values_BQ)
-        add_gaussian(self.step_keys_SB8[step, active], hashes_B4, self.deviations_B[active], values_BQ)
+        # Triton launches on the current device.
+        with torch.cuda.device_of(values_BQ):  # type: ignore[no-untyped-call]
+            hashes_B4 = keyed_hashes(self.hash_keys_B8[active], values_BQ)
+            add_gaussian(self.step_keys_SB8[step, active], hashes_B4, self.deviations_B[active], values_BQ)
 
 
 def device_keys(noises: Sequence[StepNoise], num_steps: int, device: torch.device) -> DeviceKeys:
@@ -79,28 +81,27 @@ def device_keys(noises: Sequence[StepNoise], num_steps: int, device: torch.devic
 
 @dataclass(frozen=True, eq=False)
 class _RankNoise:
-    """The noise of the jobs of one rank: their rows of the gradients, and where their own values stand there."""
+    """The noise of the jobs of one rank; `rows` are theirs among the gradients, rising."""
 
     noises: tuple[StepNoise, ...]
     rows: tuple[int, ...]
     rows_B1: torch.Tensor
-    places_Q: torch.Tensor | None  # None where they are all jobs, at the widest rank: the gradients themselves
+    places_Q: torch.Tensor | None  # of their own values in a row; None where they are all jobs, at one rank
     keys: DeviceKeys | None  # None where the noise is drawn on the CPU
 
     def add(self, grad_AP: torch.Tensor, step: int) -> None:
         """Add the noise of a step to the rows of these jobs that are still at work."""
-        num_active = bisect_left(self.rows, len(grad_AP))
-        if self.places_Q is None:
-            values_BQ = grad_AP
-        else:  # a copy
-            values_BQ = grad_AP[self.rows_B1[:num_active], self.places_Q]
+        rows_B1 = self.rows_B1[: bisect_left(self.rows, len(grad_AP))]
+        if not len(rows_B1):
+            return
+        values_BQ = grad_AP if self.places_Q is None else grad_AP[rows_B1, self.places_Q]  # or a copy
         if self.keys is not None:
             self.keys.add(values_BQ, step)
         else:
-            for noise, values_Q in zip(self.noises, values_BQ, strict=False):
+            for noise, values_Q in zip(self.noises, values_BQ, strict=False):  # the first are at work
                 values_Q += step_noise(noise, step, values_Q).to(values_Q)
         if self.places_Q is not None:
-            grad_AP[self.rows_B1[:num_active], self.places_Q] = values_BQ
+            grad_AP[rows_B1, self.places_Q] = values_BQ
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +143,7 @@ def step_noises(rows: JobRows, device: torch.device) -> StepNoises:
 def draws_as_a_cpu(device: torch.device) -> bool:
     """Return whether a device draws the CPU's noise, tried once on two rows of 5,000 values.
 
-    Wrong noise would not show in training: where the numbers differ they are drawn on the CPU, with a warning.
+    Wrong noise would not show in training. Where the numbers differ, the CPU draws, and a warning says so.
     """
     noises = (StepNoise(bytes(range(32)), 1.0), StepNoise(bytes(32), 2.0))
     mean_BQ = torch.linspace(-1, 1, 10_000).view(2, -1)

@@ -1,8 +1,8 @@
 """The noise of private training where the gradients are: ChaCha20, hash and Gaussian as Triton kernels.
 
-The fast twin of `SecretStream`, `keyed_hash` and `gaussian`, which serve a CPU: the same bits of
-stream and hash, and Gaussian values that differ by a few units in the last place of float64, as logarithm and
-sine do between machines. A lane makes one block of ChaCha20: 16 words, 8 integers of 64 bits, 4 pairs of
+The fast twin of `SecretStream`, `keyed_hash` and `gaussian`, which serve a CPU: the same bits of stream and
+hash, and Gaussian values that differ by a few units in the last place of float64, as logarithm and sine do
+between machines. A lane makes one block of ChaCha20: 16 words, 8 integers of 64 bits, 4 pairs of
 Gaussian values. The sums of the hash are of integers, so no order of adding changes them.
 Tensor suffixes: B row (one client's mean gradient), N word of 32 bits, Q value.
 """
@@ -155,7 +155,10 @@ def keyed_hashes(keys_B8: torch.Tensor, values_BQ: torch.Tensor) -> torch.Tensor
 def add_gaussian(
     step_keys_B8: torch.Tensor, hashes_B4: torch.Tensor, deviations_B: torch.Tensor, values_BQ: torch.Tensor
 ) -> None:
-    """Add to every row the noise that `fedllm.privacy.noise.hiding_noise` draws for its hash, in place."""
+    """Add to every row the Gaussian noise of its step's key and its hash, in place.
+
+    It is drawn under the key that the hash's block of the step's stream begins with.
+    """
     keys_B16 = integers(step_keys_B8, hashes_B4, 8).view(torch.int32)  # the key is the first 8 of the words
     rows, size = values_BQ.shape
     start = step_keys_B8.new_zeros(4)
