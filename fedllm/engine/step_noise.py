@@ -5,7 +5,6 @@ with no value read back. A device is trusted only after its numbers were compare
 Tensor suffixes: A active job, B job of one rank, Q its trained values, P those at the widest rank, S step.
 """
 
-import logging
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ import numpy as np
 import torch
 
 from fedllm.adapters.parts import part_size
+from fedllm.engine.device_trial import stands_trial
 from fedllm.engine.job_rows import JobRows
 from fedllm.engine.jobs import StepNoise
-from fedllm.models.files import first_line
 from fedllm.privacy.keys import derived_key, keyed_hash
 from fedllm.privacy.noise import SecretStream, gaussian
-
-_logger = logging.getLogger("fedllm.training")
 
 
 def step_noise(noise: StepNoise, step: int, mean_Q: torch.Tensor) -> torch.Tensor:
@@ -143,26 +140,15 @@ def step_noises(rows: JobRows, device: torch.device) -> StepNoises:
 def draws_as_a_cpu(device: torch.device) -> bool:
     """Return whether a device draws the CPU's noise, tried once on two rows of 5,000 values.
 
-    Wrong noise would not show in training. Where the numbers differ, the CPU draws, and a warning says so.
+    Wrong noise would not show in training, so where the numbers differ the CPU draws.
     """
     noises = (StepNoise(bytes(range(32)), 1.0), StepNoise(bytes(32), 2.0))
     mean_BQ = torch.linspace(-1, 1, 10_000).view(2, -1)
-    expected_BQ = torch.stack(
-        [mean_Q + step_noise(noise, 1, mean_Q).float() for noise, mean_Q in zip(noises, mean_BQ, strict=True)]
-    )
-    reason = ""
-    try:
-        import triton
-    except ImportError:
-        reason = "triton is not installed"
-    else:
-        try:
-            found_BQ = mean_BQ.to(device, copy=True)
-            device_keys(noises, 2, device).add(found_BQ, 1)
-            if not torch.allclose(found_BQ.cpu(), expected_BQ, rtol=1e-6, atol=1e-6):
-                reason = "its numbers are others"
-        except (triton.TritonError, RuntimeError) as error:
-            reason = first_line(error)
-    if reason:
-        _logger.warning("%s draws no private noise (%s): the CPU does, which is slower", device, reason)
-    return not reason
+
+    def trial() -> bool:
+        drawn = [step_noise(noise, 1, mean_Q) for noise, mean_Q in zip(noises, mean_BQ, strict=True)]
+        found_BQ = mean_BQ.to(device, copy=True)
+        device_keys(noises, 2, device).add(found_BQ, 1)
+        return torch.allclose(found_BQ.cpu(), mean_BQ + torch.stack(drawn).float(), rtol=1e-6, atol=1e-6)
+
+    return stands_trial(device, "the noise of private training", trial)
