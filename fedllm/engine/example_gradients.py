@@ -1,6 +1,6 @@
 """DP-SGD inside a fused pass (arXiv 1607.00133): every row's gradient is clipped and added to its job's.
 
-No value leaves the device. Tensor suffixes: A active job, S slot of a pass (one row of text), P trained value.
+No value leaves the device. Tensor suffixes: A active job, S slot of a pass (a row of text), P trained value.
 """
 
 from collections.abc import Sequence

@@ -26,8 +26,8 @@ def _clipped_sum_kernel(
     for slot in range(slots):
         factor = tl.load(factors + slot)
         # A NaN is not 0, so a job that diverges as a whole still shows.
-        is_taken = (tl.load(owners + slot) == job) & (factor != 0.0)
-        total += factor * tl.load(source, mask=is_inside & is_taken, other=0.0)
+        is_taken = is_inside & ((tl.load(owners + slot) == job) & (factor != 0.0))
+        total = tl.where(is_taken, total + factor * tl.load(source, mask=is_taken, other=0.0), total)
         source += grad_stride
     tl.store(target, total, mask=is_inside)
 
