@@ -1,4 +1,4 @@
-"""DP-SGD inside a fused pass (arXiv 1607.00133): every row's gradient is clipped and added to its job's.
+"""DP-SGD inside a fused pass (arXiv 1607.00133): every row's gradient is clipped and added up.
 
 No value leaves the device. Tensor suffixes: A active job, S slot of a pass (a row of text), P trained value.
 """
