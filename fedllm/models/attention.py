@@ -94,7 +94,7 @@ def _varlen_kernel() -> Any:
     options = signature(varlen_attn).parameters.keys()
     if not {"scale", "window_size"} <= options:
         return None
-    # Fewer heads of keys than of queries: some versions of torch want to be told, others take them as they are.
+    # Fewer heads of keys than of queries: some versions of torch want to be told, others take them so.
     return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in options else varlen_attn
 
 
@@ -130,7 +130,7 @@ def attend_padded(
     """
     begins, key_begins = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
     last_query_Q1, last_key_Q1 = ((ends.diff() - 1).clamp(min=0)[:, None] for ends in (begins, key_begins))
-    # What stands in for padding is the sample's own last token: a neighbour's NaN would come through any mask.
+    # The sample's own last token stands in for padding: a neighbour's NaN would come through any mask.
     query_QL = torch.arange(kwargs["max_length_q"], device=query.device).minimum(last_query_Q1)
     key_K = torch.arange(kwargs["max_length_k"], device=query.device)
     distance_QLK = (query_QL + last_key_Q1 - last_query_Q1)[:, :, None] - key_K
