@@ -185,7 +185,7 @@ def attend_run_by_run(
 def _split(tensor: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
     """Return a tensor [1, H, T, D] in pieces [H, n, D]; one piece is no copy on the way back."""
     whole = tensor.squeeze(0)
-    return whole.split(sizes, dim=1) if len(sizes) > 1 else (whole,)
+    return whole.split_with_sizes(sizes, dim=1) if len(sizes) > 1 else (whole,)
 
 
 @lru_cache(maxsize=32)  # a pass has few, and those of long rows are megabytes
