@@ -95,6 +95,7 @@ def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
     extra: dict[str, Any] = {"trust_remote_code": files.runs_own_code}
     if chosen.quantization != "none":
         extra["quantization_config"] = _quantization(chosen.quantization, dtype)
+    if device.type == "cuda":  # read from the file to the GPU, without a copy in the memory of the CPU
         extra["device_map"] = {"": device}
     try:
         with quiet_transformers():
