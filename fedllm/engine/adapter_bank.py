@@ -93,6 +93,7 @@ class Bank:
         self.load(layout, (), ())
         self.route = Route((), ())
         self.batch_rows: tuple[int, ...] = ()  # while generating: the client of each row of the batch
+        self._batch_routes: dict[int, Route] = {}  # of those rows, by the number of their tokens
         # Autograd calls a backward pass only where an input requires a gradient, and no parameter is one.
         self.tap = torch.zeros((), device=device, requires_grad=True)
 
@@ -141,17 +142,20 @@ class Bank:
                     " does, and cannot be adapted; name other layers"
                 )
             return self.route
-        length = num_tokens // len(self.batch_rows)
-        return Route(segments([length] * len(self.batch_rows), self.batch_rows), ())
+        if num_tokens not in self._batch_routes:  # the same for all layers, and for every new token
+            length = num_tokens // len(self.batch_rows)
+            route = Route(segments([length] * len(self.batch_rows), self.batch_rows), ())
+            self._batch_routes[num_tokens] = route
+        return self._batch_routes[num_tokens]
 
     @contextmanager
     def whole_rows(self, rows: Sequence[int]) -> Iterator[None]:
         """Within the block, row i of every batch [B, t, D] belongs to client `rows[i]`, for any t."""
-        self.batch_rows = tuple(rows)
+        self.batch_rows, self._batch_routes = tuple(rows), {}
         try:
             yield
         finally:
-            self.batch_rows = ()
+            self.batch_rows, self._batch_routes = (), {}
 
     def factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (A [C, R, D_in], B [C, D_out, R]) of matrix `index` as views of the clients' rows."""

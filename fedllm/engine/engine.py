@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from fedllm.engine.layers import attached
 from fedllm.engine.opening import open_passes
 from fedllm.engine.passes import Item, by_adapters, packed, split
 from fedllm.engine.probe import keeps_apart, longest_pass, mixes_examples
+from fedllm.engine.reading import can_be_fixed
 from fedllm.engine.steps import train_rows
 from fedllm.engine.token_budget import Limits, default_budget, limits_of, rows_in_memory, smaller_budget
 from fedllm.messages import ClientEvaluation
@@ -227,11 +228,18 @@ class Engine:
         `vectors[i]` [P] of `layout` goes with `beginnings[i]`; the same vector object is held once.
         """
         found: list[tuple[int, ...]] = []
+        is_fixed = self._is_fixed  # tried before an adapter is on the model
         for places in self._batches(len(beginnings)):
             with self._whole_rows(layout, [vectors[place] for place in places]):
                 batch = [beginnings[place] for place in places]
-                found += continuations(self.base, batch, max_new_tokens, partial(choose, places))
+                take = partial(choose, places)
+                found += continuations(self.base, batch, max_new_tokens, take, is_fixed=is_fixed)
         return found
+
+    @cached_property
+    def _is_fixed(self) -> bool:
+        """Whether texts are written in a cache of fixed size, as a GPU wants it; tried once, on first use."""
+        return self.base.device.type == "cuda" and can_be_fixed(self.base)
 
     @torch.inference_mode()
     def generate(
