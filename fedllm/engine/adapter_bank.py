@@ -100,6 +100,7 @@ class Bank:
         Gradients are computed for the part `trained`.
         """
         self.layout, self.trained, self.scales = layout, trained, tuple(scales)
+        self.places = {matrix.module: index for index, matrix in enumerate(layout.matrices)}
         rest = other_part(trained)
         self._moving, self._still = _specs_of_matrices(layout, trained), _specs_of_matrices(layout, rest)
         self.theta_CP = self._rows(self.theta_CP, len(starts), part_size(layout, trained))

@@ -38,6 +38,16 @@ class FlatRow:
     targets_N: torch.Tensor  # the learnt tokens
     rows_N: torch.Tensor  # which row each of them is in
 
+    def attention_inputs(self) -> dict[str, Any]:
+        """Return what `fedllm.models.attention.ragged_attention` must know of the row, by its names."""
+        return {
+            "cu_seq_lens_q": self.queries_Q,
+            "cu_seq_lens_k": self.keys_Q,
+            "max_length_q": self.longest[0],
+            "max_length_k": self.longest[1],
+            "key_places": self.places_K,
+        }
+
 
 def lay_out(rows: Sequence[Encoded], device: torch.device, owners: Sequence[Hashable] = ()) -> FlatRow:
     """Return `rows` as one flat row. A row's first token has nothing before it to be predicted from.
@@ -109,14 +119,7 @@ def predicting_states(model: Any, flat: FlatRow, head: Head) -> torch.Tensor:
     """
     inputs: dict[str, Any] = {"input_ids": flat.tokens_T[None], "use_cache": False}
     if is_ragged(model):  # to one row alone they say nothing, and some layers take them for another's words
-        inputs |= {
-            "position_ids": flat.positions_T[None],
-            "cu_seq_lens_q": flat.queries_Q,
-            "cu_seq_lens_k": flat.keys_Q,
-            "max_length_q": flat.longest[0],
-            "max_length_k": flat.longest[1],
-            "key_places": flat.places_K,
-        }
+        inputs |= {"position_ids": flat.positions_T[None], **flat.attention_inputs()}
     if head.weight_VD is None:
         logits_NV: torch.Tensor = model(**inputs, logits_to_keep=flat.predicting_N).logits[0]
         return logits_NV
