@@ -41,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where no CUDA device is."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deal the stories, which mostly wait for processes of their own, out among the modules that compute.
 
@@ -130,14 +136,14 @@ def make_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
 @pytest.fixture(scope="session")
 def load_tiny(make_model_folder: Callable[..., Path]) -> Callable[..., BaseModel]:
-    """Return a function (kind, dtype) -> a loaded tiny base model, kept for the session."""
-    loaded: dict[tuple[str, str], BaseModel] = {}
+    """Return a function (kind, dtype, device) -> a loaded tiny base model, kept for the session."""
+    loaded: dict[tuple[str, str, str], BaseModel] = {}
 
-    def load(kind: str = "llama", dtype: str = "float32") -> BaseModel:
-        if (kind, dtype) not in loaded:
-            config = ModelConfig(name=str(make_model_folder(kind)), dtype=dtype, device="cpu")
-            loaded[kind, dtype] = load_base(config)
-        return loaded[kind, dtype]
+    def load(kind: str = "llama", dtype: str = "float32", device: str = "cpu") -> BaseModel:
+        if (kind, dtype, device) not in loaded:
+            config = ModelConfig(name=str(make_model_folder(kind)), dtype=dtype, device=device)
+            loaded[kind, dtype, device] = load_base(config)
+        return loaded[kind, dtype, device]
 
     return load
 

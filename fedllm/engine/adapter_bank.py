@@ -5,19 +5,22 @@ parameters of one client. Clients' parameters are `theta` [C, P], slots' gradien
 of every layer are views of their rows, so clipping and stepping cost a dozen kernels at any depth.
 Where one factor alone is trained, P is the size of that part. The other lies apart in `frozen` [C, Q], where
 clipping and stepping cannot reach it. The rows of tokens that LoRA dropout acts on are here too.
-Tensor suffixes: C client, S slot, P trained values of an adapter, Q frozen ones, R rank, D feature.
+Tensor suffixes: C client, S slot, P trained values of an adapter, Q frozen ones, T token, R rank, M ranks of
+a group, D feature.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, TensorSpec
 from fedllm.adapters.parts import other_part, part_of, part_size, part_specs
 from fedllm.errors import ModelError
+
+Group = tuple[int, ...]  # adapted matrices that share one input, as places in the layout
 
 # Odd, so that no two matrices of a row get one seed: 2^64 / golden ratio, which spreads neighbours far apart.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -53,23 +56,28 @@ class Route:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What a kernel's backward pass needs of its forward pass: the adapter's input x and activations z.
+    """What a kernel's backward pass needs of its forward pass: the adapters' input x and activations z.
 
     x is None where A is frozen, z where B is: only the other factor's gradient needs them.
     """
 
     x_TI: torch.Tensor | None
-    z_TR: torch.Tensor | None
+    z_TM: torch.Tensor | None
 
 
 class Kernel(Protocol):
-    """How the LoRA operator is computed; `fedllm.engine.kernels` has two."""
+    """How the LoRA operator is computed for a group of matrices; `fedllm.engine.kernels` has two."""
 
-    def forward(self, bank: "Bank", index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
-        """Add the adapters' output to y in place; return the scaled activations z [T, R]."""
+    keeps_rows_apart: ClassVar[bool]  # a NaN of one row reaches no other row's gradient
+
+    def forward(self, bank: "Bank", group: Group, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
+        """Add the adapters' outputs to y in place; return the scaled activations z [T, M].
+
+        The outputs of the group's matrices lie side by side in y, and in z the R activations of each.
+        """
 
     def backward(
-        self, bank: "Bank", index: int, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
+        self, bank: "Bank", group: Group, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
         """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
 

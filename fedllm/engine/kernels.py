@@ -4,18 +4,19 @@ y_t = W x_t + b + scale_c B_c A_c x_t, where c is the client that token t belong
 the gradient of every slot's factors straight into the bank: autograd holds no parameter and makes no copy.
 Two kernels compute the same. `loop` takes one small product per client. `masked` takes a fixed number of
 dense ones for any number of clients, which suits a GPU: a token's activations are zeroed outside its own
-client's ranks.
-Tensor suffixes: T token, C client, S slot, R rank, I input feature, O output feature.
+client's ranks. Matrices that share one input x form a group: their outputs lie side by side in y, their
+activations in z.
+Tensor suffixes: T token, C client, S slot, R rank, M ranks of a group, I input feature, O output feature.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import linear
 
-from fedllm.engine.adapter_bank import Bank, Kept, Segment
+from fedllm.engine.adapter_bank import Bank, Group, Kept, Segment
 from fedllm.models.base import PlainLinear
 
 
@@ -24,89 +25,117 @@ class LoopKernel:
     """One product per client (parameters) and per slot (gradients); best on a CPU, or for one client.
 
     A CPU takes three to five times as long for a product [T, R] or [O, R] of few columns as for the same
-    with few rows. So activations [T, R] lie in memory rank by rank, and B's gradient is formed transposed.
+    with few rows. So activations [T, M] lie in memory rank by rank, and B's gradient is formed transposed.
     """
 
-    def forward(self, bank: Bank, index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
-        """Add the adapters' output to y in place; return the scaled activations z [T, R]."""
-        a_CRI, b_COR = bank.factors(index)
-        z_TR = x_TI.new_empty(a_CRI.shape[1], x_TI.shape[0], dtype=bank.dtype).T  # rank by rank
-        for row, x, y, z in _pieces(bank.route_of(x_TI.shape[0]).clients, x_TI, y_TO, z_TR):
-            torch.mm(x.to(bank.dtype), a_CRI[row].T, out=z)
-            z.mul_(bank.scales[row])
-            _add_product(y, z, b_COR[row].T)
-        return z_TR
+    keeps_rows_apart: ClassVar[bool] = True
+
+    def forward(self, bank: Bank, group: Group, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
+        """Add the adapters' output to y in place; see `Kernel`."""
+        rank, clients = bank.layout.rank, bank.route_of(x_TI.shape[0]).clients
+        z_TM = x_TI.new_empty(len(group) * rank, x_TI.shape[0], dtype=bank.dtype).T  # rank by rank
+        x_TI = x_TI.to(bank.dtype)
+        for index, ranks, outputs in _columns(bank, group):
+            a_CRI, b_COR = bank.factors(index)
+            for row, x, y, z in _pieces(clients, x_TI, y_TO[:, outputs], z_TM[:, ranks]):
+                torch.mm(x, a_CRI[row].T, out=z)
+                z.mul_(bank.scales[row])
+                _add_product(y, z, b_COR[row].T)
+        return z_TM
 
     def backward(
-        self, bank: Bank, index: int, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
+        self, bank: Bank, group: Group, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
         """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
-        a_CRI, b_COR = bank.factors(index)
-        grad_a_SRI, grad_b_SOR = bank.gradients(index)
         g_TO = g_TO.to(bank.dtype)
-        if grad_b_SOR is not None and kept.z_TR is not None:
-            grads_b = grad_b_SOR.unbind()  # all views at once: one by one they cost as much as the products
-            for row, g, z in _pieces(bank.route.slots, g_TO, kept.z_TR):
-                grads_b[row].add_((z.T @ g).T)
-        if grad_a_SRI is None and dx_TI is None:  # nothing else needs the gradient of z
-            return
-        dz_TR = g_TO.new_empty(a_CRI.shape[1], g_TO.shape[0]).T
-        for row, g, dz in _pieces(bank.route.clients, g_TO, dz_TR):
-            torch.mm(g, b_COR[row], out=dz)
-            dz.mul_(bank.scales[row])
-        if dx_TI is not None:
-            for row, dx, dz in _pieces(bank.route.clients, dx_TI, dz_TR):
-                _add_product(dx, dz, a_CRI[row])
-        if grad_a_SRI is not None and kept.x_TI is not None:
-            grads_a = grad_a_SRI.unbind()
-            for row, x, dz in _pieces(bank.route.slots, kept.x_TI.to(bank.dtype), dz_TR):
-                grads_a[row].addmm_(dz.T, x)
+        x_TI = None if kept.x_TI is None else kept.x_TI.to(bank.dtype)
+        for index, ranks, outputs in _columns(bank, group):
+            z_TR = None if kept.z_TM is None else kept.z_TM[:, ranks]
+            _loop_backward(bank, index, x_TI, z_TR, g_TO[:, outputs], dx_TI)
+
+
+def _loop_backward(
+    bank: Bank,
+    index: int,
+    x_TI: torch.Tensor | None,
+    z_TR: torch.Tensor | None,
+    g_TO: torch.Tensor,
+    dx_TI: torch.Tensor | None,
+) -> None:
+    """Do `LoopKernel.backward` for one matrix."""
+    a_CRI, b_COR = bank.factors(index)
+    grad_a_SRI, grad_b_SOR = bank.gradients(index)
+    if grad_b_SOR is not None and z_TR is not None:
+        grads_b = grad_b_SOR.unbind()  # all views at once: one by one they cost as much as the products
+        for row, g, z in _pieces(bank.route.slots, g_TO, z_TR):
+            grads_b[row].add_((z.T @ g).T)
+    if grad_a_SRI is None and dx_TI is None:  # nothing else needs the gradient of z
+        return
+    dz_TR = g_TO.new_empty(a_CRI.shape[1], g_TO.shape[0]).T
+    for row, g, dz in _pieces(bank.route.clients, g_TO, dz_TR):
+        torch.mm(g, b_COR[row], out=dz)
+        dz.mul_(bank.scales[row])
+    if dx_TI is not None:
+        for row, dx, dz in _pieces(bank.route.clients, dx_TI, dz_TR):
+            _add_product(dx, dz, a_CRI[row])
+    if grad_a_SRI is not None and x_TI is not None:
+        grads_a = grad_a_SRI.unbind()
+        for row, x, dz in _pieces(bank.route.slots, x_TI, dz_TR):
+            grads_a[row].addmm_(dz.T, x)
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedKernel:
     """All adapters' ranks side by side, masked to each token's own: a dozen dense products for any number.
 
-    Exact, since the masked activations are zeros. Computes in the base model's dtype and accumulates in the
-    bank's. The extra work is 2 C R (I + O) operations a token, small while C R is a few hundred.
+    Exact, since the masked activations are zeros; but zero times NaN is NaN, so what one row is can reach
+    another. Computes in the base model's dtype and accumulates in the bank's. The extra work is
+    2 C R (I + O) operations a token, small while C R is a few hundred.
     """
 
-    def forward(self, bank: Bank, index: int, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
-        """Add the adapters' output to y in place; return the scaled activations z [T, R] of each token."""
-        a_CRI, b_COR = bank.factors(index)
-        rank = a_CRI.shape[1]
+    keeps_rows_apart: ClassVar[bool] = False
+
+    def forward(self, bank: Bank, group: Group, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
+        """Add the adapters' output to y in place; see `Kernel`."""
         owners_T, scale_T1 = _owners(bank, bank.route_of(x_TI.shape[0]).clients, x_TI)
-        # Every token meets every client's A in one product; what is not its own client's is then thrown away.
-        all_TM = x_TI @ a_CRI.flatten(0, 1).to(x_TI.dtype).T
-        z_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
-        y_TO.addmm_(_spread(z_TR, owners_T, len(a_CRI)), b_COR.permute(0, 2, 1).flatten(0, 1).to(x_TI.dtype))
-        return z_TR
+        parts = []
+        for index, _, outputs in _columns(bank, group):
+            a_CRI, b_COR = bank.factors(index)
+            # Every token meets every client's A in one product; what is not its own client's is thrown away.
+            all_TM = x_TI @ a_CRI.flatten(0, 1).to(x_TI.dtype).T
+            z_TR = _own_ranks(all_TM, owners_T, bank.layout.rank) * scale_T1
+            wide = _spread(z_TR, owners_T, len(a_CRI))
+            y_TO[:, outputs].addmm_(wide, b_COR.permute(0, 2, 1).flatten(0, 1).to(x_TI.dtype))
+            parts.append(z_TR)
+        return torch.cat(parts, dim=1)
 
     def backward(
-        self, bank: Bank, index: int, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
+        self, bank: Bank, group: Group, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
         """Add gradients to the bank and to dx; see `Kernel`."""
-        a_CRI, b_COR = bank.factors(index)
-        grad_a_SRI, grad_b_SOR = bank.gradients(index)
-        rank = a_CRI.shape[1]
-        slots_T, num_slots = _token_rows(bank.route.slots, g_TO), len(bank.grad_SP)
-        if grad_b_SOR is not None and kept.z_TR is not None:
-            # A token's z stands in its slot's columns alone, so one product sums every slot's own tokens.
-            grad_b = (g_TO.T @ _spread(kept.z_TR, slots_T, num_slots)).view(-1, num_slots, rank)
-            grad_b_SOR.add_(grad_b.permute(1, 0, 2))
-        if grad_a_SRI is None and dx_TI is None:
-            return
         owners_T, scale_T1 = _owners(bank, bank.route.clients, g_TO)
-        all_TM = g_TO @ b_COR.permute(1, 0, 2).flatten(1, 2).to(g_TO.dtype)
-        dz_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
-        if dx_TI is not None:
-            dx_TI.addmm_(_spread(dz_TR, owners_T, len(a_CRI)), a_CRI.flatten(0, 1).to(g_TO.dtype))
-        if grad_a_SRI is not None and kept.x_TI is not None:
-            grad_a_SRI.add_((_spread(dz_TR, slots_T, num_slots).T @ kept.x_TI).view(num_slots, rank, -1))
+        slots_T, num_slots, rank = _token_rows(bank.route.slots, g_TO), len(bank.grad_SP), bank.layout.rank
+        for index, ranks, outputs in _columns(bank, group):
+            a_CRI, b_COR = bank.factors(index)
+            grad_a_SRI, grad_b_SOR = bank.gradients(index)
+            own_TO = g_TO[:, outputs]
+            if grad_b_SOR is not None and kept.z_TM is not None:
+                # A token's z stands in its slot's columns alone, so one product sums every slot's own tokens.
+                wide = _spread(kept.z_TM[:, ranks], slots_T, num_slots)
+                grad_b_SOR.add_((own_TO.T @ wide).view(-1, num_slots, rank).permute(1, 0, 2))
+            if grad_a_SRI is None and dx_TI is None:
+                continue
+            all_TM = own_TO @ b_COR.permute(1, 0, 2).flatten(1, 2).to(g_TO.dtype)
+            dz_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
+            if dx_TI is not None:
+                dx_TI.addmm_(_spread(dz_TR, owners_T, len(a_CRI)), a_CRI.flatten(0, 1).to(g_TO.dtype))
+            if grad_a_SRI is not None and kept.x_TI is not None:
+                grad_a = _spread(dz_TR, slots_T, num_slots).T @ kept.x_TI
+                grad_a_SRI.add_(grad_a.view(num_slots, rank, -1))
 
 
 class LoraFunction(torch.autograd.Function):
-    """Frozen linear layer plus adapters; `frozen` None means the caller adds the frozen layer itself.
+    """Frozen linear layers of one input plus adapters; `frozen` None means the caller adds those layers.
 
     `tap` is a scalar that requires a gradient: it makes autograd call `backward` though no parameter is an
     input, and nothing below the lowest adapted layer needs one.
@@ -114,50 +143,79 @@ class LoraFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TI: torch.Tensor, tap: torch.Tensor, frozen: PlainLinear | None, bank: Bank, index: int
+        ctx: Any, x_TI: torch.Tensor, tap: torch.Tensor, frozen: PlainLinear | None, bank: Bank, group: Group
     ) -> torch.Tensor:
-        """Return y [T, O]."""
-        y_TO = frozen_output(x_TI, frozen, bank, index)
-        mask_TI = bank.keep_mask(index, x_TI)
-        z_TR = bank.kernel.forward(bank, index, x_TI if mask_TI is None else x_TI * mask_TI, y_TO)
+        """Return y [T, O], the outputs of the group's matrices side by side."""
+        y_TO = frozen_output(x_TI, frozen, bank, group)
+        if bank.route.noise:
+            parts = []
+            for index, _, outputs in _columns(bank, group):  # each drops values of its own
+                mask_TI = bank.keep_mask(index, x_TI)
+                seen_TI = x_TI if mask_TI is None else x_TI * mask_TI
+                parts.append(bank.kernel.forward(bank, (index,), seen_TI, y_TO[:, outputs]))
+            z_TM = torch.cat([z_TR.T for z_TR in parts]).T
+        else:
+            z_TM = bank.kernel.forward(bank, group, x_TI, y_TO)
         # The gradient of A needs x, that of B needs z: what trains one factor keeps one of them.
-        ctx.save_for_backward(x_TI if bank.trained != "b" else None, z_TR if bank.trained != "a" else None)
-        ctx.frozen, ctx.bank, ctx.index = frozen, bank, index
+        ctx.save_for_backward(x_TI if bank.trained != "b" else None, z_TM if bank.trained != "a" else None)
+        ctx.frozen, ctx.bank, ctx.group = frozen, bank, group
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, g_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return dx where something below needs it; the factors' gradients go into the bank."""
-        bank, index, (x_TI, z_TR) = ctx.bank, ctx.index, ctx.saved_tensors
+        bank, group, (x_TI, z_TM) = ctx.bank, ctx.group, ctx.saved_tensors
         dx_TI = None
         if ctx.needs_input_grad[0]:
-            width = bank.layout.matrices[index].in_features
+            width = bank.layout.matrices[group[0]].in_features
             dx_TI = g_TO.new_zeros(len(g_TO), width) if ctx.frozen is None else g_TO @ ctx.frozen.weight_OI
-        like_TI = dx_TI if x_TI is None else x_TI
-        mask_TI = None if like_TI is None else bank.keep_mask(index, like_TI)
-        if mask_TI is None:
-            bank.kernel.backward(bank, index, Kept(x_TI, z_TR), g_TO, dx_TI)
-        else:  # the adapter saw mask * x, so its part of dx goes through the mask too
-            seen_TI = None if x_TI is None else x_TI * mask_TI
-            own_TI = None if dx_TI is None else torch.zeros_like(dx_TI)  # apart from the frozen layer's part
-            bank.kernel.backward(bank, index, Kept(seen_TI, z_TR), g_TO, own_TI)
-            if dx_TI is not None and own_TI is not None:
-                dx_TI.addcmul_(own_TI, mask_TI)
+        if bank.route.noise:
+            for index, ranks, outputs in _columns(bank, group):
+                z_TR = None if z_TM is None else z_TM[:, ranks]
+                _noisy_backward(bank, index, Kept(x_TI, z_TR), g_TO[:, outputs], dx_TI)
+        else:
+            bank.kernel.backward(bank, group, Kept(x_TI, z_TM), g_TO, dx_TI)
         return dx_TI, None, None, None, None
 
 
-def adapted_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, index: int) -> torch.Tensor:
+def _noisy_backward(
+    bank: Bank, index: int, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
+) -> None:
+    """Do the kernel's backward pass for one matrix whose input went through a dropout mask."""
+    like_TI = dx_TI if kept.x_TI is None else kept.x_TI
+    mask_TI = None if like_TI is None else bank.keep_mask(index, like_TI)
+    if mask_TI is None:
+        bank.kernel.backward(bank, (index,), kept, g_TO, dx_TI)
+        return
+    # The adapter saw mask * x, so its part of dx goes through the mask too, apart from the frozen layer's.
+    seen_TI = None if kept.x_TI is None else kept.x_TI * mask_TI
+    own_TI = None if dx_TI is None else torch.zeros_like(dx_TI)
+    bank.kernel.backward(bank, (index,), Kept(seen_TI, kept.z_TM), g_TO, own_TI)
+    if dx_TI is not None and own_TI is not None:
+        dx_TI.addcmul_(own_TI, mask_TI)
+
+
+def adapted_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, group: Group) -> torch.Tensor:
     """Return the operator's output [T, O], with gradients on the way back."""
-    inputs = (x_TI, bank.tap, frozen, bank, index)
+    inputs = (x_TI, bank.tap, frozen, bank, group)
     y_TO: torch.Tensor = LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call]
     return y_TO
 
 
-def frozen_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, index: int) -> torch.Tensor:
-    """Return W x + b, or zeros where the caller adds the frozen layer itself."""
+def frozen_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, group: Group) -> torch.Tensor:
+    """Return W x + b, or zeros where the caller adds the frozen layers itself."""
     if frozen is not None:
         return linear(x_TI, frozen.weight_OI, frozen.bias_O)
-    return x_TI.new_zeros(x_TI.shape[0], bank.layout.matrices[index].out_features)
+    return x_TI.new_zeros(x_TI.shape[0], sum(bank.layout.matrices[index].out_features for index in group))
+
+
+def _columns(bank: Bank, group: Group) -> Iterator[tuple[int, slice, slice]]:
+    """Yield every matrix of a group with its columns of z [T, M] and of y [T, O]."""
+    rank, begin = bank.layout.rank, 0
+    for place, index in enumerate(group):
+        end = begin + bank.layout.matrices[index].out_features
+        yield index, slice(place * rank, (place + 1) * rank), slice(begin, end)
+        begin = end
 
 
 def _owners(

@@ -23,7 +23,7 @@ class BankLinear(nn.Module):
         super().__init__()
         self.base = base
         self.bank = bank
-        self.index = index
+        self.group = (index,)
 
     @property
     def weight(self) -> Any:
@@ -40,10 +40,10 @@ class BankLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         frozen = plain_linear(self.base)
         if torch.is_grad_enabled():
-            y = adapted_output(flat, frozen, self.bank, self.index)
+            y = adapted_output(flat, frozen, self.bank, self.group)
         else:  # nothing is kept for a backward pass, and nothing is dropped
-            y = frozen_output(flat, frozen, self.bank, self.index)
-            self.bank.kernel.forward(self.bank, self.index, flat, y)
+            y = frozen_output(flat, frozen, self.bank, self.group)
+            self.bank.kernel.forward(self.bank, self.group, flat, y)
         y = y.view(*x.shape[:-1], -1)
         if frozen is None:  # quantised: only the layer itself can compute its product
             y = y + self.base(x)

@@ -5,6 +5,7 @@ prompt token, one kernel per tensor. Tests assert that both give the same delta.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,14 +17,22 @@ from fedllm.adapters.parts import part_specs
 from fedllm.engine.adapter_bank import NoisyRow, row_mask
 from fedllm.engine.jobs import Job, row_seed
 from fedllm.models.base import BaseModel
-from fedllm.models.chat import IGNORED
+from fedllm.models.chat import IGNORED, Encoded
 
 
 def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Tensor:
-    """Return the delta [P] of one job. The base model is left as it was."""
+    """Return the delta [P] of one job, on the base model's device. The base model is left as it was."""
     modules = [matrix.module for matrix in layout.matrices]
     lora = LoraConfig(r=layout.rank, lora_alpha=layout.alpha, target_modules=modules, lora_dropout=0.0)
     model = get_peft_model(base.model, lora, autocast_adapter_dtype=False)
+    try:
+        return _train(model, base.device, layout, job)
+    finally:
+        model.unload()  # or a failure would leave PEFT's layers in the base model
+
+
+def _train(model: Any, device: torch.device, layout: AdapterLayout, job: Job) -> torch.Tensor:
+    """Return the delta [P] of a job on the base model with PEFT's layers in it."""
     trained = {spec.name for spec in part_specs(layout, job.trained)}
     parameters = [dict(model.named_parameters())[_peft_name(spec.name)] for spec in layout.tensors]
     with torch.no_grad():
@@ -33,10 +42,10 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
                 parameter.requires_grad_(False)
     numbers = job.training
     moving = [parameter for parameter in parameters if parameter.requires_grad]
-    dropouts = [RowDropout(index) for index in range(len(modules))]
+    dropouts = [RowDropout(index) for index in range(len(layout.matrices))]
     # PEFT's own dropout would draw its numbers from torch's global state.
-    for name, dropout in zip(modules, dropouts, strict=True):
-        model.base_model.model.get_submodule(name).lora_dropout["default"] = dropout
+    for matrix, dropout in zip(layout.matrices, dropouts, strict=True):
+        model.base_model.model.get_submodule(matrix.module).lora_dropout["default"] = dropout
     optimizer = torch.optim.AdamW(
         moving, lr=numbers.learning_rate, betas=(0.9, 0.999), weight_decay=numbers.weight_decay
     )
@@ -47,25 +56,33 @@ def train_plainly(base: BaseModel, layout: AdapterLayout, job: Job) -> torch.Ten
         ]
         for dropout in dropouts:
             dropout.rows = noise
-        length = max(len(row.tokens) for row in batch)
-        tokens = torch.tensor([row.tokens + (0,) * (length - len(row.tokens)) for row in batch])
-        labels = torch.tensor([row.labels + (IGNORED,) * (length - len(row.labels)) for row in batch])
-        mask = torch.tensor([[1] * len(row.tokens) + [0] * (length - len(row.tokens)) for row in batch])
-        logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         # The client's own terms join before its gradient is clipped, as in the engine.
-        (loss + _proximal_loss(parameters, layout, job)).backward()  # type: ignore[no-untyped-call]
+        loss = _mean_loss(model, device, batch) + _proximal_loss(parameters, layout, job)
+        loss.backward()  # type: ignore[no-untyped-call]
         if job.correction is not None:
             for parameter, (_, correction) in zip(parameters, layout.views(job.correction), strict=True):
                 assert parameter.grad is not None
-                parameter.grad += correction
+                parameter.grad += correction.to(parameter)
         if numbers.clip_norm:
             torch.nn.utils.clip_grad_norm_(moving, numbers.clip_norm)
         optimizer.step()
     after = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-    model.unload()
     return after - job.start.to(after)
+
+
+def _mean_loss(model: Any, device: torch.device, batch: Sequence[Encoded]) -> torch.Tensor:
+    """Return the mean loss over the learnt tokens of a batch, padded to its longest row."""
+    length = max(len(row.tokens) for row in batch)
+
+    def padded(rows: Sequence[tuple[int, ...]], filler: int) -> torch.Tensor:
+        return torch.tensor([row + (filler,) * (length - len(row)) for row in rows], device=device)
+
+    tokens = padded([row.tokens for row in batch], 0)
+    labels = padded([row.labels for row in batch], IGNORED)
+    mask = padded([(1,) * len(row.tokens) for row in batch], 0)
+    logits = model(input_ids=tokens, attention_mask=mask).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
 class RowDropout(nn.Module):

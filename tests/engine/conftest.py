@@ -51,12 +51,16 @@ def make_job(make_rows: Callable[..., tuple[Encoded, ...]]) -> Callable[..., Job
 
 @pytest.fixture(scope="session")
 def make_engine(load_tiny: Callable[..., BaseModel]) -> Callable[..., Engine]:
-    """Return a function (kind, dtype, targets, token budget) -> an engine on a tiny base model."""
+    """Return a function (kind, dtype, targets, token budget, device) -> an engine on a tiny base model."""
 
     def make(
-        kind: str = "llama", dtype: str = "float64", targets: str = "all-linear", token_budget: int = 512
+        kind: str = "llama",
+        dtype: str = "float64",
+        targets: str = "all-linear",
+        token_budget: int = 512,
+        device: str = "cpu",
     ) -> Engine:
-        base = load_tiny(kind, dtype)
+        base = load_tiny(kind, dtype, device)
         lora = LoraConfig(rank=2, alpha=6.0, target_modules=targets)
         return Engine(base, layout_of(base.model, lora, base.fingerprint), token_budget=token_budget)
 
