@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedllm.engine.probe import measured_budget, remembered_budget
+from fedllm.engine.token_budget import measured_budget, remembered_budget
 
 CPU = torch.device("cpu")
 
