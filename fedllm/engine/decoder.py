@@ -2,10 +2,10 @@
 
 It computes what the model's modelling code in transformers does, with fewer and larger steps: query, key and
 value are one product, as are gate and up, and what lies between the products is one step each
-(`fedllm.engine.pointwise`). Weights, rotation and adapters stay where they are: the model's own. Its twin is
-transformers' forward (`fedllm.engine.flat_row.predicting_states`), and `fedllm.engine.decoder_probe` uses it only
-for a model where both agree.
-Tensor suffixes: T token, N supervised token, D feature, I input feature, E feature of a head.
+(`fedllm.engine.pointwise`). Weights and rotation are the model's own. The twin is transformers' forward
+(`fedllm.engine.flat_row.predicting_states`); `fedllm.engine.decoder_probe` takes it only where both agree.
+Tensor suffixes: T token, N supervised token, D feature, I input feature, H head, E feature of a head,
+F feature of the gated layer, W all heads' features of query, key and value.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.flat_row import FlatRow
 from fedllm.engine.kernels import adapted_output
-from fedllm.engine.pointwise import AddNorm, Angles, Gate, Heads, Norm, Normed, Pointwise, Rotate
+from fedllm.engine.pointwise import (
+    Angles,
+    Heads,
+    Norm,
+    Pointwise,
+    add_normed,
+    gated,
+    normed,
+    rotated,
+)
 from fedllm.models.attention import ragged_attention
 from fedllm.models.side_by_side import joined_linear
 
@@ -45,7 +54,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A trunk: the states from which each supervised token of a flat row is predicted, under a bank's adapters."""
+    """A trunk: gives the states that predict a flat row's learnt tokens, under the adapters of a bank."""
 
     embedding: Any  # nn.Embedding
     rotation: Any  # transformers' module: positions to cosines and sines
@@ -58,16 +67,17 @@ class Decoder:
         """Return the states [N, D]."""
         x_TD = embedding(flat.tokens_T, self.embedding.weight)
         angles = self._angles(flat, self.layers[0].heads.dim)
-        more_TD = None
+        more_TD: torch.Tensor | None = None
         for layer in self.layers:
             inputs = (layer, x_TD, more_TD, angles, flat)
             if layer.is_checkpointed and torch.is_grad_enabled():
-                x_TD, more_TD = checkpoint(self._layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x_TD, more_TD = checkpoint(
+                    self._layer, *inputs, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x_TD, more_TD = self._layer(*inputs)
-        last_ND = (x_TD + more_TD)[flat.predicting_N]
-        states_ND: torch.Tensor = Normed.apply(last_ND, self.norm, self.pointwise)  # type: ignore[no-untyped-call]
-        return states_ND
+        ended_TD = x_TD if more_TD is None else x_TD + more_TD
+        return normed(ended_TD[flat.predicting_N], self.norm, self.pointwise)
 
     def _angles(self, flat: FlatRow, dim: int) -> Angles:
         """Return every token's rotation, from the model's own module; it rounds to the dtype it is shown."""
@@ -91,22 +101,22 @@ class Decoder:
         all_TW = self._product(normed_TD, layer.query_key_value)
         seen_TD = self._attend(all_TW, layer, angles, flat)
         x_TD, normed_TD = self._add_norm(x_TD, self._product(seen_TD, layer.output), layer.gate_norm)
-        gated_TF = Gate.apply(self._product(normed_TD, layer.gate_up), self.pointwise)  # type: ignore[no-untyped-call]
+        gated_TF = gated(self._product(normed_TD, layer.gate_up), self.pointwise)
         return x_TD, self._product(gated_TF, layer.down)
 
     def _add_norm(
         self, x_TD: torch.Tensor, more_TD: torch.Tensor | None, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if more_TD is None:  # before the first layer
-            return x_TD, Normed.apply(x_TD, norm, self.pointwise)  # type: ignore[no-untyped-call]
-        return AddNorm.apply(x_TD, more_TD, norm, self.pointwise)  # type: ignore[no-untyped-call,no-any-return]
+            return x_TD, normed(x_TD, norm, self.pointwise)
+        return add_normed(x_TD, more_TD, norm, self.pointwise)
 
     def _attend(
         self, all_TW: torch.Tensor, layer: DecoderLayer, angles: Angles, flat: FlatRow
     ) -> torch.Tensor:
         """Return what each token reads of its own row, all heads side by side, [T, H E]."""
-        rotated = Rotate.apply(all_TW, angles, layer.heads, self.pointwise)  # type: ignore[no-untyped-call]
-        query, key, value = (heads_THE.transpose(0, 1)[None] for heads_THE in rotated)
+        three = rotated(all_TW, angles, layer.heads, self.pointwise)
+        query, key, value = (heads_THE.transpose(0, 1)[None] for heads_THE in three)
         output, _ = ragged_attention(
             layer.attention,
             query,

@@ -1,4 +1,4 @@
-"""Whether the engine's own forward pass of a decoder computes what a model does: read by its parts, then tried.
+"""Whether the engine's own forward pass of a decoder computes what a model does, by its parts and by trying.
 
 A model's name says nothing. Its parts must be those of such a decoder and no others, each layer tells what it
 asks of its attention in a pass, and then losses and gradients under random adapters must be those of
@@ -24,9 +24,9 @@ from fedllm.models.side_by_side import lay_side_by_side
 
 _logger = logging.getLogger("fedllm.training")
 
-# Of the norm: how far two ways to round are apart. In 16 bits that is 1 to 3 % of a gradient, and another
-# formula, such as one norm's epsilon a hundred times larger, is more.
-_HALF, _SINGLE = 0.1, 1e-3
+# Of the norm: how far apart two ways to round may be. In 16 bits the gradients of 30 layers are 5 % apart,
+# and each of them 6 % from those of float32.
+_HALF, _SINGLE = (2e-2, 0.2), (1e-4, 1e-3)  # losses, gradients
 
 
 def own_trunk(passes: Passes) -> Decoder | None:
@@ -63,8 +63,8 @@ def computes_the_same(expected: Passes, found: Passes) -> bool:
             bank.reserve(2)
             losses = passes.losses(items, backward=True).to(device)
             results.append((losses, bank.grad_SP.clone()))
-    bound = _HALF if expected.base.dtype.itemsize < 4 else _SINGLE
-    return all(bool((a - b).norm() <= bound * a.norm()) for a, b in zip(*results, strict=True))
+    bounds = _HALF if expected.base.dtype.itemsize < 4 else _SINGLE
+    return all(bool((a - b).norm() <= bound * a.norm()) for a, b, bound in zip(*results, bounds, strict=True))
 
 
 def read_decoder(model: Any, bank: Bank, pointwise: Pointwise) -> Decoder | None:

@@ -1,8 +1,8 @@
 """The work between the products of a decoder layer: norms, rotation of positions, the gated activation.
 
-Each is one step forward and one back. Between them they keep only what the step back needs, and a GPU does
-each in one kernel (`fedllm.engine.triton.pointwise`). `PlainPointwise` says the same in torch, for a CPU and as
-the twin of those kernels. Values are rounded to the model's dtype where transformers rounds them.
+Each is one step forward and one back, and between them only what the step back needs is kept. A GPU does each
+in one kernel (`fedllm.engine.triton.pointwise`); `PlainPointwise` is the same in torch, for a CPU and as the
+twin of those kernels. Values are rounded to the model's dtype where transformers rounds them.
 Papers: RMSNorm arXiv 1910.07467, rotary positions arXiv 2104.09864, SwiGLU arXiv 2002.05202.
 Tensor suffixes: T token, D feature, H query head, K key head, E feature of a head, W all heads' features of
 query, key and value side by side, F feature inside the gated layer.
@@ -64,8 +64,10 @@ class Pointwise(Protocol):
     def rotate(self, all_TW: torch.Tensor, angles: Angles, heads: Heads) -> Three:
         """Return queries, keys and values; the first two normed where they have norms, then rotated."""
 
-    def rotate_backward(self, grads: Three, all_TW: torch.Tensor, angles: Angles, heads: Heads) -> torch.Tensor:
-        """Return the gradient of all_TW; its values count only where heads have norms."""
+    def rotate_backward(
+        self, grads: Three, all_TW: torch.Tensor, angles: Angles, heads: Heads
+    ) -> torch.Tensor:
+        """Return the gradient of all_TW, whose values are needed only where heads have norms."""
 
     def gate(self, both_TF: torch.Tensor) -> torch.Tensor:
         """Return silu(first half) * second half, [T, 2 F] -> [T, F]."""
@@ -110,11 +112,13 @@ class PlainPointwise:
             query, key = self.norm(query, heads.query_norm), self.norm(key, heads.key_norm)
         return _turned(query, angles.cos, angles.sin), _turned(key, angles.cos, angles.sin), value
 
-    def rotate_backward(self, grads: Three, all_TW: torch.Tensor, angles: Angles, heads: Heads) -> torch.Tensor:
+    def rotate_backward(
+        self, grads: Three, all_TW: torch.Tensor, angles: Angles, heads: Heads
+    ) -> torch.Tensor:
         """See `Pointwise`."""
         query, key, value = grads
         query, key = (_turned(grad, angles.cos, -angles.sin) for grad in (query, key))  # the other way round
-        if heads.query_norm is not None and heads.key_norm is not None:
+        if all_TW is not None and heads.query_norm is not None and heads.key_norm is not None:
             before = _split(all_TW, heads)
             query = self.norm_backward(query, None, before[0], heads.query_norm)
             key = self.norm_backward(key, None, before[1], heads.key_norm)
@@ -131,7 +135,7 @@ class PlainPointwise:
         grads_TF = torch.empty_like(both_TF)
         of_gate_TF, of_up_TF = grads_TF.chunk(2, dim=1)
         torch.mul(grad_TF, silu(gate_TF), out=of_up_TF)
-        of_gate_TF.copy_(torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF))
+        torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF, grad_input=of_gate_TF)
         return grads_TF
 
 
@@ -157,9 +161,7 @@ def _turned(heads_THE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
     return turned
 
 
-class Normed(torch.autograd.Function):
-    """x -> x normed."""
-
+class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, norm: Norm, pointwise: Pointwise) -> torch.Tensor:
         ctx.save_for_backward(x_TD)
@@ -171,9 +173,7 @@ class Normed(torch.autograd.Function):
         return ctx.pointwise.norm_backward(grad_TD, None, *ctx.saved_tensors, ctx.norm), None, None
 
 
-class AddNorm(torch.autograd.Function):
-    """(x, more) -> (x + more, that normed)."""
-
+class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: torch.Tensor, more_TD: torch.Tensor, norm: Norm, pointwise: Pointwise
@@ -184,29 +184,27 @@ class AddNorm(torch.autograd.Function):
         return sum_TD, normed_TD
 
     @staticmethod
-    def backward(ctx: Any, through_TD: torch.Tensor, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, through_TD: torch.Tensor, grad_TD: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         grad_TD = ctx.pointwise.norm_backward(grad_TD, through_TD, *ctx.saved_tensors, ctx.norm)
         return grad_TD, grad_TD, None, None
 
 
-class Rotate(torch.autograd.Function):
-    """All heads' features -> (queries, keys, values), rotated."""
-
+class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, all_TW: torch.Tensor, angles: Angles, heads: Heads, pointwise: Pointwise) -> Three:
         ctx.save_for_backward(None if heads.query_norm is None else all_TW)
-        ctx.given = angles, heads
-        ctx.pointwise = pointwise
+        ctx.angles, ctx.heads, ctx.pointwise = angles, heads, pointwise
         return pointwise.rotate(all_TW, angles, heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.pointwise.rotate_backward(grads, *ctx.saved_tensors, *ctx.given), None, None, None
+        (all_TW,) = ctx.saved_tensors
+        return ctx.pointwise.rotate_backward(grads, all_TW, ctx.angles, ctx.heads), None, None, None
 
 
-class Gate(torch.autograd.Function):
-    """(gate | up) -> silu(gate) * up."""
-
+class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both_TF: torch.Tensor, pointwise: Pointwise) -> torch.Tensor:
         ctx.save_for_backward(both_TF)
@@ -216,3 +214,25 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TF: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return ctx.pointwise.gate_backward(grad_TF, *ctx.saved_tensors), None
+
+
+def normed(x_TD: torch.Tensor, norm: Norm, pointwise: Pointwise) -> torch.Tensor:
+    """Return `Pointwise.norm`, with a gradient."""
+    return _Norm.apply(x_TD, norm, pointwise)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def add_normed(
+    x_TD: torch.Tensor, more_TD: torch.Tensor, norm: Norm, pointwise: Pointwise
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `Pointwise.add_norm`, with gradients."""
+    return _AddNorm.apply(x_TD, more_TD, norm, pointwise)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def rotated(all_TW: torch.Tensor, angles: Angles, heads: Heads, pointwise: Pointwise) -> Three:
+    """Return `Pointwise.rotate`, with gradients."""
+    return _Rotate.apply(all_TW, angles, heads, pointwise)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def gated(both_TF: torch.Tensor, pointwise: Pointwise) -> torch.Tensor:
+    """Return `Pointwise.gate`, with a gradient."""
+    return _Gate.apply(both_TF, pointwise)  # type: ignore[no-untyped-call,no-any-return]

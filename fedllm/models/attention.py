@@ -98,7 +98,9 @@ def asked_of_attention(model: Any, device: torch.device) -> list[Asked]:
     model.set_attn_implementation(_LISTENING)
     try:
         with torch.no_grad():
-            model.get_decoder()(input_ids=torch.zeros(1, 1, device=device, dtype=torch.int64), use_cache=False)
+            model.get_decoder()(
+                input_ids=torch.zeros(1, 1, device=device, dtype=torch.int64), use_cache=False
+            )
     finally:
         model.set_attn_implementation(own)
     return asked

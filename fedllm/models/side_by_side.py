@@ -1,7 +1,7 @@
 """Weights of linear layers that share one input, laid end to end in memory: one product computes them all.
 
-The layers keep their weights, as views of the rows of one tensor, so nothing is held twice and whoever looks at
-a layer finds what was there before.
+The layers keep their weights, as views of the rows of one tensor: nothing is held twice, and whoever looks
+at a layer finds what was there before.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def lay_side_by_side(layers: Sequence[Any]) -> None:
     for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
         if all(parameter is not None for parameter in parameters) and joined(parameters) is None:
             whole = torch.cat([parameter.data for parameter in parameters])
-            pieces = whole.split([len(parameter) for parameter in parameters])
+            pieces = whole.split_with_sizes([len(parameter) for parameter in parameters])
             for parameter, piece in zip(parameters, pieces, strict=True):
                 parameter.data = piece
 
@@ -51,7 +51,7 @@ def room_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for tensor in [*tensors, None]:
         if run and (tensor is None or joined([*run, tensor]) is None):
             whole = run[0].new_empty(sum(each.numel() for each in run))
-            pieces = whole.split([each.numel() for each in run])
+            pieces = whole.split_with_sizes([each.numel() for each in run])
             rooms += [piece.view(each.shape) for piece, each in zip(pieces, run, strict=True)]
             run = []
         if tensor is not None:

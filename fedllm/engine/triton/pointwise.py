@@ -1,9 +1,12 @@
 """`fedllm.engine.pointwise` with one Triton kernel a step and way back; the twin is `PlainPointwise` there.
 
-A program handles one token: norms in float32 over the token's D features, rotation over all its heads at once.
+A program handles one token: its norm over D features, the rotation of all its heads. Sums are in float32.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# Triton takes every annotation of a kernel for its own.
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -110,7 +113,9 @@ def _rotate_backward_kernel(
     # A head has one of the three, and what is masked is 0: their sum is that one.
     first = tl.load(of_query, mask=is_query, other=0.0) + tl.load(of_key, mask=is_key, other=0.0)
     first = (first + tl.load(of_value, mask=is_value, other=0.0)).to(tl.float32)
-    second = tl.load(of_query + HALF, mask=is_query, other=0.0) + tl.load(of_key + HALF, mask=is_key, other=0.0)
+    second = tl.load(of_query + HALF, mask=is_query, other=0.0) + tl.load(
+        of_key + HALF, mask=is_key, other=0.0
+    )
     second = (second + tl.load(of_value + HALF, mask=is_value, other=0.0)).to(tl.float32)
     c = tl.where(is_value, 1.0, tl.load(cos + token * HALF + e, mask=e < HALF, other=1.0)[None, :])
     s = tl.where(is_value, 0.0, tl.load(sin + token * HALF + e, mask=e < HALF, other=0.0)[None, :])
@@ -126,7 +131,9 @@ def _rotate_backward_kernel(
         first *= inverse
         second *= inverse
         inner_first = to_first * _head_weights(query_weight, key_weight, e, is_query, is_key, e < HALF)
-        inner_second = to_second * _head_weights(query_weight, key_weight, e + HALF, is_query, is_key, e < HALF)
+        inner_second = to_second * _head_weights(
+            query_weight, key_weight, e + HALF, is_query, is_key, e < HALF
+        )
         shared = tl.sum(first * inner_first + second * inner_second, 1)[:, None] / DIM
         to_first = tl.where(is_value, to_first, inverse * (inner_first - first * shared))
         to_second = tl.where(is_value, to_second, inverse * (inner_second - second * shared))
@@ -192,7 +199,9 @@ class TritonPointwise:
         _rotate(_rotate_kernel, len(all_TW), (all_TW.contiguous(), query, key, value), angles, heads)
         return query, key, value
 
-    def rotate_backward(self, grads: Three, all_TW: torch.Tensor, angles: Angles, heads: Heads) -> torch.Tensor:
+    def rotate_backward(
+        self, grads: Three, all_TW: torch.Tensor | None, angles: Angles, heads: Heads
+    ) -> torch.Tensor:
         """See `Pointwise`."""
         grads = (grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous())
         out_TW = grads[0].new_empty(len(grads[0]), (heads.num_queries + 2 * heads.num_keys) * heads.dim)
@@ -234,7 +243,7 @@ def _normed(
 
 
 def _rotate(
-    kernel: object, num_tokens: int, tensors: tuple[torch.Tensor, ...], angles: Angles, heads: Heads
+    kernel: Any, num_tokens: int, tensors: tuple[torch.Tensor, ...], angles: Angles, heads: Heads
 ) -> None:
     """Run a kernel of the rotation; without norms of heads it gets weights that it does not read."""
     norms = (heads.query_norm, heads.key_norm)
