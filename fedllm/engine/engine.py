@@ -6,11 +6,12 @@ bit where every client has a pass of its own, `token_budget=1`). The plain twin 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 
@@ -22,10 +23,12 @@ from fedllm.engine.opening import open_passes
 from fedllm.engine.passes import Item, by_adapters, packed, split
 from fedllm.engine.probe import keeps_apart, longest_pass, mixes_examples
 from fedllm.engine.steps import train_rows
-from fedllm.engine.token_budget import Limits, default_budget, limits_of
+from fedllm.engine.token_budget import Limits, default_budget, limits_of, rows_in_memory, smaller_budget
 from fedllm.messages import ClientEvaluation
 from fedllm.models.base import BaseModel, check_fits
 from fedllm.models.chat import Encoded
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -43,7 +46,10 @@ class Engine:
         self.passes = open_passes(base, layout)
         self.bank = self.passes.bank
         self._keeps_examples_apart = False  # not tried yet
-        budget = token_budget if isinstance(token_budget, int) else default_budget(self.passes)
+        self._most_rows = rows_in_memory(self.passes)
+        budget = token_budget
+        if not isinstance(budget, int):
+            budget = default_budget(self.passes, self._most_rows)
         self.token_budget = min(budget, longest_pass(base.model))
 
     # --- training -----------------------------------------------------------------------------------------
@@ -57,14 +63,19 @@ class Engine:
         if any(job.example_clip for job in jobs) and not self._keeps_examples_apart:
             self._check_examples()
         for group in self._groups(jobs):
-            yield from self._train_group(group)
+            rows = [row for job in group for row in max(job.batches, key=_num_tokens)]
+            yield from self._fitted(partial(self._train_all, group), rows)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
         """Split jobs into neighbours that train one part, have one objective and fit a pass together."""
         for _, same in groupby(jobs, key=lambda job: (job.trained, id(job.objective))):
             together = list(same)
-            sizes = [max(sum(len(row.tokens) for row in batch) for batch in job.batches) for job in together]
-            yield from packed(together, sizes, self.limits.together)
+            sizes = [max(map(_num_tokens, job.batches)) for job in together]
+            yield from packed(together, sizes, self.limits.together, self.limits.rows)
+
+    def _train_all(self, jobs: Sequence[Job]) -> list[Result]:
+        """Train jobs, in as many groups as the token budget now asks for."""
+        return [result for group in self._groups(jobs) for result in self._train_group(group)]
 
     def _train_group(self, jobs: Sequence[Job]) -> list[Result]:
         """Train jobs together, and once more alone any that is not finite: a neighbour may have spoilt it."""
@@ -120,12 +131,32 @@ class Engine:
     @property
     def limits(self) -> Limits:
         """How many tokens the passes hold."""
-        return limits_of(self.token_budget, self.passes)
+        return limits_of(self.token_budget, self._most_rows, self.passes)
 
     @property
     def is_ragged(self) -> bool:
         """Whether samples may share a pass."""
         return self.passes.is_ragged
+
+    def _fitted(self, work: Callable[[], list[T]], rows: Sequence[Encoded]) -> list[T]:
+        """Return what `work` gives; where memory runs out it begins again with a smaller token budget.
+
+        `rows` are those that may share a pass. Work has no effect but its result, so nothing counts twice.
+
+        Raises:
+            OutOfMemoryError: a row of its own is too much.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                lengths = [len(row.tokens) for row in rows]
+                budget = smaller_budget(self.token_budget, lengths) if self.is_ragged else 0
+                if not budget:
+                    raise
+            # Out here no traceback holds on to what the failed pass has made.
+            torch.cuda.empty_cache()
+            self.token_budget = budget
 
     # --- evaluation ---------------------------------------------------------------------------------------
 
@@ -137,31 +168,35 @@ class Engine:
         """
         done: list[ClientEvaluation] = []
         for group in by_adapters(jobs):
-            adapters = {id(job.vector): (job.vector, job.layout or self.layout) for job in group}
-            place = {key: row for row, key in enumerate(adapters)}
-            widest = max((layout for _, layout in adapters.values()), key=lambda layout: layout.rank)
-            vectors = [with_rank(vector, layout, widest.rank) for vector, layout in adapters.values()]
-            self.bank.load(widest, vectors, [layout.scale for _, layout in adapters.values()])
-            items = [
-                Item(row, place[id(job.vector)], number, 1.0)
-                for number, job in enumerate(group)
-                for row in job.rows
-            ]
-            sums = torch.zeros(len(group), dtype=torch.float64)
-            with self.passes.attached():
-                for part in split(items, self.limits.together):
-                    owners = torch.tensor([item.slot for item in part])
-                    sums.index_add_(0, owners, self.passes.losses(part, backward=False))
-            for job, total in zip(group, sums.tolist(), strict=True):
-                number = sum(row.num_supervised for row in job.rows)
-                done.append(
-                    ClientEvaluation(
-                        client_id=job.client_id,
-                        loss=total / number,
-                        num_tokens=number,
-                        num_rows=len(job.rows),
-                    )
+            rows = [row for job in group for row in job.rows]
+            done += self._fitted(partial(self._evaluate_group, group), rows)
+        return done
+
+    def _evaluate_group(self, group: Sequence[EvaluationJob]) -> list[ClientEvaluation]:
+        """Evaluate jobs whose adapters are held at once."""
+        adapters = {id(job.vector): (job.vector, job.layout or self.layout) for job in group}
+        place = {key: row for row, key in enumerate(adapters)}
+        widest = max((layout for _, layout in adapters.values()), key=lambda layout: layout.rank)
+        vectors = [with_rank(vector, layout, widest.rank) for vector, layout in adapters.values()]
+        self.bank.load(widest, vectors, [layout.scale for _, layout in adapters.values()])
+        items = [
+            Item(row, place[id(job.vector)], number, 1.0)
+            for number, job in enumerate(group)
+            for row in job.rows
+        ]
+        sums = torch.zeros(len(group), dtype=torch.float64)
+        with self.passes.attached():
+            for part in split(items, self.limits.together):
+                owners = torch.tensor([item.slot for item in part])
+                sums.index_add_(0, owners, self.passes.losses(part, backward=False))
+        done = []
+        for job, total in zip(group, sums.tolist(), strict=True):
+            number = sum(row.num_supervised for row in job.rows)
+            done.append(
+                ClientEvaluation(
+                    client_id=job.client_id, loss=total / number, num_tokens=number, num_rows=len(job.rows)
                 )
+            )
         return done
 
     @torch.no_grad()
@@ -228,3 +263,7 @@ class Engine:
         rows = tuple(place[id(vector)] for vector in vectors)
         with attached(self.base.model, self.bank), self.bank.whole_rows(rows):
             yield
+
+
+def _num_tokens(rows: Sequence[Encoded]) -> int:
+    return sum(len(row.tokens) for row in rows)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
+from sys import maxsize
 from typing import TypeVar
 
 import torch
@@ -91,17 +92,17 @@ class Passes:
         return flat
 
 
-def split(items: Sequence[Item], limit: int) -> Iterator[list[Item]]:
-    """Split samples into forward passes of at most `limit` tokens."""
-    return packed(items, [len(item.row.tokens) for item in items], limit)
+def split(items: Sequence[Item], limit: int, most: int = maxsize) -> Iterator[list[Item]]:
+    """Split samples into forward passes of at most `limit` tokens and `most` samples."""
+    return packed(items, [len(item.row.tokens) for item in items], limit, most)
 
 
-def packed(items: Sequence[T], sizes: Sequence[int], limit: int) -> Iterator[list[T]]:
-    """Split items into runs of neighbours; their sizes add up to `limit` at most, or a run has one item."""
+def packed(items: Sequence[T], sizes: Sequence[int], limit: int, most: int = maxsize) -> Iterator[list[T]]:
+    """Split items into runs of `most` neighbours whose sizes add up to `limit` at most, or of one item."""
     run: list[T] = []
     filled = 0
     for item, size in zip(items, sizes, strict=True):
-        if run and filled + size > limit:
+        if run and (filled + size > limit or len(run) == most):
             yield run
             run, filled = [], 0
         run.append(item)

@@ -94,7 +94,7 @@ def _clipped_gradients(
 
     An example is a slot of one pass, so no more gradients are held than a pass has examples.
     """
-    parts = list(split(items, limits.together))
+    parts = list(split(items, limits.together, limits.rows))
     losses_A = torch.zeros(len(jobs), dtype=torch.float64)
     total_AP = torch.zeros_like(passes.bank.theta_CP[: len(jobs)])
     most = max(map(len, parts), default=0)
