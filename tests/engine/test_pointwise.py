@@ -1,6 +1,7 @@
-"""Norm, rotation and gate: the plain steps against transformers' formulas, Triton's against the plain ones."""
+"""Norm, rotation and gate: torch's against transformers' formulas, and so are those of Triton's kernels."""
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fedllm.engine.pointwise import (
     normed,
     rotated,
 )
+from tests.builders import compile_kernels
 
 TOKENS, WIDTH = 5, 24
 HEADS = [Heads(3, 2, 8), Heads(4, 1, 12, Norm(torch.rand(12) + 0.5, 1e-5), Norm(torch.rand(12) + 0.5, 1e-3))]
@@ -25,19 +27,17 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(params=["plain", "triton"])
-def pointwise(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pointwise:
+def pointwise(request: pytest.FixtureRequest) -> Iterator[Pointwise]:
     """Return the steps in torch, and in Triton's interpreter on the CPU."""
     if request.param == "plain":
-        return PlainPointwise()
+        yield PlainPointwise()
+        return
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("Triton is compiled for the GPU in this process")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    # New memory holds NaN, so that what a kernel leaves out is seen.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
-    made: Pointwise = importlib.import_module("fedllm.engine.triton.pointwise").TritonPointwise()
-    return made
+    torch.use_deterministic_algorithms(True)  # new memory then holds NaN: what a kernel leaves out is seen
+    yield importlib.import_module("fedllm.engine.triton.pointwise").TritonPointwise()
+    torch.use_deterministic_algorithms(False)
 
 
 def given(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -93,6 +93,27 @@ def test_gate_is_silu_times_up(pointwise: Pointwise) -> None:
     both = given(TOKENS, 2 * 1031)  # more features than one program of a kernel takes, and no round number
     gate, up = both.chunk(2, dim=1)
     check_same([gated(both, pointwise)], [torch.nn.functional.silu(gate) * up], both)
+
+
+def test_kernels_compile_for_a_gpu() -> None:
+    pytest.importorskip("triton")
+    size = {"D": "i32", "epsilon": "fp32", "ADD": True, "BLOCK": 1024}
+    heads = {"cos": "*fp32", "sin": "*fp32", "query_weight": "*bf16", "key_weight": "*bf16"}
+    heads |= {"H": "i32", "K": "i32", "query_epsilon": "fp32", "key_epsilon": "fp32"}
+    blocks = {"HALF": 48, "NORM": True, "BLOCK_H": 16, "BLOCK_E": 64}
+
+    def tensors(*names: str) -> dict[str, str]:
+        return dict.fromkeys(names, "*bf16")
+
+    kernels = {
+        "_norm_kernel": tensors("x", "more", "weight", "total", "normed") | size,
+        "_norm_backward_kernel": tensors("grad", "through", "x", "weight", "out") | size,
+        "_rotate_kernel": tensors("x", "query", "key", "value") | heads | blocks,
+        "_rotate_backward_kernel": tensors("query", "key", "value", "x", "out") | heads | blocks,
+        "_gate_kernel": tensors("both", "out") | {"F": "i32", "BLOCK": 1024},
+        "_gate_backward_kernel": tensors("grad", "both", "out") | {"F": "i32", "BLOCK": 1024},
+    }
+    compile_kernels("fedllm.engine.triton.pointwise", kernels)
 
 
 @pytest.mark.gpu
