@@ -1,1 +1,1 @@
-"""Kernels in Triton for CUDA devices; imported only where one is there. Each has a twin in torch."""
+"""Kernels in Triton for CUDA devices, each the fast twin of plain code; imported where one is at hand."""
