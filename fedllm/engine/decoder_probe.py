@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.decoder import Decoder, DecoderLayer, Layers
+from fedllm.engine.device_trial import stands_trial
 from fedllm.engine.passes import Item, Passes
 from fedllm.engine.pointwise import Heads, Norm, PlainPointwise, Pointwise
 from fedllm.engine.probe import neighbours
@@ -150,12 +151,16 @@ def _linears(layer: DecoderLayer) -> tuple[Layers, ...]:
 
 
 def _pointwise(device: torch.device) -> Pointwise:
-    """Return the steps between the products: in Triton on a GPU that has it, else in torch."""
-    if device.type != "cuda":
-        return PlainPointwise()
-    try:
+    """Return the steps between the products: in Triton on a GPU that runs it, else in torch."""
+    made: list[Pointwise] = [PlainPointwise()]
+
+    def gates_as_torch_does() -> bool:
         from fedllm.engine.triton.pointwise import TritonPointwise
-    except ImportError:
-        _logger.warning("Triton is not installed: norms and activations run in torch, which is slower")
-        return PlainPointwise()
-    return TritonPointwise()
+
+        made.insert(0, TritonPointwise())
+        both_TF = torch.linspace(-4, 4, 24, device=device).view(2, 12)
+        return torch.allclose(made[0].gate(both_TF), made[1].gate(both_TF), atol=1e-5)
+
+    if device.type == "cuda" and stands_trial(device, "the decoder", gates_as_torch_does):
+        return made[0]
+    return made[-1]

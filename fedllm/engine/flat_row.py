@@ -39,16 +39,6 @@ class FlatRow:
     targets_N: torch.Tensor  # the learnt tokens
     learnt_B: torch.Tensor  # [B + 1], where in N each row's learnt tokens begin and the last ones end
 
-
-@dataclass(frozen=True, eq=False)
-class Arrangement:
-    """What becomes a `FlatRow` on a device; `arrays` are its tensors, by name."""
-
-    arrays: dict[str, Array]
-    longest: tuple[int, int]
-    lengths_G: Array  # tokens of each group
-    begins_B: Array  # where in T the tokens begin that a row does not share
-
     def attention_inputs(self) -> dict[str, Any]:
         """Return what `fedllm.models.attention.ragged_attention` must know of the row, by its names."""
         return {
@@ -58,6 +48,16 @@ class Arrangement:
             "max_length_k": self.longest[1],
             "key_places": self.places_K,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """What becomes a `FlatRow` on a device; `arrays` are its tensors, by name."""
+
+    arrays: dict[str, Array]
+    longest: tuple[int, int]
+    lengths_G: Array  # tokens of each group
+    begins_B: Array  # where in T the tokens begin that a row does not share
 
 
 def lay_out(rows: Sequence[Encoded], device: torch.device, owners: Sequence[Hashable] = ()) -> FlatRow:
