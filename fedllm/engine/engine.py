@@ -185,11 +185,11 @@ class Engine:
             for number, job in enumerate(group)
             for row in job.rows
         ]
-        sums = torch.zeros(len(group), dtype=torch.float64)
         with self.passes.attached():
-            for part in split(items, self.limits.together):
-                owners = torch.tensor([item.slot for item in part])
-                sums.index_add_(0, owners, self.passes.losses(part, backward=False))
+            parts = split(items, self.limits.together)
+            sums_B = torch.cat([self.passes.losses(part, backward=False) for part in parts]).cpu()
+        sums = torch.zeros(len(group), dtype=torch.float64)
+        sums.index_add_(0, torch.tensor([item.slot for item in items]), sums_B)
         done = []
         for job, total in zip(group, sums.tolist(), strict=True):
             number = sum(row.num_supervised for row in job.rows)

@@ -38,7 +38,7 @@ def diverged(
     private_S = torch.tensor([jobs[owner].noise is not None for owner in owners])
     if not bool(private_S.any()):
         return private_S
-    return private_S & ~(torch.isfinite(norms_S).cpu() & torch.isfinite(sums_B))
+    return private_S & ~(torch.isfinite(norms_S) & torch.isfinite(sums_B)).cpu()
 
 
 def drop(lost_S: torch.Tensor, grad_SP: torch.Tensor, norms_S: torch.Tensor, sums_B: torch.Tensor) -> None:
@@ -50,7 +50,7 @@ def drop(lost_S: torch.Tensor, grad_SP: torch.Tensor, norms_S: torch.Tensor, sum
     if bool(lost_S.any()):
         grad_SP[lost_S.to(grad_SP.device)] = 0.0
         norms_S[lost_S.to(grad_SP.device)] = 0.0
-        sums_B[lost_S] = 0.0
+        sums_B[lost_S.to(grad_SP.device)] = 0.0
 
 
 def add_noise(rows: JobRows, grad_AP: torch.Tensor, step: int) -> None:
