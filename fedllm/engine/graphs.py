@@ -99,6 +99,7 @@ class Shelf(Generic[B]):
         self._kept: OrderedDict[tuple[Hashable, Sizes], Recording[B]] = OrderedDict()  # the last used last
         self._uses: Counter[tuple[Hashable, Sizes]] = Counter()
         self._is_off = False
+        self.surroundings: Hashable = None  # what recordings of now depend on, whatever their kind
 
     def find(
         self,
@@ -113,7 +114,7 @@ class Shelf(Generic[B]):
         `kind` is all else that must be equal, addresses included. `run` is the pass; it adds to `changed`,
         which keeps its values until the recording is replayed.
         """
-        key = kind, sizes
+        key = (self.surroundings, kind), sizes
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -130,6 +131,11 @@ class Shelf(Generic[B]):
                 dropped, _ = self._kept.popitem(last=False)
                 del self._uses[dropped]  # so that many kinds in turn are not recorded every time
         return recording
+
+    @property
+    def num_kept(self) -> int:
+        """How many recordings are kept."""
+        return len(self._kept)
 
     def clear(self) -> None:
         """Forget all recordings, so that their memory is free."""
