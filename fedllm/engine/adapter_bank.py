@@ -119,6 +119,7 @@ class Bank:
         self.layout, self.trained, self.scales = layout, trained, tuple(scales)
         self.scales_C = self._rows("scales", len(scales), 1)[:, 0]
         self.scales_C.copy_(torch.tensor(scales, dtype=self.dtype))
+        self.places = {matrix.module: index for index, matrix in enumerate(layout.matrices)}
         rest = other_part(trained)
         self._moving, self._still = _specs_of_matrices(layout, trained), _specs_of_matrices(layout, rest)
         self.theta_CP = self._rows("theta", len(starts), part_size(layout, trained))
@@ -166,9 +167,10 @@ class Bank:
                 )
             return self.route
         if num_tokens not in self._batch_routes:  # the same for all layers, and for every new token
+            length = num_tokens // len(self.batch_rows)
             rows = self.batch_rows
-            lengths = [num_tokens // len(rows)] * len(rows)
-            self._batch_routes[num_tokens] = make_route(lengths, rows, [0] * len(rows), 1, self.device)
+            route = make_route([length] * len(rows), rows, [0] * len(rows), 1, self.device)
+            self._batch_routes[num_tokens] = route
         return self._batch_routes[num_tokens]
 
     @contextmanager

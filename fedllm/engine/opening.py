@@ -1,12 +1,14 @@
 """Finds out how a base model is run: kernel, trunk, head, and whether samples may share a pass."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.adapter_bank import Bank
+from fedllm.engine.decoder_probe import own_trunk
 from fedllm.engine.flat_row import predicting_states
 from fedllm.engine.graphs import Shelf, record_on_gpu
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
@@ -34,7 +36,9 @@ def open_passes(base: BaseModel, layout: AdapterLayout) -> Passes:
         _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
     head = plain_head(base.model, base.device)
     trunk = partial(predicting_states, base.model, head=head)
+    passes = Passes(base, Bank(layout, kernel, base.device, dtype), trunk, head, is_ragged)
+    own = own_trunk(passes)
     # A loop over clients on the host is another one for every pass, so nothing of it can be recorded.
     is_recorded = base.device.type == "cuda" and not isinstance(kernel, LoopKernel)
     shelf = Shelf[PassInputs](partial(record_on_gpu, base.device)) if is_recorded else None
-    return Passes(base, Bank(layout, kernel, base.device, dtype), trunk, head, is_ragged, shelf)
+    return replace(passes, trunk=trunk if own is None else own, shelf=shelf)

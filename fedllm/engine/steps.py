@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.engine.example_gradients import add_noise, clip_factors, diverged, drop
+from fedllm.engine.example_gradients import add_clipped, slot_clips
 from fedllm.engine.gradient_terms import ControlCorrection, control_correction, proximal_pull
 from fedllm.engine.job_rows import JobRows, rows_of_jobs
 from fedllm.engine.jobs import Job, row_seed
 from fedllm.engine.optimizer import RowAdamW
 from fedllm.engine.passes import Item, Passes, split
+from fedllm.engine.step_noise import step_noises
 from fedllm.engine.token_budget import Limits
 
 
@@ -51,11 +52,12 @@ def train_rows(passes: Passes, limits: Limits, jobs: Sequence[Job], layout: Adap
     corrections_CP = rows.stack([job.correction for job in jobs], default=0.0)
     correction = control_correction(corrections_CP, bank.theta_CP, trainings)
     losses: list[list[PassLosses]] = []
+    noises = step_noises(rows, bank.device)
     with passes.attached():
         for step in range(len(jobs[0].batches)):
             active = [job for job in jobs if step < len(job.batches)]
             grads, of_passes = step_gradients(passes, limits, active, step)
-            add_noise(rows, grads, step)
+            noises.add(grads, step)
             if correction is not None:
                 correction.apply(grads)
             if pull is not None:
@@ -117,29 +119,27 @@ def _clipped_gradients(
 
     An example is a slot of one pass, so no more gradients are held than a pass has examples.
     """
+    bank = passes.bank
     parts = list(split(items, limits.together, limits.rows))
     losses: list[PassLosses] = []
-    total_AP = torch.zeros_like(passes.bank.theta_CP[: len(jobs)])
+    total_AP = torch.zeros_like(bank.theta_CP[: len(jobs)])
     most = max(map(len, parts), default=0)
     while parts:
         part = parts.pop(0)
-        passes.bank.reserve(most)
+        bank.reserve(most)
         slots = [replace(item, slot=slot) for slot, item in enumerate(part)]
         sums_B = passes.losses(slots, backward=True, objective=jobs[0].objective)
-        grad_SP = passes.bank.grad_SP[: len(part)]
+        grad_SP = bank.grad_SP[: len(part)]
         norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
-        owners = [item.client for item in part]
-        lost_S = diverged(jobs, owners, norms_S, sums_B)
-        if len(part) > 1 and bool(lost_S.any()):
-            # Some kernels mix 0 times a row's gradient into its neighbours', and 0 times NaN is NaN: what
+        clips = slot_clips(jobs, [item.client for item in part], norms_S)
+        lost_S = clips.lost(norms_S, sums_B)
+        if not bank.kernel.keeps_rows_apart and len(part) > 1 and bool(lost_S.any()):
+            # The kernel mixes 0 times a row's gradient into its neighbours', and 0 times NaN is NaN: what
             # one row is would decide about others, beyond its clip. Alone it can only lose itself.
             parts[:0] = [[item] for item in part]
             continue
-        drop(lost_S, grad_SP, norms_S, sums_B)
-        losses.append(PassLosses(_clients(part), sums_B))
-        # One product reads the gradients once. It also mixes 0 times a diverged client's gradient into
-        # its neighbours', which are then trained again alone.
-        total_AP.addmm_(clip_factors(jobs, owners, norms_S), grad_SP)
+        losses.append(PassLosses(_clients(part), sums_B.masked_fill(lost_S, 0.0)))
+        add_clipped(total_AP, grad_SP, clips.factors(norms_S, lost_S), clips.owners_S, lost_S)
     return total_AP, losses
 
 
