@@ -26,9 +26,9 @@ class PassBuffer:
 
     def write(self, arrays: Mapping[str, Array]) -> None:
         """Replace all values, without waiting for a GPU."""
-        is_here = self._block.device.type == "cpu"
+        is_here, on_gpu = self._block.device.type == "cpu", self._block.is_cuda
         # Pinned memory is copied while this process goes on, and torch keeps it for as long as that takes.
-        host = self._block if is_here else torch.empty(len(self._block), dtype=torch.uint8, pin_memory=True)
+        host = self._block if is_here else torch.empty(len(self._block), dtype=torch.uint8, pin_memory=on_gpu)
         values = host.numpy()
         for name, array in arrays.items():
             begin = self._begins[name]
