@@ -55,26 +55,26 @@ def rounded_up(needs: Sizes) -> Sizes:
 
     About 1/16 more tokens at most and 1/8 more logits; what costs next to nothing grows by up to half.
     """
-    longest_keys, shared_keys = _rounded(needs.longest_keys, 2), needs.keys - needs.tokens
-    more_keys = _rounded(shared_keys, 8)
+    longest_keys, shared_keys = rounded(needs.longest_keys, 2), needs.keys - needs.tokens
+    more_keys = rounded(shared_keys, 8)
     # Keys that fill up need queries which see them: two for every sequence of such keys are always enough.
-    tokens = _rounded(needs.tokens + 2 * -(-(more_keys - shared_keys) // longest_keys), 16)
+    tokens = rounded(needs.tokens + 2 * -(-(more_keys - shared_keys) // longest_keys), 16)
     room = Sizes(
         tokens,
         tokens + more_keys,
         needs.sequences,
-        _rounded(needs.longest_queries, 2),
+        rounded(needs.longest_queries, 2),
         longest_keys,
-        _rounded(needs.supervised, 8),
-        _rounded(needs.samples, 2),
-        _rounded(needs.clients, 2),
+        rounded(needs.supervised, 8),
+        rounded(needs.samples, 2),
+        rounded(needs.clients, 2),
         needs.slots,  # as many as the bank has rows of gradients
     )
-    return replace(room, sequences=_rounded(needs.sequences + num_padding(needs, room), 2))
+    return replace(room, sequences=rounded(needs.sequences + num_padding(needs, room), 2))
 
 
-def _rounded(number: int, steps: int) -> int:
-    """Return the next number of those that part every span between two powers of two into `steps`."""
+def rounded(number: int, steps: int) -> int:
+    """Return the next of the numbers that part every span between two powers of two into `steps`."""
     step = max(1, (1 << max(0, number - 1).bit_length()) // (2 * steps))
     return -(-number // step) * step
 
