@@ -1,6 +1,7 @@
 """What benchmarks and experiments report: spreads, goals, tables, the machine and one JSON line."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -95,14 +96,16 @@ def report(name: str, figures: Mapping[str, Any], goals: Mapping[str, Goal]) -> 
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON's own kinds of values, floats cut to the digits a measurement can carry."""
+    """Return JSON's own kinds of values: floats to the digits a measurement has, None for infinity."""
     if isinstance(value, Spread):
         return _plain(asdict(value))
     if isinstance(value, Mapping):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
 
 
 class ReportOptions(Protocol):

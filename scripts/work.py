@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.engine.engine import CPU_STEP_TOKENS, CPU_TOKEN_BUDGET
+from fedllm.engine.token_budget import CPU_STEP_TOKENS, CPU_TOKEN_BUDGET
 from fedllm.models.base import ChosenModel
 from fedllm.plan.distillation import DistillationPlan
 from fedllm.plan.run_plan import RunPlan

@@ -6,16 +6,13 @@ Tensor suffixes: N learnt token of a text, V vocabulary, D feature, P adapter va
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from fedllm.engine.engine import Engine
 from fedllm.engine.head import CHUNK
-from fedllm.engine.layers import attached
-from fedllm.engine.passes import MAX_ADAPTERS, Item, packed
-from fedllm.models.attention import ragged
+from fedllm.engine.passes import MAX_ADAPTERS, Item, split
 from fedllm.models.chat import Encoded
 
 
@@ -50,16 +47,14 @@ def score(
     A row without a learnt token has empty scores. Passes are fused up to the engine's token budget, which
     changes speed and rounding, nothing else.
     """
-    limit = engine.token_budget if engine.is_ragged else 0  # 0 feeds every row alone
     found: list[list[TokenScores]] = []
     for begin in range(0, len(adapters), MAX_ADAPTERS):
         held = adapters[begin : begin + MAX_ADAPTERS]
         engine.bank.load(engine.layout, held, [engine.layout.scale] * len(held))
         items = [Item(row, place, 0, 1.0) for place in range(len(held)) for row in rows]
         done: list[TokenScores] = []
-        attention = ragged(engine.base.model) if engine.is_ragged else nullcontext()
-        with attached(engine.base.model, engine.bank), attention:
-            for part in packed(items, [len(item.row.tokens) for item in items], limit):
+        with engine.passes.attached():
+            for part in split(items, engine.limits.together):
                 done += _scored(engine, part)
         found += [done[len(rows) * place : len(rows) * (place + 1)] for place in range(len(held))]
     return found

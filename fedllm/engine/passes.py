@@ -3,23 +3,29 @@
 Tensor suffixes: B sample, N supervised token, D feature.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
+from sys import maxsize
 from typing import TypeVar
 
 import torch
 
 from fedllm.engine.adapter_bank import Bank, Route, noisy_rows, segments
-from fedllm.engine.flat_row import FlatRow, lay_out, predicting_states, token_losses
-from fedllm.engine.head import Head
+from fedllm.engine.flat_row import FlatRow, lay_out
+from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
 from fedllm.engine.jobs import EvaluationJob, Objective
+from fedllm.engine.layers import attached
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import Encoded
 
 MAX_ADAPTERS = 64  # held at once where nothing is trained
 
 T = TypeVar("T")
+
+# The model below its head: a flat row -> what it has computed where each learnt token is predicted [N, D].
+Trunk = Callable[[FlatRow], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +46,13 @@ class Passes:
 
     base: BaseModel
     bank: Bank
+    trunk: Trunk
     head: Head  # what turns the states into logits
+    is_ragged: bool  # whether samples may share a pass
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Within the block the model has the bank's adapters, and attends within each sample."""
+        return attached(self.base.model, self.bank, is_ragged=self.is_ragged)
 
     def losses(
         self, items: Sequence[Item], *, backward: bool, objective: Objective | None = None
@@ -53,11 +65,11 @@ class Passes:
         weight_B = torch.tensor(
             [item.weight for item in items], device=self.base.device, dtype=self.bank.dtype
         )
-        criterion = None
+        criterion: Criterion = CrossEntropy(flat.targets_N)
         if objective is not None:
             criterion = objective.criterion([item.row for item in items], self.base.device)
         weight_N = weight_B[flat.rows_N]
-        loss, losses_N = token_losses(self.base.model, flat, self.head, weight_N, criterion)
+        loss, losses_N = head_loss(self.trunk(flat), self.head, criterion, weight_N)
         if backward:
             loss.backward()  # type: ignore[no-untyped-call]
         # In float64 on the CPU: sums of many float32 losses, in an order that no GPU chooses.
@@ -65,9 +77,8 @@ class Passes:
         return sums_B.index_add_(0, flat.rows_N.cpu(), losses_N.detach().double().cpu())
 
     def states(self, items: Sequence[Item]) -> torch.Tensor:
-        """Return what `predicting_states` does for all supervised tokens, sample by sample, [N, D]."""
-        flat = self._lay_out(items, backward=False)
-        return predicting_states(self.base.model, flat, self.head)
+        """Return the trunk's states for all supervised tokens, sample by sample, [N, D]."""
+        return self.trunk(self._lay_out(items, backward=False))
 
     def _lay_out(self, items: Sequence[Item], *, backward: bool) -> FlatRow:
         """Return the samples as one flat row, and tell the bank which rows its tokens belong to."""
@@ -81,12 +92,17 @@ class Passes:
         return flat
 
 
-def packed(items: Sequence[T], sizes: Sequence[int], limit: int) -> Iterator[list[T]]:
-    """Split items into runs of neighbours; their sizes add up to `limit` at most, or a run has one item."""
+def split(items: Sequence[Item], limit: int, most: int = maxsize) -> Iterator[list[Item]]:
+    """Split samples into forward passes of at most `limit` tokens and `most` samples."""
+    return packed(items, [len(item.row.tokens) for item in items], limit, most)
+
+
+def packed(items: Sequence[T], sizes: Sequence[int], limit: int, most: int = maxsize) -> Iterator[list[T]]:
+    """Split items into runs of `most` neighbours whose sizes add up to `limit` at most, or of one item."""
     run: list[T] = []
     filled = 0
     for item, size in zip(items, sizes, strict=True):
-        if run and filled + size > limit:
+        if run and (filled + size > limit or len(run) == most):
             yield run
             run, filled = [], 0
         run.append(item)

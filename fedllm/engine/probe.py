@@ -1,16 +1,11 @@
-"""What an architecture and a machine can do, found out by trying them rather than by their names.
+"""What an architecture can do, found out by trying it rather than by its name.
 
-Of the architecture: whether it is causal, whether it keeps many samples of one flat row apart, and whether
-its head is a plain product. Of the machine: the token budget, the number of tokens at which a pass is about
-as fast as any.
+Whether it is causal, whether it keeps many samples of one flat row apart, and whether its head is a plain
+product.
 """
 
-import json
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from sys import maxsize
 from typing import Any
 
@@ -20,16 +15,11 @@ from torch import nn
 from fedllm.engine.flat_row import SHORTEST_SHARED, lay_out, token_losses
 from fedllm.engine.head import Head
 from fedllm.errors import ModelError
-from fedllm.files import write_file
 from fedllm.models.attention import attends_by_interface, ragged
 from fedllm.models.base import not_causal
 from fedllm.models.chat import Encoded
-from fedllm.models.files import cache_folder
 
-SMALLEST, LARGEST = 128, 32768  # tokens of the passes that are timed
 _OWNERS = (0, 1, 1, 2)  # of the rows that are tried together
-_GOOD_ENOUGH = 0.95  # of the best rate: a smaller pass that is nearly as fast needs less memory
-_LONGEST_PASS = 3.0  # seconds; on a machine this slow larger passes gain nothing
 
 # Rounding in units of the dtype's own precision, relative to 1 + the value. Kernels differ by up to 100 units
 # in 30 layers; one kernel at one size by none, but for experts, whose numbers of tokens differ.
@@ -141,38 +131,6 @@ def plain_head(model: Any, device: torch.device) -> Head:
     return head if is_plain else Head()
 
 
-def remembered_budget(key: str, measure: Callable[[], int]) -> int:
-    """Return the budget kept under `key`, or what `measure` returns, which is then kept."""
-    file = cache_folder() / "token-budgets.json"
-    if key in (known := _read(file)):
-        return known[key]
-    budget = measure()
-    with suppress(OSError):  # a cache that cannot be written only costs the next measurement
-        write_file(file, json.dumps({**_read(file), key: budget}, indent=1, sort_keys=True) + "\n")
-    return budget
-
-
-def measured_budget(run_pass: Callable[[int], None], device: torch.device) -> int:
-    """Return the size of the smallest pass that runs at nearly the best rate, from 128 tokens upwards.
-
-    `run_pass(n)` does one forward and backward pass over n tokens.
-    """
-    rates: dict[int, float] = {}
-    size = SMALLEST
-    run_pass(size)  # the first pass also warms up
-    while size <= LARGEST:
-        try:
-            seconds = _timed(run_pass, size, device)
-        except torch.OutOfMemoryError:
-            break
-        rates[size] = size / seconds
-        if seconds > _LONGEST_PASS or rates[size] < _GOOD_ENOUGH * max(rates.values()):
-            break
-        size *= 2
-    best = max(rates.values())
-    return min(size for size, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
-
-
 def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
@@ -204,22 +162,3 @@ def _same(before: torch.Tensor, after: torch.Tensor) -> bool:
 def _within(units: int, expected: torch.Tensor, found: torch.Tensor) -> bool:
     bound = units * torch.finfo(expected.dtype).eps * (1 + expected.abs())
     return bool(((expected - found).abs() <= bound).all())
-
-
-def _timed(run_pass: Callable[[int], None], size: int, device: torch.device) -> float:
-    """Return the seconds of one pass: CPU seconds on a CPU, where other programs would disturb the clock."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    began = clock()
-    run_pass(size)
-    if device.type == "cuda":  # kernels are only queued until then
-        torch.cuda.synchronize(device)
-    return clock() - began
-
-
-def _read(file: Path) -> dict[str, int]:
-    """Return the budgets that are kept; anything else in the file counts as absent."""
-    try:
-        values = json.loads(file.read_text())
-        return {key: value for key, value in values.items() if isinstance(value, int) and value > 0}
-    except (OSError, ValueError, AttributeError):
-        return {}

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "client": "A client's round compared with those of FlowerTune, TRL and pfl-research.",
     "distillation": "The distillation step compared with a training round.",
     "private_training": "Gradients per example, as DP-SGD needs them, compared with Opacus.",
+    "gpu": "All that is promised of a GPU: steps, clients, rounds, runs, generation.",
     "fused": "Many clients in one pass compared with one after another.",
     "round": "What a whole federated round costs besides its training.",
     "wire": "Bytes, errors and speed of what an update is packed as.",

@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
 from fedllm.errors import MissingExtraError
 from scripts.benchmarks import cohort as bench_cohort
-from scripts.benchmarks.agreement import checked_difference
+from scripts.benchmarks.agreement import TOLERANCES, checked_difference
 from scripts.benchmarks.arithmetic import gemm_rate, trunk_weights
 from scripts.benchmarks.client_rows import DEFAULT_ROWS, UNEVEN_ROWS, kinds_of_rows
 from scripts.benchmarks.cohort_worker import compare_elsewhere
@@ -63,7 +64,8 @@ class Comparison:
 
     workload: Workload
     needed_flop: float
-    peak: float  # FLOP per CPU second of the fastest GEMM pass
+    device: torch.device
+    peak: float  # FLOP per second that counts on it of the fastest GEMM pass
     difference: float  # the largest between two clients' deltas, as peers.shared.TOLERANCE measures it
     clients: Mapping[str, Sequence[Measured[Outcome]]]
 
@@ -76,14 +78,15 @@ def train_resident(bench: Bench, workload: Workload) -> Outcome:
 
 def variants(bench: Bench, workload: Workload, scratch: Path, *, quick: bool) -> dict[str, Client]:
     """Return the clients that are compared, by name; `quick` leaves out what nobody uses as it comes."""
-    afresh = partial(train_afresh, bench.folder, workload, scratch)
+    device = bench.engine.base.device
+    afresh = partial(train_afresh, bench.folder, workload, scratch, device=device)
     clients: dict[str, Client] = {OURS: partial(train_resident, bench, workload), FLOWERTUNE: afresh}
     if not quick:
         clients[NO_CHECKPOINTS] = partial(afresh, checkpointing=False)
     if not missing_package("trl"):
         from scripts.benchmarks.peers.trl import train_with_trl
 
-        with_trl = partial(train_with_trl, bench.folder, workload, scratch)
+        with_trl = partial(train_with_trl, bench.folder, workload, scratch, device=device)
         clients[TRL] = with_trl
         if not quick:
             clients[TRL_AT_BEST] = partial(with_trl, at_best=True)
@@ -99,17 +102,19 @@ def measure(
         RuntimeError: they did not train the same adapter.
     """
     brief = variants(bench, shortened(workload, WARM_ROWS), scratch, quick=quick)
-    checked_difference({name: work().delta for name, work in brief.items()}, TOLERANCE, OURS)  # also warms
+    tolerance = TOLERANCE if bench.engine.base.dtype == torch.float32 else TOLERANCES[bench.engine.base.dtype]
+    checked_difference({name: work().delta for name, work in brief.items()}, tolerance, OURS)  # also warms
     weights = list(trunk_weights(bench.model).values())
     rounds, peaks, differences = [], [], []
     for outcomes in alternate(variants(bench, workload, scratch, quick=quick), repetitions):
         deltas = {name: one.value.delta for name, one in outcomes.items()}
-        differences.append(checked_difference(deltas, TOLERANCE, OURS))
+        differences.append(checked_difference(deltas, tolerance, OURS))
         rounds.append(outcomes)
         peaks += [gemm_rate(weights, PEAK_TOKENS) for _ in range(2)]
     return Comparison(
         workload,
         needed_flop(bench.model, workload),
+        bench.engine.base.device,
         max(peaks),
         max(differences),
         {name: [outcomes[name] for outcomes in rounds] for name in rounds[0]},
@@ -119,11 +124,12 @@ def measure(
 def client_figures(comparison: Comparison, name: str) -> dict[str, Spread]:
     """Return what one client cost over the repetitions."""
     timings = [one.timing for one in comparison.clients[name]]
-    least_cpu = comparison.needed_flop / comparison.peak  # of the arithmetic alone
+    least = comparison.needed_flop / comparison.peak  # seconds of the arithmetic alone
+    busy = [timing.busy(comparison.device) for timing in timings]
     return {
-        **costs(timings, [one.timing for one in comparison.clients[OURS]]),
-        "tokens_per_cpu_s": spread([comparison.workload.num_tokens / timing.cpu for timing in timings]),
-        "share_of_limit": spread([least_cpu / timing.cpu for timing in timings]),
+        **costs(timings, [one.timing for one in comparison.clients[OURS]], comparison.device),
+        "tokens_per_cpu_s": spread([comparison.workload.num_tokens / seconds for seconds in busy]),
+        "share_of_limit": spread([least / seconds for seconds in busy]),
     }
 
 
@@ -220,7 +226,7 @@ def compare(
         RuntimeError: two did not train the same adapter.
     """
     left_out = {TRL: line} if (line := missing_package("trl")) else {}
-    bench = open_bench(options.client, options.seed)
+    bench = open_bench(options.client, options.seed, options.device)
     with quiet_huggingface():
         rows = compare_clients(bench, options, console)
     try:

@@ -46,8 +46,9 @@ def byte_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 
 
 TINY, REAL = "tiny", EMBEDDED_ALIAS
-# Llamas by name. "tiny" is small enough that calls cost as much as arithmetic; the other is as large as
-# Qwen2.5-1.5B.
+SMALL, LARGE = "random-135m", "random-1.5b"
+# Llamas by name. "tiny" is small enough that calls cost as much as arithmetic; the others are as large as
+# SmolLM2-135M and Qwen2.5-1.5B.
 SHAPES = {
     TINY: {
         "vocab_size": 4096,
@@ -57,7 +58,15 @@ SHAPES = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
-    "random-1.5b": {
+    SMALL: {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    LARGE: {
         "vocab_size": 151936,
         "hidden_size": 1536,
         "intermediate_size": 8960,
@@ -98,18 +107,22 @@ def plain_training(steps: int, batch_size: int, clip_norm: float = 1.0) -> Local
 
 
 def random_llama(name: str, **shape: int) -> Any:
-    """Return a frozen random Llama of a shape of `SHAPES`; `shape` replaces numbers of it."""
+    """Return a frozen random Llama of a shape of `SHAPES`; `shape` replaces numbers of it.
+
+    It is made on torch's current device, where a large one takes no time on a GPU.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{**SHAPES[name], **shape}, tie_word_embeddings=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(config).requires_grad_(False).eval()
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> BaseModel:
     """Return `random_llama` as a base model; it has no tokenizer."""
-    model = random_llama(name).to(device=device, dtype=dtype)
+    with device:
+        model = random_llama(name).to(dtype=dtype)
     fingerprint = hashlib.sha256(repr((name, SHAPES[name])).encode()).hexdigest()
     return BaseModel(model, None, ModelFiles(Path(), name), fingerprint, device, dtype)
 
@@ -135,6 +148,14 @@ def vocabulary_of(base: BaseModel) -> int:
 
 _VERBS = ("Return", "Open", "Sort", "Raise", "Convert", "Read", "Count", "Close")
 _NOUNS = ("the list", "a file", "two numbers", "the string", "an error", "the value", "its lines")
+
+
+def save_random_model(folder: Path, name: str) -> Path:
+    """Write the random Llama of a shape of `SHAPES` and a tokenizer to `folder`, and return it."""
+    byte_tokenizer([answer for _, answer in _sentences()], 400).save_pretrained(folder)
+    with quiet_transformers():
+        random_llama(name).save_pretrained(folder)
+    return folder
 
 
 def save_tiny_model(folder: Path, seed: int = 0) -> Path:

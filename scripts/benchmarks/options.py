@@ -22,6 +22,7 @@ class BenchOptions:
 
     quick: Quick = False
     repetitions: Repetitions = 3
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1
     json: Json = False
     output: Output = None
@@ -35,7 +36,6 @@ class ModelOptions(BenchOptions):
     model: Annotated[str, typer.Option(help="After the tiny one: a base model, or random-1.5b.")] = (
         EMBEDDED_ALIAS
     )
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     targets: Annotated[str, typer.Option(help="Adapted layers, as lora.target-modules.")] = "all-linear"
     plot: Plot = None
 

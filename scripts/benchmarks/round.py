@@ -47,7 +47,6 @@ class Options(BenchOptions):
 
     part: Annotated[Literal["both", "runtimes", "cohorts"], typer.Option(help="What is measured.")] = "both"
     rounds: Annotated[int, typer.Option(min=2, help="Of a run; the first, with its start-up, apart.")] = 4
-    device: Annotated[str, typer.Option(help="Of the runtimes' base model.")] = "cpu"
     clients: Annotated[int, typer.Option(min=1, help="Of the runtimes' run.")] = 8
     sizes: Annotated[str, typer.Option(help="Clients a round, of the cohorts.")] = "10,100,1000"
     plot: Plot = None
@@ -142,13 +141,18 @@ def cohort_figures(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def measure_cohorts(
-    sizes: Sequence[int], read_outs: Sequence[str], repetitions: int, rounds: int, threads: int
+    sizes: Sequence[int],
+    read_outs: Sequence[str],
+    repetitions: int,
+    rounds: int,
+    threads: int,
+    device: str,
 ) -> dict[str, dict[str, Any]]:
     """Return the figures of every read-out and size, by names such as "svd, 1000 clients"."""
     with tempfile.TemporaryDirectory(prefix="fedllm-bench-") as folder:
         model = save_tiny_model(Path(folder))
         variants = {
-            f"{read_out}, {size} clients": partial(run_cohort, model, size, read_out, rounds, threads)
+            f"{read_out}, {size} clients": partial(run_cohort, model, size, read_out, rounds, threads, device)
             for read_out in read_outs
             for size in sizes
         }
@@ -263,7 +267,9 @@ def main(options: Options) -> None:
     if options.part != "runtimes":
         sizes = [int(size) for size in options.sizes.split(",")]
         read_outs = READ_OUTS[:1] if options.quick else READ_OUTS
-        cohorts = measure_cohorts(sizes, read_outs, repetitions, options.rounds, options.threads)
+        cohorts = measure_cohorts(
+            sizes, read_outs, repetitions, options.rounds, options.threads, options.device
+        )
         figures |= {"cohorts": cohorts, "adapters_per_client": memory_per_client(cohorts)}
         show_cohorts(console, cohorts)
         goals["clients_in_a_round"] = Goal(max(each["clients"] for each in cohorts.values()), max(sizes))

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from clients.client_app import app
 from clients.process import PROCESS
 from fedllm.config.recipe import read_recipe
@@ -66,6 +68,7 @@ class Trace:
     first_losses: Mapping[str, float]  # of every client's training in round 1
     num_values: int  # of an adapter; 0 = not known
     peak_rss: int  # bytes
+    peak_gpu: int = 0  # bytes of tensors on this process's CUDA device
 
 
 def train_only(config: RunConfig) -> Trace:
@@ -92,6 +95,7 @@ def train_only(config: RunConfig) -> Trace:
         first_losses=losses[0],
         num_values=engine.layout.size,
         peak_rss=peak_rss(),
+        peak_gpu=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     )
 
 
@@ -117,6 +121,7 @@ def federate(config: RunConfig) -> Trace:
         first_losses=dict(records[0].training.losses),
         num_values=state.adapter.layout.size,
         peak_rss=peak_rss(),
+        peak_gpu=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     )
 
 

@@ -136,8 +136,10 @@ def process_kind(name: str, command: str) -> str:
     return "SuperLink" if "flower-super" in command else "fedllm run"
 
 
-def run_cohort(model: Path, num_clients: int, read_out: str, rounds: int, threads: int) -> Run:
-    """Do a run of tiny clients in one fresh process, every client in every round.
+def run_cohort(
+    model: Path | str, num_clients: int, read_out: str, rounds: int, threads: int, device: str = "cpu"
+) -> Run:
+    """Do a run of clients of four rows in one fresh process, every client in every round.
 
     Raises:
         RuntimeError: an update was not accepted.
@@ -148,7 +150,7 @@ def run_cohort(model: Path, num_clients: int, read_out: str, rounds: int, thread
             {
                 **UNMEASURED,
                 "model.name": str(model),
-                "model.device": "cpu",
+                "model.device": device,
                 "model.num-threads": threads,
                 "data.source": str(rows),
                 "federation.num-clients": num_clients,

@@ -179,7 +179,7 @@ def config_for(options: Options) -> RunConfig:
     config = config_of(["quickstart.toml"]).override(
         {
             "model.name": options.model,
-            "model.device": "cpu",
+            "model.device": options.device,
             "model.num-threads": options.threads,
             "data.source": options.source,
             "data.max-held-out": 2 if options.quick else 4,

@@ -17,7 +17,7 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.flat_row import lay_out
 from fedllm.engine.jobs import Job
 from fedllm.messages import LocalTraining
-from fedllm.models.base import layout_of, load_base
+from fedllm.models.base import choose_device, layout_of, load_base
 from fedllm.models.chat import IGNORED, Encoded, encode
 from fedllm.seeds import derive_seed
 from scripts.benchmarks.arithmetic import useful_flop
@@ -83,9 +83,13 @@ class Bench:
         return self.engine.base.model
 
 
-def open_bench(client_id: str, seed: int) -> Bench:
-    """Load the base model and build the engine, once, as a client process does."""
-    base = load_base(ModelConfig(name="smollm2-135m-instruct", device="cpu"))
+def open_bench(client_id: str, seed: int, device: str = "cpu") -> Bench:
+    """Load the base model and build the engine, once, as a client process does.
+
+    On a CPU it is float32, as all peers are there.
+    """
+    dtype = "float32" if choose_device(device).type == "cpu" else "auto"
+    base = load_base(ModelConfig(name="smollm2-135m-instruct", device=device, dtype=dtype))
     engine = Engine(base, layout_of(base.model, LORA, base.fingerprint))
     return Bench(engine, base.files.folder, client_id, seed)
 

@@ -204,7 +204,7 @@ def test_splitting_a_step_into_passes_changes_nothing(
     targets, start = teach(engine, make_teacher(engine), rows, top_k=6, dtype=torch.float64), start_of(engine)
     whole = distil(engine, start, targets, TRAINING)
     monkeypatch.setattr(engine, "token_budget", 1)
-    monkeypatch.setattr("fedllm.engine.engine.CPU_STEP_TOKENS", 1)
+    monkeypatch.setattr("fedllm.engine.token_budget.CPU_STEP_TOKENS", 1)
     split = distil(engine, start, targets, TRAINING)
     assert whole.losses == pytest.approx(split.losses, rel=1e-11)
     torch.testing.assert_close(whole.adapter.vector, split.adapter.vector, rtol=0, atol=1e-6)

@@ -16,6 +16,7 @@ from fedllm.engine.job_rows import rows_of_jobs
 from fedllm.engine.jobs import Job, StepNoise
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
 from fedllm.engine.layers import attached
+from fedllm.engine.steps import step_gradients
 from fedllm.models.attention import ragged
 from fedllm.models.chat import IGNORED, Encoded
 from fedllm.privacy.keys import derived_key
@@ -41,7 +42,7 @@ def gradient_of(engine: Engine, job: Job, theta: torch.Tensor, row: Any) -> torc
     alone = replace(job, batches=((row,),), example_clip=0.0, noise=None)
     engine.bank.load(engine.layout, [theta], [engine.layout.scale], job.trained)
     with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-        return engine.step_gradients([alone], 0)[0][0].clone()
+        return step_gradients(engine.passes, engine.limits, [alone], 0)[0][0].clone()
 
 
 def textbook(engine: Engine, job: Job) -> torch.Tensor:
@@ -103,7 +104,8 @@ def test_one_row_moves_the_clipped_sum_by_at_most_the_clip(make_engine: Callable
     def total(rows: Any) -> torch.Tensor:
         engine.bank.load(engine.layout, [job.start], [engine.layout.scale], "both")
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            return 5 * engine.step_gradients([replace(job, batches=(rows,))], 0)[0][0].clone()
+            alone = [replace(job, batches=(rows,))]
+            return 5 * step_gradients(engine.passes, engine.limits, alone, 0)[0][0].clone()
 
     rows = job.batches[0]
     for missing in range(5):
@@ -203,7 +205,7 @@ def test_noise_of_two_training_runs_cannot_be_subtracted(make_engine: Callable, 
     for begin in (start, other):
         engine.bank.load(engine.layout, [begin["start"]], [engine.layout.scale], "b")
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            gradient = engine.step_gradients([replace(loud, **begin)], 0)[0].clone()
+            gradient = step_gradients(engine.passes, engine.limits, [replace(loud, **begin)], 0)[0].clone()
         noised = gradient.clone()
         add_noise(rows, noised, 0)
         noises.append((noised - gradient)[0])

@@ -14,6 +14,7 @@ from fedllm.engine.jobs import Job
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
 from fedllm.engine.layers import attached
 from fedllm.engine.plain import train_plainly
+from fedllm.engine.steps import step_gradients
 from fedllm.models.attention import ragged
 
 KERNELS = [LoopKernel(), MaskedKernel()]
@@ -85,7 +86,7 @@ def test_the_gradient_of_one_factor_is_its_share_of_both(
     def gradients(part: str) -> torch.Tensor:
         engine.bank.load(engine.layout, [job.start for job in jobs], [engine.layout.scale] * 3, part)
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
-            return engine.step_gradients(jobs, 0)[0].clone()
+            return step_gradients(engine.passes, engine.limits, jobs, 0)[0].clone()
 
     both, one = gradients("both"), gradients(trained)
     assert one.shape == (3, part_size(engine.layout, trained))
@@ -105,7 +106,7 @@ def test_example_gradients_are_clipped_by_the_trained_factor(
         engine.bank.load(engine.layout, [job.start], [engine.layout.scale], trained)
         with attached(engine.base.model, engine.bank), ragged(engine.base.model):
             clipped = replace(job, batches=(rows,), example_clip=example_clip)
-            return engine.step_gradients([clipped], 0)[0][0].clone()
+            return step_gradients(engine.passes, engine.limits, [clipped], 0)[0][0].clone()
 
     singles = [gradient((row,), 0.0) for row in job.batches[0]]
     assert min(float(single.norm()) for single in singles) > clip

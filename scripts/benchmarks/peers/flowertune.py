@@ -16,15 +16,23 @@ import transformers
 from fedllm.models.files import quiet_transformers
 from scripts.benchmarks.peers import shared
 from scripts.benchmarks.peers.shared import Outcome
-from scripts.benchmarks.timing import Phases
+from scripts.benchmarks.timing import CPU, Phases
 from scripts.benchmarks.workloads import Workload
 
 
-def train_afresh(folder: Path, workload: Workload, scratch: Path, *, checkpointing: bool = True) -> Outcome:
+def train_afresh(
+    folder: Path,
+    workload: Workload,
+    scratch: Path,
+    *,
+    checkpointing: bool = True,
+    device: torch.device = CPU,
+) -> Outcome:
     """Train on the base model in `folder`; nothing is kept from the last message."""
     phase, job, layout = Phases(), workload.job, workload.layout
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with phase("load"), quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     with phase("wrap"):
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
         model = peft.get_peft_model(model, shared.peft_config(layout))
@@ -34,7 +42,7 @@ def train_afresh(folder: Path, workload: Workload, scratch: Path, *, checkpointi
         rows = shared.tokenized(workload, tokenizer)
     with phase("trainer"):
         arguments = transformers.TrainingArguments(
-            **shared.trainer_numbers(job.training, scratch),
+            **shared.trainer_numbers(job.training, scratch, device),
             gradient_checkpointing=checkpointing,
             remove_unused_columns=False,
         )

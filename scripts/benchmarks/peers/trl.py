@@ -22,12 +22,20 @@ import trl
 from fedllm.models.files import quiet_transformers
 from scripts.benchmarks.peers import shared
 from scripts.benchmarks.peers.shared import Outcome
-from scripts.benchmarks.timing import Phases
+from scripts.benchmarks.timing import CPU, Phases
 from scripts.benchmarks.workloads import Workload
 
 
-def train_with_trl(folder: Path, workload: Workload, scratch: Path, *, at_best: bool = False) -> Outcome:
-    """Train on the base model in `folder`.
+def train_with_trl(
+    folder: Path,
+    workload: Workload,
+    scratch: Path,
+    *,
+    at_best: bool = False,
+    model: Any = None,
+    device: torch.device = CPU,
+) -> Outcome:
+    """Train on the base model in `folder`, or on `model` where it is resident, which is left as it was.
 
     Args:
         folder: the base model and its tokenizer.
@@ -36,13 +44,17 @@ def train_with_trl(folder: Path, workload: Workload, scratch: Path, *, at_best: 
         at_best: without padding and without gradient checkpointing, the fastest of TRL's settings that keeps
             the result. TRL recommends padding-free batches for FlashAttention only; on a CPU transformers
             keeps the rows apart by a mask.
+        model: the resident base model, so that nothing is loaded.
+        device: where it trains.
     """
     phase, job, layout = Phases(), workload.job, workload.layout
     settings: dict[str, Any] = {"max_length": workload.max_length}
     if at_best:  # padding-free batches take rows that are cut already
         settings = {"max_length": None, "padding_free": True, "gradient_checkpointing": False}
-    with phase("load"), quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    is_resident = model is not None
+    if not is_resident:
+        with phase("load"), quiet_transformers():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with phase("tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         rows = shared.tokenized(workload, tokenizer)
@@ -52,7 +64,7 @@ def train_with_trl(folder: Path, workload: Workload, scratch: Path, *, at_best: 
         )
         trainer = trl.SFTTrainer(
             model=model,
-            args=trl.SFTConfig(**shared.trainer_numbers(job.training, scratch), **settings),
+            args=trl.SFTConfig(**shared.trainer_numbers(job.training, scratch, device), **settings),
             train_dataset=data,
             processing_class=tokenizer,
             peft_config=shared.peft_config(layout),
@@ -63,4 +75,6 @@ def train_with_trl(folder: Path, workload: Workload, scratch: Path, *, at_best: 
         trainer.train()
     with phase("extract"):
         after = shared.read_adapter(trainer.model, layout)
+        if is_resident:
+            trainer.model.unload()
     return Outcome(after - job.start, phase.cpu)
