@@ -286,7 +286,7 @@ def follow(link: Link, run_id: str, folder: Path, view: RunView, num_old: int = 
 
     The first `num_old` of them are of a session before this one.
 
-    Asking Flower costs a second of CPU, which training on the same machine would miss. So it is asked when its
+    Asking Flower costs a second of CPU, which training would miss. So it is asked when its
     SuperLink logs that the run has ended, and after a minute without news, as of a run that was killed.
     """
     rounds, shown, seen = folder / ROUNDS, 0, (0, 0)
