@@ -189,7 +189,7 @@ def model_card(plan: RunPlan, files: ModelFiles, state: ServerState, joined: Col
     note = _EMBEDDED_NOTE if config.model.name == EMBEDDED_ALIAS else ""
     up = sum(record.bytes_up for record in records) / 1e6
     down = sum(record.bytes_down for record in records) / 1e6
-    versions = ", ".join(f"{name} {number}" for name, number in environment().items())
+    versions = ", ".join(f"{name} {number}" for name, number in environment(config.model).items())
     return f"""---
 base_model: {files.public_name}
 library_name: peft

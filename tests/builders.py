@@ -1,7 +1,11 @@
 """What several rooms of tests build: engines on tiny models, texts, updates, requests to a data holder."""
 
+import json
+import os
 import random
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,3 +102,28 @@ def evaluate_request(holder: DataHolder, *client_ids: str, **changes: Any) -> Ev
         "plan_digest": holder.plan.digest,
     }
     return EvaluateRequest(**{**values, **changes})
+
+
+_COMPILE = """
+import importlib, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+module = importlib.import_module(sys.argv[1])
+for name, arguments in json.loads(sys.argv[2]).items():
+    kernel = getattr(module, name)
+    types = {key: value if isinstance(value, str) else "constexpr" for key, value in arguments.items()}
+    sizes = {(kernel.arg_names.index(k),): v for k, v in arguments.items() if not isinstance(v, str)}
+    triton.compile(ASTSource(fn=kernel, signature=types, constexprs=sizes), target=GPUTarget("cuda", 90, 32))
+"""
+
+
+def compile_kernels(module: str, kernels: Mapping[str, Mapping[str, str | int]]) -> None:
+    """Compile Triton kernels for an H100, which takes no GPU; the interpreter accepts more than a compiler.
+
+    Of each kernel every argument has its type ("*fp32", "i32"), or its value where it is a constant.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _COMPILE, module, json.dumps(kernels)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -22,6 +22,10 @@ with warnings.catch_warnings():  # Flower's typer touches deprecated names of cl
 
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    # Kernels then run in Triton's interpreter, value by value; it reads this once, when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SENTENCES = (
     "Return the sum of two numbers.",
     "Open a file and read its lines.",
@@ -146,6 +150,13 @@ def load_tiny(make_model_folder: Callable[..., Path]) -> Callable[..., BaseModel
         return loaded[kind, dtype, device]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Return where Triton's kernels run: on a CUDA device, or in the interpreter."""
+    pytest.importorskip("triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

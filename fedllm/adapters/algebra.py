@@ -72,6 +72,10 @@ class Product:
         rights = [None] * len(lefts) if self.right is None else torch.split(self.right, 1)
         return [Product(left, right) for left, right in zip(lefts, rights, strict=True)]
 
+    def cpu(self) -> "Product":
+        """Return the same matrices on the CPU."""
+        return Product(self.left.cpu(), None if self.right is None else self.right.cpu())
+
     def lightest(self) -> "Product":
         """Return the same matrices in the form that holds fewer numbers, factors or matrix."""
         if self.right is None:

@@ -10,6 +10,8 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class ShapeGroup:
@@ -35,20 +37,26 @@ def chunks_of(group: ShapeGroup, size: int) -> Iterator[slice]:
 
 
 def stack_factors(
-    layout: AdapterLayout, vectors: Sequence[torch.Tensor], indices: Sequence[int]
+    layout: AdapterLayout,
+    vectors: Sequence[torch.Tensor],
+    indices: Sequence[int],
+    device: torch.device = CPU,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (A [L, K, R, I], B [L, O, K, R]) in float64 of vectors [P], for matrices of one shape.
 
-    Flattened to [L, K R, I] and [L, O, K R] they are the vectors' factors side by side. Both are new tensors.
+    Flattened to [L, K R, I] and [L, O, K R] they are the vectors' factors side by side. Both are new tensors
+    on `device`.
     """
     # In float64: sums of thousands of products follow, and float32 would lose digits in them.
     matrix, rank, count = layout.matrices[indices[0]], layout.rank, len(vectors)
-    a_LKRI = torch.empty(len(indices), count, rank, matrix.in_features, dtype=torch.float64)
-    b_LOKR = torch.empty(len(indices), matrix.out_features, count, rank, dtype=torch.float64)
+    a_shape, b_shape = (count, rank, matrix.in_features), (matrix.out_features, count, rank)
+    a_LKRI = torch.empty(len(indices), *a_shape, dtype=torch.float64, device=device)
+    b_LOKR = torch.empty(len(indices), *b_shape, dtype=torch.float64, device=device)
     for place, index in enumerate(indices):
         a_spec, b_spec = layout.tensors[2 * index : 2 * index + 2]  # a layout's tensors are A, B, A, B, ...
-        a_LKRI[place] = torch.stack([a_spec.view(vector) for vector in vectors])
-        b_LOKR[place] = torch.stack([b_spec.view(vector) for vector in vectors], dim=1)
+        a_KRI = torch.stack([a_spec.view(vector) for vector in vectors])
+        b_OKR = torch.stack([b_spec.view(vector) for vector in vectors], dim=1)
+        a_LKRI[place], b_LOKR[place] = a_KRI.to(device), b_OKR.to(device)
     return a_LKRI, b_LOKR
 
 

@@ -74,7 +74,7 @@ def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
         for part_ND, part_N in zip(torch.split(states_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)
     ]
     sizes = [item.row.num_supervised for item in items]
-    columns = [torch.split(torch.cat(column), sizes) for column in zip(*chunks, strict=True)]
+    columns = [torch.split(torch.cat(column).cpu(), sizes) for column in zip(*chunks, strict=True)]
     return [TokenScores(*values) for values in zip(*columns, strict=True)]
 
 
@@ -86,4 +86,4 @@ def _chunk_scores(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[tor
     deviations_N = (probs_NV * (log_NV - means_N[:, None]).square()).sum(dim=1).sqrt()
     chosen_N = log_NV.gather(1, targets_N[:, None])[:, 0]
     numbers = (chosen_N, means_N, deviations_N)
-    return (*(column.double().cpu() for column in numbers), (log_NV.argmax(dim=1) == targets_N).cpu())
+    return (*(column.double() for column in numbers), log_NV.argmax(dim=1) == targets_N)

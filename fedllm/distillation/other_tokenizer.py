@@ -16,7 +16,7 @@ Tensor suffixes: N student's learnt token, n those of a chunk, k kept rank, V vo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -89,6 +89,10 @@ class PairedTargets:
         """The student's rows."""
         return tuple(self.pairs)
 
+    def on(self, device: torch.device) -> "PairedTargets":
+        """Return the same with the targets on a device; see `Targets.on`."""
+        return replace(self, targets=self.targets.on(device))
+
     def criterion(self, rows: Sequence[Encoded], device: torch.device) -> "SortedDistance":
         """Return the loss of the learnt tokens of `rows`, which must be rows of the student."""
         places = []
@@ -96,7 +100,7 @@ class PairedTargets:
             pair = self.pairs[row]
             start = self.targets.starts[self.targets.places[pair.teacher]]
             places += [start + partner if partner >= 0 else -1 for partner in pair.partners]
-        places_N = torch.tensor(places)
+        places_N = torch.tensor(places, device=self.targets.tail_N.device)
         found_N = places_N.clamp(min=0)  # any token will do where weight 0 leaves it out
         tail_N1 = self.targets.tail_N[found_N, None]
         kept_Nk = self.targets.log_probs_Nk[found_N].to(tail_N1.dtype).exp()

@@ -37,11 +37,12 @@ def _mixed(teacher: Teacher, row: Encoded, logits_KTV: torch.Tensor) -> tuple[to
         log_probs_TV = logits_KTV.mean(dim=0).log_softmax(dim=1)
         return log_probs_TV, torch.full((len(log_probs_TV), number), 1 / number, dtype=torch.float64)
     log_probs_KTV = logits_KTV.log_softmax(dim=2).double()
-    evidence_K = torch.zeros(number, dtype=torch.float64)
+    priors_K = teacher.priors.double().to(logits_KTV.device)
+    evidence_K = torch.zeros_like(priors_K)
     mixtures, weights = [], []
     for t, token in enumerate(row.learnt_tokens):
         if teacher.kind == "posterior":
-            posterior_K = (teacher.priors.double().log() + teacher.temper * evidence_K).softmax(dim=0)
+            posterior_K = (priors_K.log() + teacher.temper * evidence_K).softmax(dim=0)
             weight_K = (1 - teacher.floor) * posterior_K + teacher.floor / number
         else:
             weight_K = torch.full_like(evidence_K, 1 / number)
@@ -102,5 +103,7 @@ def plain_model(
 def row_logits(model: Any, row: Encoded) -> torch.Tensor:
     """Return the logits [T, V] that predict the learnt tokens of a row."""
     places = [place - 1 for place, label in enumerate(row.labels) if place and label != IGNORED]
-    logits_TV: torch.Tensor = model(input_ids=torch.tensor([row.tokens])).logits[0, places]
+    logits_TV: torch.Tensor = model(input_ids=torch.tensor([row.tokens], device=model.device)).logits[
+        0, places
+    ]
     return logits_TV

@@ -76,7 +76,7 @@ def distil(
     Raises:
         NonFiniteError: training diverged.
     """
-    return _train(engine, start, targets.rows, training, targets)
+    return _train(engine, start, targets.rows, training, targets.on(engine.base.device))
 
 
 def supervised(
@@ -142,7 +142,7 @@ def on_policy(
             layout=start.layout,
         )
         targets = teach(teacher_engine or engine, teacher, samples.rows, top_k=stage.top_k)
-        targets = replace(targets, divergence=divergence)
+        targets = replace(targets, divergence=divergence).on(engine.base.device)
         numbers = replace(training, seed=seed)
         # The pull is to where the stage began, whatever round it is in.
         further = _train(engine, done.adapter, targets.rows, numbers, targets, anchor=start.vector)

@@ -9,7 +9,7 @@ K teacher, V vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 
@@ -103,7 +103,7 @@ class BucketDivergence:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What a teacher predicts for every learnt token of `rows`, in order; all tensors lie on the CPU.
+    """What a teacher predicts for every learnt token of `rows`, in order; made on the CPU.
 
     As the objective of a training job: a student is to predict what the teacher does, by `divergence`.
     """
@@ -138,6 +138,11 @@ class Targets:
     def entropy(self) -> float:
         """Mean entropy of the teacher's distribution over all tokens, in nats."""
         return float(self.entropy_N.double().mean())
+
+    def on(self, device: torch.device) -> "Targets":
+        """Return the same with all that `criterion` needs on a device, for a training of many steps there."""
+        ids_Nk, log_probs_Nk = self.ids_Nk.to(device), self.log_probs_Nk.to(device)
+        return replace(self, ids_Nk=ids_Nk, log_probs_Nk=log_probs_Nk, tail_N=self.tail_N.to(device))
 
     def criterion(self, rows: Sequence[Encoded], device: torch.device) -> BucketDivergence:
         """Return the loss of the learnt tokens of `rows`, which must be rows of the targets."""

@@ -17,6 +17,7 @@ V vocabulary, k kept token.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -50,8 +51,8 @@ class Mixing:
     floor: float = 0.0
 
     def without(self, dead_K: torch.Tensor) -> "Mixing":
-        """Return the same with teachers left out, on the device of `dead_K`."""
-        priors_K = self.log_priors_K.to(dead_K.device).masked_fill(dead_K, -torch.inf)
+        """Return the same with teachers left out."""
+        priors_K = self.log_priors_K.masked_fill(dead_K, -torch.inf)
         return Mixing(self.kind, priors_K, self.temper, self.floor)
 
     def weights(self, log_probs_TK: torch.Tensor, evidence_K: torch.Tensor) -> torch.Tensor:
@@ -179,17 +180,38 @@ def teach(
     kept: list[tuple[torch.Tensor, ...]] = []
     silenced = set(range(len(teacher.adapters))) - set(sound)
     for block in packed(taught, [ensemble.state_bytes(row) for row in taught], STATE_BYTES):
-        lengths = [row.num_supervised for row in block]
-        by_row = torch.split(ensemble.states(block), lengths, dim=1)
-        for row, states_KTD in zip(block, by_row, strict=True):
-            dead_K = ~states_KTD.isfinite().all(dim=2).all(dim=1)
-            silenced |= {sound[place] for place in dead_K.nonzero()[:, 0].tolist()}
-            kept += [_kept(one, top_k, dtype) for one in ensemble.predict(row, states_KTD, dead_K)]
+        asked = ensemble.ask(block)
+        silenced |= {sound[place] for dead_K in _dead(asked) for place in dead_K}
+        predictions = (one for row in asked for one in ensemble.predict(row))
+        parts = [_kept(one, top_k, dtype) for one in predictions]
+        # Copied from a GPU once a block: every copy waits for all that was asked of it.
+        kept.append(tuple(torch.cat(each).cpu() for each in zip(*parts, strict=True)))
     ids_Nk, log_probs_Nk, tail_N, entropy_N, weights_NS, said_N = map(torch.cat, zip(*kept, strict=True))
     weights_NK = weights_NS.new_zeros(len(weights_NS), len(teacher.adapters))
     weights_NK[:, sound] = weights_NS  # the others were never asked
     loss, silent = -float(said_N.mean()), tuple(sorted(silenced))
     return Targets(taught, ids_Nk, log_probs_Nk, tail_N, entropy_N, weights_NK, loss, silent)
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """What all adapters have computed of a row, on the device of the model."""
+
+    tokens_T: torch.Tensor
+    states_KTD: torch.Tensor
+    dead_K: torch.Tensor  # whose states are not all finite
+
+
+def _dead(rows: Sequence[_Row]) -> list[list[int]]:
+    """Return for each row the places of the adapters that are dead there.
+
+    Raises:
+        NonFiniteError: all of them are.
+    """
+    dead_RK = torch.stack([row.dead_K for row in rows]).tolist()
+    if any(map(all, dead_RK)):
+        raise NonFiniteError("distillation: no client's adapter gives finite numbers on a row of the text")
+    return [[place for place, is_dead in enumerate(dead_K) if is_dead] for dead_K in dead_RK]
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +223,12 @@ class _Ensemble:
     sound: Sequence[int]
     at_once: int
 
+    @cached_property
+    def mixing(self) -> Mixing:
+        """How they are mixed, on the device of the model."""
+        log_priors_K = self.teacher.priors.double()[list(self.sound)].log().to(self.engine.base.device)
+        return Mixing(self.teacher.kind, log_priors_K, self.teacher.temper, self.teacher.floor)
+
     def state_bytes(self, row: Encoded) -> int:
         """Return the bytes of all adapters' states for a row."""
         weight_VD = self.engine.passes.head.weight_VD
@@ -209,32 +237,37 @@ class _Ensemble:
         width = text_config.vocab_size if weight_VD is None else weight_VD.shape[1]
         return len(self.sound) * row.num_supervised * width * self.engine.base.dtype.itemsize
 
-    def states(self, rows: Sequence[Encoded]) -> torch.Tensor:
-        """Return every adapter's states at the learnt tokens of `rows`, [K, N, D]."""
+    def ask(self, rows: Sequence[Encoded]) -> list[_Row]:
+        """Return what every adapter computes of the rows."""
         adapters = [self.teacher.adapters[place] for place in self.sound]
-        return _in_groups(
+        states_KND = _in_groups(
             lambda group: self.engine.read(self.teacher.layout, group, rows),
             adapters,
             min(self.at_once, len(adapters)),
         )
+        lengths = [row.num_supervised for row in rows]
+        learnt = [token for row in rows for token in row.learnt_tokens]
+        tokens_N = torch.tensor(learnt, device=states_KND.device)
+        dead_KN = ~states_KND.isfinite().all(dim=2)
+        by_row = zip(
+            torch.split(tokens_N, lengths),
+            torch.split(states_KND, lengths, dim=1),
+            torch.split(dead_KN, lengths, dim=1),
+            strict=True,
+        )
+        return [_Row(tokens_T, states_KTD, dead_KT.any(dim=1)) for tokens_T, states_KTD, dead_KT in by_row]
 
-    def predict(self, row: Encoded, states_KTD: torch.Tensor, dead_K: torch.Tensor) -> Iterator[Prediction]:
+    def predict(self, row: _Row) -> Iterator[Prediction]:
         """Yield the predictions for a row's tokens, a few at a time: [CHUNK, V] numbers in all."""
-        if bool(dead_K.all()):
-            raise NonFiniteError(
-                "distillation: no client's adapter gives finite numbers on a row of the text"
-            )
-        teacher, device = self.teacher, states_KTD.device
-        log_priors_K = teacher.priors.double()[list(self.sound)].log()
-        mixing = Mixing(teacher.kind, log_priors_K, teacher.temper, teacher.floor).without(dead_K)
-        states_KTD = states_KTD.masked_fill(dead_K[:, None, None], 0.0)  # weight 0 times NaN would be NaN
-        tokens_T = torch.tensor(row.learnt_tokens, device=device)
-        evidence_K = torch.zeros(len(self.sound), dtype=torch.float64, device=device)
+        # Weight 0 times NaN would be NaN.
+        states_KTD = row.states_KTD.masked_fill(row.dead_K[:, None, None], 0.0)
+        mixing = self.mixing.without(row.dead_K)
+        evidence_K = torch.zeros(len(self.sound), dtype=torch.float64, device=states_KTD.device)
         step = max(1, CHUNK // len(self.sound))
-        for begin in range(0, len(tokens_T), step):
+        for begin in range(0, len(row.tokens_T), step):
             part = slice(begin, begin + step)
             logits_KTV = self.engine.passes.head.logits(states_KTD[:, part])
-            prediction = mix(logits_KTV, tokens_T[part], mixing, evidence_K)
+            prediction = mix(logits_KTV, row.tokens_T[part], mixing, evidence_K)
             evidence_K = prediction.evidence_K
             yield prediction
 
@@ -254,7 +287,7 @@ def _in_groups(
 
 
 def _kept(prediction: Prediction, top_k: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return the tensors of `Targets` for a few tokens, and the tokens' own log-probabilities, on the CPU.
+    """Return the tensors of `Targets` for a few tokens, and the tokens' own log-probabilities.
 
     The prediction is overwritten.
     """
@@ -265,10 +298,10 @@ def _kept(prediction: Prediction, top_k: int, dtype: torch.dtype) -> tuple[torch
     tail_T = probs_TV.scatter_(1, ids_Tk, 0.0).sum(dim=1)  # 1 minus the kept ones can be below 0
     log_probs_Tk = kept_Tk.clamp(min=torch.finfo(kept_Tk.dtype).tiny).log()  # finite, whatever underflows
     return (
-        ids_Tk.int().cpu(),
-        log_probs_Tk.to(dtype).cpu(),
-        tail_T.to(other).cpu(),
-        entropy_T.to(other).cpu(),
-        prediction.weights_TK.to(other).cpu(),
-        prediction.log_probs_T.double().cpu(),
+        ids_Tk.int(),
+        log_probs_Tk.to(dtype),
+        tail_T.to(other),
+        entropy_T.to(other),
+        prediction.weights_TK.to(other),
+        prediction.log_probs_T.double(),
     )

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, TensorSpec
 from fedllm.adapters.parts import other_part, part_of, part_size, part_specs
+from fedllm.engine.pass_buffer import PassBuffer
+from fedllm.engine.route_tensors import RouteTensors, route_arrays, route_tensors
 from fedllm.errors import ModelError
 
 Group = tuple[int, ...]  # adapted matrices that share one input, as places in the layout
@@ -45,12 +48,16 @@ class NoisyRow:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Route:
-    """Where the tokens of a pass belong: to clients for parameters, to slots for gradients."""
+    """Where the tokens of a pass belong: to clients for parameters, to slots for gradients.
+
+    The segments are for a loop over them on the host, the tensors say the same to kernels on a device.
+    """
 
     clients: tuple[Segment, ...]
     slots: tuple[Segment, ...]
+    tensors: RouteTensors
     noise: tuple[NoisyRow, ...] = ()  # the pass's rows, where adapters drop inputs
 
 
@@ -91,8 +98,9 @@ class Bank:
         self.dtype = dtype
         self.theta_CP = self.frozen_CQ = self.grad_SP = torch.zeros(0, 0, device=device, dtype=dtype)
         self.load(layout, (), ())
-        self.route = Route((), ())
+        self.route = make_route([0], [0], [-1], 0, device)
         self.batch_rows: tuple[int, ...] = ()  # while generating: the client of each row of the batch
+        self._batch_routes: dict[int, Route] = {}  # of those rows, by the number of their tokens
         # Autograd calls a backward pass only where an input requires a gradient, and no parameter is one.
         self.tap = torch.zeros((), device=device, requires_grad=True)
 
@@ -108,6 +116,8 @@ class Bank:
         Gradients are computed for the part `trained`.
         """
         self.layout, self.trained, self.scales = layout, trained, tuple(scales)
+        self.places = {matrix.module: index for index, matrix in enumerate(layout.matrices)}
+        self.scales_C = torch.tensor(scales, device=self.device, dtype=self.dtype)
         rest = other_part(trained)
         self._moving, self._still = _specs_of_matrices(layout, trained), _specs_of_matrices(layout, rest)
         self.theta_CP = self._rows(self.theta_CP, len(starts), part_size(layout, trained))
@@ -135,23 +145,27 @@ class Bank:
             ModelError: they are not all tokens of the pass, so nothing tells whose they are.
         """
         if not self.batch_rows:
-            if self.route.clients and self.route.clients[-1].end != num_tokens:
+            if self.route.clients[-1].end != num_tokens:
                 raise ModelError(
                     "lora.target-modules: a layer sees only some tokens of a row, as an expert of a mixture"
                     " does, and cannot be adapted; name other layers"
                 )
             return self.route
-        length = num_tokens // len(self.batch_rows)
-        return Route(segments([length] * len(self.batch_rows), self.batch_rows), ())
+        if num_tokens not in self._batch_routes:  # the same for all layers, and for every new token
+            length = num_tokens // len(self.batch_rows)
+            rows = self.batch_rows
+            route = make_route([length] * len(rows), rows, [0] * len(rows), 1, self.device)
+            self._batch_routes[num_tokens] = route
+        return self._batch_routes[num_tokens]
 
     @contextmanager
     def whole_rows(self, rows: Sequence[int]) -> Iterator[None]:
         """Within the block, row i of every batch [B, t, D] belongs to client `rows[i]`, for any t."""
-        self.batch_rows = tuple(rows)
+        self.batch_rows, self._batch_routes = tuple(rows), {}
         try:
             yield
         finally:
-            self.batch_rows = ()
+            self.batch_rows, self._batch_routes = (), {}
 
     def factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (A [C, R, D_in], B [C, D_out, R]) of matrix `index` as views of the clients' rows."""
@@ -184,6 +198,16 @@ class Bank:
             if row.rate:
                 mask_TI[row.begin : row.end] = row_mask(row, index, x_TI)
         return mask_TI
+
+
+def make_route(
+    lengths: Sequence[int], clients: Sequence[int], slots: Sequence[int], num_slots: int, device: torch.device
+) -> Route:
+    """Return the route of neighbouring runs of tokens, none of whose values are dropped."""
+    arrays = route_arrays(np.array(lengths), np.array(clients), np.array(slots), num_slots)
+    tensors = route_tensors(PassBuffer(arrays, device).tensors)
+    # A token of no slot has no gradient, so a loop may count it among those of any.
+    return Route(segments(lengths, clients), segments(lengths, [max(slot, 0) for slot in slots]), tensors)
 
 
 def segments(lengths: Sequence[int], rows: Sequence[int]) -> tuple[Segment, ...]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from fedllm.engine.layers import attached
 from fedllm.engine.opening import open_passes
 from fedllm.engine.passes import Item, by_adapters, packed, split
 from fedllm.engine.probe import keeps_apart, longest_pass, mixes_examples
+from fedllm.engine.reading import can_be_fixed
 from fedllm.engine.steps import train_rows
 from fedllm.engine.token_budget import Limits, default_budget, limits_of, rows_in_memory, smaller_budget
 from fedllm.messages import ClientEvaluation
@@ -184,11 +185,11 @@ class Engine:
             for number, job in enumerate(group)
             for row in job.rows
         ]
-        sums = torch.zeros(len(group), dtype=torch.float64)
         with self.passes.attached():
-            for part in split(items, self.limits.together):
-                owners = torch.tensor([item.slot for item in part])
-                sums.index_add_(0, owners, self.passes.losses(part, backward=False))
+            parts = split(items, self.limits.together)
+            sums_B = torch.cat([self.passes.losses(part, backward=False) for part in parts]).cpu()
+        sums = torch.zeros(len(group), dtype=torch.float64)
+        sums.index_add_(0, torch.tensor([item.slot for item in items]), sums_B)
         done = []
         for job, total in zip(group, sums.tolist(), strict=True):
             number = sum(row.num_supervised for row in job.rows)
@@ -227,11 +228,18 @@ class Engine:
         `vectors[i]` [P] of `layout` goes with `beginnings[i]`; the same vector object is held once.
         """
         found: list[tuple[int, ...]] = []
+        is_fixed = self._is_fixed  # tried before an adapter is on the model
         for places in self._batches(len(beginnings)):
             with self._whole_rows(layout, [vectors[place] for place in places]):
                 batch = [beginnings[place] for place in places]
-                found += continuations(self.base, batch, max_new_tokens, partial(choose, places))
+                take = partial(choose, places)
+                found += continuations(self.base, batch, max_new_tokens, take, is_fixed=is_fixed)
         return found
+
+    @cached_property
+    def _is_fixed(self) -> bool:
+        """Whether texts are written in a cache of fixed size, as a GPU wants it; tried once, on first use."""
+        return self.base.device.type == "cuda" and can_be_fixed(self.base)
 
     @torch.inference_mode()
     def generate(

@@ -1,73 +1,96 @@
-"""DP-SGD inside a fused pass (arXiv 1607.00133): every row's gradient is clipped, then their sum is noised.
+"""DP-SGD inside a fused pass (arXiv 1607.00133): every row's gradient is clipped and added up.
 
-Tensor suffixes: A active job, S slot of a pass (one row of tokens), P trained values, B sample of a pass.
+No value leaves the device. Tensor suffixes: A active job, S slot of a pass (a row of text), P trained value.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from fedllm.adapters.parts import part_of
-from fedllm.engine.job_rows import JobRows
-from fedllm.engine.jobs import Job, StepNoise
-from fedllm.privacy.keys import bits_digest, derived_key
-from fedllm.privacy.noise import SecretStream, gaussian
+from fedllm.engine.device_trial import stands_trial
+from fedllm.engine.jobs import Job
 
 
-def clip_factors(jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tensor) -> torch.Tensor:
-    """Return what every slot's gradient is multiplied by in its own job's mean, [A, S], zero in the others'.
+@dataclass(frozen=True, eq=False)
+class SlotClips:
+    """What the slots of a pass are clipped by, where the gradients are."""
 
-    `owners` are the jobs of the slots. Those that are not clipped have the mean in their rows' weights: 1.
-    """
-    new = partial(torch.tensor, device=norms_S.device, dtype=norms_S.dtype)
-    clip_S = new([jobs[owner].example_clip or float("inf") for owner in owners])
-    size_S = new([jobs[owner].training.batch_size if jobs[owner].example_clip else 1 for owner in owners])
-    factors_AS = norms_S.new_zeros(len(jobs), len(owners))
-    columns = torch.arange(len(owners), device=norms_S.device)
-    rows = torch.tensor(owners, device=norms_S.device)
-    # A gradient of zero has no direction to keep; 1e-30 only keeps it from becoming NaN.
-    factors_AS[rows, columns] = (clip_S / norms_S.clamp(min=1e-30)).clamp(max=1.0) / size_S
-    return factors_AS
+    owners_S: torch.Tensor  # the job of each
+    clips_S: torch.Tensor  # infinite where a job clips no examples
+    sizes_S: (
+        torch.Tensor
+    )  # what the sum is divided by; those that are not clipped have it in their weights: 1
+    private_S: torch.Tensor
 
+    def lost(self, norms_S: torch.Tensor, sums_S: torch.Tensor) -> torch.Tensor:
+        """Return which slots hold a private gradient or loss that is no number, [S].
 
-def diverged(
-    jobs: Sequence[Job], owners: Sequence[int], norms_S: torch.Tensor, sums_B: torch.Tensor
-) -> torch.Tensor:
-    """Return which slots hold a gradient of a private job that is no number, [S] on the CPU."""
-    private_S = torch.tensor([jobs[owner].noise is not None for owner in owners])
-    if not bool(private_S.any()):
-        return private_S
-    return private_S & ~(torch.isfinite(norms_S).cpu() & torch.isfinite(sums_B))
+        They count as zero: a row then moves its job by at most the clip, like any row. If the job failed as a
+        whole, that would tell that the row is there.
+        """
+        return self.private_S & ~(torch.isfinite(norms_S) & torch.isfinite(sums_S.to(norms_S.device)))
 
-
-def drop(lost_S: torch.Tensor, grad_SP: torch.Tensor, norms_S: torch.Tensor, sums_B: torch.Tensor) -> None:
-    """Count slots as zero, in place.
-
-    A row then moves its job by at most the clip, like any row. If the job failed as a whole, that would tell
-    that the row is there.
-    """
-    if bool(lost_S.any()):
-        grad_SP[lost_S.to(grad_SP.device)] = 0.0
-        norms_S[lost_S.to(grad_SP.device)] = 0.0
-        sums_B[lost_S] = 0.0
+    def factors(self, norms_S: torch.Tensor, lost_S: torch.Tensor) -> torch.Tensor:
+        """Return what every slot's gradient is multiplied by in its job's mean, [S]."""
+        # A gradient of zero has no direction to keep; 1e-30 only keeps it from becoming NaN.
+        factors_S = (self.clips_S / norms_S.clamp(min=1e-30)).clamp(max=1.0) / self.sizes_S
+        return factors_S.masked_fill(lost_S, 0.0)
 
 
-def add_noise(rows: JobRows, grad_AP: torch.Tensor, step: int) -> None:
-    """Add to the gradients of the first A rows the noise their jobs ask for, on the values they train."""
-    for row, job in enumerate(rows.jobs[: len(grad_AP)]):
-        if job.noise is None:
-            continue
-        # At the job's own rank: the padded values are not trained, and noise there would be wasted.
-        mean_Q = part_of(rows.layouts[row], rows.unstack(row, grad_AP[row]), job.trained)
-        grad_AP[row] += rows.pad_part(row, step_noise(job.noise, step, mean_Q)).to(grad_AP)
+def slot_clips(jobs: Sequence[Job], owners: Sequence[int], like: torch.Tensor) -> SlotClips:
+    """Return what the slots of the jobs `owners` are clipped by, of the dtype and on the device of `like`."""
+    values = torch.tensor([_clip_of(jobs[owner], owner) for owner in owners], dtype=torch.float64).view(-1, 4)
+    if like.device.type == "cuda":  # from pinned memory the copy needs no waiting
+        values = values.pin_memory().to(like.device, non_blocking=True)
+    owners_S, clips_S, sizes_S, private_S = values.unbind(dim=1)
+    return SlotClips(owners_S.long(), clips_S.to(like.dtype), sizes_S.to(like.dtype), private_S.bool())
 
 
-def step_noise(noise: StepNoise, step: int, mean_Q: torch.Tensor) -> torch.Tensor:
-    """Return the noise [Q] of one step on the mean of its clipped gradients; the same mean, the same noise.
+def _clip_of(job: Job, owner: int) -> tuple[float, ...]:
+    if not job.example_clip:
+        return owner, float("inf"), 1.0, job.noise is not None
+    return owner, job.example_clip, job.training.batch_size, job.noise is not None
 
-    Another mean has unrelated noise: of two means under one noise, the difference would be bare. Rounding is
-    enough to make another, so a step done again on another device may not reuse what was drawn on the first.
-    """
-    key = derived_key(noise.key, "step", step, bits_digest(mean_Q))
-    return gaussian(SecretStream(key), mean_Q.numel(), noise.deviation)
+
+def add_clipped(
+    totals_AP: torch.Tensor,
+    grads_SP: torch.Tensor,
+    factors_S: torch.Tensor,
+    owners_S: torch.Tensor,
+    lost_S: torch.Tensor,
+) -> None:
+    """Add to every job's row its own slots' gradients, each times its factor; lost ones become zero."""
+    device = grads_SP.device
+    if device.type == "cuda" and sums_as_a_cpu(device):
+        from fedllm.engine.triton.clipped_sum import add_clipped_sum
+
+        add_clipped_sum(totals_AP, grads_SP, factors_S, owners_S)
+        return
+    if device.type == "cuda" or bool(lost_S.any()):  # a CPU is asked for nothing, and has nothing to write
+        grads_SP.masked_fill_(lost_S[:, None], 0.0)
+    factors_AS = factors_S.new_zeros(len(totals_AP), len(factors_S))
+    factors_AS[owners_S, torch.arange(len(factors_S), device=device)] = factors_S
+    # One product reads the gradients once. It also mixes 0 times a diverged client's gradient into its
+    # neighbours', which are then trained again alone.
+    totals_AP.addmm_(factors_AS, grads_SP)
+
+
+@lru_cache(maxsize=8)
+def sums_as_a_cpu(device: torch.device) -> bool:
+    """Return whether the kernel of the clipped sum is right on a device, tried once."""
+
+    def trial() -> bool:
+        from fedllm.engine.triton.clipped_sum import add_clipped_sum
+
+        grads_SP = torch.linspace(-1, 1, 3 * 1500, device=device).view(3, -1)
+        factors_S, owners_S = (
+            torch.tensor([0.5, 0.0, 2.0], device=device),
+            torch.tensor([0, 0, 1], device=device),
+        )
+        found_AP, expected_AP = torch.ones(2, 1500, device=device), grads_SP[[0, 2]] * factors_S[[0, 2], None]
+        add_clipped_sum(found_AP, grads_SP.index_fill(0, owners_S[2:], torch.nan), factors_S, owners_S)
+        return torch.allclose(found_AP, 1 + expected_AP)
+
+    return stands_trial(device, "the sum of clipped gradients", trial)

@@ -1,18 +1,29 @@
 """Greedy answers to a batch of prompts, and continuations whose tokens the caller chooses.
 
-Tensor suffixes: B row of the batch, t its token, V vocabulary.
+Tensor suffixes: B row of the batch, t its token, S token that it writes, E end token, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 
 from fedllm.data.fields import Turn
+from fedllm.engine.reading import FixedReader, GrowingReader, left_padded, recorded
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import chat_text
 
-# (places of the rows among all beginnings, logits [B, V]) -> the next token of every row [B]
-Choice = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
+READ_EVERY = 16  # tokens of a GPU between two looks at whether all rows have ended: each look waits for it
+
+
+class Choice(Protocol):
+    """Chooses the next token of every row from the model's own logits at temperature 1."""
+
+    def __call__(self, rows: range, step_1: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Return the tokens [B] that `rows`, places among all beginnings, write at step `step_1` [1].
+
+        It stays on the device of the logits: a value read back would stop a GPU at every token.
+        """
 
 
 def answers(
@@ -46,52 +57,64 @@ def continuations(
     base: BaseModel,
     beginnings: Sequence[Sequence[int]],
     max_new_tokens: int,
-    choose: Callable[[torch.Tensor], torch.Tensor],
+    choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
+    is_fixed: bool = False,
 ) -> list[tuple[int, ...]]:
-    """Return the tokens that `choose` takes, by their logits, after each beginning of at least one token.
+    """Return the tokens that `choose`, given (step [1], logits [B, V]), takes after each beginning.
 
-    A row ends with its first end token, which is part of it, or after `max_new_tokens`. `choose` sees the
-    model's own logits at temperature 1: no setting of the model's generation counts.
+    A beginning has at least one token. A row ends with its first end token, which is part of it, or after
+    `max_new_tokens`. `choose` sees the model's own logits at temperature 1: no setting of the model's
+    generation counts. `is_fixed` gives the cache its last size from the start (`can_be_fixed`), and on a GPU
+    makes the step from token to token one CUDA graph.
     """
-    ends = end_tokens(base)
-    # A forward pass without `generate`: that would apply the generation settings of the model to the logits.
-    inputs_Bt, mask_Bt = left_padded(beginnings, 0, base.device)
-    is_padded = len(set(map(len, beginnings))) > 1
-    # Padding does not count as a position, so a row's tokens stand where they would stand alone.
-    positions_Bt = (mask_Bt.cumsum(dim=1) - 1).clamp(min=0)
-    chosen: list[list[int]] = [[] for _ in beginnings]
-    going, cache = [True] * len(beginnings), None
-    for _ in range(max_new_tokens):
-        places = {"attention_mask": mask_Bt, "position_ids": positions_Bt} if is_padded else {}
-        output = base.model(
-            input_ids=inputs_Bt, **places, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        cache, next_B = output.get("past_key_values"), choose(output.logits[:, -1])
-        for row, token in enumerate(next_B.tolist()):
-            if going[row]:  # a row that has ended is fed on with the others, and what it says is not kept
-                chosen[row].append(token)
-                going[row] = token not in ends
-        if not any(going):
+    written = Written(len(beginnings), max_new_tokens, end_tokens(base), base.device)
+    reader = (FixedReader if is_fixed else GrowingReader)(base, beginnings, max_new_tokens)
+    on_gpu = base.device.type == "cuda"
+
+    def step() -> None:
+        written.take(choose(written.step_1, reader.next(written.last_B1)))
+
+    written.take(choose(written.step_1, reader.first()))
+    for number in range(1, max_new_tokens):
+        if number % (READ_EVERY if on_gpu else 1) == 0 and written.is_complete:
             break
-        # Models that keep their state elsewhere (Mamba) read all tokens again.
-        inputs_Bt = torch.cat([inputs_Bt if cache is None else inputs_Bt[:, :0], next_B[:, None]], dim=1)
-        positions_Bt = positions_Bt[:, -1:] + 1
-        mask_Bt = torch.cat([mask_Bt, torch.ones_like(mask_Bt[:, :1])], dim=1)
-    return [tuple(tokens) for tokens in chosen]
+        if number == 2 and is_fixed and on_gpu:  # the first step has chosen and warmed all kernels up
+            step = recorded(step, base.device)
+        step()
+    return written.rows()
 
 
-def left_padded(
-    rows: Sequence[Sequence[int]], filler: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows of tokens as one tensor and its attention mask, both [B, t].
+class Written:
+    """What the rows of a batch have written, kept on their device until all is done."""
 
-    Padding goes left, so that every row's next token comes last. A tokenizer that has no padding token would
-    refuse to do it.
-    """
-    length = max(map(len, rows))
-    inputs_Bt = torch.tensor([[filler] * (length - len(row)) + list(row) for row in rows], device=device)
-    mask_Bt = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-    return inputs_Bt, mask_Bt
+    def __init__(self, number: int, most: int, ends: Iterable[int], device: torch.device):
+        self.last_B1 = torch.zeros(number, 1, dtype=torch.int64, device=device)
+        self.step_1 = torch.zeros(1, dtype=torch.int64, device=device)  # tokens written so far
+        self._tokens_BS = torch.zeros(number, most, dtype=torch.int64, device=device)
+        self._ended_B = torch.zeros(number, dtype=torch.bool, device=device)
+        self._ends = frozenset(ends)
+        self._ends_E = torch.tensor(sorted(self._ends), dtype=torch.int64, device=device)
+
+    def take(self, next_B: torch.Tensor) -> None:
+        """Add every row's next token. One that has ended goes on; `rows` leaves out what follows."""
+        self.last_B1.copy_(next_B[:, None])
+        self._tokens_BS.index_copy_(1, self.step_1, self.last_B1)
+        self._ended_B.logical_or_((self.last_B1 == self._ends_E).any(dim=1))
+        self.step_1.add_(1)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all rows have ended; waits for the device."""
+        return bool(self._ended_B.all())
+
+    def rows(self) -> list[tuple[int, ...]]:
+        """Return what each row has written, up to and with its first end token; waits for the device."""
+        rows = self._tokens_BS[:, : int(self.step_1)].tolist()
+        lengths = (
+            next((n for n, token in enumerate(row, 1) if token in self._ends), len(row)) for row in rows
+        )
+        return [tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
 
 def end_tokens(base: BaseModel) -> frozenset[int]:

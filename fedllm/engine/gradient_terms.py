@@ -31,18 +31,20 @@ from fedllm.messages import LocalTraining
 class ProximalPull:
     """Where each row of a bank is pulled to, and how strongly in either space (0 = not at all)."""
 
-    factor_C: torch.Tensor  # mu where the space is "factor"
+    factors: tuple[float, ...]  # of each client: mu where the space is "factor"; on the host, as `products`
+    factor_C: torch.Tensor
     anchor_CP: torch.Tensor
-    product_C: torch.Tensor  # mu s^2 where it is "product"
+    products: tuple[float, ...]  # mu s^2 where it is "product"
+    product_C: torch.Tensor
     anchor_factors: Sequence[tuple[torch.Tensor, torch.Tensor]]  # (A0 [C, R, I], B0 [C, O, R]) per matrix
 
     def add_gradient(self, bank: Bank, grad_AP: torch.Tensor) -> None:
         """Add the pull of the bank's first A rows to their gradients, in place."""
         active = slice(0, len(grad_AP))
-        if bool(self.factor_C[active].any()):
+        if any(self.factors[active]):
             moved_AP = bank.theta_CP[active] - self.anchor_CP[active]
             grad_AP.add_(moved_AP * self.factor_C[active, None])
-        if bool(self.product_C[active].any()):
+        if any(self.products[active]):
             strength = self.product_C[active, None, None]
             for index, (a0_CRI, b0_COR) in enumerate(self.anchor_factors):
                 a_ARI, b_AOR = (factor[active] for factor in bank.factors(index))
@@ -90,8 +92,10 @@ def proximal_pull(
     # Products need the factor that is not trained too, so whole anchors are kept where any row wants them.
     wholes = torch.stack(list(anchors)).to(bank.theta_CP) if any(product) else None
     return ProximalPull(
+        tuple(factor),
         bank.theta_CP.new_tensor(factor),
         parts.to(bank.theta_CP),
+        tuple(product),
         bank.theta_CP.new_tensor(product),
         () if wholes is None else bank.layout.factors(wholes),
     )

@@ -26,6 +26,8 @@ class LoopKernel:
 
     A CPU takes three to five times as long for a product [T, R] or [O, R] of few columns as for the same
     with few rows. So activations [T, M] lie in memory rank by rank, and B's gradient is formed transposed.
+    Computes in the base model's dtype and accumulates in the bank's: of bfloat16 a copy in float32 of every
+    input would cost more than the products.
     """
 
     keeps_rows_apart: ClassVar[bool] = True
@@ -33,10 +35,9 @@ class LoopKernel:
     def forward(self, bank: Bank, group: Group, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
         """Add the adapters' output to y in place; see `Kernel`."""
         rank, clients = bank.layout.rank, bank.route_of(x_TI.shape[0]).clients
-        z_TM = x_TI.new_empty(len(group) * rank, x_TI.shape[0], dtype=bank.dtype).T  # rank by rank
-        x_TI = x_TI.to(bank.dtype)
+        z_TM = x_TI.new_empty(len(group) * rank, x_TI.shape[0]).T  # rank by rank
         for index, ranks, outputs in _columns(bank, group):
-            a_CRI, b_COR = bank.factors(index)
+            a_CRI, b_COR = (factor.to(x_TI.dtype) for factor in bank.factors(index))
             for row, x, y, z in _pieces(clients, x_TI, y_TO[:, outputs], z_TM[:, ranks]):
                 torch.mm(x, a_CRI[row].T, out=z)
                 z.mul_(bank.scales[row])
@@ -47,11 +48,9 @@ class LoopKernel:
         self, bank: Bank, group: Group, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
         """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
-        g_TO = g_TO.to(bank.dtype)
-        x_TI = None if kept.x_TI is None else kept.x_TI.to(bank.dtype)
         for index, ranks, outputs in _columns(bank, group):
             z_TR = None if kept.z_TM is None else kept.z_TM[:, ranks]
-            _loop_backward(bank, index, x_TI, z_TR, g_TO[:, outputs], dx_TI)
+            _loop_backward(bank, index, kept.x_TI, z_TR, g_TO[:, outputs], dx_TI)
 
 
 def _loop_backward(
@@ -63,7 +62,7 @@ def _loop_backward(
     dx_TI: torch.Tensor | None,
 ) -> None:
     """Do `LoopKernel.backward` for one matrix."""
-    a_CRI, b_COR = bank.factors(index)
+    a_CRI, b_COR = (factor.to(g_TO.dtype) for factor in bank.factors(index))
     grad_a_SRI, grad_b_SOR = bank.gradients(index)
     if grad_b_SOR is not None and z_TR is not None:
         grads_b = grad_b_SOR.unbind()  # all views at once: one by one they cost as much as the products
@@ -81,7 +80,7 @@ def _loop_backward(
     if grad_a_SRI is not None and x_TI is not None:
         grads_a = grad_a_SRI.unbind()
         for row, x, dz in _pieces(bank.route.slots, x_TI, dz_TR):
-            grads_a[row].addmm_(dz.T, x)
+            _add_product(grads_a[row], dz.T, x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,10 +195,13 @@ def _noisy_backward(
 
 
 def adapted_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, group: Group) -> torch.Tensor:
-    """Return the operator's output [T, O], with gradients on the way back."""
+    """Return the operator's output [T, O], with gradients on the way back where they are wanted."""
+    if not torch.is_grad_enabled():  # nothing is kept for a backward pass, and nothing is dropped
+        y_TO = frozen_output(x_TI, frozen, bank, group)
+        bank.kernel.forward(bank, group, x_TI, y_TO)
+        return y_TO
     inputs = (x_TI, bank.tap, frozen, bank, group)
-    y_TO: torch.Tensor = LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call]
-    return y_TO
+    return LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def frozen_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, group: Group) -> torch.Tensor:
@@ -261,8 +263,8 @@ def _pieces(parts: tuple[Segment, ...], *tensors: torch.Tensor) -> Iterator[tupl
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Do total += left @ right, where total may be of the base model's lower precision."""
+    """Do total += left @ right, where total may be of the bank's higher precision."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
-        total.add_((left @ right).to(total.dtype))
+        total.add_(left @ right)

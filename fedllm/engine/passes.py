@@ -1,6 +1,6 @@
 """One forward pass over samples of many adapters, with or without a backward pass, and how work is split.
 
-Tensor suffixes: B sample, N supervised token, D feature.
+Suffixes: B sample, N supervised token, D feature, G run of neighbours of one client, slot and dropout seed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +10,15 @@ from itertools import groupby
 from sys import maxsize
 from typing import TypeVar
 
+import numpy as np
 import torch
 
-from fedllm.engine.adapter_bank import Bank, Route, noisy_rows, segments
-from fedllm.engine.flat_row import FlatRow, lay_out
+from fedllm.engine.adapter_bank import Bank, noisy_rows
+from fedllm.engine.flat_row import FlatRow, arrange
 from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
 from fedllm.engine.jobs import EvaluationJob, Objective
 from fedllm.engine.layers import attached
+from fedllm.engine.pass_inputs import PassArrays, PassInputs, place
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import Encoded
 
@@ -57,39 +59,56 @@ class Passes:
     def losses(
         self, items: Sequence[Item], *, backward: bool, objective: Objective | None = None
     ) -> torch.Tensor:
-        """Return every sample's summed token loss [B]; with `backward` add gradients to the bank too.
+        """Return every sample's summed token loss [B] in float64; with `backward` add gradients to the bank.
 
-        The loss is the objective's, cross-entropy with the next token where there is none.
+        The loss is the objective's, cross-entropy with the next token where there is none. It is on the
+        model's device, which need not have finished the pass.
         """
-        flat = self._lay_out(items, backward=backward)
-        weight_B = torch.tensor(
-            [item.weight for item in items], device=self.base.device, dtype=self.bank.dtype
-        )
-        criterion: Criterion = CrossEntropy(flat.targets_N)
+        inputs = place(self.arrange(items, backward=backward), self.base.device)
+        criterion: Criterion = CrossEntropy(inputs.flat.targets_N)
         if objective is not None:
             criterion = objective.criterion([item.row for item in items], self.base.device)
-        weight_N = weight_B[flat.rows_N]
-        loss, losses_N = head_loss(self.trunk(flat), self.head, criterion, weight_N)
-        if backward:
-            loss.backward()  # type: ignore[no-untyped-call]
-        # In float64 on the CPU: sums of many float32 losses, in an order that no GPU chooses.
-        sums_B = torch.zeros(len(items), dtype=torch.float64)
-        return sums_B.index_add_(0, flat.rows_N.cpu(), losses_N.detach().double().cpu())
+        return self.run(inputs, criterion, backward=backward)
 
     def states(self, items: Sequence[Item]) -> torch.Tensor:
         """Return the trunk's states for all supervised tokens, sample by sample, [N, D]."""
-        return self.trunk(self._lay_out(items, backward=False))
+        inputs = place(self.arrange(items, backward=False), self.base.device)
+        self.bank.route = inputs.route
+        return self.trunk(inputs.flat)
 
-    def _lay_out(self, items: Sequence[Item], *, backward: bool) -> FlatRow:
-        """Return the samples as one flat row, and tell the bank which rows its tokens belong to."""
+    def run(self, inputs: PassInputs, criterion: Criterion, *, backward: bool) -> torch.Tensor:
+        """Do a pass over inputs that are on the device; see `losses`. Nothing is read from the host."""
+        self.bank.route = inputs.route
+        states_ND = self.trunk(inputs.flat)
+        loss, losses_N = head_loss(states_ND, self.head, criterion, inputs.weights_N)
+        if backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+        # One row after the other, in order, so that two runs on a GPU give the same bits too.
+        return torch.segment_reduce(
+            losses_N.detach().double(), "sum", offsets=inputs.flat.learnt_B, unsafe=True, initial=0.0
+        )
+
+    def arrange(self, items: Sequence[Item], *, backward: bool) -> PassArrays:
+        """Return what a pass over the samples consists of."""
         # What rows share must have one adapter, one gradient where those are wanted, and no noise of its own.
         owners = [(item.client, item.slot if backward else 0, item.seed) for item in items]
-        flat = lay_out([item.row for item in items], self.base.device, owners)
+        arranged = arrange([item.row for item in items], owners)
         clients, slots, _ = zip(*(owner for owner, _ in groupby(owners)), strict=True)
-        lengths = [len(item.row.tokens) for item in items]
-        noise = noisy_rows(lengths, [item.dropout for item in items], [item.seed for item in items])
-        self.bank.route = Route(segments(flat.lengths, clients), segments(flat.lengths, slots), noise)
-        return flat
+        weights_B = np.array([item.weight for item in items])
+        weights_N = weights_B.repeat(np.diff(arranged.arrays["learnt_B"]))
+        return PassArrays(
+            {**arranged.arrays, "weights_N": weights_N.astype(str(self.bank.dtype).removeprefix("torch."))},
+            arranged.longest,
+            arranged.lengths_G,
+            np.array(clients),
+            np.array(slots),
+            len(self.bank.grad_SP) if backward else 1,
+            noisy_rows(
+                [len(item.row.tokens) for item in items],
+                [item.dropout for item in items],
+                [item.seed for item in items],
+            ),
+        )
 
 
 def split(items: Sequence[Item], limit: int, most: int = maxsize) -> Iterator[list[Item]]:

@@ -9,13 +9,22 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.engine.example_gradients import add_noise, clip_factors, diverged, drop
+from fedllm.engine.example_gradients import add_clipped, slot_clips
 from fedllm.engine.gradient_terms import ControlCorrection, control_correction, proximal_pull
 from fedllm.engine.job_rows import JobRows, rows_of_jobs
 from fedllm.engine.jobs import Job, row_seed
 from fedllm.engine.optimizer import RowAdamW
 from fedllm.engine.passes import Item, Passes, split
+from fedllm.engine.step_noise import step_noises
 from fedllm.engine.token_budget import Limits
+
+
+@dataclass(frozen=True, eq=False)
+class PassLosses:
+    """The summed token losses of a pass's samples [B], on its device, and the client of each."""
+
+    clients: tuple[int, ...]
+    sums_B: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,27 +51,46 @@ def train_rows(passes: Passes, limits: Limits, jobs: Sequence[Job], layout: Adap
     pull = proximal_pull(bank, anchors, trainings)
     corrections_CP = rows.stack([job.correction for job in jobs], default=0.0)
     correction = control_correction(corrections_CP, bank.theta_CP, trainings)
-    losses_SC = torch.zeros(len(jobs[0].batches), len(jobs), dtype=torch.float64)
+    losses: list[list[PassLosses]] = []
+    noises = step_noises(rows, bank.device)
     with passes.attached():
         for step in range(len(jobs[0].batches)):
             active = [job for job in jobs if step < len(job.batches)]
-            grads, losses = step_gradients(passes, limits, active, step)
-            add_noise(rows, grads, step)
+            grads, of_passes = step_gradients(passes, limits, active, step)
+            noises.add(grads, step)
             if correction is not None:
                 correction.apply(grads)
             if pull is not None:
                 pull.add_gradient(bank, grads)
             optimizer.step(grads)
-            losses_SC[step, : len(active)] = losses
-    return Trained(rows, losses_SC, (bank.theta_CP - begin_CP).cpu(), correction)
+            losses.append(of_passes)
+    return Trained(rows, mean_losses(jobs, losses), (bank.theta_CP - begin_CP).cpu(), correction)
+
+
+def mean_losses(jobs: Sequence[Job], losses: Sequence[Sequence[PassLosses]]) -> torch.Tensor:
+    """Return the mean token losses [steps, C] from those of every step's passes, read in one copy."""
+    passes = [one for of_step in losses for one in of_step]
+    means_SC = torch.zeros(len(losses), len(jobs), dtype=torch.float64)
+    if not passes:  # all batches were empty
+        return means_SC
+    all_B = torch.cat([one.sums_B for one in passes]).cpu()
+    sums_B = iter(all_B.split_with_sizes([len(one.clients) for one in passes]))
+    for step, (of_step, means_C) in enumerate(zip(losses, means_SC, strict=True)):
+        for one in of_step:
+            means_C.index_add_(0, torch.tensor(one.clients), next(sums_B))
+        batches = [job.batches[step] if step < len(job.batches) else () for job in jobs]
+        num_supervised_C = torch.tensor([sum(row.num_supervised for row in batch) for batch in batches])
+        means_C.div_(num_supervised_C.clamp(min=1))  # a batch drawn by coins may be empty
+    return means_SC
 
 
 def step_gradients(
     passes: Passes, limits: Limits, jobs: Sequence[Job], step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient [A, P] and the mean token loss [A] of one step of every active job.
+) -> tuple[torch.Tensor, list[PassLosses]]:
+    """Return the gradient [A, P] of one step of every active job, and the losses of its passes.
 
-    The bank holds the jobs' adapters, in this order, and is attached to the model.
+    The bank holds the jobs' adapters, in this order, and is attached to the model. Nothing is read back from
+    a GPU, but what private examples may need (`_clipped_gradients`).
     """
     batches = [job.batches[step] for job in jobs]
     items: list[Item] = []
@@ -73,53 +101,47 @@ def step_gradients(
             dropout = job.training.dropout
             seed = row_seed(job, step, number) if dropout else 0
             items.append(Item(row, client, client, weight, dropout, seed))
-    num_supervised_A = torch.tensor([sum(row.num_supervised for row in batch) for batch in batches])
-    num_supervised_A.clamp_(min=1)  # a batch drawn by coins may be empty
     if any(job.example_clip for job in jobs):
-        grad_AP, losses_A = _clipped_gradients(passes, limits, jobs, items)
-        return grad_AP, losses_A / num_supervised_A
+        return _clipped_gradients(passes, limits, jobs, items)
     passes.bank.reserve(len(jobs))
-    losses_A = torch.zeros(len(jobs), dtype=torch.float64)
-    for part in split(items, limits.step):
-        sums = passes.losses(part, backward=True, objective=jobs[0].objective)
-        losses_A.index_add_(0, _owners(part), sums)
-    return passes.bank.grad_SP, losses_A / num_supervised_A
+    losses = [
+        PassLosses(_clients(part), passes.losses(part, backward=True, objective=jobs[0].objective))
+        for part in split(items, limits.step)
+    ]
+    return passes.bank.grad_SP, losses
 
 
 def _clipped_gradients(
     passes: Passes, limits: Limits, jobs: Sequence[Job], items: Sequence[Item]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, list[PassLosses]]:
     """Return per job the sum of its examples' gradients, each clipped, over its batch size [A, P], and
-    its summed token loss [A].
+    the losses of the passes.
 
     An example is a slot of one pass, so no more gradients are held than a pass has examples.
     """
+    bank = passes.bank
     parts = list(split(items, limits.together, limits.rows))
-    losses_A = torch.zeros(len(jobs), dtype=torch.float64)
-    total_AP = torch.zeros_like(passes.bank.theta_CP[: len(jobs)])
+    losses: list[PassLosses] = []
+    total_AP = torch.zeros_like(bank.theta_CP[: len(jobs)])
     most = max(map(len, parts), default=0)
     while parts:
         part = parts.pop(0)
-        passes.bank.reserve(most)
+        bank.reserve(most)
         slots = [replace(item, slot=slot) for slot, item in enumerate(part)]
         sums_B = passes.losses(slots, backward=True, objective=jobs[0].objective)
-        grad_SP = passes.bank.grad_SP[: len(part)]
+        grad_SP = bank.grad_SP[: len(part)]
         norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
-        owners = [item.client for item in part]
-        lost_S = diverged(jobs, owners, norms_S, sums_B)
-        if len(part) > 1 and bool(lost_S.any()):
-            # Some kernels mix 0 times a row's gradient into its neighbours', and 0 times NaN is NaN: what
+        clips = slot_clips(jobs, [item.client for item in part], norms_S)
+        lost_S = clips.lost(norms_S, sums_B)
+        if not bank.kernel.keeps_rows_apart and len(part) > 1 and bool(lost_S.any()):
+            # The kernel mixes 0 times a row's gradient into its neighbours', and 0 times NaN is NaN: what
             # one row is would decide about others, beyond its clip. Alone it can only lose itself.
             parts[:0] = [[item] for item in part]
             continue
-        drop(lost_S, grad_SP, norms_S, sums_B)
-        losses_A.index_add_(0, _owners(part), sums_B)
-        # One product reads the gradients once. It also mixes 0 times a diverged client's gradient into
-        # its neighbours', which are then trained again alone.
-        total_AP.addmm_(clip_factors(jobs, owners, norms_S), grad_SP)
-    return total_AP, losses_A
+        losses.append(PassLosses(_clients(part), sums_B.masked_fill(lost_S, 0.0)))
+        add_clipped(total_AP, grad_SP, clips.factors(norms_S, lost_S), clips.owners_S, lost_S)
+    return total_AP, losses
 
 
-def _owners(items: Sequence[Item]) -> torch.Tensor:
-    """Return the client of every sample, [B]."""
-    return torch.tensor([item.client for item in items])
+def _clients(items: Sequence[Item]) -> tuple[int, ...]:
+    return tuple(item.client for item in items)

@@ -1,28 +1,27 @@
 """How many tokens and adapters a pass holds, and how those numbers are found.
 
 Clients are fused until a pass is full: more tokens no longer make it faster, but need more memory. On a CPU
-the number is known beforehand; on a GPU passes of growing size are timed once, and the result is remembered.
+in float32 the number is known beforehand; else passes of growing size are timed, and the result remembered.
 Where memory runs out nevertheless, passes get smaller. Each adapter that is trained needs memory too, and
 where many clients have few rows, that is what fills a GPU.
 """
 
-import json
 import logging
+import platform
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from sys import maxsize
 
 import torch
 
 from fedllm.engine.passes import Item, Passes
 from fedllm.engine.probe import longest_pass
-from fedllm.files import write_file
 from fedllm.models.chat import IGNORED, Encoded
-from fedllm.models.files import cache_folder
+from fedllm.models.half_precision import SMALLEST as SMALLEST_HALF
+from fedllm.models.measured import remembered
 
+BUDGETS = "token-budgets.json"  # in the user's cache
 CPU_TOKEN_BUDGET = 512  # more no longer speeds a CPU up, and spills out of its caches
 CPU_STEP_TOKENS = 4096  # a step is split above, for memory's sake
 SMALLEST, LARGEST = 128, 32768  # tokens of the passes that are timed
@@ -76,24 +75,15 @@ def smaller_budget(token_budget: int, lengths: Sequence[int]) -> int:
 
 
 def default_budget(passes: Passes, rows: int) -> int:
-    """Return 512 on a CPU, where caches decide and a busy machine spoils a measurement; else measure."""
+    """Return 512 on a CPU in float32, where rounding is promised and caches decide; else measure."""
     base = passes.base
-    if base.device.type == "cpu":
+    if base.device.type == "cpu" and (
+        base.dtype.itemsize >= 4 or base.model.num_parameters() < SMALLEST_HALF
+    ):
         return CPU_TOKEN_BUDGET
     if not passes.is_ragged:
         return 1
-    return remembered_budget(_circumstances(passes), lambda: _measured_here(passes, rows))
-
-
-def remembered_budget(key: str, measure: Callable[[], int]) -> int:
-    """Return the budget kept under `key`, or what `measure` returns, which is then kept."""
-    file = cache_folder() / "token-budgets.json"
-    if key in (known := _read(file)):
-        return known[key]
-    budget = measure()
-    with suppress(OSError):  # a cache that cannot be written only costs the next measurement
-        write_file(file, json.dumps({**_read(file), key: budget}, indent=1, sort_keys=True) + "\n")
-    return budget
+    return remembered(BUDGETS, _circumstances(passes), lambda: _measured_here(passes, rows))
 
 
 def measured_budget(run_pass: Callable[[int], None], device: torch.device) -> int:
@@ -123,7 +113,6 @@ def measured_budget(run_pass: Callable[[int], None], device: torch.device) -> in
 def _circumstances(passes: Passes) -> str:
     """Return all that a measured budget depends on, as one line."""
     base, layout = passes.base, passes.bank.layout
-    free, total = _memory(base.device)
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in base.model.modules())
     parts = (
         layout.fingerprint[:16],
@@ -131,11 +120,18 @@ def _circumstances(passes: Passes) -> str:
         base.dtype,
         f"weights of {base.model.get_memory_footprint() >> 20} MiB",  # quantised or not
         "checkpointing" if recomputes else "all activations",
-        torch.cuda.get_device_name(base.device),
-        f"{8 * free // total}/8 free",
+        *_machine(base.device),
         f"torch {torch.__version__}",
     )
     return " / ".join(map(str, parts))
+
+
+def _machine(device: torch.device) -> tuple[str, ...]:
+    """Return a GPU's name and how much of its memory is free, or a CPU's machine and threads."""
+    if device.type != "cuda":
+        return platform.node(), f"{torch.get_num_threads()} threads"
+    free, total = _memory(device)
+    return torch.cuda.get_device_name(device), f"{8 * free // total}/8 free"
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
@@ -180,12 +176,3 @@ def _timed(run_pass: Callable[[int], None], size: int, device: torch.device) -> 
     if device.type == "cuda":  # kernels are only queued until then
         torch.cuda.synchronize(device)
     return clock() - began
-
-
-def _read(file: Path) -> dict[str, int]:
-    """Return the budgets that are kept; anything else in the file counts as absent."""
-    try:
-        values = json.loads(file.read_text())
-        return {key: value for key, value in values.items() if isinstance(value, int) and value > 0}
-    except (OSError, ValueError, AttributeError):
-        return {}

@@ -13,6 +13,7 @@ from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.adapters.peft_reading import modules_for_peft, names_for_peft
 from fedllm.config.keys import LoraConfig, ModelConfig
 from fedllm.errors import LayoutError, MissingExtraError, ModelError
+from fedllm.models import half_precision
 from fedllm.models.chat import check_template
 from fedllm.models.files import ModelFiles, fingerprint, first_line, quiet_transformers, resolve_model
 
@@ -73,8 +74,16 @@ def choose_model(config: ModelConfig) -> ChosenModel:
     device = choose_device(config.device)
     _check_quantization(config.quantization, device)
     files = resolve_model(config.name)
-    dtype = choose_dtype(config.dtype, device)
+    dtype = choose_dtype(config.dtype, device, files)
     return ChosenModel(files, device, dtype, config.quantization, config.gradient_checkpointing)
+
+
+def how_held(config: ModelConfig) -> dict[str, str]:
+    """Return the type of the weights and the device that `config` means here; {} if neither can be had."""
+    with suppress(ModelError, MissingExtraError):  # a server need not hold what its nodes do
+        chosen = choose_model(config)
+        return {"dtype": str(chosen.dtype).removeprefix("torch."), "device": str(chosen.device)}
+    return {}
 
 
 def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
@@ -86,6 +95,7 @@ def load_chosen(chosen: ChosenModel, tokenizer: Any) -> BaseModel:
     extra: dict[str, Any] = {"trust_remote_code": files.runs_own_code}
     if chosen.quantization != "none":
         extra["quantization_config"] = _quantization(chosen.quantization, dtype)
+    if device.type == "cuda":  # read from the file to the GPU, without a copy in the memory of the CPU
         extra["device_map"] = {"": device}
     try:
         with quiet_transformers():
@@ -154,10 +164,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the base model's dtype; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+def choose_dtype(name: str, device: torch.device, files: ModelFiles | None = None) -> torch.dtype:
+    """Return the base model's dtype; "auto" is bfloat16 on a GPU, and on a CPU that is faster in it.
+
+    On a CPU that depends on the model's `files`, and is measured; without them it is float32.
+    """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        is_half = device.type == "cuda" or (files is not None and half_precision.pays(files))
+        return torch.bfloat16 if is_half else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

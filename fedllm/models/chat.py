@@ -6,8 +6,10 @@ Models with a chat template are prompted through it; others through the Alpaca f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from fedllm.data.fields import Example, Turn
@@ -42,10 +44,15 @@ class Encoded:
         """The tokens whose prediction is learnt (the first token has no prediction)."""
         return [label for label in self.labels[1:] if label != IGNORED]
 
-    @property
+    @cached_property
     def num_supervised(self) -> int:
         """Number of tokens whose prediction is learnt."""
-        return len(self.learnt_tokens)
+        return int(np.count_nonzero(self.arrays[1, 1:] != IGNORED))
+
+    @cached_property
+    def arrays(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens and labels as an array [2, length]: every step of every pass reads them."""
+        return np.array((self.tokens, self.labels), dtype=np.int64)
 
 
 @dataclass(frozen=True)

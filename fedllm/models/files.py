@@ -145,15 +145,17 @@ def weights_digest(folder: Path) -> str:
 
     Seconds a file of gigabytes; a process reads a file once, and again only where it was changed.
     """
-    digests = []
-    for file in sorted(folder.glob("*.safetensors")):
-        status = file.stat()  # of the file that a link leads to
-        digests.append(_file_digest(file, status.st_size, status.st_mtime_ns, status.st_ino))
+    digests = [_file_digest(file) for file in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
+def _file_digest(file: Path) -> str:
+    status = file.stat()  # of the file that a link leads to
+    return _known_digest(file, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
 @functools.lru_cache(maxsize=256)
-def _file_digest(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+def _known_digest(file: Path, size: int, mtime_ns: int, inode: int) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -226,9 +228,7 @@ def _local_path(name: str) -> Path:
 
 
 def _converted_folder(gguf: Path) -> Path:
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
+    return cache_folder() / "models" / f"{gguf.stem}-{_file_digest(gguf)[:16]}"
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -17,12 +17,15 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fedllm.errors import CheckpointError
 from fedllm.files import make_private_folder
+from fedllm.privacy.noise import SecretStream
 
 NUM_BYTES = 32
+_HASHED_AT_ONCE = 1 << 15  # words: as many as the cache holds
 
 
 def new_secret() -> bytes:
@@ -77,3 +80,25 @@ def bits_digest(*vectors: torch.Tensor) -> str:
     for vector in vectors:
         hasher.update(vector.detach().cpu().contiguous().numpy().data)  # read in place, not copied
     return hasher.hexdigest()
+
+
+def keyed_hash(key: bytes, vector: torch.Tensor) -> bytes:
+    """Return 16 bytes that stand for the bits of a vector among those of its length, while `key` is secret.
+
+    With the vector's 32-bit words x_i and 64-bit words k_i of the key's stream they are
+    sum_i k_i x_i and sum_i k_(i+1) x_i mod 2^64: multilinear hashing (Lemire & Kaser 2014, arXiv 1202.4961)
+    whose two keys overlap (Toeplitz; Krawczyk 1995). Two vectors that differ have one hash with probability
+    at most 2^-66 over the key: let d_i be the difference of the last words that differ. It divides by 2^31
+    at the most, so at most 2^31 of the 2^64 values of k_i make the first sums equal, whatever the keys before
+    it; of k_(i+1) as many the second sums, whatever k_i. Unlike SHA-256 it is two products a word and adds up
+    in any order, so a GPU computes it where the vector is (`fedllm.privacy.triton_noise`).
+    """
+    words = vector.detach().cpu().contiguous().view(torch.int32).numpy().view(np.uint32)
+    stream = SecretStream(key)
+    keys, sums = stream.integers(1), [0, 0]
+    for begin in range(0, len(words), _HASHED_AT_ONCE):
+        part = words[begin : begin + _HASHED_AT_ONCE].astype(np.uint64)
+        keys = np.concatenate([keys[-1:], stream.integers(len(part))])
+        sums[0] += int(np.dot(keys[:-1], part))
+        sums[1] += int(np.dot(keys[1:], part))
+    return b"".join((total % 2**64).to_bytes(8, "little") for total in sums)

@@ -60,10 +60,13 @@ def next_clip(clip: float, noised_share: float) -> float:
 
 
 class SecretStream:
-    """The keystream of a 32-byte key. Every draw moves it on, so the order of draws matters."""
+    """The keystream of a 32-byte key. Every draw moves it on, so the order of draws matters.
 
-    def __init__(self, key: bytes):
-        self._cipher = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+    `start` is counter and nonce of the first block: 16 bytes.
+    """
+
+    def __init__(self, key: bytes, start: bytes = bytes(16)):
+        self._cipher = Cipher(ChaCha20(key, start), mode=None).encryptor()
 
     def integers(self, number: int) -> np.ndarray:
         """Return `number` uniform 64-bit integers."""
@@ -82,13 +85,17 @@ class SecretStream:
 
 
 def gaussian(stream: SecretStream, size: int, deviation: float) -> torch.Tensor:
-    """Return float64 noise [size] of N(0, deviation^2), independent values (Box & Muller 1958)."""
+    """Return float64 noise [size] of N(0, deviation^2), independent values (Box & Muller 1958).
+
+    Two neighbouring integers of the stream give two neighbouring values, so that a GPU can begin anywhere.
+    """
     noise = torch.empty(size + size % 2, dtype=torch.float64)
     pairs = noise.view(-1, 2)
     for begin in range(0, len(pairs), _CHUNK):
         part = pairs[begin : begin + _CHUNK]
-        bits = (stream.integers(2 * len(part)) >> 11).astype(np.float64)  # float64 has 53 bits of fraction
-        uniform = torch.from_numpy(bits).view(2, -1)
+        uniform = torch.empty(2, len(part), dtype=torch.float64)
+        # float64 has 53 bits of fraction
+        np.copyto(uniform.numpy(), stream.integers(2 * len(part)).reshape(-1, 2).T >> 11, casting="unsafe")
         # From 1, not 0, so that the logarithm is finite.
         radius = uniform[0].add_(1.0).mul_(2.0**-53).log_().mul_(-2.0).sqrt_().mul_(deviation)
         angle = uniform[1].mul_(2.0**-53 * 2.0 * math.pi)

@@ -2,7 +2,7 @@
 
 runs/NAME/.*.lock           held by the processes that do the run; free whenever none lives
 runs/NAME/config.toml       the resolved configuration; a recipe that repeats the run
-runs/NAME/environment.json  versions of what it ran on
+runs/NAME/environment.json  what it ran on: versions, type of the weights, device
 runs/NAME/partition.json    which rows each client had, with a hash (written by `fedllm run`)
 runs/NAME/rounds.jsonl      one record a round
 runs/NAME/checkpoints/      the newest two
@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config.key import Scalar
+from fedllm.config.keys import ModelConfig
 from fedllm.config.recipe import read_recipe
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.files import locked, write_file
+from fedllm.models.base import how_held
 from fedllm.plan.run_plan import fixed_keys
 from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
@@ -90,7 +92,7 @@ def _check_earlier(folder: Path, config: RunConfig) -> None:
 def describe_run(folder: Path, config: RunConfig) -> None:
     """Write configuration and environment, once it is certain that the run goes on with them."""
     write_file(folder / "config.toml", to_toml(config))
-    write_file(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    write_file(folder / "environment.json", json.dumps(environment(config.model), indent=1) + "\n")
 
 
 def read_keys(folder: Path) -> dict[str, Scalar]:
@@ -143,12 +145,12 @@ def to_toml(config: RunConfig) -> str:
     return tomli_w.dumps(nested)
 
 
-def environment() -> dict[str, str]:
-    """Return the versions a result depends on; no host, user or path."""
+def environment(model: ModelConfig) -> dict[str, str]:
+    """Return what a result depends on: versions, and how the model is held here; no host, user or path."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in _REPORTED:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "absent"
-    return found
+    return found | how_held(model)

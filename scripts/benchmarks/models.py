@@ -83,10 +83,11 @@ def bench_base(name: str, device: str = "auto", dtype: str = "auto") -> BaseMode
     Raises:
         ModelError: the device does not exist, or the model cannot be loaded.
     """
-    if name not in SHAPES:
-        return load_base(ModelConfig(name=name, device=device, dtype=dtype))
     chosen = choose_device(device)
-    return random_base(name, chosen, choose_dtype(dtype, chosen))
+    kind = choose_dtype(dtype, chosen)  # float32 on any CPU: what is compared with computes in it
+    if name not in SHAPES:
+        return load_base(ModelConfig(name=name, device=device, dtype=str(kind).removeprefix("torch.")))
+    return random_base(name, chosen, kind)
 
 
 def bench_engine(name: str, device: str, targets: str, dtype: str = "auto") -> Engine:

@@ -15,7 +15,7 @@ from fedllm.adapters.parts import part_size
 from fedllm.config.key import Scalar
 from fedllm.config.keys import DistillConfig
 from fedllm.data.partition import Partition
-from fedllm.models.base import choose_model, describe_layout
+from fedllm.models.base import choose_model, describe_layout, how_held
 from fedllm.plan.aggregation import AXES
 from fedllm.plan.capabilities import assigned
 from fedllm.plan.run_plan import RunPlan, resolve
@@ -94,6 +94,7 @@ def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:
     return {
         "base model": f"{config.model.name} (fingerprint {layout.fingerprint[:16]})",
         "adapter": f"rank {layout.rank} on {len(layout.matrices)} layers, {layout.size:,} values",
+        "computed": " on ".join(how_held(config.model).values()),
         **({"layers left out": left_out[0]} if left_out else {}),
         "clients": f"{len(clients)} with {sizes[0]} to {sizes[-1]} training rows" if sizes else "none",
         "held-out rows": sum(len(client.held_out) for client in clients),

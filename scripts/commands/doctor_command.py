@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fedllm.errors import FedLLMError
 from fedllm.models.files import cache_folder, embedded_gguf, needs_conversion
+from fedllm.models.half_precision import ENOUGH, SMALLEST, machine_gain
 from fedllm.site_policy import load_policy
 from scripts.console import Console
 
@@ -92,6 +93,12 @@ def device_findings() -> Iterator[Finding]:
     else:
         cores = torch.get_num_threads()
         yield Finding("device", "ok", f"CPU with {cores} threads; a GPU is far faster above 135M parameters")
+        gain = machine_gain()
+        takes = "bfloat16 for models above" if gain >= ENOUGH else "float32, also for models above"
+        products = (
+            f"bfloat16 products at {gain:.1f} times float32's rate" if gain else "no units for bfloat16"
+        )
+        yield Finding("model.dtype", "ok", f"{products}: auto takes {takes} {SMALLEST // 1_000_000}M weights")
 
 
 def model_findings() -> Iterator[Finding]:

@@ -27,6 +27,7 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.shapes import shape_groups, stack_factors
+from strategies.aggregation.devices import product_device
 
 NORM_FACTOR = 2.0  # of the running median: no honest client is cut often, and none can do much more
 NUM_MEDIANS = 8  # rounds whose median norm is remembered
@@ -85,15 +86,16 @@ def change_grams(
 
     No matrix is formed unless it is the smaller thing, and no two numbers larger than the changes cancel.
     """
-    total_KK = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    device = product_device(len(deltas) * layout.rank)
+    total_KK = torch.zeros(len(deltas), len(deltas), dtype=torch.float64, device=device)
     for group in shape_groups(layout):
         sides = group.out_features + group.in_features
         is_small = group.out_features * group.in_features < layout.rank**2 * sides
         for index in group.indices:
-            a_LSRI, b_LOSR = stack_factors(layout, (start_P, *deltas), (index,))
+            a_LSRI, b_LOSR = stack_factors(layout, (start_P, *deltas), (index,), device)
             grams = _dense_grams if is_small else _factored_grams
             total_KK += grams(a_LSRI[0], b_LOSR[0].transpose(0, 1))
-    return (total_KK + total_KK.T) * (layout.scale**2 / 2)
+    return ((total_KK + total_KK.T) * (layout.scale**2 / 2)).cpu()
 
 
 def _dense_grams(a_SRI: torch.Tensor, b_SOR: torch.Tensor) -> torch.Tensor:

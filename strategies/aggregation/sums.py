@@ -11,6 +11,7 @@ one factor is common to all clients there is no R, and only one vector is summed
 Tensor suffixes: K clients, L matrices of one shape, P flat adapter, R rank, O output, I input feature.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from fedllm.adapters.algebra import Product
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.shapes import ShapeGroup, chunks_of, shape_groups, stack_factors
+from strategies.aggregation.devices import product_device
 
 WORKSPACE = 1 << 23  # bytes of float64 that one batched operation works on: what a cache holds
 ROUNDING = 1e-12  # weights that differ from 1 by less than this sum to 1: float64 leaves about 1e-16 each
@@ -40,17 +42,19 @@ class FoldedSums:
     weight: float
     rank_weights: torch.Tensor  # [R]: the weight of the clients that train a column
     delta: torch.Tensor  # [P]
-    products: tuple[torch.Tensor, ...]
+    products: tuple[torch.Tensor, ...]  # on the device that forms them
 
 
 def empty_sums(layout: AdapterLayout, *, with_products: bool) -> FoldedSums:
     """Return sums over nobody."""
     shapes = [(len(g.indices), g.out_features, g.in_features) for g in shape_groups(layout)]
+    columns = layout.rank * num_holdable(layout, with_products=with_products)
+    device = product_device(columns, 8 * sum(map(math.prod, shapes)))
     return FoldedSums(
         0.0,
         torch.zeros(layout.rank, dtype=torch.float64),
         torch.zeros(layout.size, dtype=torch.float64),
-        tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes) if with_products else (),
+        tuple(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes) if with_products else (),
     )
 
 
@@ -77,8 +81,8 @@ def fold(sums: FoldedSums, layout: AdapterLayout, held: tuple[HeldUpdate, ...]) 
     for group, before in zip(shape_groups(layout) if sums.products else (), sums.products, strict=True):
         after = torch.empty_like(before)
         for part in chunks_of(group, matrices_at_once(group, layout.rank * len(held))):
-            a_LKRI, b_LOKR = stack_factors(layout, deltas, group.indices[part])
-            b_LOKR.mul_(weights_K[:, None])
+            a_LKRI, b_LOKR = stack_factors(layout, deltas, group.indices[part], before.device)
+            b_LOKR.mul_(weights_K[:, None].to(before.device))
             # Side by side the factors of all clients are one product, and the sum over them is free.
             torch.baddbmm(before[part], b_LOKR.flatten(2), a_LKRI.flatten(1, 2), out=after[part])
         products.append(after)
@@ -132,7 +136,7 @@ def change_of_sums(sums: FoldedSums, layout: AdapterLayout, place: int, part: sl
         return change.per_column(sums.rank_weights / sums.weight)
     # R = C - b' a', with C divided by the weight on the way.
     dense = torch.baddbmm(
-        sums.products[place][part], change.b_LOR, change.a_LRI, beta=1 / sums.weight, alpha=-1.0
+        sums.products[place][part].cpu(), change.b_LOR, change.a_LRI, beta=1 / sums.weight, alpha=-1.0
     )
     return replace(change, residual=Product(dense))
 
@@ -149,16 +153,22 @@ def change_of_held(
 
     Every term of R is as small as the clients' disagreement, so clients that agree leave no rounding noise.
     """
-    a_LKRI, b_LOKR = stack_factors(layout, [update.delta for update in held], indices)
+    matrix, columns = layout.matrices[indices[0]], len(held) * layout.rank
+    num_out, num_in = matrix.out_features, matrix.in_features
+    is_dense = with_residual and columns * (num_out + num_in) > num_out * num_in
+    device = product_device(columns if is_dense else 0)
+    sum_to_one = abs(float(weights_K.sum()) - 1) < ROUNDING
+    weights_K = weights_K.to(device)
+    a_LKRI, b_LOKR = stack_factors(layout, [update.delta for update in held], indices, device)
     mean_LRI = (weights_K @ a_LKRI.flatten(2)).view(len(indices), *a_LKRI.shape[2:])
     mean_LOR = (b_LOKR * weights_K[:, None]).sum(dim=2)
     number = 0
     if with_residual:
         number = len(held)
         b_LOKR.sub_(mean_LOR[:, :, None]).mul_(weights_K[:, None])
-        if abs(float(weights_K.sum()) - 1) < ROUNDING:
+        if sum_to_one:
             # The w_i (b_i - b') sum to zero, so one a_i may be taken from all: its own term is gone.
             a_LKRI.sub_(a_LKRI[:, -1:].clone())
             number -= 1
     factors = Product(b_LOKR[:, :, :number].flatten(2), a_LKRI[:, :number].flatten(1, 2))
-    return MeanChange(mean_LRI, mean_LOR, factors.lightest())
+    return MeanChange(mean_LRI.cpu(), mean_LOR.cpu(), factors.lightest().cpu())

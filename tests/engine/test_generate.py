@@ -4,9 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
-from fedllm.engine.generate import answers, left_padded
+from fedllm.engine.generate import answers
 
 PROMPTS = ["Sum two numbers.", "Open a file and read all of its lines, then close it."]
 
@@ -22,9 +20,3 @@ def test_tokenizer_without_padding_token_answers_alike(
     assert bare.tokenizer.pad_token_id is None
     assert answers(bare, PROMPTS, 6) == expected
     assert [answers(bare, [prompt], 6) for prompt in PROMPTS] == [[answer] for answer in expected]
-
-
-def test_padding_goes_left() -> None:
-    rows, mask = left_padded([[5, 6, 7], [8]], 0, torch.device("cpu"))
-    assert rows.tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]

@@ -1,13 +1,13 @@
 """The LoRA operator's kernels against one product for every token, matrix by matrix."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.adapters.parts import part_of
-from fedllm.engine.adapter_bank import Bank, Kept, Kernel, Route, noisy_rows, segments
+from fedllm.engine.adapter_bank import Bank, Kept, Kernel, make_route, noisy_rows
 from fedllm.engine.kernels import LoopKernel, MaskedKernel, adapted_output
 from fedllm.models.base import PlainLinear
 
@@ -40,7 +40,7 @@ def make_case(kernel: Kernel, trained: str = "both") -> Case:
     starts_CP = normal(len(SCALES), LAYOUT.size)
     bank.load(LAYOUT, list(starts_CP), SCALES, trained)
     bank.reserve(4)
-    bank.route = Route(segments(LENGTHS, CLIENTS), segments(LENGTHS, SLOTS))
+    bank.route = make_route(LENGTHS, CLIENTS, SLOTS, 4, bank.device)
     return Case(bank, starts_CP, normal(sum(LENGTHS), WIDTH), normal(sum(LENGTHS), sum(OUTPUTS)))
 
 
@@ -88,7 +88,7 @@ def test_a_group_with_dropout_is_each_matrix_alone(kernel: Kernel) -> None:
     for groups in ([GROUP], [(index,) for index in GROUP]):
         case = make_case(kernel)
         bank = case.bank
-        bank.route = Route(bank.route.clients, bank.route.slots, noisy_rows([5, 5], [0.4, 0.0], [7, 8]))
+        bank.route = replace(bank.route, noise=noisy_rows([5, 5], [0.4, 0.0], [7, 8]))
         x_TI = case.x_TI.requires_grad_()
         weights = weight_OI.split(OUTPUTS) if len(groups) > 1 else [weight_OI]
         outputs = [

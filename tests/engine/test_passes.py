@@ -47,7 +47,7 @@ def test_the_likeliest_continuations_are_the_greedy_answers(make_engine: Callabl
         [state.vector for state in owners],
         beginnings,
         12,
-        lambda _, logits: logits.argmax(dim=1),
+        lambda _rows, _step, logits: logits.argmax(dim=1),
     )
     answers = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in continued]
     assert answers == engine.generate(owners, prompts, 12)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedllm.errors import CheckpointError
-from fedllm.privacy.keys import bits_digest, derived_key, kept_secret, new_secret
+from fedllm.privacy.keys import bits_digest, derived_key, kept_secret, keyed_hash, new_secret
 from fedllm.privacy.noise import SecretStream, coins, discrete_gaussian, gaussian
 
 KEY = bytes(range(32))
@@ -111,3 +111,23 @@ def test_a_digest_is_of_the_bits() -> None:
     assert bits_digest(zero) == bits_digest(torch.zeros(3))
     assert bits_digest(zero) != bits_digest(-zero)
     assert bits_digest(zero) != bits_digest(zero.double())
+
+
+@pytest.mark.parametrize("size", [0, 1, 33_000])
+def test_a_keyed_hash_is_two_sums_of_products(size: int) -> None:
+    vector = torch.linspace(-1, 1, size)
+    keys = SecretStream(KEY).integers(size + 1)
+    bits = vector.numpy().view(np.uint32)
+    sums = [sum(int(key) * int(word) for key, word in zip(keys[s:], bits, strict=False)) for s in (0, 1)]
+    assert keyed_hash(KEY, vector) == b"".join((total % 2**64).to_bytes(8, "little") for total in sums)
+
+
+def test_vectors_that_differ_in_one_bit_have_other_hashes() -> None:
+    """The highest bit of a word, that of the sign, leaves each sum the fewest bits to differ in: 33."""
+    vector = torch.linspace(-1, 1, 1000)
+    hashes = {keyed_hash(KEY, vector), keyed_hash(bytes(32), vector)}
+    for place in range(0, 1000, 10):
+        other = vector.clone()
+        other[place] *= -1
+        hashes.add(keyed_hash(KEY, other))
+    assert len(hashes) == 102

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fedllm.config.keys import ModelConfig
 from fedllm.config.recipe import build_config
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
@@ -43,7 +44,7 @@ def test_a_run_folder_holds_the_recipe_that_repeats_the_run(tmp_path: Path) -> N
     describe_run(folder, config)
     assert build_config(folder / "config.toml", []) == config
     assert read_keys(folder) == config.to_flat()
-    assert json.loads((folder / "environment.json").read_text()) == environment()
+    assert json.loads((folder / "environment.json").read_text()) == environment(config.model)
 
 
 @pytest.mark.parametrize("damage", [None, b"seed = ", b"\xff"])
@@ -58,8 +59,9 @@ def test_an_environment_names_versions_and_no_host_or_path(tmp_path: Path) -> No
     import getpass
     import socket
 
-    text = json.dumps(environment())
-    assert {"python", "flwr", "torch", "fedllm"} <= environment().keys()
+    found = environment(ModelConfig(name=str(tmp_path), device="cpu"))
+    text = json.dumps(found)
+    assert {"python", "flwr", "torch", "fedllm"} <= found.keys()
     for private in (socket.gethostname(), getpass.getuser(), str(Path.home())):
         assert private not in text
 

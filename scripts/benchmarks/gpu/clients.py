@@ -129,6 +129,6 @@ def measure_generation(model: str, device: str, *, quick: bool) -> dict[str, Any
     return {"texts": number, "adapters": ADAPTERS, "tokens": written[0], "s": found}
 
 
-def _likeliest(places: Any, logits_BV: torch.Tensor) -> torch.Tensor:
+def _likeliest(rows: range, step_1: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
     """Return every row's likeliest token that ends no text, so that all texts have one length."""
     return logits_BV[:, PROMPT_TOKENS:].argmax(dim=1) + PROMPT_TOKENS
