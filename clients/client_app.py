@@ -18,7 +18,6 @@ from clients.process import PROCESS, Process
 from clients.protect import node_mean
 from clients.stock import evaluate_for_stock, train_for_stock
 from clients.train import train_clients
-from fedllm.engine.resident import release_cache
 from fedllm.errors import FedLLMError
 from fedllm.messages import ClientUpdate
 from fedllm.wire import overlaps, packets, replies, requests
@@ -102,7 +101,7 @@ def _answer(
         holder = process.open(context.run_config, context.node_config)
         content = handler(holder, message.content, context)
         if holder.plan.distillation is not None:  # the server will compute too, in a simulation on this GPU
-            release_cache()
+            torch.cuda.empty_cache()
         return Message(content, reply_to=message)
     except FedLLMError as error:
         _logger.error("%s: %s", error.code, error)  # the code is what the server is told

@@ -8,20 +8,12 @@ in a local run to the server's session too.
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.config.keys import ModelConfig
 from fedllm.engine.engine import Engine
 from fedllm.models.base import BaseModel, ChosenModel, choose_model, load_chosen, load_tokenizer
 from fedllm.models.files import ModelFiles, resolve_model
 from fedllm.models.tokenizer_fit import check_tokenizer_fits
-
-
-def release_cache() -> None:
-    """Give the GPU back what no tensor uses: the next to compute may be another process."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 class Resident:
