@@ -30,7 +30,7 @@ class SlotClips:
         They count as zero: a row then moves its job by at most the clip, like any row. If the job failed as a
         whole, that would tell that the row is there.
         """
-        return self.private_S & (torch.isfinite(norms_S) & torch.isfinite(sums_S)).logical_not()
+        return self.private_S & torch.isfinite(norms_S + sums_S).logical_not()  # so one NaN is enough
 
     def factors(self, norms_S: torch.Tensor, lost_S: torch.Tensor) -> torch.Tensor:
         """Return what every slot's gradient is multiplied by in its job's mean, [S]."""
