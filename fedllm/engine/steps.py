@@ -11,6 +11,7 @@ import torch
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.example_gradients import add_clipped, slot_clips
 from fedllm.engine.gradient_terms import ControlCorrection, control_correction, proximal_pull
+from fedllm.engine.graphs import rounded
 from fedllm.engine.job_rows import JobRows, rows_of_jobs
 from fedllm.engine.jobs import Job, row_seed
 from fedllm.engine.optimizer import RowAdamW
@@ -90,7 +91,7 @@ def step_gradients(
     """Return the gradient [A, P] of one step of every active job, and the losses of its passes.
 
     The bank holds the jobs' adapters, in this order, and is attached to the model. Nothing is read back from
-    a GPU, but what private examples may need (`_clipped_gradients`).
+    a GPU, unless examples are private and the kernel mixes rows.
     """
     batches = [job.batches[step] for job in jobs]
     items: list[Item] = []
@@ -124,6 +125,8 @@ def _clipped_gradients(
     losses: list[PassLosses] = []
     total_AP = torch.zeros_like(bank.theta_CP[: len(jobs)])
     most = max(map(len, parts), default=0)
+    if passes.shelf is not None:  # so that steps of a few more or fewer examples are passes of one kind
+        most = rounded(most, 16)
     while parts:
         part = parts.pop(0)
         bank.reserve(most)
