@@ -116,6 +116,7 @@ class Bank:
         Gradients are computed for the part `trained`.
         """
         self.layout, self.trained, self.scales = layout, trained, tuple(scales)
+        self.places = {matrix.module: index for index, matrix in enumerate(layout.matrices)}
         self.scales_C = torch.tensor(scales, device=self.device, dtype=self.dtype)
         rest = other_part(trained)
         self._moving, self._still = _specs_of_matrices(layout, trained), _specs_of_matrices(layout, rest)

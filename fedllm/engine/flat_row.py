@@ -39,6 +39,16 @@ class FlatRow:
     targets_N: torch.Tensor  # the learnt tokens
     learnt_B: torch.Tensor  # [B + 1], where in N each row's learnt tokens begin and the last ones end
 
+    def attention_inputs(self) -> dict[str, Any]:
+        """Return what `fedllm.models.attention.ragged_attention` must know of the row, by its names."""
+        return {
+            "cu_seq_lens_q": self.queries_Q,
+            "cu_seq_lens_k": self.keys_Q,
+            "max_length_q": self.longest[0],
+            "max_length_k": self.longest[1],
+            "key_places": self.places_K,
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class Arrangement:
@@ -151,14 +161,7 @@ def predicting_states(model: Any, flat: FlatRow, head: Head) -> torch.Tensor:
     """
     inputs: dict[str, Any] = {"input_ids": flat.tokens_T[None], "use_cache": False}
     if is_ragged(model):  # to one row alone they say nothing, and some layers take them for another's words
-        inputs |= {
-            "position_ids": flat.positions_T[None],
-            "cu_seq_lens_q": flat.queries_Q,
-            "cu_seq_lens_k": flat.keys_Q,
-            "max_length_q": flat.longest[0],
-            "max_length_k": flat.longest[1],
-            "key_places": flat.places_K,
-        }
+        inputs |= {"position_ids": flat.positions_T[None], **flat.attention_inputs()}
     if head.weight_VD is None:
         logits_NV: torch.Tensor = model(**inputs, logits_to_keep=flat.predicting_N).logits[0]
         return logits_NV

@@ -195,10 +195,13 @@ def _noisy_backward(
 
 
 def adapted_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, group: Group) -> torch.Tensor:
-    """Return the operator's output [T, O], with gradients on the way back."""
+    """Return the operator's output [T, O], with gradients on the way back where they are wanted."""
+    if not torch.is_grad_enabled():  # nothing is kept for a backward pass, and nothing is dropped
+        y_TO = frozen_output(x_TI, frozen, bank, group)
+        bank.kernel.forward(bank, group, x_TI, y_TO)
+        return y_TO
     inputs = (x_TI, bank.tap, frozen, bank, group)
-    y_TO: torch.Tensor = LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call]
-    return y_TO
+    return LoraFunction.apply(*inputs)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def frozen_output(x_TI: torch.Tensor, frozen: PlainLinear | None, bank: Bank, group: Group) -> torch.Tensor:

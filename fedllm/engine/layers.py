@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedllm.engine.adapter_bank import Bank
-from fedllm.engine.kernels import adapted_output, frozen_output
+from fedllm.engine.kernels import adapted_output
 from fedllm.models.attention import ragged
 from fedllm.models.base import plain_linear
 
@@ -39,12 +39,7 @@ class BankLinear(nn.Module):
         """Return the adapted output, [..., D_in] -> [..., D_out]."""
         flat = x.reshape(-1, x.shape[-1])
         frozen = plain_linear(self.base)
-        if torch.is_grad_enabled():
-            y = adapted_output(flat, frozen, self.bank, self.group)
-        else:  # nothing is kept for a backward pass, and nothing is dropped
-            y = frozen_output(flat, frozen, self.bank, self.group)
-            self.bank.kernel.forward(self.bank, self.group, flat, y)
-        y = y.view(*x.shape[:-1], -1)
+        y = adapted_output(flat, frozen, self.bank, self.group).view(*x.shape[:-1], -1)
         if frozen is None:  # quantised: only the layer itself can compute its product
             y = y + self.base(x)
         return y

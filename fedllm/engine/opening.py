@@ -1,12 +1,14 @@
 """Finds out how a base model is run: kernel, trunk, head, and whether samples may share a pass."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.adapter_bank import Bank
+from fedllm.engine.decoder_probe import own_trunk
 from fedllm.engine.flat_row import predicting_states
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
 from fedllm.engine.passes import Passes
@@ -32,4 +34,6 @@ def open_passes(base: BaseModel, layout: AdapterLayout) -> Passes:
         _logger.warning("%s cannot attend over a flat row: its samples are trained one at a time", kind)
     head = plain_head(base.model, base.device)
     trunk = partial(predicting_states, base.model, head=head)
-    return Passes(base, Bank(layout, kernel, base.device, dtype), trunk, head, is_ragged)
+    passes = Passes(base, Bank(layout, kernel, base.device, dtype), trunk, head, is_ragged)
+    own = own_trunk(passes)
+    return passes if own is None else replace(passes, trunk=own)

@@ -26,15 +26,14 @@ class PassBuffer:
 
     def write(self, arrays: Mapping[str, Array]) -> None:
         """Replace all values, without waiting for a GPU."""
-        kind, host = self._block.device.type, self._block
-        if kind != "cpu":
-            # Pinned memory is copied while this process goes on; torch keeps it for as long as that takes.
-            host = torch.empty(len(self._block), dtype=torch.uint8, pin_memory=kind == "cuda")
+        is_here, on_gpu = self._block.device.type == "cpu", self._block.is_cuda
+        # Pinned memory is copied while this process goes on, and torch keeps it for as long as that takes.
+        host = self._block if is_here else torch.empty(len(self._block), dtype=torch.uint8, pin_memory=on_gpu)
         values = host.numpy()
         for name, array in arrays.items():
             begin = self._begins[name]
             values[begin : begin + array.nbytes] = array.view(np.uint8)
-        if kind != "cpu":
+        if not is_here:
             self._block.copy_(host, non_blocking=True)
 
     def _view(self, name: str, array: Array) -> torch.Tensor:

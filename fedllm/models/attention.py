@@ -9,6 +9,7 @@ Tensor suffixes: H head, T token, D feature, Q sequence, L its queries, K its ke
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from inspect import signature
 from itertools import groupby
@@ -19,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fedllm.errors import ModelError
 
-RAGGED_ATTENTION = "fedllm_ragged"
+RAGGED_ATTENTION, _LISTENING = "fedllm_ragged", "fedllm_listening"
 
 
 def ragged_attention(
@@ -63,6 +64,38 @@ def attends_by_interface(model: Any) -> bool:
 def is_ragged(model: Any) -> bool:
     """Return whether `model` attends by `ragged_attention` at present."""
     return bool(model.config._attn_implementation == RAGGED_ATTENTION)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What one layer asks of its attention: the factor of its scores, and how many tokens back it sees."""
+
+    module: Any
+    scale: float
+    window: int | None
+
+
+def asked_of_attention(model: Any, device: torch.device) -> list[Asked]:
+    """Return what each layer of a model asks of its attention, in order, as heard in a pass of one token."""
+    from transformers import AttentionInterface
+
+    asked = []
+
+    def listen(module: Any, query: torch.Tensor, *inputs: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        asked.append(Asked(module, kwargs["scaling"], kwargs.get("sliding_window")))
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register(_LISTENING, listen)
+    own = model.config._attn_implementation
+    model.set_attn_implementation(_LISTENING)
+    try:
+        with torch.no_grad():
+            model.get_decoder()(
+                input_ids=torch.zeros(1, 1, device=device, dtype=torch.int64), use_cache=False
+            )
+    finally:
+        model.set_attn_implementation(own)
+    return asked
 
 
 @contextmanager

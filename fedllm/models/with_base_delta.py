@@ -14,6 +14,7 @@ import torch
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.errors import ModelError
 from fedllm.models.base import BaseModel, plain_linear
+from fedllm.models.side_by_side import room_like
 
 
 @contextmanager
@@ -43,21 +44,25 @@ def with_base_delta(base: BaseModel, base_delta: BaseDelta) -> Iterator[None]:
 
 def _sums(base: BaseModel, base_delta: BaseDelta) -> dict[str, torch.Tensor]:
     """Return weight plus base delta of every layer that has one, stored as the layer stores its weight."""
+    factors = {
+        matrix.module: factors
+        for matrix, factors in zip(base_delta.layout.matrices, base_delta.factors, strict=True)
+        if factors[0].numel()
+    }
+    layers: list[Any] = [base.model.get_submodule(name) for name in factors]
     sums = {}
-    for matrix, (b_ON, a_NI) in zip(base_delta.layout.matrices, base_delta.factors, strict=True):
-        if not b_ON.numel():
-            continue
-        layer: Any = base.model.get_submodule(matrix.module)
+    rooms = room_like([layer.weight for layer in layers])
+    for (name, (b_ON, a_NI)), layer, room in zip(factors.items(), layers, rooms, strict=True):
         plain = plain_linear(layer)
         if plain is None:
             raise ModelError(
-                f"{matrix.module} is quantised, so the base delta of this run cannot be added to it;"
+                f"{name} is quantised, so the base delta of this run cannot be added to it;"
                 " set model.quantization = none, or use a read-out without a base delta"
             )
         weight_OI = plain.weight_OI
         # In bfloat16 the product itself would be rounded, and differ from device to device.
         dtype = torch.promote_types(weight_OI.dtype, torch.float32)
         b, a = b_ON.to(weight_OI.device, dtype), a_NI.to(weight_OI.device, dtype)
-        sum_OI = torch.addmm(weight_OI.to(dtype), b, a, alpha=base_delta.layout.scale).to(weight_OI.dtype)
-        sums[matrix.module] = sum_OI if weight_OI is layer.weight else sum_OI.T.contiguous()
+        sum_OI = torch.addmm(weight_OI.to(dtype), b, a, alpha=base_delta.layout.scale)
+        sums[name] = room.copy_(sum_OI if weight_OI is layer.weight else sum_OI.T)
     return sums

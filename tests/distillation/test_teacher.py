@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fedllm.distillation import teacher as module
 from fedllm.distillation.plain import teach_plainly
@@ -137,6 +138,38 @@ def test_never_more_laws_than_a_chunk_exist(
     monkeypatch.setattr(module, "CHUNK", 16)
     teach(engine, make_teacher(engine), make_rows([40, 50]), top_k=4)
     assert max(sizes) == 15  # five tokens of three teachers
+
+
+class Looks(TorchFunctionMode):
+    """Counts what would wait for a device: values and tensors that are read back from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("cpu", "tolist", "item", "__bool__", "__float__", "__int__", "nonzero")
+        self.number += getattr(func, "__name__", "") in waits
+        return func(*args, **(kwargs or {}))
+
+
+def test_more_rows_and_chunks_are_no_more_looks_at_a_device(
+    make_engine: Callable, make_teacher: Callable, make_rows: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine("llama", "float32")
+    width = engine.passes.head.weight_VD.shape[1]
+
+    def read(layout: Any, vectors: Sequence[torch.Tensor], rows: Sequence[Encoded]) -> torch.Tensor:
+        return torch.ones(len(vectors), sum(row.num_supervised for row in rows), width)
+
+    monkeypatch.setattr(engine, "read", read)
+    monkeypatch.setattr(module, "CHUNK", 16)
+    teacher, looks = make_teacher(engine), []
+    for lengths in ([8], [40, 50, 12]):
+        with Looks() as counter:
+            teach(engine, teacher, make_rows(lengths), top_k=4)
+        looks.append(counter.number)
+    assert looks[0] == looks[1] > 0
 
 
 def test_order_and_neighbours_of_a_row_do_not_matter(

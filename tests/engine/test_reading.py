@@ -3,15 +3,17 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.config.keys import LoraConfig
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.generate import Written, continuations
-from fedllm.engine.kernels import LoopKernel
+from fedllm.engine.kernels import MaskedKernel
 from fedllm.engine.layers import attached
 from fedllm.engine.reading import FixedReader, GrowingReader, can_be_fixed, left_padded
 from fedllm.models.base import BaseModel, layout_of
@@ -53,20 +55,29 @@ def test_windows_and_foreign_caches_are_left_to_grow(load_tiny: Callable) -> Non
     assert not can_be_fixed(replace(base, model=torch.nn.Linear(2, 2)))
 
 
+class NoCopies(TorchDispatchMode):
+    """Refuses whatever would carry values from the CPU to a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim()]
+        assert func.overloadpacket.__name__ != "lift_fresh", "a list became a tensor"
+        assert all(arg.device.type == "meta" for arg in given), func
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
-def test_a_token_is_read_and_kept_without_a_look_back(load_tiny: Callable) -> None:
+def test_a_token_needs_no_look_at_the_device(load_tiny: Callable) -> None:
     """On the device "meta" no tensor has values, so whatever asks for one raises."""
     device = torch.device("meta")
     base = load_tiny("llama", "float32")
     base = replace(base, model=copy.deepcopy(base.model).to(device), device=device)
-    bank = Bank(layout_for(base), LoopKernel(), device, torch.float32)
+    bank = Bank(layout_for(base), MaskedKernel(), device, torch.float32)
     bank.load(bank.layout, [torch.zeros(bank.layout.size)] * 2, [1.0, 1.0])
     written, reader = Written(3, 8, {0}, device), FixedReader(base, BEGINNINGS, 8)
     with attached(base.model, bank), bank.whole_rows((0, 1, 0)):
-        for _ in range(2):
-            logits_BV = reader.next(written.last_B1)
-            written.take(greedy(written.step_1, logits_BV))
-    assert logits_BV.shape == (3, base.model.config.vocab_size)
+        written.take(greedy(written.step_1, reader.next(written.last_B1)))  # routes the rows, once for all
+        with NoCopies():
+            written.take(greedy(written.step_1, reader.next(written.last_B1)))
     with pytest.raises(RuntimeError):
         assert not written.is_complete
 
@@ -80,10 +91,16 @@ def test_rows_end_with_their_first_end_token() -> None:
 
 
 @pytest.mark.gpu
-@torch.no_grad()
-def test_a_graph_writes_what_single_kernels_write(load_tiny: Callable) -> None:
-    base = load_tiny("llama", "float32")
-    base = replace(base, model=copy.deepcopy(base.model).to("cuda"), device=torch.device("cuda"))
-    assert can_be_fixed(base)
-    texts = [continuations(base, BEGINNINGS, 40, greedy, is_fixed=is_fixed) for is_fixed in (True, False)]
+def test_a_gpu_writes_the_texts_of_a_cpu_by_a_graph(
+    make_engine: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = []
+    for device in ("cuda", "cpu"):
+        engine = make_engine("llama", "float32", device=device)
+        generator = torch.Generator().manual_seed(0)
+        vectors = [0.3 * torch.randn(engine.layout.size, generator=generator) for _ in range(2)]
+        owners = [vectors[0], vectors[1], vectors[0]]
+        choose = lambda _rows, step, logits: greedy(step, logits)  # noqa: E731
+        texts.append(engine.continue_rows(engine.layout, owners, BEGINNINGS, 40, choose))
     assert texts[0] == texts[1]
+    assert "without a CUDA graph" not in caplog.text
