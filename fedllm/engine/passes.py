@@ -13,7 +13,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedllm.engine.adapter_bank import Bank, noisy_rows
+from fedllm.engine.adapter_bank import Bank
+from fedllm.engine.dropout import drop_arrays, noisy_rows
 from fedllm.engine.flat_row import FlatRow, arrange
 from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
 from fedllm.engine.jobs import EvaluationJob, Objective
@@ -96,18 +97,25 @@ class Passes:
         clients, slots, _ = zip(*(owner for owner, _ in groupby(owners)), strict=True)
         weights_B = np.array([item.weight for item in items])
         weights_N = weights_B.repeat(np.diff(arranged.arrays["learnt_B"]))
+        noise = noisy_rows(
+            arranged.begins_B.tolist(),
+            [len(item.row.tokens) for item in items],
+            [item.dropout for item in items],
+            [item.seed for item in items],
+        )
+        dtype = str(self.bank.dtype).removeprefix("torch.")
         return PassArrays(
-            {**arranged.arrays, "weights_N": weights_N.astype(str(self.bank.dtype).removeprefix("torch."))},
+            {
+                **arranged.arrays,
+                "weights_N": weights_N.astype(dtype),
+                **drop_arrays(noise, int(arranged.lengths_G.sum())),
+            },
             arranged.longest,
             arranged.lengths_G,
             np.array(clients),
             np.array(slots),
             len(self.bank.grad_SP) if backward else 1,
-            noisy_rows(
-                [len(item.row.tokens) for item in items],
-                [item.dropout for item in items],
-                [item.seed for item in items],
-            ),
+            noise,
         )
 
 
