@@ -17,6 +17,7 @@ import torch
 from fedllm.adapters.algebra import Product, decompose, rounding_floor, squared_norm
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.errors import LayoutError, NonFiniteError
+from fedllm.finite import all_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class BaseDelta:
         Raises:
             NonFiniteError: a value is NaN or infinite.
         """
-        if not all(bool(torch.isfinite(tensor).all()) for pair in self.factors for tensor in pair):
+        if not all_finite(*(tensor for pair in self.factors for tensor in pair if tensor.numel())):
             raise NonFiniteError("the base delta holds NaN or infinite values")
         return self
 

@@ -104,12 +104,11 @@ def save_tensors(file: Path, state: AdapterState) -> None:
 def save_named(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write named tensors as a safetensors file; raises as `save_tensors`."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file  # torch's refuses tensors that share memory, as views of a vector
 
-    # safetensors refuses tensors that share memory, as the views of one vector do.
-    copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
     try:
-        save_file(copies, file, metadata={"format": "pt"})
+        save_file(arrays, file, metadata={"format": "pt"})
     except SafetensorError as error:  # so it reports a full disk too
         raise OSError(errno.EIO, str(error)) from None
 

@@ -9,12 +9,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from fedllm.errors import LayoutError, NonFiniteError
+from fedllm.finite import all_finite
 from fedllm.seeds import derive_seed
 
 PEFT_PREFIX = "base_model.model."  # how PEFT names the wrapped model inside an adapter file
@@ -39,14 +40,14 @@ class TensorSpec:
     shape: tuple[int, int]
     offset: int
 
-    @property
+    @cached_property  # asked for by every pass and every round, for every matrix
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
 
     def view(self, vector: torch.Tensor) -> torch.Tensor:
         """Return the tensor as a view of a flat vector [P], or of many at once: [..., P] -> [..., *shape]."""
-        part = vector[..., self.offset : self.offset + self.size]
+        part = vector.narrow(-1, self.offset, self.size)
         return part.view(*vector.shape[:-1], *self.shape)
 
 
@@ -101,7 +102,8 @@ class AdapterLayout:
 
     def to_dict(self) -> dict[str, object]:
         """Return a JSON-ready form; `layout_from_dict` is its inverse."""
-        return asdict(self)
+        matrices = tuple(dict(vars(matrix)) for matrix in self.matrices)  # `asdict` takes 20 ms for hundreds
+        return {"matrices": matrices, "rank": self.rank, "alpha": self.alpha, "fingerprint": self.fingerprint}
 
     def views(self, vector: torch.Tensor) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
         """Yield every tensor of `vector` [..., P] as a view of its storage, in order."""
@@ -189,7 +191,7 @@ class AdapterState:
         Raises:
             NonFiniteError: a value is NaN or infinite.
         """
-        if not bool(torch.isfinite(self.vector).all()):
+        if not all_finite(self.vector):
             raise NonFiniteError("the adapter holds NaN or infinite values")
         return self
 

@@ -9,7 +9,7 @@ Tensor suffixes: C client, S slot, P trained values of an adapter, Q frozen ones
 a group, D feature.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -84,8 +84,9 @@ class Bank:
         self.kernel = kernel
         self.device = device
         self.dtype = dtype
-        self.theta_CP = self.frozen_CQ = self.grad_SP = torch.zeros(0, 0, device=device, dtype=dtype)
+        self._held: dict[str, torch.Tensor] = {}  # what the rows below are the first rows of
         self.load(layout, (), ())
+        self.grad_SP = self._rows("grad", 0, self.theta_CP.shape[1])
         self.route = make_route([0], [0], [-1], 0, device)
         self.batch_rows: tuple[int, ...] = ()  # while generating: the client of each row of the batch
         self._batch_routes: dict[int, Route] = {}  # of those rows, by the number of their tokens
@@ -104,27 +105,41 @@ class Bank:
         Gradients are computed for the part `trained`.
         """
         self.layout, self.trained, self.scales = layout, trained, tuple(scales)
+        self.scales_C = self._rows("scales", len(scales), 1)[:, 0]
+        self.scales_C.copy_(torch.tensor(scales, dtype=self.dtype))
         self.places = {matrix.module: index for index, matrix in enumerate(layout.matrices)}
-        self.scales_C = torch.tensor(scales, device=self.device, dtype=self.dtype)
         rest = other_part(trained)
         self._moving, self._still = _specs_of_matrices(layout, trained), _specs_of_matrices(layout, rest)
-        self.theta_CP = self._rows(self.theta_CP, len(starts), part_size(layout, trained))
-        self.frozen_CQ = self._rows(self.frozen_CQ, len(starts), part_size(layout, rest))
+        self.theta_CP = self._rows("theta", len(starts), part_size(layout, trained))
+        self.frozen_CQ = self._rows("frozen", len(starts), part_size(layout, rest))
         for row, start in enumerate(starts):
             self.theta_CP[row].copy_(part_of(layout, start, trained))
             self.frozen_CQ[row].copy_(part_of(layout, start, rest))
 
     def reserve(self, num_slots: int) -> None:
         """Hold exactly `num_slots` rows of zero gradients."""
-        self.grad_SP = self._rows(self.grad_SP, num_slots, self.theta_CP.shape[1])
+        self.grad_SP = self._rows("grad", num_slots, self.theta_CP.shape[1])
         self.grad_SP.zero_()
 
-    def _rows(self, held: torch.Tensor, number: int, size: int) -> torch.Tensor:
-        """Return `held` where its shape fits, else new rows."""
-        if held.shape == (number, size):  # rounds of one size allocate once
-            return held
-        with torch.inference_mode(False):  # rows made while evaluating must serve training too
-            return torch.zeros(number, size, device=self.device, dtype=self.dtype)
+    @property
+    def addresses(self) -> Hashable:
+        """What must be equal for a recorded pass to find this bank's rows where it left them."""
+        rows = (self.theta_CP, self.frozen_CQ, self.scales_C, self.grad_SP)
+        places = tuple((held.data_ptr(), *held.shape) for held in rows)
+        return self.layout.fingerprint, self.layout.rank, self.trained, places
+
+    def _rows(self, name: str, number: int, size: int) -> torch.Tensor:
+        """Return rows of `size` values: those held under `name` where they fit, else new ones.
+
+        A GPU keeps the most that were ever needed, since recorded passes know rows by their addresses.
+        """
+        held = self._held.get(name)
+        room = 0 if held is None or held.shape[1] != size else len(held)
+        if held is None or room < number or (room > number and self.device.type != "cuda"):
+            with torch.inference_mode(False):  # rows made while evaluating must serve training too
+                held = torch.zeros(number, size, device=self.device, dtype=self.dtype)
+            self._held[name] = held
+        return held[:number]
 
     def route_of(self, num_tokens: int) -> Route:
         """Return which rows the `num_tokens` tokens of a layer's input belong to.

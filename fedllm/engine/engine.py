@@ -156,6 +156,8 @@ class Engine:
                 if not budget:
                     raise
             # Out here no traceback holds on to what the failed pass has made.
+            if self.passes.shelf is not None:
+                self.passes.shelf.clear()
             torch.cuda.empty_cache()
             self.token_budget = budget
 

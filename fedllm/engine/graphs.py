@@ -3,14 +3,14 @@
 A recording (a CUDA graph) is fixed to addresses and sizes. So its inputs lie in a buffer that every pass
 refills, and sizes are rounded up: what a pass lacks is filled with tokens of no slot and of weight zero,
 which change no sum. A pass is recorded when its like comes for the second time, and a few recordings are
-kept. What cannot be recorded is computed as usual, after one line that says so. All of this is decided
-without a GPU; `record_on_gpu` alone needs one.
+kept. What is not recorded, or cannot be, is computed with the same padding: a pass has the same bits whatever
+came before it. All of this is decided without a GPU; `record_on_gpu` alone needs one.
 """
 
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -18,7 +18,6 @@ import torch
 from fedllm.models.files import first_line
 
 MOST_KEPT = 16  # they share their memory: all of them need what the largest does
-_SLACK = 9 / 8  # a recording that is larger than needed by no more than this serves as well
 
 B = TypeVar("B")
 
@@ -41,19 +40,8 @@ class Sizes:
     longest_keys: int
     supervised: int
     samples: int
-    clients: int
+    clients: int  # runs of neighbouring tokens of one client
     slots: int
-
-    def hold(self, needs: "Sizes") -> bool:
-        """Return whether a recording of these sizes has room for a pass and the padding beside it."""
-        if any(mine < theirs for mine, theirs in zip(astuple(self), astuple(needs), strict=True)):
-            return False
-        queries, keys, padding = self.tokens - needs.tokens, self.keys - needs.keys, num_padding(needs, self)
-        return padding <= queries <= keys and needs.sequences + padding <= self.sequences
-
-    def waste_little(self, needs: "Sizes") -> bool:
-        """Return whether what costs time is hardly larger than a pass needs it."""
-        return self.tokens <= _SLACK * needs.tokens and self.supervised <= _SLACK * needs.supervised
 
 
 def num_padding(needs: Sizes, room: Sizes) -> int:
@@ -67,24 +55,26 @@ def rounded_up(needs: Sizes) -> Sizes:
 
     About 1/16 more tokens at most and 1/8 more logits; what costs next to nothing grows by up to half.
     """
-    longest_keys, shared_keys = _rounded(needs.longest_keys, 2), needs.keys - needs.tokens
-    more_keys = _rounded(shared_keys, 8)
+    longest_keys, shared_keys = rounded(needs.longest_keys, 2), needs.keys - needs.tokens
+    more_keys = rounded(shared_keys, 8)
     # Keys that fill up need queries which see them: two for every sequence of such keys are always enough.
-    tokens = _rounded(needs.tokens + 2 * -(-(more_keys - shared_keys) // longest_keys), 16)
+    tokens = rounded(needs.tokens + 2 * -(-(more_keys - shared_keys) // longest_keys), 16)
     room = Sizes(
         tokens,
         tokens + more_keys,
         needs.sequences,
-        _rounded(needs.longest_queries, 2),
+        rounded(needs.longest_queries, 2),
         longest_keys,
-        _rounded(needs.supervised, 8),
-        *(_rounded(number, 2) for number in (needs.samples, needs.clients, needs.slots)),
+        rounded(needs.supervised, 8),
+        rounded(needs.samples, 2),
+        rounded(needs.clients, 2),
+        needs.slots,  # as many as the bank has rows of gradients
     )
-    return replace(room, sequences=_rounded(needs.sequences + num_padding(needs, room), 2))
+    return replace(room, sequences=rounded(needs.sequences + num_padding(needs, room), 2))
 
 
-def _rounded(number: int, steps: int) -> int:
-    """Return the next number of those that part every span between two powers of two into `steps`."""
+def rounded(number: int, steps: int) -> int:
+    """Return the next of the numbers that part every span between two powers of two into `steps`."""
     step = max(1, (1 << max(0, number - 1).bit_length()) // (2 * steps))
     return -(-number // step) * step
 
@@ -93,82 +83,81 @@ def _rounded(number: int, steps: int) -> int:
 class Recording(Generic[B]):
     """A recorded pass: what is written to `inputs` is what `replay` computes with."""
 
-    kind: Hashable
-    room: Sizes
     inputs: B
     replay: Replay
 
 
 class Shelf(Generic[B]):
-    """The recordings that are kept, and which passes were seen. They may share memory: a result that a replay
-    returns must be used before the next replay.
+    """The recordings that are kept, and how often each kind of pass was seen.
+
+    They share memory: what a replay returns must be used, or copied, before the next one.
     """
 
     def __init__(self, record: Recorder, most_kept: int = MOST_KEPT):
         self._record = record
         self._most_kept = most_kept
-        self._kept: list[Recording[B]] = []  # the least recently used first
+        self._kept: OrderedDict[tuple[Hashable, Sizes], Recording[B]] = OrderedDict()  # the last used last
         self._uses: Counter[tuple[Hashable, Sizes]] = Counter()
         self._is_off = False
+        self.surroundings: Hashable = None  # what recordings of now depend on, whatever their kind
 
     def find(
         self,
         kind: Hashable,
-        needs: Sizes,
-        make_inputs: Callable[[Sizes], B],
+        sizes: Sizes,
+        make_inputs: Callable[[], B],
         run: Callable[[B], torch.Tensor],
         changed: torch.Tensor,
     ) -> Recording[B] | None:
-        """Return a recording with room for a pass, made now where it is due; None: compute it as usual.
+        """Return the recording of passes of this kind and these sizes, made now if it is due, else None.
 
-        `kind` is all that must be equal, addresses included. `run` is the pass on inputs of given sizes; it
-        adds to `changed`, which stays as it is until the recording is replayed.
+        `kind` is all else that must be equal, addresses included. `run` is the pass; it adds to `changed`,
+        which keeps its values until the recording is replayed.
         """
-        if self._is_off:
-            return None
-        for recording in self._kept:
-            if recording.kind == kind and recording.room.hold(needs) and recording.room.waste_little(needs):
-                self._kept.remove(recording)
-                self._kept.append(recording)
-                return recording
-        key = kind, rounded_up(needs)
+        key = (self.surroundings, kind), sizes
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
         self._uses[key] += 1
-        return self._made(*key, make_inputs, run, changed) if self._uses[key] > 1 else None
+        if self._is_off or self._uses[key] < 2:
+            return None
+        if all(kept.tokens < sizes.tokens for _, kept in self._kept):
+            # The largest must come first: smaller ones fit into its memory, but not the other way round.
+            self.clear()
+        recording = self._recording(make_inputs(), run, changed)
+        if recording is not None:
+            self._kept[key] = recording
+            if len(self._kept) > self._most_kept:
+                dropped, _ = self._kept.popitem(last=False)
+                del self._uses[dropped]  # so that many kinds in turn are not recorded every time
+        return recording
+
+    @property
+    def num_kept(self) -> int:
+        """How many recordings are kept."""
+        return len(self._kept)
 
     def clear(self) -> None:
         """Forget all recordings, so that their memory is free."""
         self._kept.clear()
 
-    def _made(
-        self,
-        kind: Hashable,
-        room: Sizes,
-        make_inputs: Callable[[Sizes], B],
-        run: Callable[[B], torch.Tensor],
-        changed: torch.Tensor,
+    def _recording(
+        self, inputs: B, run: Callable[[B], torch.Tensor], changed: torch.Tensor
     ) -> Recording[B] | None:
-        """Return a new recording, kept in place of the least recently used; None where it cannot be made."""
-        if all(kept.room.tokens < room.tokens for kept in self._kept):
-            # The largest must come first: smaller ones fit into its memory, but not the other way round.
-            self.clear()
-        before = changed.clone()  # recording runs the pass for real
-        inputs = make_inputs(room)
-        failure = ""
+        """Return a new recording; None, and none from here on, where it cannot be made."""
+        before, failure = changed.clone(), ""
+        shares = next((kept.replay for kept in self._kept.values()), None)
         try:
-            replay = self._record(lambda: run(inputs), self._kept[-1].replay if self._kept else None)
+            replay = self._record(lambda: run(inputs), shares)
         except RuntimeError as error:  # torch's for a failed capture and for too little memory
             failure = first_line(error)
-        changed.copy_(before)
-        if failure:  # acted on here, when what the failed pass held is free
-            self._is_off = True
-            self.clear()
-            _logger.warning("passes cannot be recorded (%s): they are computed one kernel at a time", failure)
-            return None
-        while len(self._kept) >= self._most_kept:
-            dropped = self._kept.pop(0)
-            del self._uses[dropped.kind, dropped.room]  # so that many kinds in turn do not record every time
-        self._kept.append(Recording(kind, room, inputs, replay))
-        return self._kept[-1]
+        changed.copy_(before)  # recording runs the pass for real
+        if not failure:
+            return Recording(inputs, replay)
+        self._is_off = True
+        self.clear()
+        _logger.warning("passes cannot be recorded (%s): they are computed one kernel at a time", failure)
+        return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.head import Criterion
+from fedllm.finite import all_finite
 from fedllm.messages import LocalTraining
 from fedllm.models.chat import Encoded
 from fedllm.seeds import derive_seed
@@ -94,7 +95,7 @@ class Result:
 def is_finite(result: Result) -> bool:
     """Return whether training gave numbers; where it diverged, NaN or infinity."""
     vectors = (result.delta, *(() if result.gradient is None else (result.gradient,)))
-    return math.isfinite(result.loss) and all(bool(torch.isfinite(vector).all()) for vector in vectors)
+    return math.isfinite(result.loss) and all_finite(*vectors)
 
 
 @dataclass(frozen=True, eq=False)

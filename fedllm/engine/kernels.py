@@ -96,7 +96,8 @@ class MaskedKernel:
 
     def forward(self, bank: Bank, group: Group, x_TI: torch.Tensor, y_TO: torch.Tensor) -> torch.Tensor:
         """Add the adapters' output to y in place; see `Kernel`."""
-        owners_T, scale_T1 = _owners(bank, bank.route_of(x_TI.shape[0]).clients, x_TI)
+        owners_T = bank.route_of(x_TI.shape[0]).tensors.owners_T
+        scale_T1 = bank.scales_C.to(x_TI.dtype)[owners_T, None]
         parts = []
         for index, _, outputs in _columns(bank, group):
             a_CRI, b_COR = bank.factors(index)
@@ -112,8 +113,9 @@ class MaskedKernel:
         self, bank: Bank, group: Group, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
         """Add gradients to the bank and to dx; see `Kernel`."""
-        owners_T, scale_T1 = _owners(bank, bank.route.clients, g_TO)
-        slots_T, num_slots, rank = _token_rows(bank.route.slots, g_TO), len(bank.grad_SP), bank.layout.rank
+        owners_T, slots_T = bank.route.tensors.owners_T, bank.route.tensors.slots_T
+        scale_T1 = bank.scales_C.to(g_TO.dtype)[owners_T, None]
+        num_slots, rank = len(bank.grad_SP), bank.layout.rank
         for index, ranks, outputs in _columns(bank, group):
             a_CRI, b_COR = bank.factors(index)
             grad_a_SRI, grad_b_SOR = bank.gradients(index)
@@ -218,23 +220,6 @@ def _columns(bank: Bank, group: Group) -> Iterator[tuple[int, slice, slice]]:
         end = begin + bank.layout.matrices[index].out_features
         yield index, slice(place * rank, (place + 1) * rank), slice(begin, end)
         begin = end
-
-
-def _owners(
-    bank: Bank, parts: tuple[Segment, ...], like_TD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's client row [T] and that client's scale [T, 1]."""
-    owners = _token_rows(parts, like_TD)
-    scales = torch.tensor(bank.scales, device=like_TD.device, dtype=like_TD.dtype)
-    return owners, scales[owners, None]
-
-
-def _token_rows(parts: tuple[Segment, ...], like_TD: torch.Tensor) -> torch.Tensor:
-    """Return each token's row in the bank, [T]."""
-    rows = torch.tensor([part.row for part in parts], device=like_TD.device)
-    lengths = torch.tensor([part.end - part.begin for part in parts], device=like_TD.device)
-    # With the size given, a GPU need not be waited for.
-    return rows.repeat_interleave(lengths, output_size=like_TD.shape[0])
 
 
 def _own_ranks(all_TM: torch.Tensor, owners_T: torch.Tensor, rank: int) -> torch.Tensor:

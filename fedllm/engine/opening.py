@@ -10,7 +10,9 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.decoder_probe import own_trunk
 from fedllm.engine.flat_row import predicting_states
+from fedllm.engine.graphs import Shelf, record_on_gpu
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
+from fedllm.engine.pass_inputs import PassInputs
 from fedllm.engine.passes import Passes
 from fedllm.engine.probe import can_be_ragged, check_causal, plain_head
 from fedllm.models.base import BaseModel
@@ -36,4 +38,7 @@ def open_passes(base: BaseModel, layout: AdapterLayout) -> Passes:
     trunk = partial(predicting_states, base.model, head=head)
     passes = Passes(base, Bank(layout, kernel, base.device, dtype), trunk, head, is_ragged)
     own = own_trunk(passes)
-    return passes if own is None else replace(passes, trunk=own)
+    # A loop over clients on the host is another one for every pass, so nothing of it can be recorded.
+    is_recorded = base.device.type == "cuda" and not isinstance(kernel, LoopKernel)
+    shelf = Shelf[PassInputs](partial(record_on_gpu, base.device)) if is_recorded else None
+    return replace(passes, trunk=trunk if own is None else own, shelf=shelf)

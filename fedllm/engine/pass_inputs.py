@@ -79,7 +79,7 @@ def place(arrays: PassArrays, device: torch.device) -> PassInputs:
 
 
 def padded(arrays: PassArrays, room: Sizes) -> PassArrays:
-    """Return a pass that fills `room`, which must `hold` it, and has the same losses and gradients.
+    """Return a pass that fills `room`, its `rounded_up` sizes, and has the same losses and gradients.
 
     What is added has weight zero, no slot and sequences of its own, and samples that learn nothing.
     """

@@ -4,8 +4,9 @@ Suffixes: B sample, N supervised token, D feature, G run of neighbours of one cl
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from sys import maxsize
 from typing import TypeVar
@@ -16,10 +17,11 @@ import torch
 from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.dropout import drop_arrays, noisy_rows
 from fedllm.engine.flat_row import FlatRow, arrange
+from fedllm.engine.graphs import Shelf, rounded_up
 from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
 from fedllm.engine.jobs import EvaluationJob, Objective
 from fedllm.engine.layers import attached
-from fedllm.engine.pass_inputs import PassArrays, PassInputs, place
+from fedllm.engine.pass_inputs import PassArrays, PassInputs, padded, place
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import Encoded
 
@@ -52,10 +54,18 @@ class Passes:
     trunk: Trunk
     head: Head  # what turns the states into logits
     is_ragged: bool  # whether samples may share a pass
+    shelf: Shelf[PassInputs] | None = None  # of recorded passes, where a device can record any
 
-    def attached(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def attached(self) -> Iterator[None]:
         """Within the block the model has the bank's adapters, and attends within each sample."""
-        return attached(self.base.model, self.bank, is_ragged=self.is_ragged)
+        with attached(self.base.model, self.bank, is_ragged=self.is_ragged):
+            if (
+                self.shelf is not None
+            ):  # a base delta, say, moves weights, and a recording knows their addresses
+                weights = self.base.model.parameters()
+                self.shelf.surroundings = tuple(weight.data_ptr() for weight in weights)
+            yield
 
     def losses(
         self, items: Sequence[Item], *, backward: bool, objective: Objective | None = None
@@ -65,11 +75,14 @@ class Passes:
         The loss is the objective's, cross-entropy with the next token where there is none. It is on the
         model's device, which need not have finished the pass.
         """
-        inputs = place(self.arrange(items, backward=backward), self.base.device)
-        criterion: Criterion = CrossEntropy(inputs.flat.targets_N)
+        arrays = self.arrange(items, backward=backward)
         if objective is not None:
+            inputs = place(arrays, self.base.device)
             criterion = objective.criterion([item.row for item in items], self.base.device)
-        return self.run(inputs, criterion, backward=backward)
+            return self.run(inputs, criterion, backward=backward)
+        if self.shelf is None or arrays.noise or not self.is_ragged:
+            return self._cross_entropy(place(arrays, self.base.device), backward=backward)
+        return self._recorded(self.shelf, arrays, backward=backward)[: len(items)]
 
     def states(self, items: Sequence[Item]) -> torch.Tensor:
         """Return the trunk's states for all supervised tokens, sample by sample, [N, D]."""
@@ -88,6 +101,27 @@ class Passes:
         return torch.segment_reduce(
             losses_N.detach().double(), "sum", offsets=inputs.flat.learnt_B, unsafe=True, initial=0.0
         )
+
+    def _cross_entropy(self, inputs: PassInputs, *, backward: bool) -> torch.Tensor:
+        """Do a pass whose loss is the cross-entropy with the next token."""
+        return self.run(inputs, CrossEntropy(inputs.flat.targets_N), backward=backward)
+
+    def _recorded(self, shelf: Shelf[PassInputs], arrays: PassArrays, *, backward: bool) -> torch.Tensor:
+        """Do a pass that is padded, by a recording where there is one; see `losses`."""
+        room = rounded_up(arrays.sizes)
+        arrays = padded(arrays, room)
+        run = partial(self._cross_entropy, backward=backward)
+        recording = shelf.find(
+            (self.bank.addresses, backward, torch.is_inference_mode_enabled()),
+            room,
+            partial(place, arrays, self.base.device),
+            run,
+            self.bank.grad_SP if backward else self.bank.grad_SP[:0],
+        )
+        if recording is None:
+            return run(place(arrays, self.base.device))
+        recording.inputs.buffer.write(arrays.named())
+        return recording.replay().clone()  # the next replay writes to the same place
 
     def arrange(self, items: Sequence[Item], *, backward: bool) -> PassArrays:
         """Return what a pass over the samples consists of."""

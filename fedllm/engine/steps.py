@@ -11,6 +11,7 @@ import torch
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.example_gradients import add_clipped, slot_clips
 from fedllm.engine.gradient_terms import ControlCorrection, control_correction, proximal_pull
+from fedllm.engine.graphs import rounded
 from fedllm.engine.job_rows import JobRows, rows_of_jobs
 from fedllm.engine.jobs import Job, row_seed
 from fedllm.engine.optimizer import RowAdamW
@@ -124,6 +125,8 @@ def _clipped_gradients(
     losses: list[PassLosses] = []
     total_AP = torch.zeros_like(bank.theta_CP[: len(jobs)])
     most = max(map(len, parts), default=0)
+    if passes.shelf is not None:  # so that steps of a few more or fewer examples are passes of one kind
+        most = rounded(most, 16)
     while parts:
         part = parts.pop(0)
         bank.reserve(most)

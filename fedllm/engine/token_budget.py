@@ -165,7 +165,10 @@ def _measured_here(passes: Passes, rows: int) -> int:
         passes.losses([item(number, num_clients) for number in range(size // 64)], backward=True)
 
     with passes.attached():
-        return measured_budget(run_pass, passes.base.device)
+        budget = measured_budget(run_pass, passes.base.device)
+    if passes.shelf is not None:
+        passes.shelf.clear()
+    return budget
 
 
 def _timed(run_pass: Callable[[int], None], size: int, device: torch.device) -> float:

@@ -18,6 +18,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
+from fedllm.finite import all_finite
+
 _CHUNK = 1 << 16  # pairs of values drawn at once: as many as the cache holds
 _SLACK = 1e-6  # what rounding to float32 may add to a norm, with room
 
@@ -28,7 +30,7 @@ def clipped(vector: torch.Tensor, clip: float) -> torch.Tensor:
     A vector with NaN or infinity has no direction and becomes zero. A float32 vector within the clip is
     returned as it is.
     """
-    if not bool(torch.isfinite(vector).all()):
+    if not all_finite(vector):
         return torch.zeros_like(vector, dtype=torch.float32)
     narrow_P = vector.float()
     if float(torch.linalg.vector_norm(narrow_P.double())) <= clip:

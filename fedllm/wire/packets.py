@@ -11,7 +11,7 @@ only: an update is small next to the weights, so rounding the weights would lose
 import hashlib
 import json
 import struct
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
@@ -32,6 +32,7 @@ _CHECKSUM = 32
 _MAX_HEADER = 4096  # many times what `encode` writes: a bound for what is parsed
 LARGEST_NUMBER = 2**53  # of a count from outside: up to here a float holds every whole number
 T = TypeVar("T")
+Bytes: TypeAlias = bytes | memoryview
 
 
 def encode(
@@ -48,8 +49,11 @@ def encode(
         raise WireError(f"only a flat float32 CPU vector travels, not {vector.dtype} of {vector.ndim} axes")
     header = {"layout": layout_digest, "part": part, "payload": payload, "round": round_num}
     text = json.dumps({**header, "size": vector.numel()}, sort_keys=True, separators=(",", ":")).encode()
-    body = _PREFIX.pack(MAGIC, VERSION, len(text)) + text + _ENCODERS[payload](vector.contiguous())
-    return body + hashlib.sha256(body).digest()
+    parts = (_PREFIX.pack(MAGIC, VERSION, len(text)), text, _ENCODERS[payload](vector.contiguous()))
+    checksum = hashlib.sha256()
+    for part_bytes in parts:
+        checksum.update(part_bytes)
+    return b"".join((*parts, checksum.digest()))  # joined once: a payload may be large
 
 
 def decode(
@@ -68,7 +72,8 @@ def decode(
     magic, version, header_length = _PREFIX.unpack_from(data)
     if magic != MAGIC or version != VERSION:
         raise WireError(f"not a fedllm packet of version {VERSION}")
-    if hashlib.sha256(data[:-_CHECKSUM]).digest() != data[-_CHECKSUM:]:
+    content = memoryview(data)[:-_CHECKSUM]  # no copy
+    if hashlib.sha256(content).digest() != data[-_CHECKSUM:]:
         raise WireError("packet checksum does not match its content")
     header_end = _PREFIX.size + header_length
     if header_length > _MAX_HEADER or header_end > len(data) - _CHECKSUM:
@@ -83,7 +88,7 @@ def decode(
         raise WireError(f"packet holds {header['size']} values, the layout needs {size}")
     if round_num is not None and header["round"] != round_num:
         raise WireError(f"packet is of round {header['round']}, this is round {round_num}")
-    body = data[header_end:-_CHECKSUM]
+    body = content[header_end:]
     payload = header["payload"]
     if payload not in PAYLOADS or len(body) != payload_bytes(size, payload):
         raise WireError(f"packet body of {len(body)} bytes does not fit its payload")
@@ -124,7 +129,7 @@ def _encode_fp32(vector: torch.Tensor) -> bytes:
     return vector.numpy().astype("<f4", copy=False).tobytes()
 
 
-def _decode_fp32(body: bytes, size: int) -> torch.Tensor:
+def _decode_fp32(body: Bytes, size: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(body), dtype=torch.float32)  # a copy: tensors need writable memory
 
 
@@ -132,7 +137,7 @@ def _encode_bf16(vector: torch.Tensor) -> bytes:
     return vector.bfloat16().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
 
 
-def _decode_bf16(body: bytes, size: int) -> torch.Tensor:
+def _decode_bf16(body: Bytes, size: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(body), dtype=torch.bfloat16).float()
 
 
@@ -150,7 +155,7 @@ def _encode_int8(vector: torch.Tensor) -> bytes:
     return scales + values.view(-1)[: vector.numel()].numpy().tobytes()
 
 
-def _decode_int8(body: bytes, size: int) -> torch.Tensor:
+def _decode_int8(body: Bytes, size: int) -> torch.Tensor:
     blocks = -(-size // INT8_BLOCK)
     buffer = bytearray(body)
     scale = torch.frombuffer(buffer, dtype=torch.bfloat16, count=blocks).float()

@@ -21,7 +21,11 @@ from scripts.benchmarks.processes import Watched, watch
 from scripts.benchmarks.round_worker import RoundEnd, Trace, read_trace
 
 ROOT = Path(__file__).parents[2]
-UNMEASURED: Mapping[str, Scalar] = {"evaluation.prompts": "", "data.held-out-fraction": 0.0}
+UNMEASURED: Mapping[str, Scalar] = {
+    "evaluation.prompts": "",
+    "data.held-out-fraction": 0.0,
+    "distill.when": "never",
+}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
 
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
@@ -33,12 +32,14 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import ROUNDS, run_folder, to_toml
 from fedllm.runs.records import record_from_dict
 from scripts.run_view import RunView
+from scripts.runtimes.machine import gpus_of, simulation_size
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
-_FIRST_ASK_SECONDS = 10.0
-_LONGEST_PAUSE_SECONDS = 60.0
+_LONGEST_SILENCE_SECONDS = 60.0  # before Flower is asked whether a run still lives
+_CLOSING_SECONDS = 1.0  # the same, where the run has left its result
+_ENDED = "Finished task"  # what a SuperLink logs at the end of a run, however it ended
 _CONNECTION = """[superlink]
 default = "here"
 
@@ -111,12 +112,14 @@ def superlink(*, is_simulation: bool, policy: str = "") -> Iterator[Link]:
 
 
 @contextmanager
-def supernode(link: Link, name: str, node_config: Mapping[str, Scalar]) -> Iterator[None]:
-    """Run a SuperNode with its own home for the length of the block."""
+def supernode(
+    link: Link, name: str, node_config: Mapping[str, Scalar], variables: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Run a SuperNode with its own home and environment `variables` for the length of the block."""
     config = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
     command = ["flower-supernode", "--insecure", "--superlink", link.address]
     command += ["--port", str(_free_port()), "--node-config", config]
-    with process(command, link.folder, link.environment(name), name):
+    with process(command, link.folder, link.environment(name) | dict(variables or {}), name):
         yield
 
 
@@ -235,7 +238,7 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
         if is_simulation:
             federation = simulation_size(config)
         else:
-            number = config.federation.num_clients
+            number, gpus = config.federation.num_clients, gpus_of(config)
             for index in range(number):
                 node: dict[str, Scalar] = {
                     "partition-id": index,
@@ -243,7 +246,8 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
                     "server-paths": True,
                     "state-path": private,
                 }
-                stack.enter_context(supernode(link, f"node-{index}", node))
+                gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+                stack.enter_context(supernode(link, f"node-{index}", node, gpu))
         num_old = len(_lines(run_folder(config) / ROUNDS))
         run_id = submit(link, config, federation)
         view.notice(f"Flower run {run_id} on {link.address}")
@@ -277,31 +281,16 @@ def _absolute(source: str) -> str:
     return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in source.split(","))
 
 
-def simulation_size(config: RunConfig) -> dict[str, Scalar]:
-    """Return Flower's simulation settings: one node per GPU, each hosting many clients; else one node.
-
-    A second worker on a CPU would only halve the threads of the first and hold a second base model.
-    """
-    num_gpus = torch.cuda.device_count() if config.model.device != "cpu" else 0
-    num_nodes = max(1, num_gpus)
-    cores = max(1, (os.cpu_count() or 1) // num_nodes)  # a worker gets as many threads as it is given cores
-    size: dict[str, Scalar] = {"num-supernodes": num_nodes, "client-resources-num-cpus": cores}
-    if num_gpus:
-        size["client-resources-num-gpus"] = 1.0
-        size["init-args-num-gpus"] = num_gpus
-    return size
-
-
 def follow(link: Link, run_id: str, folder: Path, view: RunView, num_old: int = 0) -> str:
     """Show the rounds a run writes to its folder until Flower says that it has ended; return the status.
 
     The first `num_old` of them are of a session before this one.
 
-    Asking Flower costs a second of CPU, so it is asked when the run has left its result, and ever more rarely
-    before: a run that dies without one is noticed within a minute.
+    Asking Flower costs a second of CPU, which training would miss. So it is asked when its
+    SuperLink logs that the run has ended, and after a minute without news, as of a run that was killed.
     """
     rounds, shown, seen = folder / ROUNDS, 0, (0, 0)
-    asked, pause = time.monotonic(), _FIRST_ASK_SECONDS
+    log, said, heard = link.folder / "superlink.log", (0, 0), time.monotonic()
     while True:
         if rounds.exists() and _state(rounds) != seen:
             seen = _state(rounds)
@@ -309,12 +298,17 @@ def follow(link: Link, run_id: str, folder: Path, view: RunView, num_old: int = 
             for place, line in enumerate(lines[shown:], shown):
                 show = view.replay if place < num_old else view.record
                 show(record_from_dict(json.loads(line)))
-            shown = max(shown, len(lines))
-        if (folder / "result.json").exists() or time.monotonic() > asked + pause:
+            if len(lines) > shown:
+                shown, heard = len(lines), time.monotonic()
+        silence = _CLOSING_SECONDS if (folder / "result.json").exists() else _LONGEST_SILENCE_SECONDS
+        if log.exists() and _state(log) != said:
+            said = _state(log)
+            silence = 0.0 if _ENDED in log.read_text(errors="replace") else silence
+        if time.monotonic() > heard + silence:
             now = status(link, run_id)
             if now.startswith("finished"):
                 return now
-            asked, pause = time.monotonic(), min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            heard = time.monotonic()
         time.sleep(0.2)
 
 

@@ -43,6 +43,7 @@ class DistillationCollector:
         teachers = self.teachers.without(record.aggregation.silenced)
         session.watch.phase("distilling", 0, 0)
         adapter, outcome = try_step(session, before, after, teachers)
+        torch.cuda.empty_cache()  # now the clients compute, in a simulation in a process of their own
         # A run that is resumed with more rounds goes on from the aggregate, so it is kept as well.
         aggregate = after.adapter if plan.numbers.when == "last" and outcome.kept else None
         state = replace(after, adapter=adapter, undistilled=aggregate)

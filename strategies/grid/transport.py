@@ -20,6 +20,8 @@ from fedllm.runs.records import RoundPlan
 from fedllm.wire.packets import packet_bytes
 
 CRASHED = "client error"
+_SHORTEST_PAUSE = 0.002  # seconds
+_PAUSE_SHARE = 0.02
 _FLOWER_CODES = {2: CRASHED, 5: "node unavailable", 8: "client stopped responding"}
 
 
@@ -114,7 +116,8 @@ class Transport:
         """
         wants_late = plan is not None and self.keeps_late
         pending = self._send(contents, message_type=message_type, group=group)
-        ends = time.monotonic() + deadline
+        began = time.monotonic()
+        ends = began + deadline
         arrived: list[Reply] = self._take_overdue() if wants_late else []
         try:
             while arrived or (pending and time.monotonic() < ends):
@@ -123,14 +126,18 @@ class Transport:
                 arrived = [replace(reply, plan=plan) for reply in self._take(pending)]
                 if wants_late:
                     arrived = self._take_overdue() + arrived
-                if not arrived:
-                    time.sleep(self.poll_seconds)
+                if pending and not arrived:
+                    time.sleep(self._pause(time.monotonic() - began))
             for node in list(pending.values()):
                 yield Reply(node, None, f"no reply within {deadline:g} s", plan)
         finally:
             self.late.update({message_id: (node, plan) for message_id, node in pending.items()})
             if wants_late:  # the caller has stopped listening before it had them all
                 self.overdue += arrived
+
+    def _pause(self, waited: float) -> float:
+        """Return how long to wait before the next look: little next to how long it has taken already."""
+        return min(self.poll_seconds, max(_SHORTEST_PAUSE, waited * _PAUSE_SHARE))
 
     def _send(self, contents: Mapping[int, RecordDict], *, message_type: str, group: str) -> dict[str, int]:
         """Send one message per node; return the node of each by the message's id."""

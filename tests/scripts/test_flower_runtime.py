@@ -38,7 +38,21 @@ def test_a_run_that_dies_silently_is_noticed_within_a_minute(clock, monkeypatch,
     monkeypatch.setattr(flower, "status", status)
     view = RunView(Console(quiet=True), rounds(2))
     assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:failed"
-    assert clock.asked == pytest.approx([10, 30, 70, 130, 190, 250], abs=2)
+    assert clock.asked == pytest.approx([60, 120, 180, 240], abs=2)
+
+
+def test_the_end_that_a_superlink_logs_is_noticed_at_once(clock, monkeypatch, tmp_path: Path):
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        if clock.now > 20:  # no worker fits, say: the run has no result
+            (tmp_path / "superlink.log").write_text("INFO: Finished task 5 of run 7\n")
+
+    (tmp_path / "superlink.log").write_text("INFO: Started task 5 of run 7\n")
+    clock.sleep = sleep  # type: ignore[method-assign]
+    monkeypatch.setattr(flower, "status", lambda link, run_id: "finished:failed")
+    view = RunView(Console(quiet=True), rounds(2))
+    assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:failed"
+    assert clock.now < 21
 
 
 def test_every_round_is_shown_once_and_the_result_ends_the_wait(clock, monkeypatch, tmp_path: Path):

@@ -1,0 +1,138 @@
+"""Training and evaluation by recorded passes: what is replayed gives what is computed as usual.
+
+The recorder here runs the function again, on what stands in the recording's inputs by then. It shows all but
+that CUDA records what it is told, which tests marked `gpu` do.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedllm.engine.engine import Engine
+from fedllm.engine.graphs import Shelf
+from fedllm.engine.jobs import EvaluationJob, Job
+from fedllm.engine.kernels import MaskedKernel
+from fedllm.engine.pass_inputs import PassInputs
+from tests.engine.test_graphs import eager
+from tests.engine.test_passes import Shifted
+
+EXACT = {"rtol": 0.0, "atol": 1e-11}
+
+
+class Recorder:
+    """Records by remembering the function; counts recordings and replays."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run: Callable[[], torch.Tensor], _: object) -> Callable[[], torch.Tensor]:
+        self.recorded += 1
+        run()
+
+        def replay() -> torch.Tensor:
+            self.replayed += 1
+            return run()
+
+        return replay
+
+
+def recorded_by(engine: Engine, recorder: Callable) -> Engine:
+    """Let the passes of an engine be recorded, with a kernel that reads all from tensors."""
+    engine.bank.kernel = MaskedKernel()
+    engine.passes = replace(engine.passes, shelf=Shelf[PassInputs](recorder))
+    return engine
+
+
+def some_jobs(engine: Engine, make_job: Callable, make_rows: Callable) -> list[Job]:
+    """Three clients whose steps have rows of the same lengths, each time in another order."""
+    lengths, jobs = [21, 14, 9, 5], []
+    for seed in range(3):
+        batches = [
+            make_rows(lengths[step % 4 :] + lengths[: step % 4], seed=10 * seed + step)
+            for step in range(4 + seed)
+        ]
+        job = make_job(engine.layout, str(seed), seed, steps=len(batches))
+        jobs.append(replace(job, batches=tuple(batches)))
+    return jobs
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_recorded_training_gives_the_same_deltas(
+    kind: str, clip: float, make_engine: Callable, make_job: Callable, make_rows: Callable
+) -> None:
+    plain, recorder = make_engine(kind), Recorder()
+    engine = recorded_by(make_engine(kind), recorder)
+    jobs = [replace(job, example_clip=clip) for job in some_jobs(plain, make_job, make_rows)]
+    for found, expected in zip(engine.train(jobs), plain.train(jobs), strict=True):
+        torch.testing.assert_close(found.delta, expected.delta, **EXACT)
+        torch.testing.assert_close(found.losses, expected.losses, **EXACT)
+    assert recorder.replayed > recorder.recorded > 0
+
+
+def test_recorded_evaluation_gives_the_same_losses(make_engine: Callable, make_rows: Callable) -> None:
+    plain, recorder = make_engine("llama"), Recorder()
+    engine = recorded_by(make_engine("llama"), recorder)
+    vectors = [0.1 * torch.randn(plain.layout.size) for _ in range(2)]
+    jobs = [EvaluationJob(str(n), vectors[n % 2], make_rows([9, 30, 4], seed=n)) for n in range(4)]
+    expected = [each.loss for each in plain.evaluate(jobs)]
+    for _ in range(3):
+        assert [each.loss for each in engine.evaluate(jobs)] == pytest.approx(expected, abs=1e-11)
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
+
+
+def test_moved_weights_are_not_computed_with_by_an_old_recording(
+    make_engine: Callable, make_rows: Callable
+) -> None:
+    recorder = Recorder()
+    engine = recorded_by(make_engine("llama"), recorder)
+    jobs = [EvaluationJob("a", torch.zeros(engine.layout.size), make_rows([9]))]
+    for _ in range(3):
+        engine.evaluate(jobs)
+    layer = engine.base.model.get_submodule(engine.layout.matrices[0].module)
+    original = layer.weight.data
+    layer.weight.data = original.clone()  # as a base delta does
+    engine.evaluate(jobs)
+    layer.weight.data = original
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
+
+
+def test_what_cannot_be_recorded_is_computed_as_usual(
+    make_engine: Callable, make_job: Callable, make_rows: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(run: Callable[[], torch.Tensor], _: object) -> Callable[[], torch.Tensor]:
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    plain, engine = make_engine("llama"), recorded_by(make_engine("llama"), refuse)
+    jobs = some_jobs(plain, make_job, make_rows)
+    for found, expected in zip(engine.train(jobs), plain.train(jobs), strict=True):
+        torch.testing.assert_close(found.delta, expected.delta, **EXACT)
+    assert len(caplog.messages) == 1
+
+
+def test_dropout_and_objectives_are_not_recorded(make_engine: Callable, make_job: Callable) -> None:
+    recorder = Recorder()
+    engine = recorded_by(make_engine("llama"), recorder)
+    dropped = make_job(engine.layout, steps=4, dropout=0.1)
+    list(engine.train([dropped, replace(make_job(engine.layout, steps=4), objective=Shifted())]))
+    assert not recorder.recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graph_on_a_gpu_gives_the_bits_of_single_kernels(
+    dtype: str, make_engine: Callable, make_job: Callable, make_rows: Callable
+) -> None:
+    """Rows are short enough for attention to keep its order of sums."""
+    engine = make_engine("llama", dtype, device="cuda")
+    jobs = some_jobs(engine, make_job, make_rows)
+    shelf = engine.passes.shelf
+    found = [result.delta for _ in range(2) for result in engine.train(jobs)]
+    assert shelf is not None
+    assert shelf.num_kept
+    engine.passes = replace(engine.passes, shelf=Shelf[PassInputs](eager))
+    expected = [result.delta for _ in range(2) for result in engine.train(jobs)]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
