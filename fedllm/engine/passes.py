@@ -80,7 +80,8 @@ class Passes:
             inputs = place(arrays, self.base.device)
             criterion = objective.criterion([item.row for item in items], self.base.device)
             return self.run(inputs, criterion, backward=backward)
-        if self.shelf is None or arrays.noise or not self.is_ragged:
+        draws_by_row = bool(arrays.noise) and self.base.device.type == "cpu"  # others for every pass
+        if self.shelf is None or draws_by_row or not self.is_ragged:
             return self._cross_entropy(place(arrays, self.base.device), backward=backward)
         return self._recorded(self.shelf, arrays, backward=backward)[: len(items)]
 
@@ -112,7 +113,7 @@ class Passes:
         arrays = padded(arrays, room)
         run = partial(self._cross_entropy, backward=backward)
         recording = shelf.find(
-            (self.bank.addresses, backward, torch.is_inference_mode_enabled()),
+            (self.bank.addresses, backward, bool(arrays.noise), torch.is_inference_mode_enabled()),
             room,
             partial(place, arrays, self.base.device),
             run,
