@@ -12,9 +12,9 @@ from fedllm.engine.decoder_probe import own_trunk
 from fedllm.engine.flat_row import predicting_states
 from fedllm.engine.graphs import Shelf, record_on_gpu
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
-from fedllm.engine.pass_inputs import PassInputs
 from fedllm.engine.passes import Passes
 from fedllm.engine.probe import can_be_ragged, check_causal, plain_head
+from fedllm.engine.recorded_inputs import RecordedInputs
 from fedllm.models.base import BaseModel
 
 _logger = logging.getLogger("fedllm.training")
@@ -40,5 +40,5 @@ def open_passes(base: BaseModel, layout: AdapterLayout) -> Passes:
     own = own_trunk(passes)
     # A loop over clients on the host is another one for every pass, so nothing of it can be recorded.
     is_recorded = base.device.type == "cuda" and not isinstance(kernel, LoopKernel)
-    shelf = Shelf[PassInputs](partial(record_on_gpu, base.device)) if is_recorded else None
+    shelf = Shelf[RecordedInputs](partial(record_on_gpu, base.device)) if is_recorded else None
     return replace(passes, trunk=trunk if own is None else own, shelf=shelf)

@@ -14,7 +14,7 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.graphs import Shelf
 from fedllm.engine.jobs import EvaluationJob, Job
 from fedllm.engine.kernels import MaskedKernel
-from fedllm.engine.pass_inputs import PassInputs
+from fedllm.engine.recorded_inputs import RecordedInputs
 from tests.engine.test_graphs import eager
 from tests.engine.test_passes import Shifted
 
@@ -41,7 +41,7 @@ class Recorder:
 def recorded_by(engine: Engine, recorder: Callable) -> Engine:
     """Let the passes of an engine be recorded, with a kernel that reads all from tensors."""
     engine.bank.kernel = MaskedKernel()
-    engine.passes = replace(engine.passes, shelf=Shelf[PassInputs](recorder))
+    engine.passes = replace(engine.passes, shelf=Shelf[RecordedInputs](recorder))
     return engine
 
 
@@ -113,11 +113,22 @@ def test_what_cannot_be_recorded_is_computed_as_usual(
     assert len(caplog.messages) == 1
 
 
-def test_dropout_and_objectives_are_not_recorded(make_engine: Callable, make_job: Callable) -> None:
+def test_objectives_are_recorded_with_their_own_targets(
+    make_engine: Callable, make_job: Callable, make_rows: Callable
+) -> None:
+    plain, recorder = make_engine("llama"), Recorder()
+    engine, objective = recorded_by(make_engine("llama"), recorder), Shifted()
+    jobs = [replace(job, objective=objective) for job in some_jobs(plain, make_job, make_rows)]
+    for found, expected in zip(engine.train(jobs), plain.train(jobs), strict=True):
+        torch.testing.assert_close(found.delta, expected.delta, **EXACT)
+        torch.testing.assert_close(found.losses, expected.losses, **EXACT)
+    assert recorder.replayed > recorder.recorded > 0
+
+
+def test_dropout_on_a_cpu_is_not_recorded(make_engine: Callable, make_job: Callable) -> None:
     recorder = Recorder()
     engine = recorded_by(make_engine("llama"), recorder)
-    dropped = make_job(engine.layout, steps=4, dropout=0.1)
-    list(engine.train([dropped, replace(make_job(engine.layout, steps=4), objective=Shifted())]))
+    list(engine.train([make_job(engine.layout, steps=4, dropout=0.1)]))
     assert not recorder.recorded
 
 
@@ -133,6 +144,6 @@ def test_graph_on_a_gpu_gives_the_bits_of_single_kernels(
     found = [result.delta for _ in range(2) for result in engine.train(jobs)]
     assert shelf is not None
     assert shelf.num_kept
-    engine.passes = replace(engine.passes, shelf=Shelf[PassInputs](eager))
+    engine.passes = replace(engine.passes, shelf=Shelf[RecordedInputs](eager))
     expected = [result.delta for _ in range(2) for result in engine.train(jobs)]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
