@@ -14,7 +14,7 @@ from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import Shards
 from fedllm.engine.resident import Resident
-from fedllm.models.files import cache_folder
+from fedllm.files import cache_folder
 
 NUM_HOLDERS = 64  # a simulation's worker may host any of its nodes in turn
 

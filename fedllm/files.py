@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 from fedllm.errors import ConfigError, IntegrityError
 
 MANIFEST = "manifest.json"
@@ -54,6 +56,12 @@ def complete_folder(target: Path, *, is_public: bool = False) -> Iterator[Path]:
         _flush(target.parent)  # the rename itself is an entry of this folder
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be made again, as converted models: $FEDLLM_CACHE or the user's cache."""
+    root = os.environ.get("FEDLLM_CACHE")
+    return Path(root) if root else user_cache_path("fedllm")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -109,9 +109,9 @@ import importlib, json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-module = importlib.import_module(sys.argv[1])
 for name, arguments in json.loads(sys.argv[2]).items():
-    kernel = getattr(module, name)
+    *inner, name = name.split(".")
+    kernel = getattr(importlib.import_module(".".join([sys.argv[1], *inner])), name)
     types = {key: value if isinstance(value, str) else "constexpr" for key, value in arguments.items()}
     sizes = {(kernel.arg_names.index(k),): v for k, v in arguments.items() if not isinstance(v, str)}
     triton.compile(ASTSource(fn=kernel, signature=types, constexprs=sizes), target=GPUTarget("cuda", 90, 32))
@@ -121,7 +121,8 @@ for name, arguments in json.loads(sys.argv[2]).items():
 def compile_kernels(module: str, kernels: Mapping[str, Mapping[str, str | int]]) -> None:
     """Compile Triton kernels for an H100, which takes no GPU; the interpreter accepts more than a compiler.
 
-    Of each kernel every argument has its type ("*fp32", "i32"), or its value where it is a constant.
+    Of each kernel every argument has its type ("*fp32", "i32"), or its value where it is a constant. A kernel
+    of a package has its module's name before its own ("adamw._adamw_kernel").
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", _COMPILE, module, json.dumps(kernels)]

@@ -6,16 +6,20 @@ parsed. The same versions give the same rows.
 """
 
 import ast
-import functools
+import hashlib
+import json
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fedllm.data.installed_packages import Package, installed_packages, source_files
 from fedllm.errors import DataError
+from fedllm.files import cache_folder, write_file
 
 # Well known, clearly licensed (Apache-2.0, BSD, MIT, PSF) and rich in docstrings, best first
 _PREFERRED = (
@@ -88,17 +92,52 @@ def first_sentence(docstring: str) -> str:
 def _chosen_pairs(num_clients: int, min_rows: int) -> dict[str, tuple[_Pair, ...]]:
     """Return the pairs of at most `num_clients` packages that have `min_rows` answers not given before."""
     packages = {package.name: package for package in installed_packages()}
-    read = functools.cache(_file_pairs)  # ranking and choosing read the same files
+    files = _KnownFiles()
     chosen: dict[str, tuple[_Pair, ...]] = {}
     seen: set[str] = set()
-    for package in _ranked(packages, read):
-        pairs = _package_pairs(package, read, seen)
+    for package in _ranked(packages, files.pairs):
+        pairs = _package_pairs(package, files.pairs, seen)
         if len(pairs) >= max(1, min_rows):
             chosen[package.name] = pairs
             seen |= {pair.response for pair in pairs}
         if len(chosen) == num_clients:  # before the next is asked for: it may need the ranking
             break
+    files.keep()
     return chosen
+
+
+class _KnownFiles:
+    """What source files say. It is kept in the user's cache: to parse them all anew takes seconds a run.
+
+    A file is known by its path, size and time of change, and by the very code that has read it.
+    """
+
+    def __init__(self) -> None:
+        reader = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()
+        self._cache = cache_folder() / f"docstrings-{reader[:16]}.json"
+        self._read: dict[str, list[list[str]]] = {}
+        known: Any = None
+        with suppress(OSError, ValueError):  # not there, or damaged: all is read anew
+            known = json.loads(self._cache.read_text())
+        self._known: dict[str, list[list[str]]] = known if isinstance(known, dict) else {}
+
+    def pairs(self, file: Path) -> tuple[_Pair, ...]:
+        """Return a file's pairs; ranking and choosing ask for the same files."""
+        try:
+            status = file.stat()
+        except OSError:
+            return ()
+        key = f"{file} {status.st_size} {status.st_mtime_ns}"
+        if key not in self._read:
+            known = self._known.get(key)
+            self._read[key] = [[p.prompt, p.response] for p in _file_pairs(file)] if known is None else known
+        return tuple(_Pair(prompt, response) for prompt, response in self._read[key])
+
+    def keep(self) -> None:
+        """Keep what was read, if any of it was new."""
+        if self._read.keys() - self._known.keys():
+            with suppress(OSError):  # a cache that cannot be written only costs the next run its time
+                write_file(self._cache, json.dumps(self._read))
 
 
 def _ranked(packages: Mapping[str, Package], read: _Reader) -> Iterator[Package]:

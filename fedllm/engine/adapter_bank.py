@@ -23,7 +23,7 @@ from fedllm.engine.pass_buffer import PassBuffer
 from fedllm.engine.route_tensors import RouteTensors, route_arrays, route_tensors
 from fedllm.errors import ModelError
 
-Group = tuple[int, ...]  # adapted matrices that share one input, as places in the layout
+Group = tuple[int, ...]  # up to three adapted matrices that share one input, as places in the layout
 
 # Odd, so that no two matrices of a row get one seed: 2^64 / golden ratio, which spreads neighbours far apart.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -189,6 +189,16 @@ class Bank:
         still = [spec.view(self.frozen_CQ) for spec in self._still[index]]
         a, b = still + moving if self.trained == "b" else moving + still
         return a, b
+
+    def held(self, factor: str, group: Group) -> tuple[torch.Tensor, list[TensorSpec]]:
+        """Return the rows that hold factor "a" or "b" of a group's matrices, and where in a row each lies.
+
+        The gradients of a trained factor lie in the same places.
+        """
+        is_moving = self.trained in (factor, "both")
+        specs = self._moving if is_moving else self._still
+        place = int(self.trained == "both" and factor == "b")
+        return self.theta_CP if is_moving else self.frozen_CQ, [specs[index][place] for index in group]
 
     def gradients(
         self, index: int, rows: torch.Tensor | None = None

@@ -1,6 +1,7 @@
 """Tries kernels once on a device before anything relies on them."""
 
 import logging
+import subprocess
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,8 @@ def stands_trial(device: torch.device, what: str, trial: Callable[[], bool]) -> 
             # Triton launches on the current device.
             with torch.cuda.device_of(torch.empty(0, device=device)):  # type: ignore[no-untyped-call]
                 reason = "" if trial() else "its numbers are others"
-        except (triton.TritonError, RuntimeError) as error:
+        # Without a C compiler or Python's headers nothing can be compiled here.
+        except (triton.TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
             reason = first_line(error)
     if reason:
         _logger.warning("%s: %s takes the slower way (%s)", device, what, reason)

@@ -5,12 +5,14 @@ No value leaves the device. Tensor suffixes: A active job, S slot of a pass (a r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import numpy as np
 import torch
 
 from fedllm.engine.device_trial import stands_trial
 from fedllm.engine.jobs import Job
+from fedllm.engine.pass_buffer import PassBuffer
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,9 +21,7 @@ class SlotClips:
 
     owners_S: torch.Tensor  # the job of each
     clips_S: torch.Tensor  # infinite where a job clips no examples
-    sizes_S: (
-        torch.Tensor
-    )  # what the sum is divided by; those that are not clipped have it in their weights: 1
+    sizes_S: torch.Tensor  # what a job's sum is divided by; 1 where the weights of its tokens do that
     private_S: torch.Tensor
 
     def lost(self, norms_S: torch.Tensor, sums_S: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ class SlotClips:
         They count as zero: a row then moves its job by at most the clip, like any row. If the job failed as a
         whole, that would tell that the row is there.
         """
-        return self.private_S & ~(torch.isfinite(norms_S) & torch.isfinite(sums_S.to(norms_S.device)))
+        return self.private_S & torch.isfinite(norms_S + sums_S).logical_not()  # so one NaN is enough
 
     def factors(self, norms_S: torch.Tensor, lost_S: torch.Tensor) -> torch.Tensor:
         """Return what every slot's gradient is multiplied by in its job's mean, [S]."""
@@ -41,17 +41,15 @@ class SlotClips:
 
 def slot_clips(jobs: Sequence[Job], owners: Sequence[int], like: torch.Tensor) -> SlotClips:
     """Return what the slots of the jobs `owners` are clipped by, of the dtype and on the device of `like`."""
-    values = torch.tensor([_clip_of(jobs[owner], owner) for owner in owners], dtype=torch.float64).view(-1, 4)
-    if like.device.type == "cuda":  # from pinned memory the copy needs no waiting
-        values = values.pin_memory().to(like.device, non_blocking=True)
-    owners_S, clips_S, sizes_S, private_S = values.unbind(dim=1)
-    return SlotClips(owners_S.long(), clips_S.to(like.dtype), sizes_S.to(like.dtype), private_S.bool())
-
-
-def _clip_of(job: Job, owner: int) -> tuple[float, ...]:
-    if not job.example_clip:
-        return owner, float("inf"), 1.0, job.noise is not None
-    return owner, job.example_clip, job.training.batch_size, job.noise is not None
+    of_slots = [jobs[owner] for owner in owners]
+    dtype = str(like.dtype).removeprefix("torch.")
+    arrays = {
+        "owners_S": np.array(owners),
+        "clips_S": np.array([job.example_clip or np.inf for job in of_slots], dtype),
+        "sizes_S": np.array([job.training.batch_size if job.example_clip else 1 for job in of_slots], dtype),
+        "private_S": np.array([job.noise is not None for job in of_slots]),
+    }
+    return SlotClips(**PassBuffer(arrays, like.device).tensors)
 
 
 def add_clipped(
@@ -84,13 +82,14 @@ def sums_as_a_cpu(device: torch.device) -> bool:
     def trial() -> bool:
         from fedllm.engine.triton.clipped_sum import add_clipped_sum
 
-        grads_SP = torch.linspace(-1, 1, 3 * 1500, device=device).view(3, -1)
-        factors_S, owners_S = (
-            torch.tensor([0.5, 0.0, 2.0], device=device),
-            torch.tensor([0, 0, 1], device=device),
+        new = partial(torch.tensor, device=device)
+        factors_S, owners_S, grads_SP = (
+            new([0.5, 0.0, 2.0]),
+            new([0, 0, 1]),
+            torch.ones(3, 1100, device=device),
         )
-        found_AP, expected_AP = torch.ones(2, 1500, device=device), grads_SP[[0, 2]] * factors_S[[0, 2], None]
-        add_clipped_sum(found_AP, grads_SP.index_fill(0, owners_S[2:], torch.nan), factors_S, owners_S)
-        return torch.allclose(found_AP, 1 + expected_AP)
+        grads_SP[1], totals_AP = torch.nan, torch.ones(2, 1100, device=device)
+        add_clipped_sum(totals_AP, grads_SP, factors_S, owners_S)
+        return bool((totals_AP == new([[1.5], [3.0]])).all())
 
     return stands_trial(device, "the sum of clipped gradients", trial)

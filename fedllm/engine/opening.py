@@ -11,7 +11,7 @@ from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.decoder_probe import own_trunk
 from fedllm.engine.flat_row import predicting_states
 from fedllm.engine.graphs import Shelf, record_on_gpu
-from fedllm.engine.kernels import LoopKernel, MaskedKernel
+from fedllm.engine.kernel_choice import choose_kernel
 from fedllm.engine.passes import Passes
 from fedllm.engine.probe import can_be_ragged, check_causal, plain_head
 from fedllm.engine.recorded_inputs import RecordedInputs
@@ -28,7 +28,9 @@ def open_passes(base: BaseModel, layout: AdapterLayout) -> Passes:
     """
     # Adapters are trained in float32, also on a bfloat16 base; float64 is for exactness tests.
     dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-    kernel = MaskedKernel() if base.device.type == "cuda" else LoopKernel()
+    if base.device.index is not None:
+        torch.cuda.set_device(base.device)  # Triton launches on the current one
+    kernel = choose_kernel(layout, base.device, base.dtype)
     check_causal(base.model, base.device)
     is_ragged = can_be_ragged(base.model, base.device)
     if not is_ragged:
@@ -38,7 +40,6 @@ def open_passes(base: BaseModel, layout: AdapterLayout) -> Passes:
     trunk = partial(predicting_states, base.model, head=head)
     passes = Passes(base, Bank(layout, kernel, base.device, dtype), trunk, head, is_ragged)
     own = own_trunk(passes)
-    # A loop over clients on the host is another one for every pass, so nothing of it can be recorded.
-    is_recorded = base.device.type == "cuda" and not isinstance(kernel, LoopKernel)
-    shelf = Shelf[RecordedInputs](partial(record_on_gpu, base.device)) if is_recorded else None
+    is_gpu = base.device.type == "cuda"
+    shelf = Shelf[RecordedInputs](partial(record_on_gpu, base.device)) if is_gpu else None
     return replace(passes, trunk=trunk if own is None else own, shelf=shelf)

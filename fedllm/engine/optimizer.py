@@ -1,13 +1,14 @@
-"""AdamW over rows: one client a row, a dozen kernels a step for any number of clients and layers."""
+"""AdamW over rows: one client a row, a dozen kernels a step for any number of clients and layers, or one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 
+from fedllm.engine.device_trial import stands_trial
+from fedllm.engine.row_step import BETA1, BETA2, RowStep, plain_adamw
 from fedllm.messages import LocalTraining
-
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class RowAdamW:
@@ -39,24 +40,52 @@ class RowAdamW:
         self.movable_CP = movable_CP
         self.keep_CP = keep_C1 if movable_CP is None else torch.where(movable_CP, keep_C1, 1.0)
         self.clip_C1 = column([training.clip_norm or float("inf") for training in trainings])
+        self._update = plain_adamw
+        if theta_CP.dtype == torch.float32 and _is_fused(theta_CP.device):
+            from fedllm.engine.triton.adamw import adamw_rows
+
+            self._update = adamw_rows
 
     def step(self, grad_AP: torch.Tensor) -> None:
-        """Update the first A rows with their gradients [A, P], clipping each row's norm in place."""
+        """Update the first A rows with their gradients [A, P], each row's norm clipped; uses them up."""
         active = slice(0, len(grad_AP))
         if self.movable_CP is not None:
             grad_AP.masked_fill_(~self.movable_CP[active], 0.0)
-        norms = torch.linalg.vector_norm(grad_AP, dim=1, keepdim=True)
-        grad_AP.mul_((self.clip_C1[active] / (norms + 1e-6)).clamp_(max=1.0))  # as torch's clip_grad_norm_
+        norms_A1 = torch.linalg.vector_norm(grad_AP, dim=1, keepdim=True)
         self.num_steps += 1
-        mean, square, theta = self.mean_CP[active], self.square_CP[active], self.theta_CP[active]
-        mean.lerp_(grad_AP, 1 - BETA1)
-        square.mul_(BETA2).addcmul_(grad_AP, grad_AP, value=1 - BETA2)
-        # Both moments start at zero, so the first steps would be too short without these.
-        correction1 = 1 - BETA1**self.num_steps
-        correction2 = 1 - BETA2**self.num_steps
-        denominator = square.sqrt().div_(correction2**0.5).add_(EPSILON)
-        theta.mul_(self.keep_CP[active])
-        theta.addcdiv_(mean * (-self.rate_C1[active] / correction1), denominator)
+        self._update(
+            RowStep(
+                self.theta_CP[active],
+                grad_AP,
+                self.mean_CP[active],
+                self.square_CP[active],
+                (self.clip_C1[active] / (norms_A1 + 1e-6)).clamp_(max=1.0),  # as torch's clip_grad_norm_
+                self.rate_C1[active],
+                self.keep_CP[active],
+                # Both moments start at zero, so the first steps would be too short without these.
+                1 - BETA1**self.num_steps,
+                1 - BETA2**self.num_steps,
+            )
+        )
+
+
+@lru_cache(maxsize=8)
+def _is_fused(device: torch.device) -> bool:
+    """Return whether the kernel of a step is right on a device, tried once."""
+
+    def trial() -> bool:
+        from fedllm.engine.triton.adamw import adamw_rows
+
+        def stepped(update: Callable[[RowStep], None]) -> torch.Tensor:
+            values = torch.linspace(0.1, 1, 12, device=device).view(4, 1, 3)
+            theta, grad, mean, square = values
+            half = torch.full((1, 1), 0.5, device=device)
+            update(RowStep(theta, grad, mean, square, half, half, half, 0.1, 0.001))
+            return values[[0, 2, 3]]
+
+        return torch.allclose(stepped(adamw_rows), stepped(plain_adamw), rtol=1e-5)
+
+    return device.type == "cuda" and stands_trial(device, "AdamW", trial)
 
 
 def largest_move(training: LocalTraining, largest_start: float) -> float:

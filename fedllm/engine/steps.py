@@ -99,7 +99,7 @@ def step_gradients(
     """Return the gradient [A, P] of one step of every active job, and the losses of its passes.
 
     The bank holds the jobs' adapters, in this order, and is attached to the model. Nothing is read back from
-    a GPU, but what private examples may need (`_clipped_gradients`).
+    a GPU, unless examples are private and the kernel mixes rows.
     """
     batches = [job.batches[step] for job in jobs]
     items: list[Item] = []

@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from fedllm.errors import ModelError
+from fedllm.files import cache_folder
 from fedllm.models.folders import check_folder, code_digest, may_run_code, read_json
 from fedllm.site_policy import load_policy
 
@@ -197,12 +196,6 @@ def converted_gguf(gguf: Path) -> Path:
     if not (target / "config.json").is_file():
         raise ModelError(f"could not convert {gguf.name} into {target}")
     return target
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted models: $FEDLLM_CACHE, else the user's cache."""
-    root = os.environ.get("FEDLLM_CACHE")
-    return Path(root) if root else user_cache_path("fedllm")
 
 
 @contextlib.contextmanager

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fedllm.files import write_file
-from fedllm.models.files import cache_folder
+from fedllm.files import cache_folder, write_file
 
 
 def remembered(name: str, key: str, measure: Callable[[], int]) -> int:

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm.errors import FedLLMError
-from fedllm.models.files import cache_folder, embedded_gguf, needs_conversion
+from fedllm.files import cache_folder
+from fedllm.models.files import embedded_gguf, needs_conversion
 from fedllm.models.half_precision import ENOUGH, SMALLEST, machine_gain
 from fedllm.site_policy import load_policy
 from scripts.console import Console

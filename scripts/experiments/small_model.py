@@ -31,7 +31,8 @@ import typer
 from fedllm.data.demo_corpus import first_sentence
 from fedllm.data.installed_packages import Package, installed_packages, source_files
 from fedllm.errors import DataError, ModelError
-from fedllm.models.files import cache_folder, quiet_transformers
+from fedllm.files import cache_folder
+from fedllm.models.files import quiet_transformers
 from fedllm.seeds import derive_seed
 from scripts.benchmarks.models import ASSISTANT, END, USER, byte_tokenizer
 

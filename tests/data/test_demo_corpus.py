@@ -21,6 +21,14 @@ def test_requirements_are_those_of_the_project() -> None:
     assert sorted(REQUIREMENTS) == sorted(name[0] for name in names if name)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of what is kept of files that were read; all tests share it."""
+    folder = tmp_path_factory.getbasetemp() / "docstrings"
+    monkeypatch.setenv("FEDLLM_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose subfolders are all the packages there are."""
@@ -156,6 +164,30 @@ def test_a_package_is_capped_and_no_file_speaks_for_it(packages: Path) -> None:
     of_file = Counter(response.split()[-1] for response in responses)
     assert max(of_file.values()) == 25
     assert len(of_file) == 16
+
+
+def test_a_file_is_parsed_once_and_again_when_it_changes(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (packages / "peft").mkdir()
+    file = packages / "peft" / "m.py"
+    file.write_text(function("f", "Add two numbers and return them."))
+    before = answers(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_corpus, "ast", None)
+        assert answers(1) == before == [("peft", "Add two numbers and return them.")]
+    file.write_text(function("f", "Add three numbers and return them."))
+    assert answers(1) == [("peft", "Add three numbers and return them.")]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_a_damaged_cache_is_read_as_none(content: str, packages: Path, cache: Path) -> None:
+    (packages / "peft").mkdir()
+    (packages / "peft" / "m.py").write_text(function("f", "Add two numbers and return them."))
+    before = answers(1)
+    for file in cache.iterdir():
+        file.write_text(content)
+    assert answers(1) == before
 
 
 def test_too_few_packages_are_refused_with_their_number(packages: Path) -> None:

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedllm.adapters.layout import at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.engine import step_noise as noises
 from fedllm.engine.engine import Engine
-from fedllm.engine.example_gradients import add_clipped, slot_clips
+from fedllm.engine.example_gradients import SlotClips, add_clipped, slot_clips
 from fedllm.engine.job_rows import rows_of_jobs
 from fedllm.engine.jobs import Job, StepNoise
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
@@ -218,3 +221,51 @@ def test_noise_of_two_training_runs_cannot_be_subtracted(make_engine: Callable, 
         step_noises(rows, noised.device).add(noised, 0)
         noises.append((noised - gradient)[0])
     assert float((noises[0] - noises[1]).norm()) > 0.5 * float(noises[0].norm())
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched on a device; views are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_clipping_reads_nothing_back_from_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that only claim to be on a GPU: whoever asks for a value of theirs gets an exception."""
+    pytest.importorskip("triton")
+    calls: list[Any] = []
+    monkeypatch.setattr("fedllm.engine.example_gradients.sums_as_a_cpu", lambda device: True)
+    monkeypatch.setattr("fedllm.engine.triton.clipped_sum.add_clipped_sum", lambda *tensors: calls.append(1))
+    with FakeTensorMode():
+        ones = partial(torch.ones, device="cuda")
+        clips = SlotClips(ones(4, dtype=torch.int64), ones(4), ones(4), ones(4, dtype=torch.bool))
+        grad_SP, total_AP, sums_S = ones(4, 9), ones(2, 9), ones(4)
+        with Launches() as launches:
+            norms_S = torch.linalg.vector_norm(grad_SP, dim=1)
+            lost_S = clips.lost(norms_S, sums_S)
+            add_clipped(total_AP, grad_SP, clips.factors(norms_S, lost_S), clips.owners_S, lost_S)
+    assert len(calls) == 1
+    assert launches.number <= 16  # whatever the number of jobs, rows and layers
+
+
+@pytest.mark.gpu
+def test_a_private_step_on_a_gpu_never_waits_for_it(make_engine: Callable, make_job: Callable) -> None:
+    engine = make_engine("llama", "float32", device="cuda")
+    jobs = [private(make_job(engine.layout, name, seed), "b", (3, 3)) for seed, name in enumerate("ab")]
+    list(engine.train(jobs))  # what is tried or measured once waits
+    rows, bank = rows_of_jobs(jobs, engine.layout), engine.bank
+    bank.load(engine.layout, [job.start for job in jobs], [engine.layout.scale] * 2, "b")
+    noise = step_noises(rows, bank.device)
+    with engine.passes.attached():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            gradients, _ = step_gradients(engine.passes, engine.limits, jobs, 0)
+            noise.add(gradients, 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert bool(torch.isfinite(gradients).all())

@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 
 from fedllm.errors import MissingExtraError
-from fedllm.models.files import cache_folder
+from fedllm.files import cache_folder
 
 PFL = ("pfl==0.6.0",)
 
