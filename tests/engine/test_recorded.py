@@ -134,16 +134,40 @@ def test_dropout_on_a_cpu_is_not_recorded(make_engine: Callable, make_job: Calla
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_graph_on_a_gpu_gives_the_bits_of_single_kernels(
-    dtype: str, make_engine: Callable, make_job: Callable, make_rows: Callable
+    dtype: str, clip: float, make_engine: Callable, make_job: Callable, make_rows: Callable
 ) -> None:
     """Rows are short enough for attention to keep its order of sums."""
     engine = make_engine("llama", dtype, device="cuda")
-    jobs = some_jobs(engine, make_job, make_rows)
-    shelf = engine.passes.shelf
-    found = [result.delta for _ in range(2) for result in engine.train(jobs)]
+    jobs = [replace(job, example_clip=clip) for job in some_jobs(engine, make_job, make_rows)]
+    measured = [EvaluationJob(job.client_id, job.start, job.batches[0]) for job in jobs]
+
+    def results() -> list[torch.Tensor]:
+        """Return deltas and losses of three rounds, of which the second records and the third replays."""
+        deltas, losses = [], []
+        for _ in range(3):
+            deltas += [result.delta for result in engine.train(jobs)]
+            losses += [torch.tensor(each.loss) for each in engine.evaluate(measured)]
+        return [*deltas, *losses]
+
+    found, shelf = results(), engine.passes.shelf
     assert shelf is not None
-    assert shelf.num_kept
+    assert shelf.num_kept > 1
     engine.passes = replace(engine.passes, shelf=Shelf[RecordedInputs](eager))
-    expected = [result.delta for _ in range(2) for result in engine.train(jobs)]
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, results(), strict=True))
+
+
+@pytest.mark.gpu
+def test_graph_on_a_gpu_follows_weights_that_move(make_engine: Callable, make_rows: Callable) -> None:
+    engine = make_engine("llama", "bfloat16", device="cuda")
+    jobs = [EvaluationJob("a", torch.zeros(engine.layout.size), make_rows([9, 30]))]
+    before = [engine.evaluate(jobs)[0].loss for _ in range(3)][-1]
+    layer = engine.base.model.get_submodule(engine.layout.matrices[0].module)
+    original = layer.weight.data
+    layer.weight.data = 2 * original
+    moved = [engine.evaluate(jobs)[0].loss for _ in range(3)]
+    layer.weight.data = original
+    assert len(set(moved)) == 1
+    assert moved[0] != before
+    assert engine.evaluate(jobs)[0].loss == before
