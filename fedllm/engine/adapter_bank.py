@@ -73,7 +73,10 @@ class Kept:
 
 
 class Kernel(Protocol):
-    """How the LoRA operator is computed for a group of matrices; `fedllm.engine.kernels` has two."""
+    """How the LoRA operator is computed for a group of matrices.
+
+    `fedllm.engine.kernels` has two, `fedllm.engine.triton.lora` one for a GPU.
+    """
 
     keeps_rows_apart: ClassVar[bool]  # a NaN of one row reaches no other row's gradient
 
