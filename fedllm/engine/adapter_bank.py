@@ -61,7 +61,10 @@ class Kept:
 
 
 class Kernel(Protocol):
-    """How the LoRA operator is computed for a group of matrices; `fedllm.engine.kernels` has two."""
+    """How the LoRA operator is computed for a group of matrices.
+
+    `fedllm.engine.kernels` has two, `fedllm.engine.triton.lora` one for a GPU.
+    """
 
     keeps_rows_apart: ClassVar[bool]  # a NaN of one row reaches no other row's gradient
 
@@ -112,19 +115,20 @@ class Bank:
         self._moving, self._still = _specs_of_matrices(layout, trained), _specs_of_matrices(layout, rest)
         self.theta_CP = self._rows("theta", len(starts), part_size(layout, trained))
         self.frozen_CQ = self._rows("frozen", len(starts), part_size(layout, rest))
+        rows: dict[int, int] = {}  # where each vector is: clients often share one, and a device is far away
         for row, start in enumerate(starts):
-            self.theta_CP[row].copy_(part_of(layout, start, trained))
-            self.frozen_CQ[row].copy_(part_of(layout, start, rest))
+            first = rows.setdefault(id(start), row)
+            for held, part in ((self.theta_CP, trained), (self.frozen_CQ, rest)):
+                held[row].copy_(part_of(layout, start, part) if first == row else held[first])
 
     def reserve(self, num_slots: int) -> None:
         """Hold exactly `num_slots` rows of zero gradients."""
         self.grad_SP = self._rows("grad", num_slots, self.theta_CP.shape[1])
         self.grad_SP.zero_()
 
-    @property
-    def addresses(self) -> Hashable:
-        """What must be equal for a recorded pass to find this bank's rows where it left them."""
-        rows = (self.theta_CP, self.frozen_CQ, self.scales_C, self.grad_SP)
+    def addresses(self, *, backward: bool) -> Hashable:
+        """Return what must be equal for a recorded pass to find this bank's rows where it left them."""
+        rows = (self.theta_CP, self.frozen_CQ, self.scales_C, *((self.grad_SP,) if backward else ()))
         places = tuple((held.data_ptr(), *held.shape) for held in rows)
         return self.layout.fingerprint, self.layout.rank, self.trained, places
 

@@ -22,6 +22,7 @@ from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
 from fedllm.engine.jobs import EvaluationJob, Objective
 from fedllm.engine.layers import attached
 from fedllm.engine.pass_inputs import PassArrays, PassInputs, padded, place
+from fedllm.engine.recorded_inputs import RecordedInputs, can_be_refilled, kind_of, recorded_inputs
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import Encoded
 
@@ -54,7 +55,7 @@ class Passes:
     trunk: Trunk
     head: Head  # what turns the states into logits
     is_ragged: bool  # whether samples may share a pass
-    shelf: Shelf[PassInputs] | None = None  # of recorded passes, where a device can record any
+    shelf: Shelf[RecordedInputs] | None = None  # of recorded passes, where a device can record any
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -75,15 +76,21 @@ class Passes:
         The loss is the objective's, cross-entropy with the next token where there is none. It is on the
         model's device, which need not have finished the pass.
         """
-        arrays = self.arrange(items, backward=backward)
+        arrays, criterion = self.arrange(items, backward=backward), None
         if objective is not None:
-            inputs = place(arrays, self.base.device)
             criterion = objective.criterion([item.row for item in items], self.base.device)
+<<<<<<< HEAD
             return self.run(inputs, criterion, backward=backward)
         draws_by_row = bool(arrays.noise) and self.base.device.type == "cpu"  # others for every pass
         if self.shelf is None or draws_by_row or not self.is_ragged:
             return self._cross_entropy(place(arrays, self.base.device), backward=backward)
         return self._recorded(self.shelf, arrays, backward=backward)[: len(items)]
+=======
+        if self.shelf is not None and self.is_ragged and not arrays.noise and can_be_refilled(criterion):
+            return self._recorded(self.shelf, arrays, criterion, backward=backward)[: len(items)]
+        inputs = place(arrays, self.base.device)
+        return self.run(inputs, criterion or CrossEntropy(inputs.flat.targets_N), backward=backward)
+>>>>>>> main
 
     def states(self, items: Sequence[Item]) -> torch.Tensor:
         """Return the trunk's states for all supervised tokens, sample by sample, [N, D]."""
@@ -103,14 +110,18 @@ class Passes:
             losses_N.detach().double(), "sum", offsets=inputs.flat.learnt_B, unsafe=True, initial=0.0
         )
 
-    def _cross_entropy(self, inputs: PassInputs, *, backward: bool) -> torch.Tensor:
-        """Do a pass whose loss is the cross-entropy with the next token."""
-        return self.run(inputs, CrossEntropy(inputs.flat.targets_N), backward=backward)
-
-    def _recorded(self, shelf: Shelf[PassInputs], arrays: PassArrays, *, backward: bool) -> torch.Tensor:
+    def _recorded(
+        self,
+        shelf: Shelf[RecordedInputs],
+        arrays: PassArrays,
+        criterion: Criterion | None,
+        *,
+        backward: bool,
+    ) -> torch.Tensor:
         """Do a pass that is padded, by a recording where there is one; see `losses`."""
         room = rounded_up(arrays.sizes)
         arrays = padded(arrays, room)
+<<<<<<< HEAD
         run = partial(self._cross_entropy, backward=backward)
         recording = shelf.find(
             (self.bank.addresses, backward, bool(arrays.noise), torch.is_inference_mode_enabled()),
@@ -119,9 +130,20 @@ class Passes:
             run,
             self.bank.grad_SP if backward else self.bank.grad_SP[:0],
         )
+=======
+        make = partial(recorded_inputs, arrays, criterion, self.base.device)
+
+        def run(made: RecordedInputs) -> torch.Tensor:
+            return self.run(made.inputs, made.criterion, backward=backward)
+
+        addresses = self.bank.addresses(backward=backward)
+        kind = addresses, backward, kind_of(criterion), torch.is_inference_mode_enabled()
+        changed = self.bank.grad_SP if backward else self.bank.grad_SP[:0]
+        recording = shelf.find(kind, room, make, run, changed)
+>>>>>>> main
         if recording is None:
-            return run(place(arrays, self.base.device))
-        recording.inputs.buffer.write(arrays.named())
+            return run(make())
+        recording.inputs.refill(arrays, criterion)
         return recording.replay().clone()  # the next replay writes to the same place
 
     def arrange(self, items: Sequence[Item], *, backward: bool) -> PassArrays:

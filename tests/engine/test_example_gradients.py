@@ -15,6 +15,7 @@ from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.engine import step_noise as noises
 from fedllm.engine.engine import Engine
 from fedllm.engine.example_gradients import SlotClips, add_clipped, slot_clips
+from fedllm.engine.flat_row import FlatRow
 from fedllm.engine.job_rows import rows_of_jobs
 from fedllm.engine.jobs import Job, StepNoise
 from fedllm.engine.kernels import LoopKernel, MaskedKernel
@@ -167,6 +168,35 @@ def test_a_row_that_diverges_loses_no_other_row_of_its_pass(
             assert without.any()
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 3e-2)])
+def test_a_row_that_is_no_number_on_its_way_back_stays_alone(
+    device: str, dtype: str, bound: float, make_engine: Callable, make_job: Callable
+) -> None:
+    """Whatever computes the model: its states are spoilt above it, and the gradients on their way down."""
+    engine, poison = make_engine("llama", dtype, device=device), 4
+    jobs = [private(make_job(engine.layout, name, seed), "both", (3,)) for seed, name in enumerate("ab")]
+    bad = Encoded((poison, 7, 8), (IGNORED, 7, 8))
+    trunk = engine.passes.trunk
+
+    def spoilt(flat: FlatRow) -> torch.Tensor:
+        is_bad_N = flat.tokens_T[flat.predicting_N] == poison
+        states_ND: torch.Tensor = trunk(flat)
+        return states_ND * torch.where(is_bad_N, torch.nan, 1.0).to(states_ND.dtype)[:, None]
+
+    engine.passes = replace(engine.passes, trunk=spoilt)
+
+    def gradient(rows: Any) -> torch.Tensor:
+        asked = [replace(jobs[0], batches=((*jobs[0].batches[0], *rows),)), jobs[1]]
+        engine.bank.load(engine.layout, [job.start for job in jobs], [engine.layout.scale] * 2)
+        with engine.passes.attached():
+            return step_gradients(engine.passes, engine.limits, asked, 0)[0].clone()
+
+    with_it, without = gradient([bad]), gradient([])
+    for one, other in zip(with_it, without, strict=True):
+        assert float((one - other).norm()) <= bound * float(other.norm()) > 0
 
 
 def test_a_plain_job_that_diverges_is_not_silenced(make_job: Callable, make_engine: Callable) -> None:

@@ -25,12 +25,12 @@ def test_the_kernels_compile_for_a_gpu() -> None:
     compile_kernels(
         "fedllm.engine.triton",
         {
-            "lora._activations_kernel": kernel("x z", "x row z", scaled, places),
-            "lora._outputs_kernel": kernel("z y", "z row y", tile, outputs),
-            "lora._activation_gradients_kernel": kernel("g dz", "g row z", scaled, outputs),
-            "lora._input_gradients_kernel": kernel("dz dx", "z row x", tile, places),
-            "lora._grad_b_kernel": kernel("g z", "g z slot part", slots, outputs),
-            "lora._grad_a_kernel": kernel("dz x", "z x slot part", slots, places),
+            "lora_kernels.activations_kernel": kernel("x z", "x row z", scaled, places),
+            "lora_kernels.outputs_kernel": kernel("z y", "z row y", tile, outputs),
+            "lora_kernels.activation_gradients_kernel": kernel("g dz", "g row z", scaled, outputs),
+            "lora_kernels.input_gradients_kernel": kernel("dz dx", "z row x", tile, places),
+            "lora_kernels.grad_b_kernel": kernel("g z", "g z slot part", slots, outputs),
+            "lora_kernels.grad_a_kernel": kernel("dz x", "z x slot part", slots, places),
             "cross_entropy._cross_entropy_kernel": {
                 **{"logits": "*bf16", "targets": "*i64", "weights": "*fp32", "losses": "*fp32"},
                 **{"stride": "i32", "size": "i32", "GRAD": 1, "BLOCK": 4096},
