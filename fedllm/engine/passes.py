@@ -79,18 +79,11 @@ class Passes:
         arrays, criterion = self.arrange(items, backward=backward), None
         if objective is not None:
             criterion = objective.criterion([item.row for item in items], self.base.device)
-<<<<<<< HEAD
-            return self.run(inputs, criterion, backward=backward)
-        draws_by_row = bool(arrays.noise) and self.base.device.type == "cpu"  # others for every pass
-        if self.shelf is None or draws_by_row or not self.is_ragged:
-            return self._cross_entropy(place(arrays, self.base.device), backward=backward)
-        return self._recorded(self.shelf, arrays, backward=backward)[: len(items)]
-=======
-        if self.shelf is not None and self.is_ragged and not arrays.noise and can_be_refilled(criterion):
+        draws_by_row = bool(arrays.noise) and self.base.device.type == "cpu"  # other rows in every pass
+        if self.shelf and self.is_ragged and not draws_by_row and can_be_refilled(criterion):
             return self._recorded(self.shelf, arrays, criterion, backward=backward)[: len(items)]
         inputs = place(arrays, self.base.device)
         return self.run(inputs, criterion or CrossEntropy(inputs.flat.targets_N), backward=backward)
->>>>>>> main
 
     def states(self, items: Sequence[Item]) -> torch.Tensor:
         """Return the trunk's states for all supervised tokens, sample by sample, [N, D]."""
@@ -121,26 +114,16 @@ class Passes:
         """Do a pass that is padded, by a recording where there is one; see `losses`."""
         room = rounded_up(arrays.sizes)
         arrays = padded(arrays, room)
-<<<<<<< HEAD
-        run = partial(self._cross_entropy, backward=backward)
-        recording = shelf.find(
-            (self.bank.addresses, backward, bool(arrays.noise), torch.is_inference_mode_enabled()),
-            room,
-            partial(place, arrays, self.base.device),
-            run,
-            self.bank.grad_SP if backward else self.bank.grad_SP[:0],
-        )
-=======
         make = partial(recorded_inputs, arrays, criterion, self.base.device)
 
         def run(made: RecordedInputs) -> torch.Tensor:
             return self.run(made.inputs, made.criterion, backward=backward)
 
         addresses = self.bank.addresses(backward=backward)
-        kind = addresses, backward, kind_of(criterion), torch.is_inference_mode_enabled()
+        drops = bool(arrays.noise)
+        kind = addresses, backward, drops, kind_of(criterion), torch.is_inference_mode_enabled()
         changed = self.bank.grad_SP if backward else self.bank.grad_SP[:0]
         recording = shelf.find(kind, room, make, run, changed)
->>>>>>> main
         if recording is None:
             return run(make())
         recording.inputs.refill(arrays, criterion)
