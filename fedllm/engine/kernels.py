@@ -36,11 +36,13 @@ class LoopKernel:
         """Add the adapters' output to y in place; see `Kernel`."""
         rank, clients = bank.layout.rank, bank.route_of(x_TI.shape[0]).clients
         z_TM = x_TI.new_empty(len(group) * rank, x_TI.shape[0]).T  # rank by rank
+        a_CMI = _stacked_a(bank, group, x_TI.dtype)
+        for row, x, z in _pieces(clients, x_TI, z_TM):
+            torch.mm(x, a_CMI[row].T, out=z)
+            z.mul_(bank.scales[row])
         for index, ranks, outputs in _columns(bank, group):
-            a_CRI, b_COR = (factor.to(x_TI.dtype) for factor in bank.factors(index))
-            for row, x, y, z in _pieces(clients, x_TI, y_TO[:, outputs], z_TM[:, ranks]):
-                torch.mm(x, a_CRI[row].T, out=z)
-                z.mul_(bank.scales[row])
+            b_COR = bank.factors(index)[1].to(x_TI.dtype)
+            for row, y, z in _pieces(clients, y_TO[:, outputs], z_TM[:, ranks]):
                 _add_product(y, z, b_COR[row].T)
         return z_TM
 
@@ -48,9 +50,21 @@ class LoopKernel:
         self, bank: Bank, group: Group, kept: Kept, g_TO: torch.Tensor, dx_TI: torch.Tensor | None
     ) -> None:
         """Add every slot's gradients to the bank, and the adapters' part of dx to dx in place."""
+        dz_TM = g_TO.new_empty(len(group) * bank.layout.rank, g_TO.shape[0]).T
         for index, ranks, outputs in _columns(bank, group):
             z_TR = None if kept.z_TM is None else kept.z_TM[:, ranks]
-            _loop_backward(bank, index, kept.x_TI, z_TR, g_TO[:, outputs], dx_TI)
+            dz_TR = dz_TM[:, ranks] if dx_TI is not None or kept.x_TI is not None else None
+            _loop_backward(bank, index, kept.x_TI, z_TR, g_TO[:, outputs], dz_TR)
+        if dx_TI is not None:
+            a_CMI = _stacked_a(bank, group, g_TO.dtype)
+            for row, dx, dz in _pieces(bank.route.clients, dx_TI, dz_TM):
+                _add_product(dx, dz, a_CMI[row])
+
+
+def _stacked_a(bank: Bank, group: Group, dtype: torch.dtype) -> torch.Tensor:
+    """Return every client's A of the group's matrices, one below the other, [C, M, I]."""
+    parts = [bank.factors(index)[0].to(dtype) for index in group]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _loop_backward(
@@ -59,24 +73,20 @@ def _loop_backward(
     x_TI: torch.Tensor | None,
     z_TR: torch.Tensor | None,
     g_TO: torch.Tensor,
-    dx_TI: torch.Tensor | None,
+    dz_TR: torch.Tensor | None,
 ) -> None:
-    """Do `LoopKernel.backward` for one matrix."""
-    a_CRI, b_COR = (factor.to(g_TO.dtype) for factor in bank.factors(index))
+    """Add the gradients of one matrix to the bank; write that of z to `dz_TR` where anything needs it."""
+    b_COR = bank.factors(index)[1].to(g_TO.dtype)
     grad_a_SRI, grad_b_SOR = bank.gradients(index)
     if grad_b_SOR is not None and z_TR is not None:
         grads_b = grad_b_SOR.unbind()  # all views at once: one by one they cost as much as the products
         for row, g, z in _pieces(bank.route.slots, g_TO, z_TR):
             grads_b[row].add_((z.T @ g).T)
-    if grad_a_SRI is None and dx_TI is None:  # nothing else needs the gradient of z
+    if dz_TR is None:
         return
-    dz_TR = g_TO.new_empty(a_CRI.shape[1], g_TO.shape[0]).T
     for row, g, dz in _pieces(bank.route.clients, g_TO, dz_TR):
         torch.mm(g, b_COR[row], out=dz)
         dz.mul_(bank.scales[row])
-    if dx_TI is not None:
-        for row, dx, dz in _pieces(bank.route.clients, dx_TI, dz_TR):
-            _add_product(dx, dz, a_CRI[row])
     if grad_a_SRI is not None and x_TI is not None:
         grads_a = grad_a_SRI.unbind()
         for row, x, dz in _pieces(bank.route.slots, x_TI, dz_TR):
