@@ -14,7 +14,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedllm.engine.adapter_bank import Bank, noisy_rows
+from fedllm.engine.adapter_bank import Bank
+from fedllm.engine.dropout import drop_arrays, noisy_rows
 from fedllm.engine.flat_row import FlatRow, arrange
 from fedllm.engine.graphs import Shelf, rounded_up
 from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
@@ -78,7 +79,8 @@ class Passes:
         arrays, criterion = self.arrange(items, backward=backward), None
         if objective is not None:
             criterion = objective.criterion([item.row for item in items], self.base.device)
-        if self.shelf is not None and self.is_ragged and not arrays.noise and can_be_refilled(criterion):
+        draws_by_row = bool(arrays.noise) and self.base.device.type == "cpu"  # other rows in every pass
+        if self.shelf and self.is_ragged and not draws_by_row and can_be_refilled(criterion):
             return self._recorded(self.shelf, arrays, criterion, backward=backward)[: len(items)]
         inputs = place(arrays, self.base.device)
         return self.run(inputs, criterion or CrossEntropy(inputs.flat.targets_N), backward=backward)
@@ -118,7 +120,8 @@ class Passes:
             return self.run(made.inputs, made.criterion, backward=backward)
 
         addresses = self.bank.addresses(backward=backward)
-        kind = addresses, backward, kind_of(criterion), torch.is_inference_mode_enabled()
+        drops = bool(arrays.noise)
+        kind = addresses, backward, drops, kind_of(criterion), torch.is_inference_mode_enabled()
         changed = self.bank.grad_SP if backward else self.bank.grad_SP[:0]
         recording = shelf.find(kind, room, make, run, changed)
         if recording is None:
@@ -134,18 +137,25 @@ class Passes:
         clients, slots, _ = zip(*(owner for owner, _ in groupby(owners)), strict=True)
         weights_B = np.array([item.weight for item in items])
         weights_N = weights_B.repeat(np.diff(arranged.arrays["learnt_B"]))
+        noise = noisy_rows(
+            arranged.begins_B.tolist(),
+            [len(item.row.tokens) for item in items],
+            [item.dropout for item in items],
+            [item.seed for item in items],
+        )
+        dtype = str(self.bank.dtype).removeprefix("torch.")
         return PassArrays(
-            {**arranged.arrays, "weights_N": weights_N.astype(str(self.bank.dtype).removeprefix("torch."))},
+            {
+                **arranged.arrays,
+                "weights_N": weights_N.astype(dtype),
+                **drop_arrays(noise, int(arranged.lengths_G.sum())),
+            },
             arranged.longest,
             arranged.lengths_G,
             np.array(clients),
             np.array(slots),
             len(self.bank.grad_SP) if backward else 1,
-            noisy_rows(
-                [len(item.row.tokens) for item in items],
-                [item.dropout for item in items],
-                [item.seed for item in items],
-            ),
+            noise,
         )
 
 
