@@ -39,7 +39,7 @@ def drop_mask(
     index: int,
     like_TI: torch.Tensor,
 ) -> torch.Tensor:
-    """Return what `fedllm.engine.dropout.counted_mask` does for tokens of these seeds, positions and rates."""
+    """Return what `counted_mask` of `fedllm.engine.dropout` does."""
     num_tokens, width = like_TI.shape
     mask_TI = torch.empty(num_tokens, width, device=like_TI.device, dtype=like_TI.dtype)
     # Here, since a kernel's division may round otherwise.
