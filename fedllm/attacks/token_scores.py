@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fedllm.engine.engine import Engine
-from fedllm.engine.head import CHUNK
+from fedllm.engine.head import CHUNK, GPU_CHUNK
 from fedllm.engine.passes import MAX_ADAPTERS, Item, split
 from fedllm.models.chat import Encoded
 
@@ -69,9 +69,10 @@ def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
         dtype=torch.int64,
     )
     # Logits over the vocabulary are large: only one chunk of tokens has them at a time.
+    size = GPU_CHUNK if states_ND.device.type == "cuda" else CHUNK
     chunks = [
         _chunk_scores(engine.passes.head.logits(part_ND), part_N)
-        for part_ND, part_N in zip(torch.split(states_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)
+        for part_ND, part_N in zip(torch.split(states_ND, size), torch.split(targets_N, size), strict=True)
     ]
     sizes = [item.row.num_supervised for item in items]
     columns = [torch.split(torch.cat(column).cpu(), sizes) for column in zip(*chunks, strict=True)]

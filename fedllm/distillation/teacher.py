@@ -24,7 +24,7 @@ import torch
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.distillation.targets import Targets
 from fedllm.engine.engine import Engine
-from fedllm.engine.head import CHUNK
+from fedllm.engine.head import CHUNK, GPU_CHUNK
 from fedllm.engine.passes import MAX_ADAPTERS, packed
 from fedllm.errors import ConfigError, LayoutError, NoDataError, NonFiniteError
 from fedllm.models.chat import Encoded
@@ -258,12 +258,13 @@ class _Ensemble:
         return [_Row(tokens_T, states_KTD, dead_KT.any(dim=1)) for tokens_T, states_KTD, dead_KT in by_row]
 
     def predict(self, row: _Row) -> Iterator[Prediction]:
-        """Yield the predictions for a row's tokens, a few at a time: [CHUNK, V] numbers in all."""
+        """Yield the predictions for a row's tokens, a few at a time: [CHUNK, V] logits in all."""
         # Weight 0 times NaN would be NaN.
         states_KTD = row.states_KTD.masked_fill(row.dead_K[:, None, None], 0.0)
         mixing = self.mixing.without(row.dead_K)
         evidence_K = torch.zeros(len(self.sound), dtype=torch.float64, device=states_KTD.device)
-        step = max(1, CHUNK // len(self.sound))
+        chunk = GPU_CHUNK if states_KTD.device.type == "cuda" else CHUNK
+        step = max(1, chunk // len(self.sound))
         for begin in range(0, len(row.tokens_T), step):
             part = slice(begin, begin + step)
             logits_KTV = self.engine.passes.head.logits(states_KTD[:, part])

@@ -4,7 +4,7 @@ A slot is a client, or one example where gradients are wanted per example: then 
 parameters of one client. Clients' parameters are `theta` [C, P], slots' gradients `grad` [S, P]; the factors
 of every layer are views of their rows, so clipping and stepping cost a dozen kernels at any depth.
 Where one factor alone is trained, P is the size of that part. The other lies apart in `frozen` [C, Q], where
-clipping and stepping cannot reach it. The rows of tokens that LoRA dropout acts on are here too.
+clipping and stepping cannot reach it.
 Tensor suffixes: C client, S slot, P trained values of an adapter, Q frozen ones, T token, R rank, M ranks of
 a group, D feature.
 """
@@ -19,14 +19,12 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout, TensorSpec
 from fedllm.adapters.parts import other_part, part_of, part_size, part_specs
+from fedllm.engine.dropout import Noise, keep_mask
 from fedllm.engine.pass_buffer import PassBuffer
 from fedllm.engine.route_tensors import RouteTensors, route_arrays, route_tensors
 from fedllm.errors import ModelError
 
 Group = tuple[int, ...]  # up to three adapted matrices that share one input, as places in the layout
-
-# Odd, so that no two matrices of a row get one seed: 2^64 / golden ratio, which spreads neighbours far apart.
-_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -36,16 +34,6 @@ class Segment:
     begin: int
     end: int
     row: int
-
-
-@dataclass(frozen=True)
-class NoisyRow:
-    """Tokens [begin, end) of the pass are one row; its values are dropped with probability `rate`."""
-
-    begin: int
-    end: int
-    rate: float
-    seed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +46,7 @@ class Route:
     clients: tuple[Segment, ...]
     slots: tuple[Segment, ...]
     tensors: RouteTensors
-    noise: tuple[NoisyRow, ...] = ()  # the pass's rows, where adapters drop inputs
+    noise: Noise | None = None  # where adapters drop inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,19 +115,20 @@ class Bank:
         self._moving, self._still = _specs_of_matrices(layout, trained), _specs_of_matrices(layout, rest)
         self.theta_CP = self._rows("theta", len(starts), part_size(layout, trained))
         self.frozen_CQ = self._rows("frozen", len(starts), part_size(layout, rest))
+        rows: dict[int, int] = {}  # where each vector is: clients often share one, and a device is far away
         for row, start in enumerate(starts):
-            self.theta_CP[row].copy_(part_of(layout, start, trained))
-            self.frozen_CQ[row].copy_(part_of(layout, start, rest))
+            first = rows.setdefault(id(start), row)
+            for held, part in ((self.theta_CP, trained), (self.frozen_CQ, rest)):
+                held[row].copy_(part_of(layout, start, part) if first == row else held[first])
 
     def reserve(self, num_slots: int) -> None:
         """Hold exactly `num_slots` rows of zero gradients."""
         self.grad_SP = self._rows("grad", num_slots, self.theta_CP.shape[1])
         self.grad_SP.zero_()
 
-    @property
-    def addresses(self) -> Hashable:
-        """What must be equal for a recorded pass to find this bank's rows where it left them."""
-        rows = (self.theta_CP, self.frozen_CQ, self.scales_C, self.grad_SP)
+    def addresses(self, *, backward: bool) -> Hashable:
+        """Return what must be equal for a recorded pass to find this bank's rows where it left them."""
+        rows = (self.theta_CP, self.frozen_CQ, self.scales_C, *((self.grad_SP,) if backward else ()))
         places = tuple((held.data_ptr(), *held.shape) for held in rows)
         return self.layout.fingerprint, self.layout.rank, self.trained, places
 
@@ -215,17 +204,8 @@ class Bank:
         return (views[0], None) if self.trained == "a" else (None, views[0])
 
     def keep_mask(self, index: int, x_TI: torch.Tensor) -> torch.Tensor | None:
-        """Return what multiplies the adapters' input at matrix `index`, [T, I]: 0, or 1 / (1 - rate).
-
-        None where nothing is dropped. (Inverted dropout, Srivastava et al. 2014, as PEFT's `lora_dropout`.)
-        """
-        if not self.route.noise:
-            return None
-        mask_TI = torch.ones_like(x_TI)
-        for row in self.route.noise:
-            if row.rate:
-                mask_TI[row.begin : row.end] = row_mask(row, index, x_TI)
-        return mask_TI
+        """Return what multiplies the adapters' input at matrix `index`, [T, I]; None where all is kept."""
+        return None if self.route.noise is None else keep_mask(self.route.noise, index, x_TI)
 
 
 def make_route(
@@ -249,24 +229,6 @@ def segments(lengths: Sequence[int], rows: Sequence[int]) -> tuple[Segment, ...]
             merged.append(Segment(begin, begin + length, row))
         begin += length
     return tuple(merged)
-
-
-def noisy_rows(lengths: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> tuple[NoisyRow, ...]:
-    """Return the rows of a pass that lie end to end; nothing where no row drops anything."""
-    rows, begin = [], 0
-    for length, rate, seed in zip(lengths, rates, seeds, strict=True):
-        rows.append(NoisyRow(begin, begin + length, rate, seed))
-        begin += length
-    return tuple(rows) if any(rates) else ()
-
-
-def row_mask(row: NoisyRow, index: int, like_TI: torch.Tensor) -> torch.Tensor:
-    """Return one row's dropout mask at matrix `index`, [end - begin, I]."""
-    generator = torch.Generator(like_TI.device).manual_seed((row.seed + _SEED_STRIDE * index) % 2**63)
-    size = (row.end - row.begin, like_TI.shape[1])
-    # In float32 always, so that a model in any dtype drops the same values.
-    drawn = torch.rand(size, generator=generator, device=like_TI.device)
-    return (drawn >= row.rate).to(like_TI.dtype) / (1 - row.rate)
 
 
 def _specs_of_matrices(layout: AdapterLayout, part: str) -> list[list[TensorSpec]]:

@@ -11,6 +11,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from sys import maxsize
 from typing import Generic, TypeVar
 
 import torch
@@ -98,7 +99,7 @@ class Shelf(Generic[B]):
         self._most_kept = most_kept
         self._kept: OrderedDict[tuple[Hashable, Sizes], Recording[B]] = OrderedDict()  # the last used last
         self._uses: Counter[tuple[Hashable, Sizes]] = Counter()
-        self._is_off = False
+        self._refused_from = maxsize  # tokens of a pass that could not be recorded
         self.surroundings: Hashable = None  # what recordings of now depend on, whatever their kind
 
     def find(
@@ -119,12 +120,12 @@ class Shelf(Generic[B]):
             self._kept.move_to_end(key)
             return self._kept[key]
         self._uses[key] += 1
-        if self._is_off or self._uses[key] < 2:
+        if sizes.tokens >= self._refused_from or self._uses[key] < 2:
             return None
         if all(kept.tokens < sizes.tokens for _, kept in self._kept):
             # The largest must come first: smaller ones fit into its memory, but not the other way round.
             self.clear()
-        recording = self._recording(make_inputs(), run, changed)
+        recording = self._recording(sizes, make_inputs(), run, changed)
         if recording is not None:
             self._kept[key] = recording
             if len(self._kept) > self._most_kept:
@@ -142,19 +143,25 @@ class Shelf(Generic[B]):
         self._kept.clear()
 
     def _recording(
-        self, inputs: B, run: Callable[[B], torch.Tensor], changed: torch.Tensor
+        self, sizes: Sizes, inputs: B, run: Callable[[B], torch.Tensor], changed: torch.Tensor
     ) -> Recording[B] | None:
-        """Return a new recording; None, and none from here on, where it cannot be made."""
+        """Return a new recording, or None where it cannot be made.
+
+        From then on none is made, or none as large where only memory was short.
+        """
         before, failure = changed.clone(), ""
         shares = next((kept.replay for kept in self._kept.values()), None)
         try:
             replay = self._record(lambda: run(inputs), shares)
-        except RuntimeError as error:  # torch's for a failed capture and for too little memory
+        except torch.OutOfMemoryError:
+            failure = f"those of {sizes.tokens} tokens do not fit into memory"
+            self._refused_from = sizes.tokens
+        except RuntimeError as error:  # torch's for a failed capture
             failure = first_line(error)
+            self._refused_from = 0
         changed.copy_(before)  # recording runs the pass for real
         if not failure:
             return Recording(inputs, replay)
-        self._is_off = True
         self.clear()
         _logger.warning("passes cannot be recorded (%s): they are computed one kernel at a time", failure)
         return None
@@ -182,16 +189,19 @@ def record_on_gpu(
         RuntimeError: CUDA or a kernel refuses, or memory does not suffice.
     """
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            aside
-        ):  # what is made once, as compiled kernels, must not become part of a graph
-            run()
-        torch.cuda.current_stream().wait_stream(aside)
+        stream, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(stream)
+        try:
+            with torch.cuda.stream(aside):  # what is made once, as compiled kernels, is no part of a graph
+                run()
+        finally:  # what was begun there still adds to its sums
+            stream.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         pool = shares.graph.pool() if isinstance(shares, GraphReplay) else None
-        # Other threads of the process, which write checkpoints, say, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            output = run()
+        try:
+            # Other threads of the process, which write checkpoints, say, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                output = run()
+        finally:  # torch stays on the stream of a capture that failed
+            torch.cuda.set_stream(stream)
     return GraphReplay(graph, output)

@@ -17,6 +17,7 @@ from fedllm.engine.device_trial import stands_trial
 
 CHUNK = 256  # tokens whose logits exist at a time: 50 MB at a vocabulary of 49k
 GPU_CHUNK = 2048  # as many as fill a GPU: 200 MB in bfloat16
+GPU_LOGITS = 2**28  # at most, of large vocabularies
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ class HeadLoss(torch.autograd.Function):
         wants_grad = ctx.needs_input_grad[0]
         grad_ND = torch.empty_like(states_ND) if wants_grad else None
         losses_N = torch.empty(len(weights_N), device=states_ND.device, dtype=precise(states_ND.dtype))
-        chunk = GPU_CHUNK if states_ND.device.type == "cuda" else CHUNK
+        chunk = _chunk(head, states_ND)
         for begin in range(0, len(weights_N), chunk):
             part = slice(begin, begin + chunk)
             weights = weights_N[part] if wants_grad else None
@@ -109,6 +110,14 @@ class HeadLoss(torch.autograd.Function):
         """Return the gradient of the states."""
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * grad_loss.to(grad_ND.dtype), None, None, None
+
+
+def _chunk(head: Head, states_ND: torch.Tensor) -> int:
+    """Return the number of tokens whose logits may exist at a time."""
+    if states_ND.device.type != "cuda":
+        return CHUNK
+    vocabulary = states_ND.shape[1] if head.weight_VD is None else len(head.weight_VD)
+    return max(CHUNK, min(GPU_CHUNK, GPU_LOGITS // vocabulary))
 
 
 Chunk = tuple[torch.Tensor, torch.Tensor | None]  # losses, and where wanted their states' gradients

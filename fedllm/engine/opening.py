@@ -12,9 +12,9 @@ from fedllm.engine.decoder_probe import own_trunk
 from fedllm.engine.flat_row import predicting_states
 from fedllm.engine.graphs import Shelf, record_on_gpu
 from fedllm.engine.kernel_choice import choose_kernel
-from fedllm.engine.pass_inputs import PassInputs
 from fedllm.engine.passes import Passes
 from fedllm.engine.probe import can_be_ragged, check_causal, plain_head
+from fedllm.engine.recorded_inputs import RecordedInputs
 from fedllm.models.base import BaseModel
 
 _logger = logging.getLogger("fedllm.training")
@@ -41,5 +41,5 @@ def open_passes(base: BaseModel, layout: AdapterLayout) -> Passes:
     passes = Passes(base, Bank(layout, kernel, base.device, dtype), trunk, head, is_ragged)
     own = own_trunk(passes)
     is_gpu = base.device.type == "cuda"
-    shelf = Shelf[PassInputs](partial(record_on_gpu, base.device)) if is_gpu else None
+    shelf = Shelf[RecordedInputs](partial(record_on_gpu, base.device)) if is_gpu else None
     return replace(passes, trunk=trunk if own is None else own, shelf=shelf)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fedllm.engine.adapter_bank import NoisyRow, Route, segments
+from fedllm.engine.adapter_bank import Route, segments
+from fedllm.engine.dropout import Drops, Noise, NoisyRow
 from fedllm.engine.flat_row import FlatRow, flat_row, starts
 from fedllm.engine.graphs import Sizes, num_padding
 from fedllm.engine.pass_buffer import Array, PassBuffer
@@ -17,7 +18,7 @@ from fedllm.engine.route_tensors import most_tiles, route_arrays, route_tensors
 
 @dataclass(frozen=True, eq=False)
 class PassArrays:
-    """A pass on the host. `flat` has the arrays of its flat row, and the weight of each learnt token."""
+    """A pass on the host. `flat` has the arrays of its flat row, and its tokens' weights and dropout."""
 
     flat: dict[str, Array]
     longest: tuple[int, int]
@@ -62,15 +63,19 @@ class PassInputs:
 def place(arrays: PassArrays, device: torch.device) -> PassInputs:
     """Return a pass on a device, where it gets in one copy."""
     buffer = PassBuffer(arrays.named(), device)
+    tensors = buffer.tensors
+    noise = None
+    if arrays.noise:
+        drops = Drops(tensors["seeds_T"], tensors["positions_T"], tensors["rates_T"])
+        noise = Noise(arrays.noise, drops)
     lengths_G, clients_G = arrays.lengths_G.tolist(), arrays.clients_G.tolist()
     route = Route(
         segments(lengths_G, clients_G),
         segments(lengths_G, arrays.slots_G.clip(0).tolist()),
-        route_tensors(buffer.tensors),
-        arrays.noise,
+        route_tensors(tensors),
+        noise,
     )
-    flat = flat_row(buffer.tensors, arrays.longest)
-    return PassInputs(buffer, flat, route, buffer.tensors["weights_N"])
+    return PassInputs(buffer, flat_row(tensors, arrays.longest), route, tensors["weights_N"])
 
 
 def padded(arrays: PassArrays, room: Sizes) -> PassArrays:

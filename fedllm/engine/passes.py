@@ -14,13 +14,15 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedllm.engine.adapter_bank import Bank, noisy_rows
+from fedllm.engine.adapter_bank import Bank
+from fedllm.engine.dropout import drop_arrays, noisy_rows
 from fedllm.engine.flat_row import FlatRow, arrange
 from fedllm.engine.graphs import Shelf, rounded_up
 from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
 from fedllm.engine.jobs import EvaluationJob, Objective
 from fedllm.engine.layers import attached
 from fedllm.engine.pass_inputs import PassArrays, PassInputs, padded, place
+from fedllm.engine.recorded_inputs import RecordedInputs, can_be_refilled, kind_of, recorded_inputs
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import Encoded
 
@@ -53,7 +55,7 @@ class Passes:
     trunk: Trunk
     head: Head  # what turns the states into logits
     is_ragged: bool  # whether samples may share a pass
-    shelf: Shelf[PassInputs] | None = None  # of recorded passes, where a device can record any
+    shelf: Shelf[RecordedInputs] | None = None  # of recorded passes, where a device can record any
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -74,14 +76,14 @@ class Passes:
         The loss is the objective's, cross-entropy with the next token where there is none. It is on the
         model's device, which need not have finished the pass.
         """
-        arrays = self.arrange(items, backward=backward)
+        arrays, criterion = self.arrange(items, backward=backward), None
         if objective is not None:
-            inputs = place(arrays, self.base.device)
             criterion = objective.criterion([item.row for item in items], self.base.device)
-            return self.run(inputs, criterion, backward=backward)
-        if self.shelf is None or arrays.noise or not self.is_ragged:
-            return self._cross_entropy(place(arrays, self.base.device), backward=backward)
-        return self._recorded(self.shelf, arrays, backward=backward)[: len(items)]
+        draws_by_row = bool(arrays.noise) and self.base.device.type == "cpu"  # other rows in every pass
+        if self.shelf and self.is_ragged and not draws_by_row and can_be_refilled(criterion):
+            return self._recorded(self.shelf, arrays, criterion, backward=backward)[: len(items)]
+        inputs = place(arrays, self.base.device)
+        return self.run(inputs, criterion or CrossEntropy(inputs.flat.targets_N), backward=backward)
 
     def states(self, items: Sequence[Item]) -> torch.Tensor:
         """Return the trunk's states for all supervised tokens, sample by sample, [N, D]."""
@@ -101,25 +103,30 @@ class Passes:
             losses_N.detach().double(), "sum", offsets=inputs.flat.learnt_B, unsafe=True, initial=0.0
         )
 
-    def _cross_entropy(self, inputs: PassInputs, *, backward: bool) -> torch.Tensor:
-        """Do a pass whose loss is the cross-entropy with the next token."""
-        return self.run(inputs, CrossEntropy(inputs.flat.targets_N), backward=backward)
-
-    def _recorded(self, shelf: Shelf[PassInputs], arrays: PassArrays, *, backward: bool) -> torch.Tensor:
+    def _recorded(
+        self,
+        shelf: Shelf[RecordedInputs],
+        arrays: PassArrays,
+        criterion: Criterion | None,
+        *,
+        backward: bool,
+    ) -> torch.Tensor:
         """Do a pass that is padded, by a recording where there is one; see `losses`."""
         room = rounded_up(arrays.sizes)
         arrays = padded(arrays, room)
-        run = partial(self._cross_entropy, backward=backward)
-        recording = shelf.find(
-            (self.bank.addresses, backward, torch.is_inference_mode_enabled()),
-            room,
-            partial(place, arrays, self.base.device),
-            run,
-            self.bank.grad_SP if backward else self.bank.grad_SP[:0],
-        )
+        make = partial(recorded_inputs, arrays, criterion, self.base.device)
+
+        def run(made: RecordedInputs) -> torch.Tensor:
+            return self.run(made.inputs, made.criterion, backward=backward)
+
+        addresses = self.bank.addresses(backward=backward)
+        drops = bool(arrays.noise)
+        kind = addresses, backward, drops, kind_of(criterion), torch.is_inference_mode_enabled()
+        changed = self.bank.grad_SP if backward else self.bank.grad_SP[:0]
+        recording = shelf.find(kind, room, make, run, changed)
         if recording is None:
-            return run(place(arrays, self.base.device))
-        recording.inputs.buffer.write(arrays.named())
+            return run(make())
+        recording.inputs.refill(arrays, criterion)
         return recording.replay().clone()  # the next replay writes to the same place
 
     def arrange(self, items: Sequence[Item], *, backward: bool) -> PassArrays:
@@ -130,18 +137,25 @@ class Passes:
         clients, slots, _ = zip(*(owner for owner, _ in groupby(owners)), strict=True)
         weights_B = np.array([item.weight for item in items])
         weights_N = weights_B.repeat(np.diff(arranged.arrays["learnt_B"]))
+        noise = noisy_rows(
+            arranged.begins_B.tolist(),
+            [len(item.row.tokens) for item in items],
+            [item.dropout for item in items],
+            [item.seed for item in items],
+        )
+        dtype = str(self.bank.dtype).removeprefix("torch.")
         return PassArrays(
-            {**arranged.arrays, "weights_N": weights_N.astype(str(self.bank.dtype).removeprefix("torch."))},
+            {
+                **arranged.arrays,
+                "weights_N": weights_N.astype(dtype),
+                **drop_arrays(noise, int(arranged.lengths_G.sum())),
+            },
             arranged.longest,
             arranged.lengths_G,
             np.array(clients),
             np.array(slots),
             len(self.bank.grad_SP) if backward else 1,
-            noisy_rows(
-                [len(item.row.tokens) for item in items],
-                [item.dropout for item in items],
-                [item.seed for item in items],
-            ),
+            noise,
         )
 
 

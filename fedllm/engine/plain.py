@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_specs
-from fedllm.engine.adapter_bank import NoisyRow, row_mask
+from fedllm.engine.dropout import NoisyRow, row_mask
 from fedllm.engine.jobs import Job, row_seed
 from fedllm.models.base import BaseModel
 from fedllm.models.chat import IGNORED, Encoded

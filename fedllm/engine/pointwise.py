@@ -96,13 +96,12 @@ class PlainPointwise:
         self, grad_TD: torch.Tensor, through_TD: torch.Tensor | None, x_TD: torch.Tensor, norm: Norm
     ) -> torch.Tensor:
         """See `Pointwise`."""
-        # y = w x s with s = mean(x^2)^(-1/2): dx = s (w g - x s mean(x s w g)).
-        wide_TD = x_TD.to(torch.float32, copy=True)
+        # y = w x s with s = mean(x^2)^(-1/2): dx = s (w g - x s^2 mean(x w g)).
+        wide_TD = x_TD.float()
         inverse_T1 = _inverse_size(wide_TD, norm)
-        unit_TD = wide_TD.mul_(inverse_T1)
-        inner_TD = (grad_TD * norm.weight_D).float()
-        shared_T1 = torch.linalg.vecdot(unit_TD, inner_TD)[..., None].div_(-x_TD.shape[-1])
-        dx_TD = torch.addcmul(inner_TD, unit_TD, shared_T1).mul_(inverse_T1).to(x_TD.dtype)
+        inner_TD = (grad_TD * norm.weight_D).to(torch.float32, copy=True)
+        shared_T1 = torch.linalg.vecdot(wide_TD, inner_TD)[..., None] * inverse_T1.square() / -x_TD.shape[-1]
+        dx_TD = inner_TD.addcmul_(wide_TD, shared_T1).mul_(inverse_T1).to(x_TD.dtype)
         return dx_TD if through_TD is None else dx_TD.add_(through_TD)
 
     def rotate(self, all_TW: torch.Tensor, angles: Angles, heads: Heads) -> Three:
@@ -140,7 +139,8 @@ class PlainPointwise:
 
 
 def _inverse_size(wide: torch.Tensor, norm: Norm) -> torch.Tensor:
-    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.epsilon)
+    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return torch.rsqrt(size.square() / wide.shape[-1] + norm.epsilon)
 
 
 def _split(all_TW: torch.Tensor, heads: Heads) -> Three:

@@ -64,19 +64,25 @@ def can_be_ragged(model: Any, device: torch.device) -> bool:
     try:
         with ragged(model):
             together = token_losses_of(rows)
-            return all(map(partial(_agree, model), alone, together)) and keeps_apart(token_losses_of, model)
+            is_right = all(map(partial(_agree, model), alone, together))
+            return is_right and keeps_apart(token_losses_of, model, together)
     except (RuntimeError, TypeError, ValueError):  # our kernel refuses, or a layer of the model does
         return False
 
 
-def keeps_apart(results_of: Callable[[Sequence[Encoded]], Sequence[torch.Tensor]], model: Any) -> bool:
+def keeps_apart(
+    results_of: Callable[[Sequence[Encoded]], Sequence[torch.Tensor]],
+    model: Any,
+    before: Sequence[torch.Tensor] | None = None,
+) -> bool:
     """Return whether what is computed of a row stays as it is whatever rows lie before and after it.
 
-    `results_of` gives one tensor for each of the rows that share its passes. Sizes stay, so the same kernels
-    run and rounding stays too, in any dtype.
+    `results_of` gives one tensor for each of the rows that share its passes, `before` what it gives for
+    `neighbours(model)`, if that is known. Sizes stay, so the same kernels run and rounding stays too, in any
+    dtype.
     """
     rows, others = neighbours(model), neighbours(model, seed=1)
-    before = results_of(rows)
+    before = before or results_of(rows)
     for kept in (0, 1):  # the even rows, then the odd ones: every neighbour changes once, on both sides
         places = range(kept, len(rows), 2)
         after = results_of([row if place in places else others[place] for place, row in enumerate(rows)])

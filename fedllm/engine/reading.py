@@ -62,12 +62,9 @@ class FixedReader:
     """Reads with a cache that holds all beginnings and `most` new tokens of every row from the start."""
 
     def __init__(self, base: BaseModel, beginnings: Sequence[Sequence[int]], most: int):
-        from transformers import StaticCache
-
         self._model = base.model
         self._inputs_Bt, self._mask_Bt = left_padded(beginnings, 0, base.device)
-        length = self._mask_Bt.shape[1] + most
-        self._cache = StaticCache(base.model.config, max_cache_len=length)
+        self._cache = _fixed_cache(base.model, self._mask_Bt.shape[1] + most)
         self._positions_B1 = _positions(self._mask_Bt)[:, -1:].clone()
         # The keys of tokens to come are hidden by their places, as in every causal mask.
         self._mask_BK = torch.nn.functional.pad(self._mask_Bt, (0, most), value=1)
@@ -95,16 +92,8 @@ class FixedReader:
 
 @torch.no_grad()
 def can_be_fixed(base: BaseModel) -> bool:
-    """Return whether a cache of fixed size gives the logits of one that grows, tried on a few tokens.
-
-    Not where a layer keeps anything but the keys and values of all tokens: what it keeps of a window moves.
-    """
-    from transformers import StaticCache
-    from transformers.cache_utils import StaticLayer
-
+    """Return whether a cache of fixed size gives the logits of one that grows, tried on a few tokens."""
     try:
-        if any(type(layer) is not StaticLayer for layer in StaticCache(base.model.config, 8).layers):
-            return False
         vocabulary = base.model.config.get_text_config().vocab_size
         tokens = [(7919 * index + 13) % vocabulary for index in range(12)]
         written = torch.tensor([tokens[:3], tokens[3:6]], device=base.device)
@@ -113,9 +102,30 @@ def can_be_fixed(base: BaseModel) -> bool:
             fixed, grown = (r.next(written[:, step - 1 : step]) if step else r.first() for r in readers)
             if not bool((fixed - grown).norm() <= _AGREE * grown.norm()):
                 return False
-    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return False  # the model or its cache refuses
     return True
+
+
+def _fixed_cache(model: Any, length: int) -> Any:
+    """Return a cache that holds `length` keys and values of every layer (transformers.Cache).
+
+    Of a window too: which keys it reaches is left to the mask, since a cache of the window alone moves.
+
+    Raises:
+        ValueError: a layer keeps anything else, or attends by chunks.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+
+    layers = StaticCache(model.config, length).layers
+    kinds, chunk = (
+        set(map(type, layers)),
+        getattr(model.config.get_text_config(), "attention_chunk_size", None),
+    )
+    if chunk is not None or not kinds <= {StaticLayer, StaticSlidingWindowLayer}:
+        raise ValueError
+    return Cache(layers=[StaticLayer(length) for _ in layers])
 
 
 def rows_at_once(base: BaseModel, length: int) -> int:

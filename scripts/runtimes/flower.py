@@ -59,7 +59,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # at 0.1 a SuperLink or node takes 5 % of a core, idle
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1",  # at 0.1 a SuperLink or node takes 5 % of a core, idle
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),

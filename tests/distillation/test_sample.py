@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm.distillation.sample import Samples, sample_texts
+from fedllm.distillation.sample import NextTokens, Samples, sample_texts
 from fedllm.engine.generate import end_tokens
 from fedllm.errors import ConfigError, LayoutError, NoDataError, NonFiniteError
 from fedllm.models.chat import IGNORED
@@ -83,6 +83,14 @@ def test_first_tokens_have_the_frequencies_of_the_mixture(
     freedom = len(expected) - 1
     assert freedom > 10
     assert statistic < freedom + 3.1 * (2 * freedom) ** 0.5 + 5
+
+
+def test_a_choice_needs_no_look_at_the_device() -> None:
+    """On the device "meta" no tensor has values, so whatever asks for one raises."""
+    device = torch.device("meta")
+    choose = NextTokens([np.random.default_rng(n) for n in range(3)], 4, 0.7, device)
+    step_1, logits_BV = torch.ones(1, dtype=torch.int64, device=device), torch.empty(2, 50, device=device)
+    assert choose(range(1, 3), step_1, logits_BV).shape == (2,)
 
 
 def test_a_text_ends_with_its_first_end_token(make_engine: Callable, make_teacher: Callable) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from fedllm.adapters.layout import AdapterLayout, LoraMatrix
 from fedllm.adapters.parts import part_of
-from fedllm.engine.adapter_bank import Bank, Kept, Kernel, make_route, noisy_rows
+from fedllm.engine.adapter_bank import Bank, Kept, Kernel, make_route
+from fedllm.engine.dropout import Drops, Noise, NoisyRow
 from fedllm.engine.kernels import LoopKernel, MaskedKernel, adapted_output
 from fedllm.models.base import PlainLinear
 
@@ -88,7 +89,9 @@ def test_a_group_with_dropout_is_each_matrix_alone(kernel: Kernel) -> None:
     for groups in ([GROUP], [(index,) for index in GROUP]):
         case = make_case(kernel)
         bank = case.bank
-        bank.route = replace(bank.route, noise=noisy_rows([5, 5], [0.4, 0.0], [7, 8]))
+        none_T = torch.zeros(0)  # for other devices
+        noise = Noise((NoisyRow(0, 5, 0.4, 7),), Drops(none_T, none_T, none_T))
+        bank.route = replace(bank.route, noise=noise)
         x_TI = case.x_TI.requires_grad_()
         weights = weight_OI.split(OUTPUTS) if len(groups) > 1 else [weight_OI]
         outputs = [

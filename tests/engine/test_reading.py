@@ -17,6 +17,7 @@ from fedllm.engine.kernels import MaskedKernel
 from fedllm.engine.layers import attached
 from fedllm.engine.reading import FixedReader, GrowingReader, can_be_fixed, left_padded
 from fedllm.models.base import BaseModel, layout_of
+from tests.models.families import tiny_model
 
 BEGINNINGS = [(7, 9, 30, 31, 32, 33), (11,), (20, 21, 22)]
 
@@ -35,9 +36,11 @@ def test_padding_goes_left() -> None:
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
 @torch.no_grad()
-def test_a_fixed_cache_gives_the_logits_of_a_growing_one(load_tiny: Callable) -> None:
-    base = load_tiny("llama", "float64")
+def test_a_fixed_cache_gives_the_logits_of_a_growing_one(kind: str, load_tiny: Callable) -> None:
+    """Beyond the window of 8 tokens too, which every other layer of gemma3 has."""
+    base = load_tiny(kind, "float64")
     assert can_be_fixed(base)
     fixed, grown = (kind(base, BEGINNINGS, 5) for kind in (FixedReader, GrowingReader))
     torch.testing.assert_close(fixed.first(), grown.first(), rtol=0, atol=1e-12)
@@ -49,10 +52,9 @@ def test_a_fixed_cache_gives_the_logits_of_a_growing_one(load_tiny: Callable) ->
     assert len(texts[0]) == 3
 
 
-def test_windows_and_foreign_caches_are_left_to_grow(load_tiny: Callable) -> None:
-    assert not can_be_fixed(load_tiny("gemma3", "float64"))
-    base = load_tiny("llama", "float64")
-    assert not can_be_fixed(replace(base, model=torch.nn.Linear(2, 2)))
+@pytest.mark.parametrize("kind", ["mamba", "falcon_h1", "xlm"])
+def test_a_model_of_another_cache_is_left_to_grow(kind: str, load_tiny: Callable) -> None:
+    assert not can_be_fixed(replace(load_tiny("llama", "float32"), model=tiny_model(kind)))
 
 
 class NoCopies(TorchDispatchMode):

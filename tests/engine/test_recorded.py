@@ -14,7 +14,7 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.graphs import Shelf
 from fedllm.engine.jobs import EvaluationJob, Job
 from fedllm.engine.kernels import MaskedKernel
-from fedllm.engine.pass_inputs import PassInputs
+from fedllm.engine.recorded_inputs import RecordedInputs
 from tests.engine.test_graphs import eager
 from tests.engine.test_passes import Shifted
 
@@ -41,7 +41,7 @@ class Recorder:
 def recorded_by(engine: Engine, recorder: Callable) -> Engine:
     """Let the passes of an engine be recorded, with a kernel that reads all from tensors."""
     engine.bank.kernel = MaskedKernel()
-    engine.passes = replace(engine.passes, shelf=Shelf[PassInputs](recorder))
+    engine.passes = replace(engine.passes, shelf=Shelf[RecordedInputs](recorder))
     return engine
 
 
@@ -113,26 +113,61 @@ def test_what_cannot_be_recorded_is_computed_as_usual(
     assert len(caplog.messages) == 1
 
 
-def test_dropout_and_objectives_are_not_recorded(make_engine: Callable, make_job: Callable) -> None:
+def test_objectives_are_recorded_with_their_own_targets(
+    make_engine: Callable, make_job: Callable, make_rows: Callable
+) -> None:
+    plain, recorder = make_engine("llama"), Recorder()
+    engine, objective = recorded_by(make_engine("llama"), recorder), Shifted()
+    jobs = [replace(job, objective=objective) for job in some_jobs(plain, make_job, make_rows)]
+    for found, expected in zip(engine.train(jobs), plain.train(jobs), strict=True):
+        torch.testing.assert_close(found.delta, expected.delta, **EXACT)
+        torch.testing.assert_close(found.losses, expected.losses, **EXACT)
+    assert recorder.replayed > recorder.recorded > 0
+
+
+def test_dropout_on_a_cpu_is_not_recorded(make_engine: Callable, make_job: Callable) -> None:
     recorder = Recorder()
     engine = recorded_by(make_engine("llama"), recorder)
-    dropped = make_job(engine.layout, steps=4, dropout=0.1)
-    list(engine.train([dropped, replace(make_job(engine.layout, steps=4), objective=Shifted())]))
+    list(engine.train([make_job(engine.layout, steps=4, dropout=0.1)]))
     assert not recorder.recorded
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_graph_on_a_gpu_gives_the_bits_of_single_kernels(
-    dtype: str, make_engine: Callable, make_job: Callable, make_rows: Callable
+    dtype: str, clip: float, make_engine: Callable, make_job: Callable, make_rows: Callable
 ) -> None:
     """Rows are short enough for attention to keep its order of sums."""
     engine = make_engine("llama", dtype, device="cuda")
-    jobs = some_jobs(engine, make_job, make_rows)
-    shelf = engine.passes.shelf
-    found = [result.delta for _ in range(2) for result in engine.train(jobs)]
+    jobs = [replace(job, example_clip=clip) for job in some_jobs(engine, make_job, make_rows)]
+    measured = [EvaluationJob(job.client_id, job.start, job.batches[0]) for job in jobs]
+
+    def results() -> list[torch.Tensor]:
+        """Return deltas and losses of three rounds, of which the second records and the third replays."""
+        deltas, losses = [], []
+        for _ in range(3):
+            deltas += [result.delta for result in engine.train(jobs)]
+            losses += [torch.tensor(each.loss) for each in engine.evaluate(measured)]
+        return [*deltas, *losses]
+
+    found, shelf = results(), engine.passes.shelf
     assert shelf is not None
-    assert shelf.num_kept
-    engine.passes = replace(engine.passes, shelf=Shelf[PassInputs](eager))
-    expected = [result.delta for _ in range(2) for result in engine.train(jobs)]
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert shelf.num_kept > 1
+    engine.passes = replace(engine.passes, shelf=Shelf[RecordedInputs](eager))
+    assert all(torch.equal(one, other) for one, other in zip(found, results(), strict=True))
+
+
+@pytest.mark.gpu
+def test_graph_on_a_gpu_follows_weights_that_move(make_engine: Callable, make_rows: Callable) -> None:
+    engine = make_engine("llama", "bfloat16", device="cuda")
+    jobs = [EvaluationJob("a", torch.zeros(engine.layout.size), make_rows([9, 30]))]
+    before = [engine.evaluate(jobs)[0].loss for _ in range(3)][-1]
+    layer = engine.base.model.get_submodule(engine.layout.matrices[0].module)
+    original = layer.weight.data
+    layer.weight.data = 2 * original
+    moved = [engine.evaluate(jobs)[0].loss for _ in range(3)]
+    layer.weight.data = original
+    assert len(set(moved)) == 1
+    assert moved[0] != before
+    assert engine.evaluate(jobs)[0].loss == before

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from fedllm.engine.engine import Engine
 from fedllm.engine.flat_row import FlatRow
 from fedllm.engine.jobs import EvaluationJob
-from fedllm.engine.token_budget import measured_budget, smaller_budget
+from fedllm.engine.token_budget import LARGEST, SMALLEST, measured_budget, smaller_budget
 
 CPU = torch.device("cpu")
 
@@ -82,6 +83,18 @@ def test_evaluation_out_of_memory_goes_on_in_smaller_passes(
     expected = [each.loss for each in engine.evaluate(jobs)]
     out_of_memory_above(engine, 30)
     assert [each.loss for each in engine.evaluate(jobs)] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.gpu
+def test_budget_of_a_gpu_is_measured_and_remembered(
+    make_engine: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
+    engine = make_engine("llama", "bfloat16", token_budget="auto", device="cuda")
+    assert SMALLEST <= engine.token_budget <= LARGEST
+    monkeypatch.setattr("fedllm.engine.token_budget.measured_budget", None)  # not called again
+    again = make_engine("llama", "bfloat16", token_budget="auto", device="cuda")
+    assert again.token_budget == engine.token_budget
 
 
 def test_row_that_is_too_much_alone_is_out_of_memory(make_engine: Callable, make_job: Callable) -> None:

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedllm.config.run_config import RunConfig
+from fedllm.plan.run_plan import resolve
+from scripts.console import Console
 from scripts.recipe_arguments import config_of
-from scripts.runtimes.flower import status, submit, superlink, supernode
+from scripts.run_view import RunView
+from scripts.runtimes.flower import run_with_flower, status, submit, superlink, supernode
 from scripts.runtimes.local import init, step
 
 
@@ -56,6 +60,26 @@ def test_flower_runtime_equals_the_local_one(runtime, changes, tiny_run, fedllm,
     assert steps[0] == steps[1]
     assert bool(steps[0].get("texts")) is ("distill.when=last" in words), "texts were written and asked about"
     fedllm("compare", str(tmp_path / "local"), str(tmp_path / runtime), "--assert-equal")
+
+
+@pytest.mark.slow
+def test_two_gpus_are_two_workers_and_the_same_bits(tiny_run, monkeypatch, tmp_path):
+    config = config_of(tiny_run, ["model.device=auto", f"run.output={tmp_path}", "run.name=two"])
+    state = init(config, num_nodes=2)
+    for _ in range(config.federation.num_rounds):
+        state, _ = step(state)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # Ray is told so; the workers find none
+    run_with_flower(config, RunView(Console(quiet=True), resolve(config)), is_simulation=True)
+    assert _digest(tmp_path / "two") == state.adapter.digest
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_simulation_trains_and_distils_on_one_gpu(tiny_run, fedllm, tmp_path):
+    words = [*tiny_run, "model.device=cuda", "distill.when=last", "distill.num-texts=8", "distill.steps=2"]
+    fedllm("run", *words, "run.name=gpu", "--out", str(tmp_path), "--runtime", "simulation")
+    assert _digest(tmp_path / "gpu")
+    assert _step(tmp_path / "gpu").get("texts"), "the server's base model fits next to the worker's"
 
 
 def _kept(folder: Path) -> dict[str, bytes]:
