@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.engine.token_budget import CPU_STEP_TOKENS, CPU_TOKEN_BUDGET
+from fedllm.engine.token_budget import CPU_STEP_TOKENS, cpu_budget
 from fedllm.models.base import ChosenModel
 from fedllm.plan.distillation import DistillationPlan
 from fedllm.plan.run_plan import RunPlan
@@ -117,7 +117,7 @@ def memory_of(
     """
     train, budget = plan.config.train, plan.config.train.token_budget
     step = max(1.0, row_tokens * train.batch_size)
-    tokens = min(max(budget if isinstance(budget, int) else CPU_TOKEN_BUDGET, step), CPU_STEP_TOKENS)
+    tokens = min(max(budget if isinstance(budget, int) else cpu_budget(chosen.dtype), step), CPU_STEP_TOKENS)
     together = min(plan.cohort.size, max(1, int(tokens / step)))
     weights = model.parameters * _VALUE_BYTES.get(chosen.quantization, chosen.dtype.itemsize)
     adapters = 4 * layout.size * (5 * together + plan.cohort.size)

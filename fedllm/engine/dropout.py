@@ -81,7 +81,8 @@ def keep_mask(noise: Noise, index: int, like_TI: torch.Tensor) -> torch.Tensor:
     if like_TI.is_cuda and draws_as_a_cpu(like_TI.device):
         from fedllm.engine.triton.dropout import drop_mask
 
-        return drop_mask(noise.drops, index, like_TI)
+        drops = noise.drops
+        return drop_mask(drops.seeds_T, drops.positions_T, drops.rates_T, index, like_TI)
     return counted_mask(noise.drops, index, like_TI)
 
 
@@ -134,6 +135,7 @@ def draws_as_a_cpu(device: torch.device) -> bool:
         tokens = torch.arange(3, device=device)
         drops = Drops(tokens * 2**40 + 5, tokens, torch.tensor([0.0, 0.3, 0.9], device=device))
         like_TI = torch.empty(3, 1030, device=device)
-        return torch.equal(drop_mask(drops, 2, like_TI), counted_mask(drops, 2, like_TI))
+        found_TI = drop_mask(drops.seeds_T, drops.positions_T, drops.rates_T, 2, like_TI)
+        return torch.equal(found_TI, counted_mask(drops, 2, like_TI))
 
     return stands_trial(device, "LoRA dropout", trial)

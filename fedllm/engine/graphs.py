@@ -189,16 +189,19 @@ def record_on_gpu(
         RuntimeError: CUDA or a kernel refuses, or memory does not suffice.
     """
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            aside
-        ):  # what is made once, as compiled kernels, must not become part of a graph
-            run()
-        torch.cuda.current_stream().wait_stream(aside)
+        stream, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(stream)
+        try:
+            with torch.cuda.stream(aside):  # what is made once, as compiled kernels, is no part of a graph
+                run()
+        finally:  # what was begun there still adds to its sums
+            stream.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         pool = shares.graph.pool() if isinstance(shares, GraphReplay) else None
-        # Other threads of the process, which write checkpoints, say, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            output = run()
+        try:
+            # Other threads of the process, which write checkpoints, say, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                output = run()
+        finally:  # torch stays on the stream of a capture that failed
+            torch.cuda.set_stream(stream)
     return GraphReplay(graph, output)

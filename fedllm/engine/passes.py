@@ -61,9 +61,8 @@ class Passes:
     def attached(self) -> Iterator[None]:
         """Within the block the model has the bank's adapters, and attends within each sample."""
         with attached(self.base.model, self.bank, is_ragged=self.is_ragged):
-            if (
-                self.shelf is not None
-            ):  # a base delta, say, moves weights, and a recording knows their addresses
+            if self.shelf is not None:
+                # A recording knows weights by their addresses, and a base delta, say, moves them.
                 weights = self.base.model.parameters()
                 self.shelf.surroundings = tuple(weight.data_ptr() for weight in weights)
             yield

@@ -59,15 +59,17 @@ def test_padding_changes_no_loss_and_no_gradient(
     torch.testing.assert_close(padded_gradients, gradients, **EXACT)
 
 
-def test_passes_of_one_room_have_equal_sizes(make_engine: Callable, make_rows: Callable) -> None:
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_passes_of_one_room_have_equal_sizes(rate: float, make_engine: Callable, make_rows: Callable) -> None:
     """So one buffer serves all of them."""
     engine = make_engine("llama")
     engine.bank.load(engine.layout, [torch.zeros(engine.layout.size)] * 3, [1.0] * 3)
     engine.bank.reserve(3)
-    items = items_of(make_rows, is_shared=False)
+    items = [replace(item, dropout=rate, seed=7) for item in items_of(make_rows, is_shared=False)]
     room = Sizes(64, 64, 16, 32, 32, 48, 8, 4, 3)
     shapes = []
     for part in (items, items[1:], items[:2]):
         full = padded(engine.passes.arrange(part, backward=True), room)
         shapes.append({name: (array.shape, array.dtype) for name, array in full.named().items()})
     assert shapes[0] == shapes[1] == shapes[2]
+    assert ("rates_T" in shapes[0]) == (rate > 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from fedllm.models.attention import attend_padded, attend_run_by_run
+from fedllm.models.attention import attend_padded, attend_run_by_run, ragged_attention
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 SAMPLES = ((5, 5), (5, 5), (3, 7), (3, 7), (4, 4), (9, 9))  # (queries, keys)
@@ -81,3 +81,23 @@ def test_half_precision_is_attended_in_float32_on_a_cpu() -> None:
     output = attend_run_by_run(*tensors, lengths, None, None)
     exact = attend_run_by_run(*(tensor.float() for tensor in tensors), lengths, None, None)
     assert torch.equal(output, exact.bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
+def test_a_gpu_attends_as_a_cpu_does(dtype: torch.dtype, bound: float, window: int | None) -> None:
+    """Outputs and gradients, by the flash kernel of samples of many lengths and by the padded call."""
+    tensors, lengths = flat_row(dtype)
+    there = [tensor.cuda().requires_grad_() for tensor in tensors]
+    exact = [tensor.double().requires_grad_() for tensor in tensors]
+    places = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in lengths.items()}
+    output, _ = ragged_attention(None, *there, None, sliding_window=window, **places)
+    wanted = one_by_one(*exact, window)
+    output.float().sum().backward()
+    wanted.sum().backward()
+    assert torch.allclose(output.cpu().double(), wanted, rtol=0, atol=bound)
+    for left, right in zip(there, exact, strict=True):
+        assert left.grad is not None
+        assert right.grad is not None
+        assert torch.allclose(left.grad.cpu().double(), right.grad, rtol=bound, atol=bound)

@@ -16,7 +16,7 @@ pytestmark = [
 
 def test_quickstart_lowers_every_loss_and_peft_gives_the_same(fedllm, tmp_path):
     words = ["federation.num-clients=2", "federation.num-rounds=2", "data.max-rows=40", "run.name=small"]
-    words += ["data.max-held-out=4", "evaluation.max-new-tokens=4"]
+    words += ["data.max-held-out=4", "evaluation.max-new-tokens=4", "model.dtype=float32"]
     words += ["distill.num-texts=4", "distill.steps=2", "distill.max-tokens=48"]
     done = fedllm("run", *words, "--out", str(tmp_path), "--json", timeout=600)
     result = json.loads(done.stdout)

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fedllm.engine.dropout import Drops
-
 _BLOCK = 256  # counts of a program
 
 
@@ -34,14 +32,20 @@ def _drop_mask_kernel(seeds, positions, rates, scales, masks, width, index, BLOC
     _store(fourth, rate, scale, target, 4 * count + 3, width)
 
 
-def drop_mask(drops: Drops, index: int, like_TI: torch.Tensor) -> torch.Tensor:
-    """Return what `fedllm.engine.dropout.counted_mask` does."""
+def drop_mask(
+    seeds_T: torch.Tensor,
+    positions_T: torch.Tensor,
+    rates_T: torch.Tensor,
+    index: int,
+    like_TI: torch.Tensor,
+) -> torch.Tensor:
+    """Return what `counted_mask` of `fedllm.engine.dropout` does."""
     num_tokens, width = like_TI.shape
     mask_TI = torch.empty(num_tokens, width, device=like_TI.device, dtype=like_TI.dtype)
     # Here, since a kernel's division may round otherwise.
-    scales_T = (1 / (1 - drops.rates_T)).to(like_TI.dtype)
+    scales_T = (1 / (1 - rates_T)).to(like_TI.dtype)
     _drop_mask_kernel[num_tokens, triton.cdiv(width, 4 * _BLOCK)](
-        *(drops.seeds_T, drops.positions_T, drops.rates_T, scales_T, mask_TI),
+        *(seeds_T, positions_T, rates_T, scales_T, mask_TI),
         *(width, index),
         BLOCK=_BLOCK,
     )
