@@ -49,6 +49,12 @@ def test_the_engine_and_its_plain_twin_give_the_same_delta(
     torch.testing.assert_close(only(engine.train([job])).delta, plain, **EXACT)
 
 
+def test_a_cpu_may_have_a_number(make_engine: Callable, make_job: Callable) -> None:
+    engine, named = make_engine(), make_engine(device="cpu:0")
+    found, expected = (only(one.train([make_job(engine.layout)])) for one in (named, engine))
+    assert torch.equal(found.delta, expected.delta)
+
+
 @pytest.mark.parametrize(
     "numbers",
     [
