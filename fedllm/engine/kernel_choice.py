@@ -44,7 +44,7 @@ def _chosen(
 
 
 def preferred(seconds: Callable[[Kernel], float]) -> Kernel:
-    """Return the better of the kernels for a GPU by the seconds they take, where memory allows to find out."""
+    """Return the kernel for a GPU by the seconds that each takes, where memory allows to find out."""
     from fedllm.engine.triton.lora import TritonKernel
 
     ours, other = TritonKernel(), MaskedKernel()
