@@ -19,8 +19,7 @@ def stands_trial(device: torch.device, what: str, trial: Callable[[], bool]) -> 
         # Triton launches on the current device.
         with torch.cuda.device_of(torch.empty(0, device=device)):  # type: ignore[no-untyped-call]
             reason = "" if trial() else "its numbers are others"
-    # Any error: where libcuda is not found, say, Triton fails an assertion, and where its folder forbids to run
-    # programs, an import.
+    # Any error: Triton raises AssertionError without libcuda, and ImportError where it may run no program.
     except Exception as error:
         reason = first_line(error)
     if reason:
