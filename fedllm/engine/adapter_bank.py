@@ -89,7 +89,7 @@ class Bank:
         self.dtype = dtype
         self._held: dict[str, torch.Tensor] = {}  # what the rows below are the first rows of
         self.load(layout, (), ())
-        self.grad_SP = self._rows("grad", 0, self.theta_CP.shape[1])
+        self.reserve(0)
         self.route = make_route([0], [0], [-1], 0, device)
         self.batch_rows: tuple[int, ...] = ()  # while generating: the client of each row of the batch
         self._batch_routes: dict[int, Route] = {}  # of those rows, by the number of their tokens
@@ -130,7 +130,13 @@ class Bank:
         """Return what must be equal for a recorded pass to find this bank's rows where it left them."""
         rows = (self.theta_CP, self.frozen_CQ, self.scales_C, *((self.grad_SP,) if backward else ()))
         places = tuple((held.data_ptr(), *held.shape) for held in rows)
-        return self.layout.fingerprint, self.layout.rank, self.trained, places
+        return tuple(self.places), self.layout.rank, self.trained, places  # layouts may be equally large
+
+    def release(self) -> None:
+        """Hold no rows, so that the memory of all that were ever needed is free."""
+        self._held.clear()
+        self.load(self.layout, (), ())
+        self.reserve(0)
 
     def _rows(self, name: str, number: int, size: int) -> torch.Tensor:
         """Return rows of `size` values: those held under `name` where they fit, else new ones.

@@ -35,7 +35,7 @@ T = TypeVar("T")
 class Engine:
     """Trains, evaluates and generates with adapters of one layout on one base model.
 
-    `token_budget` is the number of tokens a forward pass holds ("auto" = 512 on a CPU, measured on a GPU):
+    `token_budget` is the number of tokens a forward pass holds ("auto" = 512 on a CPU in float32, measured on a GPU):
     clients are fused until it is full, and a step that exceeds it is split (on a CPU from 4,096 tokens). It
     changes speed and rounding, nothing else.
     """
@@ -158,6 +158,7 @@ class Engine:
             # Out here no traceback holds on to what the failed pass has made.
             if self.passes.shelf is not None:
                 self.passes.shelf.clear()
+            self.bank.release()
             torch.cuda.empty_cache()
             self.token_budget = budget
 

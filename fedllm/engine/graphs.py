@@ -18,6 +18,7 @@ import torch
 
 from fedllm.models.files import first_line
 
+MOST_COUNTED = 4096  # kinds of passes, as a long run may have more and more
 MOST_KEPT = 16  # they share their memory: all of them need what the largest does
 
 B = TypeVar("B")
@@ -120,6 +121,8 @@ class Shelf(Generic[B]):
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
+        if len(self._uses) >= MOST_COUNTED:
+            self._uses.clear()
         self._uses[key] += 1
         if sizes.tokens >= self._refused_from or self._uses[key] < 2:
             return None

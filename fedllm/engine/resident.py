@@ -52,5 +52,6 @@ class Resident:
         """
         base, key = self.base(model), (layout, token_budget)
         if key not in self._engines:
-            self._engines = {key: Engine(base, layout, token_budget=token_budget)}
+            self._engines.clear()  # first too: the next one measures how much memory is free
+            self._engines[key] = Engine(base, layout, token_budget=token_budget)
         return self._engines[key]

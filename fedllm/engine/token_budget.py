@@ -111,8 +111,8 @@ def measured_budget(run_pass: Callable[[int], None], device: torch.device) -> in
         if seconds > _LONGEST_PASS or rates[size] < _GOOD_ENOUGH * max(rates.values()):
             break
         size *= 2
-    best = max(rates.values())
-    return min(size for size, rate in rates.items() if rate >= _GOOD_ENOUGH * best)
+    best = max(rates.values(), default=0.0)
+    return min((size for size, rate in rates.items() if rate >= _GOOD_ENOUGH * best), default=SMALLEST)
 
 
 def _circumstances(passes: Passes) -> str:
@@ -171,6 +171,7 @@ def _measured_here(passes: Passes, rows: int) -> int:
         budget = measured_budget(run_pass, passes.base.device)
     if passes.shelf is not None:
         passes.shelf.clear()
+    bank.release()
     return budget
 
 

@@ -106,6 +106,13 @@ def test_least_recently_used_recording_goes_first() -> None:
     assert work.find(shelf, kind="b") is not None
 
 
+def test_kinds_counted_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedllm.engine.graphs.MOST_COUNTED", 3)
+    shelf, work = Shelf[torch.Tensor](eager), Pass()
+    assert [work.find(shelf, kind=kind) for kind in "abcda"] == [None] * 5  # the first use of a is forgotten
+    assert work.find(shelf, kind="a") is not None
+
+
 def test_larger_recording_is_made_before_smaller_ones() -> None:
     shared: list[object] = []
 

@@ -83,6 +83,20 @@ def test_recorded_evaluation_gives_the_same_losses(make_engine: Callable, make_r
     assert (recorder.recorded, recorder.replayed) == (1, 2)
 
 
+def test_recordings_tell_equally_large_adapters_apart(make_engine: Callable) -> None:
+    """Adapters of one matrix each, which lies in another layer."""
+    engine = make_engine("llama")
+    one, *others = engine.layout.matrices
+    other = next(each for each in others if vars(each) | {"module": ""} == vars(one) | {"module": ""})
+    bank, places, rows = engine.bank, [], torch.zeros(1, 1)
+    for matrix in (one, other):
+        layout = replace(engine.layout, matrices=(matrix,))
+        bank.load(layout, [torch.zeros(layout.size)], [1.0])
+        bank.theta_CP = bank.frozen_CQ = bank.scales_C = rows  # where the other lay
+        places.append(bank.addresses(backward=False))
+    assert places[0] != places[1]
+
+
 def test_moved_weights_are_not_computed_with_by_an_old_recording(
     make_engine: Callable, make_rows: Callable
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedllm.config.keys import LoraConfig, ModelConfig
+from fedllm.engine.engine import Engine
 from fedllm.engine.resident import Resident
 from fedllm.errors import LayoutError
 from fedllm.models.base import ChosenModel, layout_of, load_chosen
@@ -37,6 +38,24 @@ def test_resident_engine_stands_for_one_layout(make_model: Callable[..., ModelCo
     assert resident.engine(model, layout_of(base.model, LoraConfig(rank=2), base.fingerprint)) is engine
     other = layout_of(base.model, LoraConfig(rank=3), base.fingerprint)
     assert resident.engine(model, other).layout == other
+
+
+def test_resident_lets_go_of_an_engine_before_the_next(
+    make_model: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident, model, still_there = Resident(), make_model(), []
+    base = resident.base(model)
+    layouts = [layout_of(base.model, LoraConfig(rank=rank), base.fingerprint) for rank in (2, 3)]
+    old = weakref.ref(resident.engine(model, layouts[0]))
+
+    def open_engine(*args: Any, **options: Any) -> Engine:
+        gc.collect()
+        still_there.append(old() is not None)
+        return Engine(*args, **options)
+
+    monkeypatch.setattr("fedllm.engine.resident.Engine", open_engine)
+    resident.engine(model, layouts[1])
+    assert still_there == [False]
 
 
 def test_resident_keeps_the_newest_model_alone(make_model: Callable[..., ModelConfig]) -> None:

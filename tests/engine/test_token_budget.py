@@ -29,6 +29,17 @@ def test_a_machine_out_of_memory_keeps_what_fitted() -> None:
     assert measured_budget(run_pass, CPU) <= 512
 
 
+def test_smallest_budget_where_no_pass_can_be_timed() -> None:
+    tried: list[int] = []
+
+    def run_pass(size: int) -> None:
+        tried.append(size)
+        if len(tried) > 1:  # the one that warms up fits
+            raise torch.OutOfMemoryError
+
+    assert measured_budget(run_pass, CPU) == SMALLEST
+
+
 def test_smaller_budget_halves_what_a_pass_really_held() -> None:
     assert smaller_budget(1000, [60, 40, 20]) == 60
     assert smaller_budget(60, [60, 40, 20]) == 0
@@ -62,12 +73,16 @@ def test_training_out_of_memory_goes_on_in_smaller_passes(
     engine = make_engine("llama", token_budget=512)
     jobs = [replace(make_job(engine.layout, str(n), n, batch_size=4), example_clip=clip) for n in range(3)]
     expected = list(engine.train(jobs))
-    tried = out_of_memory_above(engine, 50)
+    tried, released, release = out_of_memory_above(engine, 50), [], engine.bank.release
+    monkeypatch.setattr(
+        engine.bank, "release", lambda: (release(), released.append(len(engine.bank.grad_SP)))
+    )
     for found, wanted in zip(engine.train(jobs), expected, strict=True):
         torch.testing.assert_close(found.delta, wanted.delta, rtol=0, atol=1e-12)
         assert found.losses == pytest.approx(wanted.losses, abs=1e-12)
     assert max(tried) > 50
     assert len(caplog.messages) == sum(size > 50 for size in tried)
+    assert released == [0] * len(caplog.messages)  # adapters are not held twice
     tried.clear()
     list(engine.train(jobs))  # what was learnt stays
     assert max(tried) <= 50
