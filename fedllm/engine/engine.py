@@ -35,9 +35,9 @@ T = TypeVar("T")
 class Engine:
     """Trains, evaluates and generates with adapters of one layout on one base model.
 
-    `token_budget` is the number of tokens a forward pass holds ("auto" = 512 on a CPU in float32, measured on a GPU):
-    clients are fused until it is full, and a step that exceeds it is split (on a CPU from 4,096 tokens). It
-    changes speed and rounding, nothing else.
+    `token_budget` is the number of tokens a forward pass holds ("auto" = 512 on a CPU in float32, measured on
+    a GPU): clients are fused until it is full, and a step that exceeds it is split (on a CPU from 4,096
+    tokens). It changes speed and rounding, nothing else.
     """
 
     def __init__(self, base: BaseModel, layout: AdapterLayout, *, token_budget: int | str = "auto"):
