@@ -136,8 +136,9 @@ def rows_at_once(base: BaseModel, length: int) -> int:
     if base.device.type != "cuda":
         return CPU_ROWS
     config = base.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attending = getattr(config, "num_attention_heads", None) or 1  # a model without attention names none
+    heads = getattr(config, "num_key_value_heads", None) or attending
+    width = getattr(config, "head_dim", None) or config.hidden_size // attending
     kept = 2 * config.num_hidden_layers * heads * width * length * base.dtype.itemsize
     unused = torch.cuda.memory_reserved(base.device) - torch.cuda.memory_allocated(base.device)
     free: int = torch.cuda.mem_get_info(base.device)[0] + unused
@@ -149,12 +150,13 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
 
     All that the step changes it must change in place, and it must read nothing back.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
         # Other threads of the process, which write checkpoints, say, may go on meanwhile.
         with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # torch stays on the stream of a capture that failed
         _logger.warning("texts are written without a CUDA graph, more slowly: %s", first_line(error))
         return step
     replay: Any = graph.replay
