@@ -21,6 +21,7 @@ from fedllm.engine.passes import Item, Passes
 from fedllm.engine.pointwise import Heads, Norm, PlainPointwise, Pointwise
 from fedllm.engine.probe import neighbours
 from fedllm.models.attention import Asked, asked_of_attention
+from fedllm.models.files import first_line
 from fedllm.models.side_by_side import lay_side_by_side
 
 _logger = logging.getLogger("fedllm.training")
@@ -43,8 +44,8 @@ def own_trunk(passes: Passes) -> Decoder | None:
         decoder = read_decoder(base.model, passes.bank, _pointwise(base.device))
         if decoder is not None and computes_the_same(passes, replace(passes, trunk=decoder)):
             return decoder
-    except RuntimeError as error:
-        _logger.warning("the own forward pass failed (%s): transformers' is used", str(error).split("\n")[0])
+    except Exception as error:  # of Triton too, whose errors are of many kinds
+        _logger.warning("the own forward pass failed (%s): transformers' is used", first_line(error))
     return None
 
 

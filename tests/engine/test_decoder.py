@@ -145,6 +145,19 @@ def test_half_precision_takes_the_own_decoder_alone() -> None:
     assert not isinstance(engine_of(base_of("llama", torch.float32)).passes.trunk, Decoder)
 
 
+def test_a_decoder_whose_kernels_fail_is_left_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise LookupError("out of resource\nand more")  # no RuntimeError, as those of Triton
+
+    monkeypatch.setattr(PlainPointwise, "gate", refuse)
+    assert not isinstance(engine_of(base_of("llama", torch.bfloat16)).passes.trunk, Decoder)
+    (line,) = [message for message in caplog.messages if "own forward pass" in message]
+    assert "out of resource" in line
+    assert "\n" not in line
+
+
 @pytest.mark.parametrize("change", ["window", "scale"])
 def test_a_decoder_that_computes_otherwise_is_found_out(change: str) -> None:
     engine = engine_of(base_of("mistral", torch.float32))
