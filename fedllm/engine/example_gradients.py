@@ -83,11 +83,8 @@ def sums_as_a_cpu(device: torch.device) -> bool:
         from fedllm.engine.triton.clipped_sum import add_clipped_sum
 
         new = partial(torch.tensor, device=device)
-        factors_S, owners_S, grads_SP = (
-            new([0.5, 0.0, 2.0]),
-            new([0, 0, 1]),
-            torch.ones(3, 1100, device=device),
-        )
+        factors_S, owners_S = new([0.5, 0.0, 2.0]), new([0, 0, 1])
+        grads_SP = torch.ones(3, 1100, device=device)
         grads_SP[1], totals_AP = torch.nan, torch.ones(2, 1100, device=device)
         add_clipped_sum(totals_AP, grads_SP, factors_S, owners_S)
         return bool((totals_AP == new([[1.5], [3.0]])).all())

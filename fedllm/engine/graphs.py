@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from sys import maxsize
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from fedllm.models.files import first_line
 MOST_KEPT = 16  # they share their memory: all of them need what the largest does
 
 B = TypeVar("B")
+T = TypeVar("T")
 
 Replay = Callable[[], torch.Tensor]  # does again what was recorded, and returns the same tensor as then
 
@@ -196,12 +197,22 @@ def record_on_gpu(
                 run()
         finally:  # what was begun there still adds to its sums
             stream.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        pool = shares.graph.pool() if isinstance(shares, GraphReplay) else None
+    pool = shares.graph.pool() if isinstance(shares, GraphReplay) else None
+    return GraphReplay(*captured(device, run, pool))
+
+
+def captured(device: torch.device, run: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Return the kernels that `run` launches as a CUDA graph, and its result, which they have yet to compute.
+
+    Raises:
+        RuntimeError: CUDA or a kernel refuses, or memory does not suffice.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream()
         try:
             # Other threads of the process, which write checkpoints, say, may go on meanwhile.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                output = run()
+                return graph, run()
         finally:  # torch stays on the stream of a capture that failed
             torch.cuda.set_stream(stream)
-    return GraphReplay(graph, output)

@@ -3,7 +3,7 @@
 Tensor suffixes: T token, I input feature, O output feature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -36,13 +36,22 @@ def _chosen(
 ) -> Kernel:
     if dtype not in _ERRORS or not stands_trial(device, "LoRA", partial(_is_right, rank, device, dtype)):
         return MaskedKernel()
+
+    def seconds(kernel: Kernel) -> float:
+        return sum(_seconds(kernel, shape, rank, device, dtype) for shape in shapes)
+
+    return preferred(seconds)
+
+
+def preferred(seconds: Callable[[Kernel], float]) -> Kernel:
+    """Return the kernel for a GPU by the seconds that each takes, where memory allows to find out."""
     from fedllm.engine.triton.lora import TritonKernel
 
-    kernels: tuple[Kernel, ...] = (TritonKernel(), MaskedKernel())
-    ours, other = (
-        sum(_seconds(kernel, shape, rank, device, dtype) for shape in shapes) for kernel in kernels
-    )
-    return kernels[int(ours > PREFERRED * other)]
+    ours, other = TritonKernel(), MaskedKernel()
+    try:
+        return other if seconds(ours) > PREFERRED * seconds(other) else ours
+    except torch.OutOfMemoryError:
+        return ours  # it needs less memory than the other
 
 
 def _is_right(rank: int, device: torch.device, dtype: torch.dtype) -> bool:

@@ -49,13 +49,18 @@ class BankLinear(nn.Module):
 def attached(model: Any, bank: Bank, *, is_ragged: bool = False) -> Iterator[None]:
     """Put the adapters of `bank` on the layers its layout names, and take them off again.
 
-    With `is_ragged` the model also attends within each sample of a flat row (`fedllm.models.attention`).
+    With `is_ragged` the model also attends within each sample of a flat row (`fedllm.models.attention`). The
+    bank's GPU is the current one meanwhile, since Triton launches there: threads and other engines may have
+    chosen another.
     """
     originals = {m.module: model.get_submodule(m.module) for m in bank.layout.matrices}
     for index, name in enumerate(originals):
         _replace(model, name, BankLinear(originals[name], bank, index))
     try:
-        with ragged(model) if is_ragged else nullcontext():
+        with (
+            torch.cuda.device_of(bank.tap),  # type: ignore[no-untyped-call]
+            ragged(model) if is_ragged else nullcontext(),
+        ):
             yield
     finally:
         for name, module in originals.items():

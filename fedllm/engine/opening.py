@@ -28,7 +28,7 @@ def open_passes(base: BaseModel, layout: AdapterLayout) -> Passes:
     """
     # Adapters are trained in float32, also on a bfloat16 base; float64 is for exactness tests.
     dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-    if base.device.index is not None:
+    if base.device.type == "cuda" and base.device.index is not None:
         torch.cuda.set_device(base.device)  # Triton launches on the current one
     kernel = choose_kernel(layout, base.device, base.dtype)
     check_causal(base.model, base.device)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fedllm.engine.graphs import captured
 from fedllm.models.base import BaseModel
 from fedllm.models.files import first_line
 
@@ -119,10 +120,8 @@ def _fixed_cache(model: Any, length: int) -> Any:
     from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
     layers = StaticCache(model.config, length).layers
-    kinds, chunk = (
-        set(map(type, layers)),
-        getattr(model.config.get_text_config(), "attention_chunk_size", None),
-    )
+    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    kinds = set(map(type, layers))
     if chunk is not None or not kinds <= {StaticLayer, StaticSlidingWindowLayer}:
         raise ValueError
     return Cache(layers=[StaticLayer(length) for _ in layers])
@@ -150,13 +149,9 @@ def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], Non
 
     All that the step changes it must change in place, and it must read nothing back.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
-        # Other threads of the process, which write checkpoints, say, may go on meanwhile.
-        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
+        graph, _ = captured(device, step)
     except RuntimeError as error:
-        torch.cuda.set_stream(stream)  # torch stays on the stream of a capture that failed
         _logger.warning("texts are written without a CUDA graph, more slowly: %s", first_line(error))
         return step
     replay: Any = graph.replay

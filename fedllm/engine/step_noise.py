@@ -56,10 +56,8 @@ class DeviceKeys:
         from fedllm.privacy.triton_noise import add_gaussian, keyed_hashes
 
         active = slice(0, len(values_BQ))
-        # Triton launches on the current device.
-        with torch.cuda.device_of(values_BQ):  # type: ignore[no-untyped-call]
-            hashes_B4 = keyed_hashes(self.hash_keys_B8[active], values_BQ)
-            add_gaussian(self.step_keys_SB8[step, active], hashes_B4, self.deviations_B[active], values_BQ)
+        hashes_B4 = keyed_hashes(self.hash_keys_B8[active], values_BQ)
+        add_gaussian(self.step_keys_SB8[step, active], hashes_B4, self.deviations_B[active], values_BQ)
 
 
 def device_keys(noises: Sequence[StepNoise], num_steps: int, device: torch.device) -> DeviceKeys:

@@ -49,6 +49,29 @@ def test_the_engine_and_its_plain_twin_give_the_same_delta(
     torch.testing.assert_close(only(engine.train([job])).delta, plain, **EXACT)
 
 
+def test_kernels_are_launched_on_the_banks_device(
+    make_engine: Callable, make_job: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, current = make_engine(), []
+    found = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: current.append(tensor) or found(tensor))
+    job = make_job(engine.layout)
+    for work in (
+        lambda: only(engine.train([job])),
+        lambda: engine.evaluate([EvaluationJob("a", job.start, job.batches[0])]),
+        lambda: engine.generate([AdapterState(engine.layout, job.start)], ["Sort"], 1),
+    ):
+        current.clear()
+        work()
+        assert current == [engine.bank.tap]
+
+
+def test_a_cpu_may_have_a_number(make_engine: Callable, make_job: Callable) -> None:
+    engine, named = make_engine(), make_engine(device="cpu:0")
+    found, expected = (only(one.train([make_job(engine.layout)])) for one in (named, engine))
+    assert torch.equal(found.delta, expected.delta)
+
+
 @pytest.mark.parametrize(
     "numbers",
     [

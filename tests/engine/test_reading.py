@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,14 @@ from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.generate import Written, continuations
 from fedllm.engine.kernels import MaskedKernel
 from fedllm.engine.layers import attached
-from fedllm.engine.reading import FixedReader, GrowingReader, can_be_fixed, left_padded, rows_at_once
+from fedllm.engine.reading import (
+    FixedReader,
+    GrowingReader,
+    can_be_fixed,
+    left_padded,
+    recorded,
+    rows_at_once,
+)
 from fedllm.models.base import BaseModel, layout_of
 from tests.models.families import tiny_model
 
@@ -100,6 +108,36 @@ def test_memory_decides_how_many_rows_a_gpu_writes(
     for name, answer in (("memory_reserved", 0), ("memory_allocated", 0), ("mem_get_info", (10**9, 10**9))):
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     assert 1 < rows_at_once(base, 4000) < rows_at_once(base, 40)
+
+
+def test_a_failed_capture_leaves_the_usual_stream(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    streams = ["usual"]
+
+    class Capture(nullcontext[None]):
+        def __enter__(self) -> None:
+            streams.append("of the capture")
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    stubs = {
+        "CUDAGraph": object,
+        "graph": lambda *_, **__: Capture(),
+        "device": nullcontext,
+        "current_stream": lambda: streams[-1],
+        "set_stream": streams.append,
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+
+    def step() -> None:
+        """Do nothing."""
+
+    assert recorded(step, torch.device("cuda")) is step
+    assert streams[-1] == "usual"
+    assert "without a CUDA graph" in caplog.text
 
 
 @pytest.mark.gpu

@@ -30,9 +30,11 @@ def test_a_device_is_trusted_after_a_trial(kernel_device: torch.device) -> None:
     assert draws_as_a_cpu(kernel_device)
 
 
-@pytest.mark.parametrize("failure", [None, RuntimeError("no such instruction\nand more")])
+@pytest.mark.parametrize(
+    "failure", [None, RuntimeError("no such instruction\nand more"), AssertionError("no such instruction")]
+)
 def test_a_device_that_fails_its_trial_is_left_with_one_line(
-    failure: RuntimeError | None, caplog: pytest.LogCaptureFixture
+    failure: Exception | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("triton")
 
