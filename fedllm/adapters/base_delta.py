@@ -62,7 +62,7 @@ class BaseDelta:
         Raises:
             NonFiniteError: a value is NaN or infinite.
         """
-        if not all_finite(*(tensor for pair in self.factors for tensor in pair if tensor.numel())):
+        if not all_finite(*(tensor for pair in self.factors for tensor in pair)):
             raise NonFiniteError("the base delta holds NaN or infinite values")
         return self
 

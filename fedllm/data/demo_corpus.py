@@ -119,7 +119,7 @@ class _KnownFiles:
         known: Any = None
         with suppress(OSError, ValueError):  # not there, or damaged: all is read anew
             known = json.loads(self._cache.read_text())
-        self._known: dict[str, list[list[str]]] = known if isinstance(known, dict) else {}
+        self._known: dict[str, list[list[str]]] = known if _is_known(known) else {}
 
     def pairs(self, file: Path) -> tuple[_Pair, ...]:
         """Return a file's pairs; ranking and choosing ask for the same files."""
@@ -138,6 +138,14 @@ class _KnownFiles:
         if self._read.keys() - self._known.keys():
             with suppress(OSError):  # a cache that cannot be written only costs the next run its time
                 write_file(self._cache, json.dumps(self._read))
+
+
+def _is_known(known: Any) -> bool:
+    """Return whether a cache holds what is kept there: lists of pairs of texts."""
+    if not isinstance(known, dict) or not all(isinstance(pairs, list) for pairs in known.values()):
+        return False
+    found = [pair for pairs in known.values() for pair in pairs]
+    return all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in found)
 
 
 def _ranked(packages: Mapping[str, Package], read: _Reader) -> Iterator[Package]:

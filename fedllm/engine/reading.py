@@ -135,8 +135,9 @@ def rows_at_once(base: BaseModel, length: int) -> int:
     if base.device.type != "cuda":
         return CPU_ROWS
     config = base.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attending = getattr(config, "num_attention_heads", None) or 1  # a model without attention names none
+    heads = getattr(config, "num_key_value_heads", None) or attending
+    width = getattr(config, "head_dim", None) or config.hidden_size // attending
     kept = 2 * config.num_hidden_layers * heads * width * length * base.dtype.itemsize
     unused = torch.cuda.memory_reserved(base.device) - torch.cuda.memory_allocated(base.device)
     free: int = torch.cuda.mem_get_info(base.device)[0] + unused

@@ -95,7 +95,9 @@ def asked_of_attention(model: Any, device: torch.device) -> list[Asked]:
             )
     finally:
         model.set_attn_implementation(own)
-    return asked
+    heard = asked.copy()
+    asked.clear()  # transformers keeps `listen`, and with it whatever is in here
+    return heard
 
 
 @contextmanager

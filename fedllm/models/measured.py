@@ -13,10 +13,11 @@ def remembered(name: str, key: str, measure: Callable[[], int]) -> int:
     file = cache_folder() / name
     if key in (known := _read(file)):
         return known[key]
-    number = measure()
+    # Processes that start together measure together: all take the number that was kept first.
+    known = {key: measure(), **_read(file)}
     with suppress(OSError):  # a cache that cannot be written only costs the next measurement
-        write_file(file, json.dumps({**_read(file), key: number}, indent=1, sort_keys=True) + "\n")
-    return number
+        write_file(file, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return known[key]
 
 
 def _read(file: Path) -> dict[str, int]:

@@ -308,6 +308,8 @@ def follow(link: Link, run_id: str, folder: Path, view: RunView, num_old: int = 
             now = status(link, run_id)
             if now.startswith("finished"):
                 return now
+            if now == "unknown" and not _is_open(link):
+                return "lost: its SuperLink has ended"
             heard = time.monotonic()
         time.sleep(0.2)
 
@@ -366,12 +368,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _is_open(link: Link) -> bool:
+    """Return whether a SuperLink listens."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", link.port)) == 0
+
+
 def _wait_for_port(link: Link, running: "subprocess.Popen[bytes]") -> None:
     ends = time.monotonic() + _START_SECONDS
     while time.monotonic() < ends and running.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", link.port)) == 0:
-                return
+        if _is_open(link):
+            return
         time.sleep(0.1)
     last = (link.folder / "superlink.log").read_text(errors="replace").strip().splitlines()[-1:]
     raise RunFailedError(f"the SuperLink did not open {link.address}: {' '.join(last)}")

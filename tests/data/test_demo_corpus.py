@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 import tomllib
@@ -180,13 +181,14 @@ def test_a_file_is_parsed_once_and_again_when_it_changes(
     assert answers(1) == [("peft", "Add three numbers and return them.")]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{"])
+@pytest.mark.parametrize("content", ["", "[]", "{", "{KEYS: 5}", "{KEYS: [[1, 2]]}", '{KEYS: ["ab"]}'])
 def test_a_damaged_cache_is_read_as_none(content: str, packages: Path, cache: Path) -> None:
     (packages / "peft").mkdir()
     (packages / "peft" / "m.py").write_text(function("f", "Add two numbers and return them."))
     before = answers(1)
     for file in cache.iterdir():
-        file.write_text(content)
+        (key,) = [key for key in json.loads(file.read_text()) if str(packages) in key]
+        file.write_text(content.replace("KEYS", json.dumps(key)))
     assert answers(1) == before
 
 

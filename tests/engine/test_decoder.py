@@ -1,5 +1,7 @@
 """The engine's own forward pass of a decoder against transformers' forward: states, losses, gradients."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedllm.adapters.base_delta import BaseDelta
 from fedllm.config.keys import LoraConfig
@@ -22,7 +25,7 @@ from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import Encoded
 from fedllm.models.with_base_delta import with_base_delta
 from tests.engine.test_recorded import Recorder, recorded_by, some_jobs
-from tests.models.families import tiny_model
+from tests.models.families import SHAPE, tiny_model
 
 OWN = ["llama", "llama, own head", "mistral", "qwen2", "qwen3"]
 OWNERS = (0, 0, 0, 1, 2, 2)  # of the rows of a pass
@@ -140,9 +143,52 @@ def test_other_decoders_keep_transformers_forward(family: str) -> None:
     assert not isinstance(engine_of(base_of(family, torch.bfloat16)).passes.trunk, Decoder)
 
 
+NEARLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "some layers do not rotate": ("smollm3", {"no_rope_layers": [1, 0], "use_sliding_window": False}),
+    "layers count 0.9": ("granite", {"logits_scaling": 1.0, "residual_multiplier": 0.9}),
+    "embeddings count 1.1": ("granite", {"logits_scaling": 1.0, "embedding_multiplier": 1.1}),
+    "other pairs are rotated": ("helium", {"head_dim": 8}),
+    "far queries are scaled": ("ministral3", {"head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("case", NEARLY)
+def test_nearly_a_decoder_keeps_transformers_forward(case: str) -> None:
+    family, settings = NEARLY[case]
+    config = AutoConfig.for_model(family, **(SHAPE | settings))
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).requires_grad_(False).eval()
+    base = BaseModel(model, None, None, family, torch.device("cpu"), torch.bfloat16)  # type: ignore[arg-type]
+    assert not isinstance(engine_of(base).passes.trunk, Decoder)
+
+
+def test_probe_draws_nothing_and_keeps_no_model() -> None:
+    base = base_of("llama", torch.bfloat16)
+    state = torch.get_rng_state()
+    engine: Any = engine_of(base)
+    assert isinstance(engine.passes.trunk, Decoder)
+    assert torch.equal(torch.get_rng_state(), state)
+    layer = weakref.ref(base.model.model.layers[0].self_attn)
+    del base, engine
+    gc.collect()
+    assert layer() is None
+
+
 def test_half_precision_takes_the_own_decoder_alone() -> None:
     assert isinstance(engine_of(base_of("llama", torch.bfloat16)).passes.trunk, Decoder)
     assert not isinstance(engine_of(base_of("llama", torch.float32)).passes.trunk, Decoder)
+
+
+def test_a_decoder_whose_kernels_fail_is_left_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise LookupError("out of resource\nand more")  # no RuntimeError, as those of Triton
+
+    monkeypatch.setattr(PlainPointwise, "gate", refuse)
+    assert not isinstance(engine_of(base_of("llama", torch.bfloat16)).passes.trunk, Decoder)
+    (line,) = [message for message in caplog.messages if "own forward pass" in message]
+    assert "out of resource" in line
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize("change", ["window", "scale"])

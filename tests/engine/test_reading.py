@@ -16,7 +16,14 @@ from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.generate import Written, continuations
 from fedllm.engine.kernels import MaskedKernel
 from fedllm.engine.layers import attached
-from fedllm.engine.reading import FixedReader, GrowingReader, can_be_fixed, left_padded, recorded
+from fedllm.engine.reading import (
+    FixedReader,
+    GrowingReader,
+    can_be_fixed,
+    left_padded,
+    recorded,
+    rows_at_once,
+)
 from fedllm.models.base import BaseModel, layout_of
 from tests.models.families import tiny_model
 
@@ -91,6 +98,16 @@ def test_rows_end_with_their_first_end_token() -> None:
         written.take(torch.tensor(tokens))
         assert written.is_complete == is_complete
     assert written.rows() == [(5, 0), (2,), (7, 8, 2)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mamba"])
+def test_memory_decides_how_many_rows_a_gpu_writes(
+    kind: str, load_tiny: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = replace(load_tiny("llama", "float32"), model=tiny_model(kind), device=torch.device("cuda"))
+    for name, answer in (("memory_reserved", 0), ("memory_allocated", 0), ("mem_get_info", (10**9, 10**9))):
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    assert 1 < rows_at_once(base, 4000) < rows_at_once(base, 40)
 
 
 def test_a_failed_capture_leaves_the_usual_stream(

@@ -99,7 +99,7 @@ def check_clients(engine: Engine, vector: torch.Tensor) -> None:
 
     def written(which: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         vectors = [vector] * len(which)
-        return engine.continue_rows(engine.layout, vectors, which, 4, lambda _, logits: logits.argmax(1))
+        return engine.continue_rows(engine.layout, vectors, which, 4, lambda *given: given[-1].argmax(1))
 
     assert written(beginnings) == [only for beginning in beginnings for only in written([beginning])]
 

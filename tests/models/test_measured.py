@@ -26,3 +26,15 @@ def test_a_damaged_memory_is_measured_again(
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
     (tmp_path / "numbers.json").write_text(content)
     assert remembered("numbers.json", "model", lambda: 128) == 128
+
+
+def test_processes_that_measure_together_take_one_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
+
+    def measure() -> int:
+        assert remembered("numbers.json", "model", lambda: 100) == 100  # another process is done first
+        return 200
+
+    assert remembered("numbers.json", "model", measure) == 100

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear
 
@@ -37,6 +39,13 @@ def test_layers_side_by_side_hold_nothing_twice() -> None:
     assert whole.weight_OI.untyped_storage().nbytes() == 6 * 6 * 4
     layers[1].weight[0, 0] = 7.0
     assert float(whole.weight_OI[4, 0]) == 7.0
+
+
+def test_layers_side_by_side_are_saved_as_they_are(tmp_path: Path) -> None:
+    layers = nn.ModuleList(nn.Linear(6, size) for size in (4, 2))
+    lay_side_by_side(list(layers))
+    save_file(layers.state_dict(), tmp_path / "layers.safetensors")
+    torch.testing.assert_close(load_file(tmp_path / "layers.safetensors"), dict(layers.state_dict()))
 
 
 def test_only_what_lies_end_to_end_is_joined() -> None:

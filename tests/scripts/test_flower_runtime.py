@@ -55,6 +55,13 @@ def test_the_end_that_a_superlink_logs_is_noticed_at_once(clock, monkeypatch, tm
     assert clock.now < 21
 
 
+def test_a_superlink_that_dies_ends_the_wait(clock, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(flower, "status", lambda link, run_id: "unknown")  # nobody answers
+    view = RunView(Console(quiet=True), rounds(2))
+    assert follow(Link(tmp_path, 1), "7", tmp_path, view).startswith("lost")
+    assert clock.now < 62
+
+
 def test_every_round_is_shown_once_and_the_result_ends_the_wait(clock, monkeypatch, tmp_path: Path):
     records = [RoundRecord(round_num=number) for number in range(4)]
 
