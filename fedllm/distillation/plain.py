@@ -103,7 +103,6 @@ def plain_model(
 def row_logits(model: Any, row: Encoded) -> torch.Tensor:
     """Return the logits [T, V] that predict the learnt tokens of a row."""
     places = [place - 1 for place, label in enumerate(row.labels) if place and label != IGNORED]
-    logits_TV: torch.Tensor = model(input_ids=torch.tensor([row.tokens], device=model.device)).logits[
-        0, places
-    ]
+    tokens_1t = torch.tensor([row.tokens], device=model.device)
+    logits_TV: torch.Tensor = model(input_ids=tokens_1t).logits[0, places]
     return logits_TV

@@ -96,9 +96,7 @@ def device_findings() -> Iterator[Finding]:
         yield Finding("device", "ok", f"CPU with {cores} threads; a GPU is far faster above 135M parameters")
         gain = machine_gain()
         takes = "bfloat16 for models above" if gain >= ENOUGH else "float32, also for models above"
-        products = (
-            f"bfloat16 products at {gain:.1f} times float32's rate" if gain else "no units for bfloat16"
-        )
+        products = f"bfloat16 products at {gain:.1f} times float32's rate" if gain else "no bfloat16 units"
         yield Finding("model.dtype", "ok", f"{products}: auto takes {takes} {SMALLEST // 1_000_000}M weights")
 
 

@@ -19,7 +19,7 @@ def product_device(columns: int, num_bytes: int = 0) -> torch.device:
     # A GPU that this process does not use yet is left alone: to open one takes seconds and half a gigabyte.
     if columns < WIDE or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return CPU
-    # By what the GPU is, not by a measurement: a run that is done again must take the same one.
+    # By what the GPU is, not by a measurement, so that a run done again takes the same one if memory allows.
     is_fast = torch.cuda.get_device_capability() in _WITH_FLOAT64
     if not is_fast or _SHARE * num_bytes > torch.cuda.mem_get_info()[0]:
         return CPU
