@@ -94,7 +94,7 @@ def test_models_come_from_safetensors_or_gguf_only() -> None:
     assert ["use_safetensors=True" in call for call in calls].count(True) == 1
 
 
-def test_broad_excepts_stand_in_three_places() -> None:
+def test_broad_excepts_stand_in_five_places() -> None:
     broad = [
         file.relative_to(ROOT).as_posix()
         for file in FILES
@@ -103,5 +103,12 @@ def test_broad_excepts_stand_in_three_places() -> None:
         and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
     ]
     # A node answers for whatever happens; the tokenizers library raises Exception itself for a damaged file,
-    # and what is none where it panics.
-    assert sorted(broad) == ["clients/client_app.py", "fedllm/models/base.py", "fedllm/models/panics.py"]
+    # and what is none where it panics. A kernel that is tried may fail in any way that its compiler, the driver
+    # or the model's code finds: then the slower way is taken.
+    assert sorted(broad) == [
+        "clients/client_app.py",
+        "fedllm/engine/decoder_probe.py",
+        "fedllm/engine/device_trial.py",
+        "fedllm/models/base.py",
+        "fedllm/models/panics.py",
+    ]
