@@ -103,8 +103,8 @@ def test_broad_excepts_stand_in_five_places() -> None:
         and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
     ]
     # A node answers for whatever happens; the tokenizers library raises Exception itself for a damaged file,
-    # and what is none where it panics. A kernel that is tried may fail in any way that its compiler, the driver
-    # or the model's code finds: then the slower way is taken.
+    # and what is none where it panics. A kernel that is tried may fail in any way that its compiler, the
+    # driver or the model's code finds: then the slower way is taken.
     assert sorted(broad) == [
         "clients/client_app.py",
         "fedllm/engine/decoder_probe.py",
