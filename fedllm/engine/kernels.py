@@ -98,8 +98,9 @@ class MaskedKernel:
     """All adapters' ranks side by side, masked to each token's own: a dozen dense products for any number.
 
     Exact, since the masked activations are zeros; but zero times NaN is NaN, so what one row is can reach
-    another. Computes in the base model's dtype and accumulates in the bank's. The extra work is
-    2 C R (I + O) operations a token, small while C R is a few hundred.
+    another. A diverged client's factors cannot: where they are no numbers they count as zero in the products,
+    and stay what they are in the bank. Computes in the base model's dtype and accumulates in the bank's. The
+    extra work is 2 C R (I + O) operations a token, small while C R is a few hundred.
     """
 
     keeps_rows_apart: ClassVar[bool] = False
@@ -115,7 +116,7 @@ class MaskedKernel:
             all_TM = x_TI @ a_CRI.flatten(0, 1).to(x_TI.dtype).T
             z_TR = _own_ranks(all_TM, owners_T, bank.layout.rank) * scale_T1
             wide = _spread(z_TR, owners_T, len(a_CRI))
-            y_TO[:, outputs].addmm_(wide, b_COR.permute(0, 2, 1).flatten(0, 1).to(x_TI.dtype))
+            y_TO[:, outputs].addmm_(wide, _numbers(b_COR.permute(0, 2, 1), x_TI.dtype))
             parts.append(z_TR)
         return torch.cat(parts, dim=1)
 
@@ -139,7 +140,7 @@ class MaskedKernel:
             all_TM = own_TO @ b_COR.permute(1, 0, 2).flatten(1, 2).to(g_TO.dtype)
             dz_TR = _own_ranks(all_TM, owners_T, rank) * scale_T1
             if dx_TI is not None:
-                dx_TI.addmm_(_spread(dz_TR, owners_T, len(a_CRI)), a_CRI.flatten(0, 1).to(g_TO.dtype))
+                dx_TI.addmm_(_spread(dz_TR, owners_T, len(a_CRI)), _numbers(a_CRI, g_TO.dtype))
             if grad_a_SRI is not None and kept.x_TI is not None:
                 grad_a = _spread(dz_TR, slots_T, num_slots).T @ kept.x_TI
                 grad_a_SRI.add_(grad_a.view(num_slots, rank, -1))
@@ -237,6 +238,11 @@ def _own_ranks(all_TM: torch.Tensor, owners_T: torch.Tensor, rank: int) -> torch
     per_row = all_TM.view(all_TM.shape[0], -1, rank)
     index = owners_T[:, None, None].expand(-1, 1, rank)
     return per_row.gather(1, index)[:, 0]
+
+
+def _numbers(factors_CRD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return all clients' factors as the rows of one matrix [C R, D], zero where they are no numbers."""
+    return factors_CRD.flatten(0, 1).to(dtype).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _spread(own_TR: torch.Tensor, owners_T: torch.Tensor, num_rows: int) -> torch.Tensor:

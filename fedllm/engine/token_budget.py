@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from sys import maxsize
 
 import torch
@@ -89,22 +89,24 @@ def cpu_budget(dtype: torch.dtype) -> int:
     return CPU_TOKEN_BUDGET if dtype.itemsize >= 4 else CPU_HALF_BUDGET
 
 
-def measured_budget(run_pass: Callable[[int], None], device: torch.device) -> int:
+def measured_budget(run_pass: Callable[[int], None], wait: Callable[[], None]) -> int:
     """Return the size of the smallest pass that runs at nearly the best rate, from 128 tokens upwards.
 
-    `run_pass(n)` does one forward and backward pass over n tokens.
+    `run_pass(n)` asks a GPU for one forward and backward pass over n tokens; `wait` waits until it is done.
     """
     rates: dict[int, float] = {}
     size = SMALLEST
     run_pass(size)  # the first pass also warms up
     while size <= LARGEST:
         try:
-            if device.type == "cuda":  # once as kernels are compiled, once as the pass may be recorded
+            for _ in range(2):  # once as kernels are compiled, once as the pass may be recorded
                 run_pass(size)
-                run_pass(size)
-            seconds = _timed(run_pass, size, device)
-            if device.type == "cuda":  # a pass of another kind must fit beside a recording's memory
-                run_pass(size * 7 // 8)
+            wait()
+            began = time.perf_counter()
+            run_pass(size)
+            wait()
+            seconds = time.perf_counter() - began
+            run_pass(size * 7 // 8)  # a pass of another kind must fit beside a recording's memory
         except torch.OutOfMemoryError:
             break
         rates[size] = size / seconds
@@ -168,18 +170,8 @@ def _measured_here(passes: Passes, rows: int) -> int:
         passes.losses(items(size, num_clients), backward=True)
 
     with passes.attached():
-        budget = measured_budget(run_pass, passes.base.device)
+        budget = measured_budget(run_pass, partial(torch.cuda.synchronize, passes.base.device))
     if passes.shelf is not None:
         passes.shelf.clear()
     bank.release()
     return budget
-
-
-def _timed(run_pass: Callable[[int], None], size: int, device: torch.device) -> float:
-    """Return the seconds of one pass: CPU seconds on a CPU, where other programs would disturb the clock."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    began = clock()
-    run_pass(size)
-    if device.type == "cuda":  # kernels are only queued until then
-        torch.cuda.synchronize(device)
-    return clock() - began

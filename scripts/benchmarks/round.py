@@ -27,6 +27,7 @@ from rich.console import Console
 
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
+from fedllm.models.base import choose_device
 from scripts.benchmarks.models import save_tiny_model, write_rows
 from scripts.benchmarks.options import BenchOptions, start_benchmark
 from scripts.benchmarks.runs import UNMEASURED, Run, check_same_work, run_cohort, run_simulation, run_worker
@@ -237,6 +238,7 @@ def runtimes_config(options: Options) -> Iterator[RunConfig]:
         "federation.num-rounds": options.rounds,
         "model.num-threads": options.threads,
         "model.device": options.device,
+        "model.dtype": "float32" if choose_device(options.device).type == "cpu" else "auto",
     }
     config = config_of([])
     if not options.quick:

@@ -170,6 +170,22 @@ def test_a_row_that_diverges_loses_no_other_row_of_its_pass(
         handle.remove()
 
 
+@pytest.mark.usefixtures("plainly_noised")
+@pytest.mark.parametrize("kernel", [LoopKernel(), MaskedKernel()], ids=["loop", "masked"])
+def test_a_client_that_diverged_changes_no_private_one(
+    kernel: object, make_engine: Callable, make_job: Callable
+) -> None:
+    engine = make_engine("llama")
+    engine.bank.kernel = kernel
+    lost, sound = (private(make_job(engine.layout, name, n), "both", (3,)) for n, name in enumerate("ab"))
+    lost = replace(lost, start=torch.full_like(lost.start, torch.nan))
+    (alone,) = engine.train([sound])
+    found = list(engine.train([lost, sound]))
+    assert found[0].delta.isnan().any()
+    assert alone.delta.any()
+    torch.testing.assert_close(found[1].delta, alone.delta, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 3e-2)])
 def test_a_row_that_is_no_number_on_its_way_back_stays_alone(
