@@ -46,7 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked `gpu` where no CUDA device is."""
+    """Skip what is marked `gpu` where no CUDA device is, and `soak` unless it is asked for."""
+    if item.get_closest_marker("soak") and "soak" not in item.config.option.markexpr:
+        pytest.skip("takes long: bash scripts/soak.sh")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
