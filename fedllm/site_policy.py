@@ -129,12 +129,19 @@ class SitePolicy:
         if name not in self.nodes:
             raise PolicyError(f"{self.file}: there is no [nodes.{name}]")
         node = self.nodes[name]
-        paths = {"data-path": node.data and str(self.data_path(name))}
-        paths |= {"model-path": node.model_path and str(self.path(node.model_path))}
-        numbers = {"partition-id": node.partition_id, "num-partitions": node.num_partitions}
-        numbers |= {"max-rank": node.max_rank, "held-out-rows": node.held_out_rows}
-        own = {"client-id": node.client_id or name, "server-paths": node.server_paths}
-        return {**{key: path for key, path in paths.items() if path}, **numbers, **own}
+        config: dict[str, bool | int | str] = {
+            "client-id": node.client_id or name,
+            "server-paths": node.server_paths,
+            "max-rank": node.max_rank,
+            "held-out-rows": node.held_out_rows,
+            "partition-id": node.partition_id,
+            "num-partitions": node.num_partitions,
+        }
+        if node.data:
+            config["data-path"] = str(self.data_path(name))
+        if node.model_path:
+            config["model-path"] = str(self.path(node.model_path))
+        return config
 
     def data_path(self, name: str) -> Path:
         """Return where the rows of a node are: a file or a folder.
@@ -204,7 +211,9 @@ def _read(values: Mapping[str, Any], file: Path) -> SitePolicy:
             raise ConfigError(f"{file}: unknown table [{name}]{_nearest(name, known)}")
         if not isinstance(table, Mapping):
             raise ConfigError(f"{file}: {name} must be a table, [{name}]")
-    tables = {name: _table(kind, values.get(name, {}), f"{file}: {name}") for name, kind in _TABLES.items()}
+    tables: dict[str, Any] = {
+        name: _table(kind, values.get(name, {}), f"{file}: {name}") for name, kind in _TABLES.items()
+    }
     nodes = {}
     for name, table in values.get("nodes", {}).items():
         if not isinstance(table, Mapping):
@@ -219,7 +228,7 @@ def _read(values: Mapping[str, Any], file: Path) -> SitePolicy:
     return policy
 
 
-def _table(kind: type[_Table], values: Mapping[str, Any], where: str) -> _Table:
+def _table(kind: Callable[..., _Table], values: Mapping[str, Any], where: str) -> _Table:
     """Return a table of the file as a value of `kind`, whose fields say what may stand there."""
     known = {item.name.replace("_", "-"): item for item in fields(kind)}  # type: ignore[arg-type]
     checked = {}
