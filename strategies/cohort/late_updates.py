@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from fedllm.messages import ClientFailure, ClientUpdate
 
-
 EXPONENT = 0.5  # FedBuff's own: the square root
 
 
