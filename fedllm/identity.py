@@ -1,7 +1,8 @@
 """The key by which a site proves who it is: Ed25519 (RFC 8032), made and kept at the site.
 
-A site signs statements, the canonical text of named values, so that a signature given for one purpose is of no use
-for another. Its public half stands in the server's list of sites as `ed25519:` and 44 letters of base64.
+A site signs statements, the canonical text of named values, so that a signature given for one purpose is
+of no use for another. The public half stands in the server's list of sites as `ed25519:` and 44 letters of
+base64.
 """
 
 import base64
