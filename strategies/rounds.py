@@ -165,6 +165,7 @@ def _record(
         weights={client: update.weight for client, update in updates.items()},
         staleness={client: rounds for client, rounds in rounds_late.items() if rounds},
         applied=is_applied,
+        deadline=plan.deadline,
         adapter=state.adapter.digest,
         training=training,
     )

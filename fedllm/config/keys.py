@@ -115,7 +115,14 @@ class FederationConfig:
     )
     max_staleness: int = key(0, "rounds that an update may be late and still count", at_least=0, at_most=1000)
     min_clients: int = key(1, "fewest updates with which a round counts", at_least=1, at_most=MILLION)
-    round_deadline: float = key(600.0, "seconds that a round waits for replies", above=0, resumable=True)
+    round_deadline: float | str = key(
+        "auto",
+        "seconds that a round waits for replies; auto = 600, and in a deployment twice the median time of its"
+        " nodes once they have answered, or more for slower ones, from 60 to 3,600",
+        words="auto",
+        above=0,
+        resumable=True,
+    )
     join_deadline: float = key(120.0, "seconds to wait for nodes to answer at all", above=0, resumable=True)
     max_retries: int = key(2, "further attempts at a failed round", at_least=0, at_most=1000, resumable=True)
     max_failure_rate: float = key(
