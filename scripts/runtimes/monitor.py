@@ -16,7 +16,7 @@ from fedllm.runs.records import RoundRecord
 
 
 class Monitor:
-    """The figures of one run; `health` returns its state of the moment, with "healthy": whether all is well."""
+    """The figures of one run; `health` returns its state of the moment: "healthy", "restarts" and more."""
 
     def __init__(self, run: str, num_rounds: int, health: Callable[[], dict[str, Any]]):
         try:
