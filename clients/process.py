@@ -23,7 +23,7 @@ NUM_HOLDERS = 64  # a simulation's worker may host any of its nodes in turn
 class Process:
     """The base model, the data holders of one run, the rows of the last source read, base deltas.
 
-    A Flower app has one (`clients.client_app`), a script or a test its own. The server of a local run shares
+    A Flower app has one (`PROCESS`), a script or a test its own. The server of a local run shares
     its `resident` base model.
     """
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedllm.errors import CheckpointError, IntegrityError
-from fedllm.files import make_private_folder, write_bytes
+from fedllm.files import make_private_folder, remove_unfinished, write_bytes
 
 NUM_KEPT = 3  # a server may go back by two rounds: one under way, and one whose checkpoint was damaged
 _ABOUT = "fedllm"  # the one entry of a file's metadata
@@ -70,6 +70,7 @@ def save_private(
     content = save(tensors, {_ABOUT: json.dumps(about)})  # one entry: safetensors keeps no order of several
     try:
         make_private_folder(file.parent)
+        remove_unfinished(file.parent)  # what a killed process left of this client
         write_bytes(file, content)
         states = sorted(file.parent.glob("*.safetensors"))
         place = states.index(file)

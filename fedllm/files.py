@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import tomllib
@@ -17,6 +18,7 @@ from platformdirs import user_cache_path
 from fedllm.errors import ConfigError, IntegrityError
 
 MANIFEST = "manifest.json"
+_UNFINISHED = re.compile(r"\.(?P<old>old-)?(?P<name>.+)-[a-z0-9_]{8}")  # as `tempfile` names them below
 
 
 @contextmanager
@@ -100,6 +102,23 @@ def write_bytes(path: Path, content: bytes) -> None:
         _flush(path.parent)  # the new name is an entry of this folder: a power cut must not undo a charge
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left in `folder`: half-written files and folders, and those they replaced.
+
+    Only for who alone writes there, since what another is writing looks the same. A folder that had been
+    taken away for a new one that never came goes back to its place.
+    """
+    for path in folder.glob(".*-????????"):
+        if found := _UNFINISHED.fullmatch(path.name):
+            replaced, target = path / found["name"], folder / found["name"]
+            if found["old"] and replaced.is_dir() and not target.exists():
+                replaced.rename(target)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class StoppedError(FedLLMError):
 def run_app(app: typer.Typer, words: Sequence[str], *, name: str, verbose: bool = False) -> int:
     """Run a command line and return its exit code; an error that a person can mend is one line and code 2.
 
-    SIGTERM does what Ctrl-C does; the codes are 143 and 130.
+    SIGTERM and SIGHUP do what Ctrl-C does; the codes are 143, 129 and 130. Under nohup SIGHUP does nothing.
     """
     stopped_by = int(signal.SIGINT)
 
@@ -40,7 +40,10 @@ def run_app(app: typer.Typer, words: Sequence[str], *, name: str, verbose: bool 
         stopped_by = number
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)  # a supervisor's way to say Ctrl-C
+    signs = [signal.SIGTERM]  # a supervisor's way to say Ctrl-C
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal's that is closed
+        signs.append(signal.SIGHUP)
+    before = {sign: signal.signal(sign, stop) for sign in signs}
     try:
         code: int = app(list(words), prog_name=name, standalone_mode=False) or 0
         if code == INTERRUPTED:
@@ -57,7 +60,8 @@ def run_app(app: typer.Typer, words: Sequence[str], *, name: str, verbose: bool 
         print(f"fedllm: {error}", file=sys.stderr)
         return 2
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
     return 128 + stopped_by if code == INTERRUPTED else code
 
 

@@ -106,7 +106,7 @@ def aggregate(
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer
             continue
-        update = discounted(answer, plan.round_num, session.config.aggregation.staleness_exponent)
+        update = discounted(answer, plan.round_num)
         for collector in collectors:
             collector.add(update)
         for member in update.members or (update,):
@@ -165,6 +165,7 @@ def _record(
         weights={client: update.weight for client, update in updates.items()},
         staleness={client: rounds for client, rounds in rounds_late.items() if rounds},
         applied=is_applied,
+        deadline=plan.deadline,
         adapter=state.adapter.digest,
         training=training,
     )

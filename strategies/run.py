@@ -12,8 +12,9 @@ from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.resident import Resident
 from fedllm.errors import BudgetSpentError, CheckpointError, DivergedError, FedLLMError, RunFailedError
+from fedllm.files import remove_unfinished
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.checkpoint import ServerState, remove_unfinished, save_checkpoint
+from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
 from strategies.distillation.ending import undo_distillation
 from strategies.divergence import check_finite
@@ -48,7 +49,8 @@ def run_federation(
     plan = resolve(config)
     with open_run_folder(config) as folder, _failure_noted(folder):
         (folder / "result.json").unlink(missing_ok=True)  # it says how the latest attempt ended
-        remove_unfinished(folder / CHECKPOINTS)
+        for written in (folder, folder / CHECKPOINTS, folder / "private" / "server"):
+            remove_unfinished(written)  # what an attempt left that was killed
         session = open_session(plan, grid, watch, stock, folder=folder, resident=resident)
         state = begin_or_resume(session, folder, start)
         describe_run(folder, config)  # only now is it certain that the run goes on with this configuration

@@ -8,6 +8,7 @@ from pathlib import Path
 from flwr.serverapp.strategy import Strategy
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, initial_adapter
+from fedllm.config.key import number_or
 from fedllm.config.run_config import RunConfig
 from fedllm.data.public_text import PublicText
 from fedllm.engine.resident import Resident
@@ -67,6 +68,10 @@ class Session:
     def initial(self) -> AdapterState:
         """The adapter that the run's seed gives."""
         return initial_adapter(self.layout, self.config.seed, self.plan.init_a)
+
+    def deadline(self, message_type: str) -> float:
+        """Return how many seconds a phase waits for the replies to its messages."""
+        return number_or(self.config.federation.round_deadline, self.transport.usual_deadline(message_type))
 
     def ranks(self) -> dict[str, int]:
         """Return every client's rank: what `lora.client-ranks` deals it, at most its machine's limit."""

@@ -8,7 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedllm.errors import IntegrityError
-from fedllm.files import MANIFEST, complete_folder, verify_manifest, write_file, write_manifest
+from fedllm.files import (
+    MANIFEST,
+    complete_folder,
+    remove_unfinished,
+    verify_manifest,
+    write_file,
+    write_manifest,
+)
 
 
 def build(target: Path, content: str) -> None:
@@ -166,3 +173,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(
     assert names(path.parent) == ["file.txt"]
     write_file(path, "ümlaut\n")
     assert path.read_text(encoding="utf-8") == "ümlaut\n"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    build(tmp_path / "adapter", "whole")
+    (tmp_path / ".adapter-a_3k2l1m").mkdir()
+    (tmp_path / ".adapter-a_3k2l1m" / "weights").write_text("half")
+    (tmp_path / ".rounds.jsonl-01234567").write_text("half")
+    (tmp_path / ".old-adapter-abcdefgh").mkdir()  # what it replaces is there again
+    kept = [".writer.lock", ".starter.lock", ".gitignore"]
+    for name in kept:
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == sorted([*kept, "adapter"])
+    remove_unfinished(tmp_path / "absent")
+
+
+def test_a_folder_taken_away_for_none_goes_back(tmp_path: Path) -> None:
+    build(tmp_path / ".old-adapter-abcdefgh" / "adapter", "old")
+    (tmp_path / ".adapter-01234567").mkdir()
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == ["adapter"]
+    assert content_of(tmp_path / "adapter") == "old"

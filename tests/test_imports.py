@@ -106,7 +106,7 @@ def test_broad_excepts_stand_in_five_places() -> None:
     # and what is none where it panics. A kernel that is tried may fail in any way that its compiler, the
     # driver or the model's code finds: then the slower way is taken.
     assert sorted(broad) == [
-        "clients/client_app.py",
+        "clients/answering.py",
         "fedllm/engine/decoder_probe.py",
         "fedllm/engine/device_trial.py",
         "fedllm/models/base.py",

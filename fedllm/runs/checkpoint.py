@@ -100,12 +100,6 @@ def newest_round(folder: Path) -> int:
     return max((int(path.name.removeprefix("round-")) for path in _rounds(folder)), default=0)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a run left that was killed while it wrote a checkpoint."""
-    for building in folder.glob(".round-*"):
-        shutil.rmtree(building, ignore_errors=True)
-
-
 def check_resumable(folder: Path, fixed: Mapping[str, Scalar]) -> None:
     """Compare the keys in the newest checkpoint with those of `load_checkpoint`, and read nothing else.
 

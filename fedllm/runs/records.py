@@ -30,6 +30,7 @@ class RoundPlan:
     trained: str  # the part that clients train, see fedllm.adapters.parts
     returned: str  # the part of their delta that they send
     largest_start: float  # largest absolute value of the adapter the round starts from
+    deadline: float  # seconds that it waits for replies
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +165,7 @@ class RoundRecord:
     adapter: str = ""  # digest of the adapter after this round
     bytes_down: int = 0
     bytes_up: int = 0
+    deadline: float = 0.0  # seconds that it would have waited for replies
     seconds: float = 0.0
     training: TrainingRecord = TrainingRecord()
     aggregation: AggregationRecord = AggregationRecord()

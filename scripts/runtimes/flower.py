@@ -89,9 +89,9 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
         # themselves lies where a resumed run finds it.
         private = str(run_folder(config) / "private")
         link = stack.enter_context(temporary_link(is_hardened=not is_simulation))
-        policy = link.folder / "policy.toml"
-        policy.write_text(tomli_w.dumps({"server-paths": True, "state-path": private}))
-        variables = {"FEDLLM_POLICY": str(policy)}
+        site = link.folder / "site.toml"
+        site.write_text(tomli_w.dumps({"site": {"state-path": private}, "allow": {"server-paths": True}}))
+        variables = {"FEDLLM_SITE": str(site)}
         stack.enter_context(superlink(link, is_simulation=is_simulation, variables=variables))
         federation: dict[str, Scalar] = {}
         if is_simulation:

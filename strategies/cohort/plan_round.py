@@ -36,4 +36,5 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         returned=session.plan.aggregation.returned_in(round_num),
         # AdamW's weight decay moves a value in proportion to its size (`largest_move`).
         largest_start=float(state.adapter.vector.abs().max()),
+        deadline=session.deadline("train"),
     )

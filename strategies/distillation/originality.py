@@ -146,7 +146,7 @@ def ask_overlap(
         dict.fromkeys(nodes, content),
         message_type="query.overlap",
         group=str(round_num),
-        deadline=session.config.federation.round_deadline,
+        deadline=session.deadline("query.overlap"),
     ):
         try:
             answers.append(read_overlaps(reply.received(), probes))

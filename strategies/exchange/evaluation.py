@@ -47,7 +47,7 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
             evaluate_requests(session, state),
             message_type="evaluate",
             group=str(state.round_num),
-            deadline=session.config.federation.round_deadline,
+            deadline=session.deadline("evaluate"),
         ):
             found |= read_evaluations(session, reply, hosted.get(reply.node_id, []), notice)
             session.watch.phase("evaluating", len(found), number)

@@ -36,7 +36,7 @@ def join_clients(
     federation = config.federation
     with few(notice) as notice:
         declared = _wait_for_declared(transport, config, notice, phase)
-        for node in sorted(transport.joining.values()):
+        for node in transport.silent:
             notice(f"node {node} has not answered yet; its clients take part once it does")
         # By name, so that nothing depends on who declared itself first.
         usable, refused = {}, {}
@@ -55,7 +55,7 @@ def join_clients(
     if len(usable) < federation.min_clients:
         nodes = {f"node {node}": transport.words_of(node) or why for node, why in transport.refused.items()}
         limit = f"within {federation.join_deadline:g} s"
-        silent = {f"node {node}": f"no answer {limit}" for node in transport.joining.values()}
+        silent = {f"node {node}": f"no answer {limit}" for node in transport.silent}
         why = by_cause({**nodes, **refused, **silent}) or "check the data source and that the nodes run"
         waited = "" if nodes or refused or silent else f" {limit}"
         raise RunFailedError(

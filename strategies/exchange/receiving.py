@@ -76,7 +76,7 @@ def _receive_all(
         contents,
         message_type="train",
         group=str(plan.round_num),
-        deadline=session.config.federation.round_deadline,
+        deadline=plan.deadline,
         plan=plan,
     )
     with few(session.watch.notice) as notice:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -18,10 +19,14 @@ from flwr.supercore.constant import TaskType
 from fedllm.errors import WireError
 from fedllm.runs.records import RoundPlan
 from fedllm.wire.packets import packet_bytes
+from fedllm.wire.replies import read_error
+from strategies.grid.deadlines import FIRST_SECONDS, MeasuredTimes
 
 CRASHED = "client error"
 _SHORTEST_PAUSE = 0.002  # seconds
 _PAUSE_SHARE = 0.02
+_AT_ONCE = 16  # messages that one look asks for: all replies of a large cohort might not fit into memory
+_NOT_SENT = "Flower refused its message: the node is gone, or the message is too large"
 _FLOWER_CODES = {2: CRASHED, 5: "node unavailable", 8: "client stopped responding"}
 
 
@@ -45,6 +50,16 @@ class Reply:
         return self.content
 
 
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """A message under way: its node, its type, when it was sent, and the round it belongs to, if any."""
+
+    node: int
+    message_type: str
+    began: float
+    plan: RoundPlan | None = None
+
+
 @dataclass(eq=False)
 class Transport:
     """A grid with a memory of what is still under way."""
@@ -52,11 +67,11 @@ class Transport:
     grid: Grid
     poll_seconds: float = 0.1
     keeps_late: bool = False  # whether a late reply to a round counts in a later one
-    # message id -> node that is still busy with it, and the round it belongs to
-    late: dict[str, tuple[int, RoundPlan | None]] = field(default_factory=dict)
+    late: dict[str, Sent] = field(default_factory=dict)  # by message id: what nodes are still busy with
     overdue: list[Reply] = field(default_factory=list)  # late replies that no round has taken yet
     asked: dict[int, float] = field(default_factory=dict)  # node asked to join -> when it may be again
-    joining: dict[str, int] = field(default_factory=dict)  # message id -> node that has not answered that
+    joining: dict[str, Sent] = field(default_factory=dict)  # by message id: requests that have no answer yet
+    times: MeasuredTimes = field(default_factory=MeasuredTimes)
     refused: dict[int, str] = field(default_factory=dict)  # node -> why it did not join, when last asked
     num_stale: int = 0  # replies that came after their phase
     bytes_down: int = 0  # packet bytes sent and received so far
@@ -65,8 +80,26 @@ class Transport:
     def node_ids(self) -> list[int]:
         """Return connected nodes that are not busy with an earlier message."""
         self._collect_late()
-        busy = {node for node, _ in self.late.values()} | set(self.joining.values())
-        return sorted(node for node in self.grid.get_node_ids() if node not in busy)
+        connected = list(self.grid.get_node_ids())
+        self.times.keep(connected)
+        busy = {sent.node for sent in (*self.late.values(), *self.joining.values())}
+        return sorted(node for node in connected if node not in busy)
+
+    @property
+    def silent(self) -> list[int]:
+        """The nodes that have not answered a request to join yet."""
+        return sorted(sent.node for sent in self.joining.values())
+
+    def is_simulation(self) -> bool:
+        """Return whether all nodes are there from the start, and work in turns."""
+        return self.grid.run.primary_task_type == TaskType.SIMULATION
+
+    def usual_deadline(self, message_type: str) -> float:
+        """Return how long to wait for the answers to messages of a type, by the times of earlier ones.
+
+        The nodes of a simulation wait for each other, so that their times say little: they get 600 s.
+        """
+        return FIRST_SECONDS if self.is_simulation() else self.times.deadline(message_type)
 
     def have_all_answered(self, num_expected: int, num_declared: int) -> bool:
         """Return whether no connected node will answer otherwise to the request to join, and none is missing.
@@ -77,7 +110,7 @@ class Transport:
         nodes = list(self.grid.get_node_ids())
         if not nodes or self.joining or any(self.asked.get(node) != math.inf for node in nodes):
             return False
-        if self.grid.run.primary_task_type == TaskType.SIMULATION:
+        if self.is_simulation():
             return True
         return num_declared + sum(node in self.refused for node in nodes) >= num_expected
 
@@ -115,23 +148,29 @@ class Transport:
         that belongs to a round, `plan`, also yields what was late for earlier ones, where that is kept.
         """
         wants_late = plan is not None and self.keeps_late
-        pending = self._send(contents, message_type=message_type, group=group)
+        pending = self._send(contents, message_type=message_type, group=group, plan=plan)
         began = time.monotonic()
         ends = began + deadline
-        arrived: list[Reply] = self._take_overdue() if wants_late else []
+        unsent = contents.keys() - {sent.node for sent in pending.values()}
+        arrived = [Reply(node, None, _NOT_SENT, plan) for node in contents if node in unsent]
+        arrived += self._take_overdue() if wants_late else []
         try:
             while arrived or (pending and time.monotonic() < ends):
                 while arrived:
                     yield arrived.pop(0)
-                arrived = [replace(reply, plan=plan) for reply in self._take(pending)]
+                arrived = self._take(pending)
                 if wants_late:
                     arrived = self._take_overdue() + arrived
                 if pending and not arrived:
                     time.sleep(self._pause(time.monotonic() - began))
-            for node in list(pending.values()):
-                yield Reply(node, None, f"no reply within {deadline:g} s", plan)
+            for arrived in self._look(pending):  # what came in time while the caller was busy with another
+                while arrived:
+                    yield arrived.pop(0)
+            for sent in list(pending.values()):
+                self.times.note_missed(message_type, sent.node, deadline)
+                yield Reply(sent.node, None, f"no reply within {deadline:g} s", plan)
         finally:
-            self.late.update({message_id: (node, plan) for message_id, node in pending.items()})
+            self.late.update(pending)
             if wants_late:  # the caller has stopped listening before it had them all
                 self.overdue += arrived
 
@@ -139,24 +178,49 @@ class Transport:
         """Return how long to wait before the next look: little next to how long it has taken already."""
         return min(self.poll_seconds, max(_SHORTEST_PAUSE, waited * _PAUSE_SHARE))
 
-    def _send(self, contents: Mapping[int, RecordDict], *, message_type: str, group: str) -> dict[str, int]:
-        """Send one message per node; return the node of each by the message's id."""
+    def _send(
+        self,
+        contents: Mapping[int, RecordDict],
+        *,
+        message_type: str,
+        group: str,
+        plan: RoundPlan | None = None,
+    ) -> dict[str, Sent]:
+        """Send one message per node; return what is under way by the message's id.
+
+        A node that has just gone has no message: Flower refuses it, with an empty id.
+        """
         messages = [
             Message(content, dst_node_id=node, message_type=message_type, group_id=group)
             for node, content in contents.items()
         ]
         self.bytes_down += sum(packet_bytes(content) for content in contents.values())
-        return dict(zip(self.grid.push_messages(messages), contents, strict=True))
+        ids, now = list(self.grid.push_messages(messages)), time.monotonic()
+        ids += [""] * (len(messages) - len(ids))  # none at all where Flower found them too large
+        return {
+            message_id: Sent(node, message_type, now, plan)
+            for message_id, node in zip(ids, contents, strict=True)
+            if message_id
+        }
 
-    def _take(self, pending: dict[str, int]) -> list[Reply]:
-        """Return what has arrived, struck off `pending` at once: the caller may stop listening midway."""
-        replies = []
-        for message in self.grid.pull_messages(list(pending)) if pending else ():
-            # A lost node's error comes from the SuperLink, so only the message it answers names it.
-            node = pending.pop(message.metadata.reply_to_message_id, None)
-            if node is not None:
-                replies.append(self._received(message, node))
-        return replies
+    def _take(self, pending: dict[str, Sent]) -> list[Reply]:
+        """Return some of what has arrived, [] where nothing has."""
+        return next(filter(None, self._look(pending)), [])
+
+    def _look(self, pending: dict[str, Sent]) -> Iterator[list[Reply]]:
+        """Yield what has arrived of a few messages after the other, struck off `pending` at once.
+
+        The caller may stop listening midway.
+        """
+        ids = list(pending)
+        for start in range(0, len(ids), _AT_ONCE):
+            replies = []
+            for message in self.grid.pull_messages(ids[start : start + _AT_ONCE]):
+                # A lost node's error comes from the SuperLink, so only the message it answers names it.
+                sent = pending.pop(message.metadata.reply_to_message_id, None)
+                if sent is not None:
+                    replies.append(self._received(message, sent))
+            yield replies
 
     def _take_overdue(self) -> list[Reply]:
         self._collect_late()
@@ -164,16 +228,19 @@ class Transport:
         return taken
 
     def _collect_late(self) -> None:
-        for message in self.grid.pull_messages(list(self.late)) if self.late else ():
-            node, plan = self.late.pop(message.metadata.reply_to_message_id, (None, None))
-            if node is not None and plan is not None and self.keeps_late:
-                self.overdue.append(replace(self._received(message, node), plan=plan))
+        for reply in chain.from_iterable(self._look(self.late)):
+            if reply.plan is not None and self.keeps_late:
+                self.overdue.append(reply)
             else:
-                self.num_stale += node is not None
+                self.num_stale += 1
 
-    def _received(self, message: Message, node: int) -> Reply:
+    def _received(self, message: Message, sent: Sent) -> Reply:
         self.bytes_up += packet_bytes(message.content) if message.has_content() else 0
-        return reply_of(message, node)
+        reply = replace(reply_of(message, sent.node), plan=sent.plan)
+        # Who is gone or refuses answers at once, which says nothing of how long the others will take.
+        if reply.content is not None and read_error(reply.content) is None:
+            self.times.note(sent.message_type, sent.node, time.monotonic() - sent.began)
+        return reply
 
 
 def reply_of(message: Message, node: int | None = None) -> Reply:

@@ -7,7 +7,7 @@ from flwr.app import Message, MetricRecord
 from flwr.common.serde import message_to_proto
 
 from clients import originality
-from clients.client_app import make_client_app
+from clients.answering import make_client_app
 from clients.data_holder import DataHolder
 from clients.originality import check_limit
 from clients.process import Process

@@ -1,10 +1,14 @@
 """The command of benchmarks and experiments: a module's options, and one line for what cannot be met."""
 
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
-from scripts.command_line import run_module
+from scripts.command_line import run_app, run_module
 
 BENCHMARKS = {"fused": "one", "wire": "another"}
 pytestmark = pytest.mark.research
@@ -27,3 +31,29 @@ def test_option_that_cannot_be_met_is_one_line(capsys: pytest.CaptureFixture[str
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fedllm: ")
     assert "nowhere" in line
+
+
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """Keep what this process does at SIGHUP."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def signalled(sign: int) -> int:
+    """Return the exit code of a command that gets a signal, 0 where it goes on."""
+    app = typer.Typer()
+    app.command()(lambda: os.kill(os.getpid(), sign))
+    return run_app(app, [], name="fedllm")
+
+
+@pytest.mark.parametrize(("sign", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_command_with_its_own_code(sign: str, code: int, hang_up: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert signalled(signal.Signals[sign]) == code
+
+
+def test_a_command_under_nohup_outlives_its_terminal(hang_up: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert signalled(signal.SIGHUP) == 0

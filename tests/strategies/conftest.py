@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from clients.client_app import make_client_app
+from clients.answering import make_client_app
 from clients.data_holder import DataHolder
 from clients.process import Process
 from fedllm.config.run_config import RunConfig
