@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from platformdirs import user_state_path
-
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.data.rows import is_local
@@ -16,8 +14,6 @@ from fedllm.site_policy import load_policy
 
 # What the owner of a machine starts its node with: `data-path`, `client-id`, `max-rank`, ...
 NodeConfig: TypeAlias = Mapping[str, Scalar]
-
-LARGEST_DELTA = 1e-5  # of a run where the machine's policy limits epsilon
 
 
 def max_rank_of(node: NodeConfig) -> int:
@@ -33,37 +29,41 @@ def state_path_of(node: NodeConfig) -> Path:
 
     On Linux that folder is `~/.local/state/fedllm` ($XDG_STATE_HOME is heeded).
     """
-    named = str(node.get("state-path", "")) or load_policy().state_path
-    return Path(named).expanduser() if named else user_state_path("fedllm")
+    named = str(node.get("state-path", ""))
+    return Path(named).expanduser() if named else load_policy().state_folder
 
 
 def check_paths(config: RunConfig, node: NodeConfig) -> None:
     """Refuse local paths that came from a server, unless this machine's owner allows such paths."""
-    if node.get("server-paths") is True or load_policy().server_paths:  # the text "false" permits nothing
+    if (
+        node.get("server-paths") is True or load_policy().allow.server_paths
+    ):  # the text "false" permits nothing
         return
     source = config.data.source
     if "data-path" not in node and source != "docstrings" and is_local(source):
         raise DataError(
             "data.source is a local path, and this node does not open paths a server names;"
-            " start it with data-path in its node config, or set server-paths = true in its policy"
+            " start it with data-path in its node config, or set [allow] server-paths = true in its site.toml"
         )
     if "model-path" not in node and is_local_model(config.model.name):
         raise ModelError(
             "model.name is a local path, and this node does not open paths a server names;"
-            " start it with model-path in its node config, or set server-paths = true in its policy"
+            " start it with model-path in its node config, or set [allow] server-paths = true in its"
+            " site.toml"
         )
 
 
 def check_privacy(plan: PrivacyPlan | None) -> None:
     """Refuse a run that gives away more than this machine's owner allows, or leaves the noise to a server."""
-    limit = load_policy().max_epsilon  # the owner's own; 0 = none
+    budget = load_policy().budget
+    limit = budget.epsilon  # the owner's own; 0 = none
     if not limit:
         return
-    if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > LARGEST_DELTA:
+    if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > budget.delta:
         has = "none" if plan is None else f"{plan.epsilon:g} at delta {plan.delta:g} with trust {plan.trust}"
         raise ConfigError(
             f"this machine's policy wants noise of its own clients, up to privacy.epsilon = {limit:g} at"
-            f" delta {LARGEST_DELTA:g}; the run has {has}"
+            f" delta {budget.delta:g}; the run has {has}"
         )
     if plan.metrics not in ("withheld", "held-out" if plan.is_by_example else "withheld"):
         raise ConfigError(

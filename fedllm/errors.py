@@ -22,6 +22,13 @@ class ConfigError(FedLLMError, ValueError):
     cause = "its owner's policy or its configuration does not allow the run"
 
 
+class PolicyError(FedLLMError, PermissionError):
+    """A machine's owner does not permit what a server asks, or what this machine was told to do."""
+
+    code = "policy"
+    cause = "its owner's policy does not permit what was asked; its log says which line"
+
+
 class OtherConfigError(ConfigError):
     """A server runs another configuration than this node was given."""
 
@@ -135,7 +142,7 @@ class MissingExtraError(FedLLMError, ImportError):
 
 
 _REPORTED = (
-    *(FedLLMError, ConfigError, OtherConfigError, DataError, NoDataError, RowsLostError),
+    *(FedLLMError, ConfigError, PolicyError, OtherConfigError, DataError, NoDataError, RowsLostError),
     *(ModelError, LayoutError),
     *(WireError, NotHeldError, QueryLimitError, NonFiniteError, CheckpointError, BudgetSpentError),
     *(WithheldError, MissingExtraError),

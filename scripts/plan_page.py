@@ -22,7 +22,7 @@ from scripts.work import EFFICIENCY, matrix_rate, memory_of, seconds_of, size_of
 
 # What the environment can change of a run; its keys come from recipes and words alone.
 _ENVIRONMENT = (
-    *("FEDLLM_POLICY", "FEDLLM_CACHE", "HF_HUB_OFFLINE", "HF_HOME"),
+    *("FEDLLM_SITE", "FEDLLM_CACHE", "HF_HUB_OFFLINE", "HF_HOME"),
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
 )
 

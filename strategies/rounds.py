@@ -108,7 +108,7 @@ def aggregate(
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer
             continue
-        update = discounted(answer, plan.round_num, session.config.aggregation.staleness_exponent)
+        update = discounted(answer, plan.round_num)
         for collector in collectors:
             collector.add(update)
         for member in update.members or (update,):

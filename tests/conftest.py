@@ -162,8 +162,6 @@ def kernel_device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _default_policy(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _default_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Test against the default site policy, whatever policy the machine's user has."""
-    policy = tmp_path_factory.getbasetemp() / "empty-policy.toml"
-    policy.touch()
-    monkeypatch.setenv("FEDLLM_POLICY", str(policy))
+    monkeypatch.setenv("FEDLLM_SITE", "")

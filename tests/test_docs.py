@@ -27,6 +27,7 @@ from scripts.cli import app
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 ROOMS = ("fedllm", "clients", "strategies", "scripts")
+SITE_TABLES = {"site", "nodes", "allow", "limits", "budget"}  # of a site.toml
 COMMAND = typer.main.get_command(app)
 KEYS = RunConfig().to_flat()
 
@@ -124,7 +125,7 @@ def test_every_repository_path_exists(page: Path) -> None:
             assert (ROOT / span).exists() or (ROOT / "docs" / span).exists(), span
 
 
-EXAMPLES = {"config.toml", "letters.toml", "README.md"}  # files of a reader's own
+EXAMPLES = {"config.toml", "letters.toml", "README.md", "site.toml", "sites.toml"}  # files of a reader's own
 
 
 @pages
@@ -163,17 +164,17 @@ def test_recipes_are_toml_with_known_keys(page: Path) -> None:
         values = tomllib.loads(block)
         if "superlink" in values:  # Flower's own configuration
             continue
-        if {"trust-remote-code", "server-paths"} & values.keys():
+        if SITE_TABLES & values.keys():
             continue
         RunConfig.from_flat(flatten(values))
 
 
 @pages
 def test_a_policy_on_a_page_is_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDLLM_POLICY", str(tmp_path / "policy.toml"))
+    monkeypatch.setenv("FEDLLM_SITE", str(tmp_path / "site.toml"))
     for block in _blocks(page, "toml"):
-        if {"trust-remote-code", "server-paths"} & tomllib.loads(block).keys():
-            (tmp_path / "policy.toml").write_text(block)
+        if SITE_TABLES & tomllib.loads(block).keys():
+            (tmp_path / "site.toml").write_text(block)
             load_policy()
 
 

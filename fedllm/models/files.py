@@ -249,7 +249,7 @@ def _download(name: str, revision: str, hint: str = "") -> ModelFiles:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    named = {entry.partition("@")[0] for entry in load_policy().trust_remote_code}
+    named = {entry.partition("@")[0] for entry in load_policy().allow.trust_remote_code}
     code = ["*.py"] if name in named else []  # run only where the site permits it
     wanted = [*code, "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
     try:

@@ -66,7 +66,7 @@ def may_run_code(folder: Path, hub_id: str = "") -> bool:
     Permitted is exactly the code whose digest the policy names; and what was downloaded from the hub under
     `hub_id` where the policy names that id alone. What a folder says of itself counts for nothing.
     """
-    digest, named = code_digest(folder), load_policy().trust_remote_code
+    digest, named = code_digest(folder), load_policy().allow.trust_remote_code
     if not digest or _has_code_elsewhere(folder):
         return False
     pinned = {entry.rpartition("sha256:")[2].lower() for entry in named if "sha256:" in entry}

@@ -134,11 +134,11 @@ def policy_finding() -> Finding:
         policy = load_policy()
     except FedLLMError as error:
         return Finding("site policy", "fail", str(error), "correct the file")
-    said = [f"permits remote code of {name}" for name in policy.trust_remote_code]
-    if policy.server_paths:
+    said = [f"permits remote code of {name}" for name in policy.allow.trust_remote_code]
+    if policy.allow.server_paths:
         said.append("permits local paths named by a server")
-    if policy.max_epsilon:
-        said.append(f"admits only runs whose clients add noise, up to epsilon {policy.max_epsilon:g}")
-    if policy.state_path:
-        said.append(f"keeps private state in {policy.state_path}")
+    if policy.budget.epsilon:
+        said.append(f"admits only runs whose clients add noise, up to epsilon {policy.budget.epsilon:g}")
+    if policy.site.state_path:
+        said.append(f"keeps private state in {policy.site.state_path}")
     return Finding("site policy", "ok", "; ".join(said) or "the strict default")

@@ -93,9 +93,9 @@ def superlink(*, is_simulation: bool, policy: str = "") -> Iterator[Link]:
     """
     folder = Path(tempfile.mkdtemp(prefix="fedllm-flower-"))
     link = Link(folder, _free_port())
-    (folder / "policy.toml").write_text(policy)
+    (folder / "site.toml").write_text(policy)
     environment = link.environment("superlink") | (
-        {"FEDLLM_POLICY": str(folder / "policy.toml")} if policy else {}
+        {"FEDLLM_SITE": str(folder / "site.toml")} if policy else {}
     )
     command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link.port)]
     command += ["--disable-runtime-dependency-installation"]

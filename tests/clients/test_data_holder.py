@@ -73,9 +73,9 @@ def test_named_path_is_opened_where_node_or_policy_permits(
 ) -> None:
     config = make_config(write_rows("rows.jsonl", {"anna": 3, "ben": 4}))
     assert list(holder_of(config, **{"server-paths": True}).clients) == ["anna", "ben"]
-    policy = tmp_path / "policy.toml"
-    policy.write_text("server-paths = true")
-    monkeypatch.setenv("FEDLLM_POLICY", str(policy))
+    policy = tmp_path / "site.toml"
+    policy.write_text("[allow]\nserver-paths = true")
+    monkeypatch.setenv("FEDLLM_SITE", str(policy))
     assert list(holder_of(config).clients) == ["anna", "ben"]
 
 

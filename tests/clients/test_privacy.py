@@ -395,9 +395,9 @@ def test_the_key_of_an_answer_depends_on_every_weight(
 def test_machine_that_demands_noise_lets_no_number_leave(
     open_one: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = tmp_path / "policy.toml"
-    policy.write_text("max-epsilon = 4.0")
-    monkeypatch.setenv("FEDLLM_POLICY", str(policy))
+    policy = tmp_path / "site.toml"
+    policy.write_text("[budget]\nepsilon = 4.0")
+    monkeypatch.setenv("FEDLLM_SITE", str(policy))
     budget = {"privacy.epsilon": 2.0}
     with pytest.raises(ConfigError, match=r"privacy\.metrics = 'all' exact numbers .*; use withheld"):
         open_one(15, **budget, **{"privacy.metrics": "all"})
@@ -406,7 +406,7 @@ def test_machine_that_demands_noise_lets_no_number_leave(
     with pytest.raises(ConfigError, match=r"privacy\.metrics = 'held-out' exact numbers"):
         open_one(15, **local, **{"privacy.metrics": "held-out"})
     assert open_one(15, **budget, **{"privacy.metrics": "held-out"}).clients
-    policy.write_text("max-epsilon = 0.0")
+    policy.write_text("[budget]\nepsilon = 0.0")
     assert open_one(15, **budget, **{"privacy.metrics": "all"}).clients
 
 
@@ -427,9 +427,9 @@ def test_a_machine_may_demand_noise_of_its_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    policy = tmp_path / "policy.toml"
-    policy.write_text("max-epsilon = 4.0")
-    monkeypatch.setenv("FEDLLM_POLICY", str(policy))
+    policy = tmp_path / "site.toml"
+    policy.write_text("[budget]\nepsilon = 4.0")
+    monkeypatch.setenv("FEDLLM_SITE", str(policy))
     if is_allowed:
         assert open_one(14, **flat).clients
     else:

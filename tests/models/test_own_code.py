@@ -51,8 +51,8 @@ def folder(model_copy: Path, edit_json: Callable, marker: Path) -> Path:
 @pytest.fixture
 def trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def do(*entries: str) -> None:
-        (tmp_path / "policy.toml").write_text(f"trust-remote-code = {json.dumps(entries)}")
-        monkeypatch.setenv("FEDLLM_POLICY", str(tmp_path / "policy.toml"))
+        (tmp_path / "site.toml").write_text(f"[allow]\ntrust-remote-code = {json.dumps(entries)}")
+        monkeypatch.setenv("FEDLLM_SITE", str(tmp_path / "site.toml"))
 
     return do
 

@@ -13,10 +13,10 @@ from scripts.commands.doctor_command import Finding, policy_finding
     ("text", "said"),
     [
         ("", "the strict default"),
-        ("max-epsilon = 8.0", "admits only runs whose clients add noise, up to epsilon 8"),
-        ('state-path = "/private"', "keeps private state in /private"),
+        ("[budget]\nepsilon = 8.0", "admits only runs whose clients add noise, up to epsilon 8"),
+        ('[site]\nstate-path = "/private"', "keeps private state in /private"),
         (
-            'server-paths = true\ntrust-remote-code = ["org/model"]',
+            '[allow]\nserver-paths = true\ntrust-remote-code = ["org/model"]',
             "permits remote code of org/model; permits local paths named by a server",
         ),
     ],
@@ -24,9 +24,9 @@ from scripts.commands.doctor_command import Finding, policy_finding
 def test_every_key_of_a_policy_is_named(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = tmp_path / "policy.toml"
+    policy = tmp_path / "site.toml"
     policy.write_text(text)
-    monkeypatch.setenv("FEDLLM_POLICY", str(policy))
+    monkeypatch.setenv("FEDLLM_SITE", str(policy))
     assert policy_finding().detail == said
 
 
