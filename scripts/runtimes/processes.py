@@ -198,7 +198,8 @@ def register(link: Link, public_key: Path) -> None:
     from flwr.supercore.control.control_http_client import ControlHttpClient
 
     assert link.credentials
-    client = ControlHttpClient.from_server_address(link.address, False, str(link.credentials.authority), [])
+    trusted = link.credentials.authority.read_bytes()
+    client = ControlHttpClient.from_server_address(link.address, False, trusted, [])
     try:
         client.RegisterNode(RegisterNodeRequest(public_key=read_public_key(public_key)))
     except httpx.HTTPStatusError as error:
