@@ -42,7 +42,7 @@ def test_renewal_keeps_what_nodes_and_superexec_know(tmp_path):
 
 def test_authority_without_its_key_is_one_line(tmp_path):
     new_credentials(tmp_path, []).authority_key.unlink()
-    with pytest.raises(ConfigError, match="without ca.key"):
+    with pytest.raises(ConfigError, match="bring the key back"):
         new_credentials(tmp_path, [])
 
 
