@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flwr.app import RecordDict
 
-from clients.answering import answer
+from clients.answering import UNKNOWN, answer
 from clients.data_holder import DataHolder
 from clients.gate import Sender
 from clients.kinds import make_app
@@ -97,7 +97,7 @@ def hostile(
     node = {"data-path": str(file), "client-id": "ward", "model-path": str(make_model_folder())}
     process = Process()
 
-    def make(sender: Sender = Sender(), **keys: Any) -> Hostile:
+    def make(sender: Sender = UNKNOWN, **keys: Any) -> Hostile:
         return Hostile(make_config(**keys), process, node, sender)
 
     return make
