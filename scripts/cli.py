@@ -65,6 +65,30 @@ def run(
 
 
 @app.command()
+def serve(
+    words: Words = None,
+    credentials: Annotated[Path, typer.Option(help="Folder of the server's certificate.")] = Path(
+        "credentials"
+    ),
+    state: Annotated[Path, typer.Option(help="Folder of Flower's database and logs.")] = Path("server"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the SuperLink, on loopback.")] = 8000,
+    monitor: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on loopback of /health and /metrics; 0 = none.")
+    ] = 0,
+    log: Annotated[str, typer.Option(help="text | json")] = "text",
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Without a new round; then it gives up with code 75.")
+    ] = 10,
+    out: Annotated[Path | None, typer.Option(help="Folder that holds run folders.")] = None,
+) -> None:
+    """Serve a run to sites elsewhere, and resume it after any kill until it has ended."""
+    from scripts.commands import serve_command
+
+    place = serve_command.Place(credentials, state, port, monitor)
+    serve_command.serve(words or [], place=place, out=out, most_restarts=max_restarts, log=log)
+
+
+@app.command()
 def check(
     words: Words = None,
     on_bad_row: OnBadRow = "",
