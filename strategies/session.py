@@ -18,6 +18,7 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from strategies.grid.transport import Reply, Sent, Transport
 from strategies.grid.what_nodes_hold import HeldByNodes
+from strategies.memory import Room
 from strategies.privacy import ServerPrivacy
 
 
@@ -45,8 +46,9 @@ SILENT = Watch()
 class Session:
     """The objects of one run at the server.
 
-    Four of them change while it runs: `clients` (more may join), `transport` (messages under way),
-    `held_by_nodes` (what need not be sent again) and `resident` (the base model, loaded when first used).
+    Five of them change while it runs: `clients` (more may join), `transport` (messages under way),
+    `held_by_nodes` (what need not be sent again), `resident` (the base model, loaded when first used) and
+    `room` (where updates wait).
     What a round computes with is in the `ServerState` instead, which never changes.
     """
 
@@ -60,6 +62,7 @@ class Session:
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
     privacy: ServerPrivacy | None = None
     folder: Path | None = None  # the run's
+    room: Room = field(default_factory=Room)
     public_text: tuple[PublicText, ...] = ()  # what distillation steps may read besides synthetic text
 
     @property
