@@ -57,7 +57,8 @@ def answer(process: Process, message: Message, context: Context, sender: Sender 
     try:
         note(question, code, content, time.monotonic() - began)
     except FedLLMError as error:  # what is not in the log does not leave
-        _logger.error("%s: %s", error.code, error)
+        if error.code != code:  # else it has been told already
+            _logger.error("%s: %s", error.code, error)
         code, content = error.code, None
     if content is not None:
         return Message(content, reply_to=message)
