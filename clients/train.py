@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from clients.coarse import coarse_update
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
 from clients.jobs import begin_clients
@@ -14,6 +15,7 @@ from clients.techniques import plan_node_round
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, EvaluateRequest, TrainRequest
 from fedllm.models.with_base_delta import with_base_delta
+from fedllm.site_policy import load_policy
 
 
 def train_clients(
@@ -54,8 +56,10 @@ def train_clients(
     # Last, since all that can fail has not: what is charged leaves, and until then nothing has.
     for technique in this_round.techniques:
         failed.update(technique.charge(this_round, works))
-    sent = [replace(work.sent, held_out=held_out.get(work.client.client_id)) for work in works]
-    updates = {update.client_id: update for update in sent}
+    updates = {work.client.client_id: work.sent for work in works}
+    if not load_policy().is_exact:
+        updates = {name: coarse_update(update) for name, update in updates.items()}
+    updates = {name: replace(update, held_out=held_out.get(name)) for name, update in updates.items()}
     answers: dict[str, ClientUpdate | ClientFailure] = {**updates, **failed}
     return [answers.get(name, ClientFailure(client_id=name, code="no-data")) for name in request.drawn]
 
