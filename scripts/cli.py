@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import fedllm
+from scripts import site_cli
 from scripts.command_line import run_app
 from scripts.terminal import make_output_plain
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     suggest_commands=False,  # click suggests them itself
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(site_cli.app, name="site")
 
 keys = typer.Typer(help="Keys of sites, nodes and the server.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(keys, name="keys")
