@@ -203,11 +203,15 @@ def compare(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    site: Annotated[
+        bool, typer.Option("--site", help="What this machine permits, and every field that will leave it.")
+    ] = False,
+) -> None:
     """Check this machine: versions, device, disk, model, Flower. Every problem comes with its cure."""
-    from scripts.commands import doctor_command
+    from scripts.commands import doctor_command, doctor_site
 
-    doctor_command.doctor()
+    doctor_site.doctor_site() if site else doctor_command.doctor()
 
 
 @keys.command("new")
