@@ -1,4 +1,4 @@
-"""The files of docs/deploy that no test here can run: what they say is parsed, and compared with what they promise."""
+"""The files of docs/deploy that no test here can run: parsed, and compared with what they promise."""
 
 import shutil
 import subprocess
@@ -47,7 +47,7 @@ def commands() -> Iterator[list[str]]:
         yield from (container["args"] for container in pod["containers"])
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_commands_are_what_the_command_line_takes(words):
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands"):
