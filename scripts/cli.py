@@ -69,6 +69,30 @@ def run(
 
 
 @app.command()
+def serve(
+    words: Words = None,
+    credentials: Annotated[Path, typer.Option(help="Folder of the server's certificate.")] = Path(
+        "credentials"
+    ),
+    state: Annotated[Path, typer.Option(help="Folder of Flower's database and logs.")] = Path("server"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the SuperLink, on loopback.")] = 8000,
+    monitor: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on loopback of /health and /metrics; 0 = none.")
+    ] = 0,
+    log: Annotated[str, typer.Option(help="text | json")] = "text",
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Without a new round; then it gives up with code 75.")
+    ] = 10,
+    out: Annotated[Path | None, typer.Option(help="Folder that holds run folders.")] = None,
+) -> None:
+    """Serve a run to sites elsewhere, and resume it after any kill until it has ended."""
+    from scripts.commands import serve_command
+
+    place = serve_command.Place(credentials, state, port, monitor)
+    serve_command.serve(words or [], place=place, out=out, most_restarts=max_restarts, log=log)
+
+
+@app.command()
 def check(
     words: Words = None,
     on_bad_row: OnBadRow = "",
@@ -181,11 +205,15 @@ def compare(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    site: Annotated[
+        bool, typer.Option("--site", help="What this machine permits, and every field that will leave it.")
+    ] = False,
+) -> None:
     """Check this machine: versions, device, disk, model, Flower. Every problem comes with its cure."""
-    from scripts.commands import doctor_command
+    from scripts.commands import doctor_command, doctor_site
 
-    doctor_command.doctor()
+    doctor_site.doctor_site() if site else doctor_command.doctor()
 
 
 @keys.command("new")
