@@ -78,8 +78,12 @@ def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordD
     part, codec = plan.aggregation.returned_in(request.round_num), plan.config.wire.codec
     if plan.is_summed(request.ranks.values()):  # the server decides alike, from the same plan and ranks
         mean_P = node_mean([answer for answer in answers if isinstance(answer, ClientUpdate)])
-        return replies.write_sum(answers, mean_P, layout=layout, part=part, payload=codec)
-    return replies.write_updates(answers, layout=layout, part=part, payload=codec)
+        return replies.write_sum(
+            answers, mean_P, layout=layout, part=part, payload=codec, with_held_out=request.evaluate
+        )
+    return replies.write_updates(
+        answers, layout=layout, part=part, payload=codec, with_held_out=request.evaluate
+    )
 
 
 def _evaluate(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
