@@ -23,6 +23,8 @@ app.add_typer(site_cli.app, name="site")
 
 keys = typer.Typer(help="Keys of sites, nodes and the server.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(keys, name="keys")
+log = typer.Typer(help="Logs chained by hash.", no_args_is_help=True, suggest_commands=False)
+app.add_typer(log, name="log")
 
 Words = Annotated[
     list[str] | None,
@@ -257,6 +259,18 @@ def admit_node(
     from scripts.commands import credentials_command
 
     credentials_command.admit(public, credentials=credentials, port=port)
+
+
+@log.command("verify")
+def verify_log(
+    path: Annotated[Path, typer.Argument(help="A log, a run folder, or a site's state folder.")],
+    head: Annotated[str, typer.Option(help="Digest of a line noted earlier: it must still be there.")] = "",
+    json: Json = False,
+) -> None:
+    """Check a log from its first line to its last; exit 1 and name the first line that was changed."""
+    from scripts.commands import log_command
+
+    log_command.verify_log(path, head=head, as_json=json)
 
 
 def main() -> None:
