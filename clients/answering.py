@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
-from clients.join import declare_clients
+from clients.join import declare_clients, prove
 from clients.kinds import kind_of, make_app
 from clients.originality import answer_overlap, check_limit
 from clients.process import Process
@@ -21,7 +21,7 @@ from clients.stock import evaluate_for_stock, train_for_stock
 from clients.train import train_clients
 from fedllm.errors import FedLLMError
 from fedllm.messages import ClientUpdate
-from fedllm.wire import overlaps, packets, replies, requests
+from fedllm.wire import joining, overlaps, packets, replies, requests
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -45,7 +45,8 @@ def answer(process: Process, message: Message, context: Context) -> Message:
 
 
 def _join(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    return replies.write_joined(declare_clients(holder, context.node_id))
+    nonce, declared = joining.read_question(content), declare_clients(holder, context.node_id)
+    return joining.write_joined(declared, prove(holder, nonce, declared))
 
 
 def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:

@@ -1,11 +1,15 @@
-"""What a node answers when it is asked to join: the clients it hosts and their sizes."""
+"""What a node answers when it is asked to join: the clients it hosts and their sizes, signed by its site."""
 
 import logging
+from collections.abc import Sequence
 
 from clients.data_holder import DataHolder
 from clients.lost_rows import describe_left_out
 from fedllm.errors import RowsLostError
+from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import JoinedClient
+from fedllm.site_policy import load_policy
+from fedllm.wire.joining import Proof, join_statement
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -30,3 +34,17 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
         )
         for client in holder.clients.values()
     ]
+
+
+def prove(holder: DataHolder, nonce: str, clients: Sequence[JoinedClient]) -> Proof | None:
+    """Return the site's signature of what its clients declare in answer to a question; None without a key.
+
+    Raises:
+        ConfigError: this machine's site.toml names a key that cannot be used.
+    """
+    policy = load_policy()
+    if not policy.site.key:
+        return None
+    key = load_key(policy.path(policy.site.key))
+    signed = join_statement(nonce, holder.plan.config.run.name, holder.plan.digest, clients)
+    return Proof(public_text(key), sign(key, signed))

@@ -19,6 +19,7 @@ from strategies.grid.transport import Transport
 from strategies.grid.what_nodes_hold import HeldByNodes
 from strategies.memory import Room
 from strategies.privacy import ServerPrivacy
+from strategies.sites import Sites
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Session:
     privacy: ServerPrivacy | None = None
     folder: Path | None = None  # the run's
     room: Room = field(default_factory=Room)
+    sites: Sites | None = None  # the admitted ones, None = any
     public_text: tuple[PublicText, ...] = ()  # what distillation steps may read besides synthetic text
 
     @property
@@ -82,8 +84,10 @@ class Session:
         return {client: min(rank, self.clients[client].max_rank or rank) for client, rank in dealt.items()}
 
     def by_node(self, clients: Iterable[str]) -> dict[int, list[str]]:
-        """Group client ids by the node that hosts them, keeping their order."""
+        """Group client ids by the node that hosts them, in their order; without who has lost its place."""
         grouped: dict[int, list[str]] = {}
         for client in clients:
+            if client not in self.clients:
+                continue
             grouped.setdefault(self.clients[client].node_id, []).append(client)
         return grouped

@@ -15,12 +15,14 @@ from fedllm.runs.folder import CHECKPOINTS
 from fedllm.runs.privacy_statement import summary_line
 from strategies.aggregation.stock import check_stock
 from strategies.distillation.public_text import open_public_text
+from strategies.exchange.admission import Admission
 from strategies.exchange.evaluation import evaluate_base
 from strategies.exchange.joining import join_clients
 from strategies.grid.transport import Transport
 from strategies.memory import Room
 from strategies.privacy import open_privacy, with_journal
 from strategies.session import SILENT, Session, Watch
+from strategies.sites import read_sites
 
 
 def open_session(
@@ -41,7 +43,7 @@ def open_session(
     Raises:
         ModelError, RunFailedError: the base model is absent, or too few clients join.
         ConfigError: `stock` is given and the run's rule is no plain mean of factors, or the run distils
-            or its server is to add noise.
+            or its server is to add noise; or federation.sites names no list of sites.
         DataError: the run distils, and its public text cannot be used.
         CheckpointError, MissingExtraError: the noise secret cannot be kept, or a library is missing.
     """
@@ -52,6 +54,7 @@ def open_session(
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
         check_stock(plan)
+    sites = read_sites(config.federation.sites)
     public_text = open_public_text(plan.distillation, config.data)
     layout = describe_layout(config.model, config.lora, watch.notice)
     resident = resident or Resident()
@@ -59,7 +62,7 @@ def open_session(
         watch.notice(warning)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
-    clients = join_clients(transport, config, layout, watch.notice, watch.phase)
+    clients = join_clients(transport, Admission(plan, layout, sites), watch.notice, watch.phase)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
@@ -74,6 +77,7 @@ def open_session(
         privacy=privacy,
         folder=folder,
         room=Room(folder=folder),
+        sites=sites,
         public_text=public_text,
     )
 

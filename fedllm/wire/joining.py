@@ -2,7 +2,7 @@
 
 The question carries a nonce, fresh for every question. The answer's records:
 
-    clients   ids, fingerprints of the base model, and codes of `CLIENT_ERROR_CODES` or "" where a client takes part
+    clients   ids, fingerprints of the base model, and codes of `CLIENT_ERROR_CODES` ("" for none)
     metrics   the sizes they declare, one column per name, one row per client
     site      the site's public key and its signature of the nonce, the run, the node and all of the above
 
@@ -95,9 +95,7 @@ def read_joined(content: RecordDict, node_id: int, *, most: int) -> list[JoinedC
     """
     if read_error(content) == "no-data":
         return []
-    texts, columns = read_tables(
-        content, ("ids", "fingerprints", "causes"), _NUMBERS, int, site=ConfigRecord
-    )
+    texts, columns = read_tables(content, ("ids", "fingerprints", "causes"), _NUMBERS, int, site=ConfigRecord)
     if len(texts["ids"]) > most:
         raise WireError(f"it declares {len(texts['ids']):,} clients, federation.num-clients is {most:,}")
     if not all(0 <= number < LARGEST_NUMBER for column in columns.values() for number in column):
@@ -126,7 +124,9 @@ def read_signer(content: RecordDict, signed: bytes) -> str:
         return ""
     public: Any = record.get("key")
     signature: Any = record.get("signature")
-    is_proof = set(record) == {"key", "signature"} and isinstance(public, str) and isinstance(signature, bytes)
+    is_proof = (
+        set(record) == {"key", "signature"} and isinstance(public, str) and isinstance(signature, bytes)
+    )
     if not is_proof or not verify(public, signed, signature):
         raise WireError("its site's signature is not of this question, this run and what the node declares")
     return str(public)
