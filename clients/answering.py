@@ -1,6 +1,7 @@
 """What a node answers: message to values, values to message, and no text of an exception in between."""
 
 import logging
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
+from clients.gate import Question, Sender, admit, admit_work, note
 from clients.join import declare_clients, prove
 from clients.kinds import kind_of, make_app
 from clients.originality import answer_overlap, check_limit
@@ -25,6 +27,7 @@ from fedllm.wire import joining, overlaps, packets, replies, requests
 
 _logger = logging.getLogger("fedllm.clients")
 
+UNKNOWN = Sender()
 Handler: TypeAlias = Callable[[DataHolder, RecordDict, Context], RecordDict]
 
 
@@ -33,20 +36,40 @@ def make_client_app(process: Process) -> ClientApp:
     return make_app(partial(answer, process))
 
 
-def answer(process: Process, message: Message, context: Context) -> Message:
+def answer(process: Process, message: Message, context: Context, sender: Sender = UNKNOWN) -> Message:
     """Return the reply of this node, or one that holds an error code and nothing else.
 
-    Training and evaluation also answer a stock Flower strategy, for the node as a whole.
+    Training and evaluation also answer a stock Flower strategy, for the node as a whole. `sender` is who asks
+    as far as the site itself knows.
     """
     kind = kind_of(message)
-    is_stock = kind in _FOR_STOCK and not requests.is_fedllm_request(message.content)
-    handler = _FOR_STOCK[kind] if is_stock else _FOR_FEDLLM[kind]
-    return _answer(process, handler, message, context, is_stock=is_stock)
+    question = Question(
+        action=kind.removeprefix("query."),
+        content=message.content,
+        run_config=context.run_config,
+        node_config=context.node_config,
+        is_stock=kind in _FOR_STOCK and not requests.is_fedllm_request(message.content),
+        sender=sender,
+    )
+    handler = _FOR_STOCK[kind] if question.is_stock else _FOR_FEDLLM[kind]
+    began = time.monotonic()
+    code, content = _answer(process, handler, question, context)
+    try:
+        note(question, code, content, time.monotonic() - began)
+    except FedLLMError as error:  # what is not in the log does not leave
+        if error.code != code:  # else it has been told already
+            _logger.error("%s: %s", error.code, error)
+        code, content = error.code, None
+    if content is not None:
+        return Message(content, reply_to=message)
+    if question.is_stock:  # stock strategies drop error messages and abort on anything else
+        return Message(Error(code=0, reason=code), reply_to=message)
+    return Message(replies.write_error(code), reply_to=message)
 
 
 def _join(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    nonce, declared = joining.read_question(content), declare_clients(holder, context.node_id)
-    return joining.write_joined(declared, prove(holder, nonce, declared))
+    declared = declare_clients(holder, context.node_id)
+    return joining.write_joined(declared, prove(holder, content, declared))
 
 
 def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
@@ -56,8 +79,12 @@ def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordD
     part, codec = plan.aggregation.returned_in(request.round_num), plan.config.wire.codec
     if plan.is_summed(request.ranks.values()):  # the server decides alike, from the same plan and ranks
         mean_P = node_mean([answer for answer in answers if isinstance(answer, ClientUpdate)])
-        return replies.write_sum(answers, mean_P, layout=layout, part=part, payload=codec)
-    return replies.write_updates(answers, layout=layout, part=part, payload=codec)
+        return replies.write_sum(
+            answers, mean_P, layout=layout, part=part, payload=codec, with_held_out=request.evaluate
+        )
+    return replies.write_updates(
+        answers, layout=layout, part=part, payload=codec, with_held_out=request.evaluate
+    )
 
 
 def _evaluate(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
@@ -94,9 +121,9 @@ _FOR_STOCK: Mapping[str, Handler] = {"train": train_for_stock, "evaluate": evalu
 
 
 def _answer(
-    process: Process, handler: Handler, message: Message, context: Context, *, is_stock: bool
-) -> Message:
-    """Return the handler's reply, or a reply that holds an error code and nothing else.
+    process: Process, handler: Handler, question: Question, context: Context
+) -> tuple[str, RecordDict | None]:
+    """Return "ok" and the handler's reply to an admitted question, or an error code and None.
 
     Flower would send the text of an exception to the server, and that text may quote a row. So the one broad
     `except` of this project stands here: the cause is logged on this machine, where the row already is, and
@@ -104,23 +131,22 @@ def _answer(
     it would end the process with a traceback that quotes the row, and leave the server without an answer.
     """
     try:
+        admit(question)
         holder = process.open(context.run_config, context.node_config)
-        content = handler(holder, message.content, context)
+        admit_work(question, holder)
+        content = handler(holder, question.content, context)
         if holder.plan.distillation is not None:  # the server will compute too, in a simulation on this GPU
             torch.cuda.empty_cache()
-        return Message(content, reply_to=message)
+        return "ok", content
     except FedLLMError as error:
         _logger.error("%s: %s", error.code, error)  # the code is what the server is told
-        code = error.code
+        return error.code, None
     except (MemoryError, torch.OutOfMemoryError):
         _logger.error("out-of-memory: lower train.batch-size or train.max-length")
-        code = "out-of-memory"
+        return "out-of-memory", None
     except (KeyboardInterrupt, SystemExit):  # the machine's own wish to end
         raise
     except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]  # where it happened quotes no row
         _logger.error("internal: unforeseen %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
-        code = "internal"
-    if is_stock:  # stock strategies drop error messages and abort on anything else
-        return Message(Error(code=0, reason=code), reply_to=message)
-    return Message(replies.write_error(code), reply_to=message)
+        return "internal", None

@@ -3,13 +3,16 @@
 import logging
 from collections.abc import Sequence
 
+from flwr.app import RecordDict
+
+from clients.coarse import coarse_joined
 from clients.data_holder import DataHolder
 from clients.lost_rows import describe_left_out
 from fedllm.errors import RowsLostError
 from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import JoinedClient
 from fedllm.site_policy import load_policy
-from fedllm.wire.joining import Proof, join_statement
+from fedllm.wire.joining import Proof, join_statement, read_question
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -22,7 +25,7 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
     if told := describe_left_out(holder.counts, holder.plan.config.train.max_length):
         _logger.warning("%s", told)
     # The server holds later updates to these sizes, and compares base models by their fingerprint.
-    return [
+    joined = [
         JoinedClient(
             client_id=client.client_id,
             node_id=node_id,
@@ -34,17 +37,19 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
         )
         for client in holder.clients.values()
     ]
+    return joined if load_policy().is_exact else [coarse_joined(client) for client in joined]
 
 
-def prove(holder: DataHolder, nonce: str, clients: Sequence[JoinedClient]) -> Proof | None:
+def prove(holder: DataHolder, question: RecordDict, clients: Sequence[JoinedClient]) -> Proof | None:
     """Return the site's signature of what its clients declare in answer to a question; None without a key.
 
     Raises:
         ConfigError: this machine's site.toml names a key that cannot be used.
+        WireError: the question has no nonce.
     """
     policy = load_policy()
     if not policy.site.key:
         return None
-    key = load_key(policy.path(policy.site.key))
+    nonce, key = read_question(question), load_key(policy.path(policy.site.key))
     signed = join_statement(nonce, holder.plan.config.run.name, holder.plan.digest, clients)
     return Proof(public_text(key), sign(key, signed))

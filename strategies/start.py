@@ -15,14 +15,12 @@ from fedllm.runs.folder import CHECKPOINTS
 from fedllm.runs.privacy_statement import summary_line
 from strategies.aggregation.stock import check_stock
 from strategies.distillation.public_text import open_public_text
-from strategies.exchange.admission import Admission
 from strategies.exchange.evaluation import evaluate_base
 from strategies.exchange.joining import join_clients
 from strategies.grid.transport import Transport
 from strategies.memory import Room
 from strategies.privacy import open_privacy, with_journal
 from strategies.session import SILENT, Session, Watch
-from strategies.sites import read_sites
 
 
 def open_session(
@@ -54,15 +52,14 @@ def open_session(
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
         check_stock(plan)
-    sites = read_sites(config.federation.sites)
     public_text = open_public_text(plan.distillation, config.data)
     layout = describe_layout(config.model, config.lora, watch.notice)
     resident = resident or Resident()
     if warning := resident.check_tokenizer(config.model, config.train.max_length):
         watch.notice(warning)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
-    transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
-    clients = join_clients(transport, Admission(plan, layout, sites), watch.notice, watch.phase)
+    transport = Transport(grid, heard=watch.reply, keeps_late=config.federation.max_staleness > 0)
+    clients = join_clients(transport, plan, layout, watch.notice, watch.phase)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
@@ -77,7 +74,6 @@ def open_session(
         privacy=privacy,
         folder=folder,
         room=Room(folder=folder),
-        sites=sites,
         public_text=public_text,
     )
 

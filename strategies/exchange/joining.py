@@ -4,14 +4,17 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 
+from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import NoDataError, RunFailedError, WireError
 from fedllm.messages import JoinedClient
+from fedllm.plan.run_plan import RunPlan
 from fedllm.wire.replies import read_error
 from strategies.cohort.voices import voice_of, with_places
 from strategies.exchange.admission import Admission
 from strategies.exchange.causes import by_cause, few, grouped, in_words, names
 from strategies.grid.transport import CRASHED, Reply, Transport
 from strategies.session import SILENT, Session
+from strategies.sites import read_sites
 
 REJOIN_SECONDS = 2.0  # how long a round waits for nodes that have just appeared
 NO_ROWS = "no usable row; its log says how many were refused, or lost their answer to train.max-length"
@@ -20,7 +23,8 @@ AGAIN_SECONDS = 30.0  # after which a node is asked again whose error may have p
 
 def join_clients(
     transport: Transport,
-    admission: Admission,
+    plan: RunPlan,
+    layout: AdapterLayout,
     notice: Callable[[str], None],
     phase: Callable[[str, int, int], None] = SILENT.phase,
 ) -> dict[str, JoinedClient]:
@@ -31,9 +35,11 @@ def join_clients(
     good and none is missing.
 
     Raises:
+        ConfigError: `federation.sites` names no list of sites.
         RunFailedError: fewer than `federation.min-clients` are usable then, or when the deadline has passed.
     """
-    federation = admission.plan.config.federation
+    federation = plan.config.federation
+    admission = Admission(plan, layout, read_sites(federation.sites))
     with few(notice) as notice:
         declared = _wait_for_declared(transport, admission, notice, phase)
         for node in transport.silent:

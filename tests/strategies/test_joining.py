@@ -16,7 +16,6 @@ from fedllm.plan.run_plan import resolve
 from fedllm.wire.replies import write_error
 from scripts.runtimes.local import init, local_grid
 from strategies.exchange import joining
-from strategies.exchange.admission import Admission
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import join_clients, rejoin, wait_for_nodes
 from strategies.grid.transport import Transport
@@ -179,9 +178,7 @@ class Nodes:
         """Have the nodes join the run anew."""
         transport = Transport(self.run.grid, poll_seconds=0.01)
         object.__setattr__(self.run.session, "transport", transport)
-        joined = join_clients(
-            transport, Admission(resolve(config), self.run.session.layout), self.run.notices.append
-        )
+        joined = join_clients(transport, resolve(config), self.run.session.layout, self.run.notices.append)
         object.__setattr__(self.run.session, "clients", joined)
         return joined
 
@@ -332,7 +329,8 @@ def test_elsewhere_a_wait_ends_when_as_many_as_expected_refused(
     with pytest.raises(RunFailedError, match="bad-data"):
         join_clients(
             Transport(run.grid),
-            Admission(resolve(config), run.session.layout),
+            resolve(config),
+            run.session.layout,
             lambda line: said.append(clock.now),
         )
     assert said[0] - began < 1
