@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
 from clients.gate import Question, Sender, admit, admit_work, note
-from clients.join import declare_clients, prove
+from clients.join import answer_join
 from clients.kinds import kind_of, make_app
 from clients.originality import answer_overlap, check_limit
 from clients.process import Process
@@ -23,7 +23,7 @@ from clients.stock import evaluate_for_stock, train_for_stock
 from clients.train import train_clients
 from fedllm.errors import FedLLMError
 from fedllm.messages import ClientUpdate
-from fedllm.wire import joining, overlaps, packets, replies, requests
+from fedllm.wire import overlaps, packets, replies, requests
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -68,8 +68,7 @@ def answer(process: Process, message: Message, context: Context, sender: Sender 
 
 
 def _join(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    declared = declare_clients(holder, context.node_id)
-    return joining.write_joined(declared, prove(holder, content, declared))
+    return answer_join(holder, content, context.node_id)
 
 
 def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:

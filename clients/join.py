@@ -12,9 +12,15 @@ from fedllm.errors import RowsLostError
 from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import JoinedClient
 from fedllm.site_policy import load_policy
-from fedllm.wire.joining import Proof, join_statement, read_question
+from fedllm.wire.joining import Proof, join_statement, read_question, write_joined
 
 _logger = logging.getLogger("fedllm.clients")
+
+
+def answer_join(holder: DataHolder, question: RecordDict, node_id: int) -> RecordDict:
+    """Return the answer to a request to join."""
+    declared = declare_clients(holder, node_id)
+    return write_joined(declared, prove(holder, question, declared))
 
 
 def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
