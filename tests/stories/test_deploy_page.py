@@ -1,7 +1,7 @@
 """docs/deploy.md, three machines from nothing: its commands and files, on one machine and on loopback.
 
-Each machine is a folder; a tiny model and few rows take the place of real ones. What cannot be done here is in
-`LEFT_OUT`.
+Each machine is a folder; a tiny model and few rows take the place of real ones. `LEFT_OUT` has what cannot be
+done here.
 """
 
 import json
