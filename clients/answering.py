@@ -7,11 +7,12 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
+from clients.gate import Sender
 from clients.join import declare_clients
 from clients.kinds import kind_of, make_app
 from clients.originality import answer_overlap, check_limit
@@ -22,8 +23,11 @@ from clients.train import train_clients
 from fedllm.errors import FedLLMError
 from fedllm.messages import ClientUpdate
 from fedllm.wire import overlaps, packets, replies, requests
+from fedllm.wire.refusals import is_stock, refusal
 
 _logger = logging.getLogger("fedllm.clients")
+
+NOBODY = Sender()  # Flower's own process answers, and nobody vouches for who asks
 
 Handler: TypeAlias = Callable[[DataHolder, RecordDict, Context], RecordDict]
 
@@ -33,15 +37,13 @@ def make_client_app(process: Process) -> ClientApp:
     return make_app(partial(answer, process))
 
 
-def answer(process: Process, message: Message, context: Context) -> Message:
+def answer(process: Process, message: Message, context: Context, sender: Sender = NOBODY) -> Message:
     """Return the reply of this node, or one that holds an error code and nothing else.
 
-    Training and evaluation also answer a stock Flower strategy, for the node as a whole.
+    `sender` is who asks, as a site's service knows it. Training and evaluation also answer a stock Flower strategy, for the node as a whole.
     """
-    kind = kind_of(message)
-    is_stock = kind in _FOR_STOCK and not requests.is_fedllm_request(message.content)
-    handler = _FOR_STOCK[kind] if is_stock else _FOR_FEDLLM[kind]
-    return _answer(process, handler, message, context, is_stock=is_stock)
+    handlers = _FOR_STOCK if is_stock(message) else _FOR_FEDLLM
+    return _answer(process, handlers[kind_of(message)], message, context)
 
 
 def _join(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
@@ -92,9 +94,7 @@ _FOR_FEDLLM: Mapping[str, Handler] = {
 _FOR_STOCK: Mapping[str, Handler] = {"train": train_for_stock, "evaluate": evaluate_for_stock}
 
 
-def _answer(
-    process: Process, handler: Handler, message: Message, context: Context, *, is_stock: bool
-) -> Message:
+def _answer(process: Process, handler: Handler, message: Message, context: Context) -> Message:
     """Return the handler's reply, or a reply that holds an error code and nothing else.
 
     Flower would send the text of an exception to the server, and that text may quote a row. So the one broad
@@ -120,6 +120,4 @@ def _answer(
         frame = traceback.extract_tb(error.__traceback__)[-1]  # where it happened quotes no row
         _logger.error("internal: unforeseen %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
         code = "internal"
-    if is_stock:  # stock strategies drop error messages and abort on anything else
-        return Message(Error(code=0, reason=code), reply_to=message)
-    return Message(replies.write_error(code), reply_to=message)
+    return refusal(message, code)
