@@ -19,6 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+keys = typer.Typer(help="Keys of a site.", no_args_is_help=True, suggest_commands=False)
+app.add_typer(keys, name="keys")
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(
@@ -179,6 +182,16 @@ def doctor() -> None:
     from scripts.commands import doctor_command
 
     doctor_command.doctor()
+
+
+@keys.command("new")
+def new_key(
+    path: Annotated[Path, typer.Argument(help="The file to make.")] = Path("~/.config/fedllm/site.key"),
+) -> None:
+    """Make the key by which this site proves who it is, and print the line for the server's list of sites."""
+    from scripts.commands import keys_command
+
+    keys_command.new(path)
 
 
 def main() -> None:

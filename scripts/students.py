@@ -47,7 +47,7 @@ class Numbers:
     @property
     def training(self) -> StudentTraining:
         """The same as the student's training takes it."""
-        return StudentTraining(self.steps, self.batch_size, self.learning_rate, 0.0, self.seed)
+        return StudentTraining(self.steps, self.batch_size, self.learning_rate, self.seed)
 
 
 @dataclass(frozen=True, eq=False)

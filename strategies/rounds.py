@@ -102,11 +102,13 @@ def aggregate(
     collectors = open_collectors(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, ClientFailure] = {}
-    for answer in sort_answers(answers, plan.asked):  # floating-point sums depend on their order
+    for answer in sort_answers(
+        answers, plan.asked, session.room
+    ):  # floating-point sums depend on their order
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer
             continue
-        update = discounted(answer, plan.round_num, session.config.aggregation.staleness_exponent)
+        update = discounted(answer, plan.round_num)
         for collector in collectors:
             collector.add(update)
         for member in update.members or (update,):

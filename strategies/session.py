@@ -17,6 +17,7 @@ from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.records import RoundRecord
 from strategies.grid.transport import Transport
 from strategies.grid.what_nodes_hold import HeldByNodes
+from strategies.memory import Room
 from strategies.privacy import ServerPrivacy
 
 
@@ -42,8 +43,9 @@ SILENT = Watch()
 class Session:
     """The objects of one run at the server.
 
-    Four of them change while it runs: `clients` (more may join), `transport` (messages under way),
-    `held_by_nodes` (what need not be sent again) and `resident` (the base model, loaded when first used).
+    Five of them change while it runs: `clients` (more may join), `transport` (messages under way),
+    `held_by_nodes` (what need not be sent again), `resident` (the base model, loaded when first used) and
+    `room` (where updates wait).
     What a round computes with is in the `ServerState` instead, which never changes.
     """
 
@@ -57,6 +59,7 @@ class Session:
     stock: Strategy | None = None  # a stock Flower strategy in place of our own mean
     privacy: ServerPrivacy | None = None
     folder: Path | None = None  # the run's
+    room: Room = field(default_factory=Room)
     public_text: tuple[PublicText, ...] = ()  # what distillation steps may read besides synthetic text
 
     @property

@@ -18,6 +18,7 @@ from strategies.distillation.public_text import open_public_text
 from strategies.exchange.evaluation import evaluate_base
 from strategies.exchange.joining import join_clients
 from strategies.grid.transport import Transport
+from strategies.memory import Room
 from strategies.privacy import open_privacy, with_journal
 from strategies.session import SILENT, Session, Watch
 
@@ -72,6 +73,7 @@ def open_session(
         stock=stock,
         privacy=privacy,
         folder=folder,
+        room=Room(folder=folder),
         public_text=public_text,
     )
 

@@ -32,6 +32,7 @@ class RunSection:
     name: str = key("run", "name of the run and of its folder", resumable=True)
     output: str = key("", "folder that holds run folders; empty = ./runs", resumable=True)
     resume: bool = key(False, "continue the run of this name after its last complete round", resumable=True)
+    purpose: str = key("", "what the adapter is for, in a word that a site may allow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,9 @@ class FederationConfig:
         resumable=True,
     )
     join_deadline: float = key(120.0, "seconds to wait for nodes to answer at all", above=0, resumable=True)
+    sites: str = key(
+        "", "the server's list of admitted sites, a TOML file (docs/identity.md); empty = any", resumable=True
+    )
     max_retries: int = key(2, "further attempts at a failed round", at_least=0, at_most=1000, resumable=True)
     max_failure_rate: float = key(
         0.5,
@@ -195,10 +199,6 @@ class AggregationConfig:
     )
     server_learning_rate: float | str = key(
         "auto", "its learning rate; auto = 1, nesterov 0.7, adaptive ones 0.001", words="auto", above=0
-    )
-    # The square root is FedBuff's (arXiv 2106.06639).
-    staleness_exponent: float = key(
-        0.5, "a late update weighs (1 + rounds late)^-this", at_least=0, at_most=100
     )
 
 
@@ -288,7 +288,6 @@ class DistillConfig:
     learning_rate: float = key(5e-4, "learning rate of the student", above=0)
     # The rest of the vocabulary is one bucket.
     top_k: int = key(64, "likeliest tokens kept one by one in a target", at_least=1, at_most=MILLION)
-    pull: float = key(0.0, "strength of the pull to the aggregated adapter", at_least=0)
     # The server keeps an adapter for each, 4 bytes a value.
     max_teachers: int = key(8, "most clients that teach, the heaviest", at_least=1, at_most=100_000)
     originality: str = key("auto", "screen texts for copies; auto = without privacy", words="auto on off")

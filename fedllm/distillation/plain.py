@@ -62,16 +62,12 @@ def distil_plainly(
     """Return the change [P] of `start` after learning the rows' whole log-probabilities [T, V]."""
     taught = dict(zip(rows, log_probs, strict=True))
     with plain_model(base, start.layout, start.vector) as (model, parameters):
-        begin = [parameter.detach().clone() for parameter in parameters]
         rate, decay = training.learning_rate, training.weight_decay
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=decay)
         for batch in student_batches(rows, training):
             mine_NV = torch.cat([row_logits(model, row).log_softmax(dim=1) for row in batch])
             theirs_NV = torch.cat([taught[row] for row in batch])
             loss = (theirs_NV.exp() * (theirs_NV - mine_NV)).sum(dim=1).mean()
-            pairs = zip(parameters[0::2], parameters[1::2], begin[0::2], begin[1::2], strict=True)
-            for a, b, a0, b0 in pairs:
-                loss = loss + training.pull / 2 * (start.layout.scale * (b @ a - b0 @ a0)).square().sum()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if training.clip_norm:

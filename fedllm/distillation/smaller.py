@@ -120,14 +120,11 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 def distil_layers(student: BaseModel, targets: Targets, training: StudentTraining) -> tuple[float, ...]:
     """Train the student's own layers, in place, to predict what the teacher does; return each step's loss.
 
-    Embeddings and head stay as they are. `training.pull` must be 0: it is for the factors of an adapter.
+    Embeddings and head stay as they are.
 
     Raises:
-        ConfigError: a pull is asked for.
         NonFiniteError: training diverged.
     """
-    if training.pull:
-        raise ConfigError("a pull is for adapters; teach layers with a pull of 0")
     model = student.model
     together, head = can_be_ragged(model, student.device), plain_head(model, student.device)
     parameters = list(decoder_layers(model).parameters())

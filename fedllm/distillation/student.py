@@ -1,7 +1,7 @@
 """The student: one adapter trained to predict what the teacher predicts, on the engine that trains clients.
 
-A distillation is a training job with another objective than the next token: AdamW, clipping, passes and the
-pull to the start (the `product` proximal term of `fedllm.engine.gradient_terms`) are those of a client.
+A distillation is a training job with another objective than the next token: AdamW, clipping and
+passes are those of a client.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from fedllm.seeds import derive_seed
 
 @dataclass(frozen=True)
 class StudentTraining:
-    """Numbers of a student's training; `pull` is mu, the strength of the pull to where it started.
+    """Numbers of a student's training.
 
     Raises:
         ConfigError: a number is out of range.
@@ -34,7 +34,6 @@ class StudentTraining:
     steps: int
     batch_size: int
     learning_rate: float
-    pull: float
     seed: int
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -42,8 +41,8 @@ class StudentTraining:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.learning_rate <= 0:
             raise ConfigError("a student needs steps, a batch size and a learning rate above 0")
-        if min(self.pull, self.weight_decay, self.clip_norm) < 0:
-            raise ConfigError("a student's pull, weight decay and clip norm are at least 0")
+        if min(self.weight_decay, self.clip_norm) < 0:
+            raise ConfigError("a student's weight decay and clip norm are at least 0")
 
     @property
     def local(self) -> LocalTraining:
@@ -54,8 +53,6 @@ class StudentTraining:
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
-            proximal=self.pull,
-            proximal_space="product",  # what the layers compute, not the factors, is to stay near
         )
 
 
@@ -144,8 +141,7 @@ def on_policy(
         targets = teach(teacher_engine or engine, teacher, samples.rows, top_k=stage.top_k)
         targets = replace(targets, divergence=divergence).on(engine.base.device)
         numbers = replace(training, seed=seed)
-        # The pull is to where the stage began, whatever round it is in.
-        further = _train(engine, done.adapter, targets.rows, numbers, targets, anchor=start.vector)
+        further = _train(engine, done.adapter, targets.rows, numbers, targets)
         losses, num_tokens = done.losses + further.losses, done.num_tokens + further.num_tokens
         done = DistilResult(further.adapter, losses, num_tokens)
     return done
@@ -157,7 +153,6 @@ def _train(
     rows: Sequence[Encoded],
     training: StudentTraining,
     objective: Objective | None,
-    anchor: torch.Tensor | None = None,
 ) -> DistilResult:
     batches = student_batches(rows, training)
     job = Job(
@@ -166,7 +161,6 @@ def _train(
         batches,
         training.local,
         layout=start.layout,
-        anchor=anchor,
         objective=objective,
     )
     (result,) = engine.train([job])

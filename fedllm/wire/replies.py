@@ -14,8 +14,9 @@ a `ClientFailure` of that client alone.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import starmap
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -148,8 +149,8 @@ def read_updates(
     part: str,
     round_num: int,
     with_controls: bool = False,
-) -> list[Update]:
-    """Return what a reply to a train request says about each of its clients.
+) -> Iterator[Update]:
+    """Return what a reply to a train request says about each of its clients; a packet is read when it is due.
 
     `ranks` has the clients that were asked, each with the rank it was asked to train at; `part` is the part
     of its delta that every client was asked for. `with_controls` wants the change of a control variate from
@@ -163,11 +164,10 @@ def read_updates(
     packets = {name: content.array_records.get(name, ArrayRecord()) for name in names}
     if any(set(record) != set(metrics) for record in packets.values()):
         raise WireError("the packets do not match the clients that report an update")
-    results: list[Update] = []
-    for client_id, code in codes.items():
+
+    def read(client_id: str, code: str) -> Update:
         if code != _OK:
-            results.append(_reported(client_id, code))
-            continue
+            return _reported(client_id, code)
         try:
             # Who answers without having been asked is dropped by the caller, so its rank does not matter.
             own_layout = at_rank(layout, ranks.get(client_id, layout.rank))
@@ -177,19 +177,17 @@ def read_updates(
                 control = packets["controls"][client_id]
                 control_delta = read_vector(control, layout, "control", round_num, layout.size)
         except WireError as error:
-            results.append(_bad_packet(client_id, error))
-            continue
-        results.append(
-            ClientUpdate(
-                client_id=client_id,
-                round_num=round_num,
-                rank=own_layout.rank,
-                delta=delta,
-                control_delta=control_delta,
-                **metrics[client_id],
-            )
+            return _bad_packet(client_id, error)
+        return ClientUpdate(
+            client_id=client_id,
+            round_num=round_num,
+            rank=own_layout.rank,
+            delta=delta,
+            control_delta=control_delta,
+            **metrics[client_id],
         )
-    return results
+
+    return starmap(read, codes.items())  # one at a time: a node may host more clients than fit into memory
 
 
 def read_sum(

@@ -76,7 +76,7 @@ class Bench:
         teacher = Teacher(self.adapters[:number], self.engine.layout, torch.ones(number))
         targets = teach(self.engine, teacher, self.texts, top_k=TOP_K)
         size = self.size
-        training = StudentTraining(size.steps, size.batch_size, 1e-4, 0.0, 0)
+        training = StudentTraining(size.steps, size.batch_size, 1e-4, 0)
         distil(self.engine, self.start, targets, training)
         return targets
 

@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from fedllm.models.files import needs_conversion
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import newest_round
 from fedllm.runs.folder import CHECKPOINTS, RESULT, STARTER, open_run_folder, run_folder, write_result
-from scripts.command_line import StoppedError, again
 from scripts.console import Console
 from scripts.finished_run import PARTITION, own_rows
 from scripts.recipe_arguments import config_of
 from scripts.run_view import RunView
 from scripts.runtimes.local import node_config_of
+from scripts.stopped_run import complete_rounds, told_how_to_go_on
 from strategies.publish import keep_answers
 
 RUNTIMES = ("local", "simulation", "deployment")
@@ -53,11 +52,11 @@ def run(
         raise ConfigError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     resolve(config)  # what the keys alone refuse comes before a folder is made
     console = Console(quiet=as_json)
-    with open_run_folder(config, STARTER) as folder, _told_how_to_go_on(folder):
+    with open_run_folder(config, STARTER) as folder, told_how_to_go_on(folder, "--resume"):
         told: list[str] = []
         with _logs_to(told.append):
             keep_partition(config)
-        if resume and (rounds := _complete_rounds(folder, config)):
+        if resume and (rounds := complete_rounds(folder, config)):
             new = f"run.name={config.run.name}-2"
             console.line(f"{config.run.name}: complete after {rounds} rounds; {new} starts a new run")
         else:
@@ -150,28 +149,6 @@ def keep_partition(config: RunConfig) -> None:
             )
     else:
         save_partition(saved, partition)
-
-
-def _complete_rounds(folder: Path, config: RunConfig) -> int:
-    """Return how many rounds the run in `folder` has done, 0 while it is not complete."""
-    try:
-        result = json.loads((folder / RESULT).read_text())
-    except (OSError, ValueError):  # it was interrupted
-        return 0
-    is_complete = isinstance(result, dict) and result.get("status") == "completed"
-    rounds = int(result.get("rounds", 0)) if is_complete and (folder / "adapter").is_dir() else 0
-    return rounds if rounds >= config.federation.num_rounds else 0
-
-
-@contextmanager
-def _told_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Where a signal stops the run, say which round is saved and what to type to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        done = newest_round(folder / CHECKPOINTS)
-        kept = f"round {done} is saved" if done else "no round was complete yet"
-        raise StoppedError(f"stopped; {kept}; go on with: {again('--resume')}") from None
 
 
 def compare_answers(config: RunConfig, adapter: Path) -> Answers:

@@ -1,23 +1,16 @@
-"""Real Flower processes for one run on this machine: a SuperLink, SuperNodes or a simulation, and `flwr run`.
+"""One run through Flower's own processes on this machine: `flwr run`, and what came of it.
 
-Each run gets a Flower home of its own, ports of its own and an empty working directory (a SuperLink started
-inside a checkout would import that checkout's code instead of the submitted app's). The run's true status
-comes from `flwr ls`: `flwr run --stream` exits 0 on failure.
+The run's true status comes from `flwr ls`: `flwr run --stream` exits 0 on failure.
 """
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,130 +26,12 @@ from fedllm.runs.folder import ROUNDS, run_folder, to_toml
 from fedllm.runs.records import record_from_dict
 from scripts.run_view import RunView
 from scripts.runtimes.machine import gpus_of, simulation_size
+from scripts.runtimes.processes import Link, flwr, superexec, superlink, supernode, temporary_link
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-_START_SECONDS = 60.0
-_STOP_SECONDS = 10.0
 _LONGEST_SILENCE_SECONDS = 60.0  # before Flower is asked whether a run still lives
 _CLOSING_SECONDS = 1.0  # the same, where the run has left its result
 _ENDED = "Finished task"  # what a SuperLink logs at the end of a run, however it ended
-_CONNECTION = """[superlink]
-default = "here"
-
-[superlink.here]
-address = "{address}"
-insecure = true
-"""
-
-
-def flower_environment(home: Path) -> dict[str, str]:
-    """Return the environment of every Flower process: quiet, offline, and with a home of its own."""
-    programs = str(Path(sys.executable).parent)  # Flower starts its own helpers by name
-    return {
-        **os.environ,
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1",  # at 0.1 a SuperLink or node takes 5 % of a core, idle
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
-    }
-
-
-@dataclass(frozen=True)
-class Link:
-    """A running SuperLink and what a client of it needs."""
-
-    folder: Path
-    port: int
-
-    @property
-    def address(self) -> str:
-        """host:port."""
-        return f"127.0.0.1:{self.port}"
-
-    def environment(self, name: str = "cli") -> dict[str, str]:
-        """Return the environment of a client of this SuperLink; each name has its own Flower home."""
-        home = self.folder / f"home-{name}"
-        home.mkdir(exist_ok=True)
-        return flower_environment(home)
-
-
-@contextmanager
-def superlink(*, is_simulation: bool, policy: str = "") -> Iterator[Link]:
-    """Run a SuperLink on a free loopback port for the length of the block.
-
-    `policy` is the site policy of the processes a simulation starts (fedllm.site_policy).
-    """
-    folder = Path(tempfile.mkdtemp(prefix="fedllm-flower-"))
-    link = Link(folder, _free_port())
-    (folder / "site.toml").write_text(policy)
-    environment = link.environment("superlink") | (
-        {"FEDLLM_SITE": str(folder / "site.toml")} if policy else {}
-    )
-    command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link.port)]
-    command += ["--disable-runtime-dependency-installation"]
-    command += ["--simulation"] if is_simulation else []
-    try:
-        with process(command, folder, environment, "superlink") as running:
-            _wait_for_port(link, running)
-            home = folder / "home-cli"
-            home.mkdir(exist_ok=True)
-            (home / "config.toml").write_text(_CONNECTION.format(address=link.address))
-            yield link
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def supernode(
-    link: Link, name: str, node_config: Mapping[str, Scalar], variables: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """Run a SuperNode with its own home and environment `variables` for the length of the block."""
-    config = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
-    command = ["flower-supernode", "--insecure", "--superlink", link.address]
-    command += ["--port", str(_free_port()), "--node-config", config]
-    with process(command, link.folder, link.environment(name) | dict(variables or {}), name):
-        yield
-
-
-@contextmanager
-def process(
-    command: Sequence[str], folder: Path, environment: Mapping[str, str], name: str
-) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a console script of this environment in a session of its own, and end all of that session after.
-
-    It ends as well when this process does, however that comes about (`scripts.runtimes.guard`).
-    """
-    program = str(Path(sys.executable).with_name(command[0]))
-    with (folder / f"{name}.log").open("wb") as log:
-        running = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(HERE / "guard.py"), program, *command[1:]],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield running
-    finally:
-        _end_session(running)
-
-
-def _end_session(running: "subprocess.Popen[bytes]") -> None:
-    """Ask a guarded command to end; where it does not, its guard kills it and all that it started."""
-    assert running.stdin is not None
-    with suppress(ProcessLookupError):
-        os.killpg(running.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        running.wait(_STOP_SECONDS)
-    running.stdin.close()
-    running.wait()
 
 
 def app_folder(link: Link) -> Path:
@@ -201,25 +76,6 @@ def status(link: Link, run_id: str) -> str:
     return str(runs[0].get("status", "unknown")) if runs else "unknown"
 
 
-def flwr(link: Link, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON that a `flwr` command prints; {} where it prints none."""
-    program = str(Path(sys.executable).with_name("flwr"))
-    done = subprocess.run(
-        [program, *arguments],
-        cwd=link.folder,
-        env=link.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    start = done.stdout.find("{")
-    try:
-        parsed = json.loads(done.stdout[start:]) if start >= 0 else {}
-    except ValueError:
-        parsed = {}
-    return parsed if isinstance(parsed, dict) else {}
-
-
 def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) -> None:
     """Run `config` as a Flower simulation, or with one SuperNode per client on loopback.
 
@@ -232,12 +88,16 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
         # This machine's user named the data source, so its own nodes may open it; what their clients keep for
         # themselves lies where a resumed run finds it.
         private = str(run_folder(config) / "private")
-        policy = tomli_w.dumps({"server-paths": True, "state-path": private})
-        link = stack.enter_context(superlink(is_simulation=is_simulation, policy=policy))
+        link = stack.enter_context(temporary_link(is_hardened=not is_simulation))
+        site = link.folder / "site.toml"
+        site.write_text(tomli_w.dumps({"site": {"state-path": private}, "allow": {"server-paths": True}}))
+        variables = {"FEDLLM_SITE": str(site)}
+        stack.enter_context(superlink(link, is_simulation=is_simulation, variables=variables))
         federation: dict[str, Scalar] = {}
         if is_simulation:
             federation = simulation_size(config)
         else:
+            stack.enter_context(superexec(link, variables))
             number, gpus = config.federation.num_clients, gpus_of(config)
             for index in range(number):
                 node: dict[str, Scalar] = {
@@ -290,7 +150,7 @@ def follow(link: Link, run_id: str, folder: Path, view: RunView, num_old: int = 
     SuperLink logs that the run has ended, and after a minute without news, as of a run that was killed.
     """
     rounds, shown, seen = folder / ROUNDS, 0, (0, 0)
-    log, said, heard = link.folder / "superlink.log", (0, 0), time.monotonic()
+    log, said, heard = link.log, (0, 0), time.monotonic()
     while True:
         if rounds.exists() and _state(rounds) != seen:
             seen = _state(rounds)
@@ -308,7 +168,7 @@ def follow(link: Link, run_id: str, folder: Path, view: RunView, num_old: int = 
             now = status(link, run_id)
             if now.startswith("finished"):
                 return now
-            if now == "unknown" and not _is_open(link):
+            if now == "unknown" and not link.is_open():
                 return "lost: its SuperLink has ended"
             heard = time.monotonic()
         time.sleep(0.2)
@@ -360,25 +220,3 @@ def _result_of(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return result
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_open(link: Link) -> bool:
-    """Return whether a SuperLink listens."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", link.port)) == 0
-
-
-def _wait_for_port(link: Link, running: "subprocess.Popen[bytes]") -> None:
-    ends = time.monotonic() + _START_SECONDS
-    while time.monotonic() < ends and running.poll() is None:
-        if _is_open(link):
-            return
-        time.sleep(0.1)
-    last = (link.folder / "superlink.log").read_text(errors="replace").strip().splitlines()[-1:]
-    raise RunFailedError(f"the SuperLink did not open {link.address}: {' '.join(last)}")

@@ -14,19 +14,22 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _TRIES = 200  # of 0.05 s: nothing outlives SIGKILL for long
 _KILLED = 128 + signal.SIGKILL
 
 
 def main(command: list[str]) -> None:
     """Run `command`; end with its exit code, or at the end of standard input."""
-    if sys.platform == "linux":  # what loses its own parent becomes a child of this process
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # What loses its own parent becomes a child of this process.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     for sign in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # Handled and not ignored: the command would inherit that, and it is to end at these.
         signal.signal(sign, lambda *unused: None)
-    running = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    # Where somebody kills this process itself, the system kills the command.
+    running = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    )
     threading.Thread(target=lambda: _end(running.wait()), daemon=True).start()
     while os.read(0, 1):  # nothing is ever written: it returns when the starter has closed its end
         pass
@@ -37,10 +40,9 @@ def _end(code: int) -> None:
     """Kill all that this process has started, directly or not, and end with an exit code."""
     known = {os.getpid()}
     for _ in range(_TRIES):
-        living = _processes()
-        while more := {process for process, parent in living.items() if parent in known} - known:
-            known |= more
-        others = (known & living.keys()) - {os.getpid()}
+        living = family(known)
+        known |= living  # a process whose parent is killed no longer names it
+        others = living - {os.getpid()}
         if not others:
             break
         for process in others:
@@ -48,6 +50,19 @@ def _end(code: int) -> None:
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.05)
     os._exit(code if code >= 0 else 128 - code)
+
+
+def family(known: set[int]) -> set[int]:
+    """Return those of some processes that live, and the living ones that they started, directly or not."""
+    living, found = _processes(), set(known)
+    while more := {process for process, parent in living.items() if parent in found} - found:
+        found |= more
+    return found & living.keys()
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _processes() -> dict[int, int]:

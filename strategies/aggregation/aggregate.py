@@ -48,6 +48,7 @@ def open_aggregate(session: Session, state: ServerState, plan: RoundPlan) -> Agg
             session.plan.aggregation,
             state,
             trained=plan.trained,
+            keep=session.room.keep,
             fresh=lambda: initial_adapter(session.layout, seed, session.plan.init_a),
             stock_rule=partial(stock_change, session.stock, plan.round_num) if session.stock else None,
         )

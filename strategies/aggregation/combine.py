@@ -43,6 +43,7 @@ class RoundUpdates:
 
     `trained` is what clients train: "both", "a" or "b". `fresh` draws the adapter of a restart. `stock_rule`
     maps the start and the clients to the change [P] of the factors, in place of our own mean (`stock`).
+    `keep` finds room for changes of which all must be held to the end (`strategies.memory`).
     """
 
     rule: AggregationRule
@@ -50,6 +51,7 @@ class RoundUpdates:
     trained: str
     fresh: Callable[[], AdapterState]
     stock_rule: StockRule | None = None
+    keep: Callable[[torch.Tensor], torch.Tensor] = lambda delta_P: delta_P
     held: tuple[HeldUpdate, ...] = ()
     folded: FoldedSums | None = None
 
@@ -114,8 +116,9 @@ def add(updates: RoundUpdates, update: ClientUpdate, scale: float | None = None)
     weight = update.weight
     if updates.rule.weighting == "product-norm":
         weight *= product_norm(layout, updates.state.adapter.vector + delta_P)
-    updates = replace(updates, held=(*updates.held, HeldUpdate(update.client_id, weight, rank, delta_P)))
     most = updates.num_holdable
+    delta_P = updates.keep(delta_P) if most is None else delta_P
+    updates = replace(updates, held=(*updates.held, HeldUpdate(update.client_id, weight, rank, delta_P)))
     return updates if most is None or len(updates.held) <= most else _fold(updates)
 
 

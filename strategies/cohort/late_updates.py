@@ -10,19 +10,21 @@ from dataclasses import replace
 
 from fedllm.messages import ClientFailure, ClientUpdate
 
+EXPONENT = 0.5  # FedBuff's own: the square root
 
-def staleness_weight(rounds: int, exponent: float) -> float:
-    """Return what a late update's weight is multiplied by: 1 / (1 + rounds)^exponent.
+
+def staleness_weight(rounds: int) -> float:
+    """Return what a late update's weight is multiplied by: 1 / (1 + rounds)^EXPONENT.
 
     The weights of a round are normalised afterwards: a late update counts less than fresh ones, and a round
     of equally late ones moves as far as a fresh one. FedBuff itself divides by the number of updates.
     """
-    return float((1 + rounds) ** -exponent)
+    return float((1 + rounds) ** -EXPONENT)
 
 
-def discounted(update: ClientUpdate, round_num: int, exponent: float) -> ClientUpdate:
+def discounted(update: ClientUpdate, round_num: int) -> ClientUpdate:
     """Return an update, and the members of a sum, with the weight it has in round `round_num`."""
-    factor = staleness_weight(round_num - update.round_num, exponent)
+    factor = staleness_weight(round_num - update.round_num)
     # Records show the weights of members, so theirs must add up to the sum's
     members = tuple(replace(member, weight=member.weight * factor) for member in update.members)
     return replace(update, weight=update.weight * factor, members=members)

@@ -31,7 +31,6 @@ def student_training(numbers: DistillConfig, seed: int, round_num: int) -> Stude
         steps=numbers.steps,
         batch_size=numbers.batch_size,
         learning_rate=numbers.learning_rate,
-        pull=numbers.pull,
         seed=derive_seed(seed, "distillation", round_num),
     )
 

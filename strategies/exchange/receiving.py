@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from typing import TypeAlias
 
@@ -17,6 +18,7 @@ from strategies.cohort.late_updates import late_refusal
 from strategies.exchange.causes import few
 from strategies.exchange.validation import UNSOUND, find_fault, largest_weight
 from strategies.grid.transport import Reply
+from strategies.memory import Room
 from strategies.privacy import largest_noise
 from strategies.session import Session
 
@@ -28,10 +30,13 @@ def members_of(answer: Answer) -> Sequence[Answer]:
     return (isinstance(answer, ClientUpdate) and answer.members) or (answer,)
 
 
-def sort_answers(answers: Iterable[Answer], order: Iterable[str]) -> Generator[Answer, None, None]:
+def sort_answers(
+    answers: Iterable[Answer], order: Iterable[str], room: Room
+) -> Generator[Answer, None, None]:
     """Yield answers in the plan's order, each as soon as all before it are there; late ones by name, last.
 
-    Floating-point sums depend on their order; this makes a round independent of who was faster.
+    Floating-point sums depend on their order; this makes a round independent of who was faster. Updates that
+    wait for others do so in `room`.
     """
     held: dict[str, Answer | None] = {}  # None stands for a member of a sum, which came with the first
     waiting = iter(order)
@@ -44,10 +49,21 @@ def sort_answers(answers: Iterable[Answer], order: Iterable[str]) -> Generator[A
             if ready is not None:
                 yield ready
             current = next(waiting, None)
+        if isinstance(answer, ClientUpdate) and answer.client_id in held:
+            held[answer.client_id] = _kept(answer, room)
     for client in [*chain([current], waiting), *sorted(held)]:
         ready = held.pop(client, None) if client is not None else None
         if ready is not None:
             yield ready
+
+
+def _kept(update: ClientUpdate, room: Room) -> ClientUpdate:
+    control = update.control_delta
+    return replace(
+        update,
+        delta=room.keep(update.delta),
+        control_delta=None if control is None else room.keep(control),
+    )
 
 
 def receive(
@@ -101,13 +117,13 @@ def read_reply(
     The sum of a node's clients is one answer for all of them, sound or lost as a whole.
     """
     unanswered = dict.fromkeys(asked, "its node did not answer for it")
-    answers: Sequence[Answer] = ()
+    answers: Iterable[Answer] = ()
     reported = replies.read_error(reply.content) if reply.content is not None else None
     try:
         answers = _answers(session, plan, reply.received(), asked)
     except WireError as error:
         unanswered = dict.fromkeys(asked, str(error))
-    if not answers:  # the node may not hold what the request left out
+        # The node may not hold what the request left out
         session.held_by_nodes.forget(reply.node_id, reply.content)
     strangers = 0
     for answer in answers:
@@ -125,8 +141,10 @@ def read_reply(
         )
 
 
-def _answers(session: Session, plan: RoundPlan, content: RecordDict, asked: Sequence[str]) -> list[Answer]:
-    """Return what a node's reply says of its clients, in the form it was asked for."""
+def _answers(
+    session: Session, plan: RoundPlan, content: RecordDict, asked: Sequence[str]
+) -> Iterable[Answer]:
+    """Return what a node's reply says of its clients, as it was asked for; each is read when due."""
     ranks = {client: plan.ranks[client] for client in asked}
     if not session.plan.is_summed(ranks.values()):
         return replies.read_updates(

@@ -18,24 +18,24 @@ DEFAULTS = RunConfig().to_flat()
 # [tool.flwr.app.config] follow it.
 KEYS = """
 seed
-run.name run.output run.resume
+run.name run.output run.resume run.purpose
 model.name model.dtype model.device model.quantization model.gradient-checkpointing model.num-threads
 lora.rank lora.alpha lora.target-modules lora.init-a lora.client-ranks lora.dropout
 data.source data.split data.partition data.columns data.on-bad-row data.held-out-fraction data.max-held-out
 data.max-rows
 federation.num-clients federation.num-rounds federation.cohort federation.selection federation.over-selection
 federation.max-staleness federation.min-clients federation.round-deadline federation.join-deadline
-federation.max-retries federation.max-failure-rate
+federation.sites federation.max-retries federation.max-failure-rate
 train.local-steps train.batch-size train.learning-rate train.schedule train.weight-decay train.clip-norm
 train.proximal train.control-variates train.max-length train.token-budget
 aggregation.preset aggregation.train aggregation.read-out aggregation.weighting aggregation.robust
-aggregation.optimizer aggregation.server-learning-rate aggregation.staleness-exponent
+aggregation.optimizer aggregation.server-learning-rate
 privacy.epsilon privacy.delta privacy.unit privacy.trust privacy.clip privacy.noise-multiplier
 privacy.max-participations privacy.weight-cap privacy.metrics
 audit.canaries audit.canary-tokens audit.canary-repeats
 personal.mode personal.rank personal.steps
 distill.when distill.teacher distill.text distill.num-texts distill.max-tokens distill.steps
-distill.batch-size distill.learning-rate distill.top-k distill.pull distill.max-teachers
+distill.batch-size distill.learning-rate distill.top-k distill.max-teachers
 distill.originality distill.licence distill.control distill.gate
 wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
@@ -161,7 +161,6 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         ("aggregation.robust", ["SVD", "multi-krum:0.6", "trimmed-mean:-0.1", "norm-clip:0.1"]),
         ("aggregation.optimizer", ["SVD", "fedavg:momentum=0.1", "fedadam:0.9", "fedadam:"]),
         ("aggregation.server-learning-rate", [0.0]),
-        ("aggregation.staleness-exponent", [-0.1]),
         ("privacy.epsilon", [0.0, -1.0, "on"]),
         ("privacy.clip", [0.0, "adaptive:0", "fixed"]),
         ("privacy.noise-multiplier", [0.0]),

@@ -70,7 +70,7 @@ def test_text_that_clients_wrote_brings_their_mean_nearer(
     written = sample_texts(
         engine, adapters, torch.ones(2), [(START,)], number=128, max_tokens=12, seed=0
     ).rows
-    training = StudentTraining(steps=60, batch_size=16, learning_rate=5e-3, pull=0.0, seed=0)
+    training = StudentTraining(steps=60, batch_size=16, learning_rate=5e-3, seed=0)
     targets = teach(engine, teachers["posterior"], written, top_k=64)
     after = losses(engine, distil(engine, mean, targets, training).adapter.vector)
     control = losses(engine, supervised(engine, mean, written, training).adapter.vector)

@@ -129,7 +129,7 @@ def test_a_student_learns_from_a_teacher_of_another_vocabulary(
     found: list[Pair] = [pair for pair in pairs if pair is not None]
     teacher = Teacher((initial_adapter(layout, 0).vector,), layout, torch.ones(1))
     targets = teach(Engine(base, layout, token_budget=512), teacher, [p.teacher for p in found], top_k=16)
-    training = StudentTraining(steps=30, batch_size=3, learning_rate=1e-2, pull=0.0, seed=0)
+    training = StudentTraining(steps=30, batch_size=3, learning_rate=1e-2, seed=0)
     results = {}
     for weight in (0.0, 1.5):
         objective = PairedTargets({pair.student: pair for pair in found}, targets, weight)

@@ -27,7 +27,7 @@ from fedllm.models.chat import Encoded
 
 LENGTHS = [12, 20, 7, 16]
 LORA = LoraConfig(rank=2, alpha=6.0)
-TRAINING = StudentTraining(steps=30, batch_size=4, learning_rate=1e-2, pull=0.0, seed=0)
+TRAINING = StudentTraining(steps=30, batch_size=4, learning_rate=1e-2, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,6 @@ def test_they_teach_it_its_own_layers_and_leave_the_rest(deep: BaseModel, make_r
     assert torch.equal(student.model.get_input_embeddings().weight, embeddings)
     assert all(torch.equal(tensor, large[name]) for name, tensor in deep.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in student.model.parameters())
-    with pytest.raises(ConfigError, match="pull"):
-        distil_layers(student, targets, replace(TRAINING, pull=0.1))
 
 
 def test_the_whole_model_as_student_has_nothing_to_learn(deep: BaseModel, make_rows: Callable) -> None:

@@ -205,7 +205,7 @@ def another(config: RunConfig, key: str) -> Any:
         "lora.init-a": "orthonormal",
         "lora.client-ranks": "4",
         "aggregation.weighting": "tokens",
-        "aggregation.staleness-exponent": 1.0,
+        "run.purpose": "research",
         "personal.mode": "ditto",
         "distill.when": "every",
         "distill.teacher": "uniform",
@@ -239,7 +239,7 @@ def another(config: RunConfig, key: str) -> Any:
 # Keys that change where, how long or how loudly a run runs, and never what a round computes.
 FREE = """
 run.name run.output run.resume model.device model.num-threads
-federation.num-rounds federation.round-deadline federation.join-deadline
+federation.num-rounds federation.round-deadline federation.join-deadline federation.sites
 federation.max-retries federation.max-failure-rate
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 """

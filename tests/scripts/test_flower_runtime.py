@@ -12,7 +12,8 @@ from fedllm.runs.records import RoundRecord
 from scripts.console import Console
 from scripts.run_view import RunView
 from scripts.runtimes import flower
-from scripts.runtimes.flower import Link, app_folder, follow, said_by_nodes
+from scripts.runtimes.flower import app_folder, follow, said_by_nodes
+from scripts.runtimes.processes import Link
 from tests.builders import Clock
 
 

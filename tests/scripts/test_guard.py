@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from scripts.runtimes import guard
 
 # A grandchild in a session of its own, as those of Flower are; all three hold the same standard output.
@@ -52,4 +54,20 @@ def test_a_guarded_command_ends_at_sigterm() -> None:
         assert running.stdout.readline() == "ready\n"
         os.killpg(running.pid, signal.SIGTERM)
         assert running.wait() == 128 + signal.SIGTERM
+        assert running.stdout.read() == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a guard that is killed itself guards nothing")
+def test_the_kill_of_a_guard_ends_its_command() -> None:
+    command = [
+        sys.executable,
+        guard.__file__,
+        sys.executable,
+        "-c",
+        "import time; print('ready', flush=True); time.sleep(60)",
+    ]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        running.kill()
         assert running.stdout.read() == ""

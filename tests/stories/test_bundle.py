@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from fedllm.config.run_config import RunConfig
-from scripts.runtimes.flower import flower_environment
+from scripts.runtimes.processes import flower_environment
 
 ROOT = Path(__file__).parents[2]
 

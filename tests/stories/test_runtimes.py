@@ -13,8 +13,9 @@ from fedllm.plan.run_plan import resolve
 from scripts.console import Console
 from scripts.recipe_arguments import config_of
 from scripts.run_view import RunView
-from scripts.runtimes.flower import run_with_flower, status, submit, superlink, supernode
+from scripts.runtimes.flower import run_with_flower, status, submit
 from scripts.runtimes.local import init, step
+from scripts.runtimes.processes import superexec, superlink, supernode, temporary_link
 
 
 def _digest(folder: Path) -> str:
@@ -127,7 +128,7 @@ def test_two_holders_with_files_of_their_own(tiny_run, text_file, tmp_path):
             "run.name=two",
         ],
     )
-    with superlink(is_simulation=False) as link:
+    with temporary_link(is_hardened=True) as link, superlink(link), superexec(link):
         nodes = []
         for index in range(2):
             file = tmp_path / f"holder{index}.jsonl"

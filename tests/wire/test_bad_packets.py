@@ -25,7 +25,9 @@ def reply() -> RecordDict:
 
 
 def read(content: RecordDict) -> list[ClientUpdate | ClientFailure]:
-    return replies.read_updates(content, layout=LAYOUT, ranks={"a": 2, "b": 2}, part="both", round_num=4)
+    return list(
+        replies.read_updates(content, layout=LAYOUT, ranks={"a": 2, "b": 2}, part="both", round_num=4)
+    )
 
 
 def packet(layout: AdapterLayout = LAYOUT, size: int | None = None, round_num: int = 4) -> bytes:

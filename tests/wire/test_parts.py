@@ -36,7 +36,7 @@ def reply(part: str, payload: str = "fp32") -> RecordDict:
 
 
 def read(content: RecordDict, part: str) -> list[ClientUpdate | ClientFailure]:
-    return replies.read_updates(content, layout=LAYOUT, ranks=RANKS, part=part, round_num=4)
+    return list(replies.read_updates(content, layout=LAYOUT, ranks=RANKS, part=part, round_num=4))
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -50,13 +50,15 @@ def read_evaluations(content: RecordDict) -> list[ClientEvaluation | ClientFailu
 
 
 def read_updates(content: RecordDict, with_controls: bool = False) -> list[ClientUpdate | ClientFailure]:
-    return replies.read_updates(
-        content,
-        layout=LAYOUT,
-        ranks=dict.fromkeys("abc", 2),
-        part="both",
-        round_num=4,
-        with_controls=with_controls,
+    return list(
+        replies.read_updates(
+            content,
+            layout=LAYOUT,
+            ranks=dict.fromkeys("abc", 2),
+            part="both",
+            round_num=4,
+            with_controls=with_controls,
+        )
     )
 
 

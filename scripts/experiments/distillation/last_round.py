@@ -40,7 +40,7 @@ def last_round(config: RunConfig) -> Round:
     session, before = state.session, state.server
     plan = plan_round(session, before, 1)
     arriving = receive(session, plan, train_requests(session, before, plan))
-    answers = list(sort_answers(arriving, plan.asked))
+    answers = list(sort_answers(arriving, plan.asked, session.room))
     teachers = Teachers(before.adapter, plan.round_num, config.distill.max_teachers)
     for answer in answers:
         if isinstance(answer, ClientUpdate):

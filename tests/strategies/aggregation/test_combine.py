@@ -16,6 +16,7 @@ from fedllm.wire import packets
 from strategies.aggregation import combine as combining
 from strategies.aggregation import sums
 from strategies.exchange.receiving import sort_answers
+from strategies.memory import Room
 from tests.strategies.aggregation.builders import (
     EXACT,
     LAYOUT,
@@ -174,7 +175,7 @@ def test_the_order_of_arrival_changes_no_bit(arrival: list[int], read_out: str) 
     plan = [item.client_id for item in updates]
     expected = combine(start, updates, read_out)
     arrived = [updates[index] for index in arrival]
-    ordered = combine(start, list(sort_answers(iter(arrived), plan)), read_out)
+    ordered = combine(start, list(sort_answers(iter(arrived), plan, Room())), read_out)
     assert ordered.adapter.digest == expected.adapter.digest
     assert ordered.base_delta.digest == expected.base_delta.digest
     products = model_change(expected)
@@ -190,7 +191,7 @@ def test_answers_come_in_the_plans_order_whoever_is_missing(
     plan = [f"c{number}" for number in range(10)]
     generator.shuffle(plan)
     answers = [update(f"c{number}", torch.zeros(0)) for number in present]
-    ordered = [answer.client_id for answer in sort_answers(iter(answers), plan)]
+    ordered = [answer.client_id for answer in sort_answers(iter(answers), plan, Room())]
     assert ordered == [client for client in plan if client in {answer.client_id for answer in answers}]
 
 

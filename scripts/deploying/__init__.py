@@ -1,0 +1,1 @@
+"""What stands around Flower's processes on a real network: certificates, keys, a proxy, unit files."""

@@ -1,0 +1,269 @@
+"""Flower's processes on this machine: SuperLink, SuperExec and SuperNode, each for the length of a block.
+
+Each has a Flower home of its own and an empty working directory (a process started inside a checkout would
+import that checkout's code instead of the submitted app's), and ends with whoever started it.
+
+With `Credentials` a `Link` is hardened: TLS, SuperNodes that prove a registered key, and programs that Flower
+starts only for a SuperExec that knows a secret. Without, it is plain HTTP, for simulations and for tests.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedllm.config.key import Scalar
+from fedllm.errors import RunFailedError
+from scripts.deploying.certificates import Credentials, new_credentials, new_node_key
+
+_GUARD = Path(__file__).with_name("guard.py")
+_START_SECONDS = 60.0
+_STOP_SECONDS = 10.0
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """Return the environment of every Flower process: quiet, offline, and with a home of its own."""
+    programs = str(Path(sys.executable).parent)  # Flower starts its own helpers by name
+    return {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1",  # at 0.1 a SuperLink or node takes 5 % of a core, idle
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+    }
+
+
+@dataclass(frozen=True)
+class Link:
+    """A SuperLink on a loopback port: where its processes write, and what a client of it needs."""
+
+    folder: Path  # logs, Flower homes and the database
+    port: int
+    credentials: Credentials | None = None  # None: plain HTTP
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        """What the SuperLink prints."""
+        return self.folder / "superlink.log"
+
+    @property
+    def trust(self) -> list[str]:
+        """The arguments of a Flower program that connects to this SuperLink."""
+        return (
+            ["--root-certificates", str(self.credentials.authority)] if self.credentials else ["--insecure"]
+        )
+
+    def environment(self, name: str = "cli") -> dict[str, str]:
+        """Return the environment of a client of this SuperLink; each name has its own Flower home."""
+        home = self.folder / f"home-{name}"
+        home.mkdir(exist_ok=True)
+        if name == "cli":
+            trust = (
+                {"root-certificates": str(self.credentials.authority)}
+                if self.credentials
+                else {"insecure": True}
+            )
+            here = {"default": "here", "here": {"address": self.address, **trust}}
+            (home / "config.toml").write_text(tomli_w.dumps({"superlink": here}))
+        return flower_environment(home)
+
+    def is_open(self) -> bool:
+        """Return whether a SuperLink listens."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@contextmanager
+def temporary_link(*, is_hardened: bool) -> Iterator[Link]:
+    """Make a folder and a port for a SuperLink, and remove the folder after."""
+    folder = Path(tempfile.mkdtemp(prefix="fedllm-flower-"))
+    try:
+        credentials = new_credentials(folder / "credentials", []) if is_hardened else None
+        yield Link(folder, free_port(), credentials)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def superlink(
+    link: Link, *, is_simulation: bool = False, variables: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a SuperLink for the length of the block; it listens when the block begins.
+
+    Its database lies in the link's folder, so one that is started there again after a kill knows its runs. A
+    hardened one runs no ServerApp without a `superexec` beside it, which outlives it.
+
+    Raises:
+        RunFailedError: it does not come to listen; its last line is quoted.
+    """
+    command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(link.port)]
+    command += ["--disable-runtime-dependency-installation"]
+    command += ["--simulation"] if is_simulation else []
+    if own := link.credentials:
+        command += ["--ssl-ca-certfile", str(own.authority), "--ssl-certfile", str(own.certificate)]
+        command += ["--ssl-keyfile", str(own.key), "--enable-supernode-auth", "--isolation", "process"]
+        command += ["--superexec-auth-secret-file", str(own.superexec_secret)]
+        command += ["--database", str(link.folder / "superlink.db")]
+    else:
+        command += ["--insecure"]
+    environment = link.environment("superlink") | dict(variables or {})
+    with process(command, link.folder, environment, "superlink") as running:
+        _wait_until_open(link, running)
+        yield running
+
+
+@contextmanager
+def superexec(link: Link, variables: Mapping[str, str] | None = None) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run what starts the ServerApps of a hardened SuperLink, which it waits for while it is away."""
+    assert link.credentials, "a plain SuperLink starts its own"
+    command = ["flower-superexec", "--runtime-api-address", link.address, *link.trust]
+    command += ["--superexec-auth-secret-file", str(link.credentials.superexec_secret)]
+    environment = link.environment("superexec") | dict(variables or {})
+    with process(command, link.folder, environment, "superexec") as running:
+        yield running
+
+
+@contextmanager
+def supernode(
+    link: Link, name: str, node_config: Mapping[str, Scalar], variables: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Run a SuperNode with its own home and environment `variables` for the length of the block.
+
+    At a hardened SuperLink it has a new key, which is registered here, and a SuperExec of its own.
+
+    Raises:
+        RunFailedError: its key cannot be registered.
+    """
+    config = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
+    port, environment = free_port(), link.environment(name) | dict(variables or {})
+    command = ["flower-supernode", *link.trust, "--superlink", link.address, "--port", str(port)]
+    command += ["--node-config", config]
+    with ExitStack() as stack:
+        if link.credentials:
+            key, secret = link.folder / f"{name}.key", link.folder / f"{name}.secret"
+            register(link, new_node_key(key))
+            secret.touch(mode=0o600)
+            secret.write_text(secrets.token_hex(32))
+            shared = ["--superexec-auth-secret-file", str(secret)]
+            command += ["--auth-supernode-private-key", str(key), "--isolation", "process", *shared]
+            # Between the two stand loopback and the secret: no TLS.
+            starter = [
+                "flower-superexec",
+                "--insecure",
+                "--runtime-api-address",
+                f"127.0.0.1:{port}",
+                *shared,
+            ]
+        stack.enter_context(process(command, link.folder, environment, name))
+        if link.credentials:
+            stack.enter_context(process(starter, link.folder, environment, f"{name}-superexec"))
+        yield
+
+
+def register(link: Link, public_key: Path) -> None:
+    """Admit a SuperNode's key to a hardened SuperLink.
+
+    Raises:
+        RunFailedError: the SuperLink refuses it, as it does a key that it knows.
+    """
+    answer = flwr(link, ["supernode", "register", str(public_key), "here", "--format", "json"])
+    if not answer.get("success"):
+        raise RunFailedError(
+            f"the SuperLink does not take {public_key}: {answer.get('error-message', 'no answer')}"
+        )
+
+
+def flwr(link: Link, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON that a `flwr` command prints; {} where it prints none."""
+    program = str(Path(sys.executable).with_name("flwr"))
+    done = subprocess.run(
+        [program, *arguments],
+        cwd=link.folder,
+        env=link.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    start = done.stdout.find("{")
+    try:
+        parsed = json.loads(done.stdout[start:]) if start >= 0 else {}
+    except ValueError:
+        parsed = {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+@contextmanager
+def process(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], name: str
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a console script of this environment in a session of its own, and end all of that session after.
+
+    What it prints is added to `name`.log in `folder`. It ends as well when this process does, however that
+    comes about (`scripts.runtimes.guard`).
+    """
+    program = str(Path(sys.executable).with_name(command[0]))
+    with (folder / f"{name}.log").open("ab") as log:
+        running = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_GUARD), program, *command[1:]],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield running
+    finally:
+        _end_session(running)
+
+
+def _end_session(running: "subprocess.Popen[bytes]") -> None:
+    """Ask a guarded command to end; where it does not, its guard kills it and all that it started."""
+    assert running.stdin is not None
+    with suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        running.wait(_STOP_SECONDS)
+    running.stdin.close()
+    running.wait()
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_open(link: Link, running: "subprocess.Popen[bytes]") -> None:
+    ends = time.monotonic() + _START_SECONDS
+    while time.monotonic() < ends and running.poll() is None:
+        if link.is_open():
+            return
+        time.sleep(0.1)
+    last = link.log.read_text(errors="replace").strip().splitlines()[-1:]
+    raise RunFailedError(f"the SuperLink did not open {link.address}: {' '.join(last)}")
