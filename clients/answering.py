@@ -40,7 +40,8 @@ def make_client_app(process: Process) -> ClientApp:
 def answer(process: Process, message: Message, context: Context, sender: Sender = NOBODY) -> Message:
     """Return the reply of this node, or one that holds an error code and nothing else.
 
-    `sender` is who asks, as a site's service knows it. Training and evaluation also answer a stock Flower strategy, for the node as a whole.
+    `sender` is who asks, as a site's service knows it. Training and evaluation also answer a stock Flower
+    strategy, for the node as a whole.
     """
     handlers = _FOR_STOCK if is_stock(message) else _FOR_FEDLLM
     return _answer(process, handlers[kind_of(message)], message, context)

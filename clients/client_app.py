@@ -9,7 +9,8 @@ import os
 from flwr.app import Context, Message
 
 from clients.kinds import make_app
-from clients.messenger import SOCKET, carry
+from clients.messenger import carry
+from clients.site_protocol import SOCKET
 
 
 def answer(message: Message, context: Context) -> Message:

@@ -11,26 +11,26 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.common.args import add_args_flwr_app_common, try_obtain_flwr_app_token
-from flwr.supernode.runtime import run_clientapp as flower
 
 from clients.kinds import make_app
-from clients.messenger import SOCKET, TICKET, carry, connected, post
+from clients.messenger import carry, connected, post
+from clients.site_protocol import LAUNCH_KEY, SOCKET, TICKET
 from fedllm.errors import FedLLMError
 from fedllm.wire.refusals import refusal
 
-LAUNCH_KEY = "FEDLLM_LAUNCH_KEY"  # in a SuperExec's environment
 _OURS = "fedllm/fedllm"  # Flower's id of fedllm's bundle
 
 _logger = logging.getLogger("fedllm.messenger")
 
 
 def main() -> None:
-    """Do for one message what `flwr-clientapp` does, with the site's messenger in place of the bundle's app."""
+    """Do what `flwr-clientapp` does for one message, with the site's messenger for the bundle's app."""
     launch_key = os.environ.pop(LAUNCH_KEY, "")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -39,6 +39,7 @@ def main() -> None:
     add_args_flwr_app_common(parser=parser)
     options = parser.parse_args()
     bundles: list[str] = []
+    flower: Any = import_module("flwr.supernode.runtime.run_clientapp")
     # The three places where Flower would unpack the bundle, find it, and load its app.
     flower.install_from_fab = partial(_note, bundles)
     flower.get_load_client_app_fn = lambda **unused: partial(_app_for, launch_key, bundles)

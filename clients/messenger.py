@@ -13,11 +13,10 @@ from typing import Any
 import httpx
 from flwr.app import Context, Message
 
-from clients.site_protocol import HEADERS, Asked, read_reply, write_question
+from clients.site_protocol import HEADERS, SOCKET, TICKET, Asked, read_reply, write_question
 from fedllm.errors import FedLLMError, SiteAwayError
 from fedllm.wire.refusals import refusal
 
-SOCKET, TICKET = "FEDLLM_SITE_SOCKET", "FEDLLM_SITE_TICKET"  # a messenger's environment
 WAIT_SECONDS = 30.0  # for a service that starts, or starts again
 _SILENCE_SECONDS = 60.0  # a service that works says so every second
 _PROGRESS_SECONDS = 5.0

@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -34,13 +33,12 @@ import fedllm
 from clients.answering import answer
 from clients.gate import Sender
 from clients.process import Process
-from clients.site_protocol import HEADERS, PROTOCOL, Asked, check_version, read_question, write_reply
+from clients.site_protocol import HEADERS, KEYS, PROTOCOL, Asked, check_version, read_question, write_reply
 from clients.tickets import Tickets
 from fedllm.engine.interruption import watched_steps
 from fedllm.errors import CancelledError, FedLLMError, OtherVersionError, PolicyError
 from fedllm.site_policy import load_policy
 
-KEYS = "FEDLLM_SITE_KEYS"  # in the service's environment: SHA-256 of a launch key -> node, as JSON
 _TELL_SECONDS = 1.0  # between two lines of progress
 _LARGEST_QUESTION = 2**33
 _PR_SET_PDEATHSIG = 1
@@ -61,7 +59,9 @@ class Work:
         """Note how far training is, and end it where nobody waits any more."""
         self.step, self.num_steps = num_done, num_steps
         if self.is_cancelled.is_set():
-            raise CancelledError(f"nobody waits for the answer; stopped before step {num_done + 1} of {num_steps}")
+            raise CancelledError(
+                f"nobody waits for the answer; stopped before step {num_done + 1} of {num_steps}"
+            )
 
 
 class Service:
@@ -84,7 +84,7 @@ class Service:
         context = Context(
             run_id=asked.run_id,
             node_id=asked.node_id,
-            node_config=load_policy().node_config(sender.node),
+            node_config={**load_policy().node_config(sender.node)},
             state=self._states.setdefault((sender.node, asked.run_id), RecordDict()),
             run_config=dict(asked.run_config),
         )
@@ -226,7 +226,8 @@ def check_bundle(sender: Sender, version: str) -> None:
         )
     if version not in ("", fedllm.__version__):
         raise OtherVersionError(
-            f"{sender.server} runs fedllm {version[:32]!r}, this site {fedllm.__version__}; install one version"
+            f"{sender.server} runs fedllm {version[:32]!r}, this site {fedllm.__version__}; install one"
+            " version"
         )
 
 
@@ -234,7 +235,7 @@ def check_bundle(sender: Sender, version: str) -> None:
 
 
 def main(words: list[str]) -> None:
-    """Serve on the socket with the file descriptor that the first word names, until a signal or the starter ends."""
+    """Serve on the open socket whose number the first word is, until a signal or the starter's end."""
     if sys.platform == "linux":  # its starter ends it; where that was killed, the system does
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

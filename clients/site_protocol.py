@@ -5,10 +5,11 @@
     GET  /v1/health                                                       -> what the service is doing
 
 A question is a length of 4 bytes, a JSON object of that length, and the message. An answer is JSON lines:
-`{"waiting": 1}` and `{"step": 3, "of": 40}` while it is worked at, at last `{"reply": 5120}`, which many bytes of
-protobuf follow, or `{"refused": CODE}`.
+`{"waiting": 1}` and `{"step": 3, "of": 40}` while it is worked at, at last `{"refused": CODE}`, or `{"reply":
+5120}` before so many bytes of protobuf.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 import fedllm
 from fedllm.config.key import Scalar
 from fedllm.errors import OtherVersionError, WireError
+
+# Names in the environment of a site's processes, each of which knows no other's.
+KEYS = "FEDLLM_SITE_KEYS"  # the service: SHA-256 of a launch key -> node, as JSON
+LAUNCH_KEY = "FEDLLM_LAUNCH_KEY"  # a node's SuperExec: what it is told by
+SOCKET, TICKET = "FEDLLM_SITE_SOCKET", "FEDLLM_SITE_TICKET"  # a messenger
 
 PROTOCOL = "1"
 HEADERS = {"fedllm-protocol": PROTOCOL, "fedllm-version": fedllm.__version__}
@@ -66,8 +72,14 @@ def read_question(data: bytes) -> Asked:
         message = message_from_proto(ProtoMessage.FromString(data[begin:]))
     except (ValueError, KeyError, TypeError) as error:
         raise WireError(f"no question of a messenger ({type(error).__name__})") from None
-    is_flat = isinstance(config, dict) and all(isinstance(one, bool | int | float | str) for one in config.values())
-    if not is_flat or not all(type(number) is int for number in numbers.values()) or not message.has_content():
+    is_flat = isinstance(config, dict) and all(
+        isinstance(one, bool | int | float | str) for one in config.values()
+    )
+    if (
+        not is_flat
+        or not all(type(number) is int for number in numbers.values())
+        or not message.has_content()
+    ):
         raise WireError("no question of a messenger (wrong types)")
     return Asked(message=message, run_config=config, **numbers)
 
@@ -94,3 +106,8 @@ def check_version(theirs: Mapping[str, str]) -> None:
             raise OtherVersionError(
                 f"{name} is {found!r} there and {ours!r} here; restart the site after an installation"
             )
+
+
+def digest_of(secret: str) -> str:
+    """Return the SHA-256 (hex) of a secret."""
+    return hashlib.sha256(secret.encode()).hexdigest()

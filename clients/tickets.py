@@ -3,12 +3,12 @@
 The service believes no word of a messenger about its node, server or bundle: they follow from the ticket.
 """
 
-import hashlib
 import secrets
 import time
 from collections.abc import Mapping
 
 from clients.gate import Sender
+from clients.site_protocol import digest_of
 
 _LIFE_SECONDS = 600.0  # a ticket is used at once; one of a launcher that died must not lie about
 _MOST = 1000
@@ -41,7 +41,3 @@ class Tickets:
         ends, sender = self._out.pop(digest_of(ticket), (0.0, None))
         return sender if time.monotonic() < ends else None
 
-
-def digest_of(secret: str) -> str:
-    """Return the SHA-256 (hex) of a secret."""
-    return hashlib.sha256(secret.encode()).hexdigest()

@@ -13,8 +13,15 @@ _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 @contextmanager
 def watched_steps(watch: Watch) -> Iterator[None]:
-    """Within the block, and in this thread, `watch` is called before every optimizer step."""
-    token = _watch.set(watch)
+    """Within the block, and in this thread, `watch` too is called before every optimizer step."""
+    outer = _watch.get()
+
+    def all_watch(num_done: int, num_steps: int) -> None:
+        if outer is not None:
+            outer(num_done, num_steps)
+        watch(num_done, num_steps)
+
+    token = _watch.set(all_watch)
     try:
         yield
     finally:

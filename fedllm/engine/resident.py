@@ -36,8 +36,7 @@ class Resident:
         self._bases.clear()
         self._tokenizer.cache_clear()
         gc.collect()  # models refer to themselves
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where no GPU was used
         if sys.platform == "linux":  # glibc keeps what small allocations have left behind
             with suppress(OSError, AttributeError):  # another C library
                 ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -30,5 +30,7 @@ def write_error(code: str) -> RecordDict:
 def refusal(message: Message, code: str) -> Message:
     """Return the reply to `message` that says only why there is no answer."""
     if is_stock(message):  # stock strategies drop error messages and abort on anything else
-        return Message(Error(code=0, reason=code if code in CLIENT_ERROR_CODES else "internal"), reply_to=message)
+        return Message(
+            Error(code=0, reason=code if code in CLIENT_ERROR_CODES else "internal"), reply_to=message
+        )
     return Message(write_error(code), reply_to=message)

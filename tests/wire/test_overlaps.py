@@ -9,7 +9,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from fedllm.errors import DataError, WireError
 from fedllm.originality.overlap import Overlap, OverlapRequest, Probe, probe
-from fedllm.wire import overlaps, packets, refusals, replies
+from fedllm.wire import overlaps, packets, refusals
 
 SALT = bytes(range(16))
 TEXTS = [tuple(range(60)), tuple(range(100, 110)), (1, 2, 3)]
