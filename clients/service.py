@@ -7,11 +7,9 @@ node is, and what it may be asked, from this machine's site.toml alone.
 """
 
 import asyncio
-import ctypes
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -41,7 +39,6 @@ from fedllm.site_policy import load_policy
 
 _TELL_SECONDS = 1.0  # between two lines of progress
 _LARGEST_QUESTION = 2**33
-_PR_SET_PDEATHSIG = 1
 
 _logger = logging.getLogger("fedllm.site")
 
@@ -236,8 +233,6 @@ def check_bundle(sender: Sender, version: str) -> None:
 
 def main(words: list[str]) -> None:
     """Serve on the open socket whose number the first word is, until a signal or the starter's end."""
-    if sys.platform == "linux":  # its starter ends it; where that was killed, the system does
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     nodes = json.loads(os.environ.pop(KEYS))  # so that nothing started from here inherits it

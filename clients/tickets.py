@@ -40,4 +40,3 @@ class Tickets:
         """Return whose ticket it is, once; None where it is nobody's."""
         ends, sender = self._out.pop(digest_of(ticket), (0.0, None))
         return sender if time.monotonic() < ends else None
-

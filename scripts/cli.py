@@ -21,6 +21,8 @@ app = typer.Typer(
 
 keys = typer.Typer(help="Keys of a site.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(keys, name="keys")
+site = typer.Typer(no_args_is_help=True, help="A data holder's machine: its service and its nodes.")
+app.add_typer(site, name="site")
 
 Words = Annotated[
     list[str] | None,
@@ -192,6 +194,18 @@ def new_key(
     from scripts.commands import keys_command
 
     keys_command.new(path)
+
+
+@site.command("start")
+def site_start(
+    config: Annotated[
+        Path | None, typer.Option(help="The site.toml; else $FEDLLM_SITE, else the user's own.")
+    ] = None,
+) -> None:
+    """Take part: run this site's service and nodes until Ctrl-C, and start again what dies."""
+    from scripts.commands import site_command
+
+    site_command.start(config)
 
 
 def main() -> None:

@@ -200,9 +200,7 @@ def _service(
     owner.owns(work)
 
     def start() -> "subprocess.Popen[bytes]":
-        return start_guarded(
-            command, work, environment, log, pass_fds=[listening.fileno()], **owner.options
-        )
+        return start_guarded(command, work, environment, log, pass_fds=[listening.fileno()], **owner.options)
 
     return Kept("the service", start, log, start())
 
