@@ -1,6 +1,7 @@
 """What a node answers: message to values, values to message, and no text of an exception in between."""
 
 import logging
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
-from clients.gate import Sender
+from clients.gate import Question, Sender, admit, admit_work, note
 from clients.join import declare_clients
 from clients.kinds import kind_of, make_app
 from clients.originality import answer_overlap, check_limit
@@ -27,8 +28,7 @@ from fedllm.wire.refusals import is_stock, refusal
 
 _logger = logging.getLogger("fedllm.clients")
 
-NOBODY = Sender()  # Flower's own process answers, and nobody vouches for who asks
-
+UNKNOWN = Sender()
 Handler: TypeAlias = Callable[[DataHolder, RecordDict, Context], RecordDict]
 
 
@@ -37,14 +37,31 @@ def make_client_app(process: Process) -> ClientApp:
     return make_app(partial(answer, process))
 
 
-def answer(process: Process, message: Message, context: Context, sender: Sender = NOBODY) -> Message:
+def answer(process: Process, message: Message, context: Context, sender: Sender = UNKNOWN) -> Message:
     """Return the reply of this node, or one that holds an error code and nothing else.
 
-    `sender` is who asks, as a site's service knows it. Training and evaluation also answer a stock Flower
-    strategy, for the node as a whole.
+    Training and evaluation also answer a stock Flower strategy, for the node as a whole. `sender` is who asks
+    as far as the site itself knows.
     """
-    handlers = _FOR_STOCK if is_stock(message) else _FOR_FEDLLM
-    return _answer(process, handlers[kind_of(message)], message, context)
+    kind = kind_of(message)
+    question = Question(
+        action=kind.removeprefix("query."),
+        content=message.content,
+        run_config=context.run_config,
+        node_config=context.node_config,
+        is_stock=is_stock(message),
+        sender=sender,
+    )
+    handler = _FOR_STOCK[kind] if question.is_stock else _FOR_FEDLLM[kind]
+    began = time.monotonic()
+    code, content = _answer(process, handler, question, context)
+    try:
+        note(question, code, content, time.monotonic() - began)
+    except FedLLMError as error:  # what is not in the log does not leave
+        if error.code != code:  # else it has been told already
+            _logger.error("%s: %s", error.code, error)
+        code, content = error.code, None
+    return refusal(message, code) if content is None else Message(content, reply_to=message)
 
 
 def _join(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
@@ -95,8 +112,10 @@ _FOR_FEDLLM: Mapping[str, Handler] = {
 _FOR_STOCK: Mapping[str, Handler] = {"train": train_for_stock, "evaluate": evaluate_for_stock}
 
 
-def _answer(process: Process, handler: Handler, message: Message, context: Context) -> Message:
-    """Return the handler's reply, or a reply that holds an error code and nothing else.
+def _answer(
+    process: Process, handler: Handler, question: Question, context: Context
+) -> tuple[str, RecordDict | None]:
+    """Return "ok" and the handler's reply to an admitted question, or an error code and None.
 
     Flower would send the text of an exception to the server, and that text may quote a row. So the one broad
     `except` of this project stands here: the cause is logged on this machine, where the row already is, and
@@ -104,21 +123,22 @@ def _answer(process: Process, handler: Handler, message: Message, context: Conte
     it would end the process with a traceback that quotes the row, and leave the server without an answer.
     """
     try:
+        admit(question)
         holder = process.open(context.run_config, context.node_config)
-        content = handler(holder, message.content, context)
+        admit_work(question, holder)
+        content = handler(holder, question.content, context)
         if holder.plan.distillation is not None:  # the server will compute too, in a simulation on this GPU
             torch.cuda.empty_cache()
-        return Message(content, reply_to=message)
+        return "ok", content
     except FedLLMError as error:
         _logger.error("%s: %s", error.code, error)  # the code is what the server is told
-        code = error.code
+        return error.code, None
     except (MemoryError, torch.OutOfMemoryError):
         _logger.error("out-of-memory: lower train.batch-size or train.max-length")
-        code = "out-of-memory"
+        return "out-of-memory", None
     except (KeyboardInterrupt, SystemExit):  # the machine's own wish to end
         raise
     except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]  # where it happened quotes no row
         _logger.error("internal: unforeseen %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
-        code = "internal"
-    return refusal(message, code)
+        return "internal", None

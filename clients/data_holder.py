@@ -8,9 +8,9 @@ from pathlib import Path
 from clients.base_deltas import BaseDeltaStore
 from clients.canaries import draw_canaries
 from clients.lost_rows import RowCounts
-from clients.site import NodeConfig, check_paths, check_privacy, max_rank_of, state_path_of
+from clients.site import NodeConfig, check_model, check_paths, check_privacy, max_rank_of, state_path_of
 from clients.state import PrivateStore
-from clients.tokens import ClientTokens, encode_client, hosted_rows, report_rows
+from clients.tokens import ClientTokens, encode_client, hosted_rows, report_rows, without_few_rows
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import Shards
@@ -20,6 +20,7 @@ from fedllm.models.base import layout_of
 from fedllm.models.files import ModelFiles, fingerprint, resolve_model
 from fedllm.models.tokenizer_fit import num_embeddings
 from fedllm.plan.run_plan import RunPlan, resolve
+from fedllm.site_policy import load_policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,7 @@ def open_data_holder(
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
         plan = plan.with_own_model(str(node["model-path"]))
     files = resolve_model(plan.config.model.name)
+    check_model(files)
     tokenizer, state_path = resident.tokenizer(files), state_path_of(node)
     resident.check_tokenizer(plan.config.model, config.train.max_length)
     clients, limit, known = {}, config.train.max_length, num_embeddings(files)
@@ -97,6 +99,7 @@ def open_data_holder(
         client = encode_client(rows, tokenizer, limit, known)
         if client.counts.are_too_many_lost:
             client = replace(client, train=(), held_out=())
+        client = without_few_rows(client, load_policy().limits)
         # A client without rows gets no canaries either: it declares none and is left out.
         extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.train else ()
         clients[client.client_id] = replace(client, train=(*client.train, *extra))

@@ -1,5 +1,6 @@
 """What a node does with an evaluate request: the held-out loss of the clients it names."""
 
+from clients.coarse import coarse_evaluation
 from clients.data_holder import DataHolder
 from clients.jobs import load_kept
 from clients.technique import Evaluations, start_of
@@ -8,6 +9,7 @@ from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import WithheldError
 from fedllm.messages import ClientEvaluation, ClientFailure, EvaluateRequest
 from fedllm.models.with_base_delta import with_base_delta
+from fedllm.site_policy import load_policy
 
 
 def evaluate_clients(holder: DataHolder, request: EvaluateRequest) -> list[ClientEvaluation | ClientFailure]:
@@ -32,4 +34,6 @@ def evaluate_clients(holder: DataHolder, request: EvaluateRequest) -> list[Clien
         measured: Evaluations = {answer.client_id: answer for answer in holder.engine.evaluate(jobs)}
         for technique in techniques:
             measured = technique.measure(holder.engine, jobs, kept, measured)
+    if not load_policy().is_exact:
+        measured = {name: coarse_evaluation(one) for name, one in measured.items()}
     return [measured.get(name, ClientFailure(client_id=name, code="no-data")) for name in request.drawn]

@@ -5,17 +5,29 @@ it asks for, once rows and base model are known and before anything is computed.
 site's log says what was asked and what became of it. Without a site.toml neither limits nor log exist.
 """
 
+import hashlib
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
 
+from clients.asked import Asking, count, count_on_disk
 from clients.data_holder import DataHolder
+from clients.tokens import ClientTokens
+from fedllm.chained_log import append
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
-from fedllm.errors import PolicyError
+from fedllm.errors import CheckpointError, PolicyError, WithheldError
+from fedllm.files import make_private_folder
 from fedllm.site_policy import SitePolicy, load_policy
+
+LOG = "log.jsonl"  # in the state folder
+_LONGEST = 200  # characters of a text from outside that enter the log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +45,30 @@ class Sender:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a server asks: its `kind` is one of `site_policy.MESSAGES`, its run's keys come with it."""
+    """What a server asks: `action` is join, train, evaluate or overlap; `is_stock`, by a stock strategy.
 
-    kind: str
+    `content` is what came with it, `run_config` the keys of its run, `node_config` what the node was started
+    with.
+    """
+
+    action: str
+    content: RecordDict
     run_config: Mapping[str, Scalar]
+    node_config: Mapping[str, Scalar]
+    is_stock: bool = False
     sender: Sender = Sender()
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the answer holds held-out losses; a train request may ask for them too."""
+        return self.action == "evaluate" or self.request.get("evaluate") is True
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names of the question in [allow] messages."""
+        if self.is_stock:
+            return ("stock",)
+        return (self.action, "evaluate") if self.is_measured else (self.action,)
 
     @cached_property
     def policy(self) -> SitePolicy:
@@ -49,6 +80,17 @@ class Question:
         """The run's configuration; reading it refuses unknown keys and values out of range."""
         return RunConfig.from_flat(self.run_config)
 
+    @property
+    def request(self) -> ConfigRecord:
+        """What the question says of its round and clients, as the server wrote it."""
+        return self.content.config_records.get("request", ConfigRecord())
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps that each client takes for a train request."""
+        personal = self.config.personal
+        return self.config.train.local_steps + (personal.steps if personal.mode != "none" else 0)
+
 
 def admit(question: Question) -> None:
     """Let a question pass by what it is and what its run says; nothing of the site is opened before.
@@ -57,37 +99,148 @@ def admit(question: Question) -> None:
         ConfigError: site.toml or the run's configuration cannot be read.
         PolicyError: the machine's owner does not permit it.
     """
-    policy, sender = question.policy, question.sender
-    if policy.file is None:
-        return
-    allow = policy.allow
-    if allow.messages and question.kind not in allow.messages:
-        raise PolicyError(f"{policy.file}: [allow] messages does not name {question.kind!r}")
-    for name, who, allowed in (
-        ("servers", sender.server, allow.servers),
-        ("bundles", sender.bundle, allow.bundles),
-    ):
-        if allowed and who not in allowed:
-            raise PolicyError(f"{policy.file}: [allow] {name} does not name {who or 'an unknown one'}")
-    if allow.secure_aggregation == "required":
-        raise PolicyError(
-            f"{policy.file}: [allow] secure-aggregation = 'required', and secure aggregation does not exist"
-            " yet: no run is admitted"
-        )
+    if question.policy.file is not None:
+        _check_sender(question)
+        _check_run(question)
 
 
-def admit_work(question: Question, holder: DataHolder, content: RecordDict) -> None:
+def admit_work(question: Question, holder: DataHolder) -> None:
     """Let a question pass by the work it asks for, and count it; nothing is computed before.
 
     Raises:
         PolicyError: the machine's owner does not permit so much.
         QueryLimitError: the owner's number of such questions in a period is used up.
+        CheckpointError: it cannot be counted.
     """
+    policy = question.policy
+    if policy.file is None:
+        return
+    if question.action == "overlap":
+        _check_overlap(question, holder)
+    tokens = _num_tokens(question, holder)
+    if 0 < policy.limits.tokens < tokens:
+        raise _refusal(question, f"[limits] tokens = {policy.limits.tokens}: this answer would take {tokens}")
+    asking = Asking(
+        # A run that goes on has the same; a server that calls another run the same starts a new one.
+        run=f"{question.sender.server} {question.config.run.name} {holder.plan.digest}",
+        action=question.action,
+        steps=question.num_steps,
+        is_measured=question.is_measured,
+        now=time.time(),
+    )
+    count_on_disk(
+        policy.state_folder / "asked",
+        data_set_of(question.node_config),
+        lambda asked: count(asked, asking, policy.limits),
+    )
 
 
-def note(question: Question, code: str, content: RecordDict | None, seconds: float) -> None:
-    """Write the log's entry on a question: `code` is "ok" or why it was not answered with `content`.
+def note(question: Question, code: str, reply: RecordDict | None, seconds: float) -> None:
+    """Write the log's entry on a question: `code` is "ok" or why there is no answer, `reply` what leaves.
 
     Raises:
         CheckpointError: it cannot be written; then the answer must not leave.
     """
+    policy = question.policy
+    if policy.file is None:
+        return
+    sent = b"" if reply is None else recorddict_to_proto(reply).SerializeToString(deterministic=True)
+    round_num, names = question.request.get("round"), question.request.get("client-ids")
+    entry = {
+        "question": f"stock {question.action}" if question.is_stock else question.action,
+        **vars(question.sender),
+        "run": str(question.run_config.get("run.name", ""))[:_LONGEST],
+        "round": round_num if isinstance(round_num, int) and abs(round_num) < 2**53 else 0,
+        "clients": len(names) if isinstance(names, list) else 0,
+        "code": code,
+        "bytes": len(sent),
+        "sha256": hashlib.sha256(sent).hexdigest() if sent else "",
+        "seconds": round(seconds, 3),
+    }
+    try:
+        make_private_folder(policy.state_folder)
+        append(policy.state_folder / LOG, entry)
+    except OSError as error:
+        raise CheckpointError(
+            f"the site's log in {policy.state_folder} cannot be written ({error.strerror}): nothing leaves"
+        ) from None
+
+
+def data_set_of(node_config: Mapping[str, Scalar]) -> str:
+    """Return what names the rows of a node, whatever run asks for them: their path, else its share."""
+    path = str(node_config.get("data-path", ""))
+    if path:
+        return os.path.realpath(Path(path).expanduser())
+    return f"{node_config.get('partition-id', 0)} of {node_config.get('num-partitions', 1)}"
+
+
+def _refusal(question: Question, why: str) -> PolicyError:
+    return PolicyError(f"{question.policy.file}: {why}")
+
+
+def _check_sender(question: Question) -> None:
+    allow, sender = question.policy.allow, question.sender
+    for kind in question.kinds if allow.messages else ():
+        if kind not in allow.messages:
+            raise _refusal(question, f"[allow] messages does not name {kind!r}")
+    for name, who, allowed in (
+        ("servers", sender.server, allow.servers),
+        ("bundles", sender.bundle, allow.bundles),
+    ):
+        if allowed and who not in allowed:  # without the site's service nobody knows who asks
+            raise _refusal(question, f"[allow] {name} does not name {who or 'whoever asks a bare node'}")
+
+
+def _check_run(question: Question) -> None:
+    """Refuse a run that as a whole asks for more than is permitted, at its first question already."""
+    allow, limits, config = question.policy.allow, question.policy.limits, question.config
+    if allow.secure_aggregation == "required":
+        raise _refusal(
+            question,
+            "[allow] secure-aggregation = 'required', and secure aggregation does not exist yet: no run is"
+            " admitted",
+        )
+    purpose = str(question.run_config.get("run.purpose", ""))
+    if allow.purposes and purpose not in allow.purposes:
+        raise _refusal(question, f"[allow] purposes does not name run.purpose = {purpose[:_LONGEST]!r}")
+    steps, rounds = question.num_steps, config.federation.num_rounds
+    rank = max(config.lora.rank, config.personal.rank if config.personal.mode != "none" else 0)
+    for name, asked, most in (
+        ("steps", steps, limits.steps),
+        ("run-steps", steps * rounds, limits.run_steps),
+        ("rounds", rounds, limits.rounds),
+        ("rank", rank, limits.rank),
+    ):
+        if 0 < most < asked:
+            raise _refusal(question, f"[limits] {name} = {most}, and the run asks for {asked}")
+    rows = config.train.local_steps * config.train.batch_size
+    if rows < limits.train_rows:
+        raise _refusal(question, f"[limits] train-rows = {limits.train_rows}, and a round trains on {rows}")
+
+
+def _check_overlap(question: Question, holder: DataHolder) -> None:
+    """Refuse a count of the server's texts but where the run has synthetic ones to screen."""
+    distillation, round_num = holder.plan.distillation, question.request.get("round")
+    has_texts = distillation is not None and distillation.has_synthetic and distillation.is_screened
+    is_due = distillation is not None and isinstance(round_num, int) and distillation.is_due(round_num)
+    if not has_texts or not is_due:
+        raise _refusal(question, "the run distils on no synthetic text in this round, so none is compared")
+    if not question.policy.is_exact:
+        raise WithheldError("[allow] exact-numbers or [budget]: counts of private text stay on this machine")
+
+
+def _num_tokens(question: Question, holder: DataHolder) -> int:
+    """Return the most tokens that the answer is computed from."""
+    asked = question.request.get("client-ids", [])
+    names = asked if isinstance(asked, list) and not question.is_stock else list(holder.clients)
+    clients = [client for name, client in holder.clients.items() if name in names]
+    measured = clients if question.is_measured else []
+    tokens = sum(len(row.tokens) for client in measured for row in client.held_out)
+    if question.action == "train":
+        rows = question.num_steps * question.config.train.batch_size
+        tokens += sum(rows * _longest(client) for client in clients)
+    return tokens
+
+
+def _longest(client: ClientTokens) -> int:
+    return max((len(row.tokens) for row in client.train), default=0)

@@ -2,10 +2,12 @@
 
 import logging
 
+from clients.coarse import coarse_joined
 from clients.data_holder import DataHolder
 from clients.lost_rows import describe_left_out
 from fedllm.errors import RowsLostError
 from fedllm.messages import JoinedClient
+from fedllm.site_policy import load_policy
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -18,7 +20,7 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
     if told := describe_left_out(holder.counts, holder.plan.config.train.max_length):
         _logger.warning("%s", told)
     # The server holds later updates to these sizes, and compares base models by their fingerprint.
-    return [
+    joined = [
         JoinedClient(
             client_id=client.client_id,
             node_id=node_id,
@@ -30,3 +32,4 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
         )
         for client in holder.clients.values()
     ]
+    return joined if load_policy().is_exact else [coarse_joined(client) for client in joined]

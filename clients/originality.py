@@ -1,14 +1,16 @@
 """How much of the server's synthetic texts occurs in this node's private text: counts, and no more.
 
-A count is an oracle, so it is kept coarse and rare: the most over all of the node's clients, for a bounded
-number of texts, at most once in every round of the run and never twice for one. It is an oracle all the same:
-a server that asks about a text of one shingle learns whether the node has that shingle, and cannot be told
-from one that asks about its own texts.
+A count is an oracle, so it is kept coarse and rare: in steps of a fifth, the most over all of the node's
+clients, of texts that are not short, for a bounded number of them, at most once in every round of the run and
+never twice for one. A site.toml bounds it further (`clients.gate`): only where the run has synthetic text to
+screen, as often as the node has trained in it, and so often in a period over all runs. It is an oracle all
+the same: a server that guesses more than a fifth of a long text's shingles learns whether the node has them,
+and cannot be told from one that asks about its own texts.
 """
 
 from clients.data_holder import DataHolder
 from fedllm.errors import QueryLimitError, WithheldError
-from fedllm.originality.overlap import Overlap, OverlapRequest, most, overlaps, private_hashes
+from fedllm.originality.overlap import Overlap, OverlapRequest, coarse, most, overlaps, private_hashes
 
 
 def check_limit(request: OverlapRequest, last_round: int, num_rounds: int) -> None:
@@ -37,4 +39,5 @@ def answer_overlap(holder: DataHolder, request: OverlapRequest) -> tuple[Overlap
         rows = (row.tokens for row in (*client.train, *client.held_out))
         answers.append(overlaps(request.probes, private_hashes(rows, request.salt)))
     # A node without clients answers as one whose rows hold none of it.
-    return most(answers) if answers else overlaps(request.probes, private_hashes((), request.salt))
+    found = most(answers) if answers else overlaps(request.probes, private_hashes((), request.salt))
+    return tuple(map(coarse, found))

@@ -7,8 +7,8 @@ from typing import TypeAlias
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.data.rows import is_local
-from fedllm.errors import ConfigError, DataError, ModelError
-from fedllm.models.files import is_local_model
+from fedllm.errors import ConfigError, DataError, ModelError, PolicyError
+from fedllm.models.files import ModelFiles, content_digest, is_local_model
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.site_policy import load_policy
 
@@ -50,6 +50,17 @@ def check_paths(config: RunConfig, node: NodeConfig) -> None:
             "model.name is a local path, and this node does not open paths a server names;"
             " start it with model-path in its node config, or set [allow] server-paths = true in its"
             " site.toml"
+        )
+
+
+def check_model(files: ModelFiles) -> None:
+    """Refuse a base model that is not one of those whose content this machine's owner permits."""
+    allowed = load_policy().allow.models
+    digest = f"sha256:{content_digest(files.folder)}" if allowed else ""
+    if digest and digest not in allowed:
+        raise PolicyError(
+            f"[allow] models does not name the base model {files.public_name}: it is {digest!r}; add that"
+            " where you trust these files"
         )
 
 

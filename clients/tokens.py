@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedllm.data.shards import Shards, load_one_client, load_shards
 from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.models.chat import Encoded, encode_or_cause
 from fedllm.models.panics import panics_refused
+from fedllm.site_policy import Limits
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -99,6 +100,20 @@ def encode_client(
     )
     counts = count_rows(examples, encoded, tokenizer, rows.num_bad)
     return ClientTokens(rows.client_id, train, held_out, counts)
+
+
+def without_few_rows(client: ClientTokens, limits: Limits) -> ClientTokens:
+    """Return a client without the training rows, or held-out rows, that are too few to answer for."""
+    fewest = {"train-rows": (client.train, limits.train_rows)}
+    fewest["held-out-rows"] = (client.held_out, limits.held_out_rows)
+    few = [name for name, (rows, least) in fewest.items() if 0 < len(rows) < least]
+    for name in few:
+        _logger.warning("client %s: fewer rows than [limits] %s; none are used", client.client_id, name)
+    return replace(
+        client,
+        train=() if "train-rows" in few else client.train,
+        held_out=() if "held-out-rows" in few else client.held_out,
+    )
 
 
 def report_rows(counts: Mapping[str, RowCounts], max_length: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from clients.coarse import coarse_update
 from clients.data_holder import DataHolder
 from clients.jobs import begin_clients
 from clients.protect import protect_clients
@@ -13,6 +14,7 @@ from clients.techniques import plan_node_round
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
 from fedllm.models.with_base_delta import with_base_delta
+from fedllm.site_policy import load_policy
 
 
 def train_clients(
@@ -51,6 +53,8 @@ def train_clients(
     for technique in this_round.techniques:
         failed.update(technique.charge(this_round, works))
     updates = {work.client.client_id: work.sent for work in works}
+    if not load_policy().is_exact:
+        updates = {name: coarse_update(update) for name, update in updates.items()}
     answers: dict[str, ClientUpdate | ClientFailure] = {**updates, **failed}
     return [answers.get(name, ClientFailure(client_id=name, code="no-data")) for name in request.drawn]
 

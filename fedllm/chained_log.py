@@ -31,11 +31,12 @@ class LogCheck:
     num_torn: int = 0
 
 
-def append(path: Path, *entries: Mapping[str, Any]) -> None:
+def append(path: Path, *entries: Mapping[str, Any], is_flushed: bool = True) -> None:
     """Add entries in one step; when this returns they are on disk. An absent log is made, for this user only.
 
     Several threads and processes may add to one log. What a crash left of an unfinished line is removed
-    first: its `append` never returned, so nothing that hangs on it has happened.
+    first: its `append` never returned, so nothing that hangs on it has happened. Without `is_flushed` they
+    outlive this process at once, but a power cut only after the next call.
 
     Raises:
         OSError: the log cannot be written; it is then as before.
@@ -55,7 +56,8 @@ def append(path: Path, *entries: Mapping[str, Any]) -> None:
         try:
             while lines:  # a disk that is nearly full takes a part
                 lines = lines[file.write(lines) :]
-            os.fsync(file.fileno())
+            if is_flushed:
+                os.fsync(file.fileno())
         except OSError:
             file.truncate(end)
             raise

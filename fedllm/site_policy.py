@@ -111,6 +111,11 @@ class SitePolicy:
     file: Path | None = None
 
     @property
+    def is_exact(self) -> bool:
+        """Whether exact losses, counts and sizes may leave; under a budget they may not."""
+        return self.allow.exact_numbers and not self.budget.epsilon
+
+    @property
     def state_folder(self) -> Path:
         """Where this machine keeps what never leaves it."""
         return self.path(self.site.state_path) if self.site.state_path else user_state_path("fedllm")

@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-keys = typer.Typer(help="Keys of a site.", no_args_is_help=True, suggest_commands=False)
+keys = typer.Typer(help="Keys of sites, nodes and the server.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(keys, name="keys")
 site = typer.Typer(no_args_is_help=True, help="A data holder's machine: its service and its nodes.")
 app.add_typer(site, name="site")
@@ -206,6 +206,41 @@ def site_start(
     from scripts.commands import site_command
 
     site_command.start(config)
+
+
+@keys.command("server")
+def server_keys(
+    folder: Annotated[Path, typer.Argument(help="Where they go; an authority in it signs again.")],
+    names: Annotated[
+        list[str], typer.Argument(help="DNS names or addresses by which sites reach the server.")
+    ],
+) -> None:
+    """Make the server's TLS certificate, the authority that signs it, and its SuperExec secret."""
+    from scripts.commands import credentials_command
+
+    credentials_command.server(folder, names)
+
+
+@keys.command("node")
+def node_key(
+    path: Annotated[Path, typer.Argument(help="The file to make; PATH.pub goes to the server.")],
+) -> None:
+    """Make the key by which a SuperNode proves itself to the SuperLink."""
+    from scripts.commands import credentials_command
+
+    credentials_command.node(path)
+
+
+@keys.command("admit")
+def admit_node(
+    public: Annotated[Path, typer.Argument(help="A node's .pub file.")],
+    credentials: Annotated[Path, typer.Option(help="The server's folder of `fedllm keys server`.")],
+    port: Annotated[int, typer.Option(help="Of the SuperLink, on loopback.")] = 8000,
+) -> None:
+    """Admit a SuperNode's key at the SuperLink of this machine."""
+    from scripts.commands import credentials_command
+
+    credentials_command.admit(public, credentials=credentials, port=port)
 
 
 def main() -> None:

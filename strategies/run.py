@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -12,13 +11,12 @@ from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.resident import Resident
 from fedllm.errors import BudgetSpentError, CheckpointError, DivergedError, FedLLMError, RunFailedError
-from fedllm.files import remove_unfinished
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
+from strategies.decisions import decided
 from strategies.distillation.ending import undo_distillation
-from strategies.divergence import check_finite
-from strategies.exchange.evaluation import evaluate
+from strategies.exchange.evaluation import evaluate_last
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
 from strategies.rounds import next_round
@@ -47,10 +45,8 @@ def run_federation(
         FedLLMError: the run cannot start or go on; the message says why.
     """
     plan = resolve(config)
-    with open_run_folder(config) as folder, _failure_noted(folder):
+    with open_run_folder(config) as folder, _failure_noted(folder), decided(folder, plan, watch) as watch:
         (folder / "result.json").unlink(missing_ok=True)  # it says how the latest attempt ended
-        for written in (folder, folder / CHECKPOINTS, folder / "private" / "server"):
-            remove_unfinished(written)  # what an attempt left that was killed
         session = open_session(plan, grid, watch, stock, folder=folder, resident=resident)
         state = begin_or_resume(session, folder, start)
         describe_run(folder, config)  # only now is it certain that the run goes on with this configuration
@@ -93,12 +89,12 @@ def _rounds(session: Session, state: ServerState, folder: Path) -> tuple[ServerS
             is_saved = _is_saved(session, state, folder)
             check_failure_rate(state, session.config.federation.max_failure_rate)
         if state.round_num == begun:  # a run that ends here though it was to go on further
-            state = _measured(session, state)
+            state = evaluate_last(session, state)
     except BudgetSpentError as error:
         stopped = f"{error}{_not_distilled(session.config)}"
         session.watch.notice(stopped)
         state = with_journal(session.privacy, state)  # with what an attempt has cost
-        state, is_saved = _measured(session, state), False
+        state, is_saved = evaluate_last(session, state), False
     except FedLLMError:
         if not is_saved:
             with suppress(CheckpointError):  # why the run ends is the error that is under way
@@ -132,17 +128,6 @@ def _not_distilled(config: RunConfig) -> str:
     return f"; the distillation step planned after round {config.federation.num_rounds} is not done"
 
 
-def _measured(session: Session, state: ServerState) -> ServerState:
-    """Return the state with the held-out losses of a run that has ended before its last round."""
-    if not state.records or state.records[-1].held_out:  # `evaluation.every` may have fallen on it
-        return state
-    *earlier, last = state.records
-    last = evaluate(session, state).noted_in(last)
-    state = replace(state, records=(*earlier, last))
-    check_finite(session.config, state, last, is_saved=True)
-    return state
-
-
 def _is_saved(session: Session, state: ServerState, folder: Path) -> bool:
     """Save a state; where that fails, say so and return False: the next round saves again."""
     try:
@@ -155,6 +140,7 @@ def _is_saved(session: Session, state: ServerState, folder: Path) -> bool:
 
 def _save(session: Session, state: ServerState, folder: Path) -> None:
     save_checkpoint(folder / CHECKPOINTS, state, session.config.to_flat())
+    session.watch.saved(state)
     try:
         write_rounds(folder, state.records)
     except OSError as error:

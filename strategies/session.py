@@ -14,8 +14,9 @@ from fedllm.data.public_text import PublicText
 from fedllm.engine.resident import Resident
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.plan.run_plan import RunPlan
+from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
-from strategies.grid.transport import Transport
+from strategies.grid.transport import Reply, Sent, Transport
 from strategies.grid.what_nodes_hold import HeldByNodes
 from strategies.memory import Room
 from strategies.privacy import ServerPrivacy
@@ -26,14 +27,16 @@ class Watch:
     """What the person who started the run wants to hear; every callable may be left out.
 
     `phase` hears what begins or goes on (joining, training, evaluating, distilling), how much of it is done
-    and of how many; 0 of 0 where it is not counted.
+    and of how many; 0 of 0 where it is not counted. `reply` hears of every answer that comes, late ones too.
     """
 
     notice: Callable[[str], None] = lambda line: None
     joined: Callable[[Mapping[str, JoinedClient]], None] = lambda clients: None
     phase: Callable[[str, int, int], None] = lambda name, done, number: None
+    reply: Callable[[Sent, Reply], None] = lambda sent, reply: None
     client: Callable[[int, ClientUpdate | ClientFailure], None] = lambda round_num, result: None
     record: Callable[[RoundRecord], None] = lambda record: None
+    saved: Callable[[ServerState], None] = lambda state: None
 
 
 SILENT = Watch()

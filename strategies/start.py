@@ -58,7 +58,7 @@ def open_session(
     if warning := resident.check_tokenizer(config.model, config.train.max_length):
         watch.notice(warning)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
-    transport = Transport(grid, keeps_late=config.federation.max_staleness > 0)
+    transport = Transport(grid, heard=watch.reply, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, config, layout, watch.notice, watch.phase)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():

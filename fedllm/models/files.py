@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fedllm.errors import ModelError
 from fedllm.files import cache_folder
-from fedllm.models.folders import check_folder, code_digest, may_run_code, read_json
+from fedllm.models.folders import DECISIVE, check_folder, code_digest, may_run_code, read_json
 from fedllm.site_policy import load_policy
 
 EMBEDDED_ALIAS = "smollm2-135m-instruct"
@@ -148,6 +148,17 @@ def weights_digest(folder: Path) -> str:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
+def content_digest(folder: Path) -> str:
+    """Return a SHA-256 (hex) over every byte of a base model: weights, configuration, tokenizer, own code.
+
+    Unlike `fingerprint` no two models share it, however one was made to look like the other. Files are named
+    by their place in the folder, so copies of a folder have the same.
+    """
+    files = [file for file in folder.rglob("*") if file.suffix in DECISIVE and file.is_file()]
+    named = {file.relative_to(folder).as_posix(): _file_digest(file) for file in files}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
 def _file_digest(file: Path) -> str:
     status = file.stat()  # of the file that a link leads to
     return _known_digest(file, status.st_size, status.st_mtime_ns, status.st_ino)
@@ -249,12 +260,17 @@ def _download(name: str, revision: str, hint: str = "") -> ModelFiles:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    named = {entry.partition("@")[0] for entry in load_policy().allow.trust_remote_code}
+    allow = load_policy().allow
+    named = {entry.partition("@")[0] for entry in allow.trust_remote_code}
     code = ["*.py"] if name in named else []  # run only where the site permits it
     wanted = [*code, "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
         folder = snapshot_download(
-            name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["adapter_*"]
+            name,
+            revision=revision or None,
+            allow_patterns=wanted,
+            ignore_patterns=["adapter_*"],
+            local_files_only=bool(allow.models),  # none that is not permitted is fetched either
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ModelError(

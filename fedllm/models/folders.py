@@ -10,6 +10,7 @@ from fedllm.errors import ModelError
 from fedllm.site_policy import load_policy
 
 _READ = {".safetensors", ".json", ".model", ".txt", ".jinja"}  # endings of the files that are read
+DECISIVE = _READ | {".py"}  # of the files that decide what a model computes
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PLAIN_WHEN_LOADED = {"mxfp4"}  # transformers turns these weights into plain ones
 

@@ -18,6 +18,8 @@ from fedllm.errors import DataError
 SHINGLE, SHORT_SHINGLE, VERBATIM = 13, 8, 50  # tokens
 SHORT_TEXT = 2 * SHINGLE  # tokens below which a text is cut into the short shingles
 MOST_MATCHED = 0.2  # share of a text's shingles that may occur in private text
+FEWEST_SHINGLES = 8  # in a text that is compared; fewer would ask about a phrase, as a name
+STEPS = 5  # in which an owner tells the share of a text that matched; MOST_MATCHED is one of them
 MAX_TEXTS = 4096  # in one query
 MAX_SHINGLES = 4096  # in one text
 SALT_BYTES = 16
@@ -118,6 +120,20 @@ def overlaps(probes: Sequence[Probe], private: Hashes) -> tuple[Overlap, ...]:
         )
         for one in probes
     )
+
+
+def coarse(overlap: Overlap) -> Overlap:
+    """Return an overlap as it may leave its owner: whether it is original, and the share in coarse steps.
+
+    A share up to `MOST_MATCHED` is told as none, a larger one rounded up to the next of `STEPS`: the verdict
+    is the same. Of a text too short to be compared all is said to match, whatever it is, so it is not used.
+    """
+    number = overlap.num_shingles
+    if number < FEWEST_SHINGLES:
+        return Overlap(number, number, verbatim=False)
+    step = -(-overlap.num_matched * STEPS // number)  # rounded up
+    is_few = overlap.num_matched <= MOST_MATCHED * number
+    return Overlap(number, 0 if is_few else step * number // STEPS, overlap.verbatim)
 
 
 def most(answers: Sequence[Sequence[Overlap]]) -> tuple[Overlap, ...]:

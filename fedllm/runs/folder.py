@@ -5,6 +5,7 @@ runs/NAME/config.toml       the resolved configuration; a recipe that repeats th
 runs/NAME/environment.json  what it ran on: versions, type of the weights, device
 runs/NAME/partition.json    which rows each client had, with a hash (written by `fedllm run`)
 runs/NAME/rounds.jsonl      one record a round
+runs/NAME/decisions.jsonl   what answered and what was decided (strategies/decisions.py)
 runs/NAME/checkpoints/      the newest two
 runs/NAME/adapter/          the published PEFT folder
 runs/NAME/privacy.json      what may be said of its privacy, under a privacy plan (docs/privacy.md)
@@ -28,13 +29,14 @@ from fedllm.config.keys import ModelConfig
 from fedllm.config.recipe import read_recipe
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
-from fedllm.files import locked, write_file
+from fedllm.files import locked, remove_unfinished, write_file
 from fedllm.models.base import how_held
 from fedllm.plan.run_plan import fixed_keys
 from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
 ROUNDS, CHECKPOINTS, RESULT = "rounds.jsonl", "checkpoints", "result.json"
+DECISIONS = "decisions.jsonl"
 WRITER, STARTER = ".writer.lock", ".starter.lock"
 _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")
 
@@ -71,6 +73,9 @@ def open_run_folder(config: RunConfig, lock: str = WRITER) -> Iterator[Path]:
                 f"{folder}: another process is doing this run; wait until it ends, or choose another run.name"
             )
         _check_earlier(folder, config)
+        if lock == WRITER:
+            for written in (folder, folder / CHECKPOINTS, folder / "private" / "server"):
+                remove_unfinished(written)  # what an attempt left that was killed
         yield folder
 
 

@@ -25,12 +25,16 @@ UNSTATED = "not stated by the run; the terms of the base model and of the data h
 
 
 def text_screen(
-    session: Session, engine: Engine, adapters: Sequence[ClientAdapter], round_num: int
+    session: Session,
+    engine: Engine,
+    adapters: Sequence[ClientAdapter],
+    round_num: int,
+    clients: Collection[str] | None = None,
 ) -> Callable[[Sequence[Encoded], Sequence[Encoded]], list[bool]]:
     """Return the screen of a round: from texts, and public ones that none may repeat, to whether each passes.
 
-    Its verdicts are kept as `synthetic.json` in the run's folder, if there is one. It may be called once,
-    since data holders answer one query about originality a round.
+    `clients` are those of `screen`. Its verdicts are kept as `synthetic.json` in the run's folder, if there
+    is one. It may be called once, since data holders answer one query about originality a round.
     """
 
     def screen_texts(texts: Sequence[Encoded], public: Sequence[Encoded]) -> list[bool]:
@@ -38,6 +42,7 @@ def text_screen(
             session,
             texts,
             round_num=round_num,
+            clients=clients,
             boilerplate=form_tokens(engine.base.tokenizer),
             public=public,
             known=known_to_one(engine, [adapter.vector for adapter in adapters], texts),

@@ -33,6 +33,16 @@ def open_engine(session: Session) -> Engine:
     return session.resident.engine(config.model, session.layout, config.train.token_budget)
 
 
+def trained_since_asked(before: ServerState, after: ServerState, *, is_first: bool) -> list[str]:
+    """Return the clients whose rows the texts may repeat: those that trained since their nodes were asked.
+
+    That is in this round, or where this is the first step in any round. A site answers no more often than it
+    trains (`clients.gate`).
+    """
+    earlier = {} if is_first else before.num_drawn
+    return [name for name, number in after.num_drawn.items() if number > earlier.get(name, 0)]
+
+
 def distil_aggregate(
     session: Session, before: ServerState, after: ServerState, adapters: Sequence[ClientAdapter]
 ) -> tuple[AdapterState, DistillationRecord]:
@@ -46,7 +56,8 @@ def distil_aggregate(
     plan, config, engine = distillation_of(session.plan), session.config, open_engine(session)
     base_model, round_num = engine.base, after.round_num
     writers = writers_of(session.plan, engine, adapters, round_num)
-    screen = text_screen(session, engine, adapters, round_num) if plan.is_screened else pass_all
+    asked = trained_since_asked(before, after, is_first=plan.numbers.when == "last")
+    screen = text_screen(session, engine, adapters, round_num, asked) if plan.is_screened else pass_all
     with with_base_delta(base_model, before.base_delta):  # what the clients' adapters were trained on
         material = make_material(plan, session.public_text, writers, screen)
     base = measure_base(engine, material.held_out)  # of the base model as published, without any delta

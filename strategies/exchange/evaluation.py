@@ -71,6 +71,17 @@ def evaluate_base(session: Session, state: ServerState) -> RoundRecord:
     return record
 
 
+def evaluate_last(session: Session, state: ServerState) -> ServerState:
+    """Return the state with the held-out losses of a run that ends here; raises as `check_finite`."""
+    if not state.records or state.records[-1].held_out:  # `evaluation.every` may have fallen on it
+        return state
+    *earlier, last = state.records
+    last = evaluate(session, state).noted_in(last)
+    state = replace(state, records=(*earlier, last))
+    check_finite(session.config, state, last, is_saved=True)
+    return state
+
+
 def read_evaluations(
     session: Session, reply: Reply, hosted: Sequence[str], notice: Callable[[str], None]
 ) -> dict[str, ClientEvaluation | None]:

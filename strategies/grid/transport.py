@@ -8,7 +8,7 @@ Requests to join have no phase: their answers are taken whenever they come.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -66,6 +66,7 @@ class Transport:
 
     grid: Grid
     poll_seconds: float = 0.1
+    heard: Callable[[Sent, Reply], None] = lambda sent, reply: None  # called with every reply
     keeps_late: bool = False  # whether a late reply to a round counts in a later one
     late: dict[str, Sent] = field(default_factory=dict)  # by message id: what nodes are still busy with
     overdue: list[Reply] = field(default_factory=list)  # late replies that no round has taken yet
@@ -237,6 +238,7 @@ class Transport:
     def _received(self, message: Message, sent: Sent) -> Reply:
         self.bytes_up += packet_bytes(message.content) if message.has_content() else 0
         reply = replace(reply_of(message, sent.node), plan=sent.plan)
+        self.heard(sent, reply)
         # Who is gone or refuses answers at once, which says nothing of how long the others will take.
         if reply.content is not None and read_error(reply.content) is None:
             self.times.note(sent.message_type, sent.node, time.monotonic() - sent.began)

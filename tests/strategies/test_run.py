@@ -13,6 +13,7 @@ import pytest
 
 from clients.client_app import app
 from fedllm.adapters.folder import WEIGHTS, load_adapter
+from fedllm.chained_log import read_entries, verify
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError, RunFailedError
 from fedllm.runs.checkpoint import ServerState
@@ -127,7 +128,7 @@ def test_a_run_resumes_only_with_its_own_keys_and_checkpoints(run: Callable) -> 
 def test_resume_of_nothing_starts_the_run(run: Callable, tmp_path: Path) -> None:
     whole, _ = run("whole")
     # what a kill in the first checkpoint leaves
-    (tmp_path / "begun" / "checkpoints" / ".round-00001-abc").mkdir(parents=True)
+    (tmp_path / "begun" / "checkpoints" / ".round-00001-abcd1234").mkdir(parents=True)
     begun, notices = run("begun", **{"run.resume": True})
     assert "starting" in notices[0]
     assert begun.adapter.digest == whole.adapter.digest
@@ -191,9 +192,16 @@ def test_a_disk_full_for_a_while_costs_a_checkpoint_only(
         found.append(sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else [])
         monkeypatch.setattr(os, "fsync", no_space if record.round_num == 2 else real)
 
-    state, (notice,) = run("full", hook)
-    assert notice.startswith("round 2 could not be saved in")
-    assert notice.endswith("No space left on device; going on, the next round saves again")
+    state, (unsaved, unlogged) = run("full", hook)
+    assert unsaved.startswith("round 2 could not be saved in")
+    assert unsaved.endswith("No space left on device; going on, the next round saves again")
+    assert unlogged.endswith(
+        "decisions.jsonl: No space left on device; going on, later lines bring these along"
+    )
+    log = tmp_path / "full" / "decisions.jsonl"
+    verify(log)
+    rounds = [entry["round"] for entry in read_entries(log) if entry["event"] == "round"]
+    assert rounds == [0, 1, 2, 3]
     assert found == [[], [], ["round-00001"], ["round-00001"]]
     assert state.adapter.digest == whole.adapter.digest
     assert result_of(tmp_path / "full")["status"] == "completed"
@@ -239,10 +247,10 @@ def test_an_unsaved_round_is_kept_though_the_next_one_fails(
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a disk of 100 KiB, where that is permitted."""
+    """Mount a disk of 200 KiB, where that is permitted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
+    options = ["-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(["mount", *options], capture_output=True).returncode:
         pytest.skip("no permission to mount")
     yield folder

@@ -1,0 +1,320 @@
+"""The hostile server: what a data holder's site.toml refuses, whoever asks and however it is asked."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import RecordDict
+
+from clients.answering import UNKNOWN, answer
+from clients.data_holder import DataHolder
+from clients.gate import Sender
+from clients.kinds import make_app
+from clients.process import Process
+from fedllm import chained_log
+from fedllm.config.run_config import RunConfig
+from fedllm.models.files import content_digest, fingerprint
+from fedllm.originality.overlap import OverlapRequest, probe
+from fedllm.site_policy import load_policy
+from fedllm.wire import overlaps, replies, requests
+from fedllm.wire.stock import write_plain
+from scripts.runtimes.local import local_grid
+from tests.builders import evaluate_request, train_request
+
+SALT = bytes(16)
+DISTILS = {"distill.when": "every", "distill.text": "synthetic"}
+NUM_ROWS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Hostile:
+    """A server that asks one node whatever it likes; each of its runs has a configuration of its own."""
+
+    config: RunConfig
+    process: Process
+    node: dict[str, Any]
+    sender: Sender
+
+    def holder(self) -> DataHolder:
+        return self.process.open(self.config.to_flat(), self.node)
+
+    def reply(self, kind: str, content: RecordDict) -> RecordDict | str:
+        """Return what the node sends, or the code of an error."""
+        grid = local_grid(self.config, make_app(partial(answer, self.process, sender=self.sender)))
+        (node_id,) = grid.get_node_ids()
+        grid.contexts[node_id].node_config = self.node
+        (reply,) = grid.send_and_receive([grid.create_message(content, kind, node_id, group_id="1")])
+        if reply.has_error():
+            return reply.error.reason
+        return replies.read_error(reply.content) or reply.content
+
+    def join(self) -> Any:
+        return self.reply("query.join", RecordDict())
+
+    def train(self, **changes: Any) -> Any:
+        request = train_request(self.holder(), "ward", **changes)
+        return self.reply("train", requests.write_train_request(request, requests.Sending()))
+
+    def evaluate(self) -> Any:
+        request = evaluate_request(self.holder(), "ward")
+        return self.reply("evaluate", requests.write_evaluate_request(request, requests.Sending()))
+
+    def stock(self, kind: str) -> Any:
+        adapter = train_request(self.holder(), "ward").adapter
+        return self.reply(kind, RecordDict({"arrays": write_plain(adapter)}))
+
+    def overlap(self, *texts: tuple[int, ...], round_num: int = 1) -> Any:
+        probes = tuple(probe(text, SALT) for text in texts or (tuple(range(5, 60)),))
+        return self.reply(
+            "query.overlap", overlaps.write_overlap_request(OverlapRequest(round_num, SALT, probes))
+        )
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that writes this machine's site.toml, whose state is its own."""
+    file = tmp_path / "site.toml"
+    monkeypatch.setenv("FEDLLM_SITE", str(file))
+
+    def write(text: str) -> None:
+        file.write_text(f'[site]\nstate-path = "state"\n{text}')
+
+    write("")
+    return write
+
+
+@pytest.fixture
+def hostile(
+    site: Callable, write_rows: Callable, make_config: Callable, make_model_folder: Callable
+) -> Callable[..., Hostile]:
+    """Return a function (**keys of its run) -> a server that may ask a node of 40 rows."""
+    file = write_rows("ward.jsonl", {"x": NUM_ROWS})
+    node = {"data-path": str(file), "client-id": "ward", "model-path": str(make_model_folder())}
+    process = Process()
+
+    def make(sender: Sender = UNKNOWN, **keys: Any) -> Hostile:
+        return Hostile(make_config(**keys), process, node, sender)
+
+    return make
+
+
+def answered(reply: Any) -> bool:
+    return isinstance(reply, RecordDict)
+
+
+def entries() -> list[dict[str, Any]]:
+    return list(chained_log.read_entries(load_policy().state_folder / "log.jsonl"))
+
+
+def test_an_empty_file_limits_nothing_and_logs_all(hostile: Callable) -> None:
+    server = hostile(**DISTILS)
+    asked = [server.join(), server.train(), server.evaluate(), server.overlap(), server.stock("train")]
+    assert all(map(answered, asked))
+    chained_log.verify(load_policy().state_folder / "log.jsonl")
+    assert [entry["question"] for entry in entries()] == [
+        *("join", "train", "evaluate", "overlap", "stock train")
+    ]
+    assert {entry["code"] for entry in entries()} == {"ok"}
+    assert all(entry["bytes"] > 0 and len(entry["sha256"]) == 64 for entry in entries())
+
+
+@pytest.mark.parametrize(
+    ("limits", "keys", "named"),
+    [
+        ("[limits]\nsteps = 8", {"train.local-steps": 1_000_000}, "steps = 8, and the run asks for 1000000"),
+        ("[limits]\nsteps = 8", {"personal.mode": "dual", "personal.steps": 9}, "steps = 8"),
+        ("[limits]\nrun-steps = 8", {"federation.num-rounds": 1_000_000}, "run-steps = 8"),
+        ("[limits]\nrounds = 5", {"federation.num-rounds": 6}, "rounds = 5"),
+        ("[limits]\nrank = 4", {"lora.rank": 8}, "rank = 4"),
+        ("[limits]\ntrain-rows = 16", {}, "train-rows = 16, and a round trains on 4"),
+        ('[allow]\npurposes = ["triage"]', {}, "purposes does not name run.purpose = ''"),
+        ('[allow]\nsecure-aggregation = "required"', {}, "secure aggregation does not exist yet"),
+        ('[allow]\nservers = ["fl.example.org:443"]', {}, "servers does not name whoever asks a bare node"),
+        ('[allow]\nbundles = ["ab"]', {}, "bundles does not name"),
+    ],
+)
+def test_a_run_beyond_the_policy_is_refused_at_once(
+    limits: str, keys: dict[str, Any], named: str, site: Callable, hostile: Callable, caplog: Any
+) -> None:
+    site(limits)
+    assert hostile(**keys).join() == "policy"
+    assert named in caplog.text
+    assert [(entry["question"], entry["code"], entry["bytes"]) for entry in entries()] == [
+        ("join", "policy", 0)
+    ]
+
+
+def test_only_an_allowed_server_and_bundle_are_answered(site: Callable, hostile: Callable) -> None:
+    site('[allow]\nservers = ["fl:1"]\nbundles = ["ab"]')
+    good = Sender(server="fl:1", node="ward", bundle="ab")
+    assert answered(hostile(good).join())
+    assert hostile(replace(good, server="other:1")).join() == "policy"
+    assert hostile(replace(good, bundle="cd")).join() == "policy"
+    assert entries()[0] | vars(good) == entries()[0]
+
+
+def test_only_the_kinds_of_question_that_are_named(site: Callable, hostile: Callable) -> None:
+    site('[allow]\nmessages = ["join", "train"]')
+    server = hostile(**DISTILS)
+    assert answered(server.join())
+    assert answered(server.train())
+    asked = [server.evaluate(), server.overlap(), server.stock("train"), server.stock("evaluate")]
+    assert asked == ["policy"] * 4
+
+
+def test_losses_of_one_row_at_a_time_come_to_an_end(site: Callable, hostile: Callable) -> None:
+    """F1: 300 questions, each run with a seed of its own, which chose the one row that is held out."""
+    site("[limits]\nheld-out-rows = 2\nevaluations = 20")
+    told = []
+    for seed in range(15):
+        server = hostile(**{"seed": seed, "data.max-held-out": 1})
+        told += [server.evaluate() for _ in range(20)]
+    losses = [one for reply in told[:20] for one in replies.read_evaluations(reply, most=1)]
+    assert {one.code for one in losses} == {"no-data"}
+    assert told[20:] == ["query-limit"] * 280
+    asked = [entry["code"] for entry in entries()]
+    assert (asked.count("ok"), asked.count("query-limit")) == (20, 280)
+
+
+def test_losses_in_train_answers_count_as_evaluations(site: Callable, hostile: Callable) -> None:
+    site("[limits]\nevaluations = 1")
+    server = hostile()
+    request = train_request(server.holder(), "ward")
+    content = requests.write_train_request(request, requests.Sending())
+    content["request"]["evaluate"] = True
+    codes = [server.reply("train", content) for _ in range(2)]
+    assert (answered(codes[0]), codes[1]) == (True, "query-limit")
+    site('[allow]\nmessages = ["train"]')
+    assert server.reply("train", content) == "policy"
+
+
+def test_another_name_of_a_run_counts_as_a_run(site: Callable, hostile: Callable) -> None:
+    site("[limits]\nruns = 3")
+    names = [hostile(**{"run.name": f"run-{number}"}) for number in range(12)]
+    assert [answered(server.join()) for server in names] == [True] * 3 + [False] * 9
+    assert answered(names[0].train())  # one that has begun goes on
+    assert names[-1].join() == "policy"
+
+
+def test_a_run_trains_no_more_often_than_permitted(site: Callable, hostile: Callable) -> None:
+    """The same round again counts too, and a new process starts no new count."""
+    site("[limits]\nrounds = 3\n")
+    server = hostile()
+    assert all(answered(server.train()) for _ in range(3))
+    assert replace(server, process=Process()).train() == "policy"
+    site("[limits]\nrun-steps = 7\n")
+    assert server.train() == "policy"  # the fourth time two steps
+
+
+def test_tokens_of_one_answer_are_bounded(site: Callable, hostile: Callable) -> None:
+    server = hostile()
+    client = server.holder().clients["ward"]
+    most = 4 * max(len(row.tokens) for row in client.train)
+    measured = sum(len(row.tokens) for row in client.held_out)
+    site(f"[limits]\ntokens = {most}")
+    assert answered(server.train())
+    site(f"[limits]\ntokens = {most - 1}")
+    assert server.train() == "policy"
+    assert server.stock("train") == "policy"
+    site(f"[limits]\ntokens = {measured - 1}")
+    assert server.evaluate() == "policy"
+
+
+def test_a_dictionary_of_rows_is_not_answered(site: Callable, hostile: Callable) -> None:
+    """F8: 20 of 20 rows told in one question, with distillation off and no round run."""
+    site("[limits]\noverlaps = 2")
+    rows = [row.tokens for row in hostile().holder().clients["ward"].train[:20]]
+    assert hostile().overlap(*rows) == "policy"  # the run does not distil
+    assert hostile(**{"distill.when": "every", "distill.text": "docstrings"}).overlap(*rows) == "policy"
+    assert hostile(**{"distill.when": "last"}).overlap(*rows) == "policy"  # not in this round
+    server = hostile(**DISTILS)
+    assert server.overlap(*rows) == "query-limit"  # no round has been trained
+    server.train()
+    assert answered(server.overlap(*rows))
+    assert server.overlap(*rows, round_num=2) == "query-limit"  # one for each round trained
+    other = hostile(**DISTILS, **{"run.name": "other"})
+    other.train()
+    assert answered(other.overlap(*rows))
+    third = hostile(**DISTILS, **{"run.name": "third"})
+    third.train()
+    assert third.overlap(*rows) == "query-limit"  # over all runs
+
+
+def test_where_no_exact_number_leaves_none_does(site: Callable, hostile: Callable) -> None:
+    site("[allow]\nexact-numbers = false")
+    server = hostile(**DISTILS)
+    (joined,) = replies.read_joined(server.join(), 2)
+    assert (joined.num_train, joined.num_held_out) == (32, 4)
+    content = server.train()
+    metrics = dict(content["metrics"])
+    assert metrics.pop("weight") == [32.0]
+    assert set(map(tuple, metrics.values())) == {(0.0,)}
+    (told,) = replies.read_evaluations(server.evaluate(), most=1)
+    assert told.loss == round(told.loss, 1)
+    assert told.num_rows == 4
+    assert told.num_tokens & (told.num_tokens - 1) == 0
+    assert server.overlap() == "withheld"
+
+
+def test_few_rows_are_neither_trained_on_nor_measured(site: Callable, hostile: Callable) -> None:
+    site("[limits]\nheld-out-rows = 5\ntrain-rows = 4")
+    (joined,) = replies.read_joined(hostile().join(), 2)
+    assert (joined.num_train, joined.num_held_out) == (36, 0)
+    (told,) = replies.read_evaluations(hostile().evaluate(), most=1)
+    assert told.code == "no-data"
+    site("[limits]\ntrain-rows = 37")
+    (joined,) = replies.read_joined(hostile(**{"train.local-steps": 20}).join(), 2)
+    assert joined.num_train == 0
+
+
+def test_a_model_is_known_by_its_content(
+    site: Callable, hostile: Callable, make_model_folder: Callable, tmp_path: Path, caplog: Any
+) -> None:
+    """F9: the fingerprint samples the weights, so a crafted model may share it; the full hash is its own."""
+    crafted = tmp_path / "crafted"
+    shutil.copytree(make_model_folder(), crafted)
+    with (crafted / "model.safetensors").open("r+b") as weights:
+        weights.seek(8 + int.from_bytes(weights.read(8), "little") + 20_000)  # within the embedding
+        weights.write(bytes(4))
+    assert fingerprint(crafted) == fingerprint(make_model_folder())
+    site(f'[allow]\nmodels = ["sha256:{content_digest(make_model_folder())}"]')
+    server = hostile()
+    assert answered(server.join())
+    other = replace(server, node={**server.node, "model-path": str(crafted)})
+    assert other.join() == "policy"
+    assert f"sha256:{content_digest(crafted)}" in caplog.text
+    (crafted / "config.json").write_text(
+        json.dumps({**json.loads((crafted / "config.json").read_text()), "_name_or_path": "org/trusted"})
+    )
+    assert other.join() == "policy"
+
+
+def test_a_model_by_name_is_not_fetched_where_models_are_listed(site: Callable, hostile: Callable) -> None:
+    site('[allow]\nmodels = ["sha256:ab"]')
+    server = hostile(**{"model.name": "org/of-theirs"})
+    assert replace(server, node={"data-path": server.node["data-path"]}).join() == "bad-model"
+
+
+def test_what_cannot_be_logged_or_counted_does_not_leave(site: Callable, hostile: Callable) -> None:
+    server = hostile()
+    assert answered(server.train())
+    state = load_policy().state_folder
+    (count,) = (state / "asked").glob("*.json")
+    count.write_text("{}")
+    assert server.train() == "checkpoint"
+    count.unlink()
+    (state / "log.jsonl").unlink()
+    (state / "log.jsonl").mkdir()
+    assert server.train() == "checkpoint"
+
+
+def test_a_policy_that_cannot_be_read_answers_nothing(site: Callable, hostile: Callable) -> None:
+    server = hostile()
+    server.holder()  # opened while the policy was whole
+    site("[limits]\nstep = 1")
+    assert server.join() == "bad-config"
