@@ -8,7 +8,15 @@ from pathlib import Path
 from clients.base_deltas import BaseDeltaStore
 from clients.canaries import draw_canaries
 from clients.lost_rows import RowCounts
-from clients.site import NodeConfig, check_model, check_paths, check_privacy, max_rank_of, state_path_of
+from clients.site import (
+    NodeConfig,
+    check_model,
+    check_paths,
+    check_privacy,
+    data_path_of,
+    max_rank_of,
+    state_path_of,
+)
 from clients.state import PrivateStore
 from clients.tokens import ClientTokens, encode_client, hosted_rows, report_rows, without_few_rows
 from fedllm.adapters.layout import AdapterState, initial_adapter
@@ -28,8 +36,8 @@ class DataHolder:
     """The clients of one node. Nothing is loaded before it is needed: joining needs no weights.
 
     `max_rank` is the largest rank this machine has room for, 0 = any. Below `state_path` every run has a
-    folder for what its clients keep. `owns_rows` says that the rows are in a file that this node was started
-    with.
+    folder for what its clients keep. `data_path` is where the rows are that this node was started with, None
+    where its clients have their share of the run's source.
     """
 
     plan: RunPlan
@@ -39,7 +47,7 @@ class DataHolder:
     clients: Mapping[str, ClientTokens]
     max_rank: int
     state_path: Path
-    owns_rows: bool = False
+    data_path: Path | None = None
 
     @property
     def counts(self) -> dict[str, RowCounts]:
@@ -87,7 +95,7 @@ def open_data_holder(
     """
     check_paths(config, node)  # before anything is opened that a server may have named
     plan = resolve(config)
-    check_privacy(plan.privacy)
+    check_privacy(plan.privacy, node)
     if "model-path" in node:  # this machine's own copy; the fingerprint tells whether it is the run's
         plan = plan.with_own_model(str(node["model-path"]))
     files = resolve_model(plan.config.model.name)
@@ -103,8 +111,7 @@ def open_data_holder(
         # A client without rows gets no canaries either: it declares none and is left out.
         extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.train else ()
         clients[client.client_id] = replace(client, train=(*client.train, *extra))
-    holder = DataHolder(
-        plan, resident, base_deltas, files, clients, max_rank_of(node), state_path, "data-path" in node
-    )
+    data_path, rank = data_path_of(node), max_rank_of(node)
+    holder = DataHolder(plan, resident, base_deltas, files, clients, rank, state_path, data_path)
     report_rows(holder.counts, limit)
     return holder

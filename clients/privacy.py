@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from clients.data_holder import DataHolder
+from clients.site import data_budget
 from clients.technique import ClientWork, NodeRound, Technique, Works, failure_of
 from clients.tokens import ClientTokens
 from fedllm.engine.jobs import Job, StepNoise
@@ -25,6 +26,7 @@ from fedllm.models.files import weights_digest
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.accounting import Charge
+from fedllm.privacy.data_budget import DataBudget
 from fedllm.privacy.keys import bits_digest, derived_key, kept_secret
 from fedllm.privacy.ledger import Entry, Ledger, change_ledger, read_ledger
 from fedllm.privacy.noise import SecretStream, coins
@@ -78,8 +80,12 @@ def refuse_spent(plan: PrivacyPlan, this_round: NodeRound, names: Iterable[str])
     def check(name: str) -> None:
         client, file = this_round.holder.clients[name], _ledger_of(this_round, name)
         ledger, number = read_ledger(file), this_round.request.round_num
-        if not any(entry.round_num == number for entry in ledger.entries):
-            _check_afforded(plan, ledger, file, name, plan.charge(len(client.train)))
+        if any(entry.round_num == number for entry in ledger.entries):
+            return
+        charge = plan.charge(len(client.train))
+        _check_afforded(plan, ledger, file, name, charge)
+        if (budget := _budget_of(this_round)) is not None:
+            budget.check(budget.ledger, charge, plan.unit)
 
     return _failures(check, names)
 
@@ -99,7 +105,9 @@ def _charge(plan: PrivacyPlan, this_round: NodeRound, work: ClientWork) -> None:
     client, name = work.client, work.client.client_id
     charge, file = plan.charge(len(client.train)), _ledger_of(this_round, name)
     draw = request_key(this_round, plan, client, b"").hex() if plan.is_by_example else ""
-    entry = Entry(this_round.request.round_num, 0, release_digest(work.sent), {name: charge}, draw)
+    release = release_digest(work.sent, draw)
+    entry = Entry(this_round.request.round_num, 0, release, {name: charge}, draw)
+    budget, data = _budget_of(this_round), this_round.holder.data_path
 
     def pay(ledger: Ledger) -> Ledger:
         paid = entry
@@ -109,6 +117,8 @@ def _charge(plan: PrivacyPlan, this_round: NodeRound, work: ClientWork) -> None:
         charged = ledger.with_entry(paid)
         if charged is not ledger:  # the same answer again gives nothing new away
             _check_afforded(plan, ledger, file, name, paid.charges[name])
+        if budget is not None and data is not None:  # free there too where this run has paid for it
+            budget.pay(replace(paid, run=this_round.holder.store.folder.name), plan.unit, data)
         return charged
 
     change_ledger(file, pay)
@@ -136,13 +146,37 @@ def _ledger_of(this_round: NodeRound, name: str) -> Path:
     return this_round.holder.store.folder / name / "privacy-ledger.json"
 
 
-def release_digest(update: ClientUpdate) -> str:
+def _budget_of(this_round: NodeRound) -> DataBudget | None:
+    return data_budget(this_round.holder.data_path, this_round.holder.state_path)
+
+
+def release_digest(update: ClientUpdate, draw: str = "") -> str:
     """Return the SHA-256 (hex) of what leaves a client: the bits of its delta, its weight and its numbers.
 
     Seconds are left out: where they leave, the plan says that they have no noise, and they never repeat.
+    `draw` names the coins: training that diverges gives zeros under any of them, and each is a release.
     """
     numbers = (update.weight, update.num_tokens, update.train_loss, update.num_truncated)
-    return bits_digest(update.delta, torch.tensor(numbers, dtype=torch.float64))
+    coins_used = torch.tensor(list(draw.encode()), dtype=torch.uint8)
+    return bits_digest(update.delta, torch.tensor(numbers, dtype=torch.float64), coins_used)
+
+
+def update_key(this_round: NodeRound, client: ClientTokens) -> bytes:
+    """Return the key of the noise on a client's whole update, which the update itself completes.
+
+    It names the request: under one noise, equal answers to two requests would tell that what they hide is
+    equal, as where a server chose an adapter that has no gradient on a row it guessed. It leaves the machine
+    out: the same update of the same request is the same release wherever it was computed.
+    """
+    names = (client.client_id, client.digest, this_round.holder.plan.digest)
+    return derived_key(secret_of(this_round.holder), "request", *names, *_asked(this_round, client.client_id))
+
+
+def _asked(this_round: NodeRound, name: str) -> tuple[str | int, ...]:
+    request = this_round.request
+    start = (request.round_num, request.adapter.digest, request.base_delta.digest)
+    parts = (this_round.trained, this_round.returned)
+    return (*start, *parts, request.ranks[name], request.drawn[name], this_round.seed)
 
 
 def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, secret: bytes) -> bytes:
@@ -151,23 +185,15 @@ def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, 
     So has another plan, model, precision or device, which may round a gradient otherwise: rows drawn by the
     same coins for two answers are sampled once, and both answers are charged as sampled.
     """
-    request, name, holder = this_round.request, client.client_id, this_round.holder
+    name, holder = client.client_id, this_round.holder
     protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(len(client.train)), plan.batch_size)
     numbers = json.dumps([protected, asdict(this_round.training)], sort_keys=True)
-    start = (request.round_num, request.adapter.digest, request.base_delta.digest)
-    what = (
-        this_round.trained,
-        this_round.returned,
-        request.ranks[name],
-        request.drawn[name],
-        this_round.seed,
-    )
     base = holder.engine.base
     weights = weights_digest(base.files.folder)  # all of them: a fingerprint reads samples
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else str(base.device)
     # The digest of the plan leaves device and threads free.
     machine = (holder.plan.digest, device, torch.get_num_threads(), str(base.dtype), weights)
-    return derived_key(secret, "train", name, client.digest, *start, *what, numbers, *machine)
+    return derived_key(secret, "train", name, client.digest, *_asked(this_round, name), numbers, *machine)
 
 
 def private_job(job: Job, client: ClientTokens, plan: PrivacyPlan, key: bytes) -> Job:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clients.privacy import secret_of
-from clients.technique import NodeRound, Works, failure_of
+from clients.privacy import update_key
+from clients.technique import ClientWork, NodeRound, Works, failure_of
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.adapters.parts import part_size, whole_of
 from fedllm.engine.jobs import Result, is_finite
@@ -60,7 +60,7 @@ def protect_clients(this_round: NodeRound, works: Works) -> tuple[Works, dict[st
     protected, failed = [], {}
     for work in works:
         rows, num_train = [row for batch in work.job.batches for row in batch], len(work.client.train)
-        protection = protection_of(this_round, work.job.layout or this_round.layout)
+        protection = protection_of(this_round, work)
         if protection.clip and not is_finite(work.trained):  # heard on this machine alone
             _logger.warning("client %s: training diverged and counts as zero", work.client.client_id)
         try:
@@ -80,8 +80,9 @@ def protect_clients(this_round: NodeRound, works: Works) -> tuple[Works, dict[st
     return done, failed
 
 
-def protection_of(this_round: NodeRound, layout: AdapterLayout) -> Protection:
-    """Return what the plan lets leave a client whose rank is that of `layout`."""
+def protection_of(this_round: NodeRound, work: ClientWork) -> Protection:
+    """Return what the plan lets leave a client."""
+    layout = work.job.layout or this_round.layout
     plan, part, weighting = this_round.holder.plan.privacy, this_round.returned, this_round.weighting
     if plan is None:
         return Protection(layout=layout, part=part, weighting=weighting, with_numbers=True)
@@ -93,7 +94,7 @@ def protection_of(this_round: NodeRound, layout: AdapterLayout) -> Protection:
         with_numbers=plan.metrics == "all",
         clip=math.inf if plan.is_by_example else clip,  # DP-SGD has clipped every row already
         deviation=plan.multiplier() * plan.clip if plan.is_local_client else 0.0,
-        key=secret_of(this_round.holder) if plan.is_local_client else b"",
+        key=update_key(this_round, work.client) if plan.is_local_client else b"",
         weight_cap=plan.weight_cap,
     )
 

@@ -18,7 +18,7 @@ def refuse_edited(holder: DataHolder, drawn: Mapping[str, int]) -> dict[str, Cli
     `drawn` counts the rows that each has drawn so far; at 0 a run begins, and its rows are noted.
     """
     failed = {}
-    for name, num_drawn in drawn.items() if holder.owns_rows else ():
+    for name, num_drawn in drawn.items() if holder.data_path is not None else ():
         try:
             _check(holder, name, has_begun=num_drawn > 0)
         except (CheckpointError, DataError) as error:

@@ -10,6 +10,7 @@ from fedllm.data.rows import is_local
 from fedllm.errors import ConfigError, DataError, ModelError, PolicyError
 from fedllm.models.files import ModelFiles, content_digest, is_local_model
 from fedllm.plan.privacy import PrivacyPlan
+from fedllm.privacy.data_budget import DataBudget, accounts_of, budget_folder
 from fedllm.site_policy import load_policy
 
 # What the owner of a machine starts its node with: `data-path`, `client-id`, `max-rank`, ...
@@ -31,6 +32,24 @@ def state_path_of(node: NodeConfig) -> Path:
     """
     named = str(node.get("state-path", ""))
     return Path(named).expanduser() if named else load_policy().state_folder
+
+
+def data_path_of(node: NodeConfig) -> Path | None:
+    """Return where the rows are that this node was started with, by the one name that links lead to."""
+    return Path(str(node["data-path"])).expanduser().resolve() if "data-path" in node else None
+
+
+def data_budget(data_path: Path | None, state_path: Path) -> DataBudget | None:
+    """Return the ledger of a node's rows and the owner's limit; rows dealt from a source have none.
+
+    It lies in the state folder of the machine, which nodes share, and without a site.toml in the node's.
+    """
+    if data_path is None:
+        return None
+    policy = load_policy()
+    folder = budget_folder(policy.state_folder if policy.file else state_path, data_path)
+    limit = policy.budget
+    return DataBudget(folder=folder, epsilon=limit.epsilon, delta=limit.delta, unit=limit.unit)
 
 
 def check_paths(config: RunConfig, node: NodeConfig) -> None:
@@ -64,20 +83,31 @@ def check_model(files: ModelFiles) -> None:
         )
 
 
-def check_privacy(plan: PrivacyPlan | None) -> None:
-    """Refuse a run that gives away more than this machine's owner allows, or leaves the noise to a server."""
+def check_privacy(plan: PrivacyPlan | None, node: NodeConfig) -> None:
+    """Refuse a run whose answers no noise of this machine's protects, where its owner has set a budget.
+
+    Raises:
+        PolicyError: it leaves the noise to a server, hides less than the owner's unit, wants more than the
+            whole budget, or lets a number leave that nothing noises; or the node has no rows of its own.
+    """
     budget = load_policy().budget
-    limit = budget.epsilon  # the owner's own; 0 = none
-    if not limit:
+    if not budget.epsilon:
         return
-    if plan is None or plan.trust != "local" or plan.epsilon > limit or plan.delta > budget.delta:
+    wanted = (
+        f"this machine's [budget] wants noise of its own clients for unit {budget.unit!r}, within epsilon"
+    )
+    if plan is None or plan.trust != "local" or plan.epsilon > budget.epsilon or plan.delta > budget.delta:
         has = "none" if plan is None else f"{plan.epsilon:g} at delta {plan.delta:g} with trust {plan.trust}"
-        raise ConfigError(
-            f"this machine's policy wants noise of its own clients, up to privacy.epsilon = {limit:g} at"
-            f" delta {budget.delta:g}; the run has {has}"
+        raise PolicyError(f"{wanted} {budget.epsilon:g} at delta {budget.delta:g}; the run has {has}")
+    if budget.unit not in accounts_of(plan.unit):
+        raise PolicyError(f"{wanted} {budget.epsilon:g}; the run's privacy.unit is {plan.unit!r}")
+    if plan.metrics != "withheld":
+        raise PolicyError(
+            f"under this machine's [budget] no exact number leaves, as does under privacy.metrics ="
+            f" {plan.metrics!r}; the run must set privacy.metrics = 'withheld'"
         )
-    if plan.metrics not in ("withheld", "held-out" if plan.is_by_example else "withheld"):
-        raise ConfigError(
-            "this machine's policy wants noise of its own clients, and under privacy.metrics ="
-            f" {plan.metrics!r} exact numbers of theirs leave without any; use withheld, or leave it at auto"
+    if "data-path" not in node:
+        raise PolicyError(
+            "this machine's [budget] is that of a data set, and this node has rows dealt from data.source;"
+            " name its own: data in its table of site.toml, or data-path"
         )

@@ -4,7 +4,7 @@ Such a strategy knows one array record and one `num-examples` a node. So a node 
 answers with their weighted mean, as FedAvg over the clients would have computed it.
 """
 
-from flwr.app import Context, MetricRecord, RecordDict
+from flwr.app import Context, RecordDict
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
@@ -15,7 +15,7 @@ from fedllm.adapters.base_delta import no_base_delta
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import ConfigError, NoDataError, WireError
 from fedllm.messages import ClientEvaluation, ClientUpdate, EvaluateRequest, TrainRequest
-from fedllm.wire.stock import read_plain, write_plain
+from fedllm.wire.stock import read_plain, write_plain_evaluation, write_plain_update
 
 
 def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | None = None) -> RecordDict:
@@ -51,8 +51,7 @@ def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | 
     total = sum(update.weight for update in updates)
     after = AdapterState(start.layout, start.vector + node_mean(updates))
     loss = sum(update.weight / total * update.train_loss for update in updates)
-    metrics = MetricRecord({"num-examples": int(total), "train-loss": loss})
-    return RecordDict({"arrays": write_plain(after), "metrics": metrics})
+    return write_plain_update(after, int(total), loss)
 
 
 def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context | None = None) -> RecordDict:
@@ -70,7 +69,7 @@ def evaluate_for_stock(holder: DataHolder, content: RecordDict, context: Context
         raise NoDataError("no client of this node keeps held-out rows")
     num_rows = sum(answer.num_rows for answer in done)
     loss = sum(answer.loss * answer.num_rows for answer in done) / num_rows
-    return RecordDict({"metrics": MetricRecord({"num-examples": num_rows, "eval-loss": loss})})
+    return write_plain_evaluation(num_rows, loss)
 
 
 def _read_adapter(holder: DataHolder, content: RecordDict) -> AdapterState:

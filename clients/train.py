@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from clients.coarse import coarse_update
 from clients.data_holder import DataHolder
+from clients.evaluate import evaluate_clients
 from clients.jobs import begin_clients
 from clients.protect import protect_clients
 from clients.same_rows import refuse_edited
@@ -12,7 +13,7 @@ from clients.state import PrivateStore, save_private
 from clients.technique import NodeRound, Works, failure_of
 from clients.techniques import plan_node_round
 from fedllm.errors import CheckpointError, ConfigError
-from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
+from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, EvaluateRequest, TrainRequest
 from fedllm.models.with_base_delta import with_base_delta
 from fedllm.site_policy import load_policy
 
@@ -23,10 +24,12 @@ def train_clients(
     """Return one answer per client the request names, in its order.
 
     What clients keep for themselves is on disk before an answer is given: a client that cannot keep it fails.
-    `weighting` replaces the plan's own.
+    `weighting` replaces the plan's own. Where the request asks for it, the held-out loss of the adapter that
+    clients start from goes with their updates, as it would in an answer to an evaluate request.
 
     Raises:
         ConfigError: a client is asked to train at a rank this machine has no room for.
+        WithheldError: held-out losses are asked for, and the privacy plan keeps them with the clients.
     """
     if 0 < holder.max_rank < max(request.ranks.values(), default=0):
         raise ConfigError(
@@ -39,6 +42,7 @@ def train_clients(
     for technique in this_round.techniques:
         failed.update(technique.refuse(this_round, able))
     drawn = {name: request.drawn[name] for name in able if name not in failed}
+    held_out = _held_out(holder, request, drawn) if request.evaluate else {}
     # Everything trains on the base model with the base delta, the techniques' own adapters too.
     with with_base_delta(holder.engine.base, holder.base_deltas.keep(request.base_delta)):
         works = prepare_clients(this_round, drawn)
@@ -55,8 +59,24 @@ def train_clients(
     updates = {work.client.client_id: work.sent for work in works}
     if not load_policy().is_exact:
         updates = {name: coarse_update(update) for name, update in updates.items()}
+    updates = {name: replace(update, held_out=held_out.get(name)) for name, update in updates.items()}
     answers: dict[str, ClientUpdate | ClientFailure] = {**updates, **failed}
     return [answers.get(name, ClientFailure(client_id=name, code="no-data")) for name in request.drawn]
+
+
+def _held_out(
+    holder: DataHolder, request: TrainRequest, drawn: Mapping[str, int]
+) -> dict[str, ClientEvaluation]:
+    """Return by name the held-out loss that each client in `drawn` has of the adapter in the request."""
+    question = EvaluateRequest(
+        round_num=request.round_num,
+        drawn=drawn,
+        adapter=request.adapter,
+        base_delta=request.base_delta,
+        plan_digest=request.plan_digest,
+    )
+    answers = evaluate_clients(holder, question)
+    return {each.client_id: each for each in answers if isinstance(each, ClientEvaluation)}
 
 
 def prepare_clients(this_round: NodeRound, drawn: Mapping[str, int]) -> Works:

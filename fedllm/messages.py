@@ -43,7 +43,8 @@ class TrainRequest:
     `ranks[client]` ranks of `adapter`, on the base model with `base_delta` added. `plan_digest` names the
     configuration the server runs (`RunPlan.digest`). `control` is SCAFFOLD's c, where it is used
     (`fedllm.engine.gradient_terms`). `clip` is the norm to which clients clip what they send, where the
-    server noises their sum; else 0.
+    server noises their sum; else 0. `evaluate` asks for the held-out loss of `adapter` too, measured before
+    training.
     """
 
     round_num: int
@@ -54,6 +55,7 @@ class TrainRequest:
     plan_digest: str
     control: AdapterState | None = None
     clip: float = 0.0
+    evaluate: bool = False
 
     def __post_init__(self) -> None:
         full = self.adapter.layout.rank
@@ -86,7 +88,7 @@ class ClientUpdate:
     The delta is whole and of the client's own `rank`, with zeros where nothing was trained. An update with
     `members` is the weighted mean of several clients of one node: its weight is their sum, and each member
     holds its own numbers and no delta. `control_delta` [P] is the change of its control variate, where
-    those are used.
+    those are used. `held_out` is the loss of the adapter it started from, where that was asked for.
     """
 
     client_id: str
@@ -100,6 +102,7 @@ class ClientUpdate:
     seconds: float = 0.0
     members: tuple["ClientUpdate", ...] = ()
     control_delta: torch.Tensor | None = None
+    held_out: "ClientEvaluation | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)

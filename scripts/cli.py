@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import fedllm
+from scripts import site_cli
 from scripts.command_line import run_app
 from scripts.terminal import make_output_plain
 
@@ -18,11 +19,12 @@ app = typer.Typer(
     suggest_commands=False,  # click suggests them itself
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(site_cli.app, name="site")
 
 keys = typer.Typer(help="Keys of sites, nodes and the server.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(keys, name="keys")
-site = typer.Typer(no_args_is_help=True, help="A data holder's machine: its service and its nodes.")
-app.add_typer(site, name="site")
+log = typer.Typer(help="Logs chained by hash.", no_args_is_help=True, suggest_commands=False)
+app.add_typer(log, name="log")
 
 Words = Annotated[
     list[str] | None,
@@ -64,6 +66,30 @@ def run(
     from scripts.commands import run_command
 
     run_command.run(words or [], runtime=runtime, resume=resume, out=out, on_bad_row=on_bad_row, as_json=json)
+
+
+@app.command()
+def serve(
+    words: Words = None,
+    credentials: Annotated[Path, typer.Option(help="Folder of the server's certificate.")] = Path(
+        "credentials"
+    ),
+    state: Annotated[Path, typer.Option(help="Folder of Flower's database and logs.")] = Path("server"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the SuperLink, on loopback.")] = 8000,
+    monitor: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on loopback of /health and /metrics; 0 = none.")
+    ] = 0,
+    log: Annotated[str, typer.Option(help="text | json")] = "text",
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Without a new round; then it gives up with code 75.")
+    ] = 10,
+    out: Annotated[Path | None, typer.Option(help="Folder that holds run folders.")] = None,
+) -> None:
+    """Serve a run to sites elsewhere, and resume it after any kill until it has ended."""
+    from scripts.commands import serve_command
+
+    place = serve_command.Place(credentials, state, port, monitor)
+    serve_command.serve(words or [], place=place, out=out, most_restarts=max_restarts, log=log)
 
 
 @app.command()
@@ -179,11 +205,15 @@ def compare(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    site: Annotated[
+        bool, typer.Option("--site", help="What this machine permits, and every field that will leave it.")
+    ] = False,
+) -> None:
     """Check this machine: versions, device, disk, model, Flower. Every problem comes with its cure."""
-    from scripts.commands import doctor_command
+    from scripts.commands import doctor_command, doctor_site
 
-    doctor_command.doctor()
+    doctor_site.doctor_site() if site else doctor_command.doctor()
 
 
 @keys.command("new")
@@ -194,18 +224,6 @@ def new_key(
     from scripts.commands import keys_command
 
     keys_command.new(path)
-
-
-@site.command("start")
-def site_start(
-    config: Annotated[
-        Path | None, typer.Option(help="The site.toml; else $FEDLLM_SITE, else the user's own.")
-    ] = None,
-) -> None:
-    """Take part: run this site's service and nodes until Ctrl-C, and start again what dies."""
-    from scripts.commands import site_command
-
-    site_command.start(config)
 
 
 @keys.command("server")
@@ -241,6 +259,18 @@ def admit_node(
     from scripts.commands import credentials_command
 
     credentials_command.admit(public, credentials=credentials, port=port)
+
+
+@log.command("verify")
+def verify_log(
+    path: Annotated[Path, typer.Argument(help="A log, a run folder, or a site's state folder.")],
+    head: Annotated[str, typer.Option(help="Digest of a line noted earlier: it must still be there.")] = "",
+    json: Json = False,
+) -> None:
+    """Check a log from its first line to its last; exit 1 and name the first line that was changed."""
+    from scripts.commands import log_command
+
+    log_command.verify_log(path, head=head, as_json=json)
 
 
 def main() -> None:

@@ -57,7 +57,8 @@ def work_of(plan: RunPlan, *, tokens_a_round: float, held_out_tokens: float) -> 
     rounds = range(1, plan.config.federation.num_rounds + 1)
     due = [n for n in rounds if plan.distillation is not None and plan.distillation.is_due(n)]
     judged = due if plan.distillation is not None and plan.distillation.asks_clients else []
-    evaluations = 1 + sum(plan.is_evaluated(n) for n in rounds) + len(judged)  # the base model's comes first
+    first = len(rounds) if plan.measures_in_training else 1  # each round's start, or the base model alone
+    evaluations = first + sum(plan.is_evaluated(n) for n in rounds) + len(judged)
     personal = plan.personal.steps if plan.personal else 0
     steps = plan.config.train.local_steps
     return Work(

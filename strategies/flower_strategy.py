@@ -126,7 +126,7 @@ class FederatedLora(Strategy):
         if not record.applied:
             self._state = after  # with what the attempt cost under a privacy plan
             return None, None  # Flower keeps its arrays then
-        self._state = replace(after, records=(*state.records, record))
+        self._state = replace(after, records=(*after.records, record))
         return write_plain(self._state.adapter), _train_metrics(record)
 
     def configure_evaluate(

@@ -15,7 +15,7 @@ from strategies.collector import RoundOutcome
 from strategies.collectors import open_collectors
 from strategies.divergence import check_finite
 from strategies.exchange.causes import failure_of, stays
-from strategies.exchange.evaluation import evaluate
+from strategies.exchange.evaluation import evaluate, measured_in_training
 from strategies.exchange.joining import rejoin, wait_for_nodes
 from strategies.exchange.receiving import Answer, receive, sort_answers
 from strategies.exchange.requesting import train_requests
@@ -80,7 +80,7 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOu
         bytes_up=transport.bytes_up - up,
         seconds=time.perf_counter() - began,
     )
-    return (replace(after, records=(*state.records, record)) if record.applied else after), record
+    return (replace(after, records=(*after.records, record)) if record.applied else after), record
 
 
 def begin_round(
@@ -120,7 +120,29 @@ def aggregate(
     after = _next_state(state, plan, accepted) if is_applied else state
     for collector in collectors:
         after, record = collector.close(state, after, record)
+    if is_applied:
+        after = _with_measured(session, after, plan, accepted.values())
     return after, record
+
+
+def _with_measured(
+    session: Session, state: ServerState, plan: RoundPlan, updates: Iterable[ClientUpdate]
+) -> ServerState:
+    """Return the state with the held-out losses that came with updates, in the record of the round before.
+
+    They are of the adapter that the round started from; late updates started from another.
+
+    Raises:
+        DivergedError: most of them are not finite.
+    """
+    held_out = measured_in_training(session, (one for one in updates if one.round_num == plan.round_num))
+    if not (held_out.shared or held_out.not_finite) or not state.records or state.records[-1].held_out:
+        return state
+    *earlier, last = state.records
+    last = held_out.noted_in(last)
+    check_finite(session.config, state, last, is_saved=last.round_num > 0)
+    session.watch.notice(f"round {last.round_num}: held-out {last.mean_held_out:.4f}")
+    return replace(state, records=(*earlier, last))
 
 
 def _next_state(state: ServerState, plan: RoundPlan, accepted: Iterable[str]) -> ServerState:

@@ -315,8 +315,9 @@ class EvaluationConfig:
 
     every: int | str = key(
         "ends",
-        "held-out loss after every so many rounds; ends = before the first and after the last",
-        words="ends",
+        "held-out loss after every so many rounds; ends = before the first and after the last; train = after"
+        " each, of the clients of the next round: they measure it before they train, without a message more",
+        words="ends train",
         at_least=1,
         at_most=MILLION,
         resumable=True,

@@ -51,10 +51,16 @@ class RunPlan:
         return deal_ranks(self.config.lora.client_ranks, client_ids, self.config.lora.rank)
 
     def is_evaluated(self, round_num: int) -> bool:
-        """Return whether a round, counted from 1, ends with held-out losses."""
+        """Return whether a round, counted from 1, ends with the nodes being asked for held-out losses."""
         every = self.config.evaluation.every
         is_last = round_num == self.config.federation.num_rounds
         return is_last or (isinstance(every, int) and round_num % every == 0)
+
+    @property
+    def measures_in_training(self) -> bool:
+        """Whether clients report, next to an update, the held-out loss of the adapter they started from."""
+        withheld = self.privacy is not None and self.privacy.metrics == "withheld"
+        return self.config.evaluation.every == "train" and not withheld
 
     def is_summed(self, ranks: Iterable[int]) -> bool:
         """Return whether a node answers for clients of these ranks with their sum: all have the run's."""

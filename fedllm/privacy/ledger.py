@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import CheckpointError, FedLLMError
-from fedllm.files import write_file
+from fedllm.files import make_private_folder, write_file
 from fedllm.privacy.accounting import Charge, epsilon_of, merged, quick_bound, renyi_check
 
 
@@ -24,7 +24,8 @@ class Entry:
     """One release: the charge of every account that took part.
 
     `draw` names the coins that drew its rows, "" where there were none. Where accounts release something each
-    and `release` names what they were asked for, `answers` has a digest of what came of each.
+    and `release` names what they were asked for, `answers` has a digest of what came of each. `run` is named
+    where one ledger counts several.
     """
 
     round_num: int
@@ -33,11 +34,12 @@ class Entry:
     charges: Mapping[str, Charge]
     draw: str = ""
     answers: Mapping[str, str] = field(default_factory=dict)
+    run: str = ""
 
     @property
-    def name(self) -> tuple[int, int, str]:
+    def name(self) -> tuple[int, int, str, str]:
         """The release's identity: equal names are charged once."""
-        return self.round_num, self.attempt, self.release
+        return self.round_num, self.attempt, self.release, self.run
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def change_ledger(file: Path, change: Callable[[Ledger], Ledger]) -> Ledger:
         CheckpointError: it is damaged or cannot be written; what `change` raises leaves it as it was.
     """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(file.parent)
         # A file of its own, since a write replaces the ledger and with it what a lock on it would hold.
         with file.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, or with its process
@@ -168,6 +170,7 @@ def ledger_to_dict(ledger: Ledger) -> list[dict[str, Any]]:
             "draw": entry.draw,
             "answers": dict(entry.answers),
             "charges": {account: asdict(charge) for account, charge in entry.charges.items()},
+            **({"run": entry.run} if entry.run else {}),
         }
         for entry in ledger.entries
     ]
@@ -188,6 +191,7 @@ def ledger_from_dict(values: Iterable[Mapping[str, Any]]) -> Ledger:
                 {str(account): Charge(**charge) for account, charge in item["charges"].items()},
                 str(item.get("draw", "")),
                 {str(account): str(bits) for account, bits in item.get("answers", {}).items()},
+                str(item.get("run", "")),
             )
             for item in values
         )

@@ -41,6 +41,8 @@ _OK = "ok"  # no error code is called so
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _JOIN_NUMBERS = ("num_train", "num_held_out", "max_rank")
 _COUNTS = frozenset({"num_tokens", "num_truncated", "num_rows"})  # travel as floats, as all metrics do
+_HELD_OUT = "held_out_"  # begins the names of evaluation metrics next to those of an update
+_HELD_OUT_METRICS = tuple(_HELD_OUT + name for name in EVALUATION_METRICS)
 _FEW = 8  # how many more clients than were asked a reply may name: enough to be told who strays
 
 T = TypeVar("T")
@@ -51,10 +53,18 @@ Columns: TypeAlias = Mapping[str, list[Any]]
 # --- written by a client -----------------------------------------------------------------------------------
 
 
-def write_updates(results: Sequence[Update], *, layout: AdapterLayout, part: str, payload: str) -> RecordDict:
+def write_updates(
+    results: Sequence[Update],
+    *,
+    layout: AdapterLayout,
+    part: str,
+    payload: str,
+    with_held_out: bool = False,
+) -> RecordDict:
     """Return the reply to a train request: one packet for each client that has an update.
 
-    One part of each delta travels, at the client's own rank; `layout` is the run's.
+    One part of each delta travels, at the client's own rank; `layout` is the run's. `with_held_out` adds the
+    held-out loss of each client, where the request has asked for it.
     """
     updates = [result for result in results if isinstance(result, ClientUpdate)]
     deltas = {
@@ -68,31 +78,50 @@ def write_updates(results: Sequence[Update], *, layout: AdapterLayout, part: str
         for update in updates
         if update.control_delta is not None
     }
-    return _write_results(results, UPDATE_METRICS, updates=deltas, controls=controls)
+    content = _write_results(results, UPDATE_METRICS, updates=deltas, controls=controls)
+    return _add_held_out(content, updates) if with_held_out else content
 
 
 def write_sum(
-    results: Sequence[Update], mean_P: torch.Tensor, *, layout: AdapterLayout, part: str, payload: str
+    results: Sequence[Update],
+    mean_P: torch.Tensor,
+    *,
+    layout: AdapterLayout,
+    part: str,
+    payload: str,
+    with_held_out: bool = False,
 ) -> RecordDict:
     """Return the reply of a node that was asked for the sum of its clients: one packet of one part.
 
     The packet holds the weighted mean of their deltas, which with the weights is their sum. `mean_P` is not
-    read where no client has an update.
+    read where no client has an update. `with_held_out` is as in `write_updates`.
     """
-    rounds = [result.round_num for result in results if isinstance(result, ClientUpdate)]
-    packets = {"sum": _write_delta(mean_P, layout, part, rounds[0], payload)} if rounds else {}
-    return _write_results(results, UPDATE_METRICS, sum=packets)
+    updates = [result for result in results if isinstance(result, ClientUpdate)]
+    packets = {"sum": _write_delta(mean_P, layout, part, updates[0].round_num, payload)} if updates else {}
+    content = _write_results(results, UPDATE_METRICS, sum=packets)
+    return _add_held_out(content, updates) if with_held_out else content
 
 
 def write_evaluations(results: Sequence[Evaluation]) -> RecordDict:
     """Return the reply to an evaluate request; without a personal adapter both its losses are the same."""
-    filled = [
-        replace(result, personal_loss=result.loss)
-        if isinstance(result, ClientEvaluation) and result.personal_loss is None
-        else result
-        for result in results
-    ]
+    filled = [_filled(result) if isinstance(result, ClientEvaluation) else result for result in results]
     return _write_results(filled, EVALUATION_METRICS)
+
+
+def _filled(evaluation: ClientEvaluation) -> ClientEvaluation:
+    if evaluation.personal_loss is not None:
+        return evaluation
+    return replace(evaluation, personal_loss=evaluation.loss)
+
+
+def _add_held_out(content: RecordDict, updates: Sequence[ClientUpdate]) -> RecordDict:
+    """Return an updates reply with the evaluation of each of its clients, of 0 rows where there is none."""
+    losses = [_filled(one.held_out) if one.held_out else None for one in updates]
+    if updates:
+        for name in EVALUATION_METRICS:
+            column = [float(getattr(loss, name)) if loss else 0.0 for loss in losses]
+            content.metric_records["metrics"][_HELD_OUT + name] = column
+    return content
 
 
 def write_joined(clients: Sequence[JoinedClient]) -> RecordDict:
@@ -149,18 +178,20 @@ def read_updates(
     part: str,
     round_num: int,
     with_controls: bool = False,
+    with_held_out: bool = False,
 ) -> Iterator[Update]:
     """Return what a reply to a train request says about each of its clients; a packet is read when it is due.
 
     `ranks` has the clients that were asked, each with the rank it was asked to train at; `part` is the part
     of its delta that every client was asked for. `with_controls` wants the change of a control variate from
-    every client, else none is allowed.
+    every client, else none is allowed; `with_held_out` likewise wants the evaluation of each.
 
     Raises:
         WireError: the reply as a whole is malformed. A client with a bad packet is a failure instead.
     """
     names = ("updates", "controls") if with_controls else ("updates",)
-    codes, metrics = _read_results(content, UPDATE_METRICS, names, most=len(ranks))
+    columns = UPDATE_METRICS + _HELD_OUT_METRICS * with_held_out
+    codes, metrics = _read_results(content, columns, names, most=len(ranks))
     packets = {name: content.array_records.get(name, ArrayRecord()) for name in names}
     if any(set(record) != set(metrics) for record in packets.values()):
         raise WireError("the packets do not match the clients that report an update")
@@ -184,14 +215,20 @@ def read_updates(
             rank=own_layout.rank,
             delta=delta,
             control_delta=control_delta,
-            **metrics[client_id],
+            **_with_held_out(client_id, metrics[client_id]),
         )
 
     return starmap(read, codes.items())  # one at a time: a node may host more clients than fit into memory
 
 
 def read_sum(
-    content: RecordDict, *, layout: AdapterLayout, part: str, round_num: int, most: int
+    content: RecordDict,
+    *,
+    layout: AdapterLayout,
+    part: str,
+    round_num: int,
+    most: int,
+    with_held_out: bool = False,
 ) -> list[Update]:
     """Return what the reply of a node that was asked for its sum says: one update with members, and failures.
 
@@ -200,7 +237,8 @@ def read_sum(
     Raises:
         WireError: the reply as a whole is malformed. If only the packet is bad, all its clients fail.
     """
-    codes, metrics = _read_results(content, UPDATE_METRICS, ("sum",), most=most)
+    columns = UPDATE_METRICS + _HELD_OUT_METRICS * with_held_out
+    codes, metrics = _read_results(content, columns, ("sum",), most=most)
     failures = [_reported(client_id, code) for client_id, code in codes.items() if code != _OK]
     record = content.array_records.get("sum", ArrayRecord())
     if list(record) != (["sum"] if metrics else []):
@@ -213,7 +251,7 @@ def read_sum(
         return [*(_bad_packet(client_id, error) for client_id in metrics), *failures]
     common: dict[str, Any] = {"round_num": round_num, "rank": layout.rank}
     members = tuple(  # their own deltas never left the node
-        ClientUpdate(client_id=client_id, delta=delta[:0], **common, **numbers)
+        ClientUpdate(client_id=client_id, delta=delta[:0], **common, **_with_held_out(client_id, numbers))
         for client_id, numbers in metrics.items()
     )
     total = ClientUpdate(
@@ -301,7 +339,11 @@ def _read_results(
     codes = dict(zip(texts["ids"], texts["codes"], strict=True))
     if not set(codes.values()) <= CLIENT_ERROR_CODES | {_OK}:
         raise WireError("the reply carries a code that is not on the list")
-    counts = {name: list(map(_count, column)) for name, column in columns.items() if name in _COUNTS}
+    counts = {
+        name: list(map(_count, column))
+        for name, column in columns.items()
+        if name.removeprefix(_HELD_OUT) in _COUNTS
+    }
     done = [client_id for client_id, code in codes.items() if code == _OK]
     return codes, _rows(done, {**columns, **counts})
 
@@ -327,6 +369,15 @@ def _read_tables(
     if len(set(ids)) != len(ids) or any(len(column) != len(ids) for column in texts.values()):
         raise WireError("the reply's client list names a client twice or has lists of different lengths")
     return texts, {name: list_field(numbers, name, kind) for name in numbers}
+
+
+def _with_held_out(client_id: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of an update, those of its evaluation as one value where it is of any row."""
+    values = {name: number for name, number in numbers.items() if not name.startswith(_HELD_OUT)}
+    measured = {name.removeprefix(_HELD_OUT): numbers[name] for name in numbers.keys() - values.keys()}
+    if measured.get("num_rows"):
+        values["held_out"] = ClientEvaluation(client_id=client_id, **measured)
+    return values
 
 
 def _rows(ids: Sequence[str], columns: Columns) -> dict[str, dict[str, Any]]:

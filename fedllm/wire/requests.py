@@ -45,7 +45,7 @@ class Holding:
 def write_train_request(request: TrainRequest, sending: Sending) -> RecordDict:
     """Return the message content of a train request; adapter, base delta and control travel as float32."""
     ranks = [request.ranks[client_id] for client_id in request.drawn]
-    content = _write(request, sending, {"ranks": ranks, "clip": request.clip})
+    content = _write(request, sending, {"ranks": ranks, "clip": request.clip, "evaluate": request.evaluate})
     if request.control is not None:
         control = request.control
         array = _array(control.vector, control.layout, request.round_num, "control")
@@ -103,6 +103,7 @@ def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Hold
         ranks=_by_client(config, "ranks"),
         control=_read_control(content, layout),
         clip=scalar_field(config, "clip", float),
+        evaluate=scalar_field(config, "evaluate", bool),
     )
 
 

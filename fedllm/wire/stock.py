@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.errors import WireError
@@ -14,6 +14,17 @@ from fedllm.errors import WireError
 def write_plain(state: AdapterState) -> ArrayRecord:
     """Return named PEFT tensors in float32, one array each, as stock Flower strategies average them."""
     return ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.tensors().items()})
+
+
+def write_plain_update(after: AdapterState, num_examples: int, loss: float) -> RecordDict:
+    """Return a node's answer to a stock strategy that had it train: its new adapter and two numbers."""
+    metrics = MetricRecord({"num-examples": num_examples, "train-loss": loss})
+    return RecordDict({"arrays": write_plain(after), "metrics": metrics})
+
+
+def write_plain_evaluation(num_examples: int, loss: float) -> RecordDict:
+    """Return a node's answer to a stock strategy that had it evaluate: two numbers."""
+    return RecordDict({"metrics": MetricRecord({"num-examples": num_examples, "eval-loss": loss})})
 
 
 def read_plain(record: ArrayRecord, layout: AdapterLayout) -> AdapterState:

@@ -138,7 +138,7 @@ def policy_finding() -> Finding:
     if policy.allow.server_paths:
         said.append("permits local paths named by a server")
     if policy.budget.epsilon:
-        said.append(f"admits only runs whose clients add noise, up to epsilon {policy.budget.epsilon:g}")
+        said.append(f"of each data set, runs together may learn epsilon {policy.budget.epsilon:g}")
     if policy.site.state_path:
         said.append(f"keeps private state in {policy.site.state_path}")
     return Finding("site policy", "ok", "; ".join(said) or "the strict default")

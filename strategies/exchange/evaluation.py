@@ -1,11 +1,11 @@
 """The held-out loss of every client, measured where its rows are."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedllm.errors import NonFiniteError, WireError
-from fedllm.messages import ClientEvaluation, ClientFailure
+from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from fedllm.wire import replies
@@ -36,6 +36,19 @@ class HeldOut:
         )
 
 
+def measured_in_training(session: Session, updates: Iterable[ClientUpdate]) -> HeldOut:
+    """Return the held-out losses that came with a round's updates: of the adapter it started from."""
+    found = {update.client_id: update.held_out for update in updates}
+    return _held_out(
+        session,
+        {
+            client: sound if isinstance(sound := check_evaluation(answer), ClientEvaluation) else None
+            for client, answer in found.items()
+            if answer is not None
+        },
+    )
+
+
 def evaluate(session: Session, state: ServerState) -> HeldOut:
     """Return the held-out loss of every client that keeps held-out rows and answers with a sound number."""
     found: dict[str, ClientEvaluation | None] = {}
@@ -51,6 +64,10 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
         ):
             found |= read_evaluations(session, reply, hosted.get(reply.node_id, []), notice)
             session.watch.phase("evaluating", len(found), number)
+    return _held_out(session, found)
+
+
+def _held_out(session: Session, found: Mapping[str, ClientEvaluation | None]) -> HeldOut:
     # By name, so that a record does not tell who was quick.
     sound = {client: answer for client, answer in sorted(found.items()) if answer is not None}
     shared = {client: answer.loss for client, answer in sound.items()}
@@ -62,9 +79,14 @@ def evaluate(session: Session, state: ServerState) -> HeldOut:
 
 
 def evaluate_base(session: Session, state: ServerState) -> RoundRecord:
-    """Return record 0, which the last round is compared with, and show it; raises as `check_finite`."""
+    """Return record 0, which the last round is compared with, and show it; raises as `check_finite`.
+
+    Where losses come with updates, those of the first round will be noted in it.
+    """
     began = time.perf_counter()
-    record = evaluate(session, state).noted_in(RoundRecord(round_num=0, adapter=state.adapter.digest))
+    record = RoundRecord(round_num=0, adapter=state.adapter.digest)
+    if not session.plan.measures_in_training:
+        record = evaluate(session, state).noted_in(record)
     record = replace(record, seconds=time.perf_counter() - began)  # how long later evaluations will take
     session.watch.record(record)
     check_finite(session.config, state, record)

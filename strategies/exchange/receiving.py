@@ -154,6 +154,7 @@ def _answers(
             part=plan.returned,
             round_num=plan.round_num,
             with_controls=session.config.train.control_variates,
+            with_held_out=session.plan.measures_in_training,
         )
     answers = replies.read_sum(
         content,
@@ -161,6 +162,7 @@ def _answers(
         part=plan.returned,
         round_num=plan.round_num,
         most=len(asked),
+        with_held_out=session.plan.measures_in_training,
     )
     if not {each.client_id for answer in answers for each in members_of(answer)} <= ranks.keys():
         raise WireError("its node's sum is of clients that were not asked")

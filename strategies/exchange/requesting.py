@@ -27,6 +27,7 @@ def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dic
             plan_digest=session.plan.digest,
             control=control_of(state) if session.config.train.control_variates else None,
             clip=clip_of(session.privacy, state),
+            evaluate=session.plan.measures_in_training,
         )
         sending = session.held_by_nodes.what_to_send(node, part, state.base_delta.digest)
         contents[node] = write_train_request(request, sending)

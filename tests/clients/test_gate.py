@@ -22,6 +22,7 @@ from fedllm.models.files import content_digest, fingerprint
 from fedllm.originality.overlap import OverlapRequest, probe
 from fedllm.site_policy import load_policy
 from fedllm.wire import overlaps, replies, requests
+from fedllm.wire.leaving import fields_that_leave
 from fedllm.wire.stock import write_plain
 from scripts.runtimes.local import local_grid
 from tests.builders import evaluate_request, train_request
@@ -115,12 +116,16 @@ def test_an_empty_file_limits_nothing_and_logs_all(hostile: Callable) -> None:
     server = hostile(**DISTILS)
     asked = [server.join(), server.train(), server.evaluate(), server.overlap(), server.stock("train")]
     assert all(map(answered, asked))
+    told = fields_that_leave()
+    for kind, reply in zip(("join", "train", "evaluate", "overlap"), asked[:4], strict=True):
+        names = {f"{name}.{field}" for name, record in reply.items() for field in record}
+        assert {name.replace(".ward", ".CLIENT") for name in names} <= set(told[kind])
     chained_log.verify(load_policy().state_folder / "log.jsonl")
     assert [entry["question"] for entry in entries()] == [
         *("join", "train", "evaluate", "overlap", "stock train")
     ]
     assert {entry["code"] for entry in entries()} == {"ok"}
-    assert all(entry["bytes"] > 0 and len(entry["sha256"]) == 64 for entry in entries())
+    assert all(entry["bytes"] > 0 and len(entry["answer"]) == 64 for entry in entries())
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ def another(config: RunConfig, key: str) -> Any:
         "wire.codec": "int8",
         "federation.selection": "oort",
         "federation.cohort": 0.5,
+        "federation.round-deadline": 30.0,
         "evaluation.every": 2,
         "aggregation.server-learning-rate": 0.5,
         "privacy.epsilon": 8.0,

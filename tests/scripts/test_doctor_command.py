@@ -13,7 +13,10 @@ from scripts.commands.doctor_command import Finding, policy_finding
     ("text", "said"),
     [
         ("", "the strict default"),
-        ("[budget]\nepsilon = 8.0", "admits only runs whose clients add noise, up to epsilon 8"),
+        (
+            "[budget]\nepsilon = 8.0",
+            "of each data set, runs together may learn epsilon 8",
+        ),
         ('[site]\nstate-path = "/private"', "keeps private state in /private"),
         (
             '[allow]\nserver-paths = true\ntrust-remote-code = ["org/model"]',

@@ -136,7 +136,7 @@ def test_a_request_under_another_configuration_is_refused_first(kind: str) -> No
 def test_a_request_carries_no_numbers_of_training() -> None:
     """Every node computes them from its own copy of the configuration."""
     common = {"round", "client-ids", "num-drawn", "plan", "part", "adapter", "base-delta"}
-    assert set(sent(train_request())["request"]) == common | {"ranks", "clip"}
+    assert set(sent(train_request())["request"]) == common | {"ranks", "clip", "evaluate"}
     written = requests.write_evaluate_request(evaluate_request(), Sending())
     assert set(written["request"]) == common
 

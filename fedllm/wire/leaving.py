@@ -1,0 +1,62 @@
+"""What may leave a node, by question: read off the writers of its answers, so that there is no second list.
+
+Each answer is written once with made-up values and its records and columns are named. A field that is not
+here does not travel: readers refuse any other, and no writer takes free text.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from flwr.app import ArrayRecord, RecordDict
+
+from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
+from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
+from fedllm.originality.overlap import Overlap
+from fedllm.wire import overlaps, refusals, replies, stock
+
+_LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 1, 1.0, "0" * 64)
+
+
+def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
+    """Return for every kind of question the fields of its answers, each as "record.field".
+
+    A record of packets has an entry for each client, which is written "record.CLIENT".
+    """
+    delta = torch.zeros(_LAYOUT.size)
+    update = ClientUpdate(
+        client_id="CLIENT",
+        round_num=1,
+        rank=1,
+        delta=delta,
+        weight=1.0,
+        num_tokens=1,
+        train_loss=0.0,
+        control_delta=delta,
+    )
+    measured = ClientEvaluation(client_id="CLIENT", loss=0.0, num_tokens=1, num_rows=1)
+    joined = JoinedClient(client_id="CLIENT", node_id=1, num_train=1, num_held_out=1, fingerprint="")
+    failed = ClientFailure(client_id="CLIENT", code="failed")
+    state = AdapterState(_LAYOUT, delta)
+    answers = {
+        "join": [replies.write_joined([joined])],
+        "train": [
+            replies.write_updates([update, failed], layout=_LAYOUT, part="both", payload="fp32"),
+            replies.write_sum([update], delta, layout=_LAYOUT, part="both", payload="fp32"),
+        ],
+        "evaluate": [replies.write_evaluations([measured])],
+        "overlap": [overlaps.write_overlaps([Overlap(1, 1, True)])],
+        "stock": [stock.write_plain_update(state, 1, 0.0), stock.write_plain_evaluation(1, 0.0)],
+        "any": [refusals.write_error("failed")],
+    }
+    return {
+        kind: tuple(dict.fromkeys(field for content in contents for field in _fields(content)))
+        for kind, contents in answers.items()
+    }
+
+
+def _fields(content: RecordDict) -> list[str]:
+    return [
+        f"{name}.{'TENSOR' if isinstance(record, ArrayRecord) and name == 'arrays' else field}"
+        for name, record in content.items()
+        for field in record
+    ]

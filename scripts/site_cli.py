@@ -1,0 +1,40 @@
+"""`fedllm site`: what the owner of a data holder's machine runs there."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="On a data holder's machine: what its owner runs.", no_args_is_help=True, suggest_commands=False
+)
+SiteFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="The site's file.", show_default="$FEDLLM_SITE, else ~/.config/fedllm/site.toml"
+    ),
+]
+
+
+@app.callback()
+def site_options() -> None:
+    """Keep `fedllm site` a group of commands, however few it has."""
+
+
+@app.command()
+def budget(
+    config: SiteFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what all runs have spent of each data set's privacy budget, and what is left."""
+    from scripts.commands import site_budget_command
+
+    site_budget_command.budget(config, as_json=json)
+
+
+@app.command()
+def start(config: SiteFile = None) -> None:
+    """Take part: run this site's service and nodes until Ctrl-C, and start again what dies."""
+    from scripts.commands import site_command
+
+    site_command.start(config)
