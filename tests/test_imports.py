@@ -16,14 +16,6 @@ FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob(
 FLOWER = ("flwr", "ray")
 # Where values become Flower records.
 RECORDS = ("digests", "leaving", "overlaps", "packets", "refusals", "replies", "requests", "stock")
-    "digests",
-    "overlaps",
-    "packets",
-    "refusals",
-    "replies",
-    "requests",
-    "stock",
-)  # where values become Flower records
 FORBIDDEN = {
     "fedllm": ("clients", "strategies", "scripts", *FLOWER),
     "clients": ("strategies", "scripts"),
