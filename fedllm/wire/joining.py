@@ -23,7 +23,8 @@ from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.identity import statement, verify
 from fedllm.messages import JoinedClient
 from fedllm.wire.packets import LARGEST_NUMBER
-from fedllm.wire.replies import number_rows, read_error, read_tables, write_error
+from fedllm.wire.refusals import write_error
+from fedllm.wire.replies import number_rows, read_error, read_tables
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"[0-9a-f]{32}")

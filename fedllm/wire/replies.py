@@ -118,11 +118,6 @@ def _add_held_out(content: RecordDict, updates: Sequence[ClientUpdate]) -> Recor
     return content
 
 
-def write_error(code: str) -> RecordDict:
-    """Return a reply that says only why there is no answer: a code of `CLIENT_ERROR_CODES`."""
-    return RecordDict({"error": ConfigRecord({"code": code if code in CLIENT_ERROR_CODES else "internal"})})
-
-
 def _write_delta(
     delta_P: torch.Tensor, layout: AdapterLayout, part: str, round_num: int, payload: str
 ) -> Array:

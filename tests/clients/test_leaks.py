@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common.serde import message_to_proto
 from transformers import PreTrainedTokenizerFast
 
-from clients import answering, data_holder, jobs, join, protect, tokens
+from clients import answering, data_holder, handlers, jobs, join, protect, tokens
 from clients.process import Process
 from fedllm.errors import NoDataError
 from fedllm.messages import EVALUATION_METRICS, UPDATE_METRICS
@@ -164,7 +164,7 @@ PLACES = [
     (tokens, "encode_or_cause"),
     (jobs, "draw_rows"),
     (protect, "protect"),
-    (answering.replies, "write_updates"),
+    (handlers.replies, "write_updates"),
 ]
 
 
