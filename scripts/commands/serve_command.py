@@ -1,19 +1,20 @@
 """`fedllm serve`: the server of a federation, which survives kills until its run has ended."""
 
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 
+from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.files import locked, make_private_folder
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.checkpoint import newest_round
-from fedllm.runs.folder import CHECKPOINTS, STARTER, open_run_folder
+from fedllm.runs.folder import STARTER, open_run_folder, run_folder
 from fedllm.runs.records import RoundRecord
 from scripts.console import Console, shown_path
 from scripts.deploying.certificates import Credentials
@@ -34,7 +35,7 @@ from scripts.stopped_run import complete_rounds, told_how_to_go_on
 
 LOGS = ("text", "json")
 GAVE_UP = 75  # EX_TEMPFAIL: starting again may help, which after 2 it does not
-_PATIENCE = 86_400.0  # seconds for which a new run waits for sites, unless the recipe says otherwise
+_DEADLINE, _PATIENCE = "federation.join-deadline", 86_400.0  # a new run waits a day, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,18 @@ def serve(words: Sequence[str], *, place: Place, out: Path | None, most_restarts
         if rounds := complete_rounds(folder, config):
             view.notice(f"{config.run.name}: complete after {rounds} rounds")
             return
-        if not newest_round(folder / CHECKPOINTS) and "federation.join-deadline" not in request.origins:
-            config = config.override({"federation.join-deadline": _PATIENCE})
+        patience = {} if _DEADLINE in request.origins else {_DEADLINE: _PATIENCE}
         try:
-            _supervise(config, folder, place, view, most_restarts)
+            _supervise(config, place, view, most_restarts, patience)
         except GaveUpError as error:
             print(f"fedllm: {error}", file=sys.stderr)
             raise typer.Exit(GAVE_UP) from None
         view.notice(f"complete: {shown_path(folder)}/adapter")
 
 
-def _supervise(config: RunConfig, folder: Path, place: Place, view: View, most_restarts: int) -> None:
+def _supervise(
+    config: RunConfig, place: Place, view: View, most_restarts: int, until_first_round: Mapping[str, Scalar]
+) -> None:
     """Run the server's processes until the run has ended.
 
     Raises:
@@ -113,11 +115,21 @@ def _supervise(config: RunConfig, folder: Path, place: Place, view: View, most_r
     link = Link(place.state.absolute(), place.port, Credentials(place.credentials.absolute()))
     processes = server_processes(link)
     monitors: list[Monitor] = []
-    supervisor = Supervisor(config, link, processes, Heard(view, monitors), most_restarts=most_restarts)
+    for home in link.folder.glob("home-*"):  # with each bundle that was ever run
+        shutil.rmtree(home, ignore_errors=True)
+    heard = Heard(view, monitors)
+    supervisor = Supervisor(
+        config,
+        link,
+        processes,
+        heard,
+        most_restarts=most_restarts,
+        until_first_round=until_first_round,
+    )
     with ExitStack() as stack:
         if place.monitor:
             monitors.append(Monitor(config.run.name, config.federation.num_rounds, supervisor.health))
             stack.enter_context(monitored(monitors[0], place.monitor))
         stack.enter_context(started(processes))
         supervisor.run()
-        check_completed(link, supervisor.run_id, folder)
+        check_completed(link, supervisor.run_id, run_folder(config))

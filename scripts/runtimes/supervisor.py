@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from subprocess import Popen
 from typing import Any
 
+from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import FedLLMError, RunFailedError
 from fedllm.runs.checkpoint import newest_round
@@ -97,7 +98,10 @@ def started(processes: Sequence[Kept]) -> Iterator[None]:
 
 
 class Supervisor:
-    """One run at a SuperLink, which it holds on to; its processes run already (`started`)."""
+    """One run at a SuperLink, which it holds on to; its processes run already (`started`).
+
+    `until_first_round` are keys of the run that hold while no round is complete.
+    """
 
     def __init__(
         self,
@@ -107,9 +111,11 @@ class Supervisor:
         view: View,
         *,
         most_restarts: int = MOST_RESTARTS,
+        until_first_round: Mapping[str, Scalar] | None = None,
     ):
         self.config, self.link, self.processes, self.view = config, link, processes, view
         self.folder = run_folder(config)
+        self._until_first_round = dict(until_first_round or {})
         self.run_id = ""
         self.is_running = False  # whether its ServerApp lives
         self.num_restarts = 0
@@ -149,10 +155,11 @@ class Supervisor:
 
     def _attempt(self) -> str:
         """Submit the run and wait; return why it has no result, "" where it has."""
-        again = {"run.resume": True} if self.num_restarts else {}
+        changes: dict[str, Scalar] = {"run.resume": True} if self.num_restarts else {}
+        changes |= {} if self._done else self._until_first_round
         try:
             self._mend()
-            self.run_id = submit(self.link, self.config.override(again), {})
+            self.run_id = submit(self.link, self.config.override(changes), {})
         except RunFailedError as error:
             return str(error)
         self.view.notice(f"Flower run {self.run_id} on {self.link.address}")

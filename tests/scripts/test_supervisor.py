@@ -50,6 +50,7 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, at: dict[float, Callable[[], Any]]):
         self.clock, self.at, self.view = Clock(), dict(at), Heard()
         self.submitted: list[bool] = []  # run.resume of each
+        self.deadlines: list[float] = []  # federation.join-deadline of each
         self.stopped: list[str] = []
         self.has_app, self.folder, self.starts = False, folder, True
         self.living: dict[str, Process] = {}
@@ -63,7 +64,14 @@ class World:
         monkeypatch.setattr(module, "status", lambda link, run_id: "finished:failed")
         monkeypatch.setattr(module, "flwr", lambda link, words: self.stopped.append(words[1]))
         self.processes = processes
-        self.supervisor = Supervisor(config, Link(folder, 1), processes, self.view, most_restarts=3)
+        self.supervisor = Supervisor(
+            config,
+            Link(folder, 1),
+            processes,
+            self.view,
+            most_restarts=3,
+            until_first_round={"federation.join-deadline": 999.0},
+        )
 
     @contextmanager
     def open(self, name: str) -> Iterator[Process]:
@@ -72,6 +80,7 @@ class World:
 
     def submit(self, link: Link, config: RunConfig, federation: object) -> str:
         self.submitted.append(config.run.resume)
+        self.deadlines.append(config.federation.join_deadline)
         self.has_app = self.starts
         return str(len(self.submitted))
 
@@ -171,3 +180,14 @@ def test_health_is_that_of_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_pa
     world.run()
     assert [health["healthy"] for health in found] == [True, False]
     assert found[1]["alive"] == {"SuperLink": False, "SuperExec": True, "ServerApp": True}
+
+
+def test_a_run_with_rounds_is_patient_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = World(monkeypatch, tmp_path, {})
+
+    def finish_round() -> None:
+        (tmp_path / "run" / "checkpoints" / "round-00001").mkdir(parents=True)
+
+    world.at = {3: world.app_dies, 5: finish_round, 6: world.app_dies, 9: world.completes}
+    world.run()
+    assert world.deadlines == [999.0, 999.0, 120.0]
