@@ -5,18 +5,16 @@ it asks for, once rows and base model are known and before anything is computed.
 site's log says what was asked and what became of it. Without a site.toml neither limits nor log exist.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from flwr.app import ConfigRecord, RecordDict
-from flwr.common.serde import recorddict_to_proto
 
 from clients.asked import Asking, count, count_on_disk
 from clients.data_holder import DataHolder
+from clients.site import data_path_of
 from clients.tokens import ClientTokens
 from fedllm.chained_log import append
 from fedllm.config.key import Scalar
@@ -144,7 +142,6 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
     policy = question.policy
     if policy.file is None:
         return
-    sent = b"" if reply is None else recorddict_to_proto(reply).SerializeToString(deterministic=True)
     round_num, names = question.request.get("round"), question.request.get("client-ids")
     entry = {
         "question": f"stock {question.action}" if question.is_stock else question.action,
@@ -153,7 +150,7 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
         "round": round_num if isinstance(round_num, int) and abs(round_num) < 2**53 else 0,
         "clients": len(names) if isinstance(names, list) else 0,
         "code": code,
-        "bytes": len(sent),
+        "bytes": 0 if reply is None else _num_bytes(reply),
         "answer": "" if reply is None else content_digest(reply),  # as in the server's log
         "seconds": round(seconds, 3),
     }
@@ -168,10 +165,14 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
 
 def data_set_of(node_config: Mapping[str, Scalar]) -> str:
     """Return what names the rows of a node, whatever run asks for them: their path, else its share."""
-    path = str(node_config.get("data-path", ""))
-    if path:
-        return os.path.realpath(Path(path).expanduser())
+    path = data_path_of(node_config)
+    if path is not None:
+        return str(path)
     return f"{node_config.get('partition-id', 0)} of {node_config.get('num-partitions', 1)}"
+
+
+def _num_bytes(reply: RecordDict) -> int:
+    return sum(len(array.data) for record in reply.array_records.values() for array in record.values())
 
 
 def _refusal(question: Question, why: str) -> PolicyError:

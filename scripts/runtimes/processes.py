@@ -259,23 +259,31 @@ def process(
     comes about (`scripts.runtimes.guard`).
     """
     program = str(Path(sys.executable).with_name(command[0]))
-    with (folder / f"{name}.log").open("ab") as log:
-        running = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_GUARD), program, *command[1:]],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    running = start_guarded([program, *command[1:]], folder, environment, folder / f"{name}.log")
     try:
         yield running
     finally:
-        _end_session(running)
+        end_session(running)
 
 
-def _end_session(running: "subprocess.Popen[bytes]") -> None:
+def start_guarded(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, **options: Any
+) -> "subprocess.Popen[bytes]":
+    """Start a program under a guard; `options` are further ones of `Popen`. Whoever starts it ends it."""
+    with log.open("ab") as written:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_GUARD), *command],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **options,
+        )
+
+
+def end_session(running: "subprocess.Popen[bytes]") -> None:
     """Ask a guarded command to end; where it does not, its guard kills it and all that it started."""
     assert running.stdin is not None
     with suppress(ProcessLookupError):
