@@ -3,32 +3,22 @@
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeAlias
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.data_holder import DataHolder
-from clients.evaluate import evaluate_clients
 from clients.gate import Question, Sender, admit, admit_work, note
-from clients.join import declare_clients
+from clients.handlers import FOR_FEDLLM, FOR_STOCK, Handler
 from clients.kinds import kind_of, make_app
-from clients.originality import answer_overlap, check_limit
 from clients.process import Process
-from clients.protect import node_mean
-from clients.stock import evaluate_for_stock, train_for_stock
-from clients.train import train_clients
 from fedllm.errors import FedLLMError
-from fedllm.messages import ClientUpdate
-from fedllm.wire import overlaps, packets, replies, requests
+from fedllm.wire.refusals import is_stock, refusal
 
 _logger = logging.getLogger("fedllm.clients")
 
 UNKNOWN = Sender()
-Handler: TypeAlias = Callable[[DataHolder, RecordDict, Context], RecordDict]
 
 
 def make_client_app(process: Process) -> ClientApp:
@@ -48,10 +38,10 @@ def answer(process: Process, message: Message, context: Context, sender: Sender 
         content=message.content,
         run_config=context.run_config,
         node_config=context.node_config,
-        is_stock=kind in _FOR_STOCK and not requests.is_fedllm_request(message.content),
+        is_stock=is_stock(message),
         sender=sender,
     )
-    handler = _FOR_STOCK[kind] if question.is_stock else _FOR_FEDLLM[kind]
+    handler = (FOR_STOCK if question.is_stock else FOR_FEDLLM)[kind]
     began = time.monotonic()
     code, content = _answer(process, handler, question, context)
     try:
@@ -60,63 +50,7 @@ def answer(process: Process, message: Message, context: Context, sender: Sender 
         if error.code != code:  # else it has been told already
             _logger.error("%s: %s", error.code, error)
         code, content = error.code, None
-    if content is not None:
-        return Message(content, reply_to=message)
-    if question.is_stock:  # stock strategies drop error messages and abort on anything else
-        return Message(Error(code=0, reason=code), reply_to=message)
-    return Message(replies.write_error(code), reply_to=message)
-
-
-def _join(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    return replies.write_joined(declare_clients(holder, context.node_id))
-
-
-def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    plan, layout = holder.plan, holder.engine.layout
-    request = requests.read_train_request(content, layout, _holding(holder))
-    answers = train_clients(holder, request)
-    part, codec = plan.aggregation.returned_in(request.round_num), plan.config.wire.codec
-    if plan.is_summed(request.ranks.values()):  # the server decides alike, from the same plan and ranks
-        mean_P = node_mean([answer for answer in answers if isinstance(answer, ClientUpdate)])
-        return replies.write_sum(
-            answers, mean_P, layout=layout, part=part, payload=codec, with_held_out=request.evaluate
-        )
-    return replies.write_updates(
-        answers, layout=layout, part=part, payload=codec, with_held_out=request.evaluate
-    )
-
-
-def _evaluate(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    request = requests.read_evaluate_request(content, holder.engine.layout, _holding(holder))
-    return replies.write_evaluations(evaluate_clients(holder, request))
-
-
-def _overlap(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    request = overlaps.read_overlap_request(content)
-    # Flower keeps a node's state for the length of a run, even where every message has a new process.
-    last = context.state.config_records.get("overlap", ConfigRecord({"round": 0}))
-    check_limit(request, packets.scalar_field(last, "round", int), holder.plan.config.federation.num_rounds)
-    # Counted before it is answered: a query that fails half-way may have told something.
-    context.state["overlap"] = ConfigRecord({"round": request.round_num})
-    return overlaps.write_overlaps(answer_overlap(holder, request))
-
-
-def _holding(holder: DataHolder) -> requests.Holding:
-    layout = holder.engine.layout
-    return requests.Holding(
-        plan_digest=holder.plan.digest,
-        initial=lambda: holder.initial,  # made only where a request leaves a factor out
-        base_delta=lambda digest: holder.base_deltas.held(digest, layout),
-    )
-
-
-_FOR_FEDLLM: Mapping[str, Handler] = {
-    "query.join": _join,
-    "query.overlap": _overlap,
-    "train": _train,
-    "evaluate": _evaluate,
-}
-_FOR_STOCK: Mapping[str, Handler] = {"train": train_for_stock, "evaluate": evaluate_for_stock}
+    return refusal(message, code) if content is None else Message(content, reply_to=message)
 
 
 def _answer(

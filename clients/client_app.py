@@ -1,20 +1,27 @@
 """What Flower loads at a node, by the name `app`.
 
 It imports neither torch nor transformers: Flower starts a process for every message, and where a site's
-service answers, that process only carries the message.
+service answers ($FEDLLM_SITE_SOCKET), that process only carries the message.
 """
+
+import os
 
 from flwr.app import Context, Message
 
 from clients.kinds import make_app
+from clients.messenger import carry
+from clients.site_protocol import SOCKET
 
 
-def answer_here(message: Message, context: Context) -> Message:
-    """Answer in this process, which keeps what it has opened for the next message."""
-    from clients.answering import answer  # brings torch and transformers
+def answer(message: Message, context: Context) -> Message:
+    """Let the site's service answer, where this machine has one, else answer in this process."""
+    if SOCKET in os.environ:
+        return carry(message, context, os.environ)
+    # These bring torch and transformers. What the process opens it keeps for the next message.
+    from clients import answering
     from clients.process import own_process
 
-    return answer(own_process(), message, context)
+    return answering.answer(own_process(), message, context)
 
 
-app = make_app(answer_here)
+app = make_app(answer)

@@ -5,7 +5,6 @@ it asks for, once rows and base model are known and before anything is computed.
 site's log says what was asked and what became of it. Without a site.toml neither limits nor log exist.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, PolicyError, WithheldError
 from fedllm.files import make_private_folder
 from fedllm.site_policy import SitePolicy, load_policy
+from fedllm.wire.digests import content_digest
 
 LOG = "log.jsonl"  # in the state folder
 _LONGEST = 200  # characters of a text from outside that enter the log
@@ -154,7 +154,7 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
         "clients": len(names) if isinstance(names, list) else 0,
         "code": code,
         "bytes": len(sent),
-        "sha256": hashlib.sha256(sent).hexdigest() if sent else "",
+        "answer": "" if reply is None else content_digest(reply),  # as in the server's log
         "seconds": round(seconds, 3),
     }
     try:

@@ -57,6 +57,11 @@ class Process:
             self.holders[run, node] = holder
         return self.holders[run, node]
 
+    def release(self) -> None:
+        """Let go of everything that can be opened again, and give its memory back to the system."""
+        self.holders, self.sources = {}, {}
+        self.resident.release()
+
     def read_source(self, config: RunConfig) -> Shards:
         """Return the rows of `data.source` dealt to all clients; read again only for another source."""
         relevant = RunConfig(seed=config.seed, data=config.data)

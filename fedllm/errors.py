@@ -134,6 +134,25 @@ class WithheldError(FedLLMError, PermissionError):
     cause = "its privacy plan keeps the number that was asked for"
 
 
+class SiteAwayError(FedLLMError, ConnectionError):
+    """A node's site service does not answer, or not to the end, or does not know who asks."""
+
+    code = "site-away"
+
+
+class OtherVersionError(FedLLMError, RuntimeError):
+    """Two sides of a site, or a server and a site, run different versions of fedllm."""
+
+    code = "other-version"
+    cause = "it runs another version of fedllm than the server"
+
+
+class CancelledError(FedLLMError):
+    """Nobody waits for an answer any more."""
+
+    code = "cancelled"
+
+
 class MissingExtraError(FedLLMError, ImportError):
     """An optional package is needed; the message names the install command."""
 
@@ -145,7 +164,7 @@ _REPORTED = (
     *(FedLLMError, ConfigError, PolicyError, OtherConfigError, DataError, NoDataError, RowsLostError),
     *(ModelError, LayoutError),
     *(WireError, NotHeldError, QueryLimitError, NonFiniteError, CheckpointError, BudgetSpentError),
-    *(WithheldError, MissingExtraError),
+    *(WithheldError, SiteAwayError, OtherVersionError, CancelledError, MissingExtraError),
 )
 # What a client may report in place of an update. Strings outside this set never travel.
 CLIENT_ERROR_CODES = frozenset(error.code for error in _REPORTED) | {"out-of-memory", "internal"}

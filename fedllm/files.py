@@ -122,15 +122,15 @@ def remove_unfinished(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold the lock of a file for the block, and yield whether it was free. An absent file is made.
+def locked(path: Path, *, makes: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file for the block, and yield whether it was free. An absent file is made, or not.
 
     The system frees the lock however the process ends.
 
     Raises:
         OSError: the file cannot be opened for writing.
     """
-    with path.open("a") as file:
+    with path.open("a" if makes else "r+") as file:
         yield _lock(file.fileno())
 
 

@@ -23,6 +23,8 @@ app.add_typer(site_cli.app, name="site")
 
 keys = typer.Typer(help="Keys of sites, nodes and the server.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(keys, name="keys")
+log = typer.Typer(help="Logs chained by hash.", no_args_is_help=True, suggest_commands=False)
+app.add_typer(log, name="log")
 
 Words = Annotated[
     list[str] | None,
@@ -64,6 +66,30 @@ def run(
     from scripts.commands import run_command
 
     run_command.run(words or [], runtime=runtime, resume=resume, out=out, on_bad_row=on_bad_row, as_json=json)
+
+
+@app.command()
+def serve(
+    words: Words = None,
+    credentials: Annotated[Path, typer.Option(help="Folder of the server's certificate.")] = Path(
+        "credentials"
+    ),
+    state: Annotated[Path, typer.Option(help="Folder of Flower's database and logs.")] = Path("server"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the SuperLink, on loopback.")] = 8000,
+    monitor: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on loopback of /health and /metrics; 0 = none.")
+    ] = 0,
+    log: Annotated[str, typer.Option(help="text | json")] = "text",
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Without a new round; then it gives up with code 75.")
+    ] = 10,
+    out: Annotated[Path | None, typer.Option(help="Folder that holds run folders.")] = None,
+) -> None:
+    """Serve a run to sites elsewhere, and resume it after any kill until it has ended."""
+    from scripts.commands import serve_command
+
+    place = serve_command.Place(credentials, state, port, monitor)
+    serve_command.serve(words or [], place=place, out=out, most_restarts=max_restarts, log=log)
 
 
 @app.command()
@@ -233,6 +259,18 @@ def admit_node(
     from scripts.commands import credentials_command
 
     credentials_command.admit(public, credentials=credentials, port=port)
+
+
+@log.command("verify")
+def verify_log(
+    path: Annotated[Path, typer.Argument(help="A log, a run folder, or a site's state folder.")],
+    head: Annotated[str, typer.Option(help="Digest of a line noted earlier: it must still be there.")] = "",
+    json: Json = False,
+) -> None:
+    """Check a log from its first line to its last; exit 1 and name the first line that was changed."""
+    from scripts.commands import log_command
+
+    log_command.verify_log(path, head=head, as_json=json)
 
 
 def main() -> None:

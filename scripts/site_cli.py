@@ -30,3 +30,11 @@ def budget(
     from scripts.commands import site_budget_command
 
     site_budget_command.budget(config, as_json=json)
+
+
+@app.command()
+def start(config: SiteFile = None) -> None:
+    """Take part: run this site's service and nodes until Ctrl-C, and start again what dies."""
+    from scripts.commands import site_command
+
+    site_command.start(config)

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("fedllm", "clients", "strategies", "scripts")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 FLOWER = ("flwr", "ray")
-RECORDS = ("overlaps", "packets", "replies", "requests", "stock")  # where values become Flower records
+# Where values become Flower records.
+RECORDS = ("digests", "leaving", "overlaps", "packets", "refusals", "replies", "requests", "stock")
 FORBIDDEN = {
     "fedllm": ("clients", "strategies", "scripts", *FLOWER),
     "clients": ("strategies", "scripts"),

@@ -5,8 +5,14 @@ one. Whoever starts the process makes one `Resident` and passes it on: the Clien
 in a local run to the server's session too.
 """
 
+import ctypes
+import gc
+import sys
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
+
+import torch
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.config.keys import ModelConfig
@@ -23,6 +29,17 @@ class Resident:
         self._tokenizer = lru_cache(maxsize=1)(load_tokenizer)
         self._bases: dict[ChosenModel, BaseModel] = {}  # one at most, as of engines, which hold on to it
         self._engines: dict[tuple[AdapterLayout, int | str], Engine] = {}
+
+    def release(self) -> None:
+        """Let go of what is held, and give its memory back to the system."""
+        self._engines.clear()
+        self._bases.clear()
+        self._tokenizer.cache_clear()
+        gc.collect()  # models refer to themselves
+        torch.cuda.empty_cache()  # nothing where no GPU was used
+        if sys.platform == "linux":  # glibc keeps what small allocations have left behind
+            with suppress(OSError, AttributeError):  # another C library
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     def tokenizer(self, files: ModelFiles) -> Any:
         """Return the tokenizer of a model; raises as `load_tokenizer`."""

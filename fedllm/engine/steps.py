@@ -12,6 +12,7 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.engine.example_gradients import add_clipped, slot_clips
 from fedllm.engine.gradient_terms import ControlCorrection, control_correction, proximal_pull
 from fedllm.engine.graphs import rounded
+from fedllm.engine.interruption import step_begins
 from fedllm.engine.job_rows import JobRows, rows_of_jobs
 from fedllm.engine.jobs import Job, row_seed
 from fedllm.engine.optimizer import RowAdamW
@@ -56,6 +57,7 @@ def train_rows(passes: Passes, limits: Limits, jobs: Sequence[Job], layout: Adap
     noises = step_noises(rows, bank.device)
     with passes.attached():
         for step in range(len(jobs[0].batches)):
+            step_begins(step, len(jobs[0].batches))
             active = [job for job in jobs if step < len(job.batches)]
             grads, of_passes = step_gradients(passes, limits, active, step)
             noises.add(grads, step)

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, RecordDict
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
 from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.originality.overlap import Overlap
-from fedllm.wire import overlaps, replies, stock
+from fedllm.wire import overlaps, refusals, replies, stock
 
 _LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 1, 1.0, "0" * 64)
 
@@ -46,7 +46,7 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
         "evaluate": [replies.write_evaluations([measured])],
         "overlap": [overlaps.write_overlaps([Overlap(1, 1, True)])],
         "stock": [stock.write_plain_update(state, 1, 0.0), stock.write_plain_evaluation(1, 0.0)],
-        "any": [replies.write_error("failed")],
+        "any": [refusals.write_error("failed")],
     }
     return {
         kind: tuple(dict.fromkeys(field for content in contents for field in _fields(content)))

@@ -35,6 +35,7 @@ from fedllm.messages import (
     JoinedClient,
 )
 from fedllm.wire.packets import LARGEST_NUMBER, list_field, read_vector, write_vector
+from fedllm.wire.refusals import write_error
 
 _OK = "ok"  # no error code is called so
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -138,11 +139,6 @@ def write_joined(clients: Sequence[JoinedClient]) -> RecordDict:
             ),
         }
     )
-
-
-def write_error(code: str) -> RecordDict:
-    """Return a reply that says only why there is no answer: a code of `CLIENT_ERROR_CODES`."""
-    return RecordDict({"error": ConfigRecord({"code": code if code in CLIENT_ERROR_CODES else "internal"})})
 
 
 def _write_delta(

@@ -87,14 +87,6 @@ def _array(vector: torch.Tensor, layout: AdapterLayout, round_num: int, part: st
 # --- read by a client --------------------------------------------------------------------------------------
 
 
-def is_fedllm_request(content: RecordDict) -> bool:
-    """Return whether a message was written by `write_train_request` or `write_evaluate_request`.
-
-    Anything else is taken as a request of a stock Flower strategy, whose arrays are named PEFT tensors.
-    """
-    return "request" in content.config_records and "adapter" in content.array_records
-
-
 def read_train_request(content: RecordDict, layout: AdapterLayout, holding: Holding) -> TrainRequest:
     """Return the request in `content`; what it leaves out is taken from `holding`.
 

@@ -28,7 +28,10 @@ def main(command: list[str]) -> None:
         signal.signal(sign, lambda *unused: None)
     # Where somebody kills this process itself, the system kills the command.
     running = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        command,
+        stdin=subprocess.DEVNULL,
+        close_fds=False,  # a site's service is given the socket it listens on
+        preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
     )
     threading.Thread(target=lambda: _end(running.wait()), daemon=True).start()
     while os.read(0, 1):  # nothing is ever written: it returns when the starter has closed its end

@@ -28,9 +28,13 @@ import tomli_w
 
 from fedllm.config.key import Scalar
 from fedllm.errors import ConfigError, RunFailedError
+from fedllm.files import locked
 from scripts.deploying.certificates import Credentials, new_credentials, new_node_key, read_public_key
 
 _GUARD = Path(__file__).with_name("guard.py")
+_PREFIX, _OWNER = "fedllm-flower-", ".owner.lock"  # of temporary folders
+# Below it Ray makes sockets, whose names hold 107 letters; its sessions then go with the folder.
+_LONGEST_FOLDER = 40
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 _KNOWN_KEY = 412  # HTTP status
@@ -100,13 +104,27 @@ class Link:
 
 @contextmanager
 def temporary_link(*, is_hardened: bool) -> Iterator[Link]:
-    """Make a folder and a port for a SuperLink, and remove the folder after."""
-    folder = Path(tempfile.mkdtemp(prefix="fedllm-flower-"))
+    """Make a folder and a port for a SuperLink, and remove the folder after.
+
+    Folders of processes that were killed are removed as well.
+    """
+    _remove_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     try:
-        credentials = new_credentials(folder / "credentials", []) if is_hardened else None
-        yield Link(folder, free_port(), credentials)
+        with locked(folder / _OWNER):
+            credentials = new_credentials(folder / "credentials", []) if is_hardened else None
+            yield Link(folder, free_port(), credentials)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned() -> None:
+    """Remove temporary folders whose owner lives no more: the system has freed its lock."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        # One without the file is being made just now; the folders of other users cannot be opened.
+        with suppress(OSError), locked(folder / _OWNER, makes=False) as is_free:
+            if is_free:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -131,7 +149,8 @@ def superlink(
         command += ["--database", str(link.folder / "superlink.db")]
     else:
         command += ["--insecure"]
-    environment = link.environment("superlink") | dict(variables or {})
+    ray = {"RAY_TMPDIR": str(link.folder)} if len(str(link.folder)) < _LONGEST_FOLDER else {}
+    environment = link.environment("superlink") | ray | dict(variables or {})
     with process(command, link.folder, environment, "superlink") as running:
         _wait_until_open(link, running)
         yield running
@@ -240,23 +259,31 @@ def process(
     comes about (`scripts.runtimes.guard`).
     """
     program = str(Path(sys.executable).with_name(command[0]))
-    with (folder / f"{name}.log").open("ab") as log:
-        running = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_GUARD), program, *command[1:]],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    running = start_guarded([program, *command[1:]], folder, environment, folder / f"{name}.log")
     try:
         yield running
     finally:
-        _end_session(running)
+        end_session(running)
 
 
-def _end_session(running: "subprocess.Popen[bytes]") -> None:
+def start_guarded(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, **options: Any
+) -> "subprocess.Popen[bytes]":
+    """Start a program under a guard; `options` are further ones of `Popen`. Whoever starts it ends it."""
+    with log.open("ab") as written:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_GUARD), *command],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **options,
+        )
+
+
+def end_session(running: "subprocess.Popen[bytes]") -> None:
     """Ask a guarded command to end; where it does not, its guard kills it and all that it started."""
     assert running.stdin is not None
     with suppress(ProcessLookupError):

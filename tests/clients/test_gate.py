@@ -125,7 +125,7 @@ def test_an_empty_file_limits_nothing_and_logs_all(hostile: Callable) -> None:
         *("join", "train", "evaluate", "overlap", "stock train")
     ]
     assert {entry["code"] for entry in entries()} == {"ok"}
-    assert all(entry["bytes"] > 0 and len(entry["sha256"]) == 64 for entry in entries())
+    assert all(entry["bytes"] > 0 and len(entry["answer"]) == 64 for entry in entries())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A Flower run is followed without asking Flower often."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,9 @@ from fedllm.runs.records import RoundRecord
 from scripts.console import Console
 from scripts.run_view import RunView
 from scripts.runtimes import flower
-from scripts.runtimes.flower import app_folder, follow, said_by_nodes
+from scripts.runtimes.flower import follow
 from scripts.runtimes.processes import Link
+from scripts.runtimes.shown_rounds import ShownRounds
 from tests.builders import Clock
 
 
@@ -38,7 +38,7 @@ def test_a_run_that_dies_silently_is_noticed_within_a_minute(clock, monkeypatch,
 
     monkeypatch.setattr(flower, "status", status)
     view = RunView(Console(quiet=True), rounds(2))
-    assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:failed"
+    assert follow(Link(tmp_path, 1), "7", tmp_path, ShownRounds(tmp_path, view)) == "finished:failed"
     assert clock.asked == pytest.approx([60, 120, 180, 240], abs=2)
 
 
@@ -52,14 +52,14 @@ def test_the_end_that_a_superlink_logs_is_noticed_at_once(clock, monkeypatch, tm
     clock.sleep = sleep  # type: ignore[method-assign]
     monkeypatch.setattr(flower, "status", lambda link, run_id: "finished:failed")
     view = RunView(Console(quiet=True), rounds(2))
-    assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:failed"
+    assert follow(Link(tmp_path, 1), "7", tmp_path, ShownRounds(tmp_path, view)) == "finished:failed"
     assert clock.now < 21
 
 
 def test_a_superlink_that_dies_ends_the_wait(clock, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(flower, "status", lambda link, run_id: "unknown")  # nobody answers
     view = RunView(Console(quiet=True), rounds(2))
-    assert follow(Link(tmp_path, 1), "7", tmp_path, view).startswith("lost")
+    assert follow(Link(tmp_path, 1), "7", tmp_path, ShownRounds(tmp_path, view)).startswith("lost")
     assert clock.now < 62
 
 
@@ -80,7 +80,7 @@ def test_every_round_is_shown_once_and_the_result_ends_the_wait(clock, monkeypat
     shown: list[int] = []
     view = RunView(Console(quiet=True), rounds(3))
     view.record = lambda record: shown.append(record.round_num)  # type: ignore[method-assign]
-    assert follow(Link(tmp_path, 1), "7", tmp_path, view) == "finished:completed"
+    assert follow(Link(tmp_path, 1), "7", tmp_path, ShownRounds(tmp_path, view)) == "finished:completed"
     assert shown == [0, 1, 2, 3]
     assert clock.now < 5
 
@@ -89,6 +89,8 @@ def test_earlier_sessions_say_nothing_of_the_time_left(clock, monkeypatch, tmp_p
     records = [RoundRecord(round_num=number, seconds=100.0 if number < 3 else 7.0) for number in range(4)]
     write_rounds(tmp_path, records[:3])
 
+    shown = ShownRounds(tmp_path, RunView(Console(), rounds(10)))
+
     def sleep(seconds: float) -> None:
         clock.now += seconds
         write_rounds(tmp_path, records)
@@ -96,10 +98,10 @@ def test_earlier_sessions_say_nothing_of_the_time_left(clock, monkeypatch, tmp_p
 
     clock.sleep = sleep  # type: ignore[method-assign]
     monkeypatch.setattr(flower, "status", lambda link, run_id: "finished:completed")
-    follow(Link(tmp_path, 1), "7", tmp_path, RunView(Console(), rounds(10)), num_old=3)
-    shown = [line for line in capsys.readouterr().out.splitlines() if "round" in line]
-    assert ["left" in line for line in shown] == [False, False, False, True]
-    assert shown[-1].endswith("left 49 s")
+    follow(Link(tmp_path, 1), "7", tmp_path, shown)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "round" in line]
+    assert ["left" in line for line in lines] == [False, False, False, True]
+    assert lines[-1].endswith("left 49 s")
 
 
 def test_time_left_is_that_of_this_sessions_rounds(capsys):
@@ -108,34 +110,3 @@ def test_time_left_is_that_of_this_sessions_rounds(capsys):
         view.record(RoundRecord(round_num=number, seconds=3.0))
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition("left ")[2] for line in lines] == ["12 s", "9 s"]
-
-
-def test_app_of_a_checkout_is_the_checkout(tmp_path: Path):
-    assert app_folder(Link(tmp_path, 1)) == flower.ROOT
-
-
-def test_app_of_a_wheel_holds_what_flower_packs(monkeypatch, tmp_path: Path):
-    for name in ("pyproject.toml", "LICENSE"):
-        shutil.copy(flower.ROOT / name, tmp_path)
-    monkeypatch.setattr(flower, "HERE", tmp_path)
-    app = app_folder(Link(tmp_path, 1))
-    assert {path.name for path in app.iterdir()} == {
-        *("fedllm", "clients", "strategies", "pyproject.toml", "LICENSE")
-    }
-    packed = {path.relative_to(app) for path in app.rglob("*.py")}
-    rooms = ("fedllm", "clients", "strategies")
-    assert packed == {
-        path.relative_to(flower.ROOT) for room in rooms for path in (flower.ROOT / room).rglob("*.py")
-    }
-
-
-def test_a_failed_run_ends_with_what_its_nodes_said():
-    log = (
-        "(ClientAppActor pid=1)\x1b[0m bad-data: rows.jsonl, line 3: no column text\x1b[0m\n"
-        "ERROR: 0 usable clients joined; node 7: client reports bad-data (its rows cannot be read)\n"
-        "bad-model: no such device\n"
-    )
-    assert said_by_nodes(log, "node 7: client reports bad-data (its rows cannot be read)") == [
-        "rows.jsonl, line 3: no column text"
-    ]
-    assert said_by_nodes(log, "the disk is full") == []

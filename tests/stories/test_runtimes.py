@@ -13,9 +13,10 @@ from fedllm.plan.run_plan import resolve
 from scripts.console import Console
 from scripts.recipe_arguments import config_of
 from scripts.run_view import RunView
-from scripts.runtimes.flower import run_with_flower, status, submit
+from scripts.runtimes.flower import run_with_flower
 from scripts.runtimes.local import init, step
 from scripts.runtimes.processes import superexec, superlink, supernode, temporary_link
+from scripts.runtimes.submitting import status, submit
 
 
 def _digest(folder: Path) -> str:

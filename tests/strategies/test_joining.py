@@ -13,7 +13,7 @@ from clients.client_app import app
 from fedllm.errors import RunFailedError
 from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import resolve
-from fedllm.wire.replies import write_error
+from fedllm.wire.refusals import write_error
 from scripts.runtimes.local import init, local_grid
 from strategies.exchange import joining
 from strategies.exchange.evaluation import evaluate

@@ -31,7 +31,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import clipped
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
 from fedllm.runs.records import RoundRecord, TrainingRecord
-from fedllm.wire.replies import write_error
+from fedllm.wire.refusals import write_error
 from scripts.runtimes.local import local_grid
 from strategies.cohort.plan_round import plan_round
 from strategies.privacy import ServerPrivacy

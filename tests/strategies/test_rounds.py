@@ -14,7 +14,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientUpdate
 from fedllm.plan.run_plan import resolve
-from fedllm.wire.replies import write_error
+from fedllm.wire.refusals import write_error
 from strategies.rounds import aggregate, begin_round, next_round, run_round
 from strategies.run import check_failure_rate
 

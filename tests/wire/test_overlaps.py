@@ -9,7 +9,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from fedllm.errors import DataError, WireError
 from fedllm.originality.overlap import Overlap, OverlapRequest, Probe, probe
-from fedllm.wire import overlaps, packets, replies
+from fedllm.wire import overlaps, packets, refusals
 
 SALT = bytes(range(16))
 TEXTS = [tuple(range(60)), tuple(range(100, 110)), (1, 2, 3)]
@@ -120,7 +120,7 @@ def test_a_reply_with_text_or_an_error_is_refused() -> None:
     with pytest.raises(WireError, match="not on the list"):
         overlaps.read_overlaps(content, PROBES)
     with pytest.raises(WireError, match="client reports query-limit"):
-        overlaps.read_overlaps(replies.write_error("query-limit"), PROBES)
+        overlaps.read_overlaps(refusals.write_error("query-limit"), PROBES)
 
 
 def test_a_probe_may_have_nothing_to_ask() -> None:

@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
-from fedllm.wire import packets, replies
+from fedllm.wire import packets, refusals, replies
 from tests.builders import client_update, small_layout
 
 LAYOUT = small_layout()
@@ -288,7 +288,7 @@ def test_an_error_reply_is_refused_with_a_known_code_alone(kind: str, code: Any)
 
 @pytest.mark.parametrize("code", [*sorted(CLIENT_ERROR_CODES), SECRET])
 def test_an_error_reply_holds_a_code_of_the_list_only(code: str) -> None:
-    written = replies.read_error(replies.write_error(code))
+    written = replies.read_error(refusals.write_error(code))
     assert written == (code if code in CLIENT_ERROR_CODES else "internal")
 
 

@@ -14,7 +14,7 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix, init
 from fedllm.adapters.parts import other_part, part_size, whole_of
 from fedllm.errors import LayoutError, NonFiniteError, NotHeldError, OtherConfigError, WireError
 from fedllm.messages import EvaluateRequest, TrainRequest
-from fedllm.wire import packets, requests
+from fedllm.wire import packets, refusals, requests
 from fedllm.wire.requests import Holding, Sending
 
 LAYOUT = AdapterLayout((LoraMatrix("a", 3, 5), LoraMatrix("b.c", 4, 2)), 2, 4.0, "f" * 64)
@@ -83,7 +83,7 @@ def read(content: RecordDict, held: Holding | None = None) -> TrainRequest:
 def test_a_train_request_comes_back_as_it_was(changes: dict[str, Any]) -> None:
     request = train_request(**changes)
     content = sent(request)
-    assert requests.is_fedllm_request(content)
+    assert refusals.is_fedllm_request(content)
     got = read(recorddict_from_proto(recorddict_to_proto(content)))  # as Flower carries it
     assert got.adapter.digest == request.adapter.digest
     assert got.base_delta.digest == request.base_delta.digest
@@ -110,7 +110,7 @@ def test_control_variates_travel_with_their_request() -> None:
 def test_an_evaluate_request_comes_back_as_it_was() -> None:
     request = evaluate_request(base_delta=base_delta_of((2, 1)))
     content = requests.write_evaluate_request(request, Sending())
-    assert requests.is_fedllm_request(content)
+    assert refusals.is_fedllm_request(content)
     got = requests.read_evaluate_request(content, LAYOUT, holding())
     assert (got.round_num, got.drawn, got.plan_digest) == (0, {"a": 12}, PLAN)
     assert got.adapter.digest == request.adapter.digest

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from clients import answering
+from clients import handlers
 from clients.data_holder import DataHolder
 from clients.train import train_clients
 from fedllm.engine.optimizer import largest_move
@@ -89,7 +89,7 @@ def attacked_updates(attackers: Collection[str], attack: UpdateAttack) -> Iterat
 
         return [sent(answer) for answer in honest(holder, request)]
 
-    with patch.object(answering, "train_clients", train):
+    with patch.object(handlers, "train_clients", train):
         yield
 
 

@@ -5,14 +5,12 @@ A real SuperLink with its SuperExec, a SuperNode, and the proxies of docs/deploy
 
 import shutil
 import ssl
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
 from http.client import HTTPSConnection
-from pathlib import Path
 
 import httpx
 import pytest
@@ -29,94 +27,22 @@ from scripts.runtimes.processes import (
     supernode,
     temporary_link,
 )
+from tests.fronts import FRONTS, front, installed
 
 pytestmark = pytest.mark.slow
-DEPLOY = Path(__file__).parents[3] / "docs" / "deploy"
-FLEET = (
-    *(
-        "activate-node",
-        "pull-messages",
-        "get-run",
-        "get-fab",
-        "push-messages",
-        "pull-object",
-        "register-node",
-    ),
-    "../control/list-nodes/../../fleet/get-run",  # travels on as what it comes to
-)
-CLOSED = (
-    *(
-        "/v1/control/start-run",
-        "/v1/control/list-nodes",
-        "/v1/control/register-node",
-        "/v1/control/stream-logs",
-    ),
-    *("/v1/runtime/acquire-task", "/v1/runtime/pull-task-input", "/docs", "/openapi.json", "/", "/v1/fleet/"),
-    # Ways around a proxy that compares another path than the SuperLink does.
-    *(
-        "/v1/fleet/../control/list-nodes",
-        "/v1/fleet/..%2fcontrol/list-nodes",
-        "/v1/fleet/%2e%2e/control/list-nodes",
-    ),
-    *(
-        "//v1/control/list-nodes",
-        "/v1/fleet//../control/list-nodes",
-    ),
-    *(
-        "/v1/fleet/get-run/../../control/list-nodes",
-        "/v1/fleet;/../control/list-nodes",
-        "/V1/control/list-nodes",
-    ),
-)
-
-
-def nginx_command(folder: Path, config: str) -> list[str]:
-    (folder / "site.conf").write_text(config)
-    (folder / "nginx.conf").write_text(
-        f"daemon off; pid {folder}/nginx.pid; error_log stderr warn; events {{}}\n"
-        f"http {{ access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p;"
-        f" fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;"
-        f" include {folder}/site.conf; }}\n"
-    )
-    return ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")]
-
-
-def caddy_command(folder: Path, config: str) -> list[str]:
-    (folder / "Caddyfile").write_text(config)
-    return ["caddy", "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
-
-
-PROXIES = {"nginx": ("nginx.conf", nginx_command), "caddy": ("Caddyfile", caddy_command)}
-
-
-@contextmanager
-def proxy(name: str, link: Link, credentials: Path) -> Iterator[int]:
-    """Run a proxy with its file of docs/deploy, but for names of files and ports; yield the port."""
-    if not shutil.which(name):
-        pytest.skip(f"{name} is not installed")
-    assert link.credentials
-    file, command = PROXIES[name]
-    port = free_port()
-    config = (DEPLOY / file).read_text()
-    # A SuperLink's authority stays that of the SuperLink where the proxy's own certificate is another.
-    config = config.replace("/etc/fedllm/credentials/ca.crt", str(link.credentials.authority))
-    config = config.replace("/etc/fedllm/credentials", str(credentials))
-    config = config.replace("8443", f"{port}").replace("127.0.0.1:8000", link.address)
-    folder = link.folder / f"{name}-{port}"
-    folder.mkdir()
-    environment = {"HOME": str(folder), "PATH": "/usr/sbin:/usr/bin:/bin"}
-    with (folder / "log").open("wb") as log:
-        running = subprocess.Popen(command(folder, config), env=environment, stdout=log, stderr=log)
-    try:
-        ends = time.monotonic() + 20
-        while not Link(folder, port).is_open():
-            assert running.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < ends, (folder / "log").read_text()
-            time.sleep(0.05)
-        yield port
-    finally:
-        running.terminate()
-        running.wait(20)
+# The last one travels on as what it comes to.
+FLEET = """
+activate-node pull-messages get-run get-fab push-messages pull-object register-node
+../control/list-nodes/../../fleet/get-run
+"""
+# In the last three lines ways around a proxy that compares another path than the SuperLink does.
+CLOSED = """
+/v1/control/start-run /v1/control/list-nodes /v1/control/register-node /v1/control/stream-logs
+/v1/runtime/acquire-task /v1/runtime/pull-task-input /docs /openapi.json / /v1/fleet/
+/v1/fleet/../control/list-nodes /v1/fleet/..%2fcontrol/list-nodes /v1/fleet/%2e%2e/control/list-nodes
+//v1/control/list-nodes /v1/fleet//../control/list-nodes /v1/fleet/get-run/../../control/list-nodes
+/v1/fleet;/../control/list-nodes /V1/control/list-nodes
+"""
 
 
 @dataclass(frozen=True)
@@ -135,14 +61,14 @@ def deployment() -> Iterator[Deployment]:
         stack.enter_context(superlink(link))
         stack.enter_context(superexec(link))
         expired = shutil.copytree(link.credentials.folder, link.folder / "expired")
-        new_credentials(expired, [], timedelta(hours=-1))
-        ports = {
-            name: stack.enter_context(proxy(name, link, link.credentials.folder))
-            for name in PROXIES
-            if shutil.which(name)
-        }
-        if "nginx" in ports:
-            ports["expired"] = stack.enter_context(proxy("nginx", link, expired))
+        own = dict.fromkeys(installed(), link.credentials)
+        own |= {"expired": new_credentials(expired, [], timedelta(hours=-1))} if "nginx" in own else {}
+        ports = {}
+        for name, credentials in own.items():
+            program = "nginx" if name == "expired" else name
+            ports[name] = stack.enter_context(
+                front(program, link.folder / f"front-{name}", link, credentials)
+            )
         yield Deployment(link, ports)
 
 
@@ -156,12 +82,12 @@ def post(deployment: Deployment, port: int, path: str, method: str = "POST") -> 
         return answer.status, answer.read().decode(errors="replace")
 
 
-@pytest.mark.parametrize("name", PROXIES)
+@pytest.mark.parametrize("name", FRONTS)
 def test_proxy_lets_through_what_a_supernode_needs_alone(name, deployment):
     if name not in deployment.ports:
         pytest.skip(f"{name} is not installed")
     port = deployment.ports[name]
-    answers = {path: post(deployment, port, path) for path in CLOSED}
+    answers = {path: post(deployment, port, path) for path in CLOSED.split()}
     # The SuperLink's own words begin with {"detail" or are protobuf; the proxy's are a page or nothing.
     assert not {path: answer for path, answer in answers.items() if answer[0] not in (400, 404)}
     assert not {path: answer for path, answer in answers.items() if "detail" in answer[1]}
@@ -171,11 +97,11 @@ def test_proxy_lets_through_what_a_supernode_needs_alone(name, deployment):
     )
 
 
-@pytest.mark.parametrize("name", PROXIES)
+@pytest.mark.parametrize("name", FRONTS)
 def test_fleet_without_a_registered_key_gives_nothing(name, deployment):
     if name not in deployment.ports:
         pytest.skip(f"{name} is not installed")
-    for path in FLEET:
+    for path in FLEET.split():
         status, text = post(deployment, deployment.ports[name], f"/v1/fleet/{path}")
         assert (status, "Invalid SuperNode authentication" in text) == (401, True), (path, text)
 

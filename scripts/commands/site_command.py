@@ -1,0 +1,42 @@
+"""`fedllm site start`: a data holder's machine takes part, by its site.toml."""
+
+import os
+from pathlib import Path
+
+from fedllm.errors import ConfigError
+from fedllm.site_policy import load_policy
+from scripts.console import Console
+from scripts.runtimes.site import Site, running_site
+
+
+def start(config: Path | None) -> None:
+    """Run the service and the nodes of a site until a signal ends it.
+
+    Raises:
+        ConfigError: there is no site.toml, it names no node, or a user that cannot be used.
+        PolicyError: a node's data is outside the data root.
+    """
+    policy, console = load_policy(config), Console()
+    if policy.file is None:
+        raise ConfigError("no site.toml: name it with --config, or in $FEDLLM_SITE (docs/site.md)")
+    if not policy.nodes:
+        raise ConfigError(f"{policy.file}: it has no [nodes.NAME], so this site would do nothing")
+    os.environ["FEDLLM_SITE"] = str(policy.file)  # for what is started from here
+    with running_site(policy) as site:
+        _introduce(site, console)
+        site.tend(console.line)
+
+
+def _introduce(site: Site, console: Console) -> None:
+    machine = site.policy.site
+    console.line(f"service   {site.socket}")
+    for name, node in site.policy.nodes.items():
+        console.line(f"node      {name} -> {node.superlink}")
+    console.line(f"logs      {site.logs}")
+    if machine.user and machine.node_user and machine.user != machine.node_user:
+        console.line(f"users     the service runs as {machine.user}, the nodes as {machine.node_user}")
+    else:
+        console.line(
+            "users     service and nodes run as one user, who can read rows and keys; set [site] user and"
+            " node-user, and start this as root"
+        )
