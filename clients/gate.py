@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 from flwr.app import ConfigRecord, RecordDict
-from flwr.common.serde import recorddict_to_proto
 
 from clients.asked import Asking, count, count_on_disk
 from clients.data_holder import DataHolder
@@ -144,7 +143,6 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
     policy = question.policy
     if policy.file is None:
         return
-    sent = b"" if reply is None else recorddict_to_proto(reply).SerializeToString(deterministic=True)
     round_num, names = question.request.get("round"), question.request.get("client-ids")
     entry = {
         "question": f"stock {question.action}" if question.is_stock else question.action,
@@ -153,7 +151,7 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
         "round": round_num if isinstance(round_num, int) and abs(round_num) < 2**53 else 0,
         "clients": len(names) if isinstance(names, list) else 0,
         "code": code,
-        "bytes": len(sent),
+        "bytes": 0 if reply is None else _num_bytes(reply),
         "answer": "" if reply is None else content_digest(reply),  # as in the server's log
         "seconds": round(seconds, 3),
     }
@@ -172,6 +170,10 @@ def data_set_of(node_config: Mapping[str, Scalar]) -> str:
     if path:
         return os.path.realpath(Path(path).expanduser())
     return f"{node_config.get('partition-id', 0)} of {node_config.get('num-partitions', 1)}"
+
+
+def _num_bytes(reply: RecordDict) -> int:
+    return sum(len(array.data) for record in reply.array_records.values() for array in record.values())
 
 
 def _refusal(question: Question, why: str) -> PolicyError:

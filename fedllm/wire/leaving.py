@@ -5,6 +5,7 @@ here does not travel: readers refuse any other, and no writer takes free text.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, RecordDict
@@ -12,7 +13,7 @@ from flwr.app import ArrayRecord, RecordDict
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
 from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.originality.overlap import Overlap
-from fedllm.wire import overlaps, refusals, replies, stock
+from fedllm.wire import joining, overlaps, refusals, replies, stock
 
 _LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 1, 1.0, "0" * 64)
 
@@ -23,6 +24,7 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
     A record of packets has an entry for each client, which is written "record.CLIENT".
     """
     delta = torch.zeros(_LAYOUT.size)
+    measured = ClientEvaluation(client_id="CLIENT", loss=0.0, num_tokens=1, num_rows=1)
     update = ClientUpdate(
         client_id="CLIENT",
         round_num=1,
@@ -32,16 +34,17 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
         num_tokens=1,
         train_loss=0.0,
         control_delta=delta,
+        held_out=measured,
     )
-    measured = ClientEvaluation(client_id="CLIENT", loss=0.0, num_tokens=1, num_rows=1)
+    packets: Any = {"layout": _LAYOUT, "part": "both", "payload": "fp32"}
     joined = JoinedClient(client_id="CLIENT", node_id=1, num_train=1, num_held_out=1, fingerprint="")
     failed = ClientFailure(client_id="CLIENT", code="failed")
     state = AdapterState(_LAYOUT, delta)
     answers = {
-        "join": [replies.write_joined([joined])],
+        "join": [joining.write_joined([joined], joining.Proof("KEY", b""))],
         "train": [
-            replies.write_updates([update, failed], layout=_LAYOUT, part="both", payload="fp32"),
-            replies.write_sum([update], delta, layout=_LAYOUT, part="both", payload="fp32"),
+            replies.write_updates([update, failed], **packets, with_held_out=True),
+            replies.write_sum([update], delta, **packets, with_held_out=True),
         ],
         "evaluate": [replies.write_evaluations([measured])],
         "overlap": [overlaps.write_overlaps([Overlap(1, 1, True)])],

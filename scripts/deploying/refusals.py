@@ -25,7 +25,8 @@ _CAUSES = (
         " `fedllm keys server` makes one that does",
     ),
     (
-        r"Invalid SuperNode authentication|401 Unauthorized",
+        # Flower says nothing else of a signature that the SuperLink does not believe.
+        r"(?s)\A(?!.*SuperNode ID:).*terminated gracefully",
         "the SuperLink does not believe this node's signature: the clocks of both machines must agree within"
         " five minutes",
     ),
