@@ -6,7 +6,8 @@ site's log says what was asked and what became of it. Without a site.toml neithe
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,7 @@ from clients.tokens import ClientTokens
 from fedllm.chained_log import append
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
+from fedllm.engine.interruption import watched_steps
 from fedllm.errors import CheckpointError, PolicyError, WithheldError
 from fedllm.files import make_private_folder
 from fedllm.site_policy import SitePolicy, load_policy
@@ -131,6 +133,25 @@ def admit_work(question: Question, holder: DataHolder) -> None:
         data_set_of(question.node_config),
         lambda asked: count(asked, asking, policy.limits),
     )
+
+
+@contextmanager
+def in_time(question: Question) -> Iterator[None]:
+    """End the work of the block where it takes longer than is permitted: training between two of its steps.
+
+    Raises:
+        PolicyError: it took longer.
+    """
+    most, began = question.policy.limits.seconds, time.monotonic()
+
+    def check(*_: int) -> None:
+        if 0 < most < time.monotonic() - began:
+            raise _refusal(question, f"[limits] seconds = {most:g}: the answer took longer")
+
+    with watched_steps(check):
+        yield
+    if question.action != "train":  # what has trained in time may already be charged
+        check()
 
 
 def note(question: Question, code: str, reply: RecordDict | None, seconds: float) -> None:
