@@ -242,6 +242,14 @@ def test_tokens_of_one_answer_are_bounded(site: Callable, hostile: Callable) -> 
     assert server.evaluate() == "policy"
 
 
+def test_an_answer_that_takes_too_long_is_ended(site: Callable, hostile: Callable) -> None:
+    site("[limits]\nseconds = 1e-9")
+    server = hostile()
+    assert [server.train(), server.evaluate(), server.stock("train")] == ["policy"] * 3
+    site("[limits]\nseconds = 3600")
+    assert answered(server.train())
+
+
 def test_a_dictionary_of_rows_is_not_answered(site: Callable, hostile: Callable) -> None:
     """F8: 20 of 20 rows told in one question, with distillation off and no round run."""
     site("[limits]\noverlaps = 2")
