@@ -5,17 +5,16 @@ it asks for, once rows and base model are known and before anything is computed.
 site's log says what was asked and what became of it. Without a site.toml neither limits nor log exist.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from flwr.app import ConfigRecord, RecordDict
 
 from clients.asked import Asking, count, count_on_disk
 from clients.data_holder import DataHolder
+from clients.site import data_path_of
 from clients.tokens import ClientTokens
 from fedllm.chained_log import append
 from fedllm.config.key import Scalar
@@ -166,9 +165,9 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
 
 def data_set_of(node_config: Mapping[str, Scalar]) -> str:
     """Return what names the rows of a node, whatever run asks for them: their path, else its share."""
-    path = str(node_config.get("data-path", ""))
-    if path:
-        return os.path.realpath(Path(path).expanduser())
+    path = data_path_of(node_config)
+    if path is not None:
+        return str(path)
     return f"{node_config.get('partition-id', 0)} of {node_config.get('num-partitions', 1)}"
 
 
