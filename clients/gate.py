@@ -260,9 +260,11 @@ def _num_tokens(question: Question, holder: DataHolder) -> int:
     tokens = sum(len(row.tokens) for client in measured for row in client.held_out)
     if question.action == "train":
         rows = question.num_steps * question.config.train.batch_size
-        tokens += sum(rows * _longest(client) for client in clients)
+        tokens += sum(rows * _longest(client, question.config.train.max_length) for client in clients)
     return tokens
 
 
-def _longest(client: ClientTokens) -> int:
+def _longest(client: ClientTokens, limit: int) -> int:
+    if client.num_public is not None:  # a refusal must not tell how long its rows are
+        return limit
     return max((len(row.tokens) for row in client.train), default=0)
