@@ -135,8 +135,12 @@ def superlink(
     hardened one runs no ServerApp without a `superexec` beside it, which outlives it.
 
     Raises:
-        RunFailedError: it does not come to listen; its last line is quoted.
+        RunFailedError: its port is taken, or it does not come to listen; its last line is quoted.
     """
+    if link.is_open():  # else whoever has the port would be taken for the SuperLink
+        raise RunFailedError(
+            f"port {link.port} of this machine is taken by another program: end it, or choose another port"
+        )
     command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(link.port)]
     command += ["--disable-runtime-dependency-installation"]
     command += ["--simulation"] if is_simulation else []
