@@ -277,7 +277,7 @@ def _python_path() -> dict[str, str]:
 
 
 def last_words(log: Path) -> str:
-    """Return why a process ended, in a line: the cause and its cure where they are known, else its last words."""
+    """Return why a process ended, in a line: cause and cure where they are known, else its last words."""
     with suppress(OSError):
         text = log.read_text(errors="replace")[-4000:]
         told = [line.strip() for line in text.splitlines() if any(letter.isalnum() for letter in line)]
