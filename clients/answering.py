@@ -9,7 +9,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.gate import Question, Sender, admit, admit_work, note
+from clients.gate import Question, Sender, admit, admit_work, in_time, note
 from clients.handlers import FOR_FEDLLM, FOR_STOCK, Handler
 from clients.kinds import kind_of, make_app
 from clients.process import Process
@@ -67,19 +67,25 @@ def _answer(
         admit(question)
         holder = process.open(context.run_config, context.node_config)
         admit_work(question, holder)
-        content = handler(holder, question.content, context)
+        with in_time(question):
+            content = handler(holder, question.content, context)
         if holder.plan.distillation is not None:  # the server will compute too, in a simulation on this GPU
             torch.cuda.empty_cache()
         return "ok", content
     except FedLLMError as error:
         _logger.error("%s: %s", error.code, error)  # the code is what the server is told
         return error.code, None
-    except (MemoryError, torch.OutOfMemoryError):
-        _logger.error("out-of-memory: lower train.batch-size or train.max-length")
-        return "out-of-memory", None
     except (KeyboardInterrupt, SystemExit):  # the machine's own wish to end
         raise
     except BaseException as error:
+        if _is_out_of_memory(error):
+            _logger.error("out-of-memory: lower train.batch-size or train.max-length")
+            return "out-of-memory", None
         frame = traceback.extract_tb(error.__traceback__)[-1]  # where it happened quotes no row
         _logger.error("internal: unforeseen %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
         return "internal", None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory was short, a GPU's or this machine's, for which torch has no error of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

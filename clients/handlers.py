@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
-from clients.join import declare_clients
+from clients.join import answer_join
 from clients.originality import answer_overlap, check_limit
 from clients.protect import node_mean
 from clients.stock import evaluate_for_stock, train_for_stock
@@ -19,7 +19,7 @@ Handler: TypeAlias = Callable[[DataHolder, RecordDict, Context], RecordDict]
 
 
 def _join(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    return replies.write_joined(declare_clients(holder, context.node_id))
+    return answer_join(holder, content, context.node_id)
 
 
 def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:

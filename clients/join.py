@@ -1,15 +1,32 @@
-"""What a node answers when it is asked to join: the clients it hosts and their sizes."""
+"""What a node answers when it is asked to join: the clients it hosts and their sizes, signed by its site."""
 
 import logging
+from collections.abc import Sequence
+
+from flwr.app import RecordDict
 
 from clients.coarse import coarse_joined
 from clients.data_holder import DataHolder
 from clients.lost_rows import describe_left_out
 from fedllm.errors import RowsLostError
+from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import JoinedClient
 from fedllm.site_policy import load_policy
+from fedllm.wire.joining import Proof, join_statement, read_question, write_joined
+from fedllm.wire.libraries import check_libraries
 
 _logger = logging.getLogger("fedllm.clients")
+
+
+def answer_join(holder: DataHolder, question: RecordDict, node_id: int) -> RecordDict:
+    """Return the answer to a request to join.
+
+    Raises:
+        OtherVersionError: the server has another major version of a library.
+    """
+    check_libraries(question)
+    declared = declare_clients(holder, node_id)
+    return write_joined(declared, prove(holder, question, declared))
 
 
 def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
@@ -24,12 +41,28 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
         JoinedClient(
             client_id=client.client_id,
             node_id=node_id,
-            num_train=len(client.train),
-            num_held_out=len(client.held_out),
+            num_train=client.num_rows,
+            num_held_out=len(client.held_out) if client.num_public is None else 0,
             max_rank=holder.max_rank,
             fingerprint=holder.fingerprint,
-            cause=RowsLostError.code if client.counts.are_too_many_lost else "",
+            cause=RowsLostError.code if client.is_left_out else "",
         )
         for client in holder.clients.values()
     ]
-    return joined if load_policy().is_exact else [coarse_joined(client) for client in joined]
+    # Under a budget sizes are the same whatever the rows say, and noise is sized by them.
+    return joined if load_policy().allow.exact_numbers else [coarse_joined(client) for client in joined]
+
+
+def prove(holder: DataHolder, question: RecordDict, clients: Sequence[JoinedClient]) -> Proof | None:
+    """Return the site's signature of what its clients declare in answer to a question; None without a key.
+
+    Raises:
+        ConfigError: this machine's site.toml names a key that cannot be used.
+        WireError: the question has no nonce.
+    """
+    policy = load_policy()
+    if not policy.site.key:
+        return None
+    nonce, key = read_question(question), load_key(policy.path(policy.site.key))
+    signed = join_statement(nonce, holder.plan.config.run.name, holder.plan.digest, clients)
+    return Proof(public_text(key), sign(key, signed))

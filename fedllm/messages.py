@@ -144,6 +144,7 @@ class JoinedClient:
 
     A client without usable rows declares `num_train` 0 and is left out. `max_rank` is the largest rank its
     machine has room for, 0 = any. `cause` is the code of the error for which it takes no part, "" for none.
+    The server sets `site`: the name of the site in its list, else the key that signed, "" where none did.
     """
 
     client_id: str
@@ -153,3 +154,4 @@ class JoinedClient:
     fingerprint: str
     max_rank: int = 0
     cause: str = ""
+    site: str = ""

@@ -20,6 +20,7 @@ from strategies.grid.transport import Reply, Sent, Transport
 from strategies.grid.what_nodes_hold import HeldByNodes
 from strategies.memory import Room
 from strategies.privacy import ServerPrivacy
+from strategies.sites import Sites, read_sites
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Session:
         """The adapter that the run's seed gives."""
         return initial_adapter(self.layout, self.config.seed, self.plan.init_a)
 
+    @cached_property  # a list that is edited counts from the next start on
+    def sites(self) -> Sites | None:
+        """The sites that are admitted, None where any are."""
+        return read_sites(self.config.federation.sites)
+
     def deadline(self, message_type: str) -> float:
         """Return how many seconds a phase waits for the replies to its messages."""
         return number_or(self.config.federation.round_deadline, self.transport.usual_deadline(message_type))
@@ -85,8 +91,10 @@ class Session:
         return {client: min(rank, self.clients[client].max_rank or rank) for client, rank in dealt.items()}
 
     def by_node(self, clients: Iterable[str]) -> dict[int, list[str]]:
-        """Group client ids by the node that hosts them, keeping their order."""
+        """Group client ids by the node that hosts them, in their order; without who has lost its place."""
         grouped: dict[int, list[str]] = {}
         for client in clients:
+            if client not in self.clients:
+                continue
             grouped.setdefault(self.clients[client].node_id, []).append(client)
         return grouped

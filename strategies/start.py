@@ -41,7 +41,7 @@ def open_session(
     Raises:
         ModelError, RunFailedError: the base model is absent, or too few clients join.
         ConfigError: `stock` is given and the run's rule is no plain mean of factors, or the run distils
-            or its server is to add noise.
+            or its server is to add noise; or federation.sites names no list of sites.
         DataError: the run distils, and its public text cannot be used.
         CheckpointError, MissingExtraError: the noise secret cannot be kept, or a library is missing.
     """
@@ -59,7 +59,7 @@ def open_session(
         watch.notice(warning)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, heard=watch.reply, keeps_late=config.federation.max_staleness > 0)
-    clients = join_clients(transport, config, layout, watch.notice, watch.phase)
+    clients = join_clients(transport, plan, layout, watch.notice, watch.phase)
     watch.joined(clients)
     for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")

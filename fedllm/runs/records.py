@@ -17,6 +17,9 @@ from fedllm.messages import LocalTraining
 class RoundPlan:
     """What a round will do. `asked` may exceed `cohort_size` (over-selection); `ranks` has one for each.
 
+    `voices` names the site of every client, and `most_weights` bounds what it weighs; where both are empty
+    every client speaks for itself.
+
     The round closes with `cohort_size` updates. It is 0 where a Poisson draw chose fewer clients than a round
     needs: then nobody is asked, the round changes nothing and has not failed.
     """
@@ -31,6 +34,8 @@ class RoundPlan:
     returned: str  # the part of their delta that they send
     largest_start: float  # largest absolute value of the adapter the round starts from
     deadline: float  # seconds that it waits for replies
+    voices: Mapping[str, str] = field(default_factory=dict)
+    most_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, RecordDict
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
 from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.originality.overlap import Overlap
-from fedllm.wire import overlaps, refusals, replies, stock
+from fedllm.wire import joining, overlaps, refusals, replies, stock
 
 _LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 1, 1.0, "0" * 64)
 
@@ -41,7 +41,7 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
     failed = ClientFailure(client_id="CLIENT", code="failed")
     state = AdapterState(_LAYOUT, delta)
     answers = {
-        "join": [replies.write_joined([joined])],
+        "join": [joining.write_joined([joined], joining.Proof("KEY", b""))],
         "train": [
             replies.write_updates([update, failed], **packets, with_held_out=True),
             replies.write_sum([update], delta, **packets, with_held_out=True),

@@ -13,7 +13,6 @@ Reading is strict: a reply of any other form raises `WireError`. A bad packet of
 a `ClientFailure` of that client alone.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import starmap
@@ -24,7 +23,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.adapters.layout import AdapterLayout, at_rank
 from fedllm.adapters.parts import part_of, part_size, whole_of
-from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.messages import (
     EVALUATION_METRICS,
@@ -32,14 +30,10 @@ from fedllm.messages import (
     ClientEvaluation,
     ClientFailure,
     ClientUpdate,
-    JoinedClient,
 )
 from fedllm.wire.packets import LARGEST_NUMBER, list_field, read_vector, write_vector
-from fedllm.wire.refusals import write_error
 
 _OK = "ok"  # no error code is called so
-_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_JOIN_NUMBERS = ("num_train", "num_held_out", "max_rank")
 _COUNTS = frozenset({"num_tokens", "num_truncated", "num_rows"})  # travel as floats, as all metrics do
 _HELD_OUT = "held_out_"  # begins the names of evaluation metrics next to those of an update
 _HELD_OUT_METRICS = tuple(_HELD_OUT + name for name in EVALUATION_METRICS)
@@ -122,23 +116,6 @@ def _add_held_out(content: RecordDict, updates: Sequence[ClientUpdate]) -> Recor
             column = [float(getattr(loss, name)) if loss else 0.0 for loss in losses]
             content.metric_records["metrics"][_HELD_OUT + name] = column
     return content
-
-
-def write_joined(clients: Sequence[JoinedClient]) -> RecordDict:
-    """Return the reply to the join query: the clients of this node and the sizes they declare."""
-    if not clients:
-        return write_error("no-data")
-    ids, fingerprints, causes = (
-        [getattr(client, name) for client in clients] for name in ("client_id", "fingerprint", "cause")
-    )
-    return RecordDict(
-        {
-            "clients": ConfigRecord({"ids": ids, "fingerprints": fingerprints, "causes": causes}),
-            "metrics": MetricRecord(
-                {name: [getattr(client, name) for client in clients] for name in _JOIN_NUMBERS}
-            ),
-        }
-    )
 
 
 def _write_delta(
@@ -280,30 +257,6 @@ def read_evaluations(content: RecordDict, *, most: int) -> list[Evaluation]:
     ]
 
 
-def read_joined(content: RecordDict, node_id: int) -> list[JoinedClient]:
-    """Return the clients a node declares; a node without data declares none.
-
-    Raises:
-        WireError: the reply is malformed or reports an error other than "no data".
-    """
-    if read_error(content) == "no-data":
-        return []
-    texts, columns = _read_tables(content, ("ids", "fingerprints", "causes"), _JOIN_NUMBERS, int)
-    if not all(0 <= number < LARGEST_NUMBER for column in columns.values() for number in column):
-        raise WireError(f"a join reply declares a number outside 0 to {LARGEST_NUMBER}")
-    if not all(map(is_client_id, texts["ids"])):  # they are printed and written to files
-        raise WireError(f"a join reply names a client by other than {CLIENT_ID_FORM}")
-    if not all(map(_FINGERPRINT.fullmatch, texts["fingerprints"])):
-        raise WireError("a join reply has a fingerprint that is not 64 hexadecimal digits")
-    if not set(texts["causes"]) <= CLIENT_ERROR_CODES | {""}:
-        raise WireError("a join reply carries a code that is not on the list")
-    rows = _rows(texts["ids"], columns)
-    return [
-        JoinedClient(node_id=node_id, client_id=name, fingerprint=fingerprint, cause=cause, **rows[name])
-        for name, fingerprint, cause in zip(*texts.values(), strict=True)
-    ]
-
-
 def read_error(content: RecordDict) -> str | None:
     """Return the code of an error reply, "internal" for a code outside the list, None for other replies."""
     if "error" not in content.config_records:
@@ -333,7 +286,9 @@ def _read_results(
     content: RecordDict, metric_names: Sequence[str], packets: Sequence[str] = (), *, most: int
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Return (client -> code, client that is "ok" -> its metrics) of a reply to `most` clients."""
-    texts, columns = _read_tables(content, ("ids", "codes"), metric_names, float, packets)
+    texts, columns = read_tables(
+        content, ("ids", "codes"), metric_names, float, **dict.fromkeys(packets, ArrayRecord)
+    )
     if len(texts["ids"]) > most + _FEW:
         raise WireError(f"the reply names {len(texts['ids']):,} clients, {most:,} were asked")
     codes = dict(zip(texts["ids"], texts["codes"], strict=True))
@@ -345,21 +300,21 @@ def _read_results(
         if name.removeprefix(_HELD_OUT) in _COUNTS
     }
     done = [client_id for client_id, code in codes.items() if code == _OK]
-    return codes, _rows(done, {**columns, **counts})
+    return codes, number_rows(done, {**columns, **counts})
 
 
-def _read_tables(
+def read_tables(
     content: RecordDict,
     text_names: Sequence[str],
     number_names: Sequence[str],
     kind: type[T],
-    packets: Sequence[str] = (),
+    **others: type,
 ) -> tuple[dict[str, list[str]], dict[str, list[T]]]:
     """Return the columns of the clients' texts and of their numbers, each with exactly the names given.
 
-    Numbers may be absent altogether, where no client has any. `packets` names further records that may come.
+    Numbers may be absent altogether, where no client has any. `others` are further records that may come.
     """
-    check_records(content, clients=ConfigRecord, metrics=MetricRecord, **dict.fromkeys(packets, ArrayRecord))
+    check_records(content, clients=ConfigRecord, metrics=MetricRecord, **others)
     clients = content.config_records.get("clients", ConfigRecord())
     numbers = content.metric_records.get("metrics", MetricRecord())
     if set(clients) != set(text_names) or (numbers and set(numbers) != set(number_names)):
@@ -380,7 +335,7 @@ def _with_held_out(client_id: str, numbers: Mapping[str, Any]) -> dict[str, Any]
     return values
 
 
-def _rows(ids: Sequence[str], columns: Columns) -> dict[str, dict[str, Any]]:
+def number_rows(ids: Sequence[str], columns: Columns) -> dict[str, dict[str, Any]]:
     """Return client -> its numbers, from columns that must have one number for each client."""
     if bool(ids) != bool(columns) or any(len(column) != len(ids) for column in columns.values()):
         raise WireError("the reply's metrics do not match its clients")

@@ -49,6 +49,7 @@ def open_aggregate(session: Session, state: ServerState, plan: RoundPlan) -> Agg
             state,
             trained=plan.trained,
             keep=session.room.keep,
+            voices=plan.voices,
             fresh=lambda: initial_adapter(session.layout, seed, session.plan.init_a),
             stock_rule=partial(stock_change, session.stock, plan.round_num) if session.stock else None,
         )

@@ -14,8 +14,8 @@ Tensor suffixes: K clients, P flat adapter, L matrices of one shape, R rank, O o
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -43,6 +43,7 @@ class RoundUpdates:
 
     `trained` is what clients train: "both", "a" or "b". `fresh` draws the adapter of a restart. `stock_rule`
     maps the start and the clients to the change [P] of the factors, in place of our own mean (`stock`).
+    `voices` names the site of clients that do not speak for themselves alone.
     `keep` finds room for changes of which all must be held to the end (`strategies.memory`).
     """
 
@@ -52,6 +53,7 @@ class RoundUpdates:
     fresh: Callable[[], AdapterState]
     stock_rule: StockRule | None = None
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda delta_P: delta_P
+    voices: Mapping[str, str] = field(default_factory=dict)
     held: tuple[HeldUpdate, ...] = ()
     folded: FoldedSums | None = None
 
@@ -59,6 +61,11 @@ class RoundUpdates:
     def layout(self) -> AdapterLayout:
         """The run's layout."""
         return self.state.adapter.layout
+
+    @property
+    def sites(self) -> list[str]:
+        """The site of every held update; a client of none is one itself."""
+        return [self.voices.get(client.client_id, client.client_id) for client in self.held]
 
     @property
     def is_empty(self) -> bool:
@@ -221,8 +228,10 @@ def _weigh(updates: RoundUpdates) -> tuple[robust.ClientShares, tuple[float, ...
         return robust.ClientShares(p_K, torch.ones_like(p_K)), norms
     deltas = [client.delta for client in updates.held]
     grams_KK = robust.change_grams(updates.layout, updates.state.adapter.vector, deltas)
-    shares = robust.weigh_clients(rule.robust, grams_KK, p_K, max_malicious=rule.max_malicious, norms=norms)
-    return shares, robust.remember_norms(norms, grams_KK)
+    means_VK = robust.site_means(updates.sites, p_K)
+    return robust.weigh_sites(
+        rule.robust, grams_KK, p_K, means_VK, max_malicious=rule.max_malicious, norms=norms
+    )
 
 
 def _silenced(updates: RoundUpdates, shares: robust.ClientShares) -> tuple[str, ...]:
@@ -266,7 +275,8 @@ def _mean_changes(
         delta_P = torch.where(mask_P, updates.stock_rule(updates.state.adapter, held), 0.0)
     elif rule.robust in COORDINATE_RULES:
         deltas = [client.delta for client in held]
-        delta_P = robust.combine_coordinates(rule.robust, deltas, rule.max_malicious)
+        means_VK = robust.site_means(updates.sites, shares.weights)
+        delta_P = robust.combine_coordinates(rule.robust, deltas, rule.max_malicious, means_VK)
     shares_R = sums.rank_weights(held, shares.weights, layout.rank)
     for place, group in enumerate(shape_groups(layout)):
         for part in chunks_of(group, sums.matrices_at_once(group, layout.rank * (len(held) + 2))):

@@ -11,11 +11,15 @@ aggregate is the start plus sum a_i D_i, read out like any mean. The plain mean 
     similarity         clients whose change points with the geometric median, the rest silenced, norms clipped
                        (the cosine test of FLTrust, arXiv 2012.13995, without a data set at the server)
 
+What is one client here is one site: all clients of a site count as their mean, with the sum of their weights
+(`site_means`), so that no site gains by calling itself many clients.
+
 Two more compare single coordinates. They make sense only where one factor is common to all
 (`fedllm/plan/aggregation.py` refuses them elsewhere), and count every client alike: trimmed-mean leaves out
 the f largest and smallest values, coordinate-median takes the middle one (Yin et al., arXiv 1803.01498). f is
 the assumed share of malicious clients, rounded up.
-Tensor suffixes: K clients, S the start and the clients, P flat adapter, R rank, O output, I input feature.
+Tensor suffixes: K clients, V sites (voices), S the start and the clients, P flat adapter, R rank, O output,
+I input feature.
 """
 
 import math
@@ -67,6 +71,41 @@ def weigh_clients(
     else:
         weights_K = geometric_median(grams_KK, p_K)
     return ClientShares(weights_K, torch.ones_like(p_K))
+
+
+def site_means(sites: Sequence[str], p_K: torch.Tensor) -> torch.Tensor | None:
+    """Return the matrix [V, K] that takes the mean over each site's clients by their weights `p_K`.
+
+    `sites` names the site of every client; they are in the order in which they appear first. None where every
+    client is a site: there is nothing to take the mean of.
+    """
+    names = list(dict.fromkeys(sites))
+    if len(names) == len(sites):
+        return None
+    means_VK = torch.zeros(len(names), len(sites), dtype=torch.float64)
+    for client, site in enumerate(sites):
+        means_VK[names.index(site), client] = p_K[client]
+    return means_VK / means_VK.sum(dim=1, keepdim=True)
+
+
+def weigh_sites(
+    rule: str,
+    grams_KK: torch.Tensor,
+    p_K: torch.Tensor,
+    means_VK: torch.Tensor | None,
+    *,
+    max_malicious: float,
+    norms: Sequence[float],
+) -> tuple[ClientShares, tuple[float, ...]]:
+    """Return how much clients count where every site has one voice, and the norms to remember."""
+    if means_VK is None:
+        shares = weigh_clients(rule, grams_KK, p_K, max_malicious=max_malicious, norms=norms)
+        return shares, remember_norms(norms, grams_KK)
+    grams_VV = means_VK @ grams_KK @ means_VK.T  # of the sites' mean products
+    is_member_VK = (means_VK > 0).double()
+    found = weigh_clients(rule, grams_VV, is_member_VK @ p_K, max_malicious=max_malicious, norms=norms)
+    shares = ClientShares(found.weights @ means_VK, found.shrink @ is_member_VK)
+    return shares, remember_norms(norms, grams_VV)
 
 
 def remember_norms(norms: Sequence[float], grams_KK: torch.Tensor) -> tuple[float, ...]:
@@ -169,17 +208,17 @@ def similar_weights(grams_KK: torch.Tensor, p_K: torch.Tensor) -> torch.Tensor:
     return weights_K / weights_K.sum()
 
 
-def combine_coordinates(rule: str, deltas: Sequence[torch.Tensor], max_malicious: float) -> torch.Tensor:
-    """Return the trimmed mean or the median [P], in float64, of every coordinate of the clients' deltas."""
-    number = len(deltas)
+def combine_coordinates(
+    rule: str, deltas: Sequence[torch.Tensor], max_malicious: float, means_VK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the trimmed mean or the median [P], in float64, of every coordinate of the sites' means."""
+    number = len(deltas) if means_VK is None else len(means_VK)
     cut = (number - 1) // 2 if rule == "coordinate-median" else num_malicious(number, max_malicious)
-    width = max(1, COORDINATES_AT_ONCE // number)
-    pieces = [
-        torch.stack([delta[begin : begin + width] for delta in deltas])
-        .double()
-        .sort(dim=0)
-        .values[cut : number - cut]
-        .mean(dim=0)
-        for begin in range(0, len(deltas[0]), width)
-    ]
+    width = max(1, COORDINATES_AT_ONCE // len(deltas))
+    pieces = []
+    for begin in range(0, len(deltas[0]), width):
+        values = torch.stack([delta[begin : begin + width] for delta in deltas]).double()
+        if means_VK is not None:
+            values = means_VK @ values
+        pieces.append(values.sort(dim=0).values[cut : number - cut].mean(dim=0))
     return torch.cat(pieces)

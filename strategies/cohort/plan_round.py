@@ -1,8 +1,11 @@
 """What the next round will do: which clients are asked, and the numbers that follow from the run's plan."""
 
+from dataclasses import replace
+
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan
 from strategies.cohort.selection import choose_clients
+from strategies.cohort.voices import OVER_MEDIAN, OVER_MEDIAN_ROBUST, largest_weight, shared_out, voice_of
 from strategies.privacy import clients_that_can_afford, cohort_seed
 from strategies.session import Session
 
@@ -16,6 +19,9 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     free = set(session.transport.node_ids()) - {reply.node_id for reply in session.transport.overdue}
     able = clients_that_can_afford(session.privacy, state, session.clients, attempt)
     available = [c for c in session.clients.values() if c.node_id in free and c.client_id in able]
+    voices, rows, most_weights = _shares(session)
+    if voices:  # a site draws no more attention than it has a say
+        available = [replace(c, num_train=max(1, int(rows[c.client_id]))) for c in available]
     cohort, seed = session.plan.cohort, cohort_seed(session.privacy, config.seed)
     asked = choose_clients(
         available, state.records, cohort=cohort, seed=seed, round_num=round_num, attempt=attempt
@@ -37,4 +43,22 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
         # AdamW's weight decay moves a value in proportion to its size (`largest_move`).
         largest_start=float(state.adapter.vector.abs().max()),
         deadline=session.deadline("train"),
+        voices=voices,
+        most_weights=most_weights,
     )
+
+
+def _shares(session: Session) -> tuple[dict[str, str], dict[str, float], dict[str, float]]:
+    """Return every client's site, the rows it is drawn by, and the most it weighs.
+
+    All are empty in a simulation: there a node is a worker of one machine, and no site.
+    """
+    if session.transport.is_simulation():
+        return {}, {}, {}
+    clients, plan = session.clients.values(), session.plan
+    voices = {client.client_id: voice_of(client) for client in clients}
+    weights = {client.client_id: largest_weight(client, plan) for client in clients}
+    declared = {client.client_id: float(client.num_train) for client in clients}
+    limits = {site.name: site.max_weight for site in (session.sites or {}).values() if site.max_weight}
+    over = OVER_MEDIAN if plan.aggregation.robust == "none" else OVER_MEDIAN_ROBUST
+    return voices, shared_out(declared, voices, {}, over), shared_out(weights, voices, limits, over)

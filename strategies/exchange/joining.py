@@ -1,16 +1,20 @@
 """Who takes part: before the first round every node declares its clients, their sizes and base model."""
 
 import time
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.config.run_config import RunConfig
-from fedllm.errors import PERMANENT_CAUSES, NoDataError, RunFailedError, WireError
+from fedllm.errors import NoDataError, RunFailedError, WireError
 from fedllm.messages import JoinedClient
-from fedllm.wire.replies import read_error, read_joined
+from fedllm.plan.run_plan import RunPlan
+from fedllm.wire.replies import read_error
+from strategies.cohort.voices import voice_of, with_places
+from strategies.exchange.admission import Admission
 from strategies.exchange.causes import by_cause, few, grouped, in_words, names
 from strategies.grid.transport import CRASHED, Reply, Transport
 from strategies.session import SILENT, Session
+from strategies.sites import read_sites
 
 REJOIN_SECONDS = 2.0  # how long a round waits for nodes that have just appeared
 NO_ROWS = "no usable row; its log says how many were refused, or lost their answer to train.max-length"
@@ -19,29 +23,31 @@ AGAIN_SECONDS = 30.0  # after which a node is asked again whose error may have p
 
 def join_clients(
     transport: Transport,
-    config: RunConfig,
+    plan: RunPlan,
     layout: AdapterLayout,
     notice: Callable[[str], None],
     phase: Callable[[str, int, int], None] = SILENT.phase,
 ) -> dict[str, JoinedClient]:
-    """Wait until the expected clients have declared themselves; return the usable ones by id.
+    """Wait until the expected clients have declared themselves; return those that take part by id.
 
     Nodes are asked as they appear, so that one which hangs holds up no other. An answer that comes after the
     wait is taken before the next round (`rejoin`). The wait ends at once where every node has answered for
     good and none is missing.
 
     Raises:
+        ConfigError: `federation.sites` names no list of sites.
         RunFailedError: fewer than `federation.min-clients` are usable then, or when the deadline has passed.
     """
-    federation = config.federation
+    federation = plan.config.federation
+    admission = Admission(plan, layout, read_sites(federation.sites))
     with few(notice) as notice:
-        declared = _wait_for_declared(transport, config, notice, phase)
+        declared = _wait_for_declared(transport, admission, notice, phase)
         for node in transport.silent:
             notice(f"node {node} has not answered yet; its clients take part once it does")
         # By name, so that nothing depends on who declared itself first.
         usable, refused = {}, {}
         for client_id, client in sorted(declared.items()):
-            reason = _refusal_of(client, config, layout)
+            reason = admission.refusal_of(client)
             if reason:
                 notice(f"client {client_id} {reason} and is left out")
                 refused[f"client {client_id}"] = reason if client.num_train else NO_ROWS
@@ -52,6 +58,7 @@ def join_clients(
                 f"{len(declared)} of {federation.num_clients} expected clients joined;"
                 " going on without the rest"
             )
+        placed = _placed(transport, usable, federation.num_clients, notice)
     if len(usable) < federation.min_clients:
         nodes = {f"node {node}": transport.words_of(node) or why for node, why in transport.refused.items()}
         limit = f"within {federation.join_deadline:g} s"
@@ -62,26 +69,26 @@ def join_clients(
             f"{len(usable)} usable clients joined{waited},"
             f" federation.min-clients = {federation.min_clients} are needed; {why}"
         )
-    return usable
+    return placed
 
 
 def _wait_for_declared(
     transport: Transport,
-    config: RunConfig,
+    admission: Admission,
     notice: Callable[[str], None],
     phase: Callable[[str, int, int], None],
 ) -> dict[str, JoinedClient]:
     """Return the clients declared until all are there, no more can be, or the join deadline has passed."""
-    number, ends = config.federation.num_clients, time.monotonic() + config.federation.join_deadline
+    federation = admission.plan.config.federation
+    number, ends = federation.num_clients, time.monotonic() + federation.join_deadline
     declared: dict[str, JoinedClient] = {}
     phase("joining", 0, number)
-    while len(declared) < number and time.monotonic() < ends:
+    while not _is_full(transport, declared, number) and time.monotonic() < ends:
         transport.ask_to_join()
-        new = _take_declared(transport, notice)
-        kept = [declared.setdefault(client.client_id, client) for client in new]
-        _notice_twice([one.client_id for one, first in zip(new, kept, strict=True) if one != first], notice)
+        new = _take_declared(transport, admission, declared, notice)
+        declared |= new
         if new:  # and more may be waiting already
-            phase("joining", len(declared), number)
+            phase("joining", min(len(declared), number), number)
         else:
             if transport.have_all_answered(number, len(declared)):
                 break
@@ -89,9 +96,21 @@ def _wait_for_declared(
     return declared
 
 
-def _notice_twice(clients: list[str], notice: Callable[[str], None]) -> None:
-    if clients:
-        notice(f"two nodes declare client {names(clients)}; the second is left out")
+def _is_full(transport: Transport, declared: Mapping[str, JoinedClient], number: int) -> bool:
+    """Return whether nobody who has still to answer can take a place from somebody who has more than one."""
+    if len(declared) < number:
+        return False
+    return not transport.joining or len(set(map(voice_of, declared.values()))) >= number
+
+
+def _placed(
+    transport: Transport, clients: Mapping[str, JoinedClient], number: int, notice: Callable[[str], None]
+) -> dict[str, JoinedClient]:
+    """Return the clients that have one of the run's places, and say who has none."""
+    placed = with_places(clients, number, set(transport.grid.get_node_ids()))
+    if left := sorted(clients.keys() - placed.keys()):
+        notice(f"client {names(left)}: no place, federation.num-clients = {number}; sites have them in turn")
+    return placed
 
 
 def wait_for_nodes(session: Session) -> None:
@@ -127,37 +146,50 @@ def rejoin(session: Session) -> None:
 
 
 def _add_declared(session: Session) -> None:
-    clients, twice = session.clients, []
+    clients, transport = session.clients, session.transport
+    admission = Admission(session.plan, session.layout, session.sites)
     with few(session.watch.notice) as notice:
-        for client in _take_declared(session.transport, notice):
-            known = clients.get(client.client_id)
-            reason = _refusal_of(client, session.config, session.layout)
-            # A connected node keeps its clients; one that is gone was restarted under another id.
-            if known is not None and known.node_id in set(session.transport.grid.get_node_ids()):
-                twice.append(client.client_id)
-            elif reason:
-                notice(f"client {client.client_id} {reason} and is left out")
+        usable = {}
+        for name, client in _take_declared(transport, admission, clients, notice).items():
+            if reason := admission.refusal_of(client):
+                notice(f"client {name} {reason} and is left out")
             else:
-                notice(f"client {client.client_id} {'is back' if known else 'joined'}")
-                clients[client.client_id] = client
-        _notice_twice(twice, notice)
+                usable[name] = client
+        placed = _placed(transport, {**clients, **usable}, session.config.federation.num_clients, notice)
+        for name in usable.keys() & placed.keys():
+            notice(f"client {name} {'is back' if name in clients else 'joined'}")
+        for name in clients.keys() - placed.keys():
+            del clients[name]
+        clients.update(placed)
 
 
-def _take_declared(transport: Transport, notice: Callable[[str], None]) -> list[JoinedClient]:
-    """Return the clients in the answers that have come since the last call.
+def _take_declared(
+    transport: Transport,
+    admission: Admission,
+    taken: dict[str, JoinedClient],
+    notice: Callable[[str], None],
+) -> dict[str, JoinedClient]:
+    """Return the clients in the answers that have come since the last call, and may have their names.
 
     A node whose error may pass is asked again after a while; one that answered anything else is not.
     """
-    declared, new = [], {}
+    declared: dict[str, JoinedClient] = {}
+    new: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    connected = set(transport.grid.get_node_ids())
     for reply in transport.join_replies():
         node, before = reply.node_id, transport.refused.pop(reply.node_id, "")
         try:
-            clients = read_joined(reply.received(), node)
+            clients = admission.read(reply.received(), node, transport.nonces[node])
             why = "" if clients else in_words(NoDataError.code)
         except WireError as error:
             clients, code = [], read_error(reply.content) if reply.content is not None else None
             why = in_words(code) if code else str(error)
-        declared += clients
+        for client in clients:
+            if refused := admission.refusal_of_claim(client, ChainMap(declared, taken), connected):
+                left_out[client.client_id] = refused
+            else:
+                declared[client.client_id] = client
         if why:
             transport.refused[node] = why
         if why and _may_pass(reply, is_repeated=why == before):
@@ -166,6 +198,8 @@ def _take_declared(transport: Transport, notice: Callable[[str], None]) -> list[
             new[f"node {node}"] = why
     for nodes, why in grouped(new):
         notice(f"{nodes} did not join: {why}")
+    for clients_named, why in grouped(left_out):
+        notice(f"client {clients_named}: {why}")
     return declared
 
 
@@ -178,21 +212,3 @@ def _may_pass(reply: Reply, *, is_repeated: bool) -> bool:
     if code == "internal" or reply.reason == CRASHED:
         return not is_repeated
     return code == "out-of-memory" or reply.content is None
-
-
-def _refusal_of(client: JoinedClient, config: RunConfig, layout: AdapterLayout) -> str:
-    """Return why a client cannot take part, "" where it can."""
-    if client.num_train == 0:
-        cause = PERMANENT_CAUSES.get(client.cause)
-        return f"has no data to train on ({cause})" if cause else "has no data"
-    # The same names and shapes are not enough: a delta is one of certain base weights.
-    if client.fingerprint != layout.fingerprint:
-        return (
-            f"holds another base model ({client.fingerprint[:12]}) than the run ({layout.fingerprint[:12]})"
-        )
-    if config.train.control_variates and 0 < client.max_rank < layout.rank:
-        return (
-            f"has room for rank {client.max_rank} only, and train.control-variates needs the run's"
-            f" {layout.rank},"
-        )
-    return ""

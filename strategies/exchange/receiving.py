@@ -15,8 +15,9 @@ from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.records import RoundPlan
 from fedllm.wire import replies
 from strategies.cohort.late_updates import late_refusal
+from strategies.cohort.voices import largest_weight, limited
 from strategies.exchange.causes import few
-from strategies.exchange.validation import UNSOUND, find_fault, largest_weight
+from strategies.exchange.validation import UNSOUND, find_fault
 from strategies.grid.transport import Reply
 from strategies.memory import Room
 from strategies.privacy import largest_noise
@@ -170,7 +171,7 @@ def _answers(
 
 
 def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answer]:
-    """Return the answer where it is sound, else a failure of every client it stands for."""
+    """Return the answer where it is sound, weighing what it may, else a failure of all it stands for."""
     if isinstance(answer, ClientFailure):
         return [answer]
     reason = find_fault(
@@ -186,7 +187,7 @@ def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answ
         largest_control=2 * plan.training.clip_norm,  # the most between two means of clipped gradients
     )
     if not reason:
-        return [answer]
+        return [limited(answer, plan.most_weights)]
     return [
         ClientFailure(client_id=member.client_id, code=UNSOUND, reason=reason)
         for member in members_of(answer)

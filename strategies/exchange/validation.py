@@ -6,8 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
-from fedllm.plan.run_plan import RunPlan
+from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate
 
 ROUNDING = 1.02  # what a lossy payload may add to a delta
 LARGEST_LOSS = 1e6  # nats per token: far above any even guess, and finite in sums and squares
@@ -70,23 +69,6 @@ def _number_fault(update: ClientUpdate, largest_weight: float) -> str:
     if not 0 <= update.seconds <= LARGEST_SECONDS:
         return f"the seconds of its training are no number from 0 to {LARGEST_SECONDS:g}"
     return ""
-
-
-def largest_weight(joined: JoinedClient, plan: RunPlan) -> float:
-    """Return the most a client may declare to weigh: its rows, the tokens a round can hold, or 1.
-
-    Under product-norm the server itself measures what a client counts; under privacy.weight-cap it is at
-    most 1.
-    """
-    train = plan.config.train
-    if plan.privacy is not None and plan.privacy.weight_cap:
-        return 1.0
-    return {
-        "examples": float(joined.num_train),
-        "tokens": float(train.local_steps * train.batch_size * train.max_length),
-        "uniform": 1.0,
-        "product-norm": 1.0,
-    }[plan.aggregation.weighting]
 
 
 def check_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation | ClientFailure:

@@ -18,6 +18,7 @@ from flwr.supercore.constant import TaskType
 
 from fedllm.errors import WireError
 from fedllm.runs.records import RoundPlan
+from fedllm.wire.joining import new_nonce, write_question
 from fedllm.wire.packets import packet_bytes
 from fedllm.wire.replies import read_error
 from strategies.grid.deadlines import FIRST_SECONDS, MeasuredTimes
@@ -72,6 +73,7 @@ class Transport:
     overdue: list[Reply] = field(default_factory=list)  # late replies that no round has taken yet
     asked: dict[int, float] = field(default_factory=dict)  # node asked to join -> when it may be again
     joining: dict[str, Sent] = field(default_factory=dict)  # by message id: requests that have no answer yet
+    nonces: dict[int, str] = field(default_factory=dict)  # node -> what it was last asked to join with
     times: MeasuredTimes = field(default_factory=MeasuredTimes)
     refused: dict[int, str] = field(default_factory=dict)  # node -> why it did not join, when last asked
     num_stale: int = 0  # replies that came after their phase
@@ -125,7 +127,9 @@ class Transport:
         now = time.monotonic()
         new = [node for node in self.node_ids() if self.asked.get(node, now) <= now]
         self.asked.update(dict.fromkeys(new, math.inf))
-        sent = self._send({node: RecordDict() for node in new}, message_type="query.join", group="join")
+        self.nonces.update((node, new_nonce()) for node in new)
+        questions = {node: write_question(self.nonces[node]) for node in new}
+        sent = self._send(questions, message_type="query.join", group="join")
         self.joining.update(sent)
         return set(sent)
 

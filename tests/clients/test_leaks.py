@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common.serde import message_to_proto
 from transformers import PreTrainedTokenizerFast
 
-from clients import answering, data_holder, handlers, jobs, protect, tokens
+from clients import answering, data_holder, handlers, jobs, join, protect, tokens
 from clients.process import Process
 from fedllm.errors import NoDataError
 from fedllm.messages import EVALUATION_METRICS, UPDATE_METRICS
@@ -79,9 +79,9 @@ def test_the_search_finds_what_it_is_meant_to_find(
     ask: Callable, leaks: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[data_holder.DataHolder] = []
-    join = handlers.declare_clients
+    declare = join.declare_clients
     monkeypatch.setattr(
-        handlers, "declare_clients", lambda found, node: opened.append(found) or join(found, node)
+        join, "declare_clients", lambda found, node: opened.append(found) or declare(found, node)
     )
     ask("query.join")
     row = opened[0].clients["anna"].train[0].tokens

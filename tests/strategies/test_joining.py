@@ -67,7 +67,7 @@ def with_note(content: RecordDict) -> RecordDict:
             "client ben has no data to train on (too many of its",
         ),
         (declaring(causes=[SECRET]), "node 3 did not join"),
-        (declaring(ids=["anna"]), "two nodes declare client anna"),
+        (declaring(ids=["anna"]), "client anna: two nodes declare it; the second is left out"),
         (declaring(ids=[]), "node 3 did not join"),
         (declaring(ids=[OFFENDER, OFFENDER]), "node 3 did not join"),
         (declaring(num_train=[-1]), "node 3 did not join"),
@@ -178,7 +178,7 @@ class Nodes:
         """Have the nodes join the run anew."""
         transport = Transport(self.run.grid, poll_seconds=0.01)
         object.__setattr__(self.run.session, "transport", transport)
-        joined = join_clients(transport, config, self.run.session.layout, self.run.notices.append)
+        joined = join_clients(transport, resolve(config), self.run.session.layout, self.run.notices.append)
         object.__setattr__(self.run.session, "clients", joined)
         return joined
 
@@ -327,7 +327,12 @@ def test_elsewhere_a_wait_ends_when_as_many_as_expected_refused(
     began = clock.now
     config = make_config({"federation.join-deadline": 600.0})
     with pytest.raises(RunFailedError, match="bad-data"):
-        join_clients(Transport(run.grid), config, run.session.layout, lambda line: said.append(clock.now))
+        join_clients(
+            Transport(run.grid),
+            resolve(config),
+            run.session.layout,
+            lambda line: said.append(clock.now),
+        )
     assert said[0] - began < 1
     assert clock.now - began == pytest.approx(600 if waits else 0, abs=1)
 

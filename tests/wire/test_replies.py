@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
-from fedllm.wire import packets, refusals, replies
+from fedllm.wire import joining, packets, refusals, replies
 from tests.builders import client_update, small_layout
 
 LAYOUT = small_layout()
@@ -42,7 +42,7 @@ def evaluations_reply() -> RecordDict:
 
 
 def joined_reply() -> RecordDict:
-    return replies.write_joined([joined("a"), joined("b"), joined("c")])
+    return joining.write_joined([joined("a"), joined("b"), joined("c")])
 
 
 def read_evaluations(content: RecordDict) -> list[ClientEvaluation | ClientFailure]:
@@ -65,7 +65,7 @@ def read_updates(content: RecordDict, with_controls: bool = False) -> list[Clien
 READERS: dict[str, tuple[Callable[[], RecordDict], Callable[[RecordDict], Any]]] = {
     "updates": (updates_reply, read_updates),
     "evaluations": (evaluations_reply, read_evaluations),
-    "joined": (joined_reply, lambda content: replies.read_joined(content, 9)),
+    "joined": (joined_reply, lambda content: joining.read_joined(content, 9, most=3)),
 }
 
 
@@ -124,11 +124,11 @@ def test_without_a_personal_adapter_both_losses_are_the_same() -> None:
 
 
 def test_a_join_reply_comes_back_as_it_was() -> None:
-    assert replies.read_joined(joined_reply(), 9) == [joined("a"), joined("b"), joined("c")]
+    assert joining.read_joined(joined_reply(), 9, most=3) == [joined("a"), joined("b"), joined("c")]
 
 
 def test_a_node_without_clients_declares_none() -> None:
-    assert replies.read_joined(replies.write_joined([]), 9) == []
+    assert joining.read_joined(joining.write_joined([]), 9, most=3) == []
 
 
 def test_replies_with_nothing_done_can_be_written_and_read() -> None:
@@ -309,7 +309,7 @@ def test_what_a_join_reply_names_can_be_printed(name: str, value: str) -> None:
     content = joined_reply()
     content["clients"][name][1] = value
     with pytest.raises(WireError) as caught:
-        replies.read_joined(content, 9)
+        joining.read_joined(content, 9, most=3)
     assert "\x1b" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -319,4 +319,4 @@ def test_a_join_reply_declares_no_negative_size(name: str, value: int) -> None:
     content = joined_reply()
     content["metrics"][name][1] = value
     with pytest.raises(WireError):
-        replies.read_joined(content, 9)
+        joining.read_joined(content, 9, most=3)

@@ -1,0 +1,134 @@
+"""The question to join and its answer: the clients a node hosts, signed by its site where that has a key.
+
+The question carries a nonce, fresh for every question. The answer's records:
+
+    clients   ids, fingerprints of the base model, and codes of `CLIENT_ERROR_CODES` ("" for none)
+    metrics   the sizes they declare, one column per name, one row per client
+    site      the site's public key and its signature of the nonce, the run, the node and all of the above
+
+A signature binds the declaration to one question of one run by one node: nobody can use it a second time.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from secrets import token_hex
+from typing import Any
+
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
+from fedllm.errors import CLIENT_ERROR_CODES, WireError
+from fedllm.identity import statement, verify
+from fedllm.messages import JoinedClient
+from fedllm.wire.libraries import library_versions
+from fedllm.wire.packets import LARGEST_NUMBER
+from fedllm.wire.refusals import write_error
+from fedllm.wire.replies import number_rows, read_error, read_tables
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_NONCE = re.compile(r"[0-9a-f]{32}")
+_NUMBERS = ("num_train", "num_held_out", "max_rank")
+_TEXTS = ("client_id", "fingerprint", "cause")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Who signed a declaration: a public key (`fedllm.identity.public_text`), and its signature."""
+
+    public: str
+    signature: bytes
+
+
+def new_nonce() -> str:
+    """Return 128 fresh random bits in hexadecimal."""
+    return token_hex(16)
+
+
+def write_question(nonce: str) -> RecordDict:
+    """Return the question to join, which names the libraries of this machine."""
+    return RecordDict({"join": ConfigRecord({"nonce": nonce}), "libraries": library_versions()})
+
+
+def read_question(content: RecordDict) -> str:
+    """Return the nonce of a question to join.
+
+    Raises:
+        WireError: it has none, or one of another form.
+    """
+    nonce = content.config_records.get("join", ConfigRecord()).get("nonce")
+    if not isinstance(nonce, str) or not _NONCE.fullmatch(nonce):
+        raise WireError("the request to join has no nonce")
+    return nonce
+
+
+def join_statement(nonce: str, run: str, plan_digest: str, clients: Sequence[JoinedClient]) -> bytes:
+    """Return what a site signs when its clients join a run of that name and configuration."""
+    declared = [attrgetter("node_id", *_TEXTS, *_NUMBERS)(client) for client in clients]
+    return statement(
+        "fedllm join 1", {"nonce": nonce, "run": run, "plan": plan_digest, "clients": sorted(declared)}
+    )
+
+
+def write_joined(clients: Sequence[JoinedClient], proof: Proof | None = None) -> RecordDict:
+    """Return the answer: the clients of this node and the sizes they declare, with the site's proof."""
+    if not clients:
+        return write_error("no-data")
+    ids, fingerprints, causes = ([getattr(client, name) for client in clients] for name in _TEXTS)
+    content = RecordDict(
+        {
+            "clients": ConfigRecord({"ids": ids, "fingerprints": fingerprints, "causes": causes}),
+            "metrics": MetricRecord(
+                {name: [getattr(client, name) for client in clients] for name in _NUMBERS}
+            ),
+        }
+    )
+    if proof is not None:
+        content["site"] = ConfigRecord({"key": proof.public, "signature": proof.signature})
+    return content
+
+
+def read_joined(content: RecordDict, node_id: int, *, most: int) -> list[JoinedClient]:
+    """Return the clients a node declares, `most` at most; a node without data declares none.
+
+    Raises:
+        WireError: the answer is malformed or reports an error other than "no data".
+    """
+    if read_error(content) == "no-data":
+        return []
+    texts, columns = read_tables(content, ("ids", "fingerprints", "causes"), _NUMBERS, int, site=ConfigRecord)
+    if len(texts["ids"]) > most:
+        raise WireError(f"it declares {len(texts['ids']):,} clients, federation.num-clients is {most:,}")
+    if not all(0 <= number < LARGEST_NUMBER for column in columns.values() for number in column):
+        raise WireError(f"a join reply declares a number outside 0 to {LARGEST_NUMBER}")
+    if not all(map(is_client_id, texts["ids"])):  # they are printed and written to files
+        raise WireError(f"a join reply names a client by other than {CLIENT_ID_FORM}")
+    if not all(map(_FINGERPRINT.fullmatch, texts["fingerprints"])):
+        raise WireError("a join reply has a fingerprint that is not 64 hexadecimal digits")
+    if not set(texts["causes"]) <= CLIENT_ERROR_CODES | {""}:
+        raise WireError("a join reply carries a code that is not on the list")
+    rows = number_rows(texts["ids"], columns)
+    return [
+        JoinedClient(node_id=node_id, client_id=name, fingerprint=fingerprint, cause=cause, **rows[name])
+        for name, fingerprint, cause in zip(*texts.values(), strict=True)
+    ]
+
+
+def read_signer(content: RecordDict, signed: bytes) -> str:
+    """Return the public key that signed an answer, whose statement is `signed`; "" where none did.
+
+    Raises:
+        WireError: there is a signature, and it is not of this statement and key.
+    """
+    record = content.config_records.get("site", ConfigRecord())
+    if not record:
+        return ""
+    public: Any = record.get("key")
+    signature: Any = record.get("signature")
+    is_proof = (
+        set(record) == {"key", "signature"} and isinstance(public, str) and isinstance(signature, bytes)
+    )
+    if not is_proof or not verify(public, signed, signature):
+        raise WireError("its site's signature is not of this question, this run and what the node declares")
+    return str(public)
