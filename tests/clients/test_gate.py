@@ -259,6 +259,8 @@ def test_a_dictionary_of_rows_is_not_answered(site: Callable, hostile: Callable)
     assert hostile(**{"distill.when": "last"}).overlap(*rows) == "policy"  # not in this round
     server = hostile(**DISTILS)
     assert server.overlap(*rows) == "query-limit"  # no round has been trained
+    assert server.train(round_num=1, drawn={"who": 0}, ranks={"who": 2}) != "policy"  # nor by this
+    assert server.overlap(*rows) == "query-limit"
     server.train()
     assert answered(server.overlap(*rows))
     assert server.overlap(*rows, round_num=2) == "query-limit"  # one for each round trained

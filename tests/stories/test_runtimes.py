@@ -98,7 +98,7 @@ def test_a_failed_simulation_is_one_line(tiny_run, fedllm, tmp_path):
 
 
 @pytest.mark.slow
-def test_kept_vectors_are_the_same_with_a_process_per_message(tiny_run, fedllm, tmp_path):
+def test_kept_vectors_are_the_same_at_a_site_service(tiny_run, fedllm, tmp_path):
     words = [*tiny_run, "federation.num-clients=2", "--out", str(tmp_path), "personal.mode=ditto"]
     words += ["train.control-variates=true", "aggregation.read-out=factor-mean"]
     words += ["federation.selection=power-of-choice"]
