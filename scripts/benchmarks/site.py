@@ -26,7 +26,7 @@ from fedllm.site_policy import load_policy
 from scripts.benchmarks.models import write_rows
 from scripts.benchmarks.options import BenchOptions, start_benchmark
 from scripts.reports import Goal, Spread, figures_table, publish, spread
-from scripts.runtimes.processes import Link, superlink, supernode, temporary_link
+from scripts.runtimes.processes import Link, free_port, process, superlink, temporary_link
 from scripts.runtimes.site import running_site
 from scripts.runtimes.submitting import submit
 
@@ -171,8 +171,11 @@ def _loaded(rows: Sequence[Path]) -> Iterator[Link]:
     """Run two nodes as Flower has them, and their server, for the length of the block."""
     with temporary_link(is_hardened=False) as link, superlink(link), ExitStack() as stack:
         for name, file in zip(_NODES, rows, strict=True):
-            node = {"data-path": str(file), "client-id": name}
-            stack.enter_context(supernode(link, name, node, {"FEDLLM_SITE": ""}))
+            command = ["flower-supernode", "--insecure", "--superlink", link.address]
+            command += ["--port", str(free_port())]
+            command += ["--node-config", f'data-path="{file}" client-id="{name}"']
+            environment = link.environment(name) | {"FEDLLM_SITE": ""}
+            stack.enter_context(process(command, link.folder, environment, name))
         yield link
 
 

@@ -238,8 +238,6 @@ def test_the_model_is_unloaded_when_nothing_is_asked(open_door: Callable[..., Do
     assert again.content["updates"] == first.content["updates"]
 
 
-# What a connection that fails has opened, httpcore leaves to be collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_absent_service_is_waited_for_a_little(
     make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
