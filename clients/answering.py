@@ -74,12 +74,17 @@ def _answer(
     except FedLLMError as error:
         _logger.error("%s: %s", error.code, error)  # the code is what the server is told
         return error.code, None
-    except (MemoryError, torch.OutOfMemoryError):
-        _logger.error("out-of-memory: lower train.batch-size or train.max-length")
-        return "out-of-memory", None
     except (KeyboardInterrupt, SystemExit):  # the machine's own wish to end
         raise
     except BaseException as error:
+        if _is_out_of_memory(error):
+            _logger.error("out-of-memory: lower train.batch-size or train.max-length")
+            return "out-of-memory", None
         frame = traceback.extract_tb(error.__traceback__)[-1]  # where it happened quotes no row
         _logger.error("internal: unforeseen %s at %s:%s", type(error).__name__, frame.filename, frame.lineno)
         return "internal", None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory was short, a GPU's or this machine's, for which torch has no error of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
