@@ -1,18 +1,16 @@
 """A search for private text in bytes of any kind: as text or token ids, also inside what is compressed."""
 
 import base64
-import io
 import re
 import shutil
 import sqlite3
+import struct
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ _COMPRESSED = re.compile(rb"\x1f\x8b\x08|\x78[\x01\x5e\x9c\xda]|\x28\xb5\x2f\xfd
 _CHUNK_LINE = re.compile(rb"\r\n[0-9a-fA-F]+\r\n")
 _DEEPEST = 3  # a packet in a stream in an archive
 _LARGEST = 1 << 26  # bytes of one stream, unpacked
+_ZIP_MEMBER = struct.Struct("<26xHH")
 _INTEGERS = ("<i2", "<i4", "<i8")
 
 
@@ -66,17 +65,24 @@ def unpacked(content: bytes, depth: int = 0) -> Iterator[bytes]:
 
 
 def _unpack(content: bytes, start: int, magic: bytes) -> Iterator[bytes]:
-    if magic.startswith(b"PK"):
-        broken = suppress(zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError)
-        with broken, zipfile.ZipFile(io.BytesIO(content[start:])) as archive:
-            yield from (archive.read(name) for name in archive.namelist())
+    if magic.startswith(b"PK"):  # each member by itself: the archive may stand in the middle of something
+        header = content[start : start + _ZIP_MEMBER.size]
+        if len(header) == _ZIP_MEMBER.size:
+            start += _ZIP_MEMBER.size + sum(_ZIP_MEMBER.unpack(header))  # its name and its extra field
+            yield _joined(_inflated(content, start, -zlib.MAX_WBITS))
     elif magic.startswith(b"\x28\xb5"):
         stream = pyarrow.CompressedInputStream(pyarrow.BufferReader(content[start:]), "zstd")
         yield _joined(iter(lambda: stream.read(1), b""))  # what follows the stream is an error
     else:
-        engine = zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip
-        starts = takewhile(lambda at: not engine.eof, range(start, len(content), 4096))
-        yield _joined(engine.decompress(content[at : at + 4096]) for at in starts)
+        yield _joined(_inflated(content, start, zlib.MAX_WBITS | 32))  # zlib or gzip
+
+
+def _inflated(content: bytes, start: int, form: int) -> Iterator[bytes]:
+    engine = zlib.decompressobj(form)
+    for at in range(start, len(content), 4096):
+        if engine.eof:
+            return
+        yield engine.decompress(content[at : at + 4096])
 
 
 def _joined(pieces: Iterable[bytes]) -> bytes:

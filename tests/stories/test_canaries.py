@@ -8,22 +8,26 @@ import os
 import secrets
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-import tomli_w
 
 from fedllm.chained_log import read_entries, verify
 from fedllm.models.base import load_tokenizer
 from fedllm.models.files import resolve_model
+from fedllm.site_policy import load_policy
+from scripts.deploying.certificates import new_node_key
 from scripts.recipe_arguments import config_of
-from scripts.runtimes.processes import Link, flwr, superexec, superlink, supernode, temporary_link
+from scripts.runtimes.processes import Link, flwr, register, superexec, superlink, supernode, temporary_link
+from scripts.runtimes.site import running_site
 from scripts.runtimes.submitting import submit
 from tests.leak_search import Canaries, contents_of
 from tests.proxy import Proxy, proxy
+from tests.site_builder import write_site
 
 INJECTED = Path(__file__).with_name("injected")
 CODES = {
@@ -62,7 +66,8 @@ from pathlib import Path
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.train()
@@ -78,22 +83,24 @@ def main(grid, context):
 }
 
 
-@pytest.fixture(scope="module")
-def canaries(make_model_folder: Callable) -> Canaries:
-    tokenizer = load_tokenizer(resolve_model(str(make_model_folder())))
+def new_canaries(model: Path) -> Canaries:
+    tokenizer = load_tokenizer(resolve_model(str(model)))
     texts = tuple(secrets.token_hex(8) for _ in range(NUM_CANARIES))
     tokens = [tuple(tokenizer(f"canary {text} of", add_special_tokens=False)["input_ids"]) for text in texts]
     return Canaries(texts, tuple(ids[-12:-4] for ids in tokens))
 
 
+@dataclass(frozen=True)
 class Federation:
-    """A hardened deployment whose every connection passes through a recording proxy."""
+    """A hardened deployment of sites, whose every connection passes through a recording proxy."""
 
-    def __init__(self, folder: Path, link: Link, between: Proxy):
-        self.folder, self.link, self.between = folder, link, between
+    folder: Path
+    link: Link
+    between: Proxy
+    model: Path
 
     def wait_for(self, is_there: Callable[[], bool]) -> None:
-        ends = time.monotonic() + 300
+        ends = time.monotonic() + 400
         while not is_there():
             assert time.monotonic() < ends, self.link.log.read_text()
             time.sleep(0.3)
@@ -101,7 +108,7 @@ class Federation:
     def leaks(self, canaries: Canaries) -> dict[str, list[str]]:
         """Return where a canary is: on the wire, or in a file or database; rows' own files are elsewhere."""
         sought = [("wire", bytes(stream)) for stream in self.between.streams]
-        for folder in (self.link.folder, self.folder / "runs", self.folder / "state"):
+        for folder in (self.link.folder, self.folder / "runs", *self.folder.glob("*/state")):
             sought += [(str(file), content) for file, content in contents_of(folder)]
         seen = {content: place for place, content in sought}  # most files are there more than once
         found = {place: canaries.found_in(content) for content, place in seen.items()}
@@ -109,102 +116,115 @@ class Federation:
 
 
 @contextmanager
-def federation(
-    folder: Path, model: Path, canaries: Canaries, faults: tuple[str, ...]
-) -> Iterator[Federation]:
-    """Run a SuperLink, and a data holder for each fault, over which the canaries are dealt."""
+def federation(folder: Path, model: Path, is_debugged: bool) -> Iterator[Federation]:
+    """Run a SuperLink and its SuperExec behind the proxy; there are no sites yet."""
+    level = {"FLWR_LOG_LEVEL": "DEBUG"} if is_debugged else {}
     with ExitStack() as stack:
         link = stack.enter_context(temporary_link(is_hardened=True))
         assert link.credentials
-        log_level = {"FLWR_LOG_LEVEL": "DEBUG"} if "debug" in faults else {}
-        stack.enter_context(superlink(link, variables=log_level))
+        stack.enter_context(superlink(link, variables=level))
         accept = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         accept.load_cert_chain(link.credentials.certificate, link.credentials.key)
         connect = ssl.create_default_context(cafile=link.credentials.authority)
         between = stack.enter_context(proxy(link.port, accept=accept, connect=connect))
         link = replace(link, port=between.port)
-        stack.enter_context(superexec(link, log_level))
-        for number, fault in enumerate(faults):
-            rows = [
-                json.dumps(
-                    {"prompt": f"What is canary {text} of?", "response": f"Return canary {text} of it."}
-                )
-                for text in canaries.texts[number :: len(faults)]
-            ]
-            if fault == "row":
-                rows[-1] = rows[-1][:-9]  # no JSON: it has no end
-            file = folder / f"holder-{fault}.jsonl"
-            file.write_text("\n".join(rows) + "\n")
-            site = folder / f"{fault}.toml"
-            site.write_text(tomli_w.dumps({"site": {"state-path": str(folder / "state" / fault)}}))
-            path = f"{INJECTED}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-            own = {"FEDLLM_TEST_FAULT": fault, "FEDLLM_TEST_ROWS": str(file), "FEDLLM_SITE": str(site)}
-            node = {"data-path": str(file), "model-path": str(model), "client-id": f"holder-{fault}"}
-            stack.enter_context(supernode(link, fault, node, {"PYTHONPATH": path, **own, **log_level}))
-        yield Federation(folder, link, between)
+        stack.enter_context(superexec(link, level))
+        yield Federation(folder, link, between, model)
+
+
+def rows_of(texts: Sequence[str]) -> list[str]:
+    return [
+        json.dumps({"prompt": f"What is canary {text} of?", "response": f"Return canary {text} of it."})
+        for text in texts
+    ]
+
+
+@contextmanager
+def site(running: Federation, fault: str, texts: Sequence[str]) -> Iterator[None]:
+    """Run a site whose rows hold these texts, and which fails as `fault` says."""
+    folder = running.folder / fault
+    rows, file, key = rows_of(texts), folder / "rows.jsonl", folder / "node.key"
+    folder.mkdir()
+    if fault == "row":
+        rows[-1] = rows[-1][:-9]  # no JSON: it has no end
+    file.write_text("\n".join(rows) + "\n")
+    register(running.link, new_node_key(key))
+    assert running.link.credentials
+    node = {"data": str(file), "model-path": str(running.model), "client-id": f"holder-{fault}"}
+    node |= {"private-key": str(key), "root-certificates": str(running.link.credentials.authority)}
+    policy = load_policy(write_site(folder, running.link.address, {fault: node}))
+    path = f"{INJECTED}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    own = {"PYTHONPATH": path, "FEDLLM_TEST_FAULT": fault, "FEDLLM_TEST_ROWS": str(file)}
+    with ExitStack() as stack:
+        with patch.dict(os.environ, own):
+            stack.enter_context(running_site(policy))
+        yield
 
 
 def check_no_leak(
-    running: Federation, canaries: Canaries, tiny_run: list[str], faults: tuple[str, ...]
+    running: Federation, canaries: Canaries, words: Sequence[str], faults: Sequence[str]
 ) -> None:
-    """Do a run of one round in which nodes fail as they do; then no canary is anywhere."""
-    config = config_of(
-        tiny_run,
-        [
-            *(f"federation.num-clients={len(faults)}", "federation.min-clients=1"),
-            *("federation.num-rounds=1", "federation.max-retries=0"),
-            *("data.source=docstrings", f"run.output={running.folder / 'runs'}", "run.name=sought"),
-        ],
-    )
+    """Do a run of one round in which sites fail as they do; then no canary is anywhere."""
+    changes = [f"federation.num-clients={len(faults)}", "federation.min-clients=1", "federation.num-rounds=1"]
+    changes += ["federation.max-retries=0", "data.source=docstrings"]
+    config = config_of(words, [*changes, f"run.output={running.folder / 'runs'}", "run.name=sought"])
     submit(running.link, config, {})
     run = running.folder / "runs" / "sought"
     running.wait_for((run / "result.json").exists)
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "completed", result
+    assert any(f"holder-{faults[0]}".encode() in stream for stream in running.between.streams)
     assert running.leaks(canaries) == {}
     verify(run / "decisions.jsonl")
-    answered = {
-        entry["answer"] for entry in read_entries(run / "decisions.jsonl") if entry["event"] == "reply"
-    }
+    answered = {entry.get("answer") for entry in read_entries(run / "decisions.jsonl")}
     for fault in faults:
-        log = running.folder / "state" / fault / "log.jsonl"
-        verify(log)
-        entries = list(read_entries(log))
+        state = running.folder / fault / "state"
+        verify(state / "log.jsonl")
+        entries = list(read_entries(state / "log.jsonl"))
         assert entries[-1]["code"] == CODES[fault], entries
         assert {entry["answer"] for entry in entries if entry["code"] == "ok"} <= answered
-        printed = "".join(file.read_text() for file in running.link.folder.glob(f"{fault}*.log"))
-        assert SAID.get(fault, "") in printed
+        assert SAID.get(fault, "") in (state / "logs" / "service.log").read_text()
 
 
-def check_search_finds_flowers_own_leak(running: Federation, canaries: Canaries) -> None:
-    """A stock app whose client raises with its rows: Flower sends the words of an exception to the server."""
-    app = running.folder / "app"
+def check_flowers_own_leak(running: Federation, canaries: Canaries, others: Canaries) -> None:
+    """Run a stock app whose client raises with its rows: Flower sends an exception's words to the server.
+
+    Of a node that runs what it is sent the search finds them all over; of sites it still finds nothing.
+    """
+    app, file = running.folder / "app", running.folder / "bare.jsonl"
+    file.write_text("\n".join(rows_of(others.texts)))
     for name, text in LEAKY.items():
         (app / name).parent.mkdir(parents=True, exist_ok=True)
         (app / name).write_text(text)
-    assert flwr(running.link, ["run", str(app), "here", "--format", "json"]).get("run-id")
-    running.wait_for(lambda: any(canaries.texts[0].encode() in stream for stream in running.between.streams))
-    running.wait_for(lambda: len(running.leaks(canaries)) > 1)
-    found = running.leaks(canaries)
+    with supernode(running.link, "bare", {"data-path": str(file)}):
+        assert flwr(running.link, ["run", str(app), "here", "--format", "json"]).get("run-id")
+        running.wait_for(lambda: any(others.texts[0].encode() in each for each in running.between.streams))
+        found = running.leaks(others)
+        running.wait_for(lambda: running.link.log.read_text().count("Finished task") > 1)
     assert "utf-8" in found["wire"]
     assert any("superlink.db" in place for place in found)
+    assert running.leaks(canaries) == {}
+
+
+def seek(faults: Sequence[str], folder: Path, model: Path, words: Sequence[str]) -> None:
+    """Deal canaries over sites that fail in these ways, do a run, and seek them everywhere."""
+    canaries, others = new_canaries(model), new_canaries(model)
+    with federation(folder, model, "debug" in faults) as running, ExitStack() as sites:
+        for number, fault in enumerate(faults):
+            sites.enter_context(site(running, fault, canaries.texts[number :: len(faults)]))
+        check_no_leak(running, canaries, words, faults)
+        check_flowers_own_leak(running, canaries, others)
 
 
 @pytest.mark.slow
 def test_no_row_leaves_and_flowers_own_leak_is_found(
-    canaries: Canaries, tiny_run: list[str], make_model_folder: Callable, tmp_path: Path
+    tiny_run: list[str], make_model_folder: Callable, tmp_path: Path
 ) -> None:
-    faults = ("debug", "panic")
-    with federation(tmp_path, make_model_folder(), canaries, faults) as running:
-        check_no_leak(running, canaries, tiny_run, faults)
-        check_search_finds_flowers_own_leak(running, canaries)
+    seek(("debug", "panic"), tmp_path, make_model_folder(), tiny_run)
 
 
 @pytest.mark.soak
 def test_no_row_leaves_in_six_scenarios(
-    canaries: Canaries, tiny_run: list[str], make_model_folder: Callable, tmp_path: Path
+    tiny_run: list[str], make_model_folder: Callable, tmp_path: Path
 ) -> None:
-    faults = tuple(CODES)
-    with federation(tmp_path, make_model_folder(), canaries, faults) as running:
-        check_no_leak(running, canaries, tiny_run, faults)
-        check_search_finds_flowers_own_leak(running, canaries)
+    seek(tuple(CODES), tmp_path, make_model_folder(), tiny_run)
