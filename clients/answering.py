@@ -9,7 +9,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.gate import Question, Sender, admit, admit_work, note
+from clients.gate import Question, Sender, admit, admit_work, in_time, note
 from clients.handlers import FOR_FEDLLM, FOR_STOCK, Handler
 from clients.kinds import kind_of, make_app
 from clients.process import Process
@@ -67,7 +67,8 @@ def _answer(
         admit(question)
         holder = process.open(context.run_config, context.node_config)
         admit_work(question, holder)
-        content = handler(holder, question.content, context)
+        with in_time(question):
+            content = handler(holder, question.content, context)
         if holder.plan.distillation is not None:  # the server will compute too, in a simulation on this GPU
             torch.cuda.empty_cache()
         return "ok", content

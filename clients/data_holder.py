@@ -105,12 +105,12 @@ def open_data_holder(
     clients, limit, known = {}, config.train.max_length, num_embeddings(files)
     for rows in hosted_rows(config, node, read):
         client = encode_client(rows, tokenizer, limit, known)
-        if client.counts.are_too_many_lost:
+        if client.is_left_out:
             client = replace(client, train=(), held_out=())
         client = without_few_rows(client, load_policy().limits)
         # A client without rows gets no canaries either: it declares none and is left out.
-        extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.train else ()
-        clients[client.client_id] = replace(client, train=(*client.train, *extra))
+        extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.num_rows else ()
+        clients[client.client_id] = client.with_rows(extra)
     data_path, rank = data_path_of(node), max_rank_of(node)
     holder = DataHolder(plan, resident, base_deltas, files, clients, rank, state_path, data_path)
     report_rows(holder.counts, limit)

@@ -5,21 +5,22 @@ it asks for, once rows and base model are known and before anything is computed.
 site's log says what was asked and what became of it. Without a site.toml neither limits nor log exist.
 """
 
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from flwr.app import ConfigRecord, RecordDict
 
 from clients.asked import Asking, count, count_on_disk
 from clients.data_holder import DataHolder
+from clients.site import data_path_of
 from clients.tokens import ClientTokens
 from fedllm.chained_log import append
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
+from fedllm.engine.interruption import watched_steps
 from fedllm.errors import CheckpointError, PolicyError, WithheldError
 from fedllm.files import make_private_folder
 from fedllm.site_policy import SitePolicy, load_policy
@@ -134,6 +135,25 @@ def admit_work(question: Question, holder: DataHolder) -> None:
     )
 
 
+@contextmanager
+def in_time(question: Question) -> Iterator[None]:
+    """End the work of the block where it takes longer than is permitted: training between two of its steps.
+
+    Raises:
+        PolicyError: it took longer.
+    """
+    most, began = question.policy.limits.seconds, time.monotonic()
+
+    def check(*_: int) -> None:
+        if 0 < most < time.monotonic() - began:
+            raise _refusal(question, f"[limits] seconds = {most:g}: the answer took longer")
+
+    with watched_steps(check):
+        yield
+    if question.action != "train":  # what has trained in time may already be charged
+        check()
+
+
 def note(question: Question, code: str, reply: RecordDict | None, seconds: float) -> None:
     """Write the log's entry on a question: `code` is "ok" or why there is no answer, `reply` what leaves.
 
@@ -166,9 +186,9 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
 
 def data_set_of(node_config: Mapping[str, Scalar]) -> str:
     """Return what names the rows of a node, whatever run asks for them: their path, else its share."""
-    path = str(node_config.get("data-path", ""))
-    if path:
-        return os.path.realpath(Path(path).expanduser())
+    path = data_path_of(node_config)
+    if path is not None:
+        return str(path)
     return f"{node_config.get('partition-id', 0)} of {node_config.get('num-partitions', 1)}"
 
 
@@ -240,9 +260,11 @@ def _num_tokens(question: Question, holder: DataHolder) -> int:
     tokens = sum(len(row.tokens) for client in measured for row in client.held_out)
     if question.action == "train":
         rows = question.num_steps * question.config.train.batch_size
-        tokens += sum(rows * _longest(client) for client in clients)
+        tokens += sum(rows * _longest(client, question.config.train.max_length) for client in clients)
     return tokens
 
 
-def _longest(client: ClientTokens) -> int:
+def _longest(client: ClientTokens, limit: int) -> int:
+    if client.num_public is not None:  # a refusal must not tell how long its rows are
+        return limit
     return max((len(row.tokens) for row in client.train), default=0)

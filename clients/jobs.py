@@ -48,12 +48,17 @@ def make_job(
     """
     training, layout = this_round.training, this_round.layout
     size = training.batch_size
-    drawn = draw_rows(
-        len(client.train),
-        seed=this_round.seed,
-        client_id=client.client_id,
-        start=num_drawn,  # on from there: no row comes twice before all have come once
-        count=training.steps * size,
+    # Rows may all be of no use without anybody being told (`num_public`): then a step has none.
+    drawn = (
+        ()
+        if not client.train
+        else draw_rows(
+            len(client.train),
+            seed=this_round.seed,
+            client_id=client.client_id,
+            start=num_drawn,  # on from there: no row comes twice before all have come once
+            count=training.steps * size,
+        )
     )
     rows = tuple(client.train[index] for index in drawn)
     return Job(

@@ -35,15 +35,16 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
         JoinedClient(
             client_id=client.client_id,
             node_id=node_id,
-            num_train=len(client.train),
-            num_held_out=len(client.held_out),
+            num_train=client.num_rows,
+            num_held_out=len(client.held_out) if client.num_public is None else 0,
             max_rank=holder.max_rank,
             fingerprint=holder.fingerprint,
-            cause=RowsLostError.code if client.counts.are_too_many_lost else "",
+            cause=RowsLostError.code if client.is_left_out else "",
         )
         for client in holder.clients.values()
     ]
-    return joined if load_policy().is_exact else [coarse_joined(client) for client in joined]
+    # Under a budget sizes are the same whatever the rows say, and noise is sized by them.
+    return joined if load_policy().allow.exact_numbers else [coarse_joined(client) for client in joined]
 
 
 def prove(holder: DataHolder, question: RecordDict, clients: Sequence[JoinedClient]) -> Proof | None:

@@ -82,7 +82,7 @@ def refuse_spent(plan: PrivacyPlan, this_round: NodeRound, names: Iterable[str])
         ledger, number = read_ledger(file), this_round.request.round_num
         if any(entry.round_num == number for entry in ledger.entries):
             return
-        charge = plan.charge(len(client.train))
+        charge = plan.charge(client.num_rows)
         _check_afforded(plan, ledger, file, name, charge)
         if (budget := _budget_of(this_round)) is not None:
             budget.check(budget.ledger, charge, plan.unit)
@@ -103,7 +103,7 @@ def charge_clients(plan: PrivacyPlan, this_round: NodeRound, works: Works) -> di
 def _charge(plan: PrivacyPlan, this_round: NodeRound, work: ClientWork) -> None:
     """Record in a client's ledger what leaves it; raises where it cannot be afforded or recorded."""
     client, name = work.client, work.client.client_id
-    charge, file = plan.charge(len(client.train)), _ledger_of(this_round, name)
+    charge, file = plan.charge(client.num_rows), _ledger_of(this_round, name)
     draw = request_key(this_round, plan, client, b"").hex() if plan.is_by_example else ""
     release = release_digest(work.sent, draw)
     entry = Entry(this_round.request.round_num, 0, release, {name: charge}, draw)
@@ -186,7 +186,7 @@ def request_key(this_round: NodeRound, plan: PrivacyPlan, client: ClientTokens, 
     same coins for two answers are sampled once, and both answers are charged as sampled.
     """
     name, holder = client.client_id, this_round.holder
-    protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(len(client.train)), plan.batch_size)
+    protected = (plan.unit, plan.trust, plan.clip, plan.multiplier(client.num_rows), plan.batch_size)
     numbers = json.dumps([protected, asdict(this_round.training)], sort_keys=True)
     base = holder.engine.base
     weights = weights_digest(base.files.folder)  # all of them: a fingerprint reads samples
@@ -203,10 +203,10 @@ def private_job(job: Job, client: ClientTokens, plan: PrivacyPlan, key: bytes) -
     those again would only clip the noise. Dropout is drawn from the secret as well: who knew the masks could
     tell by them which place a row had in its step, and so whether an earlier one was there.
     """
-    rate = plan.sampling_rate(len(client.train))
+    rate = plan.sampling_rate(client.num_rows)
     stream = SecretStream(derived_key(key, "rows"))
     batches = tuple(_drawn(client.train, stream, rate) for _ in job.batches)
-    deviation = plan.multiplier(len(client.train)) * plan.clip / plan.batch_size  # of the mean over a batch
+    deviation = plan.multiplier(client.num_rows) * plan.clip / plan.batch_size  # of the mean over a batch
     return replace(
         job,
         batches=batches,

@@ -59,7 +59,7 @@ def protect_clients(this_round: NodeRound, works: Works) -> tuple[Works, dict[st
     """Return the work of each client with what leaves it, and those whose training diverged as failures."""
     protected, failed = [], {}
     for work in works:
-        rows, num_train = [row for batch in work.job.batches for row in batch], len(work.client.train)
+        rows, num_train = [row for batch in work.job.batches for row in batch], work.client.num_rows
         protection = protection_of(this_round, work)
         if protection.clip and not is_finite(work.trained):  # heard on this machine alone
             _logger.warning("client %s: training diverged and counts as zero", work.client.client_id)

@@ -53,10 +53,11 @@ def data_budget(data_path: Path | None, state_path: Path) -> DataBudget | None:
 
 
 def check_paths(config: RunConfig, node: NodeConfig) -> None:
-    """Refuse local paths that came from a server, unless this machine's owner allows such paths."""
-    if (
-        node.get("server-paths") is True or load_policy().allow.server_paths
-    ):  # the text "false" permits nothing
+    """Refuse rows outside the data root, and paths that came from a server where they are not allowed."""
+    policy, own = load_policy(), data_path_of(node)
+    if own is not None:
+        policy.check_below_root(own, "data-path in the node config")
+    if node.get("server-paths") is True or policy.allow.server_paths:  # the text "false" permits nothing
         return
     source = config.data.source
     if "data-path" not in node and source != "docstrings" and is_local(source):

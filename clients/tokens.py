@@ -2,19 +2,20 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from clients.lost_rows import RowCounts, count_rows, describe
+from clients.own_rows import own_split
 from clients.site import NodeConfig
 from fedllm.config.run_config import RunConfig
-from fedllm.data.fields import BadRow, ClientRows, count_reasons
+from fedllm.data.fields import BadRow, ClientRows, Example, count_reasons
 from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
-from fedllm.data.shards import Shards, load_one_client, load_shards
+from fedllm.data.shards import Shards, load_one_client, load_shards, load_split_rows
 from fedllm.errors import ConfigError, DataError, NoDataError
-from fedllm.models.chat import Encoded, encode_or_cause
+from fedllm.models.chat import REFUSED, Encoded, NoRow, encode_or_cause
 from fedllm.models.panics import panics_refused
 from fedllm.site_policy import Limits
 
@@ -29,6 +30,22 @@ class ClientTokens:
     train: tuple[Encoded, ...]
     held_out: tuple[Encoded, ...]
     counts: RowCounts = RowCounts()  # of all its rows, also of those that are left out
+    num_public: int | None = None  # training rows that it declares, where what they say must not show in it
+
+    @property
+    def num_rows(self) -> int:
+        """The number of training rows that it declares, and by which it samples, clips and weighs."""
+        return len(self.train) if self.num_public is None else self.num_public
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether it takes no part as too many of its rows are lost."""
+        return self.num_public is None and self.counts.are_too_many_lost
+
+    def with_rows(self, more: tuple[Encoded, ...]) -> "ClientTokens":
+        """Return the client with further rows to train on."""
+        public = None if self.num_public is None else self.num_public + len(more)
+        return replace(self, train=(*self.train, *more), num_public=public)
 
     @cached_property
     def digest(self) -> str:
@@ -60,9 +77,11 @@ def hosted_rows(
         if not is_client_id(client_id):
             raise ConfigError(f"client-id {client_id!r}: expected {CLIENT_ID_FORM}")
         try:
-            shard = load_one_client(
-                str(node["data-path"]), config.data, client_id=client_id, seed=config.seed
-            )
+            path, own = str(node["data-path"]), own_split(node)
+            if own is None:
+                shard = load_one_client(path, config.data, client_id=client_id, seed=config.seed)
+            else:
+                shard = load_split_rows(path, config.data, client_id=client_id, seed=config.seed, split=own)
         except NoDataError as error:
             _logger.warning("%s", error)
             return [ClientRows(client_id, (), ())]  # it joins and declares no rows; the server leaves it out
@@ -82,7 +101,8 @@ def encode_client(
     """Return a client's rows as tokens, and counts of those that are left out, and why.
 
     Raises:
-        DataError: the tokenizer breaks down on one of them; the message quotes nothing of it.
+        DataError: the tokenizer breaks down on one of them; the message quotes nothing of it. Where failing
+            would tell of that row, it is left out instead.
     """
     examples = (*rows.train, *rows.held_out)
 
@@ -92,28 +112,40 @@ def encode_client(
             " rows of unusual characters or length, or choose another model.name"
         )
 
-    with panics_refused(refusal):
-        encoded = [encode_or_cause(example, tokenizer, max_length, num_embeddings) for example in examples]
+    def encode_all(some: Sequence[Example]) -> list[Encoded | NoRow]:
+        with panics_refused(refusal):
+            return [encode_or_cause(example, tokenizer, max_length, num_embeddings) for example in some]
+
+    def encode_one(example: Example) -> Encoded | NoRow:
+        try:
+            return encode_all([example])[0]
+        except DataError:
+            return NoRow(REFUSED)
+
+    try:
+        encoded = encode_all(examples)
+    except DataError:
+        if rows.num_public is None:
+            raise
+        encoded = [encode_one(example) for example in examples]
     train, held_out = (
         tuple(row for row in part if isinstance(row, Encoded))
         for part in (encoded[: len(rows.train)], encoded[len(rows.train) :])
     )
     counts = count_rows(examples, encoded, tokenizer, rows.num_bad)
-    return ClientTokens(rows.client_id, train, held_out, counts)
+    return ClientTokens(rows.client_id, train, held_out, counts, rows.num_public)
 
 
 def without_few_rows(client: ClientTokens, limits: Limits) -> ClientTokens:
     """Return a client without the training rows, or held-out rows, that are too few to answer for."""
-    fewest = {"train-rows": (client.train, limits.train_rows)}
-    fewest["held-out-rows"] = (client.held_out, limits.held_out_rows)
-    few = [name for name, (rows, least) in fewest.items() if 0 < len(rows) < least]
+    fewest = {"train-rows": (client.num_rows, limits.train_rows)}
+    fewest["held-out-rows"] = (len(client.held_out), limits.held_out_rows)
+    few = [name for name, (number, least) in fewest.items() if 0 < number < least]
     for name in few:
         _logger.warning("client %s: fewer rows than [limits] %s; none are used", client.client_id, name)
-    return replace(
-        client,
-        train=() if "train-rows" in few else client.train,
-        held_out=() if "held-out-rows" in few else client.held_out,
-    )
+    if "train-rows" in few:
+        client = replace(client, train=(), num_public=client.num_public and 0)
+    return replace(client, held_out=()) if "held-out-rows" in few else client
 
 
 def report_rows(counts: Mapping[str, RowCounts], max_length: int) -> None:

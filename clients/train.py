@@ -37,7 +37,7 @@ def train_clients(
             f" {holder.max_rank}"
         )
     this_round = plan_node_round(holder, request, weighting=weighting)
-    able = [name for name in request.drawn if name in holder.clients and holder.clients[name].train]
+    able = [name for name in request.drawn if name in holder.clients and holder.clients[name].num_rows]
     failed = refuse_edited(holder, {name: request.drawn[name] for name in able})
     for technique in this_round.techniques:
         failed.update(technique.refuse(this_round, able))
@@ -57,7 +57,7 @@ def train_clients(
     for technique in this_round.techniques:
         failed.update(technique.charge(this_round, works))
     updates = {work.client.client_id: work.sent for work in works}
-    if not load_policy().is_exact:
+    if not load_policy().allow.exact_numbers:
         updates = {name: coarse_update(update) for name, update in updates.items()}
     updates = {name: replace(update, held_out=held_out.get(name)) for name, update in updates.items()}
     answers: dict[str, ClientUpdate | ClientFailure] = {**updates, **failed}

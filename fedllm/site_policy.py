@@ -154,18 +154,27 @@ class SitePolicy:
         Raises:
             PolicyError: it, or a file below it, is outside the data root.
         """
-        data = self.nodes[name].data
+        data, said = self.nodes[name].data, f"{self.file}: nodes.{name}.data"
         if not self.site.data_root:
             return self.path(data)
-        root, said = self.path(self.site.data_root).resolve(), f"{self.file}: nodes.{name}.data"
         if Path(data).is_absolute() or ".." in Path(data).parts or data.startswith("~"):
             raise PolicyError(f"{said} = {data!r}: expected a path below [site] data-root, without '..'")
-        found = root / data
-        # A link is what it leads to, also one that lies somewhere below a folder.
-        for file in (found, *(found.rglob("*") if found.is_dir() else ())):
+        found = self.path(self.site.data_root) / data
+        self.check_below_root(found, said)
+        return found
+
+    def check_below_root(self, rows: Path, said: str) -> None:
+        """Refuse rows that lie outside the data root, where there is one; a link is what it leads to.
+
+        Raises:
+            PolicyError: the file, or one that lies somewhere below the folder, leads out of it.
+        """
+        if not self.site.data_root:
+            return
+        root = self.path(self.site.data_root).resolve()
+        for file in (rows, *(rows.rglob("*") if rows.is_dir() else ())):
             if not file.resolve().is_relative_to(root):
                 raise PolicyError(f"{said}: {file} leads out of [site] data-root; put the rows below {root}")
-        return found
 
 
 # What a value of each type may be, and how to say so. TOML knows neither tuples nor a bound.

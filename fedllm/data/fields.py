@@ -76,12 +76,17 @@ class BadRow:
 
 @dataclass(frozen=True)
 class ClientRows:
-    """The rows of one data holder, split once and for all by the run's seed."""
+    """The rows of one data holder, split by the run's seed or by the holder's own secret.
+
+    `num_public` is the number of training rows that it declares where what rows say must not show in it: all
+    that stand there, of use or not.
+    """
 
     client_id: str
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     num_bad: int = 0  # in a file of its own; of a dealt source nobody knows whose they are
+    num_public: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from fedllm.errors import DataError, NoDataError, RowsLostError
 from fedllm.seeds import derive_seed
 
 MOST_LOST = 0.2  # share of rows that may be of no use; beyond it something is wrong with them or the settings
+Place: TypeAlias = tuple[str, int]  # the file and line that a row begins on
+
 _logger = logging.getLogger("fedllm.data")
 _DEFAULT_PACKAGES = 8  # of the docstrings corpus where packages are not the clients
 
@@ -50,9 +52,22 @@ class ClientShard:
 
 
 @dataclass(frozen=True)
+class OwnSplit:
+    """How a data holder splits its rows itself, whatever a run says.
+
+    `held_out` is given the places of all rows and returns those that are held out. Where `hides`, no number
+    and no failure follows from what a row says: a row that is of no use counts as one that says nothing.
+    """
+
+    held_out: Callable[[Sequence[Place]], Set[Place]]
+    hides: bool = False
+
+
+@dataclass(frozen=True)
 class _Usable:
     rows: tuple[dict[str, Any], ...]
     examples: tuple[Example, ...]
+    places: tuple[Place, ...]
     bad: tuple[BadRow, ...]
 
 
@@ -95,6 +110,37 @@ def load_one_client(path: str | Path, data: DataConfig, *, client_id: str, seed:
     client, number = _client_rows(usable.examples, data, client_id, seed), len(usable.examples)
     if number_or(data.max_rows, number) >= number:  # else they stand next to a few of the others
         client = replace(client, num_bad=len(usable.bad))
+    return ClientShard(client, usable.bad)
+
+
+def load_split_rows(
+    path: str | Path, data: DataConfig, *, client_id: str, seed: int, split: OwnSplit
+) -> ClientShard:
+    """Read local files of `client_id`, which splits them itself; raises as `load_one_client`.
+
+    A row is known by the file and line it begins on, so neither another row nor the columns that a run reads
+    move it to the other side. Of `data.max_rows` the run's seed draws from the training rows alone.
+    """
+    if split.hides:
+        data = replace(data, on_bad_row="skip")
+    rows = read_local_rows(str(path), split=data.split, on_bad_row=data.on_bad_row)
+    places = [*rows.origins, *((bad.file, bad.line) for bad in rows.bad)]
+    held_out = split.held_out(places)
+    kept = sorted(place for place in places if place not in held_out)
+    if len(kept) > (most := number_or(data.max_rows, len(kept))):
+        kept = [kept[index] for index in _permutation(len(kept), seed, "max-rows", client_id)[:most]]
+    try:
+        usable = _usable(str(path), rows, data, "", most_lost=1.0 if split.hides else MOST_LOST)
+    except DataError:
+        if not split.hides or not places:
+            raise
+        usable = _Usable((), (), (), rows.bad)
+    chosen, named = set(kept), list(zip(usable.places, usable.examples, strict=True))
+    train = tuple(example for place, example in named if place in chosen)
+    learnt = set(train)  # the loss of a copy would be a test of memory
+    measured = (example for place, example in named if place in held_out and example not in learnt)
+    num_public = len(kept) if split.hides else None
+    client = ClientRows(client_id, train, tuple(measured), len(usable.bad), num_public)
     return ClientShard(client, usable.bad)
 
 
@@ -142,7 +188,9 @@ def _permutation(length: int, seed: int, *names: str | int) -> np.ndarray[Any, n
     return np.random.Generator(np.random.PCG64(derive_seed(seed, *names))).permutation(length)
 
 
-def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) -> _Usable:
+def _usable(
+    source: str, rows: Rows, data: DataConfig, partition_column: str, *, most_lost: float = MOST_LOST
+) -> _Usable:
     """Return the rows that become examples; raises as `load_shards` where none or too few do."""
     if not rows.rows:
         raise _nothing_usable(source, rows.bad)
@@ -155,7 +203,7 @@ def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) ->
         fields = detect_fields(present, mapped_columns(data.columns))
     # A column that no row has is a wrong setting, which partition_rows reports, not a file of bad rows
     labelled = partition_column and any(row_label(row, partition_column) for row in rows.rows)
-    kept: list[tuple[dict[str, Any], Example]] = []
+    kept: list[tuple[dict[str, Any], Example, Place]] = []
     bad: list[BadRow] = []
     for row, (file, line) in zip(rows.rows, rows.origins, strict=True):
         try:
@@ -167,16 +215,17 @@ def _usable(source: str, rows: Rows, data: DataConfig, partition_column: str) ->
             if data.on_bad_row == "stop":
                 raise bad_row_error(bad[-1]) from None
             continue
-        kept.append((row, example))
+        kept.append((row, example, (file, line)))
     bad = [*rows.bad, *bad]
     if not kept:
         raise _nothing_usable(source, bad)
-    if len(bad) > MOST_LOST * (len(kept) + len(bad)):
+    if len(bad) > most_lost * (len(kept) + len(bad)):
         raise RowsLostError(
             f"{source}: {len(bad)} of {len(kept) + len(bad)} rows cannot be used, more than {MOST_LOST:.0%}:"
             f" {count_reasons(bad)}; mend them or take them out"
         )
-    return _Usable(tuple(row for row, _ in kept), tuple(made for _, made in kept), tuple(bad))
+    used, examples, places = zip(*kept, strict=True)
+    return _Usable(used, examples, places, tuple(bad))
 
 
 def _tell_clients(partition: Partition, rows: Sequence[dict[str, Any]], column: str) -> None:

@@ -18,6 +18,7 @@ from clients.kinds import make_app
 from clients.process import Process
 from fedllm import chained_log
 from fedllm.config.run_config import RunConfig
+from fedllm.messages import ClientEvaluation, ClientFailure
 from fedllm.models.files import content_digest, fingerprint
 from fedllm.originality.overlap import OverlapRequest, probe
 from fedllm.site_policy import load_policy
@@ -175,16 +176,26 @@ def test_only_the_kinds_of_question_that_are_named(site: Callable, hostile: Call
 
 def test_losses_of_one_row_at_a_time_come_to_an_end(site: Callable, hostile: Callable) -> None:
     """F1: 300 questions, each run with a seed of its own, which chose the one row that is held out."""
-    site("[limits]\nheld-out-rows = 2\nevaluations = 20")
+    site("[limits]\nheld-out-rows = 4\nevaluations = 20")
     told = []
     for seed in range(15):
         server = hostile(**{"seed": seed, "data.max-held-out": 1})
-        told += [server.evaluate() for _ in range(20)]
-    losses = [one for reply in told[:20] for one in replies.read_evaluations(reply, most=1)]
-    assert {one.code for one in losses} == {"no-data"}
+        told.append(server.evaluate())
+    told += [server.evaluate() for _ in range(285)]
+    losses = {
+        one.loss
+        for reply in told[:20]
+        for one in replies.read_evaluations(reply, most=1)
+        if isinstance(one, ClientEvaluation)
+    }
+    assert len(losses) == 1  # of the same four rows, whatever the run says
     assert told[20:] == ["query-limit"] * 280
     asked = [entry["code"] for entry in entries()]
     assert (asked.count("ok"), asked.count("query-limit")) == (20, 280)
+    site("[limits]\nheld-out-rows = 5")
+    (one,) = replies.read_evaluations(hostile(seed=99).evaluate(), most=1)
+    assert isinstance(one, ClientFailure)
+    assert one.code == "no-data"
 
 
 def test_losses_in_train_answers_count_as_evaluations(site: Callable, hostile: Callable) -> None:
@@ -229,6 +240,14 @@ def test_tokens_of_one_answer_are_bounded(site: Callable, hostile: Callable) -> 
     assert server.stock("train") == "policy"
     site(f"[limits]\ntokens = {measured - 1}")
     assert server.evaluate() == "policy"
+
+
+def test_an_answer_that_takes_too_long_is_ended(site: Callable, hostile: Callable) -> None:
+    site("[limits]\nseconds = 1e-9")
+    server = hostile()
+    assert [server.train(), server.evaluate(), server.stock("train")] == ["policy"] * 3
+    site("[limits]\nseconds = 3600")
+    assert answered(server.train())
 
 
 def test_a_dictionary_of_rows_is_not_answered(site: Callable, hostile: Callable) -> None:

@@ -5,11 +5,13 @@ import pytest
 
 from fedllm.errors import DataError
 from fedllm.originality.overlap import (
+    FEWEST_SHINGLES,
     MAX_SHINGLES,
     MAX_TEXTS,
     Overlap,
     OverlapRequest,
     Probe,
+    coarse,
     hashes,
     most,
     overlaps,
@@ -104,3 +106,23 @@ def test_queries_are_bounded() -> None:
             OverlapRequest(1, SALT, (Probe(few, few),) * number)
     with pytest.raises(DataError, match="16 bytes"):
         OverlapRequest(1, b"", (Probe(few, few),))
+
+
+@pytest.mark.parametrize("number", [FEWEST_SHINGLES, 9, 37, 65, 188])
+def test_what_leaves_is_coarse_and_gives_the_same_verdict(number: int) -> None:
+    left = [coarse(Overlap(number, matched, verbatim=False)) for matched in range(number + 1)]
+    exact = [Overlap(number, matched, verbatim=False) for matched in range(number + 1)]
+    assert [one.is_original for one in left] == [one.is_original for one in exact]
+    assert len({one.num_matched for one in left}) <= 5
+    assert (left[0].num_matched, left[1].num_matched, left[-1].num_matched) == (0, 0, number)
+    assert coarse(Overlap(number, 0, verbatim=True)).verbatim
+
+
+def test_of_a_short_text_nothing_is_told() -> None:
+    told = {
+        coarse(Overlap(FEWEST_SHINGLES - 1, matched, verbatim=verbatim))
+        for matched in (0, FEWEST_SHINGLES - 1)
+        for verbatim in (False, True)
+    }
+    (same,) = told
+    assert not same.is_original

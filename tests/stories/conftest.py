@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,32 @@ def fedllm(tmp_path):
 def result_of(folder: Path) -> dict:
     """Return what a run's result.json says."""
     return json.loads((folder / "result.json").read_text())
+
+
+def rounds_of(folder: Path) -> list[int]:
+    """Return the rounds that a run has recorded."""
+    file = folder / "rounds.jsonl"
+    return [json.loads(line)["round"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def processes_of(story: Path, program: str = "") -> dict[int, str]:
+    """Return the command lines of the living processes with STORY=`story` in their environment, by id.
+
+    With `program` only those that run it, and not their guard.
+    """
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, or is a zombie
+            if f"STORY={story}".encode() in (place / "environ").read_bytes().split(b"\0"):
+                words = (place / "cmdline").read_bytes().decode().split("\0")
+                if any(word.endswith(program) for word in words[:2]):
+                    found[int(place.name)] = " ".join(words)
+    return found
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 600) -> None:
+    """Wait until something holds."""
+    ends = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.05)
