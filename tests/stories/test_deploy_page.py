@@ -91,14 +91,16 @@ def steps() -> Iterator[tuple[str, str, str]]:
                 yield from ((name, "", line) for line in body.splitlines() if line)
 
 
-def fitted(file: str, values: dict[str, Any], model: Path, told: Mapping[str, str]) -> dict[str, Any]:
+def fitted(path: Path, values: dict[str, Any], model: Path, told: Mapping[str, str]) -> dict[str, Any]:
     """Return a file of the page with what a test must have otherwise: a tiny model and run, real keys."""
+    file = path.name
     if file == "run.toml":
         values |= {"model": {"name": str(model), "device": "cpu", "num-threads": 1}}
         for table, changes in SMALL.items():
             values[table] = values.get(table, {}) | changes
     if file == "site.toml":
         values["site"] = {key: value for key, value in values["site"].items() if not key.endswith("user")}
+        values["allow"]["bundles"] = re.findall(r"\b[0-9a-f]{64}\b", told[path.parent.parent.name])
         for node in values["nodes"].values():
             node["model-path"] = str(model)
     for name, table in values.get("sites", {}).items():
@@ -134,7 +136,7 @@ def test_three_machines_from_nothing(make_model_folder, text_file, tmp_path):
                 path = Path(machine.here(file))
                 values = tomllib.loads(machine.here(text))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(tomli_w.dumps(fitted(path.name, values, model, told)))
+                path.write_text(tomli_w.dumps(fitted(path, values, model, told)))
             elif words[0] in LEFT_OUT:
                 continue
             elif words[:2] == ["fedllm", "serve"]:

@@ -82,8 +82,9 @@ def test_simulation_trains_and_distils_on_one_gpu(tiny_run, fedllm, tmp_path):
 
 def _kept(folder: Path) -> dict[str, bytes]:
     """Return what the clients of a run keep for themselves, by client and state."""
-    (store,) = (folder / "private").iterdir()
-    return {file.relative_to(store).as_posix(): file.read_bytes() for file in store.rglob("*.safetensors")}
+    private = folder / "private"  # below it a folder for the run
+    kept = {file.relative_to(private): file.read_bytes() for file in private.rglob("*.safetensors")}
+    return {"/".join(file.parts[1:]): content for file, content in kept.items()}
 
 
 @pytest.mark.slow
