@@ -22,7 +22,16 @@ from fedllm.models.files import resolve_model
 from fedllm.site_policy import load_policy
 from scripts.deploying.certificates import new_node_key
 from scripts.recipe_arguments import config_of
-from scripts.runtimes.processes import Link, flwr, register, superexec, superlink, supernode, temporary_link
+from scripts.runtimes.processes import (
+    Link,
+    flwr,
+    free_port,
+    process,
+    register,
+    superexec,
+    superlink,
+    temporary_link,
+)
 from scripts.runtimes.site import running_site
 from scripts.runtimes.submitting import submit
 from tests.leak_search import Canaries, contents_of
@@ -201,7 +210,11 @@ def check_flowers_own_leak(running: Federation, canaries: Canaries, others: Cana
     for name, text in LEAKY.items():
         (app / name).parent.mkdir(parents=True, exist_ok=True)
         (app / name).write_text(text)
-    with supernode(running.link, "bare", {"data-path": str(file)}):
+    key, link = running.folder / "bare.key", running.link
+    register(link, new_node_key(key))
+    command = ["flower-supernode", *link.trust, "--superlink", link.address, "--port", str(free_port())]
+    command += ["--auth-supernode-private-key", str(key), "--node-config", f'data-path="{file}"']
+    with process(command, link.folder, link.environment("bare"), "bare"):
         assert flwr(running.link, ["run", str(app), "here", "--format", "json"]).get("run-id")
         running.wait_for(lambda: any(others.texts[0].encode() in each for each in running.between.streams))
         found = running.leaks(others)
