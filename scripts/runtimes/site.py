@@ -26,6 +26,7 @@ from clients.site_protocol import KEYS, LAUNCH_KEY, SOCKET, digest_of
 from fedllm.errors import ConfigError
 from fedllm.files import make_private_folder
 from fedllm.site_policy import SiteNode, SitePolicy
+from scripts.deploying.refusals import why_a_node_ended
 from scripts.runtimes.processes import end_session, flower_environment, free_port, start_guarded
 
 _ROOT = Path(__file__).parents[2]  # where `clients` lies, in a checkout and where it is installed
@@ -276,10 +277,10 @@ def _python_path() -> dict[str, str]:
 
 
 def last_words(log: Path) -> str:
-    """Return the last line of a log that says something."""
+    """Return why a process ended, in a line: cause and cure where they are known, else its last words."""
     with suppress(OSError):
-        lines = [line.strip() for line in log.read_text(errors="replace")[-4000:].splitlines()]
-        told = [line for line in lines if any(letter.isalnum() for letter in line)]
+        text = log.read_text(errors="replace")[-4000:]
+        told = [line.strip() for line in text.splitlines() if any(letter.isalnum() for letter in line)]
         if told:
-            return told[-1][:200]
+            return why_a_node_ended(text) or told[-1][:200]
     return "without a word"
