@@ -28,7 +28,6 @@ from fedllm.models.base import layout_of
 from fedllm.models.files import ModelFiles, fingerprint, resolve_model
 from fedllm.models.tokenizer_fit import num_embeddings
 from fedllm.plan.run_plan import RunPlan, resolve
-from fedllm.site_policy import load_policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +106,7 @@ def open_data_holder(
         client = encode_client(rows, tokenizer, limit, known)
         if client.is_left_out:
             client = replace(client, train=(), held_out=())
-        client = without_few_rows(client, load_policy().limits)
+        client = without_few_rows(client)
         # A client without rows gets no canaries either: it declares none and is left out.
         extra = draw_canaries(config, tokenizer, client.client_id, state_path) if client.num_rows else ()
         clients[client.client_id] = client.with_rows(extra)

@@ -13,12 +13,18 @@ from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import JoinedClient
 from fedllm.site_policy import load_policy
 from fedllm.wire.joining import Proof, join_statement, read_question, write_joined
+from fedllm.wire.libraries import check_libraries
 
 _logger = logging.getLogger("fedllm.clients")
 
 
 def answer_join(holder: DataHolder, question: RecordDict, node_id: int) -> RecordDict:
-    """Return the answer to a request to join."""
+    """Return the answer to a request to join.
+
+    Raises:
+        OtherVersionError: the server has another major version of a library.
+    """
+    check_libraries(question.config_records.get("libraries", {}))
     declared = declare_clients(holder, node_id)
     return write_joined(declared, prove(holder, question, declared))
 

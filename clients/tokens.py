@@ -17,7 +17,7 @@ from fedllm.data.shards import Shards, load_one_client, load_shards, load_split_
 from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.models.chat import REFUSED, Encoded, NoRow, encode_or_cause
 from fedllm.models.panics import panics_refused
-from fedllm.site_policy import Limits
+from fedllm.site_policy import load_policy
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -136,8 +136,9 @@ def encode_client(
     return ClientTokens(rows.client_id, train, held_out, counts, rows.num_public)
 
 
-def without_few_rows(client: ClientTokens, limits: Limits) -> ClientTokens:
-    """Return a client without the training rows, or held-out rows, that are too few to answer for."""
+def without_few_rows(client: ClientTokens) -> ClientTokens:
+    """Return a client without the training rows, or held-out rows, that this site finds too few."""
+    limits = load_policy().limits
     fewest = {"train-rows": (client.num_rows, limits.train_rows)}
     fewest["held-out-rows"] = (len(client.held_out), limits.held_out_rows)
     few = [name for name, (number, least) in fewest.items() if 0 < number < least]

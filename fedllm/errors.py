@@ -141,10 +141,10 @@ class SiteAwayError(FedLLMError, ConnectionError):
 
 
 class OtherVersionError(FedLLMError, RuntimeError):
-    """Two sides of a site, or a server and a site, run different versions of fedllm."""
+    """Two sides of a site, or a server and a site, run different versions of fedllm or of a library."""
 
     code = "other-version"
-    cause = "it runs another version of fedllm than the server"
+    cause = "it runs another version of fedllm, torch or transformers than the server; its log says which"
 
 
 class CancelledError(FedLLMError):

@@ -38,3 +38,11 @@ def start(config: SiteFile = None) -> None:
     from scripts.commands import site_command
 
     site_command.start(config)
+
+
+@app.command()
+def bundle() -> None:
+    """Print the SHA-256 of the code that a server of this release ships, for [allow] bundles."""
+    from scripts.commands import site_bundle_command
+
+    site_bundle_command.bundle()

@@ -22,6 +22,7 @@ from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.identity import statement, verify
 from fedllm.messages import JoinedClient
+from fedllm.wire.libraries import library_versions
 from fedllm.wire.packets import LARGEST_NUMBER
 from fedllm.wire.refusals import write_error
 from fedllm.wire.replies import number_rows, read_error, read_tables
@@ -46,8 +47,9 @@ def new_nonce() -> str:
 
 
 def write_question(nonce: str) -> RecordDict:
-    """Return the question to join."""
-    return RecordDict({"join": ConfigRecord({"nonce": nonce})})
+    """Return the question to join, which names the libraries of this machine."""
+    libraries = ConfigRecord({**library_versions()})
+    return RecordDict({"join": ConfigRecord({"nonce": nonce}), "libraries": libraries})
 
 
 def read_question(content: RecordDict) -> str:

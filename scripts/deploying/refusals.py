@@ -40,10 +40,10 @@ _CAUSES = (
 
 
 def why_a_node_ended(log: str) -> str:
-    """Return in one line what a SuperNode's output says of its end; else its last error, else ""."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", log)
+    """Return in one line what a SuperNode's output says of its last end; else its last error, else ""."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", log).rpartition("Starting Flower SuperNode")[2]
     for pattern, cause in _CAUSES:
         if re.search(pattern, plain):
             return cause
     errors = re.findall(r"ERROR\s*:\s*(.+)", plain)
-    return errors[-1].strip() if errors else ""
+    return errors[-1].strip()[:200] if errors else ""

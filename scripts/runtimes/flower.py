@@ -10,12 +10,12 @@ from pathlib import Path
 
 import tomli_w
 
-from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.runs.folder import RESULT, run_folder
 from scripts.run_view import RunView
-from scripts.runtimes.machine import gpus_of, simulation_size
-from scripts.runtimes.processes import Link, superlink, supernode, temporary_link
+from scripts.runtimes.machine import simulation_size
+from scripts.runtimes.own_sites import own_sites
+from scripts.runtimes.processes import Link, superlink, temporary_link
 from scripts.runtimes.shown_rounds import ShownRounds, version_of
 from scripts.runtimes.submitting import check_completed, status, submit, with_absolute_paths
 from scripts.runtimes.supervisor import Supervisor, server_processes, started
@@ -51,16 +51,7 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
             return
         processes = server_processes(link, variables)
         stack.enter_context(started(processes))
-        number, gpus = config.federation.num_clients, gpus_of(config)
-        for index in range(number):
-            node: dict[str, Scalar] = {
-                "partition-id": index,
-                "num-partitions": number,
-                "server-paths": True,
-                "state-path": private,
-            }
-            gpu = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
-            stack.enter_context(supernode(link, f"node-{index}", node, gpu))
+        stack.enter_context(own_sites(link, config, Path(private), view.notice))
         supervisor = Supervisor(config, link, processes, view)
         supervisor.run()
         check_completed(link, supervisor.run_id, folder)

@@ -1,15 +1,14 @@
-"""Flower's processes on this machine: SuperLink, SuperExec and SuperNode, each for the length of a block.
+"""The processes of Flower's server on this machine, SuperLink and SuperExec, each for the length of a block.
 
 Each has a Flower home of its own and an empty working directory (a process started inside a checkout would
 import that checkout's code instead of the submitted app's), and ends with whoever started it.
 
 With `Credentials` a `Link` is hardened: TLS, SuperNodes that prove a registered key, and programs that Flower
-starts only for a SuperExec that knows a secret. Without, it is plain HTTP, for simulations and for tests.
+starts only for a SuperExec that knows a secret. Without, it is plain HTTP, for simulations.
 """
 
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -18,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,9 @@ from typing import Any
 import httpx
 import tomli_w
 
-from fedllm.config.key import Scalar
 from fedllm.errors import ConfigError, RunFailedError
 from fedllm.files import locked
-from scripts.deploying.certificates import Credentials, new_credentials, new_node_key, read_public_key
+from scripts.deploying.certificates import Credentials, new_credentials, read_public_key
 
 _GUARD = Path(__file__).with_name("guard.py")
 _PREFIX, _OWNER = "fedllm-flower-", ".owner.lock"  # of temporary folders
@@ -137,8 +135,12 @@ def superlink(
     hardened one runs no ServerApp without a `superexec` beside it, which outlives it.
 
     Raises:
-        RunFailedError: it does not come to listen; its last line is quoted.
+        RunFailedError: its port is taken, or it does not come to listen; its last line is quoted.
     """
+    if link.is_open():  # else whoever has the port would be taken for the SuperLink
+        raise RunFailedError(
+            f"port {link.port} of this machine is taken by another program: end it, or choose another port"
+        )
     command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(link.port)]
     command += ["--disable-runtime-dependency-installation"]
     command += ["--simulation"] if is_simulation else []
@@ -165,43 +167,6 @@ def superexec(link: Link, variables: Mapping[str, str] | None = None) -> Iterato
     environment = link.environment("superexec") | dict(variables or {})
     with process(command, link.folder, environment, "superexec") as running:
         yield running
-
-
-@contextmanager
-def supernode(
-    link: Link, name: str, node_config: Mapping[str, Scalar], variables: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """Run a SuperNode with its own home and environment `variables` for the length of the block.
-
-    At a hardened SuperLink it has a new key, which is registered here, and a SuperExec of its own.
-
-    Raises:
-        RunFailedError: its key cannot be registered.
-    """
-    config = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
-    port, environment = free_port(), link.environment(name) | dict(variables or {})
-    command = ["flower-supernode", *link.trust, "--superlink", link.address, "--port", str(port)]
-    command += ["--node-config", config]
-    with ExitStack() as stack:
-        if link.credentials:
-            key, secret = link.folder / f"{name}.key", link.folder / f"{name}.secret"
-            register(link, new_node_key(key))
-            secret.touch(mode=0o600)
-            secret.write_text(secrets.token_hex(32))
-            shared = ["--superexec-auth-secret-file", str(secret)]
-            command += ["--auth-supernode-private-key", str(key), "--isolation", "process", *shared]
-            # Between the two stand loopback and the secret: no TLS.
-            starter = [
-                "flower-superexec",
-                "--insecure",
-                "--runtime-api-address",
-                f"127.0.0.1:{port}",
-                *shared,
-            ]
-        stack.enter_context(process(command, link.folder, environment, name))
-        if link.credentials:
-            stack.enter_context(process(starter, link.folder, environment, f"{name}-superexec"))
-        yield
 
 
 def register(link: Link, public_key: Path) -> None:

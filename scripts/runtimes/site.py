@@ -26,6 +26,7 @@ from clients.site_protocol import KEYS, LAUNCH_KEY, SOCKET, digest_of
 from fedllm.errors import ConfigError
 from fedllm.files import make_private_folder
 from fedllm.site_policy import SiteNode, SitePolicy
+from scripts.deploying.refusals import why_a_node_ended
 from scripts.runtimes.processes import end_session, flower_environment, free_port, start_guarded
 
 _ROOT = Path(__file__).parents[2]  # where `clients` lies, in a checkout and where it is installed
@@ -125,8 +126,12 @@ class Site:
 
 
 @contextmanager
-def running_site(policy: SitePolicy) -> Iterator[Site]:
+def running_site(
+    policy: SitePolicy, *, logs: Path | None = None, variables: Mapping[str, str] | None = None
+) -> Iterator[Site]:
     """Run the service and the nodes of a site.toml for the length of the block; nothing of them outlives it.
+
+    They write to `logs`, else below the state folder; `variables` are added to the service's environment.
 
     Raises:
         ConfigError: the file names a user that cannot be used, or its socket's path is too long.
@@ -141,14 +146,14 @@ def running_site(policy: SitePolicy) -> Iterator[Site]:
     folder = Path(tempfile.mkdtemp(prefix="fedllm-site-"))
     folder.chmod(0o755)
     place = policy.path(policy.site.socket) if policy.site.socket else folder / "socket" / "site.sock"
-    logs = policy.state_folder / "logs"
+    logs = logs or policy.state_folder / "logs"
     make_private_folder(logs)
     owner.owns(policy.state_folder, logs)
     site = Site(policy, place, logs)
     keys = {name: secrets.token_urlsafe(32) for name in policy.nodes}
     try:
         with _listen(place, owner, messenger) as listening:
-            site.kept.append(_service(site, folder, owner, listening, keys))
+            site.kept.append(_service(site, folder, owner, listening, keys, variables or {}))
             program = _launcher(folder)
             for name, node in policy.nodes.items():
                 site.kept += _node(site, folder / name, messenger, name, node, keys[name], program)
@@ -189,10 +194,15 @@ def _listen(place: Path, owner: Account, messenger: Account) -> socket.socket:
 
 
 def _service(
-    site: Site, folder: Path, owner: Account, listening: socket.socket, keys: Mapping[str, str]
+    site: Site,
+    folder: Path,
+    owner: Account,
+    listening: socket.socket,
+    keys: Mapping[str, str],
+    variables: Mapping[str, str],
 ) -> Kept:
     nodes = json.dumps({digest_of(key): name for name, key in keys.items()})
-    environment = {**os.environ, **owner.variables, **_python_path(), KEYS: nodes}
+    environment = {**os.environ, **owner.variables, **_python_path(), **variables, KEYS: nodes}
     environment["FEDLLM_SITE"] = str(site.policy.file)
     command = [sys.executable, "-m", "clients.service", str(listening.fileno())]
     log, work = site.logs / "service.log", folder / "service"
@@ -267,10 +277,10 @@ def _python_path() -> dict[str, str]:
 
 
 def last_words(log: Path) -> str:
-    """Return the last line of a log that says something."""
+    """Return why a process ended, in a line: cause and cure where they are known, else its last words."""
     with suppress(OSError):
-        lines = [line.strip() for line in log.read_text(errors="replace")[-4000:].splitlines()]
-        told = [line for line in lines if any(letter.isalnum() for letter in line)]
+        text = log.read_text(errors="replace")[-4000:]
+        told = [line.strip() for line in text.splitlines() if any(letter.isalnum() for letter in line)]
         if told:
-            return told[-1][:200]
+            return why_a_node_ended(text) or told[-1][:200]
     return "without a word"

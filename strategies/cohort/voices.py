@@ -15,8 +15,8 @@ from dataclasses import replace
 from fedllm.messages import ClientUpdate, JoinedClient
 from fedllm.plan.run_plan import RunPlan
 
-# Times the median site. Under a robust rule the honest majority of sites must be one by weight too, so there
-# nobody weighs more than the median.
+# Times the median site. Under a robust rule liars must be a minority by weight too: where nobody weighs more
+# than the median, fewer than a quarter of the sites weigh less than half.
 OVER_MEDIAN, OVER_MEDIAN_ROBUST = 10.0, 1.0
 
 

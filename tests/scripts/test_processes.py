@@ -1,21 +1,21 @@
-"""Temporary folders of Flower's processes."""
+"""What Flower's processes are refused for before they start."""
 
-import tempfile
+import socket
 from pathlib import Path
 
 import pytest
 
-from scripts.runtimes.processes import temporary_link
+from fedllm.errors import RunFailedError
+from scripts.runtimes.processes import Link, superlink
 
 
-def test_folders_of_killed_processes_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed, made_just_now, other = (tmp_path / name for name in ("fedllm-flower-a", "fedllm-flower-b", "x"))
-    for folder in (killed, made_just_now, other):
-        folder.mkdir()
-    (killed / ".owner.lock").touch()
-    (killed / "superlink.log").touch()
-    with temporary_link(is_hardened=False) as first, temporary_link(is_hardened=False) as second:
-        living = {first.folder, second.folder}
-        assert set(tmp_path.iterdir()) == {made_just_now, other, *living}
-    assert set(tmp_path.iterdir()) == {made_just_now, other}
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(RunFailedError, match=f"port {port} .* is taken") as caught,
+            superlink(Link(tmp_path, port)),
+        ):
+            pass
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "superlink.log").exists()

@@ -91,14 +91,16 @@ def steps() -> Iterator[tuple[str, str, str]]:
                 yield from ((name, "", line) for line in body.splitlines() if line)
 
 
-def fitted(file: str, values: dict[str, Any], model: Path, told: Mapping[str, str]) -> dict[str, Any]:
+def fitted(path: Path, values: dict[str, Any], model: Path, told: Mapping[str, str]) -> dict[str, Any]:
     """Return a file of the page with what a test must have otherwise: a tiny model and run, real keys."""
+    file = path.name
     if file == "run.toml":
         values |= {"model": {"name": str(model), "device": "cpu", "num-threads": 1}}
         for table, changes in SMALL.items():
             values[table] = values.get(table, {}) | changes
     if file == "site.toml":
         values["site"] = {key: value for key, value in values["site"].items() if not key.endswith("user")}
+        values["allow"]["bundles"] = re.findall(r"\b[0-9a-f]{64}\b", told[path.parent.parent.name])
         for node in values["nodes"].values():
             node["model-path"] = str(model)
     for name, table in values.get("sites", {}).items():
@@ -112,7 +114,7 @@ def test_every_command_of_the_walk_is_run_or_left_out_for_a_reason():
         for _, file, text in steps()
         if not file
     }
-    assert first == {"fedllm", *LEFT_OUT}
+    assert first == {"fedllm", "install", "runuser", *LEFT_OUT}
 
 
 @pytest.mark.slow
@@ -127,16 +129,18 @@ def test_three_machines_from_nothing(make_model_folder, text_file, tmp_path):
     rows = text_file.read_text().splitlines(keepends=True)
     told: dict[str, str] = {}
     with ExitStack() as running:
-        for name, file, text in steps():
-            machine = machines[name]
+        for name, file, line in steps():
+            machine, text = machines[name], line.removeprefix("runuser -u fedllm -- ")
             words = shlex.split(text) if not file else []
             if file:
                 path = Path(machine.here(file))
                 values = tomllib.loads(machine.here(text))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(tomli_w.dumps(fitted(path.name, values, model, told)))
+                path.write_text(tomli_w.dumps(fitted(path, values, model, told)))
             elif words[0] in LEFT_OUT:
                 continue
+            elif words[0] == "install":
+                subprocess.run(shlex.split(machine.here(text)), check=True)
             elif words[:2] == ["fedllm", "serve"]:
                 for other in ("a", "b"):  # what the page has people carry from machine to machine
                     public = Path(machines[other].here("/etc/fedllm/node.key.pub"))

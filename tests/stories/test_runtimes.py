@@ -1,22 +1,18 @@
 """The same app in three runtimes gives the same adapter, bit for bit."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedllm.config.run_config import RunConfig
 from fedllm.plan.run_plan import resolve
 from scripts.console import Console
 from scripts.recipe_arguments import config_of
 from scripts.run_view import RunView
 from scripts.runtimes.flower import run_with_flower
 from scripts.runtimes.local import init, step
-from scripts.runtimes.processes import superexec, superlink, supernode, temporary_link
-from scripts.runtimes.submitting import status, submit
 
 
 def _digest(folder: Path) -> str:
@@ -42,16 +38,16 @@ def test_python_steps_equal_the_command(tiny_run, fedllm, tmp_path):
     assert before.server.round_num == 0, "a step does not change the state it starts from"
 
 
+# The originality of texts is asked about in a message of its own.
+DISTILLED = ("distill.when=last", "distill.num-texts=8", "distill.steps=2", "distill.max-tokens=48")
+FFA = ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-ranks=4,2")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["simulation", "deployment"])
 @pytest.mark.parametrize(
-    "changes",
-    [
-        # The originality of texts is asked about in a message of its own.
-        ("distill.when=last", "distill.num-texts=8", "distill.steps=2", "distill.max-tokens=48"),
-        ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-ranks=4,2"),
-    ],
-    ids=["default", "ffa"],
+    ("runtime", "changes"),
+    [("simulation", DISTILLED), ("deployment", DISTILLED), ("simulation", FFA)],  # and test_kills.py
+    ids=["simulation", "deployment", "simulation-ffa"],
 )
 def test_flower_runtime_equals_the_local_one(runtime, changes, tiny_run, fedllm, tmp_path):
     words = [*tiny_run, *changes, "federation.num-clients=2", "--out", str(tmp_path)]
@@ -86,8 +82,9 @@ def test_simulation_trains_and_distils_on_one_gpu(tiny_run, fedllm, tmp_path):
 
 def _kept(folder: Path) -> dict[str, bytes]:
     """Return what the clients of a run keep for themselves, by client and state."""
-    (store,) = (folder / "private").iterdir()
-    return {file.relative_to(store).as_posix(): file.read_bytes() for file in store.rglob("*.safetensors")}
+    private = folder / "private"  # below it a folder for the run
+    kept = {file.relative_to(private): file.read_bytes() for file in private.rglob("*.safetensors")}
+    return {"/".join(file.parts[1:]): content for file, content in kept.items()}
 
 
 @pytest.mark.slow
@@ -101,7 +98,7 @@ def test_a_failed_simulation_is_one_line(tiny_run, fedllm, tmp_path):
 
 
 @pytest.mark.slow
-def test_kept_vectors_are_the_same_with_a_process_per_message(tiny_run, fedllm, tmp_path):
+def test_kept_vectors_are_the_same_at_a_site_service(tiny_run, fedllm, tmp_path):
     words = [*tiny_run, "federation.num-clients=2", "--out", str(tmp_path), "personal.mode=ditto"]
     words += ["train.control-variates=true", "aggregation.read-out=factor-mean"]
     words += ["federation.selection=power-of-choice"]
@@ -114,47 +111,3 @@ def test_kept_vectors_are_the_same_with_a_process_per_message(tiny_run, fedllm, 
     kept = [_kept(tmp_path / name) for name in names]
     assert len(kept[0]) == 4
     assert kept[0] == kept[1]
-
-
-@pytest.mark.slow
-def test_two_holders_with_files_of_their_own(tiny_run, text_file, tmp_path):
-    """A SuperLink and two SuperNodes, each with its own file and model: a real federation in small."""
-    rows = text_file.read_text().splitlines(keepends=True)
-    config: RunConfig = config_of(
-        tiny_run,
-        [
-            "federation.num-clients=2",
-            "data.source=docstrings",  # what the server says; the nodes' own files win
-            f"run.output={tmp_path}",
-            "run.name=two",
-        ],
-    )
-    with temporary_link(is_hardened=True) as link, superlink(link), superexec(link):
-        nodes = []
-        for index in range(2):
-            file = tmp_path / f"holder{index}.jsonl"
-            file.write_text("".join(rows[index::2]))
-            own = {"data-path": str(file), "model-path": config.model.name}
-            node = {**own, "client-id": f"hospital-{index}"}
-            nodes.append(supernode(link, f"node-{index}", node))
-        with nodes[0], nodes[1]:
-            run_id = submit(link, config, {})
-            ended = _wait(link, run_id, tmp_path / "two")
-    assert ended == "finished:completed"
-    lines = [json.loads(line) for line in (tmp_path / "two" / "rounds.jsonl").read_text().splitlines()]
-    assert [line["round"] for line in lines] == [0, 1, 2]
-    assert lines[-1]["accepted"] == ["hospital-0", "hospital-1"]
-    assert lines[-1]["mean_held_out"] < lines[0]["mean_held_out"]
-
-
-def _wait(link, run_id: str, folder: Path) -> str:
-    """Return Flower's status once the run has ended; asking costs a second of CPU, so it is asked rarely."""
-    ends = time.monotonic() + 600
-    asked = time.monotonic()
-    while time.monotonic() < ends:
-        time.sleep(0.5)
-        if (folder / "result.json").exists() or time.monotonic() > asked + 20:
-            asked, now = time.monotonic(), status(link, run_id)
-            if now.startswith("finished"):
-                return now
-    return "still running"

@@ -16,6 +16,7 @@ from http.client import HTTPSConnection
 import httpx
 import pytest
 
+from fedllm.site_policy import load_policy
 from scripts.deploying.certificates import new_credentials, new_node_key
 from scripts.deploying.refusals import why_a_node_ended
 from scripts.runtimes.processes import (
@@ -25,10 +26,11 @@ from scripts.runtimes.processes import (
     register,
     superexec,
     superlink,
-    supernode,
     temporary_link,
 )
+from scripts.runtimes.site import running_site
 from tests.fronts import FRONTS, front, installed
+from tests.site_builder import write_site
 
 pytestmark = pytest.mark.slow
 # The last one travels on as what it comes to.
@@ -112,16 +114,28 @@ def test_runtime_without_the_secret_gives_no_task(deployment):
         assert post(deployment, deployment.link.port, f"/v1/runtime/{path}")[0] == 401, path
 
 
-def test_nodes_runtime_port_gives_nothing_either(deployment):
-    with supernode(deployment.link, "asked", {}), httpx.Client(trust_env=False) as client:
-        log, ends = deployment.link.folder / "asked.log", time.monotonic() + 60
-        while "running on http://" not in log.read_text():
-            assert time.monotonic() < ends, log.read_text()
+def test_site_gives_nothing_on_its_two_doors(deployment, tmp_path):
+    link = deployment.link
+    assert link.credentials
+    register(link, new_node_key(tmp_path / "asked.key"))
+    node = {"root-certificates": str(link.credentials.authority), "private-key": str(tmp_path / "asked.key")}
+    policy = load_policy(write_site(tmp_path, link.address, {"asked": node}))
+    with running_site(policy) as site:
+        log, ends = site.logs / "node-asked.log", time.monotonic() + 60
+        while "running on http://" not in (log.read_text() if log.exists() else ""):
+            assert time.monotonic() < ends, "no SuperNode"
             time.sleep(0.1)
         address = log.read_text().split("running on ")[1].split()[0]
-        for path in ("acquire-task", "pull-task-input", "pull-object"):
-            headers = {"Content-Type": "application/protobuf"}
-            assert client.post(f"{address}/v1/runtime/{path}", headers=headers).status_code == 401, path
+        headers = {"Content-Type": "application/protobuf"}
+        with httpx.Client(trust_env=False) as client:
+            for path in ("acquire-task", "pull-task-input", "pull-object"):
+                assert client.post(f"{address}/v1/runtime/{path}", headers=headers).status_code == 401, path
+        door = httpx.HTTPTransport(uds=str(site.socket))
+        headers = {"fedllm-protocol": "1", "authorization": "Bearer guessed"}
+        with httpx.Client(transport=door, base_url="http://site", timeout=60) as client:
+            for path in ("ticket", "answer"):
+                answer = client.post(f"/v1/{path}", headers=headers, json={"bundle": "0" * 64, "version": ""})
+                assert answer.is_error, answer.text
 
 
 def skewed(seconds: str) -> dict[str, str]:
