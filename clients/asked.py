@@ -21,11 +21,15 @@ SECONDS_A_DAY = 86_400.0
 
 @dataclass(frozen=True)
 class RunCount:
-    """What one run has asked of a data set; `begun` is when it first did, in seconds since 1970."""
+    """What one run has asked of a data set; `begun` is when it first did, in seconds since 1970.
+
+    `trainings` counts the train requests, `updates` those that an update was the answer to.
+    """
 
     begun: float
     steps: int = 0
     trainings: int = 0
+    updates: int = 0
     overlaps: int = 0
 
 
@@ -79,10 +83,16 @@ def count(asked: Asked, asking: Asking, limits: Limits) -> Asked:
         evaluations = _with(evaluations, asking.now, limits.evaluations, "evaluations", limits.period_days)
     if asking.action == "overlap":
         run = replace(run, overlaps=run.overlaps + 1)
-        if run.overlaps > run.trainings:
+        if run.overlaps > run.updates:
             raise QueryLimitError("this run has asked about its texts as often as this site trained in it")
         overlaps = _with(overlaps, asking.now, limits.overlaps, "overlaps", limits.period_days)
     return Asked({**asked.runs, asking.run: run}, evaluations, overlaps)
+
+
+def count_update(asked: Asked, run: str) -> Asked:
+    """Return what was asked after an update has been the answer to a train request of a run."""
+    known = asked.runs[run]
+    return replace(asked, runs={**asked.runs, run: replace(known, updates=known.updates + 1)})
 
 
 def count_on_disk(folder: Path, data_set: str, change: Callable[[Asked], Asked]) -> None:

@@ -6,14 +6,14 @@ site's log says what was asked and what became of it. Without a site.toml neithe
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 from flwr.app import ConfigRecord, RecordDict
 
-from clients.asked import Asking, count, count_on_disk
+from clients.asked import Asked, Asking, count, count_on_disk, count_update
 from clients.data_holder import DataHolder
 from clients.site import data_path_of
 from clients.tokens import ClientTokens
@@ -23,6 +23,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.engine.interruption import watched_steps
 from fedllm.errors import CheckpointError, PolicyError, WithheldError
 from fedllm.files import make_private_folder
+from fedllm.plan.run_plan import resolve
 from fedllm.site_policy import SitePolicy, load_policy
 from fedllm.wire.digests import content_digest
 
@@ -80,6 +81,11 @@ class Question:
         """The run's configuration; reading it refuses unknown keys and values out of range."""
         return RunConfig.from_flat(self.run_config)
 
+    @cached_property
+    def run(self) -> str:
+        """The run as it is counted: one that goes on keeps it, one that is called the same has its own."""
+        return f"{self.sender.server} {self.config.run.name} {resolve(self.config).digest}"
+
     @property
     def request(self) -> ConfigRecord:
         """What the question says of its round and clients, as the server wrote it."""
@@ -121,18 +127,13 @@ def admit_work(question: Question, holder: DataHolder) -> None:
     if 0 < policy.limits.tokens < tokens:
         raise _refusal(question, f"[limits] tokens = {policy.limits.tokens}: this answer would take {tokens}")
     asking = Asking(
-        # A run that goes on has the same; a server that calls another run the same starts a new one.
-        run=f"{question.sender.server} {question.config.run.name} {holder.plan.digest}",
+        run=question.run,
         action=question.action,
         steps=question.num_steps,
         is_measured=question.is_measured,
         now=time.time(),
     )
-    count_on_disk(
-        policy.state_folder / "asked",
-        data_set_of(question.node_config),
-        lambda asked: count(asked, asking, policy.limits),
-    )
+    _count(question, lambda asked: count(asked, asking, policy.limits))
 
 
 @contextmanager
@@ -157,12 +158,18 @@ def in_time(question: Question) -> Iterator[None]:
 def note(question: Question, code: str, reply: RecordDict | None, seconds: float) -> None:
     """Write the log's entry on a question: `code` is "ok" or why there is no answer, `reply` what leaves.
 
+    An update that leaves is counted too: only where its rows were trained on may a run ask what of them its
+    texts repeat.
+
     Raises:
         CheckpointError: it cannot be written; then the answer must not leave.
     """
     policy = question.policy
     if policy.file is None:
         return
+    num_bytes = 0 if reply is None else _num_bytes(reply)
+    if question.action == "train" and num_bytes:
+        _count(question, lambda asked: count_update(asked, question.run))
     round_num, names = question.request.get("round"), question.request.get("client-ids")
     entry = {
         "question": f"stock {question.action}" if question.is_stock else question.action,
@@ -171,7 +178,7 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
         "round": round_num if isinstance(round_num, int) and abs(round_num) < 2**53 else 0,
         "clients": len(names) if isinstance(names, list) else 0,
         "code": code,
-        "bytes": 0 if reply is None else _num_bytes(reply),
+        "bytes": num_bytes,
         "answer": "" if reply is None else content_digest(reply),  # as in the server's log
         "seconds": round(seconds, 3),
     }
@@ -190,6 +197,11 @@ def data_set_of(node_config: Mapping[str, Scalar]) -> str:
     if path is not None:
         return str(path)
     return f"{node_config.get('partition-id', 0)} of {node_config.get('num-partitions', 1)}"
+
+
+def _count(question: Question, change: Callable[[Asked], Asked]) -> None:
+    folder = question.policy.state_folder / "asked"
+    count_on_disk(folder, data_set_of(question.node_config), change)
 
 
 def _num_bytes(reply: RecordDict) -> int:

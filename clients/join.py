@@ -24,7 +24,7 @@ def answer_join(holder: DataHolder, question: RecordDict, node_id: int) -> Recor
     Raises:
         OtherVersionError: the server has another major version of a library.
     """
-    check_libraries(question)
+    check_libraries(question.config_records.get("libraries", {}))
     declared = declare_clients(holder, node_id)
     return write_joined(declared, prove(holder, question, declared))
 

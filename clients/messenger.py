@@ -6,6 +6,7 @@ that nobody waits any more.
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,18 +39,32 @@ def carry(message: Message, context: Context, variables: Mapping[str, str]) -> M
     return refusal(message, code) if code else Message(read_reply(data), reply_to=message)
 
 
-def connected(socket: str) -> httpx.Client:
-    """Return a client of the service that listens at `socket`."""
-    transport = httpx.HTTPTransport(uds=socket)
-    timeout = httpx.Timeout(_SILENCE_SECONDS)
+def connected(path: str, patience: float | None = None) -> httpx.Client:
+    """Return a client of the service that listens at a socket, once it does.
+
+    Raises:
+        SiteAwayError: nobody listens there within `patience` seconds, else within `WAIT_SECONDS`.
+    """
+    patience = WAIT_SECONDS if patience is None else patience
+    ends = time.monotonic() + patience
+    while not _is_open(path):
+        if time.monotonic() > ends:
+            raise SiteAwayError(f"no service listens at the site's socket after {patience:g} s; see its log")
+        time.sleep(0.1)
+    transport, timeout = httpx.HTTPTransport(uds=path), httpx.Timeout(_SILENCE_SECONDS)
     return httpx.Client(transport=transport, base_url="http://site", headers=HEADERS, timeout=timeout)
 
 
+def _is_open(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
+
+
 def post(service: httpx.Client, path: str, token: str, **body: Any) -> httpx.Response:
-    """Return the service's whole answer, waiting for a service that is about to start.
+    """Return the service's whole answer.
 
     Raises:
-        SiteAwayError: it does not come up, does not answer, or refuses in no words of its own.
+        SiteAwayError: it does not answer, or refuses in no words of its own.
         FedLLMError: it refuses.
     """
     request = service.build_request("POST", path, headers=_authorised(token), **body)
@@ -67,19 +82,10 @@ def _authorised(token: str) -> dict[str, str]:
 
 def _sent(service: httpx.Client, request: httpx.Request) -> httpx.Response:
     """Return the beginning of the service's answer; raises as `post`."""
-    ends = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            response = service.send(request, stream=True)
-            break
-        except httpx.ConnectError:  # nobody listens
-            if time.monotonic() > ends:
-                raise SiteAwayError(
-                    f"no service listens at the site's socket after {WAIT_SECONDS:g} s; see its log"
-                ) from None
-            time.sleep(0.2)
-        except httpx.HTTPError as error:
-            raise SiteAwayError(f"the site's service does not answer ({type(error).__name__})") from None
+    try:
+        response = service.send(request, stream=True)
+    except httpx.HTTPError as error:
+        raise SiteAwayError(f"the site's service does not answer ({type(error).__name__})") from None
     if response.status_code != httpx.codes.OK:
         raise _refused(response)
     return response

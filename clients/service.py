@@ -38,6 +38,7 @@ from fedllm.errors import CancelledError, FedLLMError, OtherVersionError, Policy
 from fedllm.site_policy import load_policy
 
 _TELL_SECONDS = 1.0  # between two lines of progress
+_CLOSING_SECONDS = 5
 _LARGEST_QUESTION = 2**33
 
 _logger = logging.getLogger("fedllm.site")
@@ -238,14 +239,25 @@ def main(words: list[str]) -> None:
     nodes = json.loads(os.environ.pop(KEYS))  # so that nothing started from here inherits it
     listening = socket.socket(fileno=int(words[0]))
     service = Service(Process(), Tickets(nodes))
-    config = uvicorn.Config(
-        make_site_app(service), log_level="warning", lifespan="off", timeout_graceful_shutdown=5
-    )
-    asyncio.run(_serve(uvicorn.Server(config), service, listening))
+    asyncio.run(serve(make_server(service), service, listening))
     os._exit(0)  # a step of the engine may still run, and nothing of it is wanted
 
 
-async def _serve(server: uvicorn.Server, service: Service, listening: socket.socket) -> None:
+def make_server(service: Service) -> uvicorn.Server:
+    """Return the server of a service, which ends a few seconds after it is told to."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_site_app(service),
+            log_level="warning",
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=_CLOSING_SECONDS,
+        )
+    )
+
+
+async def serve(server: uvicorn.Server, service: Service, listening: socket.socket) -> None:
+    """Serve until the server is told to exit; what is being answered then is given up."""
     idle = asyncio.create_task(service.unload_when_idle(lambda: load_policy().site.idle_minutes * 60))
     _logger.info("answers for %s", ", ".join(sorted(load_policy().nodes)) or "no node")
     with suppress(asyncio.CancelledError):

@@ -53,7 +53,7 @@ class SiteNode:
     client_id: str = ""  # else NAME
     model_path: str = ""  # this machine's copy of the base model
     max_rank: int = 0  # 0 = any
-    held_out_rows: int = 0  # 0 = as the run says
+    held_out_rows: int = 0  # 0 = one row in ten
     server_paths: bool = False
 
 

@@ -15,6 +15,7 @@ import httpx
 import tomli_w
 
 from clients.messenger import connected
+from fedllm.errors import SiteAwayError
 
 ROOT = Path(__file__).parents[1]
 _PATIENCE = 120.0  # s, of a slow machine
@@ -74,9 +75,9 @@ def started_site(file: Path, python: str = sys.executable) -> Iterator["subproce
 def health_of(socket: Path) -> dict[str, Any]:
     """Return what the service at a socket says of itself, {} where none listens."""
     try:
-        with connected(str(socket)) as service:
+        with connected(str(socket), 0.0) as service:
             told: dict[str, Any] = service.get("/v1/health").json()
-    except httpx.HTTPError:
+    except (httpx.HTTPError, SiteAwayError):
         return {}
     return told
 

@@ -279,7 +279,8 @@ def _download(name: str, revision: str, hint: str = "") -> ModelFiles:
         ) from None
     found = Path(folder)
     check_folder(found)
-    return ModelFiles(found, name, revision, may_run_code(found, name), name if code_digest(found) else "")
+    entry = f"{name}@{revision}" if revision else name  # anybody may propose a revision on the hub
+    return ModelFiles(found, name, revision, may_run_code(found, entry), entry if code_digest(found) else "")
 
 
 def _declared_name(folder: Path) -> str:

@@ -65,7 +65,8 @@ def may_run_code(folder: Path, hub_id: str = "") -> bool:
     """Return whether this machine's owner permits the code of a model folder.
 
     Permitted is exactly the code whose digest the policy names; and what was downloaded from the hub under
-    `hub_id` where the policy names that id alone. What a folder says of itself counts for nothing.
+    `hub_id` where the policy names just that, with its @REVISION if it has one. What a folder says of itself
+    counts for nothing.
     """
     digest, named = code_digest(folder), load_policy().allow.trust_remote_code
     if not digest or _has_code_elsewhere(folder):

@@ -48,7 +48,8 @@ def new_nonce() -> str:
 
 def write_question(nonce: str) -> RecordDict:
     """Return the question to join, which names the libraries of this machine."""
-    return RecordDict({"join": ConfigRecord({"nonce": nonce}), "libraries": library_versions()})
+    libraries = ConfigRecord({**library_versions()})
+    return RecordDict({"join": ConfigRecord({"nonce": nonce}), "libraries": libraries})
 
 
 def read_question(content: RecordDict) -> str:

@@ -3,27 +3,26 @@
 The server names its versions in the question to join; of the node's own only the verdict leaves, as a code.
 """
 
+from collections.abc import Mapping
 from importlib.metadata import version
-
-from flwr.app import ConfigRecord, RecordDict
+from typing import Any
 
 from fedllm.errors import OtherVersionError
 
 LIBRARIES = ("torch", "transformers")
 
 
-def library_versions() -> ConfigRecord:
+def library_versions() -> dict[str, str]:
     """Return the version of each library on this machine."""
-    return ConfigRecord({name: version(name) for name in LIBRARIES})
+    return {name: version(name) for name in LIBRARIES}
 
 
-def check_libraries(question: RecordDict) -> None:
-    """Refuse a server with another major version of a library; what it does not name is not compared.
+def check_libraries(theirs: Mapping[str, Any]) -> None:
+    """Refuse a server that names another major version of a library; what it does not name is not compared.
 
     Raises:
         OtherVersionError: naming both versions.
     """
-    theirs = question.config_records.get("libraries", ConfigRecord())
     for name in LIBRARIES:
         ours, other = version(name), str(theirs.get(name, ""))[:32]
         if other and other.partition(".")[0] != ours.partition(".")[0]:

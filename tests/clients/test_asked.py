@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.asked import SECONDS_A_DAY, Asked, Asking, count, count_on_disk
+from clients.asked import SECONDS_A_DAY, Asked, Asking, count, count_on_disk, count_update
 from fedllm.errors import CheckpointError, PolicyError, QueryLimitError
 from fedllm.site_policy import Limits
 
@@ -38,7 +38,7 @@ def test_a_clock_set_back_forgets_nothing() -> None:
 def test_without_limits_all_is_counted_and_nothing_refused() -> None:
     asked = Asked()
     for number in range(20):
-        asked = count(asked, asking("train", steps=3), Limits())
+        asked = count_update(count(asked, asking("train", steps=3), Limits()), "a")
         asked = count(asked, asking("evaluate", day=number), Limits())
         asked = count(asked, asking("overlap", day=number), Limits())
     assert (asked.runs["a"].trainings, asked.runs["a"].steps, asked.runs["a"].overlaps) == (20, 60, 20)

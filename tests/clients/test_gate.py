@@ -25,7 +25,7 @@ from fedllm.site_policy import load_policy
 from fedllm.wire import joining, overlaps, replies, requests
 from fedllm.wire.leaving import fields_that_leave
 from fedllm.wire.stock import write_plain
-from scripts.runtimes.local import local_grid
+from scripts.runtimes.local import init, local_grid, step
 from tests.builders import evaluate_request, train_request
 
 SALT = bytes(16)
@@ -259,6 +259,8 @@ def test_a_dictionary_of_rows_is_not_answered(site: Callable, hostile: Callable)
     assert hostile(**{"distill.when": "last"}).overlap(*rows) == "policy"  # not in this round
     server = hostile(**DISTILS)
     assert server.overlap(*rows) == "query-limit"  # no round has been trained
+    assert server.train(round_num=1, drawn={"who": 0}, ranks={"who": 2}) != "policy"  # nor by this
+    assert server.overlap(*rows) == "query-limit"
     server.train()
     assert answered(server.overlap(*rows))
     assert server.overlap(*rows, round_num=2) == "query-limit"  # one for each round trained
@@ -284,6 +286,17 @@ def test_where_no_exact_number_leaves_none_does(site: Callable, hostile: Callabl
     assert told.num_rows == 4
     assert told.num_tokens & (told.num_tokens - 1) == 0
     assert server.overlap() == "withheld"
+
+
+def test_a_run_whose_sites_withhold_numbers_has_no_train_loss(
+    site: Callable, write_rows: Callable, make_config: Callable, tmp_path: Path
+) -> None:
+    site("[allow]\nexact-numbers = false")
+    config = make_config(write_rows("rows.jsonl", {"anna": 9, "ben": 5}), **{"run.output": str(tmp_path)})
+    after, record = step(init(config))
+    assert record.training.loss is None
+    assert record.weights == {"anna": 8.0, "ben": 4.0}
+    assert after.adapter.vector.any()
 
 
 def test_few_rows_are_neither_trained_on_nor_measured(site: Callable, hostile: Callable) -> None:

@@ -141,3 +141,16 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(content: str, model_copy: Pa
     with pytest.raises(ModelError, match="no tokenizer in copy") as caught:
         load_tokenizer(resolve_model(str(model_copy)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_run"),
+    [("org/trusted", True), ("org/trusted@refs/pr/1", False), ("org/trusted@v1", True), ("org/other", False)],
+)
+def test_a_hub_id_permits_no_revision_that_it_does_not_name(
+    name: str, is_run: bool, folder: Path, trust: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may propose a revision on the hub, and a server names the one that is opened."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    trust("org/trusted", "org/trusted@v1")
+    assert resolve_model(name).runs_own_code is is_run
