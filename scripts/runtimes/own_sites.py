@@ -52,11 +52,13 @@ def own_policy(private: Path) -> dict[str, Any]:
     """
     file = load_policy().file
     told = read_toml(file) if file else {}
-    allowed = {
-        key: value for key, value in told.get("allow", {}).items() if key not in ("servers", "bundles")
+    of_servers = ("servers", "bundles")  # of others than this run's own
+    allowed = {key: value for key, value in told.get("allow", {}).items() if key not in of_servers}
+    tables: dict[str, Any] = {
+        "site": {"state-path": str(private)},
+        "allow": {**allowed, "server-paths": True},
     }
-    limits = {name: told[name] for name in ("limits", "budget") if name in told}
-    return {"site": {"state-path": str(private)}, "allow": {**allowed, "server-paths": True}, **limits}
+    return tables | {name: told[name] for name in ("limits", "budget") if name in told}
 
 
 def _write_site(link: Link, private: Path, place: int, nodes: range, number: int) -> Path:

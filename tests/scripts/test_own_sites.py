@@ -12,14 +12,18 @@ ALLOW = {"trust-remote-code": ["org/model"], "servers": ["fed.example.org:8443"]
 
 def test_what_the_owner_says_of_any_run_holds(monkeypatch, tmp_path: Path):
     file = tmp_path / "site.toml"
-    file.write_text(tomli_w.dumps({"allow": ALLOW, "limits": {"steps": 7}, "nodes": {"a": {}}}))
+    file.write_text(
+        tomli_w.dumps(
+            {"allow": ALLOW, "limits": {"steps": 7}, "nodes": {"a": {"superlink": ALLOW["servers"][0]}}}
+        )
+    )
     monkeypatch.setenv("FEDLLM_SITE", str(file))
     made = tmp_path / "made.toml"
     made.write_text(tomli_w.dumps(own_policy(tmp_path / "private")))
     policy = load_policy(made)
     assert (policy.limits.steps, policy.allow.trust_remote_code) == (7, ("org/model",))
     assert policy.allow.server_paths
-    assert not (policy.allow.servers or policy.allow.bundles or policy.nodes), "those are of other servers"
+    assert (policy.allow.servers, policy.allow.bundles, policy.nodes) == ((), (), {}), "of other servers"
     assert policy.state_folder == tmp_path / "private"
 
 
