@@ -71,6 +71,11 @@ class Allowed:
     exact_numbers: bool = True  # else losses and counts leave coarse or not at all
     secure_aggregation: str = _one_of("off", "required")
 
+    @property
+    def bundle_digests(self) -> tuple[str, ...]:
+        """The bundles by their digest alone; they may be written "sha256:DIGEST", as models are."""
+        return tuple(name.removeprefix("sha256:").lower() for name in self.bundles)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:

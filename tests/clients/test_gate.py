@@ -157,7 +157,7 @@ def test_a_run_beyond_the_policy_is_refused_at_once(
 
 
 def test_only_an_allowed_server_and_bundle_are_answered(site: Callable, hostile: Callable) -> None:
-    site('[allow]\nservers = ["fl:1"]\nbundles = ["ab"]')
+    site('[allow]\nservers = ["fl:1"]\nbundles = ["sha256:AB"]')
     good = Sender(server="fl:1", node="ward", bundle="ab")
     assert answered(hostile(good).join())
     assert hostile(replace(good, server="other:1")).join() == "policy"
