@@ -57,14 +57,17 @@ def started_site(file: Path, python: str = sys.executable) -> Iterator["subproce
     """Run `fedllm site start` in a process of its own, as a person would; it is ended by SIGTERM."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FEDLLM_SITE": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(
-        [python, "-m", "fedllm", "site", "start", "--config", str(file)],
-        cwd=file.parent,
-        env=environment,
-        stdout=(file.parent / "site.log").open("w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as starter:
+    with (
+        (file.parent / "site.log").open("w") as log,
+        subprocess.Popen(
+            [python, "-m", "fedllm", "site", "start", "--config", str(file)],
+            cwd=file.parent,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as starter,
+    ):
         try:
             yield starter
         finally:
