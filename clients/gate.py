@@ -219,7 +219,7 @@ def _check_sender(question: Question) -> None:
             raise _refusal(question, f"[allow] messages does not name {kind!r}")
     for name, who, allowed in (
         ("servers", sender.server, allow.servers),
-        ("bundles", sender.bundle, allow.bundles),
+        ("bundles", sender.bundle, allow.bundle_digests),
     ):
         if allowed and who not in allowed:  # without the site's service nobody knows who asks
             raise _refusal(question, f"[allow] {name} does not name {who or 'whoever asks a bare node'}")

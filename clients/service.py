@@ -217,7 +217,7 @@ def check_bundle(sender: Sender, version: str) -> None:
         OtherVersionError: it is fedllm's, of another version than this site's.
     """
     policy = load_policy()
-    allowed = [name.removeprefix("sha256:") for name in policy.allow.bundles]
+    allowed = policy.allow.bundle_digests
     if allowed and sender.bundle not in allowed:
         raise PolicyError(
             f"{policy.file}: [allow] bundles does not name {sender.bundle}, which {sender.server} has sent"

@@ -53,7 +53,7 @@ class SiteNode:
     client_id: str = ""  # else NAME
     model_path: str = ""  # this machine's copy of the base model
     max_rank: int = 0  # 0 = any
-    held_out_rows: int = 0  # 0 = as the run says
+    held_out_rows: int = 0  # 0 = one row in ten
     server_paths: bool = False
 
 
@@ -70,6 +70,11 @@ class Allowed:
     purposes: tuple[str, ...] = ()  # of `run.purpose`
     exact_numbers: bool = True  # else losses and counts leave coarse or not at all
     secure_aggregation: str = _one_of("off", "required")
+
+    @property
+    def bundle_digests(self) -> tuple[str, ...]:
+        """The bundles by their digest alone; they may be written "sha256:DIGEST", as models are."""
+        return tuple(name.removeprefix("sha256:").lower() for name in self.bundles)
 
 
 @dataclass(frozen=True, kw_only=True)

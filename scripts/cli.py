@@ -87,8 +87,9 @@ def serve(
 ) -> None:
     """Serve a run to sites elsewhere, and resume it after any kill until it has ended."""
     from scripts.commands import serve_command
+    from scripts.runtimes.serving import Place
 
-    place = serve_command.Place(credentials, state, port, monitor)
+    place = Place(credentials, state, port, monitor)
     serve_command.serve(words or [], place=place, out=out, most_restarts=max_restarts, log=log)
 
 

@@ -168,10 +168,11 @@ def _record(
     # In the order of the plan again: the members of a node's sum came all at once.
     late = sorted(accepted.keys() - set(plan.asked))
     updates = {client: accepted[client] for client in (*plan.asked, *late) if client in accepted}
-    total = sum(update.weight for update in updates.values())
+    told = [update for update in updates.values() if update.num_tokens]  # a site may withhold its numbers
+    total = sum(update.weight for update in told)
     rounds_late = {client: plan.round_num - update.round_num for client, update in updates.items()}
     training = TrainingRecord(
-        loss=sum(u.weight * u.train_loss for u in updates.values()) / total if total else None,
+        loss=sum(u.weight * u.train_loss for u in told) / total if total else None,
         losses={client: update.train_loss for client, update in updates.items()},
         seconds={client: update.seconds for client, update in updates.items()},
         num_tokens=sum(update.num_tokens for update in updates.values()),

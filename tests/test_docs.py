@@ -142,6 +142,20 @@ def test_every_relative_link_resolves(page: Path) -> None:
 
 
 @pages
+def test_every_test_that_shows_a_claim_exists(page: Path) -> None:
+    for name, target in re.findall(r"\[(test_\w+)\]\(([^)\s]+\.py)\)", page.read_text()):
+        assert f"\ndef {name}(" in (page.parent / target).read_text(), f"{target} has no {name}"
+
+
+def test_every_threat_has_a_test_or_is_not_covered() -> None:
+    threats = (ROOT / "docs" / "threat-model.md").read_text()
+    threats = threats.partition("## What each could do")[2].partition("## What each switch buys")[0]
+    rows = [line for line in threats.splitlines() if line.startswith("| ") and "| could |" not in line]
+    assert len(rows) > 30
+    assert [row for row in rows if ("](../tests/" in row) is ("**not covered**" in row)] == []
+
+
+@pages
 def test_every_shell_script_is_there_and_executable(page: Path) -> None:
     for name in SCRIPT.findall(page.read_text()):
         assert os.access(ROOT / name, os.X_OK), name

@@ -14,7 +14,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.runs.folder import RESULT, run_folder
 from scripts.run_view import RunView
 from scripts.runtimes.machine import simulation_size
-from scripts.runtimes.own_sites import own_sites
+from scripts.runtimes.own_sites import own_policy, own_sites
 from scripts.runtimes.processes import Link, superlink, temporary_link
 from scripts.runtimes.shown_rounds import ShownRounds, version_of
 from scripts.runtimes.submitting import check_completed, status, submit, with_absolute_paths
@@ -35,12 +35,10 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
     folder = run_folder(config)
     (folder / RESULT).unlink(missing_ok=True)  # an earlier attempt's
     with ExitStack() as stack:
-        # This machine's user named the data source, so its own nodes may open it; what their clients keep for
-        # themselves lies where a resumed run finds it.
-        private = str(folder / "private")
+        private = folder / "private"
         link = stack.enter_context(temporary_link(is_hardened=not is_simulation))
         site = link.folder / "site.toml"
-        site.write_text(tomli_w.dumps({"site": {"state-path": private}, "allow": {"server-paths": True}}))
+        site.write_text(tomli_w.dumps(own_policy(private)))
         variables = {"FEDLLM_SITE": str(site)}
         if is_simulation:
             stack.enter_context(superlink(link, is_simulation=True, variables=variables))
@@ -51,7 +49,7 @@ def run_with_flower(config: RunConfig, view: RunView, *, is_simulation: bool) ->
             return
         processes = server_processes(link, variables)
         stack.enter_context(started(processes))
-        stack.enter_context(own_sites(link, config, Path(private), view.notice))
+        stack.enter_context(own_sites(link, config, private, view.notice))
         supervisor = Supervisor(config, link, processes, view)
         supervisor.run()
         check_completed(link, supervisor.run_id, folder)

@@ -47,6 +47,7 @@ class Monitor:
             "accepted": gauge("accepted_clients", "Clients whose update counted in the last round."),
             "lost": gauge("lost_clients", "Clients whose update was lost in the last round."),
             "seconds": gauge("round_seconds", "Duration of the last round."),
+            "deadline": gauge("round_deadline_seconds", "How long the last round would have waited."),
             "epsilon": gauge("epsilon", "Privacy budget that the run has spent."),
             "time": gauge("round_completed_time", "When the last round was seen, in seconds since 1970."),
         }
@@ -62,6 +63,7 @@ class Monitor:
             "accepted": len(record.accepted),
             "lost": len(record.lost),
             "seconds": record.seconds,
+            "deadline": record.deadline or None,
             "epsilon": record.privacy.epsilon if record.privacy else None,
         }
         for name, value in values.items():

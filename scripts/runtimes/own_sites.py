@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
 from fedllm.config.run_config import RunConfig
+from fedllm.files import read_toml
 from fedllm.site_policy import load_policy
 from scripts.deploying.certificates import new_node_key
 from scripts.runtimes.machine import gpus_of
@@ -42,6 +44,23 @@ def own_sites(link: Link, config: RunConfig, private: Path, tell: Callable[[str]
         yield
 
 
+def own_policy(private: Path) -> dict[str, Any]:
+    """Return the tables of a site.toml for a run that this machine's owner starts.
+
+    The owner names the data source, so the nodes may open it, and what clients keep for themselves lies where
+    a resumed run finds it. What else the owner's own site.toml says of any run holds for this one too.
+    """
+    file = load_policy().file
+    told = read_toml(file) if file else {}
+    of_servers = ("servers", "bundles")  # of others than this run's own
+    allowed = {key: value for key, value in told.get("allow", {}).items() if key not in of_servers}
+    tables: dict[str, Any] = {
+        "site": {"state-path": str(private)},
+        "allow": {**allowed, "server-paths": True},
+    }
+    return tables | {name: told[name] for name in ("limits", "budget") if name in told}
+
+
 def _write_site(link: Link, private: Path, place: int, nodes: range, number: int) -> Path:
     """Write the site.toml of some of the nodes, whose keys are made and admitted."""
     assert link.credentials
@@ -53,7 +72,5 @@ def _write_site(link: Link, private: Path, place: int, nodes: range, number: int
         share = {"partition-id": index, "num-partitions": number}
         tables[str(index)] = {**shared, "private-key": str(key), **share}
     file = link.folder / f"site-{place}.toml"
-    # This machine's user named the data source, so its own nodes may open it.
-    allow = {"server-paths": True}
-    file.write_text(tomli_w.dumps({"site": {"state-path": str(private)}, "nodes": tables, "allow": allow}))
+    file.write_text(tomli_w.dumps({**own_policy(private), "nodes": tables}))
     return file

@@ -26,19 +26,21 @@ def voice_of(client: JoinedClient) -> str:
 
 
 def with_places(
-    clients: Mapping[str, JoinedClient], number: int, connected: Collection[int]
+    clients: Mapping[str, JoinedClient], number: int, connected: Collection[int], *, is_bounded: bool = False
 ) -> dict[str, JoinedClient]:
     """Return the clients that have one of `number` places: the first of every site, then the second of each.
 
-    Among equals those on `connected` nodes come first, then those that stand first in `clients`.
+    Among equals those on `connected` nodes come first, then those that stand first in `clients`. Where it
+    `is_bounded`, none of three or more sites has more places than all others together: else few sites in a
+    federation of many places would have their cohorts drawn from one.
     """
-    if len(clients) <= number:
-        return dict(clients)
+    sizes = Counter(map(voice_of, clients.values()))
     turns: Counter[str] = Counter()
     ranked = []
     for place, client in enumerate(clients.values()):
         voice = voice_of(client)
-        ranked.append((turns[voice], client.node_id not in connected, place, client.client_id))
+        if not is_bounded or len(sizes) < 3 or turns[voice] < len(clients) - sizes[voice]:
+            ranked.append((turns[voice], client.node_id not in connected, place, client.client_id))
         turns[voice] += 1
     kept = {ranks[-1] for ranks in sorted(ranked)[:number]}
     return {name: client for name, client in clients.items() if name in kept}

@@ -58,15 +58,15 @@ def join_clients(
                 f"{len(declared)} of {federation.num_clients} expected clients joined;"
                 " going on without the rest"
             )
-        placed = _placed(transport, usable, federation.num_clients, notice)
-    if len(usable) < federation.min_clients:
+        placed = _placed(transport, admission, usable, notice)
+    if len(placed) < federation.min_clients:
         nodes = {f"node {node}": transport.words_of(node) or why for node, why in transport.refused.items()}
         limit = f"within {federation.join_deadline:g} s"
         silent = {f"node {node}": f"no answer {limit}" for node in transport.silent}
         why = by_cause({**nodes, **refused, **silent}) or "check the data source and that the nodes run"
         waited = "" if nodes or refused or silent else f" {limit}"
         raise RunFailedError(
-            f"{len(usable)} usable clients joined{waited},"
+            f"{len(placed)} usable clients joined{waited},"
             f" federation.min-clients = {federation.min_clients} are needed; {why}"
         )
     return placed
@@ -104,12 +104,19 @@ def _is_full(transport: Transport, declared: Mapping[str, JoinedClient], number:
 
 
 def _placed(
-    transport: Transport, clients: Mapping[str, JoinedClient], number: int, notice: Callable[[str], None]
+    transport: Transport,
+    admission: Admission,
+    clients: Mapping[str, JoinedClient],
+    notice: Callable[[str], None],
 ) -> dict[str, JoinedClient]:
     """Return the clients that have one of the run's places, and say who has none."""
-    placed = with_places(clients, number, set(transport.grid.get_node_ids()))
+    # A site of the list has as many clients as the list says; the nodes of a simulation are no sites.
+    is_bounded = admission.sites is None and not transport.is_simulation()
+    connected, number = set(transport.grid.get_node_ids()), admission.plan.config.federation.num_clients
+    placed = with_places(clients, number, connected, is_bounded=is_bounded)
     if left := sorted(clients.keys() - placed.keys()):
-        notice(f"client {names(left)}: no place, federation.num-clients = {number}; sites have them in turn")
+        turns = f"sites have federation.num-clients = {number} in turn"
+        notice(f"client {names(left)}: no place; {turns}, and none has more than all others together")
     return placed
 
 
@@ -155,7 +162,7 @@ def _add_declared(session: Session) -> None:
                 notice(f"client {name} {reason} and is left out")
             else:
                 usable[name] = client
-        placed = _placed(transport, {**clients, **usable}, session.config.federation.num_clients, notice)
+        placed = _placed(transport, admission, {**clients, **usable}, notice)
         for name in usable.keys() & placed.keys():
             notice(f"client {name} {'is back' if name in clients else 'joined'}")
         for name in clients.keys() - placed.keys():

@@ -1,5 +1,6 @@
 """A node under [budget]: what it admits, and what all runs together may take of its rows."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,29 @@ def test_the_ledger_counts_before_a_limit_is_set(open_site: Callable) -> None:
     assert isinstance(answer(open_site("", **loud)), ClientUpdate)
     later = open_site(f"epsilon = {1.5 * one}", **loud, **{"run.name": "later"})
     assert answer(later) == ClientFailure(client_id="anna", code="budget-spent")
+
+
+def other_weights(model: Path, folder: Path) -> str:
+    """Return a copy of a model that differs within its embedding, where a fingerprint does not read."""
+    shutil.copytree(model, folder)
+    with (folder / "model.safetensors").open("r+b") as weights:
+        weights.seek(8 + int.from_bytes(weights.read(8), "little") + 20_000)
+        weights.write(bytes(400))
+    return str(folder)
+
+
+@pytest.mark.parametrize("flat", [EXAMPLE, CLIENT])
+def test_every_other_computation_of_an_answer_is_charged(
+    flat: dict[str, Any], open_site: Callable, make_model_folder: Callable, tmp_path: Path
+) -> None:
+    """A run resumed under another precision, with other threads or other weights gives other bits."""
+    altered = other_weights(make_model_folder(), tmp_path / "altered")
+    given, flat = [], {**flat, "privacy.epsilon": 500.0, "privacy.noise-multiplier": 1.0}
+    for changes in ({}, {"model.dtype": "bfloat16"}, {"model.num-threads": 2}, {"model.name": altered}, {}):
+        given.append(answer(open_site("epsilon = 500", **{**flat, **changes})))
+    assert all(isinstance(one, ClientUpdate) for one in given)
+    bits = {one.delta.numpy().tobytes() for one in given if isinstance(one, ClientUpdate)}
+    assert 3 <= len(bits) <= 4  # two threads may give the same
+    budget = budget_of(open_site("epsilon = 500", **flat))
+    assert len(budget.ledger.entries) == len(bits)
+    assert sum(charge.count for charge in budget.ledger.charges_of("example")) >= len(bits)

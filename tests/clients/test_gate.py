@@ -25,7 +25,7 @@ from fedllm.site_policy import load_policy
 from fedllm.wire import joining, overlaps, replies, requests
 from fedllm.wire.leaving import fields_that_leave
 from fedllm.wire.stock import write_plain
-from scripts.runtimes.local import local_grid
+from scripts.runtimes.local import init, local_grid, step
 from tests.builders import evaluate_request, train_request
 
 SALT = bytes(16)
@@ -157,7 +157,7 @@ def test_a_run_beyond_the_policy_is_refused_at_once(
 
 
 def test_only_an_allowed_server_and_bundle_are_answered(site: Callable, hostile: Callable) -> None:
-    site('[allow]\nservers = ["fl:1"]\nbundles = ["ab"]')
+    site('[allow]\nservers = ["fl:1"]\nbundles = ["sha256:AB"]')
     good = Sender(server="fl:1", node="ward", bundle="ab")
     assert answered(hostile(good).join())
     assert hostile(replace(good, server="other:1")).join() == "policy"
@@ -286,6 +286,17 @@ def test_where_no_exact_number_leaves_none_does(site: Callable, hostile: Callabl
     assert told.num_rows == 4
     assert told.num_tokens & (told.num_tokens - 1) == 0
     assert server.overlap() == "withheld"
+
+
+def test_a_run_whose_sites_withhold_numbers_has_no_train_loss(
+    site: Callable, write_rows: Callable, make_config: Callable, tmp_path: Path
+) -> None:
+    site("[allow]\nexact-numbers = false")
+    config = make_config(write_rows("rows.jsonl", {"anna": 9, "ben": 5}), **{"run.output": str(tmp_path)})
+    after, record = step(init(config))
+    assert record.training.loss is None
+    assert record.weights == {"anna": 8.0, "ben": 4.0}
+    assert after.adapter.vector.any()
 
 
 def test_few_rows_are_neither_trained_on_nor_measured(site: Callable, hostile: Callable) -> None:

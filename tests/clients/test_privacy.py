@@ -223,6 +223,22 @@ def test_private_training_that_diverges_says_so_at_home_alone(
     assert len(entries(holder)) == 1
 
 
+@pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
+def test_equal_updates_of_two_requests_are_two_releases(
+    flat: dict[str, Any], open_one: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may choose an adapter with which a row it guessed gives no gradient: equal would tell."""
+    holder = open_one(**flat)
+    monkeypatch.setattr(Engine, "train", diverge)
+    other = initial_adapter(holder.engine.layout, 1)
+    asked = (request(holder), request(holder, adapter=other), request(holder))
+    first, second, again = (deltas(train_clients(holder, one))["anna"] for one in asked)
+    assert torch.equal(first, again)
+    assert len(entries(holder)) == 2
+    if flat is LOCAL:  # where the client's whole update is noised; of DP-SGD zeros are the result
+        assert float((first - second).norm()) > 0.5 * float(first.norm())
+
+
 def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable, caplog: pytest.LogCaptureFixture) -> None:
     holder = open_one(**EXAMPLE)
     deltas(train_clients(holder, request(holder)))

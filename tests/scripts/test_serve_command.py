@@ -12,8 +12,8 @@ from fedllm.files import locked
 from fedllm.runs.folder import run_folder
 from scripts import cli
 from scripts.command_line import run_app
-from scripts.commands import serve_command
 from scripts.deploying.certificates import new_credentials
+from scripts.runtimes import serving
 from scripts.runtimes.supervisor import GaveUpError
 
 Serve = Callable[..., int]
@@ -54,8 +54,8 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             for name in ("adapter", "checkpoints/round-00003"):
                 (self.folder / name).mkdir(parents=True)
 
-    monkeypatch.setattr(serve_command, "Supervisor", Done)
-    monkeypatch.setattr(serve_command, "started", lambda processes: nullcontext())
+    monkeypatch.setattr(serving, "Supervisor", Done)
+    monkeypatch.setattr(serving, "started", lambda processes: nullcontext())
     return found
 
 

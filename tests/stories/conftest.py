@@ -87,17 +87,19 @@ def rounds_of(folder: Path) -> list[int]:
 
 
 def processes_of(story: Path, program: str = "") -> dict[int, str]:
-    """Return the command lines of the living processes with STORY=`story` in their environment, by id.
+    """Return the command lines of the living processes that were told of a folder, by id.
 
-    With `program` only those that run it, and not their guard.
+    The folder is in their environment or on their command line. With `program` only those that run it, and
+    not their guard.
     """
     found = {}
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile, or is a zombie
-            if f"STORY={story}".encode() in (place / "environ").read_bytes().split(b"\0"):
-                words = (place / "cmdline").read_bytes().decode().split("\0")
-                if any(word.endswith(program) for word in words[:2]):
-                    found[int(place.name)] = " ".join(words)
+            told = (place / "cmdline").read_bytes()
+            words = told.decode().split("\0")[:5]
+            is_wanted = any(word.endswith(program) for word in words) and "guard.py" not in "".join(words)
+            if str(story).encode() in told + (place / "environ").read_bytes() and is_wanted:
+                found[int(place.name)] = told.decode().replace("\0", " ")
     return found
 
 

@@ -170,7 +170,7 @@ def test_three_machines_from_nothing(make_model_folder, text_file, tmp_path):
                 data.mkdir()
                 (data / "letters.jsonl").write_text("".join(rows[("ab".index(name)) :: 2]))
                 shutil.copy(server.here("/etc/fedllm/credentials/ca.crt"), machine.here("/etc/fedllm/ca.crt"))
-        assert serving.wait(300) == 0, (server.folder / "serve.log").read_text()
+        assert serving.wait(600) == 0, (server.folder / "serve.log").read_text()
     folder = Path(server.here("/var/lib/fedllm/runs/hospitals"))
     assert json.loads((folder / "result.json").read_text())["status"] == "completed"
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]

@@ -122,7 +122,7 @@ def test_a_client_without_memory_says_so_and_costs_nobody(make_config: Callable)
 
 @pytest.mark.soak
 def test_twenty_rounds_that_each_lose_a_third_of_their_clients(make_config: Callable) -> None:
-    config = make_config({"federation.num-rounds": 20, "federation.round-deadline": 15.0})
+    config = make_config({"federation.num-rounds": 20, "federation.round-deadline": 20.0})
     with process_grid(config, 10, tells=False) as grid:
         killed = lose_some(grid, 0.3)
         _, records = run(config, grid)

@@ -38,16 +38,16 @@ def test_python_steps_equal_the_command(tiny_run, fedllm, tmp_path):
     assert before.server.round_num == 0, "a step does not change the state it starts from"
 
 
+# The originality of texts is asked about in a message of its own.
+DISTILLED = ("distill.when=last", "distill.num-texts=8", "distill.steps=2", "distill.max-tokens=48")
+FFA = ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-ranks=4,2")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["simulation", "deployment"])
 @pytest.mark.parametrize(
-    "changes",
-    [
-        # The originality of texts is asked about in a message of its own.
-        ("distill.when=last", "distill.num-texts=8", "distill.steps=2", "distill.max-tokens=48"),
-        ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-ranks=4,2"),
-    ],
-    ids=["default", "ffa"],
+    ("runtime", "changes"),
+    [("simulation", DISTILLED), ("deployment", DISTILLED), ("simulation", FFA)],  # and test_kills.py
+    ids=["simulation", "deployment", "simulation-ffa"],
 )
 def test_flower_runtime_equals_the_local_one(runtime, changes, tiny_run, fedllm, tmp_path):
     words = [*tiny_run, *changes, "federation.num-clients=2", "--out", str(tmp_path)]

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from flwr.app import Message, MetricRecord
 
+from fedllm.plan.run_plan import resolve
 from fedllm.wire.joining import write_joined
-from strategies.exchange.joining import rejoin
+from strategies.exchange.joining import join_clients, rejoin
+from strategies.grid.transport import Transport
 from strategies.rounds import next_round
 
 NODE = 3  # whose honest client is ben
@@ -60,13 +62,20 @@ def test_honest_clients_have_their_places(
         run.grid.contexts[node] = full.grid.contexts[node]
     rejoin(run.session)
     assert set(run.session.clients) == {*HONEST, "0-0000"}
-    assert any(
-        "no place, federation.num-clients = 4; sites have them in turn" in line for line in run.notices
-    )
+    assert any("no place; sites have federation.num-clients = 4 in turn" in line for line in run.notices)
     assert sum(map(len, run.notices)) < 1500
     _, record = next_round(outside(run), run.state)
     assert set(record.accepted) == HONEST
     assert set(record.lost) == {"0-0000"}
+
+
+def test_a_large_federation_of_few_is_not_one_node(make_config: Callable, open_run: Callable) -> None:
+    """Three honest nodes and one that fills up the other 97 places: it has three, and half of a cohort."""
+    run = open_run(make_config())
+    session, plan = outside(run), resolve(make_config({"federation.num-clients": 100}))
+    run.grid.tamper = declaring(97)
+    joined = join_clients(Transport(run.grid), plan, session.layout, run.notices.append)
+    assert set(joined) == {*HONEST, "0-0000", "0-0001", "0-0002"}
 
 
 @pytest.mark.parametrize(("rule", "most"), [("none", 10.0), ("geometric-median", 1.0)])

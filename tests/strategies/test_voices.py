@@ -38,6 +38,19 @@ def test_no_node_has_a_second_place_before_all_have_one(sizes: list[int], number
         assert place == size or place >= max(found) - 1, "who has fewer could have had no more"
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
+def test_none_of_three_sites_is_larger_than_all_others(sizes: list[int]) -> None:
+    found = with_places(federation(sizes), 100, set(range(6)), is_bounded=True)
+    counts = [sum(one.node_id == node for one in found.values()) for node in range(len(sizes))]
+    if len(sizes) < 3:
+        assert sum(counts) == min(sum(sizes), 100)
+        return
+    assert max(counts) <= sum(counts) - max(counts) + (sum(sizes) > 100)
+    if sum(sizes) <= 100 and max(sizes) <= sum(sizes) - max(sizes):
+        assert counts == sizes, "nodes that share the clients evenly lose none"
+
+
 def test_nobody_loses_a_place_while_there_are_enough() -> None:
     clients = federation([1, 5])
     assert with_places(clients, 6, {0}) == clients
