@@ -18,7 +18,7 @@ from clients.messenger import connected
 from fedllm.errors import SiteAwayError
 
 ROOT = Path(__file__).parents[1]
-_PATIENCE = 120.0  # s, of a slow machine
+_PATIENCE = 300.0  # s, of a slow machine
 
 
 def write_rows(file: Path, name: str, number: int = 12) -> Path:
