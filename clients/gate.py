@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
@@ -182,6 +183,17 @@ def note(question: Question, code: str, reply: RecordDict | None, seconds: float
         "answer": "" if reply is None else content_digest(reply),  # as in the server's log
         "seconds": round(seconds, 3),
     }
+    _append(policy, entry)
+
+
+def note_refused(sender: Sender, code: str) -> None:
+    """Write the log's entry on a sender that was not even let in to ask; raises as `note`."""
+    policy = load_policy()
+    if policy.file is not None:
+        _append(policy, {"question": "", **vars(sender), "code": code})
+
+
+def _append(policy: SitePolicy, entry: Mapping[str, Any]) -> None:
     try:
         make_private_folder(policy.state_folder)
         append(policy.state_folder / LOG, entry)

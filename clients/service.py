@@ -29,7 +29,7 @@ from starlette.routing import Route
 
 import fedllm
 from clients.answering import answer
-from clients.gate import Sender
+from clients.gate import Sender, note_refused
 from clients.process import Process
 from clients.site_protocol import HEADERS, KEYS, PROTOCOL, Asked, check_version, read_question, write_reply
 from clients.tickets import Tickets
@@ -174,7 +174,11 @@ def make_site_app(service: Service) -> Starlette:
             return _refusal("site-away", "this launch key is of none of the site's nodes", 401)
         told = await request.json()
         sender = Sender(server=load_policy().nodes[node].superlink, node=node, bundle=str(told["bundle"]))
-        check_bundle(sender, str(told["version"]))
+        try:
+            check_bundle(sender, str(told["version"]))
+        except FedLLMError as error:
+            note_refused(sender, error.code)
+            raise
         return JSONResponse({"ticket": service.tickets.issue(sender)})
 
     async def ask(request: Request) -> Response:

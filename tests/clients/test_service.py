@@ -28,6 +28,7 @@ from clients.process import Process
 from clients.service import Service, make_server, serve
 from clients.site_protocol import HEADERS, SOCKET, TICKET, digest_of
 from clients.tickets import Tickets
+from fedllm.chained_log import read_entries
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import FedLLMError
 from fedllm.site_policy import load_policy
@@ -175,6 +176,8 @@ def test_only_a_launcher_of_this_site_gets_a_ticket(open_door: Callable[..., Doo
     assert ask_for_ticket(door, KEYS["ben"]) == "ok"
     assert ask_for_ticket(door, "another key") == "site-away"
     assert ask_for_ticket(door, KEYS["ben"], bundle="c" * 64) == "policy"
+    *_, last = read_entries(load_policy().state_folder / "log.jsonl")
+    assert (last["node"], last["bundle"], last["code"]) == ("ben", "c" * 64, "policy")
 
 
 def test_two_versions_do_not_talk_to_each_other(open_door: Callable[..., Door]) -> None:

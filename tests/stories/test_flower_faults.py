@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import tomli_w
 
 from fedllm.config.run_config import RunConfig
 from fedllm.runs.records import RoundRecord, record_from_dict
-from scripts.runtimes.processes import Link, superexec, superlink, supernode, temporary_link
+from fedllm.site_policy import load_policy
+from scripts.deploying.certificates import new_node_key
+from scripts.runtimes.processes import Link, register, superexec, superlink, temporary_link
+from scripts.runtimes.site import Site, running_site
 from scripts.runtimes.submitting import submit
 from tests.proxy import Proxy, Trouble, proxy
 
@@ -29,9 +32,10 @@ SAME = {"federation.num-rounds": 2}  # of runs whose adapters are compared
 
 @dataclass(frozen=True, eq=False)
 class Deployment:
-    """A hardened SuperLink with three nodes; node i reaches it through `proxies[i]`."""
+    """A hardened SuperLink and a site of three nodes; node i reaches it through `proxies[i]`."""
 
     link: Link
+    site: Site
     proxies: list[Proxy]
     values: dict[str, Any]
 
@@ -43,7 +47,8 @@ class Deployment:
 
     def pids(self, node: int) -> list[int]:
         """Return the processes of a node, which all have its Flower home in their environment."""
-        mark, found = f"FLWR_HOME={self.link.folder / f'home-node-{node}'}\0".encode(), []
+        home = self.site.socket.parents[1] / str(node) / "home"
+        mark, found = f"FLWR_HOME={home}\0".encode(), []
         for place in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 if (
@@ -112,19 +117,26 @@ def deployment(
     }
     with ExitStack() as stack:
         link = stack.enter_context(temporary_link(is_hardened=True))
-        site = link.folder / "site.toml"
-        site.write_text(tomli_w.dumps({"allow": {"server-paths": True}}))
-        variables = {"FEDLLM_SITE": str(site)}
-        stack.enter_context(superlink(link, variables=variables))
-        stack.enter_context(superexec(link, variables))
+        assert link.credentials
+        stack.enter_context(superlink(link))
+        stack.enter_context(superexec(link))
         proxies = [stack.enter_context(proxy(link.port)) for _ in range(3)]
+        nodes = {}
         for index, through in enumerate(proxies):
-            node: dict[str, Any] = {"partition-id": index, "num-partitions": 3, "server-paths": True}
-            node["state-path"] = str(folder / f"state-{index}")
-            # A node's key is registered at the SuperLink itself: only its own traffic passes the proxy
-            far = replace(link, port=through.port)
-            stack.enter_context(supernode(far, f"node-{index}", node, variables))
-        yield Deployment(link, proxies, values)
+            key = link.folder / f"node-{index}.key"
+            register(link, new_node_key(key))
+            nodes[str(index)] = {
+                "superlink": through.address,
+                "root-certificates": str(link.credentials.authority),
+                "private-key": str(key),
+                "partition-id": index,
+                "num-partitions": 3,
+            }
+        file = link.folder / "site.toml"
+        own = {"site": {"state-path": str(folder / "state")}, "allow": {"server-paths": True}}
+        file.write_text(tomli_w.dumps({**own, "nodes": nodes}))
+        site = stack.enter_context(running_site(load_policy(file), logs=link.folder))
+        yield Deployment(link, site, proxies, values)
 
 
 @pytest.fixture(autouse=True)
@@ -180,15 +192,9 @@ def test_a_killed_program_of_a_node_costs_its_round(deployment: Deployment) -> N
     folder = deployment.start("killed", **{"federation.num-rounds": 4, "train.local-steps": 200})
     wait_for("the first round", lambda: rounds(folder))
 
-    def clientapp() -> list[int]:
-        return [
-            pid
-            for pid in deployment.pids(1)
-            if b"flwr-clientapp" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-
-    wait_for("its next message", clientapp)
-    for pid in clientapp():
+    resting = set(deployment.pids(1))
+    wait_for("its next message", lambda: set(deployment.pids(1)) - resting)
+    for pid in set(deployment.pids(1)) - resting:
         os.kill(pid, signal.SIGKILL)
     records = finished(folder)
     assert all(set(record.lost) <= {"client-0001"} for record in records)
