@@ -102,23 +102,27 @@ class Link:
 
 @contextmanager
 def temporary_link(*, is_hardened: bool) -> Iterator[Link]:
-    """Make a folder and a port for a SuperLink, and remove the folder after.
+    """Make a folder and a port for a SuperLink, and remove the folder after."""
+    with temporary_folder(_PREFIX) as folder:
+        credentials = new_credentials(folder / "credentials", []) if is_hardened else None
+        yield Link(folder, free_port(), credentials)
 
-    Folders of processes that were killed are removed as well.
-    """
-    _remove_abandoned()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Make a folder, and remove it after; those of processes that were killed are removed as well."""
+    _remove_abandoned(prefix)
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
         with locked(folder / _OWNER):
-            credentials = new_credentials(folder / "credentials", []) if is_hardened else None
-            yield Link(folder, free_port(), credentials)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_abandoned() -> None:
+def _remove_abandoned(prefix: str) -> None:
     """Remove temporary folders whose owner lives no more: the system has freed its lock."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         # One without the file is being made just now; the folders of other users cannot be opened.
         with suppress(OSError), locked(folder / _OWNER, makes=False) as is_free:
             if is_free:

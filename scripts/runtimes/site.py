@@ -9,12 +9,10 @@ import os
 import pwd
 import secrets
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +25,13 @@ from fedllm.errors import ConfigError
 from fedllm.files import make_private_folder
 from fedllm.site_policy import SiteNode, SitePolicy
 from scripts.deploying.refusals import why_a_node_ended
-from scripts.runtimes.processes import end_session, flower_environment, free_port, start_guarded
+from scripts.runtimes.processes import (
+    end_session,
+    flower_environment,
+    free_port,
+    start_guarded,
+    temporary_folder,
+)
 
 _ROOT = Path(__file__).parents[2]  # where `clients` lies, in a checkout and where it is installed
 _POLL_SECONDS = 0.25
@@ -143,29 +147,28 @@ def running_site(
         raise ConfigError(f"{policy.file}: with [site] user set, state-path must be set too")
     for name in policy.nodes:
         policy.node_config(name)  # its refusals now, not at the first message
-    folder = Path(tempfile.mkdtemp(prefix="fedllm-site-"))
-    folder.chmod(0o755)
-    place = policy.path(policy.site.socket) if policy.site.socket else folder / "socket" / "site.sock"
-    logs = logs or policy.state_folder / "logs"
-    make_private_folder(logs)
-    owner.owns(policy.state_folder, logs)
-    site = Site(policy, place, logs)
-    keys = {name: secrets.token_urlsafe(32) for name in policy.nodes}
-    try:
-        with _listen(place, owner, messenger) as listening:
-            site.kept.append(_service(site, folder, owner, listening, keys, variables or {}))
-            program = _launcher(folder)
-            for name, node in policy.nodes.items():
-                site.kept += _node(site, folder / name, messenger, name, node, keys[name], program)
-            yield site
-    finally:
-        for one in site.kept:  # together first, so that none waits for another's end
-            with suppress(ProcessLookupError):
-                os.killpg(one.running.pid, signal.SIGTERM)
-        for one in site.kept:
-            end_session(one.running)
-        place.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    with temporary_folder("fedllm-site-") as folder:
+        folder.chmod(0o755)
+        place = policy.path(policy.site.socket) if policy.site.socket else folder / "socket" / "site.sock"
+        logs = logs or policy.state_folder / "logs"
+        make_private_folder(logs)
+        owner.owns(policy.state_folder, logs)
+        site = Site(policy, place, logs)
+        keys = {name: secrets.token_urlsafe(32) for name in policy.nodes}
+        try:
+            with _listen(place, owner, messenger) as listening:
+                site.kept.append(_service(site, folder, owner, listening, keys, variables or {}))
+                program = _launcher(folder)
+                for name, node in policy.nodes.items():
+                    site.kept += _node(site, folder / name, messenger, name, node, keys[name], program)
+                yield site
+        finally:
+            for one in site.kept:  # together first, so that none waits for another's end
+                with suppress(ProcessLookupError):
+                    os.killpg(one.running.pid, signal.SIGTERM)
+            for one in site.kept:
+                end_session(one.running)
+            place.unlink(missing_ok=True)
 
 
 def _listen(place: Path, owner: Account, messenger: Account) -> socket.socket:
