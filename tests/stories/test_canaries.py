@@ -195,7 +195,7 @@ def check_no_leak(
         state = running.folder / fault / "state"
         verify(state / "log.jsonl")
         entries = list(read_entries(state / "log.jsonl"))
-        assert entries[-1]["code"] == CODES[fault], entries
+        assert CODES[fault] in {entry["code"] for entry in entries}, entries
         assert {entry["answer"] for entry in entries if entry["code"] == "ok"} <= answered
         assert SAID.get(fault, "") in (state / "logs" / "service.log").read_text()
 
