@@ -172,25 +172,40 @@ def superexec(link: Link, variables: Mapping[str, str] | None = None) -> Iterato
 def register(link: Link, public_key: Path) -> None:
     """Admit a SuperNode's key to a hardened SuperLink; one that it knows already stays admitted.
 
-    It takes Flower's own client and not `flwr supernode register`, which does the same in two seconds of CPU.
-
     Raises:
         ConfigError: the file holds no such key, or no SuperLink with these credentials answers.
         RunFailedError: the SuperLink refuses it.
     """
     from flwr.proto.control_pb2 import RegisterNodeRequest
+
+    try:
+        with _control(link) as client:
+            client.RegisterNode(RegisterNodeRequest(public_key=read_public_key(public_key)))
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != _KNOWN_KEY:
+            raise RunFailedError(f"the SuperLink refuses {public_key}: {error.response.text}") from None
+    except httpx.TransportError as error:
+        raise ConfigError(f"no SuperLink with these credentials answers on {link.address}: {error}") from None
+
+
+def stop_run(link: Link, run_id: str) -> None:
+    """Stop a run at a hardened SuperLink, if it answers, so that nodes begin no more of its messages."""
+    from flwr.proto.control_pb2 import StopRunRequest
+
+    with suppress(httpx.HTTPError), _control(link) as client:
+        client.StopRun(StopRunRequest(run_id=int(run_id)))
+
+
+@contextmanager
+def _control(link: Link) -> Iterator[Any]:
+    """Open Flower's own client: the `flwr` command does the same in two seconds of CPU."""
     from flwr.supercore.control.control_http_client import ControlHttpClient
 
     assert link.credentials
     trusted = link.credentials.authority.read_bytes()
     client = ControlHttpClient.from_server_address(link.address, False, trusted, [])
     try:
-        client.RegisterNode(RegisterNodeRequest(public_key=read_public_key(public_key)))
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code != _KNOWN_KEY:
-            raise RunFailedError(f"the SuperLink refuses {public_key}: {error.response.text}") from None
-    except httpx.TransportError as error:
-        raise ConfigError(f"no SuperLink with these credentials answers on {link.address}: {error}") from None
+        yield client
     finally:
         client.close()
 

@@ -19,7 +19,7 @@ from fedllm.errors import FedLLMError, RunFailedError
 from fedllm.runs.checkpoint import newest_round
 from fedllm.runs.folder import CHECKPOINTS, RESULT, run_folder
 from scripts.runtimes.guard import family
-from scripts.runtimes.processes import Link, flwr, superexec, superlink
+from scripts.runtimes.processes import Link, stop_run, superexec, superlink
 from scripts.runtimes.restarts import Restarts
 from scripts.runtimes.shown_rounds import ShownRounds, View
 from scripts.runtimes.submitting import status, submit
@@ -133,7 +133,7 @@ class Supervisor:
             self.is_running = False
             self._again(reason)
             if self.run_id:  # else nodes begin with messages of a run that nobody waits for
-                flwr(self.link, ["stop", self.run_id, "here", "--format", "json"])
+                stop_run(self.link, self.run_id)
         self.is_running = False
         self._rounds.show()
 
@@ -158,7 +158,8 @@ class Supervisor:
         changes: dict[str, Scalar] = {"run.resume": True} if self.num_restarts else {}
         changes |= {} if self._done else self._until_first_round
         try:
-            self._mend()
+            for process in self._dead():  # counted already, by the end of the attempt before
+                process.start()
             self.run_id = submit(self.link, self.config.override(changes), {})
         except RunFailedError as error:
             return str(error)
@@ -171,7 +172,8 @@ class Supervisor:
             if (self.folder / RESULT).exists():
                 return self._ended()
             if was_running and not self.is_running:
-                return "the ServerApp died"
+                ended = [f"the {process.name} {process.how_it_ended()}" for process in self._dead()]
+                return "; ".join(ended) or "the ServerApp died"
             self._mend()
             if not self.is_running and time.monotonic() > asked + _START_SECONDS:
                 now, asked = status(self.link, self.run_id), time.monotonic()
@@ -190,6 +192,9 @@ class Supervisor:
         """Return whether the SuperExec has a ServerApp, besides its guard and itself."""
         (executor,) = (each.process for each in self.processes if each.name == SUPEREXEC)
         return executor is not None and len(family({executor.pid})) > 2
+
+    def _dead(self) -> list[Kept]:
+        return [process for process in self.processes if not process.is_alive]
 
     def _mend(self) -> None:
         """Start again each process that has ended."""

@@ -62,7 +62,7 @@ class World:
         monkeypatch.setattr(module, "family", lambda pids: {1, 2, 3} if self.has_app else {1, 2})
         monkeypatch.setattr(module, "submit", self.submit)
         monkeypatch.setattr(module, "status", lambda link, run_id: "finished:failed")
-        monkeypatch.setattr(module, "flwr", lambda link, words: self.stopped.append(words[1]))
+        monkeypatch.setattr(module, "stop_run", lambda link, run_id: self.stopped.append(run_id))
         self.processes = processes
         self.supervisor = Supervisor(
             config,
@@ -130,6 +130,8 @@ def test_a_superexec_takes_its_serverapp_along(monkeypatch: pytest.MonkeyPatch, 
     world.at = {5: kill, 9: world.completes}
     world.run()
     assert world.submitted == [False, True]
+    assert world.supervisor.num_restarts == 1, "two ends of one cause"
+    assert any(text.startswith("the SuperExec was killed by SIGKILL") for text in world.view.notices)
 
 
 def test_a_run_that_never_starts_is_submitted_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
