@@ -32,7 +32,7 @@ class Machine:
     """[site]: where things lie on this machine, and who runs them."""
 
     state_path: str = ""  # what never leaves: secrets, ledgers, the log; else the user's state folder
-    socket: str = ""  # of the site service; else in the state folder
+    socket: str = ""  # of the site service; else in a temporary folder
     data_root: str = ""  # every `data` of a node lies below it
     key: str = ""  # the site's Ed25519 key
     user: str = ""  # whom the service runs as; else who started it

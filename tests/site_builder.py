@@ -18,7 +18,7 @@ from clients.messenger import connected
 from fedllm.errors import SiteAwayError
 
 ROOT = Path(__file__).parents[1]
-_PATIENCE = 120.0  # s, of a slow machine
+_PATIENCE = 300.0  # s, of a slow machine
 
 
 def write_rows(file: Path, name: str, number: int = 12) -> Path:
@@ -53,18 +53,26 @@ def write_site(
 
 
 @contextmanager
-def started_site(file: Path, python: str = sys.executable) -> Iterator["subprocess.Popen[str]"]:
-    """Run `fedllm site start` in a process of its own, as a person would; it is ended by SIGTERM."""
+def started_site(
+    file: Path, python: str = sys.executable, packages: str = ""
+) -> Iterator["subprocess.Popen[str]"]:
+    """Run `fedllm site start` in a process of its own, as a person would; it is ended by SIGTERM.
+
+    `packages` is where another `python` finds ours.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "FEDLLM_SITE": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(
-        [python, "-m", "fedllm", "site", "start", "--config", str(file)],
-        cwd=file.parent,
-        env=environment,
-        stdout=(file.parent / "site.log").open("w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as starter:
+    environment["PYTHONPATH"] = packages or os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with (
+        (file.parent / "site.log").open("w") as log,
+        subprocess.Popen(
+            [python, "-m", "fedllm", "site", "start", "--config", str(file)],
+            cwd=file.parent,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as starter,
+    ):
         try:
             yield starter
         finally:
