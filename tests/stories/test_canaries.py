@@ -187,7 +187,7 @@ def check_no_leak(
     running.wait_for((run / "result.json").exists)
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "completed", result
-    assert any(f"holder-{faults[0]}".encode() in stream for stream in running.between.streams)
+    assert any(b"holder-" in stream for stream in running.between.streams)  # the wire is in the clear
     assert running.leaks(canaries) == {}
     verify(run / "decisions.jsonl")
     answered = {entry.get("answer") for entry in read_entries(run / "decisions.jsonl")}
