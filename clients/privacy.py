@@ -26,7 +26,6 @@ from fedllm.models.files import weights_digest
 from fedllm.plan.privacy import PrivacyPlan
 from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.accounting import Charge
-from fedllm.privacy.data_budget import DataBudget
 from fedllm.privacy.keys import bits_digest, derived_key, kept_secret
 from fedllm.privacy.ledger import Entry, Ledger, change_ledger, read_ledger
 from fedllm.privacy.noise import SecretStream, coins
@@ -78,13 +77,14 @@ def refuse_spent(plan: PrivacyPlan, this_round: NodeRound, names: Iterable[str])
     """
 
     def check(name: str) -> None:
-        client, file = this_round.holder.clients[name], _ledger_of(this_round, name)
+        holder, file = this_round.holder, _ledger_of(this_round, name)
+        client = holder.clients[name]
         ledger, number = read_ledger(file), this_round.request.round_num
         if any(entry.round_num == number for entry in ledger.entries):
             return
         charge = plan.charge(client.num_rows)
         _check_afforded(plan, ledger, file, name, charge)
-        if (budget := _budget_of(this_round)) is not None:
+        if (budget := data_budget(holder.data_path, holder.state_path)) is not None:
             budget.check(budget.ledger, charge, plan.unit)
 
     return _failures(check, names)
@@ -107,7 +107,8 @@ def _charge(plan: PrivacyPlan, this_round: NodeRound, work: ClientWork) -> None:
     draw = request_key(this_round, plan, client, b"").hex() if plan.is_by_example else ""
     release = release_digest(work.sent, draw)
     entry = Entry(this_round.request.round_num, 0, release, {name: charge}, draw)
-    budget, data = _budget_of(this_round), this_round.holder.data_path
+    data = this_round.holder.data_path
+    budget = data_budget(data, this_round.holder.state_path)
 
     def pay(ledger: Ledger) -> Ledger:
         paid = entry
@@ -144,10 +145,6 @@ def _failures(step: Callable[[str], None], names: Iterable[str]) -> dict[str, Cl
 
 def _ledger_of(this_round: NodeRound, name: str) -> Path:
     return this_round.holder.store.folder / name / "privacy-ledger.json"
-
-
-def _budget_of(this_round: NodeRound) -> DataBudget | None:
-    return data_budget(this_round.holder.data_path, this_round.holder.state_path)
 
 
 def release_digest(update: ClientUpdate, draw: str = "") -> str:

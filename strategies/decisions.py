@@ -109,6 +109,7 @@ class Decisions:
                 is_flushed=False,  # the checkpoints and rounds are: they cover all lines before them
                 client=client.client_id,
                 node=client.node_id,
+                site=client.site,
                 num_train=client.num_train,
                 num_held_out=client.num_held_out,
                 fingerprint=client.fingerprint,

@@ -67,7 +67,7 @@ def test_sites_of_the_list_run_and_a_stranger_is_named(
             check=False,
         )
     assert done.returncode == 0, done.stdout
-    assert result_of(tmp_path / "admitted")["status"] == "complete"
+    assert result_of(tmp_path / "admitted")["status"] == "completed"
     assert not processes_of(tmp_path)
     decided = (tmp_path / "admitted" / "decisions.jsonl").read_text()
     told = done.stdout + decided
