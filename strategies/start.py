@@ -8,7 +8,6 @@ from flwr.serverapp.strategy import Strategy
 from fedllm.adapters.layout import AdapterState
 from fedllm.engine.resident import Resident
 from fedllm.models.base import describe_layout
-from fedllm.plan.dealt_numbers import named_clients
 from fedllm.plan.run_plan import RunPlan, fixed_keys
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, newest_round
 from fedllm.runs.folder import CHECKPOINTS
@@ -61,7 +60,7 @@ def open_session(
     transport = Transport(grid, heard=watch.reply, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, plan, layout, watch.notice, watch.phase)
     watch.joined(clients)
-    for name in set(named_clients(config.lora.client_ranks, config.lora.rank)) - clients.keys():
+    for name in plan.clients_with_own_rank() - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
     return Session(
         plan,

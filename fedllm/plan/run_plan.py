@@ -13,7 +13,7 @@ from fedllm.messages import LocalTraining
 from fedllm.plan.aggregation import AXES, AggregationRule, aggregation_rule
 from fedllm.plan.capabilities import Part, active_parts, refuse_conflicts
 from fedllm.plan.cohort import CohortPlan, cohort_plan
-from fedllm.plan.dealt_numbers import are_mixed, deal_ranks, parse_repeats
+from fedllm.plan.dealt_numbers import are_mixed, deal_ranks, named_clients, parse_repeats
 from fedllm.plan.distillation import DistillationPlan, distillation_plan
 from fedllm.plan.privacy import PrivacyPlan, privacy_plan
 from fedllm.plan.training import PersonalTraining, local_training, personal_training
@@ -45,6 +45,10 @@ class RunPlan:
     def with_own_model(self, path: str) -> "RunPlan":
         """Return the plan on a machine that has its own copy of the base model; `digest` stays the run's."""
         return replace(self, config=self.config.override({"model.name": path}))
+
+    def clients_with_own_rank(self) -> set[str]:
+        """Return the clients that `lora.client-ranks` names."""
+        return set(named_clients(self.config.lora.client_ranks, self.config.lora.rank))
 
     def ranks(self, client_ids: Iterable[str]) -> dict[str, int]:
         """Return the rank that `lora.client-ranks` gives each client, at most `lora.rank`."""
