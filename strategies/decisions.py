@@ -3,7 +3,8 @@
     begun      the run, the digest of its plan; once more for each time that it goes on
     joined     a client, its node and the sizes and base model it declared, at the start or later
     reply      an answer of a node: what was asked, the digest of what it holds, or the code or reason of none
-    accepted   a client's update that counts, with its weight and the digest of its delta
+    accepted   a sound update, with its weight and the digest of its delta; the attempt's `round` line says
+               whether it was applied
     refused    one that does not, and why
     round      what a round made: the digest of the adapter after it
     checkpoint the round and the adapter that a resumed run goes on from
