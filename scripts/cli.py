@@ -255,7 +255,7 @@ def node_key(
 def admit_node(
     public: Annotated[Path, typer.Argument(help="A node's .pub file.")],
     credentials: Annotated[Path, typer.Option(help="The server's folder of `fedllm keys server`.")],
-    port: Annotated[int, typer.Option(help="Of the SuperLink, on loopback.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the SuperLink, on loopback.")] = 8000,
 ) -> None:
     """Admit a SuperNode's key at the SuperLink of this machine."""
     from scripts.commands import credentials_command
