@@ -56,6 +56,20 @@ class Asking:
     now: float
 
 
+def count_run(asked: Asked, run: str, now: float, limits: Limits) -> Asked:
+    """Return what was asked with a run that asks at `now`; one that has begun changes nothing.
+
+    Raises:
+        PolicyError: it is one run more than the owner permits.
+    """
+    if run in asked.runs:
+        return asked
+    since = now - limits.period_days * SECONDS_A_DAY
+    if 0 < limits.runs <= sum(one.begun > since for one in asked.runs.values()):
+        raise PolicyError(f"[limits] runs = {limits.runs} in {limits.period_days:g} days have begun")
+    return replace(asked, runs={**asked.runs, run: RunCount(now)})
+
+
 def count(asked: Asked, asking: Asking, limits: Limits) -> Asked:
     """Return what was asked with one question more.
 
@@ -67,12 +81,8 @@ def count(asked: Asked, asking: Asking, limits: Limits) -> Asked:
     evaluations, overlaps = (
         tuple(time for time in times if time > since) for times in (asked.evaluations, asked.overlaps)
     )
-    run = asked.runs.get(asking.run)
-    if run is None:
-        begun = sum(one.begun > since for one in asked.runs.values())
-        if 0 < limits.runs <= begun:
-            raise PolicyError(f"[limits] runs = {limits.runs} in {limits.period_days:g} days have begun")
-        run = RunCount(asking.now)
+    asked = count_run(asked, asking.run, asking.now, limits)
+    run = asked.runs[asking.run]
     if asking.action == "train":
         run = replace(run, trainings=run.trainings + 1, steps=run.steps + asking.steps)
         if 0 < limits.rounds < run.trainings:
@@ -110,7 +120,9 @@ def count_on_disk(folder: Path, data_set: str, change: Callable[[Asked], Asked])
         with file.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, or with its process
             before = _read(json.loads(file.read_text())) if file.exists() else Asked()
-            write_file(file, json.dumps(asdict(change(before))) + "\n")
+            after = change(before)
+            if after is not before:
+                write_file(file, json.dumps(asdict(after)) + "\n")
     except (QueryLimitError, PolicyError):  # both are OSErrors too
         raise
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from clients.asked import Asked, Asking, count, count_on_disk, count_update
+from clients.asked import Asked, Asking, count, count_on_disk, count_run, count_update
 from clients.data_holder import DataHolder
 from clients.site import data_path_of
 from clients.tokens import ClientTokens
@@ -105,10 +105,14 @@ def admit(question: Question) -> None:
     Raises:
         ConfigError: site.toml or the run's configuration cannot be read.
         PolicyError: the machine's owner does not permit it.
+        CheckpointError: its run cannot be counted.
     """
     if question.policy.file is not None:
         _check_sender(question)
         _check_run(question)
+        # By now: whether rows can be opened under its columns and limits is an answer about them too.
+        limits = question.policy.limits
+        _count(question, lambda asked: count_run(asked, question.run, time.time(), limits))
 
 
 def admit_work(question: Question, holder: DataHolder) -> None:

@@ -15,6 +15,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import Shards
 from fedllm.engine.resident import Resident
 from fedllm.files import cache_folder
+from fedllm.site_policy import SitePolicy, load_policy
 
 NUM_HOLDERS = 64  # a simulation's worker may host any of its nodes in turn
 
@@ -30,6 +31,7 @@ class Process:
     resident: Resident = field(default_factory=Resident)
     holders: dict[tuple[object, object], DataHolder] = field(default_factory=dict)
     sources: dict[RunConfig, Shards] = field(default_factory=dict)
+    policy: SitePolicy | None = None  # under which all that is kept was opened
 
     def __reduce__(self) -> tuple[Callable[[], "Process"], tuple[()]]:
         """Pickle no content: Ray copies the app with every message, and a worker keeps its own content."""
@@ -46,6 +48,10 @@ class Process:
         Raises:
             FedLLMError: the configuration, the data or the base model cannot be used.
         """
+        if (policy := load_policy()) != self.policy:
+            if self.policy is not None:  # what the owner permitted then may be refused now
+                self.release()
+            self.policy = policy
         run, node = tuple(sorted(run_config.items())), tuple(sorted(node_config.items()))
         if (run, node) not in self.holders:
             # Those of another run would keep its base model in memory, next to this one's.

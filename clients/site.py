@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
+from fedllm.data.find_files import find_files
 from fedllm.data.rows import is_local
 from fedllm.errors import ConfigError, DataError, ModelError, PolicyError
 from fedllm.models.files import ModelFiles, content_digest, is_local_model
@@ -57,10 +58,13 @@ def check_paths(config: RunConfig, node: NodeConfig) -> None:
     policy, own = load_policy(), data_path_of(node)
     if own is not None:
         policy.check_below_root(own, "data-path in the node config")
-    if node.get("server-paths") is True or policy.allow.server_paths:  # the text "false" permits nothing
-        return
     source = config.data.source
-    if "data-path" not in node and source != "docstrings" and is_local(source):
+    opens_named = own is None and source != "docstrings" and is_local(source)
+    if node.get("server-paths") is True or policy.allow.server_paths:  # the text "false" permits nothing
+        for file in find_files(source, config.data.split) if opens_named and policy.site.data_root else ():
+            policy.check_below_root(Path(file), "data.source")
+        return
+    if opens_named:
         raise DataError(
             "data.source is a local path, and this node does not open paths a server names;"
             " start it with data-path in its node config, or set [allow] server-paths = true in its site.toml"

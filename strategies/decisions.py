@@ -1,13 +1,13 @@
 """The log of a run at the server, `decisions.jsonl`: every answer that came, and what was decided on it.
 
     begun      the run, the digest of its plan; once more for each time that it goes on
-    joined     a client, its node and the sizes and base model it declared
+    joined     a client, its node and the sizes and base model it declared, at the start or later
     reply      an answer of a node: what was asked, the digest of what it holds, or the code or reason of none
     accepted   a client's update that counts, with its weight and the digest of its delta
     refused    one that does not, and why
     round      what a round made: the digest of the adapter after it
     checkpoint the round and the adapter that a resumed run goes on from
-    published  the same of the published adapter, and the SHA-256 of its weights file
+    published  the SHA-256 of the weights file of the adapter that is published
     failed     why the run ended instead
     notice     any other line that the server said
 
@@ -40,7 +40,7 @@ from strategies.session import Watch
 
 @contextmanager
 def decided(folder: Path, plan: RunPlan, watch: Watch) -> Iterator[Watch]:
-    """Yield `watch` with ears that write the log of the run in `folder`; how the block ends is written too.
+    """Yield `watch` with ears that write the log of the run in `folder`; what it ends with is written too.
 
     A disk that is full for a while loses no line: all that could not be written comes with the next.
 
@@ -51,11 +51,11 @@ def decided(folder: Path, plan: RunPlan, watch: Watch) -> Iterator[Watch]:
     log.note("begun", run=plan.config.run.name, plan=plan.digest)
     try:
         yield log.listening(watch)
-    except FedLLMError as error:
+    except (FedLLMError, OSError) as error:
         log.note("failed", reason=str(error))
         raise
     digests = json.loads((folder / "adapter" / MANIFEST).read_text())["sha256"]
-    log.note("published", adapter=log.adapter, weights=digests[WEIGHTS])
+    log.note("published", weights=digests[WEIGHTS])
     if log.waiting:
         raise CheckpointError(
             f"{log.path}: {len(log.waiting)} lines could not be written; free space, --resume"
@@ -68,7 +68,6 @@ class Decisions:
 
     path: Path
     notice: Callable[[str], None]
-    adapter: str = ""  # digest of the newest
     waiting: list[Mapping[str, Any]] = field(default_factory=list)
 
     def note(self, event: str, *, is_flushed: bool = True, **fields: object) -> None:
@@ -96,6 +95,7 @@ class Decisions:
             watch,
             notice=after(lambda line: self.note("notice", is_flushed=False, text=line), watch.notice),
             joined=after(self._joined, watch.joined),
+            joined_later=after(self._joined, watch.joined_later),
             reply=after(self._reply, watch.reply),
             client=after(self._client, watch.client),
             record=after(self._record, watch.record),
@@ -145,5 +145,4 @@ class Decisions:
         )
 
     def _saved(self, state: ServerState) -> None:
-        self.adapter = state.adapter.digest
-        self.note("checkpoint", round=state.round_num, adapter=self.adapter)
+        self.note("checkpoint", round=state.round_num, adapter=state.adapter.digest)

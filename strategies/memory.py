@@ -1,12 +1,10 @@
 """Where a round's updates wait: in memory while they fit, beyond that in files without a name.
 
 A file is mapped into memory: whoever computes with its tensor finds the same bits, and the system takes the
-memory back wherever it is short of it. Since the file has no name any more, nothing is left of it however the
-process ends.
+memory back wherever it is short of it. Since the file never has a name, nobody else can open it and nothing
+is left of it however the process ends.
 """
 
-import ctypes
-import os
 import tempfile
 import weakref
 from dataclasses import dataclass, field
@@ -14,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from fedllm.engine.resident import give_back_freed
+
 MOST_BYTES = 1 << 30
-# Freed blocks of a few megabytes between others stay with the process unless asked for (glibc)
-_give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: 0)
 
 
 @dataclass(eq=False)
@@ -37,7 +35,7 @@ class Room:
         if sum(self.sizes.values()) + tensor.nbytes > self.most:
             try:
                 return _on_disk(tensor, self.folder)
-            except OSError:  # no space there either: memory is all that is left
+            except (OSError, RuntimeError):  # no space there either, or torch cannot map it
                 pass
         self.sizes[id(tensor)] = tensor.nbytes
         weakref.finalize(tensor, self.sizes.pop, id(tensor), None)
@@ -45,11 +43,8 @@ class Room:
 
 
 def _on_disk(tensor: torch.Tensor, folder: Path | None) -> torch.Tensor:
-    handle, name = tempfile.mkstemp(prefix=".update-", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            tensor.contiguous().numpy().tofile(file)
-        _give_back(0)  # what the vectors written before took
-        return torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    finally:
-        Path(name).unlink()  # the mapping holds what is in it
+    with tempfile.TemporaryFile(dir=folder) as file:
+        tensor.contiguous().numpy().tofile(file)
+        give_back_freed()  # what the vectors written before took
+        path = f"/dev/fd/{file.fileno()}"
+        return torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)

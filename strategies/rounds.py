@@ -102,9 +102,7 @@ def aggregate(
     collectors = open_collectors(session, state, plan)
     accepted: dict[str, ClientUpdate] = {}
     lost: dict[str, ClientFailure] = {}
-    for answer in sort_answers(
-        answers, plan.asked, session.room
-    ):  # floating-point sums depend on their order
+    for answer in sort_answers(answers, plan.asked, session.room):
         if isinstance(answer, ClientFailure):
             lost[answer.client_id] = answer
             continue

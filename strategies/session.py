@@ -28,11 +28,13 @@ class Watch:
     """What the person who started the run wants to hear; every callable may be left out.
 
     `phase` hears what begins or goes on (joining, training, evaluating, distilling), how much of it is done
-    and of how many; 0 of 0 where it is not counted. `reply` hears of every answer that comes, late ones too.
+    and of how many; 0 of 0 where it is not counted. `joined` hears of all who take part from the start,
+    `joined_later` of others, and of who is back. `reply` hears of every answer that comes, late ones too.
     """
 
     notice: Callable[[str], None] = lambda line: None
     joined: Callable[[Mapping[str, JoinedClient]], None] = lambda clients: None
+    joined_later: Callable[[Mapping[str, JoinedClient]], None] = lambda clients: None
     phase: Callable[[str, int, int], None] = lambda name, done, number: None
     reply: Callable[[Sent, Reply], None] = lambda sent, reply: None
     client: Callable[[int, ClientUpdate | ClientFailure], None] = lambda round_num, result: None

@@ -7,8 +7,6 @@ in a local run to the server's session too.
 
 import ctypes
 import gc
-import sys
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +18,11 @@ from fedllm.engine.engine import Engine
 from fedllm.models.base import BaseModel, ChosenModel, choose_model, load_chosen, load_tokenizer
 from fedllm.models.files import ModelFiles, resolve_model
 from fedllm.models.tokenizer_fit import check_tokenizer_fits
+
+
+def give_back_freed() -> None:
+    """Give the system the freed blocks that glibc keeps for later; another C library keeps none."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: 0)(0)
 
 
 class Resident:
@@ -37,9 +40,7 @@ class Resident:
         self._tokenizer.cache_clear()
         gc.collect()  # models refer to themselves
         torch.cuda.empty_cache()  # nothing where no GPU was used
-        if sys.platform == "linux":  # glibc keeps what small allocations have left behind
-            with suppress(OSError, AttributeError):  # another C library
-                ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_freed()
 
     def tokenizer(self, files: ModelFiles) -> Any:
         """Return the tokenizer of a model; raises as `load_tokenizer`."""

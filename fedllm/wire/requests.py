@@ -132,7 +132,7 @@ def _by_client(config: ConfigRecord, name: str) -> dict[str, int]:
     """Return {client: its number} from two lists of a request."""
     client_ids, numbers = list_field(config, "client-ids", str), list_field(config, name, int)
     # Before any client is charged for an answer that such a request could not get.
-    if not len(client_ids) == len(set(client_ids)) == len(numbers) or min(numbers) < 0:
+    if not len(client_ids) == len(set(client_ids)) == len(numbers) or any(n < 0 for n in numbers):
         raise WireError(f"field {name!r} or 'client-ids' is not one entry, from 0, for every client")
     return dict(zip(client_ids, numbers, strict=True))
 

@@ -35,6 +35,7 @@ _PREFIX, _OWNER = "fedllm-flower-", ".owner.lock"  # of temporary folders
 _LONGEST_FOLDER = 40
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
+LARGEST_LOG = 2**24  # bytes, beyond which a process that is started again begins a new one
 _KNOWN_KEY = 412  # HTTP status
 
 
@@ -114,7 +115,8 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
     _remove_abandoned(prefix)
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
-        with locked(folder / _OWNER):
+        with locked(folder / ".new.lock"):
+            (folder / ".new.lock").rename(folder / _OWNER)  # held from the moment it has that name
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -152,7 +154,9 @@ def superlink(
         command += ["--ssl-ca-certfile", str(own.authority), "--ssl-certfile", str(own.certificate)]
         command += ["--ssl-keyfile", str(own.key), "--enable-supernode-auth", "--isolation", "process"]
         command += ["--superexec-auth-secret-file", str(own.superexec_secret)]
-        command += ["--database", str(link.folder / "superlink.db")]
+        database = link.folder / "superlink.db"
+        database.touch(mode=0o600)  # it holds updates; SQLite gives its other files the same mode
+        command += ["--database", str(database)]
     else:
         command += ["--insecure"]
     ray = {"RAY_TMPDIR": str(link.folder)} if len(str(link.folder)) < _LONGEST_FOLDER else {}
@@ -198,6 +202,16 @@ def stop_run(link: Link, run_id: str) -> None:
 
     with suppress(httpx.HTTPError), _control(link) as client:
         client.StopRun(StopRunRequest(run_id=int(run_id)))
+
+
+def stop_unfinished(link: Link) -> None:
+    """Stop the runs that a hardened SuperLink has of an earlier session, before a SuperExec starts them."""
+    from flwr.proto.control_pb2 import ListRunsRequest, StopRunRequest
+
+    with suppress(httpx.HTTPError), _control(link) as client:
+        for run_id, run in client.ListRuns(ListRunsRequest()).run_dict.items():
+            if run.status.status != "finished":
+                client.StopRun(StopRunRequest(run_id=run_id))
 
 
 @contextmanager
@@ -253,8 +267,15 @@ def process(
 def start_guarded(
     command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, **options: Any
 ) -> "subprocess.Popen[bytes]":
-    """Start a program under a guard; `options` are further ones of `Popen`. Whoever starts it ends it."""
-    with log.open("ab") as written:
+    """Start a program under a guard; `options` are further ones of `Popen`. Whoever starts it ends it.
+
+    What it prints is added to `log`; a large one is kept as `log`.old, and the one before that is lost.
+    """
+    if log.exists() and log.stat().st_size > LARGEST_LOG:
+        log.replace(log.with_name(f"{log.name}.old"))
+    # Root writes to folders of a site's other users, whose links must not lead it elsewhere.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(os.open(log, flags, 0o600), "ab") as written:
         return subprocess.Popen(
             [sys.executable, "-I", "-S", str(_GUARD), *command],
             cwd=folder,

@@ -11,7 +11,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.runs.records import RoundRecord
 from scripts.deploying.certificates import Credentials
 from scripts.runtimes.monitor import Monitor, monitored
-from scripts.runtimes.processes import Link
+from scripts.runtimes.processes import Link, stop_unfinished
 from scripts.runtimes.shown_rounds import View
 from scripts.runtimes.submitting import check_completed
 from scripts.runtimes.supervisor import Supervisor, server_processes, started
@@ -81,6 +81,8 @@ def supervise(
         if place.monitor:
             monitors.append(Monitor(config.run.name, config.federation.num_rounds, supervisor.health))
             stack.enter_context(monitored(monitors[0], place.monitor))
-        stack.enter_context(started(processes))
+        stack.enter_context(started(processes[:1]))
+        stop_unfinished(link)
+        stack.enter_context(started(processes[1:]))
         supervisor.run()
         check_completed(link, supervisor.run_id, supervisor.folder)

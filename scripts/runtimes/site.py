@@ -37,9 +37,10 @@ _ROOT = Path(__file__).parents[2]  # where `clients` lies, in a checkout and whe
 _POLL_SECONDS = 0.25
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 15.0  # s, before what has died is started again
 _STEADY_SECONDS = 60.0  # who lives so long has a first pause again
+_TAIL_BYTES = 4000  # of a log, in which the end of a process is explained
 _LONGEST_SOCKET = 100  # letters: the system takes 107
 # What of the starter's environment a node sees: it needs no more, and tokens may be in the rest.
-_FOR_NODES = ("LANG", "LC_ALL", "TZ", "PATH", "SSL_CERT_FILE", "HTTPS_PROXY", "NO_PROXY", "OMP_NUM_THREADS")
+_FOR_NODES = ("LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "HTTPS_PROXY", "NO_PROXY", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,23 @@ class Account:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Their home and name, as a log-in would set them."""
-        entry = pwd.getpwnam(self.name) if self.name else pwd.getpwuid(os.getuid())
+        """Their home and name, as a log-in would set them; one's own are those of the environment."""
+        if not self.name:
+            return {name: os.environ[name] for name in ("HOME", "USER", "LOGNAME") if name in os.environ}
+        entry = pwd.getpwnam(self.name)
         return {"HOME": entry.pw_dir, "USER": entry.pw_name, "LOGNAME": entry.pw_name}
+
+    def may_read(self, path: Path) -> bool:
+        """Return whether they can read a file or list a folder."""
+        return subprocess.run(["test", "-r", str(path)], check=False, **self.options).returncode == 0
 
     def owns(self, *paths: Path) -> None:
         """Make files and folders theirs."""
         if self.name:
             entry = pwd.getpwnam(self.name)
             for path in paths:
-                os.chown(path, entry.pw_uid, entry.pw_gid)
+                # A link that this user has put there must not hand them what it leads to.
+                os.chown(path, entry.pw_uid, entry.pw_gid, follow_symlinks=False)
 
 
 def account_of(name: str) -> Account:
@@ -89,7 +97,7 @@ def account_of(name: str) -> Account:
 
 
 @dataclass(eq=False)
-class Kept:
+class Tended:
     """A process that is started again whenever it ends."""
 
     title: str
@@ -119,12 +127,12 @@ class Site:
     policy: SitePolicy
     socket: Path
     logs: Path
-    kept: list[Kept] = field(default_factory=list)
+    processes: list[Tended] = field(default_factory=list)
 
     def tend(self, tell: Callable[[str], None], until: Callable[[], bool] = lambda: False) -> None:
-        """Start again whatever ends, `until` says so."""
+        """Start again whatever ends, until `until` says so."""
         while not until():
-            for one in self.kept:
+            for one in self.processes:
                 one.tend(tell)
             time.sleep(_POLL_SECONDS)
 
@@ -145,7 +153,13 @@ def running_site(
     owner, messenger = account_of(policy.site.user), account_of(policy.site.node_user)
     if owner.name and not policy.site.state_path:
         raise ConfigError(f"{policy.file}: with [site] user set, state-path must be set too")
-    for name in policy.nodes:
+    if owner.name and not messenger.name:
+        raise ConfigError(f"{policy.file}: with [site] user set, node-user must be set too, and not to root")
+    for name, node in policy.nodes.items():
+        if not node.superlink:
+            raise ConfigError(
+                f"{policy.file}: nodes.{name}.superlink must be set, to host:port of the server"
+            )
         policy.node_config(name)  # its refusals now, not at the first message
     with temporary_folder("fedllm-site-") as folder:
         folder.chmod(0o755)
@@ -155,33 +169,39 @@ def running_site(
         owner.owns(policy.state_folder, logs)
         site = Site(policy, place, logs)
         keys = {name: secrets.token_urlsafe(32) for name in policy.nodes}
-        try:
-            with _listen(place, owner, messenger) as listening:
-                site.kept.append(_service(site, folder, owner, listening, keys, variables or {}))
+        with _listen(place, owner, messenger) as listening:
+            try:
+                site.processes.append(_service(site, folder, owner, listening, keys, variables or {}))
                 program = _launcher(folder)
                 for name, node in policy.nodes.items():
-                    site.kept += _node(site, folder / name, messenger, name, node, keys[name], program)
+                    site.processes += _node(site, folder / name, messenger, name, node, keys[name], program)
                 yield site
-        finally:
-            for one in site.kept:  # together first, so that none waits for another's end
-                with suppress(ProcessLookupError):
-                    os.killpg(one.running.pid, signal.SIGTERM)
-            for one in site.kept:
-                end_session(one.running)
-            place.unlink(missing_ok=True)
+            finally:
+                for one in site.processes:  # together first, so that none waits for another's end
+                    with suppress(ProcessLookupError):
+                        os.killpg(one.running.pid, signal.SIGTERM)
+                for one in site.processes:
+                    end_session(one.running)
+                place.unlink(missing_ok=True)
 
 
 def _listen(place: Path, owner: Account, messenger: Account) -> socket.socket:
     """Return a socket in a folder that only the service's user, and the group of the nodes' user, may pass.
 
     It is opened here and handed on, so a messenger waits in its queue while the service starts again.
+
+    Raises:
+        ConfigError: its path is too long, its folder is everybody's, or another site's service listens.
     """
     if len(str(place)) > _LONGEST_SOCKET:
         raise ConfigError(f"{place}: too long for the path of a socket ({_LONGEST_SOCKET} letters)")
     make_private_folder(place.parent)
     if place.parent.stat().st_mode & 0o007:
         raise ConfigError(f"{place.parent}: every user may enter the socket's folder; give it one of its own")
-    place.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(str(place)) == 0:
+            raise ConfigError(f"{place}: another site's service listens; end it, or choose another socket")
+    place.unlink(missing_ok=True)  # a killed site's
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(place))
     listening.listen(128)
@@ -203,7 +223,7 @@ def _service(
     listening: socket.socket,
     keys: Mapping[str, str],
     variables: Mapping[str, str],
-) -> Kept:
+) -> Tended:
     nodes = json.dumps({digest_of(key): name for name, key in keys.items()})
     environment = {**os.environ, **owner.variables, **_python_path(), **variables, KEYS: nodes}
     environment["FEDLLM_SITE"] = str(site.policy.file)
@@ -215,12 +235,12 @@ def _service(
     def start() -> "subprocess.Popen[bytes]":
         return start_guarded(command, work, environment, log, pass_fds=[listening.fileno()], **owner.options)
 
-    return Kept("the service", start, log, start())
+    return Tended("the service", start, log, start())
 
 
 def _node(
     site: Site, folder: Path, account: Account, name: str, node: SiteNode, key: str, program: Path
-) -> list[Kept]:
+) -> list[Tended]:
     """Start a SuperNode, and the SuperExec that starts a messenger for each of its messages."""
     folder.mkdir(mode=0o700)
     secret, home, port = folder / "secret", folder / "home", free_port()
@@ -231,7 +251,8 @@ def _node(
     known = {variable: os.environ[variable] for variable in _FOR_NODES if variable in os.environ}
     flower = {name: text for name, text in flower_environment(home).items() if name.startswith("FLWR_")}
     environment = {**known, **flower, **account.variables, **_python_path()}
-    environment["PATH"] = f"{program.parent}{os.pathsep}{known.get('PATH', os.defpath)}"
+    # Nothing else is found: Flower's own program of that name would run the code that the server ships.
+    environment["PATH"] = str(program.parent)
     environment["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(_POLL_SECONDS)
     python = [sys.executable, "-m", "clients.flower_programs"]
     shared = ["--superexec-auth-secret-file", str(secret)]
@@ -248,7 +269,7 @@ def _node(
         ) -> "subprocess.Popen[bytes]":
             return start_guarded(command, folder, environment | dict(variables), log, **account.options)
 
-        kept.append(Kept(f"{title} {name}", start, log, start()))
+        kept.append(Tended(f"{title} {name}", start, log, start()))
     return kept
 
 
@@ -263,13 +284,19 @@ def _trust(policy: SitePolicy, node: SiteNode) -> list[str]:
 
 
 def _launcher(folder: Path) -> Path:
-    """Write the program that a SuperExec finds in place of Flower's own, and return its path."""
+    """Write the program that a SuperExec finds in place of Flower's own, and return its path.
+
+    Raises:
+        ConfigError: no program of the temporary folder can be started.
+    """
     programs = folder / "bin"
     programs.mkdir()
     programs.chmod(0o755)
     program = programs / "flwr-clientapp"
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m clients.launcher "$@"\n')
     program.chmod(0o755)
+    if not os.access(program, os.X_OK):
+        raise ConfigError(f"{folder}: its file system is mounted noexec; set TMPDIR to a folder of another")
     return program
 
 
@@ -281,8 +308,9 @@ def _python_path() -> dict[str, str]:
 
 def last_words(log: Path) -> str:
     """Return why a process ended, in a line: cause and cure where they are known, else its last words."""
-    with suppress(OSError):
-        text = log.read_text(errors="replace")[-4000:]
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        text = file.read().decode(errors="replace")
         told = [line.strip() for line in text.splitlines() if any(letter.isalnum() for letter in line)]
         if told:
             return why_a_node_ended(text) or told[-1][:200]

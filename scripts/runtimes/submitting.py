@@ -33,6 +33,7 @@ def app_folder(link: Link) -> Path:
     if not (HERE / "pyproject.toml").is_file():
         return ROOT
     app = link.folder / "app"
+    shutil.rmtree(app, ignore_errors=True)  # of an earlier submission, or of an earlier release
     for package in ("fedllm", "clients", "strategies"):
         shutil.copytree(ROOT / package, app / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "LICENSE"):

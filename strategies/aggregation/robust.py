@@ -84,7 +84,8 @@ def site_means(sites: Sequence[str], p_K: torch.Tensor) -> torch.Tensor | None:
         return None
     means_VK = torch.zeros(len(names), len(sites), dtype=torch.float64)
     for client, site in enumerate(sites):
-        means_VK[names.index(site), client] = p_K[client]
+        # Shares of 0 are of weights too small for a float64: their mean must still be a number.
+        means_VK[names.index(site), client] = max(float(p_K[client]), torch.finfo(torch.float64).tiny)
     return means_VK / means_VK.sum(dim=1, keepdim=True)
 
 

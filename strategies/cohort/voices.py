@@ -8,7 +8,7 @@ voices, which only a list of admitted sites prevents (`federation.sites`).
 
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -70,9 +70,9 @@ def shared_out(
 
     The limit of a voice that has none of its own is `over_median` times the (lower) median of all voices.
     """
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
     for client, weight in weights.items():
-        totals[voices[client]] += weight  # type: ignore[assignment]  # a Counter adds floats as well
+        totals[voices[client]] += weight
     usual = over_median * statistics.median_low(totals.values()) if totals else 0.0
     factors = {voice: min(1.0, limits.get(voice, usual) / total) for voice, total in totals.items() if total}
     return {client: weight * factors.get(voices[client], 1.0) for client, weight in weights.items()}

@@ -115,8 +115,9 @@ def _placed(
     connected, number = set(transport.grid.get_node_ids()), admission.plan.config.federation.num_clients
     placed = with_places(clients, number, connected, is_bounded=is_bounded)
     if left := sorted(clients.keys() - placed.keys()):
+        bound = ", and none has more than all others together" if is_bounded else ""
         turns = f"sites have federation.num-clients = {number} in turn"
-        notice(f"client {names(left)}: no place; {turns}, and none has more than all others together")
+        notice(f"client {names(left)}: no place; {turns}{bound}")
     return placed
 
 
@@ -163,8 +164,10 @@ def _add_declared(session: Session) -> None:
             else:
                 usable[name] = client
         placed = _placed(transport, admission, {**clients, **usable}, notice)
-        for name in usable.keys() & placed.keys():
+        new = {name: client for name, client in placed.items() if name in usable}
+        for name in new:
             notice(f"client {name} {'is back' if name in clients else 'joined'}")
+        session.watch.joined_later(new)
         for name in clients.keys() - placed.keys():
             del clients[name]
         clients.update(placed)

@@ -126,10 +126,10 @@ class Transport:
         """Ask the connected nodes that were not asked yet, or may be again; return the messages' ids."""
         now = time.monotonic()
         new = [node for node in self.node_ids() if self.asked.get(node, now) <= now]
-        self.asked.update(dict.fromkeys(new, math.inf))
         self.nonces.update((node, new_nonce()) for node in new)
         questions = {node: write_question(self.nonces[node]) for node in new}
         sent = self._send(questions, message_type="query.join", group="join")
+        self.asked.update((each.node, math.inf) for each in sent.values())  # whom Flower refused, next time
         self.joining.update(sent)
         return set(sent)
 

@@ -66,7 +66,7 @@ def test_each_data_set_has_a_count_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"runs": 1}', '{"runs": {"a": {"x": 1}}}'])
 def test_a_damaged_count_is_not_begun_anew(content: str, tmp_path: Path) -> None:
-    count_on_disk(tmp_path, "rows", lambda asked: asked)
+    count_on_disk(tmp_path, "rows", lambda asked: count(asked, asking(), Limits()))
     (file,) = tmp_path.glob("*.json")
     file.write_text(content)
     with pytest.raises(CheckpointError, match="how often was asked is not known"):

@@ -2,6 +2,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from clients.tokens import hosted_rows
 from clients.train import train_clients
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.jobs import EvaluationJob, Job
-from fedllm.errors import ConfigError, DataError, ModelError
+from fedllm.errors import ConfigError, DataError, ModelError, PolicyError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.plan.run_plan import resolve
 from tests.builders import evaluate_request, train_request
@@ -77,6 +78,10 @@ def test_named_path_is_opened_where_node_or_policy_permits(
     policy.write_text("[allow]\nserver-paths = true")
     monkeypatch.setenv("FEDLLM_SITE", str(policy))
     assert list(holder_of(config).clients) == ["anna", "ben"]
+    for root, is_permitted in ((tmp_path, True), (tmp_path / "elsewhere", False)):
+        policy.write_text(f"[allow]\nserver-paths = true\n[site]\ndata-root = {str(root)!r}")
+        with nullcontext() if is_permitted else pytest.raises(PolicyError, match="leads out of"):
+            holder_of(config)
 
 
 @pytest.mark.parametrize("num_partitions", [1, 2, 3, 7])

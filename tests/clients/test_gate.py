@@ -218,6 +218,14 @@ def test_another_name_of_a_run_counts_as_a_run(site: Callable, hostile: Callable
     assert names[-1].join() == "policy"
 
 
+def test_runs_whose_rows_cannot_be_opened_count_too(site: Callable, hostile: Callable) -> None:
+    """Whether they can be, under columns of the server's choice, tells of them."""
+    site("[limits]\nruns = 2")
+    names = [hostile(**{"data.columns": f"text=guess-{number}"}) for number in range(4)]
+    assert [server.join() for server in names][2:] == ["policy"] * 2
+    assert hostile().join() == "policy"
+
+
 def test_a_run_trains_no_more_often_than_permitted(site: Callable, hostile: Callable) -> None:
     """The same round again counts too, and a new process starts no new count."""
     site("[limits]\nrounds = 3\n")
@@ -368,6 +376,18 @@ def test_a_number_out_of_range_is_no_mistake_of_ours(hostile: Callable) -> None:
         content["request"][field] = value
         reply = server.reply("train", content)
         assert answered(reply) or reply in ("bad-packet", "wrong-layout"), (field, value)
+
+
+def test_a_policy_that_changes_holds_for_what_is_open(site: Callable, hostile: Callable) -> None:
+    server = hostile()
+    assert answered(server.train())
+    site("[budget]\nepsilon = 1.0")
+    assert server.join() == "policy"
+    site("[limits]\ntrain-rows = 37")
+    (joined,) = joining.read_joined(hostile(**{"train.local-steps": 20}).join(), 2, most=8)
+    assert joined.num_train == 0
+    site("")
+    assert answered(server.train())
 
 
 def test_a_policy_that_cannot_be_read_answers_nothing(site: Callable, hostile: Callable) -> None:

@@ -16,7 +16,9 @@ def test_app_of_a_wheel_holds_what_flower_packs(monkeypatch, tmp_path: Path):
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(submitting.ROOT / name, tmp_path)
     monkeypatch.setattr(submitting, "HERE", tmp_path)
-    app = app_folder(Link(tmp_path, 1))
+    app_folder(Link(tmp_path, 1))
+    (tmp_path / "app" / "fedllm" / "of_an_earlier_release.py").touch()
+    app = app_folder(Link(tmp_path, 1))  # a run that is resumed is packed again
     assert {path.name for path in app.iterdir()} == {
         *("fedllm", "clients", "strategies", "pyproject.toml", "LICENSE")
     }

@@ -147,6 +147,17 @@ def test_a_node_that_has_just_gone_is_lost_and_nobody_else(
     assert all("too large" in reason for reason in train(Transport(deployment), (2, 3), 200.0).values())
 
 
+def test_a_node_whom_the_question_did_not_reach_is_asked_again(
+    deployment: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, push = Transport(deployment), deployment.push_messages
+    monkeypatch.setattr(deployment, "push_messages", lambda messages: [])
+    assert transport.ask_to_join() == set()
+    monkeypatch.setattr(deployment, "push_messages", push)
+    assert len(transport.ask_to_join()) == len(SECONDS)
+    assert transport.silent == sorted(SECONDS)
+
+
 @pytest.fixture(autouse=True)
 def _clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "time", clock)

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from clients.client_app import app
 from fedllm.adapters.folder import WEIGHTS
 from fedllm.chained_log import read_entries, verify
-from fedllm.errors import RunFailedError
+from fedllm.errors import CheckpointError, RunFailedError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.wire.digests import content_digest
 from scripts.runtimes.local import local_grid
@@ -64,8 +64,19 @@ def test_a_run_logs_every_answer_and_decision(run: Callable, log: Path) -> None:
     assert [entry["round"] for entry in of(log, "checkpoint")] == [1, 2]
     last = list(read_entries(log))[-1]
     manifest = json.loads((log.parent / "adapter" / "manifest.json").read_text())
-    assert (last["event"], last["adapter"]) == ("published", state.adapter.digest)
-    assert last["weights"] == manifest["sha256"][WEIGHTS]
+    assert of(log, "checkpoint")[-1]["adapter"] == state.adapter.digest
+    assert (last["event"], last["weights"]) == ("published", manifest["sha256"][WEIGHTS])
+
+
+def test_a_client_that_joins_later_is_logged_too(
+    make_config: Callable, watched_grid: type, tmp_path: Path, log: Path
+) -> None:
+    config = make_config({"run.output": str(tmp_path), "run.name": "logged", "federation.num-rounds": 2})
+    grid = watched_grid(app, local_grid(config, app, num_nodes=4).contexts)
+    late = grid.contexts.pop(3)
+    run_federation(config, grid, Watch(record=lambda record: grid.contexts.update({3: late})))
+    assert [entry["client"] for entry in of(log, "joined")] == ["anna", "cleo", "dora", "ben"]
+    assert of(log, "joined")[-1]["node"] == 3
 
 
 def test_the_chain_outlives_a_kill_and_a_torn_line(run: Callable, log: Path) -> None:
@@ -104,6 +115,16 @@ def test_a_run_that_fails_logs_why(run: Callable, log: Path) -> None:
         run(**{"federation.num-clients": 5, "federation.min-clients": 5})
     assert list(read_entries(log))[-1]["reason"] == str(caught.value)
     verify(log)
+
+
+def test_a_run_whose_folder_cannot_be_written_logs_why(run: Callable, log: Path) -> None:
+    def full(record: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        run(hook=full)
+    last = list(read_entries(log))[-1]
+    assert (last["event"], "No space left" in last["reason"]) == ("failed", True)
 
 
 def test_a_digest_depends_on_all_that_a_message_holds() -> None:

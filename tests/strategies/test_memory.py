@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,20 @@ def test_every_bit_comes_back_from_disk(tmp_path: Path) -> None:
     kept = Room(0, tmp_path).keep(odd)
     assert kept is not odd
     assert kept.view(torch.int32).equal(odd.view(torch.int32))
+
+
+def test_an_update_on_disk_never_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while it writes leaves none behind, and nobody else can open one."""
+    found: list[list[Path]] = []
+    mapped = torch.from_file
+
+    def look(*args: Any, **numbers: Any) -> torch.Tensor:
+        found.append(list(tmp_path.iterdir()))
+        return mapped(*args, **numbers)
+
+    monkeypatch.setattr(torch, "from_file", look)
+    assert Room(0, tmp_path).keep(torch.ones(3)).equal(torch.ones(3))
+    assert found == [[]]
 
 
 def test_where_no_disk_is_left_updates_stay_in_memory(tmp_path: Path) -> None:

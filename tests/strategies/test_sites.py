@@ -9,7 +9,8 @@ from fedllm.errors import ConfigError
 from fedllm.identity import public_text
 from strategies.sites import Site, read_sites
 
-KEYS = [public_text(Ed25519PrivateKey.generate()) for _ in range(2)]
+# The same in every process: they stand in the names of tests, which a parallel run compares.
+KEYS = [public_text(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)) for number in (1, 2)]
 NORTH, SOUTH = (
     f'[sites.{name}]\npublic-key = "{key}"\n' for name, key in zip(("north", "south"), KEYS, strict=True)
 )

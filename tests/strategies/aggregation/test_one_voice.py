@@ -61,3 +61,10 @@ def test_a_site_is_the_mean_of_its_clients_by_weight() -> None:
     assert means_VK is not None
     expected = torch.tensor([[1 / 3, 0, 2 / 3, 0], [0, 3 / 7, 0, 4 / 7]]).double()
     torch.testing.assert_close(means_VK, expected)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_site_whose_weights_vanish_spoils_nothing(name: str) -> None:
+    sound = honest(5)
+    hostile = [update(f"z{i}", sound[0].delta, 1e-323) for i in range(2)]
+    assert bool(change(name, [*sound, *hostile], dict.fromkeys(("z0", "z1"), "node 9")).isfinite().all())
