@@ -6,6 +6,7 @@ from typing import TypeAlias
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+KINDS = ("query.join", "query.overlap", "train", "evaluate")
 Answer: TypeAlias = Callable[[Message, Context], Message]
 
 
@@ -20,5 +21,5 @@ def make_app(answer: Answer) -> ClientApp:
 
 
 def kind_of(message: Message) -> str:
-    """Return "query.join", "query.overlap", "train" or "evaluate"; Flower's app refuses all others."""
+    """Return which of `KINDS` a message is; Flower's app refuses all others."""
     return message.metadata.message_type.removesuffix(".default")

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from flwr.app import Context, Message
 
-from clients.site_protocol import HEADERS, SOCKET, TICKET, Asked, read_reply, write_question
+from clients.site_protocol import HEADERS, SOCKET, TICKET, Carried, read_reply, write_question
 from fedllm.errors import FedLLMError, SiteAwayError
 from fedllm.wire.refusals import refusal
 
@@ -27,7 +27,7 @@ _logger = logging.getLogger("fedllm.messenger")
 
 def carry(message: Message, context: Context, variables: Mapping[str, str]) -> Message:
     """Return the site's reply to a message, or a refusal with the code of what went wrong here."""
-    asked = Asked(
+    asked = Carried(
         message=message, run_id=context.run_id, node_id=context.node_id, run_config=context.run_config
     )
     try:

@@ -14,9 +14,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ import fedllm
 from clients.answering import answer
 from clients.gate import Sender, note_refused
 from clients.process import Process
-from clients.site_protocol import HEADERS, KEYS, PROTOCOL, Asked, check_version, read_question, write_reply
+from clients.site_protocol import HEADERS, KEYS, PROTOCOL, Carried, check_version, read_question, write_reply
 from clients.tickets import Tickets
 from fedllm.engine.interruption import watched_steps
 from fedllm.errors import CancelledError, FedLLMError, OtherVersionError, PolicyError
@@ -40,6 +40,7 @@ from fedllm.site_policy import load_policy
 _TELL_SECONDS = 1.0  # between two lines of progress
 _CLOSING_SECONDS = 5
 _LARGEST_QUESTION = 2**33
+_DIGEST_LENGTH = 64  # SHA-256, in hexadecimal
 
 _logger = logging.getLogger("fedllm.site")
 
@@ -76,13 +77,15 @@ class Service:
 
     # --- in the worker's thread ---------------------------------------------------------------------------
 
-    def _answer(self, asked: Asked, sender: Sender, work: Work) -> Message:
+    def _answer(self, asked: Carried, sender: Sender, work: Work) -> Message:
         work.has_begun = True
         work.watch(0, 0)  # it may have been given up while it waited
+        with _refusal_noted(sender):
+            node_config = load_policy().node_config(sender.node)
         context = Context(
             run_id=asked.run_id,
             node_id=asked.node_id,
-            node_config={**load_policy().node_config(sender.node)},
+            node_config={**node_config},
             state=self._states.setdefault((sender.node, asked.run_id), RecordDict()),
             run_config=dict(asked.run_config),
         )
@@ -91,7 +94,7 @@ class Service:
 
     # --- in the event loop --------------------------------------------------------------------------------
 
-    async def replies(self, asked: Asked, sender: Sender) -> AsyncIterator[bytes]:
+    async def replies(self, asked: Carried, sender: Sender) -> AsyncIterator[bytes]:
         """Yield lines of progress and then the reply; that nobody reads on ends the work."""
         work = Work()
         self._works.append(work)
@@ -173,12 +176,10 @@ def make_site_app(service: Service) -> Starlette:
         if node is None:
             return _refusal("site-away", "this launch key is of none of the site's nodes", 401)
         told = await request.json()
-        sender = Sender(server=load_policy().nodes[node].superlink, node=node, bundle=str(told["bundle"]))
-        try:
+        bundle = str(told["bundle"])[:_DIGEST_LENGTH]
+        sender = Sender(server=load_policy().nodes[node].superlink, node=node, bundle=bundle)
+        with _refusal_noted(sender):
             check_bundle(sender, str(told["version"]))
-        except FedLLMError as error:
-            note_refused(sender, error.code)
-            raise
         return JSONResponse({"ticket": service.tickets.issue(sender)})
 
     async def ask(request: Request) -> Response:
@@ -190,7 +191,9 @@ def make_site_app(service: Service) -> Starlette:
             data += part
             if len(data) > _LARGEST_QUESTION:
                 return _refusal("bad-packet", "the question is too large", 413)
-        return StreamingResponse(service.replies(read_question(bytes(data)), sender))
+        with _refusal_noted(sender):
+            question = read_question(bytes(data))
+        return StreamingResponse(service.replies(question, sender))
 
     async def health(request: Request) -> Response:
         return JSONResponse(service.health())
@@ -211,6 +214,16 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 def _refusal(code: str, why: str, status: int) -> Response:
     return JSONResponse({"refused": code, "why": why}, status_code=status, headers=HEADERS)
+
+
+@contextmanager
+def _refusal_noted(sender: Sender) -> Iterator[None]:
+    """Have the site's log name whoever is refused in the block, before there is a question to log."""
+    try:
+        yield
+    except FedLLMError as error:
+        note_refused(sender, error.code)
+        raise
 
 
 def check_bundle(sender: Sender, version: str) -> None:

@@ -26,6 +26,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 import fedllm
+from clients.kinds import KINDS, kind_of
 from fedllm.config.key import Scalar
 from fedllm.errors import OtherVersionError, WireError
 
@@ -40,8 +41,8 @@ _LENGTH_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A question as it comes from a messenger: the server's message, and what Flower says of its run."""
+class Carried:
+    """A question that a messenger carries: the server's message, and what Flower says of its run."""
 
     message: Message
     run_id: int
@@ -49,7 +50,7 @@ class Asked:
     run_config: Mapping[str, Scalar]
 
 
-def write_question(asked: Asked) -> bytes:
+def write_question(asked: Carried) -> bytes:
     """Return a question as bytes."""
     head = json.dumps(
         {"run-id": asked.run_id, "node-id": asked.node_id, "run-config": dict(asked.run_config)}
@@ -58,7 +59,7 @@ def write_question(asked: Asked) -> bytes:
     return len(head).to_bytes(_LENGTH_BYTES) + head + message
 
 
-def read_question(data: bytes) -> Asked:
+def read_question(data: bytes) -> Carried:
     """Return the question that bytes hold.
 
     Raises:
@@ -79,9 +80,10 @@ def read_question(data: bytes) -> Asked:
         not is_flat
         or not all(type(number) is int for number in numbers.values())
         or not message.has_content()
+        or kind_of(message) not in KINDS
     ):
         raise WireError("no question of a messenger (wrong types)")
-    return Asked(message=message, run_config=config, **numbers)
+    return Carried(message=message, run_config=config, **numbers)
 
 
 def write_reply(content: RecordDict) -> bytes:

@@ -128,10 +128,10 @@ class BudgetSpentError(FedLLMError, RuntimeError):
 
 
 class WithheldError(FedLLMError, PermissionError):
-    """A number is asked for that the privacy plan keeps with the client."""
+    """A number is asked for that the privacy plan, or the machine's owner, keeps with the client."""
 
     code = "withheld"
-    cause = "its privacy plan keeps the number that was asked for"
+    cause = "its privacy plan or its owner keeps the number that was asked for"
 
 
 class SiteAwayError(FedLLMError, ConnectionError):

@@ -244,6 +244,8 @@ def _read(values: Mapping[str, Any], file: Path) -> SitePolicy:
             raise ConfigError(f"{file}: nodes.{name}.superlink is none of [allow] servers")
     if not 0 < policy.budget.delta < 1:
         raise ConfigError(f"{file}: budget.delta must be above 0 and below 1")
+    if not policy.limits.period_days:  # nothing ever counts in a period of no length
+        raise ConfigError(f"{file}: limits.period-days must be above 0")
     return policy
 
 

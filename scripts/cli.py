@@ -9,6 +9,7 @@ import typer
 import fedllm
 from scripts import site_cli
 from scripts.command_line import run_app
+from scripts.runtimes.restarts import MOST_RESTARTS
 from scripts.terminal import make_output_plain
 
 app = typer.Typer(
@@ -82,7 +83,7 @@ def serve(
     log: Annotated[str, typer.Option(help="text | json")] = "text",
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Without a new round; then it gives up with code 75.")
-    ] = 10,
+    ] = MOST_RESTARTS,
     out: Annotated[Path | None, typer.Option(help="Folder that holds run folders.")] = None,
 ) -> None:
     """Serve a run to sites elsewhere, and resume it after any kill until it has ended."""
@@ -254,7 +255,7 @@ def node_key(
 def admit_node(
     public: Annotated[Path, typer.Argument(help="A node's .pub file.")],
     credentials: Annotated[Path, typer.Option(help="The server's folder of `fedllm keys server`.")],
-    port: Annotated[int, typer.Option(help="Of the SuperLink, on loopback.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the SuperLink, on loopback.")] = 8000,
 ) -> None:
     """Admit a SuperNode's key at the SuperLink of this machine."""
     from scripts.commands import credentials_command

@@ -88,6 +88,7 @@ def test_a_file_permits_what_it_names(text: str, expected: SitePolicy, site_file
         ("[budget]\nepsilon = nan", "epsilon must be a number"),
         ('[budget]\nepsilon = "8"', "epsilon must be a number"),
         ("[budget]\ndelta = 0", "delta must be above 0"),
+        ("[limits]\nevaluations = 1\nperiod-days = 0", "period-days must be above 0"),
         ('[budget]\nunit = "row"', "unit must be text, of example, client"),
         ('[allow]\nsecure-aggregation = "on"', "must be text, of off, required"),
         ('[allow]\nmessages = ["joins"]', "messages must be a list of texts, of join, train"),

@@ -26,7 +26,7 @@ def verify_log(path: Path, *, head: str, as_json: bool) -> None:
         check = verify(log, head)
         if log.name == DECISIONS:
             _check_folder(log)
-    except IntegrityError as error:
+    except (IntegrityError, ConfigError) as error:  # one of the log, one of the files around it
         if as_json:
             print(json.dumps({"log": str(log), "intact": False, "reason": str(error)}))
         else:
@@ -63,7 +63,11 @@ def _check_folder(log: Path) -> None:
     for record in read_rounds(log.parent) if rounds.exists() else ():
         if (record.round_num, record.adapter) not in logged:
             raise IntegrityError(f"{rounds}: round {record.round_num} is not the one in {log}")
-    if weights and manifest.exists() and json.loads(manifest.read_text())["sha256"].get(WEIGHTS) != weights:
+    try:
+        found = json.loads(manifest.read_text())["sha256"][WEIGHTS] if manifest.exists() else weights
+    except (ValueError, KeyError, TypeError):
+        raise IntegrityError(f"{manifest}: damaged") from None
+    if weights and found != weights:
         raise IntegrityError(f"{manifest.parent / WEIGHTS}: not the weights whose publication {log} has")
 
 

@@ -30,10 +30,15 @@ def _introduce(site: Site, console: Console) -> None:
     for name, node in site.policy.nodes.items():
         console.line(f"node      {name} -> {node.superlink}")
     console.line(f"logs      {site.logs}")
-    machine = site.policy.site
-    owner, messenger = (account_of(name).name or "this user" for name in (machine.user, machine.node_user))
+    owner, messenger = (account_of(name) for name in (site.policy.site.user, site.policy.site.node_user))
     if owner != messenger:
-        console.line(f"users     the service runs as {owner}, the nodes as {messenger}")
+        names = [account.name or "this user" for account in (owner, messenger)]
+        console.line(f"users     the service runs as {names[0]}, the nodes as {names[1]}")
+        for name, node in site.policy.nodes.items():
+            if node.data and messenger.may_read(rows := site.policy.data_path(name)):
+                console.line(
+                    f"warning   {names[1]} can read {rows}: leave its folder to the service's user alone"
+                )
     else:
         console.line(
             "users     service and nodes run as one user, who can read rows and keys; set [site] user and"

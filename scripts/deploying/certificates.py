@@ -5,8 +5,10 @@ and trusts no other: no public authority can vouch for a false server.
 """
 
 import ipaddress
+import re
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,10 +28,12 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedllm.errors import ConfigError
+from fedllm.files import write_bytes
 
 _LIFE_OF_AUTHORITY = timedelta(days=3650)
 LIFE_OF_CERTIFICATE = timedelta(days=397)  # as long as browsers accept one
 _SKEW = timedelta(days=1)  # a clock that is behind must not find a new certificate not yet valid
+_HOST = re.compile(r"[A-Za-z0-9_*.-]{1,253}")
 _HERE = ("localhost", "127.0.0.1")  # the proxy and Flower's own processes reach the SuperLink by these
 
 
@@ -71,9 +75,9 @@ def new_credentials(folder: Path, names: Sequence[str], life: timedelta = LIFE_O
     Run again it renews the certificate: nodes go on trusting the same authority.
 
     Raises:
-        ConfigError: the authority's certificate is there without its key.
+        ConfigError: a name is none, or the authority's certificate is there without its key.
     """
-    made = Credentials(folder)
+    made, sans = Credentials(folder), [_san(name) for name in dict.fromkeys([*names, *_HERE])]
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not made.authority.exists():
         _make_authority(made)
@@ -86,7 +90,6 @@ def new_credentials(folder: Path, names: Sequence[str], life: timedelta = LIFE_O
     authority_key = load_pem_private_key(made.authority_key.read_bytes(), None)
     assert isinstance(authority_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
-    sans = [_san(name) for name in dict.fromkeys([*names, *_HERE])]
     builder = (
         _certificate("fedllm server", authority.subject, key.public_key(), life)
         .add_extension(x509.SubjectAlternativeName(sans), critical=False)
@@ -97,10 +100,10 @@ def new_credentials(folder: Path, names: Sequence[str], life: timedelta = LIFE_O
         )
     )
     signed = builder.sign(authority_key, hashes.SHA256())
-    _write_private(made.key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    write_bytes(made.key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     made.certificate.write_bytes(signed.public_bytes(Encoding.PEM))
     if not made.superexec_secret.exists():
-        _write_private(made.superexec_secret, secrets.token_hex(32).encode())
+        write_bytes(made.superexec_secret, secrets.token_hex(32).encode())
     return made
 
 
@@ -114,9 +117,9 @@ def new_node_key(path: Path) -> Path:
         raise ConfigError(f"{path} exists: a node's key is never overwritten")
     key = ec.generate_private_key(ec.SECP384R1())  # Flower takes no other kind than these curves
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    public = path.with_name(path.name + ".pub")
+    public = path.with_name(path.name + ".pub")  # first: where it is alone, another key is made
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
+    write_bytes(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     return public
 
 
@@ -155,7 +158,7 @@ def _make_authority(made: Credentials) -> None:
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
-    _write_private(made.authority_key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    write_bytes(made.authority_key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     made.authority.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
 
 
@@ -179,14 +182,8 @@ def _certificate(
 
 
 def _san(name: str) -> x509.GeneralName:
-    try:
+    with suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read, from its first byte on."""
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600)
-    path.write_bytes(content)
+    if not _HOST.fullmatch(name):
+        raise ConfigError(f"{name!r}: expected a DNS name in ASCII or an address, without a port")
+    return x509.DNSName(name)

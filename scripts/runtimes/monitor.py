@@ -102,8 +102,10 @@ def monitored(monitor: Monitor, port: int) -> Iterator[int]:
         raise ConfigError(f"--monitor {port}: {error.strerror}; choose another port") from None
     with server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_port
-        server.shutdown()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
 
 
 class _Quiet(WSGIRequestHandler):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+MOST_RESTARTS = 10  # without a new round
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
 
 

@@ -66,6 +66,10 @@ class Account:
         entry = pwd.getpwnam(self.name)
         return {"HOME": entry.pw_dir, "USER": entry.pw_name, "LOGNAME": entry.pw_name}
 
+    def may_read(self, path: Path) -> bool:
+        """Return whether they can read a file or list a folder."""
+        return subprocess.run(["test", "-r", str(path)], check=False, **self.options).returncode == 0
+
     def owns(self, *paths: Path) -> None:
         """Make files and folders theirs."""
         if self.name:

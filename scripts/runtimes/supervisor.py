@@ -20,12 +20,11 @@ from fedllm.runs.checkpoint import newest_round
 from fedllm.runs.folder import CHECKPOINTS, RESULT, run_folder
 from scripts.runtimes.guard import family
 from scripts.runtimes.processes import Link, stop_run, superexec, superlink
-from scripts.runtimes.restarts import Restarts
+from scripts.runtimes.restarts import MOST_RESTARTS, Restarts
 from scripts.runtimes.shown_rounds import ShownRounds, View
 from scripts.runtimes.submitting import status, submit
 
 SUPEREXEC = "SuperExec"
-MOST_RESTARTS = 10  # without a new round
 _LOOK_SECONDS = 0.25
 _START_SECONDS = 60.0  # in which a ServerApp appears, else Flower is asked
 _END_SECONDS = 30.0  # that a ServerApp may live on after its run has ended

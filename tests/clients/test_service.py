@@ -180,6 +180,36 @@ def test_only_a_launcher_of_this_site_gets_a_ticket(open_door: Callable[..., Doo
     assert (last["node"], last["bundle"], last["code"]) == ("ben", "c" * 64, "policy")
 
 
+def test_what_is_no_question_is_refused_and_logged(open_door: Callable[..., Door]) -> None:
+    door = open_door()
+    unknown = Message(RecordDict(), dst_node_id=1, message_type="train.other")
+    other = messenger.write_question(
+        messenger.Carried(message=unknown, run_id=1, node_id=1, run_config={"run.name": "x"})
+    )
+    for content in (b"", bytes(100), other):
+        ticket = door.ticket()
+        with connected(door.socket) as client:
+            told = client.post("/v1/answer", content=content, headers={"authorization": f"Bearer {ticket}"})
+        assert told.json()["refused"] == "bad-packet"
+        *_, last = read_entries(load_policy().state_folder / "log.jsonl")
+        assert (last["node"], last["code"]) == ("anna", "bad-packet")
+
+
+def test_a_node_whose_rows_lie_elsewhere_is_refused_and_logged(open_door: Callable[..., Door]) -> None:
+    door = open_door(site={"data-root": "elsewhere"})
+    with connected(door.socket) as client:
+        question = messenger.Carried(
+            message=Message(RecordDict(), dst_node_id=1, message_type="query.join"),
+            run_id=1,
+            node_id=1,
+            run_config=door.config.to_flat(),
+        )
+        code, _ = messenger._answer(client, messenger.write_question(question), door.ticket())
+    assert code == "policy"
+    *_, last = read_entries(load_policy().state_folder / "log.jsonl")
+    assert (last["node"], last["code"]) == ("anna", "policy")
+
+
 def test_two_versions_do_not_talk_to_each_other(open_door: Callable[..., Door]) -> None:
     door = open_door()
     assert ask_for_ticket(door, KEYS["anna"], {"fedllm-protocol": "0"}) == "other-version"
@@ -195,7 +225,7 @@ def begin(door: Door, config: RunConfig, client: httpx.Client) -> Iterator[str]:
     sent: list[bytes] = []
 
     def keep(message: Message, context: Any) -> Message:
-        asked = messenger.Asked(
+        asked = messenger.Carried(
             message=message, run_id=1, node_id=context.node_id, run_config=context.run_config
         )
         sent.append(messenger.write_question(asked))

@@ -77,3 +77,13 @@ def test_rounds_and_weights_must_be_those_of_the_log(
 def test_no_log_is_one_line_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verified(tmp_path) == 2
     assert "neither a log nor a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ["adapter/manifest.json", "rounds.jsonl"])
+def test_a_damaged_file_beside_the_log_is_named(
+    damaged: str, run_of: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_of / damaged).write_text("{")
+    assert verified(run_of) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert Path(damaged).name in line

@@ -1,6 +1,7 @@
 """Health and metrics of a supervised run."""
 
 import sys
+import threading
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ import pytest
 from fedllm.errors import ConfigError, MissingExtraError
 from fedllm.runs.records import RoundRecord, TrainingRecord
 from scripts.runtimes.monitor import Monitor, monitored
+from tests.site_builder import wait_for
 
 WELL = {"healthy": True, "restarts": 2, "run": "trial"}
 
@@ -57,3 +59,11 @@ def test_a_monitor_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'fedllm\[serve\]'"):
         Monitor("trial", 1, lambda: WELL)
+
+
+def test_a_monitor_ends_with_its_run_however_that_ends() -> None:
+    pytest.importorskip("prometheus_client")
+    before = threading.active_count()
+    with pytest.raises(KeyError), monitored(Monitor("trial", 1, lambda: WELL), 0):
+        raise KeyError
+    wait_for(lambda: threading.active_count() == before, "the end of the monitor's thread")

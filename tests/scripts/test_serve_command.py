@@ -106,3 +106,18 @@ def test_who_gives_up_may_be_started_again(
 ) -> None:
     assert serve("run.name=unlucky", "--log", "json") == 75
     assert "started again 3 times" in capsys.readouterr().err
+
+
+def test_an_earlier_sessions_run_is_stopped_first(
+    serve: Serve, supervised: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def start(processes: list[Any]) -> nullcontext[None]:
+        order.extend(process.name for process in processes)
+        return nullcontext()
+
+    monkeypatch.setattr(serving, "started", start)
+    monkeypatch.setattr(serving, "stop_unfinished", lambda link: order.append("stop"))
+    assert serve() == 0
+    assert order == ["SuperLink", "stop", "SuperExec"], "else it would be done beside the new one"

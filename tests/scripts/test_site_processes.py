@@ -1,8 +1,10 @@
 """What a site's processes are started with, and what a site.toml is refused for before any of them is."""
 
 import os
+import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from fedllm.errors import ConfigError
 from fedllm.site_policy import load_policy
+from scripts.commands.site_command import start
 from scripts.runtimes import site as module
 from scripts.runtimes.site import last_words, running_site
 from tests.site_builder import write_site
@@ -23,13 +26,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     """Start `sleep` in place of each process; return what each was to be, by the name of its log."""
     found: Started = {}
 
-    def start(
+    def sleep(
         command: list[str], folder: Path, environment: Mapping[str, str], log: Path, **options: Any
     ) -> "subprocess.Popen[bytes]":
         found[log.stem] = command, environment
         return subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, start_new_session=True)
 
-    monkeypatch.setattr(module, "start_guarded", start)
+    monkeypatch.setattr(module, "start_guarded", sleep)
     return found
 
 
@@ -87,3 +90,23 @@ def test_last_words_of_a_long_log_are_its_last(tmp_path: Path) -> None:
     log.write_text("x" * 9000 + "\nthe end\n\n")
     assert last_words(log) == "the end"
     assert last_words(tmp_path / "none.log") == "without a word"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may start processes of others")
+def test_rows_that_the_nodes_user_can_read_are_told(
+    started: Started, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)  # so that other users may enter it
+    try:
+        file = write_site(folder, "127.0.0.1:1", {"a": {}}, site={"node-user": "nobody"})
+        told = []
+        for mode in (0o700, 0o755):
+            (folder / "data").chmod(mode)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module.Site, "tend", lambda site, tell: None)
+                start(file)
+            told.append("nobody can read" in capsys.readouterr().out.replace("\n", " "))
+    finally:
+        shutil.rmtree(folder)
+    assert told == [False, True]

@@ -14,6 +14,8 @@ import pytest
 FEDLLM = str(Path(sys.executable).with_name("fedllm"))
 VERBS = ("Return", "Open", "Sort", "Raise", "Convert", "Read", "Count", "Close")
 NOUNS = ("the list", "a file", "two numbers", "the string", "an error", "the value")
+# The originality of texts is asked about in a message of its own.
+DISTILLED = ("distill.when=last", "distill.num-texts=8", "distill.steps=2", "distill.max-tokens=48")
 
 
 @pytest.fixture(scope="session")

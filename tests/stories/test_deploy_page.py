@@ -167,7 +167,7 @@ def test_three_machines_from_nothing(make_model_folder, text_file, tmp_path):
                 told[name] = told.get(name, "") + machine.run(text)
             if words[:3] == ["fedllm", "keys", "node"]:  # the machine is a folder from here on
                 data = Path(machine.here("/srv/fedllm"))
-                data.mkdir()
+                data.mkdir(exist_ok=True)
                 (data / "letters.jsonl").write_text("".join(rows[("ab".index(name)) :: 2]))
                 shutil.copy(server.here("/etc/fedllm/credentials/ca.crt"), machine.here("/etc/fedllm/ca.crt"))
         assert serving.wait(600) == 0, (server.folder / "serve.log").read_text()

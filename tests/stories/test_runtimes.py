@@ -13,6 +13,7 @@ from scripts.recipe_arguments import config_of
 from scripts.run_view import RunView
 from scripts.runtimes.flower import run_with_flower
 from scripts.runtimes.local import init, step
+from tests.stories.conftest import DISTILLED
 
 
 def _digest(folder: Path) -> str:
@@ -38,26 +39,21 @@ def test_python_steps_equal_the_command(tiny_run, fedllm, tmp_path):
     assert before.server.round_num == 0, "a step does not change the state it starts from"
 
 
-# The originality of texts is asked about in a message of its own.
-DISTILLED = ("distill.when=last", "distill.num-texts=8", "distill.steps=2", "distill.max-tokens=48")
 FFA = ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-ranks=4,2")
 
 
+# A deployment equals it too, though one of its programs is killed: test_kills.py.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("runtime", "changes"),
-    [("simulation", DISTILLED), ("deployment", DISTILLED), ("simulation", FFA)],  # and test_kills.py
-    ids=["simulation", "deployment", "simulation-ffa"],
-)
-def test_flower_runtime_equals_the_local_one(runtime, changes, tiny_run, fedllm, tmp_path):
+@pytest.mark.parametrize("changes", [DISTILLED, FFA], ids=["default", "ffa"])
+def test_a_simulation_equals_the_local_runtime(changes, tiny_run, fedllm, tmp_path):
     words = [*tiny_run, *changes, "federation.num-clients=2", "--out", str(tmp_path)]
     fedllm("run", *words, "run.name=local")
-    fedllm("run", *words, f"run.name={runtime}", "--runtime", runtime)
-    assert _digest(tmp_path / runtime) == _digest(tmp_path / "local")
-    steps = [_step(tmp_path / name) for name in ("local", runtime)]
+    fedllm("run", *words, "run.name=simulation", "--runtime", "simulation")
+    assert _digest(tmp_path / "simulation") == _digest(tmp_path / "local")
+    steps = [_step(tmp_path / name) for name in ("local", "simulation")]
     assert steps[0] == steps[1]
     assert bool(steps[0].get("texts")) is ("distill.when=last" in words), "texts were written and asked about"
-    fedllm("compare", str(tmp_path / "local"), str(tmp_path / runtime), "--assert-equal")
+    fedllm("compare", str(tmp_path / "local"), str(tmp_path / "simulation"), "--assert-equal")
 
 
 @pytest.mark.slow

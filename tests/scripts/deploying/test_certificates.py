@@ -58,3 +58,10 @@ def test_file_that_holds_no_node_key_is_one_line(tmp_path):
     for file in (tmp_path / "ca.crt", tmp_path / "absent"):
         with pytest.raises(ConfigError, match="fedllm keys node"):
             read_public_key(file)
+
+
+@pytest.mark.parametrize("name", ["fed.example.org:8443", "münchen.example", "a b", ""])
+def test_what_is_no_name_of_a_server_is_refused(name, tmp_path):
+    with pytest.raises(ConfigError, match="without a port"):
+        new_credentials(tmp_path / "server", [name])
+    assert not (tmp_path / "server").exists()
