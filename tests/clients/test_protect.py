@@ -59,6 +59,7 @@ def test_an_update_is_a_delta_a_weight_and_counts() -> None:
         "seconds",
         "members",
         "control_delta",
+        "held_out",
     }
     assert update.members == ()
     assert update.control_delta is None

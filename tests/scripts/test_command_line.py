@@ -35,10 +35,12 @@ def test_option_that_cannot_be_met_is_one_line(capsys: pytest.CaptureFixture[str
 
 @pytest.fixture
 def hang_up() -> Iterator[None]:
-    """Keep what this process does at SIGHUP."""
-    before = signal.getsignal(signal.SIGHUP)
+    """Keep what this process does at SIGHUP and SIGINT; a shell lets what runs behind it ignore the second."""
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGHUP, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    for sign, handler in before.items():
+        signal.signal(sign, handler)
 
 
 def signalled(sign: int) -> int:

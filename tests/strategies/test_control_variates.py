@@ -82,24 +82,27 @@ def test_c_stays_the_mean_when_updates_are_lost(
     assert left == [0]
 
 
-def test_c_is_the_mean_of_more_clients_than_expected(
+def test_c_is_the_mean_of_more_clients_than_places(
     make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:
     flat = {**SCAFFOLD, "run.output": str(tmp_path)}
     opened = open_run(make_config(flat))
     fewer = make_config({**flat, "federation.num-clients": 2, "federation.cohort": 2})
-    plan = replace(resolve(fewer), digest=opened.session.plan.digest)  # as where four came for two
+    plan = replace(resolve(fewer), digest=opened.session.plan.digest)
     object.__setattr__(opened.session, "plan", plan)
-    state, numbers = opened.state, []
-    for _ in range(6):
-        state, _ = next_round(opened.session, state)
-        own = own_of(tmp_path / "run", dict(state.num_drawn))
-        assert state.control is not None
-        total = torch.stack(list(own.values())).double().sum(0)
-        torch.testing.assert_close(len(own) * state.control.vector.double(), total, rtol=1e-5, atol=1e-6)
-        numbers.append(len(own))
-    assert numbers[0] == 2
-    assert numbers[-1] > 2
+    clients, state, numbers = opened.session.clients, opened.state, []
+    everybody = list(clients.items())
+    for present in (everybody[:2], everybody[2:]):  # two go, and others take their places
+        clients.clear()
+        clients.update(present)
+        for _ in range(3):
+            state, _ = next_round(opened.session, state)
+            own = own_of(tmp_path / "run", dict(state.num_drawn))
+            assert state.control is not None
+            total = torch.stack(list(own.values())).double().sum(0)
+            torch.testing.assert_close(len(own) * state.control.vector.double(), total, rtol=1e-5, atol=1e-6)
+            numbers.append(len(own))
+    assert (numbers[0], numbers[-1]) == (2, 4)
 
 
 def test_the_corrections_matter_from_the_second_round_on(run: Callable) -> None:
