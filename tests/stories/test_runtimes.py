@@ -93,7 +93,7 @@ def test_a_failed_simulation_is_one_line(tiny_run, fedllm, tmp_path):
     assert "train.learning-rate" in line
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_kept_vectors_are_the_same_at_a_site_service(tiny_run, fedllm, tmp_path):
     words = [*tiny_run, "federation.num-clients=2", "--out", str(tmp_path), "personal.mode=ditto"]
     words += ["train.control-variates=true", "aggregation.read-out=factor-mean"]
