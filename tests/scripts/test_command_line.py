@@ -35,7 +35,7 @@ def test_option_that_cannot_be_met_is_one_line(capsys: pytest.CaptureFixture[str
 
 @pytest.fixture
 def hang_up() -> Iterator[None]:
-    """Keep what this process does at SIGHUP and SIGINT; a shell lets what runs behind it ignore the second."""
+    """Keep what this process does at SIGHUP and SIGINT; a shell has what runs behind it ignore the latter."""
     before = {sign: signal.getsignal(sign) for sign in (signal.SIGHUP, signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
