@@ -87,8 +87,6 @@ def test_another_site_holds_out_other_rows(tmp_path: Path) -> None:
 
 
 def test_the_owner_says_how_many_and_later_rows_follow(tmp_path: Path) -> None:
-    (tmp_path / "split-secret").write_bytes(bytes(32))  # else it is drawn, and the last number with it
-
     def chosen(number: int, wanted: int = 20) -> set[tuple[str, int]]:
         return held_out_places(tmp_path, tmp_path, wanted, [("own.jsonl", line) for line in range(number)])
 
@@ -96,7 +94,9 @@ def test_the_owner_says_how_many_and_later_rows_follow(tmp_path: Path) -> None:
     assert len(first) == 20
     more = chosen(2000)
     assert {place for place in more if place[1] < 200} == first
-    assert 140 < len(more) < 260  # a tenth of 2000, by coins
+    # About a tenth: its share follows Beta(20, 181), the 20th smallest of 200 draws, so is outside this once
+    # in 10,000 secrets.
+    assert 60 < len(more) < 420
     assert len(chosen(200, wanted=30)) == 30
     assert len(chosen(1, wanted=5)) == 0  # one row at least is trained on
 
