@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 import fedllm
-from scripts import site_cli
+from scripts import results_cli, site_cli
+from scripts.cli_options import Json, OnBadRow, Words
 from scripts.command_line import run_app
 from scripts.runtimes.restarts import MOST_RESTARTS
 from scripts.terminal import make_output_plain
@@ -20,21 +21,13 @@ app = typer.Typer(
     suggest_commands=False,  # click suggests them itself
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(results_cli.app)
 app.add_typer(site_cli.app, name="site")
 
 keys = typer.Typer(help="Keys of sites, nodes and the server.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(keys, name="keys")
 log = typer.Typer(help="Logs chained by hash.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(log, name="log")
-
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[RECIPE.toml] [key=value ...]", help="A recipe (none = quickstart) and overrides."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
-OnBadRow = Annotated[str, typer.Option("--on-bad-row", help="skip | stop", show_default="skip")]
 
 
 def print_version(wanted: bool) -> None:
@@ -108,18 +101,6 @@ def check(
 
 
 @app.command()
-def evaluate(
-    target: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
-    data: Annotated[str, typer.Option(help="Rows to evaluate on instead of the run's held-out ones.")] = "",
-    json: Json = False,
-) -> None:
-    """Held-out loss and perplexity of base and adapter for every client, and answers before and after."""
-    from scripts.commands import evaluate_command
-
-    evaluate_command.evaluate(target, data=data, as_json=json)
-
-
-@app.command()
 def privacy(
     words: Words = None,
     noise: Annotated[
@@ -134,76 +115,6 @@ def privacy(
     from scripts.commands import privacy_command
 
     privacy_command.privacy(words or [], noise=noise, rows=rows, as_json=json)
-
-
-@app.command()
-def audit(
-    target: Annotated[Path, typer.Argument(help="A run folder, on the machine that has its clients' rows.")],
-    rows: Annotated[int, typer.Option(min=1, help="Rows of training and of held-out text at most.")] = 500,
-    prefix: Annotated[int, typer.Option(min=1, help="Tokens given, in the extraction test.")] = 50,
-    suffix: Annotated[int, typer.Option(min=1, help="Tokens to be given back.")] = 50,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of the positive control over its rows.")] = 12,
-    plot: Annotated[Path | None, typer.Option(help="Draw the result: a .png, .svg or .pdf file.")] = None,
-    json: Json = False,
-) -> None:
-    """Attack a finished run where its rows are, with controls: membership, extraction, canaries."""
-    from scripts.commands import audit_command
-
-    audit_command.audit(
-        target, rows=rows, prefix=prefix, suffix=suffix, epochs=epochs, plot=plot, as_json=json
-    )
-
-
-@app.command()
-def distil(
-    teacher: Annotated[str, typer.Argument(help="A base model, or an adapter folder or run folder on one.")],
-    student: Annotated[str, typer.Option(help="A smaller model, or layers=N: cut from the teacher.")],
-    text: Annotated[str, typer.Option(help="What it learns on: a source, as data.source takes.")],
-    out: Annotated[Path, typer.Option(help="The folder that is written.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts of a step.")] = 8,
-    top_k: Annotated[int, typer.Option(min=1, help="Likeliest tokens kept of the teacher.")] = 64,
-    on_policy: Annotated[int, typer.Option(min=0, help="Rounds on the student's own texts, after.")] = 0,
-    rank: Annotated[int, typer.Option(min=1, help="Of the student's LoRA adapter.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Of a text.")] = 256,
-    num_texts: Annotated[int, typer.Option(min=4, help="To learn on, at most.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the texts' order and the adapter.")] = 0,
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda[:N]")] = "auto",
-    json: Json = False,
-) -> None:
-    """Teach a smaller model what a large one says: the same tokenizer, another, or cut from its layers."""
-    from scripts.commands import distil_command
-    from scripts.students import Numbers
-
-    numbers = Numbers(
-        steps=steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        top_k=top_k,
-        on_policy=on_policy,
-        rank=rank,
-        max_tokens=max_tokens,
-        num_texts=num_texts,
-        seed=seed,
-        device=device,
-    )
-    distil_command.distil(teacher, student=student, text=text, out=out, numbers=numbers, as_json=json)
-
-
-@app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(help="A run folder.")],
-    second: Annotated[Path, typer.Argument(help="Another run folder.")],
-    assert_equal: Annotated[
-        bool, typer.Option("--assert-equal", help="Exit 1 unless the adapters are equal bit for bit.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Show how two runs differ: configuration, losses, adapter."""
-    from scripts.commands import compare_command
-
-    compare_command.compare(first, second, assert_equal=assert_equal, as_json=json)
 
 
 @app.command()
