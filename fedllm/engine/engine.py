@@ -103,6 +103,7 @@ class Engine:
                 seconds=seconds * job.num_tokens,
                 gradient=gradient,
                 losses=tuple(losses),
+                stops={stop: rows.unstack(row, trained.stops[stop][row]) for stop in job.stops},
             )
             if len(jobs) > 1 and not is_finite(result):
                 (result,) = self._train_group([job])
