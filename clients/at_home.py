@@ -32,8 +32,9 @@ FEWEST_HELD_OUT = 2  # one row chooses, one measures
 class AtHome:
     """What a client has after training by itself: the adapter [P] after `steps` steps.
 
-    `choosing` are the losses by number of steps on the rows that chose. `loss`, and `start_loss` of the
-    adapter it began with, are on the rows that measure. All are in nats per learnt token.
+    `choosing` are the losses by number of steps on the rows that chose. `loss`, `start_loss` of the adapter it
+    began with, and `last_loss` after the most steps are on the rows that measure. All are in nats per learnt
+    token.
     """
 
     vector: torch.Tensor
@@ -41,6 +42,7 @@ class AtHome:
     choosing: Mapping[int, float]
     loss: float
     start_loss: float
+    last_loss: float
 
 
 def can_choose(client: ClientTokens) -> bool:
@@ -141,5 +143,5 @@ def _choose(
     if not all(map(math.isfinite, found.values())):  # in one pass a diverged adapter may spoil the others
         found = {count: losses([count], choosing)[count] for count in vectors}
     best = min(found, key=lambda count: found[count] if math.isfinite(found[count]) else math.inf)
-    measured = losses({0, best}, measuring)
-    return AtHome(vectors[best], best, found, measured[best], measured[0])
+    measured = losses({0, best, max(vectors)}, measuring)
+    return AtHome(vectors[best], best, found, measured[best], measured[0], measured[max(vectors)])
