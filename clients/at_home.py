@@ -32,9 +32,9 @@ FEWEST_HELD_OUT = 2  # one row chooses, one measures
 class AtHome:
     """What a client has after training by itself: the adapter [P] after `steps` steps.
 
-    `choosing` are the losses by number of steps on the rows that chose. `loss`, `start_loss` of the adapter it
-    began with, and `last_loss` after the most steps are on the rows that measure. All are in nats per learnt
-    token.
+    `choosing` are the losses by number of steps on the rows that chose. `loss`, `start_loss` of the adapter
+    it began with, and `last_loss` after the most steps are on the rows that measure. All are in nats per
+    learnt token.
     """
 
     vector: torch.Tensor

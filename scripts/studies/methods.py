@@ -81,7 +81,8 @@ def federated(trial: Trial, setting: Setting) -> Figures:
         costs = _costs(clients, config, state)
         if home := int(trial.options.get("home", 0)):
             return _then_home(clients, config, state, home, costs)
-        return {**_best_of(clients, kept), **costs}
+        figures = _best_of(clients, kept)
+        return {**figures, **costs, "steps": figures["steps"] * config.train.local_steps}
 
 
 KINDS: Kinds = {"base": base, "alone": alone, "centralised": centralised, "federated": federated}
@@ -149,7 +150,12 @@ def _then_home(clients: Clients, config: RunConfig, state: LocalState, steps: in
     drawn = state.server.num_drawn
     with with_base_delta(clients.engine.base, added):
         figures = _own(clients, _train_own(clients, config, start_P, steps, drawn))
-    return {**figures, **costs, "tokens": costs["tokens"] + _tokens(clients, config, steps, drawn)}
+    before = config.federation.num_rounds * config.train.local_steps
+    own = {
+        "tokens": costs["tokens"] + _tokens(clients, config, steps, drawn),
+        "steps": before + figures["steps"],
+    }
+    return {**figures, **costs, **own}
 
 
 def _costs(clients: Clients, config: RunConfig, state: LocalState) -> Figures:

@@ -19,9 +19,7 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def tiny_recipe(
-    tmp_path_factory: pytest.TempPathFactory, make_model_folder: Callable[..., Path]
-) -> Path:
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, make_model_folder: Callable[..., Path]) -> Path:
     """Return a recipe of three clients of 16 rows, each with words in an order of its own."""
     folder = tmp_path_factory.mktemp("recipe")
     rows = [
