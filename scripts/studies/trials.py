@@ -97,13 +97,14 @@ def open_pool(processes: int, threads: int = 0) -> Iterator[Executor | None]:
     others = set(active_children())
     spawn = get_context("spawn")  # torch's threads survive no fork
     pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin, initargs=(threads,))
+    is_done = False
     try:
         yield pool
-    except BaseException:  # such as Ctrl-C: nobody waits for the trials that are under way
-        for process in set(active_children()) - others:
-            process.terminate()
-        raise
+        is_done = True
     finally:
+        if not is_done:  # by Ctrl-C, say: nobody waits for the trials that are under way
+            for process in set(active_children()) - others:
+                process.terminate()
         pool.shutdown(cancel_futures=True)
 
 
