@@ -1,11 +1,11 @@
-"""The `fedllm` commands about what a run left: evaluate, audit, distil, compare."""
+"""The `fedllm` commands about results: study, and what a run left: evaluate, audit, distil, compare."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from scripts.cli_options import Json
+from scripts.cli_options import Json, Words
 
 app = typer.Typer(suggest_commands=False)
 
@@ -45,6 +45,27 @@ def evaluate(
         max_new_tokens=max_new_tokens,
     )
     evaluate_command.evaluate(targets, wanted, as_json=json)
+
+
+@app.command()
+def study(
+    words: Words = None,
+    methods: Annotated[str, typer.Option(help="Some of them, with commas; all that the recipe has.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="From the recipe's seed on.")] = 3,
+    rates: Annotated[
+        str,
+        typer.Option(help="Learning rates that each method may take; a third to three times the recipe's."),
+    ] = "",
+    jobs: Annotated[int, typer.Option(min=0, help="Cells at once; 0 = by cores and memory.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; studies/NAME.")] = None,
+    json: Json = False,
+) -> None:
+    """What joining brings to each client: alone, federated, at home and pooled, at equal tokens."""
+    from scripts.commands import study_command
+
+    study_command.study(
+        words or [], methods=methods, seeds=seeds, rates=rates, jobs=jobs, out=out, as_json=json
+    )
 
 
 @app.command()
