@@ -91,4 +91,4 @@ def nearest(name: str) -> str:
     within = [each for each in KEYS if each.startswith(section + dot)] or list(KEYS)
     close = close or [each for each in [max(within, key=hits.__getitem__)] if hits[each]]
     close = close or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "; `fedllm check` lists every key"
+    return f"; did you mean {close[0]!r}?" if close else "; `fedllm config` lists every key"

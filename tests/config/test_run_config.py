@@ -100,8 +100,8 @@ def test_a_config_is_a_frozen_value() -> None:
         ("aggregation.max-malicious", "did you mean 'aggregation.robust'?"),
         ("aggregation.second-moment", "did you mean 'aggregation.optimizer'?"),
         ("model.revision", "did you mean 'model.name'?"),
-        ("zzz", "`fedllm check` lists every key"),
-        ("", "`fedllm check` lists every key"),
+        ("zzz", "`fedllm config` lists every key"),
+        ("", "`fedllm config` lists every key"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
