@@ -114,7 +114,7 @@ def open_trackio(run: RunToTrack) -> Tracker:
     import trackio
 
     name = run.known_as or f"{run.name}-{secrets.token_hex(4)}"  # it tells runs apart by name alone
-    session = trackio.init(
+    trackio.init(
         project=os.environ.get("TRACKIO_PROJECT", PROJECT),
         name=name,
         config=dict(run.keys),
@@ -126,8 +126,8 @@ def open_trackio(run: RunToTrack) -> Tracker:
     )
     return Tracker(
         name,
-        lambda step, figures: session.log(dict(figures), step=step),
-        lambda is_complete: session.finish(),
+        lambda step, figures: trackio.log(dict(figures), step=step),
+        lambda is_complete: trackio.finish(),
     )
 
 

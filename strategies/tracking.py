@@ -8,8 +8,9 @@ says what each tracker has, so that a resumed run goes on in the same tracked ru
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ class Follower:
 
     def _tried(self, work: Callable[[], None]) -> None:
         try:
-            work()
+            with redirect_stdout(sys.stderr):  # some print, and stdout may be one JSON object
+                work()
         except Exception as error:
             if not self.num_failures:
                 # An address may hold a password.
