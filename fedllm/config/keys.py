@@ -248,8 +248,9 @@ class AuditConfig:
     """Canaries: texts of random tokens among the clients' rows, to audit the run (docs/audit.md)."""
 
     # A coin for each decides whether it is trained on; the others are what a guess is compared with.
-    canaries: int = key(0, "texts each client draws; it trains on about half", at_least=0, at_most=100_000)
-    canary_tokens: int = key(16, "length of a canary", at_least=2, at_most=10 * MILLION)
+    canaries: int = key(
+        0, "texts of 16 tokens that each client draws; it trains on about half", at_least=0, at_most=100_000
+    )
     canary_repeats: str = key("1", 'copies of a canary that is trained on; "1,4,16" is dealt in turn')
 
 
@@ -333,3 +334,16 @@ class EvaluationConfig:
         separator=" || ",
     )
     max_new_tokens: int = key(24, "most tokens of an answer", at_least=0, at_most=100_000, resumable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Where the server sends the figures of each round, besides the run folder."""
+
+    to: str = key(
+        "",
+        "trackers of the run, each a package of its own",
+        words="tensorboard mlflow wandb trackio",
+        resumable=True,
+        is_list=True,
+    )

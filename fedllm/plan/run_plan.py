@@ -13,7 +13,7 @@ from fedllm.messages import LocalTraining
 from fedllm.plan.aggregation import AXES, AggregationRule, aggregation_rule
 from fedllm.plan.capabilities import Part, active_parts, refuse_conflicts
 from fedllm.plan.cohort import CohortPlan, cohort_plan
-from fedllm.plan.dealt_numbers import are_mixed, deal_ranks, named_clients, parse_repeats
+from fedllm.plan.dealt_numbers import CANARY_TOKENS, are_mixed, deal_ranks, named_clients, parse_repeats
 from fedllm.plan.distillation import DistillationPlan, distillation_plan
 from fedllm.plan.privacy import PrivacyPlan, privacy_plan
 from fedllm.plan.training import (
@@ -197,10 +197,10 @@ def _init_a(given: str, *, is_private: bool) -> str:
 
 def _check_canaries(audit: AuditConfig, max_length: int) -> None:
     parse_repeats(audit.canary_repeats)
-    if audit.canaries and audit.canary_tokens > max_length:
+    if audit.canaries and max_length < CANARY_TOKENS:
         raise ConfigError(
-            f"audit.canary-tokens = {audit.canary_tokens} is above train.max-length = {max_length}: a canary"
-            " is a row like any other; make it shorter"
+            f"audit.canaries = {audit.canaries}: a canary has {CANARY_TOKENS} tokens and train.max-length"
+            f" = {max_length} cuts it; raise that"
         )
 
 

@@ -34,7 +34,7 @@ def evaluate_last(session: Session, state: ServerState) -> ServerState:
 
 
 def train_on_at_home(session: Session, state: ServerState) -> ServerState:
-    """Let each client train the shared adapter on; return the state with what it gave them in its last record.
+    """Let each client train the shared adapter on; return the state with what it gave in its last record.
 
     It is returned as it is where the run has no such step, or has done it before it was interrupted.
     """
