@@ -164,12 +164,16 @@ def figures_of(record: RoundRecord) -> dict[str, float]:
     if step and step.losses:
         found |= {"distillation/before": step.losses.held_out.before}
         found |= {"distillation/after": step.losses.held_out.after}
+    if record.at_home and (home := record.at_home).home:  # measured after the last round
+        columns = {"alone": home.alone, "shared": home.shared, "loss": home.home}
+        found |= {f"home/{name}": spread_of(losses).mean for name, losses in columns.items()}
+        found["home/gained"] = len(home.gained) / len(home.home)
     if privacy := record.privacy:
         found |= {"privacy/epsilon": privacy.epsilon, "privacy/clip": privacy.clip}
         found |= {"privacy/noise_multiplier": privacy.noise_multiplier}
     elif record.round_num:
         found |= {"bytes/up": record.bytes_up, "bytes/down": record.bytes_down}
-        found |= {"clients/accepted": len(record.accepted), "clients/lost": len(record.lost)}
+        found |= {"cohort/accepted": len(record.accepted), "cohort/lost": len(record.lost)}
         found |= {"train/tokens": training.num_tokens, "aggregation/delta_norm": aggregation.delta_norm}
     return {name: float(each) for name, each in found.items() if each is not None and math.isfinite(each)}
 

@@ -11,7 +11,7 @@ import pytest
 from clients.client_app import app
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import MissingExtraError
-from fedllm.runs.records import PrivacyRecord, RoundRecord, TrainingRecord
+from fedllm.runs.records import HomeRecord, PrivacyRecord, RoundRecord, TrainingRecord
 from scripts.runtimes.local import local_grid
 from strategies import trackers
 from strategies.run import run_federation
@@ -76,6 +76,19 @@ def test_each_round_is_sent_once_and_late_losses_too(service: Service, follow: C
     assert service.sent[1][1] == {"eval/loss": 1.5, "eval/worst": 2.0, "eval/deviation": 0.5}
     assert service.sent[2][1]["train/loss"] == 1.0
     assert (service.ends, notices, len(service.opened)) == ([True], [], 1)
+
+
+def test_what_training_at_home_gave_is_sent_at_the_end(service: Service, follow: Callable) -> None:
+    follower, _ = follow()
+    follower.send([record(1)])
+    home = HomeRecord(
+        alone={"anna": 3.0, "ben": 1.0}, shared={"anna": 2.5, "ben": 2.5}, home={"anna": 2.0, "ben": 1.0}
+    )
+    follower.send([record(1, at_home=home)])
+    assert service.sent[1] == (
+        1,
+        {"home/alone": 2.0, "home/shared": 2.5, "home/loss": 1.5, "home/gained": 0.5},
+    )
 
 
 def test_a_failing_tracker_is_named_once_and_catches_up(service: Service, follow: Callable) -> None:
