@@ -125,7 +125,14 @@ def test_every_repository_path_exists(page: Path) -> None:
             assert (ROOT / span).exists() or (ROOT / "docs" / span).exists(), span
 
 
-EXAMPLES = {"config.toml", "letters.toml", "README.md", "site.toml", "sites.toml"}  # files of a reader's own
+EXAMPLES = {
+    "config.toml",
+    "letters.toml",
+    "README.md",
+    "recipe.toml",
+    "site.toml",
+    "sites.toml",
+}  # files of a reader's own
 
 
 @pages
@@ -277,4 +284,4 @@ def _top_level_names(file: Path) -> set[str]:
 def test_every_extra_is_explained() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     page = (ROOT / "CONTRIBUTING.md").read_text()
-    assert [extra for extra in extras if f"| `{extra}` |" not in page] == []
+    assert [extra for extra in extras if f"`{extra}`" not in page] == []

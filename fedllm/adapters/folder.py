@@ -42,12 +42,12 @@ def save_adapter(
     target_modules: Sequence[str],
     card: str,
     finish: Callable[[Path], None] = lambda building: None,
-    is_private: bool = False,
+    is_public: bool = True,
 ) -> None:
     """Write the PEFT folder of `state` in one step; `card` becomes its README.md.
 
     `finish` is called with the folder before it takes its name: it may add files, and where it raises nothing
-    is published. A private folder is marked as one, so that no command publishes it, and only this user can
+    is published. One that is not public is marked, so that no command publishes it, and only this user can
     open it.
 
     Raises:
@@ -57,8 +57,8 @@ def save_adapter(
     layout = state.layout
     config = peft_config(layout.rank, layout.alpha, target_modules, base_model=base_model, revision=revision)
     description: dict[str, object] = {"base_model": base_model, "revision": revision}
-    description |= {"layout": layout.to_dict()} | ({"private": True} if is_private else {})
-    with complete_folder(folder, is_public=not is_private) as building:
+    description |= {"layout": layout.to_dict()} | ({} if is_public else {"private": True})
+    with complete_folder(folder, is_public=is_public) as building:
         config.save_pretrained(str(building))
         save_tensors(building / WEIGHTS, state)
         (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")

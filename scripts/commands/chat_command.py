@@ -21,7 +21,7 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.generate import chat_beginning, text_beginning
 from fedllm.errors import ConfigError, DataError
 from fedllm.models.base import layout_of
-from scripts.commands.run_command import is_plain_text
+from scripts.answers import is_plain_text
 from scripts.console import NOTHING, Console
 from scripts.finished_run import adapter_of, bare_config
 

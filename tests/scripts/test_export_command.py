@@ -56,7 +56,7 @@ def publish(load_tiny: Callable[..., BaseModel], tmp_path: Path) -> Callable[...
             revision="",
             target_modules=names_for_peft(base.model, modules) or modules,
             card=CARD,
-            is_private=private,
+            is_public=not private,
         )
         rows = [Encoded(text, text) for text in random_texts([9, 14])]
         (done,) = engine.evaluate([EvaluationJob("one", state.vector, rows)])
