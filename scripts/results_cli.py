@@ -1,4 +1,4 @@
-"""The `fedllm` commands about results: study, and what a run left: evaluate, audit, distil, compare."""
+"""The `fedllm` commands about results: study, and about what a run left: evaluate, adapt and so on."""
 
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +66,25 @@ def study(
     study_command.study(
         words or [], methods=methods, seeds=seeds, rates=rates, jobs=jobs, out=out, as_json=json
     )
+
+
+@app.command()
+def adapt(
+    target: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    data: Annotated[str, typer.Option(help="Your own rows, in place of those of the run's clients.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the adapters; of a run private/adapted, else adapted.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="At most; the rows held out say how many.")] = 80,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW; that of the run, 0.001 without one.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a shared adapter on with private rows, and say what joining brought next to training alone."""
+    from scripts.commands import adapt_command
+
+    adapt_command.adapt(target, data=data, out=out, steps=steps, learning_rate=learning_rate, as_json=json)
 
 
 @app.command()
