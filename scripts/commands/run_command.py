@@ -24,6 +24,7 @@ from scripts.run_view import RunView
 from scripts.runtimes.local import node_config_of
 from scripts.stopped_run import complete_rounds, told_how_to_go_on
 from strategies.publish import keep_answers
+from strategies.trackers import tracker_names
 
 RUNTIMES = ("local", "simulation", "deployment")
 
@@ -39,6 +40,7 @@ def run(
     if runtime not in RUNTIMES:
         raise ConfigError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     resolve(config)  # what the keys alone refuse comes before a folder is made
+    tracker_names(config.track.to)  # and so does a package that is not there
     console = Console(quiet=as_json)
     with open_run_folder(config, STARTER) as folder, told_how_to_go_on(folder, "--resume"):
         told: list[str] = []
