@@ -36,8 +36,9 @@ def run(
     extra = [f"run.resume={str(resume).lower()}"]
     extra += [f"run.output={out}"] if out else []
     extra += [f"data.on-bad-row={on_bad_row}"] if on_bad_row else []
-    console = Console(quiet=as_json)
-    folder, result = do_run(config_of(words, extra), runtime, console)
+    console, config = Console(quiet=as_json), config_of(words, extra)
+    with told_how_to_go_on(run_folder(config), "--resume"):
+        folder, result = do_run(config, runtime, console)
     if as_json:
         print(json.dumps(result))
     else:
@@ -49,13 +50,12 @@ def do_run(config: RunConfig, runtime: str, console: Console) -> tuple[Path, dic
 
     Raises:
         FedLLMError: it cannot start, or ended without a result.
-        StoppedError: a signal came.
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     resolve(config)  # what the keys alone refuse comes before a folder is made
     tracker_names(config.track.to)  # and so does a package that is not there
-    with open_run_folder(config, STARTER) as folder, told_how_to_go_on(folder, "--resume"):
+    with open_run_folder(config, STARTER) as folder:
         told: list[str] = []
         with _logs_to(told.append):
             keep_partition(config)
