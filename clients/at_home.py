@@ -31,8 +31,8 @@ SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the most steps, that a cli
 class AtHome:
     """What a client has after training by itself: the adapter [P] after `steps` steps.
 
-    `choosing` and `measured` are the losses by number of steps, on the rows that chose and on those that
-    measure, in nats per learnt token.
+    Losses are by number of steps, in nats per learnt token: `choosing` on the rows that chose, `measured` on
+    the others, after no step, those chosen and all.
     """
 
     vector: torch.Tensor
@@ -140,7 +140,8 @@ def _choose(
             return {count: losses(rows, [count])[count] for count in counts}
         return found
 
-    choosing, measuring = (losses(rows, list(vectors)) for rows in split_held_out(client.held_out))
+    choosing, measuring = split_held_out(client.held_out)
+    found = losses(choosing, list(vectors))
     # No number, as of training that diverged, is never the least.
-    best = min(choosing, key=lambda count: choosing[count] if math.isfinite(choosing[count]) else math.inf)
-    return AtHome(vectors[best], best, choosing, measuring)
+    best = min(found, key=lambda count: found[count] if math.isfinite(found[count]) else math.inf)
+    return AtHome(vectors[best], best, found, losses(measuring, sorted({0, best, max(vectors)})))

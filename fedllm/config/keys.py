@@ -256,16 +256,20 @@ class AuditConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalConfig:
-    """A client's own adapter on top of the shared one; it never leaves the client."""
+    """A client's own adapter; it never leaves the client."""
 
     mode: str = key(
         "none",
-        "dual = both adapters add up; ditto = the same, pulled to the shared one by PULL (else 0.1)",
-        words="none dual ditto[:PULL]",
+        "finetune = after the last round each client trains the shared adapter on, as long as its held-out"
+        " rows say; dual = an adapter on top of the shared one, trained in each round; ditto = the same,"
+        " pulled to the shared one by PULL (else 0.1)",
+        words="none finetune dual ditto[:PULL]",
         at_least=0,
     )
-    rank: int = key(4, "rank of the personal adapter", at_least=1, at_most=4096)
-    steps: int = key(4, "its optimizer steps in a client's round", at_least=1, at_most=MILLION)
+    rank: int = key(4, "rank of the adapter on top (dual, ditto)", at_least=1, at_most=4096)
+    steps: int = key(
+        4, "optimizer steps: in each round (dual, ditto), or at most (finetune)", at_least=1, at_most=MILLION
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +338,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
-    """Where the server sends the figures of each round, besides the run folder."""
+    """Where the server sends the figures of each round, besides the run folder (docs/tracking.md)."""
 
     to: str = key(
         "",

@@ -123,7 +123,7 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
         ("federation.cohort", 0, "a number above 0 up to 1,000,000, or all"),
         ("train.proximal", "product", "a number from 0, or product:MU"),
         ("train.schedule", "SVD", "one of constant, cosine"),
-        ("personal.mode", "ditto:-1", "one of none, dual, ditto[:PULL]; PULL from 0"),
+        ("personal.mode", "ditto:-1", "one of none, finetune, dual, ditto[:PULL]; PULL from 0"),
         ("track.to", "tb", "any of tensorboard, mlflow, wandb, trackio, parted by commas"),
     ],
 )
