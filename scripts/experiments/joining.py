@@ -168,7 +168,7 @@ def study_of(name: str, part: Part, rows: list[Row], model: str, size: Size, wor
 
 def goals_of(parts: Mapping[str, Summary]) -> dict[str, Goal]:
     """Return the goals of every part: who gains, and that the text of others is never worse than alone."""
-    goals = {}
+    goals: dict[str, Goal] = {}
     for name, result in parts.items():
         home, shared = (result["summary"][method] for method in ("home", "federated"))
         goals |= {
@@ -184,7 +184,7 @@ def main(options: Options) -> None:
     console = open_console(options)
     embedded = SMOLLM2 if torch.cuda.is_available() else SMOLLM2_ON_CPU
     size = size_of(options, full=FULL, quick=QUICK, embedded=embedded)
-    work, parts = work_folder(options, "joining"), {}
+    work, parts = work_folder(options, "joining"), dict[str, Summary]()
     corpus = text_of(options, size, console)
     model, described = model_of(options.model, size.recipe, corpus, console)
     for name, rows in rows_by_part(options, corpus):
