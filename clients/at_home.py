@@ -9,7 +9,7 @@ would have had alone.
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -25,47 +25,46 @@ from fedllm.models.chat import Encoded
 from fedllm.seeds import derive_seed
 
 SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the most steps, that a client chooses among
-FEWEST_HELD_OUT = 2  # one row chooses, one measures
 
 
 @dataclass(frozen=True, eq=False)
 class AtHome:
     """What a client has after training by itself: the adapter [P] after `steps` steps.
 
-    `choosing` are the losses by number of steps on the rows that chose. `loss`, `start_loss` of the adapter
-    it began with, and `last_loss` after the most steps are on the rows that measure. All are in nats per
-    learnt token.
+    Losses are by number of steps, in nats per learnt token: `choosing` on the rows that chose, `measured` on
+    the others, after no step, those chosen and all.
     """
 
     vector: torch.Tensor
     steps: int
     choosing: Mapping[int, float]
-    loss: float
-    start_loss: float
-    last_loss: float
+    measured: Mapping[int, float]
+
+    @property
+    def loss(self) -> float:
+        """The measured loss of the adapter that was chosen."""
+        return self.measured[self.steps]
 
 
 def can_choose(client: ClientTokens) -> bool:
-    """Return whether a client has rows to train on, to choose by and to measure on."""
-    return bool(client.train) and all(halves_of(client.held_out))
+    """Return whether a client has rows to train on, to choose by and, other ones, to measure on."""
+    return bool(client.train) and len(set(client.held_out)) > 1
 
 
-def halves_of(held_out: Sequence[Encoded]) -> tuple[tuple[Encoded, ...], tuple[Encoded, ...]]:
+def split_held_out(rows: Sequence[Encoded]) -> tuple[tuple[Encoded, ...], tuple[Encoded, ...]]:
     """Return held-out rows as those that choose and those that measure, whatever their order.
 
-    Equal rows are on one side: a copy would measure with what has chosen.
+    Equal rows are on one side: a copy would measure with what has chosen. A single row does both.
     """
-    rows = {row: hashlib.sha256(repr((row.tokens, row.labels)).encode()).digest() for row in held_out}
-    digests = sorted(set(rows.values()))
-    choosing = set(digests[: len(digests) // 2])
-    chosen, measured = (
-        tuple(row for row in held_out if (rows[row] in choosing) is side) for side in (True, False)
-    )
-    return chosen, measured
+    digests = {row: hashlib.sha256(repr((row.tokens, row.labels)).encode()).digest() for row in rows}
+    choosing = set(sorted(digests, key=digests.__getitem__)[: len(digests) // 2])
+    if not choosing:
+        return tuple(rows), tuple(rows)
+    return tuple(row for row in rows if row in choosing), tuple(row for row in rows if row not in choosing)
 
 
 def step_counts(most: int) -> tuple[int, ...]:
-    """Return the numbers of steps that a client chooses among, of which `most` is the largest."""
+    """Return the numbers of steps that a client chooses among, rising from 0 to `most`."""
     return tuple(sorted({round(share * most) for share in SHARES}))
 
 
@@ -76,7 +75,7 @@ def train_at_home(
     starts: Mapping[str, torch.Tensor],
     training: LocalTraining,
     *,
-    steps: Mapping[str, int],
+    counts: Mapping[str, Sequence[int]],
     seed: int,
     drawn: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, AtHome]:
@@ -88,13 +87,13 @@ def train_at_home(
         clients: by name; those that cannot choose (`can_choose`) are left out of the result.
         starts: by name; clients may share one vector object.
         training: learning rate, rows of a step and the like; its own number of steps does not count.
-        steps: the most that each client trains, from 1.
+        counts: the numbers of steps that each client chooses among, rising; it trains as many as the last.
         seed: of the run: it orders the rows of each client as its rounds do.
         drawn: rows that each client has drawn before, from which its rows go on; left out, none.
     """
     able = {name: client for name, client in clients.items() if can_choose(client)}
     jobs = [
-        _job(client, layout, starts[name], replace(training, steps=steps[name]), seed, drawn.get(name, 0))
+        _job(client, layout, starts[name], training, tuple(counts[name]), seed, drawn.get(name, 0))
         for name, client in able.items()
     ]
     # Measured as they come: the deltas of all clients after all counts might not fit into memory.
@@ -109,22 +108,21 @@ def _job(
     layout: AdapterLayout,
     start_P: torch.Tensor,
     training: LocalTraining,
+    counts: tuple[int, ...],
     seed: int,
     num_drawn: int,
 ) -> Job:
-    size, name = training.batch_size, client.client_id
-    drawn = draw_rows(
-        len(client.train), seed=seed, client_id=name, start=num_drawn, count=training.steps * size
-    )
+    size, name, steps = training.batch_size, client.client_id, counts[-1]
+    drawn = draw_rows(len(client.train), seed=seed, client_id=name, start=num_drawn, count=steps * size)
     rows = [client.train[index] for index in drawn]
     return Job(
         name,
         start_P,
-        tuple(tuple(rows[step * size : (step + 1) * size]) for step in range(training.steps)),
-        training,
+        tuple(tuple(rows[step * size : (step + 1) * size]) for step in range(steps)),
+        replace(training, steps=steps),
         layout=layout,
         seed=derive_seed(seed, "at-home", name, num_drawn),
-        stops=tuple(count for count in step_counts(training.steps) if count),
+        snapshots=counts,
     )
 
 
@@ -132,16 +130,18 @@ def _choose(
     engine: Engine, layout: AdapterLayout, client: ClientTokens, start_P: torch.Tensor, result: Result
 ) -> AtHome:
     """Return the adapter with the lowest loss on the rows that choose; of equal ones that of fewest steps."""
-    vectors = {0: start_P} | {count: start_P + delta.float() for count, delta in result.stops.items()}
-    choosing, measuring = halves_of(client.held_out)
+    vectors = {0: start_P} | {count: start_P + delta.float() for count, delta in result.snapshots.items()}
 
-    def losses(counts: Collection[int], rows: tuple[Encoded, ...]) -> dict[int, float]:
+    def losses(rows: tuple[Encoded, ...], counts: Sequence[int]) -> dict[int, float]:
         jobs = [EvaluationJob(str(count), vectors[count], rows, layout) for count in counts]
-        return {int(answer.client_id): answer.loss for answer in engine.evaluate(jobs)}
+        found = {int(answer.client_id): answer.loss for answer in engine.evaluate(jobs)}
+        if len(counts) > 1 and not all(map(math.isfinite, found.values())):
+            # In one pass a diverged adapter may spoil the others.
+            return {count: losses(rows, [count])[count] for count in counts}
+        return found
 
-    found = losses(vectors, choosing)
-    if not all(map(math.isfinite, found.values())):  # in one pass a diverged adapter may spoil the others
-        found = {count: losses([count], choosing)[count] for count in vectors}
+    choosing, measuring = split_held_out(client.held_out)
+    found = losses(choosing, list(vectors))
+    # No number, as of training that diverged, is never the least.
     best = min(found, key=lambda count: found[count] if math.isfinite(found[count]) else math.inf)
-    measured = losses({0, best, max(vectors)}, measuring)
-    return AtHome(vectors[best], best, found, measured[best], measured[0], measured[max(vectors)])
+    return AtHome(vectors[best], best, found, losses(measuring, sorted({0, best, max(vectors)})))

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links to files that the site does not hold become plain text, as nobody can follow them."""
+"""A hook of mkdocs: links to files that the site does not hold become plain text."""
 
 import re
 from posixpath import normpath

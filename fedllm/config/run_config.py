@@ -32,6 +32,7 @@ class RunConfig:
     distill: keys.DistillConfig = keys.DistillConfig()
     wire: keys.WireConfig = keys.WireConfig()
     evaluation: keys.EvaluationConfig = keys.EvaluationConfig()
+    track: keys.TrackConfig = keys.TrackConfig()
 
     def __post_init__(self) -> None:
         for name, value in self.to_flat().items():

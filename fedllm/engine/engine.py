@@ -103,7 +103,9 @@ class Engine:
                 seconds=seconds * job.num_tokens,
                 gradient=gradient,
                 losses=tuple(losses),
-                stops={stop: rows.unstack(row, trained.stops[stop][row]) for stop in job.stops},
+                snapshots={
+                    steps: rows.unstack(row, delta_P) for steps, delta_P in trained.snapshots[row].items()
+                },
             )
             if len(jobs) > 1 and not is_finite(result):
                 (result,) = self._train_group([job])

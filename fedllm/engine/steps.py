@@ -3,7 +3,7 @@
 Tensor suffixes: C client, A client still at work, P trained value, S slot (client or example), B sample.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,7 +37,7 @@ class Trained:
     losses_SC: torch.Tensor  # [steps, C], in nats per learnt token; zero where a client has finished
     moved_CP: torch.Tensor  # after - before, on the CPU
     correction: ControlCorrection | None  # SCAFFOLD's sums of gradients, if any
-    stops: Mapping[int, torch.Tensor]  # what had moved after so many steps, of those still at work, [A, P]
+    snapshots: list[dict[int, torch.Tensor]]  # of each job: steps -> after - before, on the CPU
 
 
 def train_rows(passes: Passes, limits: Limits, jobs: Sequence[Job], layout: AdapterLayout) -> Trained:
@@ -55,8 +55,8 @@ def train_rows(passes: Passes, limits: Limits, jobs: Sequence[Job], layout: Adap
     corrections_CP = rows.stack([job.correction for job in jobs], default=0.0)
     correction = control_correction(corrections_CP, bank.theta_CP, trainings)
     losses: list[list[PassLosses]] = []
-    stops: dict[int, torch.Tensor] = {}
     noises = step_noises(rows, bank.device)
+    snapshots: list[dict[int, torch.Tensor]] = [{} for _ in jobs]
     with passes.attached():
         for step in range(len(jobs[0].batches)):
             step_begins(step, len(jobs[0].batches))
@@ -69,10 +69,11 @@ def train_rows(passes: Passes, limits: Limits, jobs: Sequence[Job], layout: Adap
                 pull.add_gradient(bank, grads)
             optimizer.step(grads)
             losses.append(of_passes)
-            if any(step + 1 in job.stops for job in active):
-                stops[step + 1] = _on_host((bank.theta_CP - begin_CP)[: len(active)])
+            for row, job in enumerate(active):
+                if step + 1 in job.snapshots:
+                    snapshots[row][step + 1] = (bank.theta_CP[row] - begin_CP[row]).cpu()
     moved_CP = _on_host(bank.theta_CP - begin_CP)
-    return Trained(rows, mean_losses(jobs, losses), moved_CP, correction, stops)
+    return Trained(rows, mean_losses(jobs, losses), moved_CP, correction, snapshots)
 
 
 def _on_host(values_CP: torch.Tensor) -> torch.Tensor:

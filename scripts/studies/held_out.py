@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import torch
 
-from clients.at_home import can_choose, halves_of
+from clients.at_home import can_choose, split_held_out
 from clients.data_holder import DataHolder
 from clients.process import PROCESS
 from fedllm.config.run_config import RunConfig
@@ -60,7 +60,7 @@ def open_clients(config: RunConfig) -> Clients:
             "no client holds out two different rows, of which one chooses and one measures; raise"
             " data.held-out-fraction or data.max-held-out"
         )
-    halves = {name: halves_of(client.held_out) for name, client in able.items()}
+    halves = {name: split_held_out(client.held_out) for name, client in able.items()}
     choosing, measuring = ({name: pair[side] for name, pair in halves.items()} for side in (0, 1))
     return Clients(holder, choosing, measuring)
 

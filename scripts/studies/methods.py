@@ -58,9 +58,9 @@ def centralised(trial: Trial, setting: Setting) -> Figures:
     rows = pooled_rows(clients, config, int(trial.options["steps"]))
     batches = tuple(rows[begin : begin + size] for begin in range(0, max(1, len(rows) - size + 1), size))
     training = replace(own_training(config), steps=len(batches), batch_size=size)
-    stops = tuple(count for count in step_counts(len(batches)) if count)
-    (result,) = clients.engine.train([Job("pooled", start, batches, training, stops=stops)])
-    shared = {count: (start + delta, nothing_added) for count, delta in result.stops.items()}
+    job = Job("pooled", start, batches, training, snapshots=step_counts(len(batches)))
+    (result,) = clients.engine.train([job])
+    shared = {count: (start + delta, nothing_added) for count, delta in result.snapshots.items()}
     return {**_best_of(clients, {0: (start, nothing_added), **shared}), "tokens": result.num_tokens}
 
 
@@ -139,7 +139,7 @@ def _train_own(
         clients.holder.clients,
         dict.fromkeys(clients.holder.clients, start_P),
         own_training(config),
-        steps=dict.fromkeys(clients.holder.clients, steps),
+        counts=dict.fromkeys(clients.holder.clients, step_counts(steps)),
         seed=config.seed,
         drawn=drawn,
     )
@@ -193,7 +193,7 @@ def _own(clients: Clients, own: Mapping[str, AtHome]) -> Figures:
     """Return the figures of adapters that each client has by itself."""
     return _figures(
         {name: one.loss for name, one in own.items()},
-        {name: one.last_loss for name, one in own.items()},
+        {name: one.measured[max(one.measured)] for name, one in own.items()},
         losses_on_others(clients, {name: one.vector for name, one in own.items()}),
         steps=fmean(one.steps for one in own.values()),
         choosing=finite_mean(one.choosing[one.steps] for one in own.values()),

@@ -6,18 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clients.at_home import AtHome, can_choose, halves_of, step_counts, train_at_home
+from clients.at_home import AtHome, can_choose, split_held_out, step_counts, train_at_home
 from clients.tokens import ClientTokens
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.keys import LoraConfig
 from fedllm.engine.engine import Engine
-from fedllm.engine.jobs import EvaluationJob, Job
+from fedllm.engine.jobs import EvaluationJob
 from fedllm.messages import LocalTraining
 from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.chat import Encoded
 
 TRAINING = LocalTraining(steps=1, batch_size=2, learning_rate=2e-2, weight_decay=0.0, clip_norm=1.0)
-STEPS = {"anna": 8, "ben": 4}
+COUNTS = {"anna": step_counts(8), "ben": step_counts(4)}
 
 
 def row(*numbers: int) -> Encoded:
@@ -48,7 +48,7 @@ def trained(engine: Engine, clients: dict[str, ClientTokens]) -> Callable[..., d
     start = initial_adapter(engine.layout, 0).vector
 
     def train(**arguments: object) -> dict[str, AtHome]:
-        given = {"clients": clients, "steps": STEPS, "training": TRAINING, "seed": 3, **arguments}
+        given = {"clients": clients, "counts": COUNTS, "training": TRAINING, "seed": 3, **arguments}
         starts = dict.fromkeys(clients, start)
         return train_at_home(engine, engine.layout, starts=starts, **given)  # type: ignore[arg-type]
 
@@ -57,11 +57,11 @@ def trained(engine: Engine, clients: dict[str, ClientTokens]) -> Callable[..., d
 
 def test_halves_do_not_depend_on_order_and_part_no_copies() -> None:
     rows = client("anna", 10).held_out
-    choosing, measuring = halves_of(rows)
+    choosing, measuring = split_held_out(rows)
     assert not {*choosing} & {*measuring}
     assert sorted([*choosing, *measuring], key=hash) == sorted(rows, key=hash)
-    assert [set(half) for half in halves_of(rows[::-1])] == [set(choosing), set(measuring)]
-    assert halves_of((rows[0], rows[0])) == ((), (rows[0], rows[0]))
+    assert [set(half) for half in split_held_out(rows[::-1])] == [set(choosing), set(measuring)]
+    assert split_held_out(rows[:1]) == (rows[:1], rows[:1])
 
 
 def test_the_loss_that_chose_is_the_lowest_and_measures_nothing(
@@ -73,20 +73,20 @@ def test_the_loss_that_chose_is_the_lowest_and_measures_nothing(
         "ben": (0, 1, 2, 3, 4),
     }
     for name, one in found.items():
-        choosing, measuring = halves_of(clients[name].held_out)
+        choosing, measuring = split_held_out(clients[name].held_out)
         assert one.choosing[one.steps] == min(one.choosing.values())
         for rows, loss in ((choosing, one.choosing[one.steps]), (measuring, one.loss)):
             (answer,) = engine.evaluate([EvaluationJob(name, one.vector, rows)])
             assert answer.loss == pytest.approx(loss, abs=1e-9)
         assert one.steps > 0
-        assert one.loss < one.start_loss
+        assert one.loss < one.measured[0]
 
 
 def test_a_chosen_adapter_is_that_of_training_so_many_steps(
     engine: Engine, clients: dict[str, ClientTokens], trained: Callable
 ) -> None:
     (anna,) = trained(clients={"anna": clients["anna"]}).values()
-    again = trained(clients={"anna": clients["anna"]}, steps={"anna": anna.steps})["anna"]
+    again = trained(clients={"anna": clients["anna"]}, counts={"anna": [anna.steps]})["anna"]
     torch.testing.assert_close(again.vector, anna.vector)
     assert again.choosing[anna.steps] == pytest.approx(anna.choosing[anna.steps])
 
@@ -103,7 +103,7 @@ def test_training_that_harms_leaves_the_start(engine: Engine, trained: Callable)
     for one in found.values():
         assert one.steps == 0
         assert torch.equal(one.vector, start)
-        assert one.loss == one.start_loss
+        assert one.loss == one.measured[0]
 
 
 def test_who_has_too_few_held_out_rows_is_left_out(
@@ -117,13 +117,3 @@ def test_who_has_too_few_held_out_rows_is_left_out(
 def test_counts_rise_from_none_to_the_most() -> None:
     assert step_counts(1) == (0, 1)
     assert step_counts(80) == (0, 10, 20, 40, 60, 80)
-
-
-def test_a_stop_is_the_delta_of_a_shorter_job(engine: Engine, clients: dict[str, ClientTokens]) -> None:
-    start, rows = initial_adapter(engine.layout, 0).vector, clients["anna"].train
-    batches = tuple(rows[step : step + 2] for step in range(4))
-    long, other = (Job(name, start, batches[:number], TRAINING) for name, number in (("anna", 4), ("ben", 2)))
-    stopped, _ = engine.train([replace(long, stops=(2, 4)), replace(other, stops=(1,))])
-    (short,) = engine.train([replace(long, batches=batches[:2])])
-    torch.testing.assert_close(stopped.stops[2], short.delta)
-    assert torch.equal(stopped.stops[4], stopped.delta)
