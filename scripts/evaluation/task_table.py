@@ -32,7 +32,7 @@ def evaluate_tasks(
 
 
 def show_tasks(console: Console, results: Sequence[TaskResult]) -> None:
-    """Print each task: a line for each figure and adapter, with its interval and its difference to the first."""
+    """Print each task: a line for each figure and adapter, with its interval and how it differs."""
     first = next(iter(results[0].adapters))
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("task", "adapter"):
