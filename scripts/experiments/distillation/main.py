@@ -37,8 +37,8 @@ from scripts.experiments.options import (
     work_folder,
 )
 from scripts.experiments.small_model import Recipe
-from scripts.experiments.trials import Figures, Kinds, RunTrials, Trial
 from scripts.reports import Goal, publish
+from scripts.studies.trials import Figures, Kinds, RunTrials, Trial
 
 KINDS: Kinds = {"distilled": distilled, "pooled": pooled}
 UNLIKE = "shakespeare.train.jsonl"
