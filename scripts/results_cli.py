@@ -69,6 +69,25 @@ def study(
 
 
 @app.command()
+def adapt(
+    target: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    data: Annotated[str, typer.Option(help="Your own rows, in place of those of the run's clients.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the adapters; of a run private/adapted, else adapted.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="At most; the rows held out say how many.")] = 80,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW; that of the run, 0.001 without one.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a shared adapter on with private rows, and say what joining brought next to training alone."""
+    from scripts.commands import adapt_command
+
+    adapt_command.adapt(target, data=data, out=out, steps=steps, learning_rate=learning_rate, as_json=json)
+
+
+@app.command()
 def audit(
     target: Annotated[Path, typer.Argument(help="A run folder, on the machine that has its clients' rows.")],
     rows: Annotated[int, typer.Option(min=1, help="Rows of training and of held-out text at most.")] = 500,
@@ -196,3 +215,13 @@ def chat(
         device=device,
         seed=seed,
     )
+
+
+def watch(
+    folder: Annotated[Path, typer.Argument(help="A run folder, on the machine of its server.")],
+    json: Json = False,
+) -> None:
+    """Follow a run of another terminal until it ends; exit 0 if it completed, else 1. It is not disturbed."""
+    from scripts.commands import watch_command
+
+    watch_command.watch(folder, as_json=json)
