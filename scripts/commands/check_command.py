@@ -141,7 +141,8 @@ def _distillation(numbers: DistillConfig) -> str:
     when = "after the last round" if numbers.when == "last" else "after every round"
     return (
         f"{when}: at most {numbers.max_teachers} clients teach on {numbers.num_texts} texts of up to"
-        f" {numbers.max_tokens} tokens ({numbers.text}); {numbers.steps} steps of {numbers.batch_size}"
+        f" {numbers.max_tokens} tokens ({numbers.text}); {numbers.steps} steps of {numbers.batch_size}; nothing is"
+        f" taught where their ensemble is not ahead of the aggregate by more than {LEAST_AHEAD:g} nats a token"
     )
 
 
