@@ -50,7 +50,7 @@ class Asking:
     """
 
     run: str
-    action: str  # join | train | evaluate | overlap
+    action: str  # join | train | evaluate | overlap | adapt
     steps: int
     is_measured: bool
     now: float
@@ -83,8 +83,9 @@ def count(asked: Asked, asking: Asking, limits: Limits) -> Asked:
     )
     asked = count_run(asked, asking.run, asking.now, limits)
     run = asked.runs[asking.run]
-    if asking.action == "train":
-        run = replace(run, trainings=run.trainings + 1, steps=run.steps + asking.steps)
+    if asking.action in ("train", "adapt"):
+        trainings = run.trainings + (asking.action == "train")  # `rounds` bounds those alone
+        run = replace(run, trainings=trainings, steps=run.steps + asking.steps)
         if 0 < limits.rounds < run.trainings:
             raise PolicyError(f"[limits] rounds = {limits.rounds}: so many times this run has trained")
         if 0 < limits.run_steps < run.steps:

@@ -6,7 +6,7 @@ and what training measures (its loss, tokens, seconds) becomes 0, as under `priv
 
 from dataclasses import replace
 
-from fedllm.messages import ClientEvaluation, ClientUpdate, JoinedClient
+from fedllm.messages import ClientAtHome, ClientEvaluation, ClientUpdate, JoinedClient
 
 LOSS_DECIMALS = 1
 
@@ -39,3 +39,9 @@ def coarse_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation:
         num_tokens=coarse_size(evaluation.num_tokens),
         num_rows=coarse_size(evaluation.num_rows),
     )
+
+
+def coarse_at_home(answer: ClientAtHome) -> ClientAtHome:
+    """Return what training on at home gave with losses and steps that are coarse."""
+    alone, shared, home = (round(loss, LOSS_DECIMALS) for loss in (answer.alone, answer.shared, answer.home))
+    return replace(answer, alone=alone, shared=shared, home=home, steps=coarse_size(answer.steps))

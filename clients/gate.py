@@ -24,7 +24,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.engine.interruption import watched_steps
 from fedllm.errors import CheckpointError, PolicyError, WithheldError
 from fedllm.files import make_private_folder
-from fedllm.plan.run_plan import resolve
+from fedllm.plan.run_plan import RunPlan, resolve
 from fedllm.site_policy import SitePolicy, load_policy
 from fedllm.wire.digests import content_digest
 
@@ -47,7 +47,7 @@ class Sender:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a server asks: `action` is join, train, evaluate or overlap; `is_stock`, by a stock strategy.
+    """What a server asks: `action` is one of `MESSAGES` but stock; `is_stock`, by a stock strategy.
 
     `content` is what came with it, `run_config` the keys of its run, `node_config` what the node was started
     with.
@@ -63,7 +63,7 @@ class Question:
     @property
     def is_measured(self) -> bool:
         """Whether the answer holds held-out losses; a train request may ask for them too."""
-        return self.action == "evaluate" or self.request.get("evaluate") is True
+        return self.action in ("evaluate", "adapt") or self.request.get("evaluate") is True
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -83,9 +83,14 @@ class Question:
         return RunConfig.from_flat(self.run_config)
 
     @cached_property
+    def plan(self) -> RunPlan:
+        """The run's plan, which refuses what cannot go together."""
+        return resolve(self.config)
+
+    @cached_property
     def run(self) -> str:
         """The run as it is counted: one that goes on keeps it, one that is called the same has its own."""
-        return f"{self.sender.server} {self.config.run.name} {resolve(self.config).digest}"
+        return f"{self.sender.server} {self.config.run.name} {self.plan.digest}"
 
     @property
     def request(self) -> ConfigRecord:
@@ -94,9 +99,11 @@ class Question:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps that each client takes for a train request."""
-        personal = self.config.personal
-        return self.config.train.local_steps + (personal.steps if personal.mode != "none" else 0)
+        """Optimizer steps that each client takes for the answer: those of a round, or at home."""
+        plan = self.plan
+        if self.action == "adapt":
+            return plan.at_home.most if plan.at_home is not None else 0
+        return self.config.train.local_steps + (plan.personal.steps if plan.personal is not None else 0)
 
 
 def admit(question: Question) -> None:
@@ -253,11 +260,11 @@ def _check_run(question: Question) -> None:
     purpose = str(question.run_config.get("run.purpose", ""))
     if allow.purposes and purpose not in allow.purposes:
         raise _refusal(question, f"[allow] purposes does not name run.purpose = {purpose[:_LONGEST]!r}")
-    steps, rounds = question.num_steps, config.federation.num_rounds
-    rank = max(config.lora.rank, config.personal.rank if config.personal.mode != "none" else 0)
+    steps, rounds, personal = question.num_steps, config.federation.num_rounds, question.plan.personal
+    rank = max(config.lora.rank, personal.rank if personal is not None else 0)
     for name, asked, most in (
         ("steps", steps, limits.steps),
-        ("run-steps", steps * rounds, limits.run_steps),
+        ("run-steps", steps * (1 if question.action == "adapt" else rounds), limits.run_steps),
         ("rounds", rounds, limits.rounds),
         ("rank", rank, limits.rank),
     ):
@@ -286,7 +293,7 @@ def _num_tokens(question: Question, holder: DataHolder) -> int:
     clients = [client for name, client in holder.clients.items() if name in names]
     measured = clients if question.is_measured else []
     tokens = sum(len(row.tokens) for client in measured for row in client.held_out)
-    if question.action == "train":
+    if question.action in ("train", "adapt"):
         rows = question.num_steps * question.config.train.batch_size
         tokens += sum(rows * _longest(client, question.config.train.max_length) for client in clients)
     return tokens

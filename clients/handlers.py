@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
+from clients.adapt import adapt_clients
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
 from clients.join import answer_join
@@ -42,6 +43,11 @@ def _evaluate(holder: DataHolder, content: RecordDict, context: Context) -> Reco
     return replies.write_evaluations(evaluate_clients(holder, request))
 
 
+def _adapt(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
+    request = requests.read_evaluate_request(content, holder.engine.layout, _holding(holder))
+    return replies.write_at_home(adapt_clients(holder, request))
+
+
 def _overlap(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
     request = overlaps.read_overlap_request(content)
     # Flower keeps a node's state for the length of a run, even where every message has a new process.
@@ -64,6 +70,7 @@ def _holding(holder: DataHolder) -> requests.Holding:
 FOR_FEDLLM: Mapping[str, Handler] = {
     "query.join": _join,
     "query.overlap": _overlap,
+    "query.adapt": _adapt,
     "train": _train,
     "evaluate": _evaluate,
 }

@@ -54,6 +54,19 @@ def load_private(
     return {}
 
 
+def load_newest(store: PrivateStore, client_id: str) -> dict[str, torch.Tensor]:
+    """Return all vectors that a client kept last; {} where there are none.
+
+    Raises:
+        IntegrityError: they are damaged or of another layout.
+    """
+    states = sorted((store.folder / client_id).glob("*.safetensors"))
+    try:
+        return _read(states[-1], store, {}) if states else {}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise IntegrityError(f"{states[-1]}: cannot be read ({type(error).__name__})") from None
+
+
 def save_private(
     store: PrivateStore, client_id: str, num_drawn: int, vectors: Mapping[str, torch.Tensor]
 ) -> None:

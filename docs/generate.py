@@ -114,6 +114,7 @@ A key means the same everywhere it can stand:
 |---|---|
 | command line | `fedllm run train.local-steps=8` |
 | TOML recipe | `[train]` then `local-steps = 8`, or `train.local-steps = 8` |
+| YAML recipe | `train:` then `  local-steps: 8`, or `train.local-steps: 8` |
 | Flower | `flwr run . --run-config "train.local-steps=8"` (text needs quotes: `run.name=\\"night\\"`) |
 | Python | `RunConfig.from_flat({"train.local-steps": 8})`, read as `config.train.local_steps` |
 

@@ -14,6 +14,7 @@ from fedllm.errors import LayoutError
 UPDATE_METRICS = ("weight", "num_tokens", "train_loss", "num_truncated", "seconds")
 PROXIMAL_SPACES = ("factor", "product")
 EVALUATION_METRICS = ("loss", "personal_loss", "num_tokens", "num_rows")
+HOME_METRICS = ("alone", "shared", "home", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,21 @@ class ClientEvaluation:
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientAtHome:
+    """What training on at home gave a client (`clients.at_home`): losses in nats per learnt token.
+
+    `alone` is that of training from the initial adapter, `shared` that of the federation's adapter as it is,
+    `home` that of the adapter after `steps` steps from there. All are on rows that have chosen nothing.
+    """
+
+    client_id: str
+    alone: float
+    shared: float
+    home: float
+    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)

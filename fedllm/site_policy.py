@@ -19,7 +19,7 @@ from platformdirs import user_state_path
 from fedllm.errors import ConfigError, PolicyError
 from fedllm.files import read_toml
 
-MESSAGES = ("join", "train", "evaluate", "overlap", "stock")  # what a server may ask, by name
+MESSAGES = ("join", "train", "evaluate", "overlap", "adapt", "stock")  # what a server may ask, by name
 _Table = TypeVar("_Table")
 
 

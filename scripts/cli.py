@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fedllm
-from scripts import results_cli, site_cli
+from scripts import results_cli, site_cli, start_cli
 from scripts.cli_options import Json, OnBadRow, Words
 from scripts.command_line import run_app
 from scripts.runtimes.restarts import MOST_RESTARTS
@@ -21,6 +21,7 @@ app = typer.Typer(
     suggest_commands=False,  # click suggests them itself
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(start_cli.app)
 app.add_typer(results_cli.app)
 app.add_typer(site_cli.app, name="site")
 

@@ -7,7 +7,8 @@ import typer
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[RECIPE.toml] [key=value ...]", help="A recipe (none = quickstart) and overrides."
+        metavar="[RECIPE] [key=value ...]",
+        help="A recipe: a .toml or .yaml file, or a name of `fedllm recipes` (none = quickstart); overrides.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]

@@ -12,6 +12,7 @@ from rich.text import Text
 from fedllm.runs.spread import keep_common_clients, spread_of
 
 NOTHING = "(nothing)"  # what is shown of an answer that ends at once
+MOST_BEHIND = 5  # names of clients that joining brought nothing
 MOST_CLIENTS = 20  # that a table lists one by one; beyond, those with the largest losses
 
 
@@ -46,6 +47,16 @@ class Console:
             for name, text in zip(("before:", "after: "), texts, strict=True):
                 self.line(f"    {name} {one_line(text, width) or NOTHING}")
 
+    def at_home(self, found: Mapping[str, Any]) -> None:
+        """Print what each client has alone, of the shared adapter, and after training that on at home."""
+        clients = found["clients"]
+        self.line("\nwhat joining brought (held-out loss on rows that chose nothing)", style="bold")
+        names = {"alone": "alone", "shared": "shared", "home": "at home"}
+        self.rich.print(
+            loss_table({name: {who: one[key] for who, one in clients.items()} for key, name in names.items()})
+        )
+        self.paragraph(joining_line(found), indent=0)
+
     def summary(self, folder: Path, result: Mapping[str, Any]) -> None:
         """Print held-out losses, answers before and after, what came out, where it is and what to do next."""
         held_out, shown = result["held_out"], shown_path(folder)
@@ -53,6 +64,8 @@ class Console:
             personal = held_out["after"].get("personal", {"clients": {}})
             columns = {"base": held_out["before"], "adapter": held_out["after"], "+ personal": personal}
             self.rich.print(loss_table({name: part["clients"] for name, part in columns.items()}))
+        if "at_home" in result:
+            self.at_home(result["at_home"])
         answers = result.get("answers", {"prompts": (), "before": (), "after": ()})
         self.answers(answers["prompts"], answers["before"], answers["after"])
         if "rows_lost" in result:
@@ -101,6 +114,18 @@ def loss_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
 
 def _add_losses(table: Table, name: str, losses: Sequence[float], style: str = "") -> None:
     table.add_row(name, *map(number_text, losses), f"{losses[-1] - losses[0]:+.3f}", style=style)
+
+
+def joining_line(found: Mapping[str, Any]) -> str:
+    """Return who is better off for having joined, and who is not, in a sentence."""
+    clients, mean = found["clients"], found["mean"]
+    behind = [name for name, one in clients.items() if not one["home"] < one["alone"]]
+    more = f" and {len(behind) - MOST_BEHIND} more" if len(behind) > MOST_BEHIND else ""
+    who = f"; not {', '.join(behind[:MOST_BEHIND])}{more}" if behind else ""
+    return (
+        f"what joining brought: {len(clients) - len(behind)} of {len(clients)} clients better than alone"
+        f" (mean {mean['home']:.3f} at home, {mean['alone']:.3f} alone, {mean['shared']:.3f} shared){who}"
+    )
 
 
 def one_line(text: str, width: int = 100) -> str:

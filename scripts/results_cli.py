@@ -1,25 +1,71 @@
-"""The `fedllm` commands about what a run left: evaluate, audit, distil, compare."""
+"""The `fedllm` commands about results: study, and what a run left: evaluate, audit, distil, compare."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from scripts.cli_options import Json
+from scripts.cli_options import Json, Words
 
 app = typer.Typer(suggest_commands=False)
 
 
 @app.command()
 def evaluate(
-    target: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    targets: Annotated[
+        list[str], typer.Argument(metavar="TARGET...", help="Run folders, adapter folders, base models.")
+    ],
     data: Annotated[str, typer.Option(help="Rows to evaluate on instead of the run's held-out ones.")] = "",
+    tasks: Annotated[str, typer.Option(help="Files, folders, hub ids of tasks, between commas.")] = "",
+    suite: Annotated[str, typer.Option(help="general | keyboard | medical: from the hub, or --tasks.")] = "",
+    split: Annotated[str, typer.Option(help="Of hub data sets that --tasks names.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=2, help="Rows of each task at most.")] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Every client's rows under every adapter, own ones too.")
+    ] = False,
+    flowertune: Annotated[
+        bool, typer.Option("--flowertune", help="FlowerTune's rule for choices too, for comparison only.")
+    ] = False,
+    harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, which runs them.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer to be exactly right.")] = 256,
     json: Json = False,
 ) -> None:
-    """Held-out loss and perplexity of base and adapter for every client, and answers before and after."""
+    """Loss of each client, base against adapter, and answers; or tasks, with chance and intervals."""
     from scripts.commands import evaluate_command
 
-    evaluate_command.evaluate(target, data=data, as_json=json)
+    wanted = evaluate_command.Wanted(
+        data=data,
+        tasks=tasks,
+        suite=suite,
+        split=split,
+        limit=limit,
+        matrix=matrix,
+        harness=harness,
+        flowertune=flowertune,
+        max_new_tokens=max_new_tokens,
+    )
+    evaluate_command.evaluate(targets, wanted, as_json=json)
+
+
+@app.command()
+def study(
+    words: Words = None,
+    methods: Annotated[str, typer.Option(help="Some of them, with commas; all that the recipe has.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="From the recipe's seed on.")] = 3,
+    rates: Annotated[
+        str,
+        typer.Option(help="Learning rates that each method may take; a third to three times the recipe's."),
+    ] = "",
+    jobs: Annotated[int, typer.Option(min=0, help="Cells at once; 0 = by cores and memory.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; studies/NAME.")] = None,
+    json: Json = False,
+) -> None:
+    """What joining brings to each client: alone, federated, at home and pooled, at equal tokens."""
+    from scripts.commands import study_command
+
+    study_command.study(
+        words or [], methods=methods, seeds=seeds, rates=rates, jobs=jobs, out=out, as_json=json
+    )
 
 
 @app.command()

@@ -14,7 +14,7 @@ from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.records import RoundRecord
 from scripts.console import Console, in_time, number_text
-from scripts.work import distillation_tokens, training_tokens
+from scripts.work import MEASURED_AT_HOME, distillation_tokens, rounds_at_home, training_tokens
 from strategies.distillation.report import table_cell
 from strategies.session import Watch
 
@@ -230,7 +230,9 @@ def seconds_left(plan: RunPlan, records: Sequence[RoundRecord]) -> float | None:
     measured = [
         2 if due and asked else plan.is_evaluated(number) for number, due in zip(left, distils, strict=True)
     ]
-    return len(left) * training + sum(distils) * distillation + sum(measured) * evaluation
+    trainings = len(left) + rounds_at_home(plan)
+    evaluations = sum(measured) + (MEASURED_AT_HOME if plan.at_home is not None else 0)
+    return trainings * training + sum(distils) * distillation + evaluations * evaluation
 
 
 def _row(cells: Sequence[tuple[str, int]]) -> str:

@@ -20,6 +20,7 @@ _WRITING_ROWS = 16  # a step that writes one token for each text reads all weigh
 _PROGRAM_BYTES = 0.6e9  # Python, torch and transformers, before any model
 _VALUE_BYTES = {"8bit": 1.0, "4bit": 0.6}  # of a weight, with the scales of its block
 _KEPT = 24  # values kept for the way back, of a token in a layer, over the model's width
+MEASURED_AT_HOME = 9  # times all held-out rows: twice, half of them under 6 adapters, half under 3
 _MATRIX = 512  # a product of this size is about as fast as a model's, and takes a few milliseconds
 
 
@@ -61,11 +62,24 @@ def work_of(plan: RunPlan, *, tokens_a_round: float, held_out_tokens: float) -> 
     evaluations = first + sum(plan.is_evaluated(n) for n in rounds) + len(judged)
     personal = plan.personal.steps if plan.personal else 0
     steps = plan.config.train.local_steps
+    trained = len(rounds) * (steps + personal) / steps + rounds_at_home(plan)
+    at_home = MEASURED_AT_HOME if plan.at_home is not None else 0
     return Work(
-        training=training_tokens(tokens_a_round) * len(rounds) * (steps + personal) / steps,
-        evaluation=evaluations * held_out_tokens * (2 if plan.personal else 1),
+        training=training_tokens(tokens_a_round) * trained,
+        evaluation=(evaluations * (2 if plan.personal else 1) + at_home) * held_out_tokens,
         distillation=len(due) * distillation_tokens(plan.distillation) if plan.distillation else 0.0,
     )
+
+
+def rounds_at_home(plan: RunPlan) -> float:
+    """Return how many rounds' training it takes that clients train on at home, and alone for comparison.
+
+    Who was asked in every round trains alone as long as in the whole run; the mean client, by its share.
+    """
+    if plan.at_home is None:
+        return 0.0
+    both = 2 * plan.at_home.training.steps / plan.config.train.local_steps
+    return plan.config.federation.num_rounds + both * plan.config.federation.num_clients / plan.cohort.size
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

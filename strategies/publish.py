@@ -97,12 +97,14 @@ def summary(state: ServerState, adapter: Path) -> dict[str, Any]:
         held_out[name] = spread_and_losses(record.held_out)
         if record.personal_held_out:
             held_out[name]["personal"] = spread_and_losses(record.personal_held_out)
+    at_home = state.records[-1].at_home if state.records else None
     return {
         "status": "completed",
         "rounds": state.round_num,
         "adapter": str(adapter),
         "digest": state.adapter.digest,
         "held_out": held_out,
+        **({"at_home": at_home.to_result()} if at_home is not None and at_home.home else {}),
         "warnings": warnings_of(measured_ends(state), state.records[-1] if state.records else None),
     }
 

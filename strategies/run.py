@@ -16,7 +16,7 @@ from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
 from strategies.decisions import decided
 from strategies.distillation.ending import undo_distillation
-from strategies.exchange.evaluation import evaluate_last
+from strategies.exchange.after_rounds import evaluate_last, train_on_at_home
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
 from strategies.rounds import next_round
@@ -51,6 +51,9 @@ def run_federation(
         state = begin_or_resume(session, folder, start)
         describe_run(folder, config)  # only now is it certain that the run goes on with this configuration
         state, stopped = _rounds(session, state, folder)
+        if (after := train_on_at_home(session, state)) is not state:
+            state = after
+            _save(session, state, folder)
         for line in publish_run(folder, plan, state, stopped, session.clients):
             watch.notice(f"warning: {line}")
         return state

@@ -125,7 +125,14 @@ def test_every_repository_path_exists(page: Path) -> None:
             assert (ROOT / span).exists() or (ROOT / "docs" / span).exists(), span
 
 
-EXAMPLES = {"config.toml", "letters.toml", "README.md", "site.toml", "sites.toml"}  # files of a reader's own
+EXAMPLES = {
+    "config.toml",
+    "letters.toml",
+    "README.md",
+    "recipe.toml",
+    "site.toml",
+    "sites.toml",
+}  # files of a reader's own
 
 
 @pages

@@ -41,6 +41,7 @@ def save_adapter(
     target_modules: Sequence[str],
     card: str,
     finish: Callable[[Path], None] = lambda building: None,
+    is_public: bool = True,
 ) -> None:
     """Write the PEFT folder of `state` in one step; `card` becomes its README.md.
 
@@ -54,7 +55,7 @@ def save_adapter(
     layout = state.layout
     config = peft_config(layout.rank, layout.alpha, target_modules, base_model=base_model, revision=revision)
     description = {"base_model": base_model, "revision": revision, "layout": layout.to_dict()}
-    with complete_folder(folder, is_public=True) as building:
+    with complete_folder(folder, is_public=is_public) as building:
         config.save_pretrained(str(building))
         save_tensors(building / WEIGHTS, state)
         (building / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")

@@ -14,7 +14,7 @@ import numpy as np
 from fedllm.attacks.token_scores import whole
 from fedllm.config.keys import AuditConfig
 from fedllm.models.chat import Encoded
-from fedllm.plan.dealt_numbers import parse_repeats
+from fedllm.plan.dealt_numbers import CANARY_TOKENS, parse_repeats
 from fedllm.privacy.keys import derived_key
 from fedllm.seeds import derive_seed
 
@@ -73,7 +73,7 @@ def secret_canaries(
         plain_vocabulary(tokenizer),
         client_id=client_id,
         number=section.canaries,
-        length=section.canary_tokens,
+        length=CANARY_TOKENS,
         seed=int.from_bytes(derived_key(secret, "canaries")[:8], "big") >> 1,  # 63 bits, as all seeds
         repeats=parse_repeats(section.canary_repeats),
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from fedllm.engine.engine import Engine
-from fedllm.engine.head import CHUNK, GPU_CHUNK
 from fedllm.engine.passes import MAX_ADAPTERS, Item, split
 from fedllm.models.chat import Encoded
 
@@ -62,18 +61,7 @@ def score(
 
 def _scored(engine: Engine, items: Sequence[Item]) -> list[TokenScores]:
     """Return the scores of the samples of one pass, in order."""
-    states_ND = engine.passes.states(items)
-    targets_N = torch.tensor(
-        [token for item in items for token in item.row.learnt_tokens],
-        device=states_ND.device,
-        dtype=torch.int64,
-    )
-    # Logits over the vocabulary are large: only one chunk of tokens has them at a time.
-    size = GPU_CHUNK if states_ND.device.type == "cuda" else CHUNK
-    chunks = [
-        _chunk_scores(engine.passes.head.logits(part_ND), part_N)
-        for part_ND, part_N in zip(torch.split(states_ND, size), torch.split(targets_N, size), strict=True)
-    ]
+    chunks = [_chunk_scores(*chunk) for chunk in engine.passes.learnt_logits(items)]
     sizes = [item.row.num_supervised for item in items]
     columns = [torch.split(torch.cat(column).cpu(), sizes) for column in zip(*chunks, strict=True)]
     return [TokenScores(*values) for values in zip(*columns, strict=True)]

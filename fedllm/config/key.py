@@ -33,6 +33,7 @@ class Key:
     is_open: bool  # `low` itself is refused
     is_resumable: bool  # a resumed run may change it
     separator: str = ","  # of a list, which the value holds as one text
+    is_list: bool = False  # takes any number of its words
 
     @property
     def allowed(self) -> str:
@@ -45,7 +46,8 @@ class Key:
             numbers = re.findall(r":([A-Z]+)\b(?!=)", forms)
             if numbers and not parts:  # after a colon, which no range has been named for
                 forms += f"; {' and '.join(dict.fromkeys(numbers))} {self._range}"
-            parts.append(f"one of {forms}" if len(self.words) > 1 else forms or "text")
+            choice = f"any of {forms}, parted by commas" if self.is_list else f"one of {forms}"
+            parts.append(choice if len(self.words) > 1 else forms or "text")
         return ", or ".join(parts)
 
     @property
@@ -72,6 +74,8 @@ class Key:
             raise ConfigError(f"{self.name} = {value!r}: expected {self.allowed}")
 
     def _takes_text(self, value: str) -> bool:
+        if self.is_list:
+            return all(part.strip() in self.words for part in value.split(self.separator))
         word, colon, after = value.partition(":")
         ending = self.words.get(word)
         if not self.words or ending is None:
@@ -98,6 +102,7 @@ def key(
     at_most: float = math.inf,
     resumable: bool = False,
     separator: str = ",",
+    is_list: bool = False,
 ) -> Any:
     """Return the dataclass field of a key; its checks and docs/config.md come from it.
 
@@ -106,7 +111,8 @@ def key(
     low, is_open = (at_least, False) if above is None else (above, True)
     forms = dict(re.findall(r"([^\s\[:]+)(\S*)", words))  # "none oort[:SECONDS]" -> none and oort
     metadata = {"meaning": meaning, "words": forms, "low": low, "high": at_most, "separator": separator}
-    return field(default=default, metadata={**metadata, "is_open": is_open, "is_resumable": resumable})
+    more = {"is_open": is_open, "is_resumable": resumable, "is_list": is_list}
+    return field(default=default, metadata=metadata | more)
 
 
 def declared_key(name: str, item: "Field[Any]") -> Key:

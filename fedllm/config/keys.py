@@ -248,23 +248,28 @@ class AuditConfig:
     """Canaries: texts of random tokens among the clients' rows, to audit the run (docs/audit.md)."""
 
     # A coin for each decides whether it is trained on; the others are what a guess is compared with.
-    canaries: int = key(0, "texts each client draws; it trains on about half", at_least=0, at_most=100_000)
-    canary_tokens: int = key(16, "length of a canary", at_least=2, at_most=10 * MILLION)
+    canaries: int = key(
+        0, "texts of 16 tokens that each client draws; it trains on about half", at_least=0, at_most=100_000
+    )
     canary_repeats: str = key("1", 'copies of a canary that is trained on; "1,4,16" is dealt in turn')
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalConfig:
-    """A client's own adapter on top of the shared one; it never leaves the client."""
+    """A client's own adapter; it never leaves the client."""
 
     mode: str = key(
         "none",
-        "dual = both adapters add up; ditto = the same, pulled to the shared one by PULL (else 0.1)",
-        words="none dual ditto[:PULL]",
+        "finetune = after the last round each client trains the shared adapter on, as long as its held-out"
+        " rows say; dual = an adapter on top of the shared one, trained in each round; ditto = the same,"
+        " pulled to the shared one by PULL (else 0.1)",
+        words="none finetune dual ditto[:PULL]",
         at_least=0,
     )
-    rank: int = key(4, "rank of the personal adapter", at_least=1, at_most=4096)
-    steps: int = key(4, "its optimizer steps in a client's round", at_least=1, at_most=MILLION)
+    rank: int = key(4, "rank of the adapter on top (dual, ditto)", at_least=1, at_most=4096)
+    steps: int = key(
+        4, "optimizer steps: in each round (dual, ditto), or at most (finetune)", at_least=1, at_most=MILLION
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,3 +334,16 @@ class EvaluationConfig:
         separator=" || ",
     )
     max_new_tokens: int = key(24, "most tokens of an answer", at_least=0, at_most=100_000, resumable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Where the server sends the figures of each round, besides the run folder."""
+
+    to: str = key(
+        "",
+        "trackers of the run, each a package of its own",
+        words="tensorboard mlflow wandb trackio",
+        resumable=True,
+        is_list=True,
+    )

@@ -32,6 +32,7 @@ class RunConfig:
     distill: keys.DistillConfig = keys.DistillConfig()
     wire: keys.WireConfig = keys.WireConfig()
     evaluation: keys.EvaluationConfig = keys.EvaluationConfig()
+    track: keys.TrackConfig = keys.TrackConfig()
 
     def __post_init__(self) -> None:
         for name, value in self.to_flat().items():
@@ -90,4 +91,4 @@ def nearest(name: str) -> str:
     within = [each for each in KEYS if each.startswith(section + dot)] or list(KEYS)
     close = close or [each for each in [max(within, key=hits.__getitem__)] if hits[each]]
     close = close or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "; `fedllm check` lists every key"
+    return f"; did you mean {close[0]!r}?" if close else "; `fedllm config` lists every key"

@@ -17,7 +17,7 @@ DOCSTRINGS = "docstrings"
 
 _Located: TypeAlias = tuple[str, int, dict[str, Any] | str]
 
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?")
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w.-]+))?(:(?P<configuration>[\w.-]+))?")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ def read_rows(source: str, *, split: str = "train", on_bad_row: str = "skip", nu
     Args:
         source: `docstrings`; a file of a known kind (`READERS`); a folder of them; a glob; several of
             these separated by commas; or else the id of a Hugging Face data set, `id:configuration` where
-            it has several. What looks like a path (a known extension, glob characters, a leading `/`, `.` or
-            `~`) or exists is never looked up on the hub.
+            it has several, `id@revision:configuration` for one commit of it. What looks like a path (a
+            known extension, glob characters, a leading `/`, `.` or `~`) or exists is never looked up on the
+            hub.
         split: the split of a hub data set, or of a folder whose files are named as splits.
         on_bad_row: `skip` collects bad rows in `Rows.bad`; `stop` raises at the first.
         num_packages: how many installed packages `docstrings` is read from.
@@ -104,7 +105,8 @@ def _hub_rows(source: str, split: str) -> Iterator[_Located]:
         raise DataError(f"data.source = {source!r}: no data set but a reader of local files; name the files")
     try:
         # With this prefix it is the hub and nothing else: without, a folder of that name here would be read.
-        loaded = datasets.load_dataset(f"hf://datasets/{name['id']}", name["configuration"], split=split)
+        path, pinned = f"hf://datasets/{name['id']}", name["revision"]
+        loaded = datasets.load_dataset(path, name["configuration"], split=split, revision=pinned)
         for number, row in enumerate(loaded, 1):
             yield source, number, dict(row)
     except _hub_errors() as error:  # the message of a parser may quote a row, so only its kind is told

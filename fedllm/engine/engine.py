@@ -103,6 +103,9 @@ class Engine:
                 seconds=seconds * job.num_tokens,
                 gradient=gradient,
                 losses=tuple(losses),
+                snapshots={
+                    steps: rows.unstack(row, delta_P) for steps, delta_P in trained.snapshots[row].items()
+                },
             )
             if len(jobs) > 1 and not is_finite(result):
                 (result,) = self._train_group([job])

@@ -86,7 +86,7 @@ def arrange(rows: Sequence[Encoded], owners: Sequence[Hashable] = ()) -> Arrange
     shared_B, prefix_B, begins_B, lengths_G = [], [], [], []
     begin = 0
     for group in groups:
-        shared, prefix = _shared_prefix(group), begin
+        shared, prefix = shared_prefix(group), begin
         if shared:
             pieces.append(group[0].arrays[0, :shared])
             sequences.append((shared, 0, prefix))
@@ -169,8 +169,8 @@ def predicting_states(model: Any, flat: FlatRow, head: Head) -> torch.Tensor:
     return hidden_TD[flat.predicting_N]
 
 
-def _shared_prefix(rows: Sequence[Encoded]) -> int:
-    """Return how many tokens all rows begin with; each keeps one of its own, and few are not worth it."""
+def shared_prefix(rows: Sequence[Encoded]) -> int:
+    """Return how many tokens rows of one owner share; each keeps one of its own, and few are not worth it."""
     if len(rows) < 2:
         return 0
     shared = min(len(row.tokens) for row in rows) - 1

@@ -1,8 +1,8 @@
 """What the engine takes and gives: jobs and their results. A training job is one client in one round."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -46,7 +46,8 @@ class Job:
     `seed` is where LoRA dropout draws from, row by row (`row_seed`). FedProx pulls to `anchor` [P], or to
     `start` where none is given. `movable` [P] says which values may move, if not all. SCAFFOLD's `correction`
     [P] is added to every gradient (`fedllm.engine.gradient_terms`). `objective` replaces the cross-entropy
-    with the next token (`fedllm.distillation`).
+    with the next token (`fedllm.distillation`). After each number of steps in `snapshots` the delta so far is
+    kept as well: one training gives the adapters of several lengths.
     """
 
     client_id: str
@@ -62,6 +63,7 @@ class Job:
     correction: torch.Tensor | None = None
     objective: Objective | None = None
     noise: StepNoise | None = None
+    snapshots: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -79,7 +81,8 @@ class Result:
     """What training gave: `delta` [P] = after - before; `loss` is the mean of the steps' `losses`.
 
     Losses are in nats per learnt token. Where the job had a correction, `gradient` [P] is the mean over steps
-    of the gradient without it, each clipped to the job's clip norm.
+    of the gradient without it, each clipped to the job's clip norm. `snapshots` holds the delta after as many
+    steps as the job asked for.
     """
 
     client_id: str
@@ -90,6 +93,7 @@ class Result:
     seconds: float  # its share, by tokens, of the pass it was trained in
     gradient: torch.Tensor | None = None
     losses: tuple[float, ...] = ()
+    snapshots: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 def is_finite(result: Result) -> bool:

@@ -18,7 +18,7 @@ from fedllm.engine.adapter_bank import Bank
 from fedllm.engine.dropout import drop_arrays, noisy_rows
 from fedllm.engine.flat_row import FlatRow, arrange
 from fedllm.engine.graphs import Shelf, rounded_up
-from fedllm.engine.head import Criterion, CrossEntropy, Head, head_loss
+from fedllm.engine.head import CHUNK, GPU_CHUNK, Criterion, CrossEntropy, Head, head_loss
 from fedllm.engine.jobs import EvaluationJob, Objective
 from fedllm.engine.layers import attached
 from fedllm.engine.pass_inputs import PassArrays, PassInputs, padded, place
@@ -89,6 +89,20 @@ class Passes:
         inputs = place(self.arrange(items, backward=False), self.base.device)
         self.bank.route = inputs.route
         return self.trunk(inputs.flat)
+
+    def learnt_logits(self, items: Sequence[Item]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield logits [n, V] and targets [n] of all supervised tokens, in order.
+
+        Logits over the vocabulary are large: only one chunk of tokens has them at a time.
+        """
+        inputs = place(self.arrange(items, backward=False), self.base.device)
+        self.bank.route = inputs.route
+        states_ND = self.trunk(inputs.flat)
+        size = GPU_CHUNK if states_ND.device.type == "cuda" else CHUNK
+        for part_ND, targets_N in zip(
+            torch.split(states_ND, size), torch.split(inputs.flat.targets_N, size), strict=True
+        ):
+            yield self.head.logits(part_ND), targets_N
 
     def run(self, inputs: PassInputs, criterion: Criterion, *, backward: bool) -> torch.Tensor:
         """Do a pass over inputs that are on the device; see `losses`. Nothing is read from the host."""

@@ -37,6 +37,7 @@ class Trained:
     losses_SC: torch.Tensor  # [steps, C], in nats per learnt token; zero where a client has finished
     moved_CP: torch.Tensor  # after - before, on the CPU
     correction: ControlCorrection | None  # SCAFFOLD's sums of gradients, if any
+    snapshots: list[dict[int, torch.Tensor]]  # of each job: steps -> after - before, on the CPU
 
 
 def train_rows(passes: Passes, limits: Limits, jobs: Sequence[Job], layout: AdapterLayout) -> Trained:
@@ -55,6 +56,7 @@ def train_rows(passes: Passes, limits: Limits, jobs: Sequence[Job], layout: Adap
     correction = control_correction(corrections_CP, bank.theta_CP, trainings)
     losses: list[list[PassLosses]] = []
     noises = step_noises(rows, bank.device)
+    snapshots: list[dict[int, torch.Tensor]] = [{} for _ in jobs]
     with passes.attached():
         for step in range(len(jobs[0].batches)):
             step_begins(step, len(jobs[0].batches))
@@ -67,7 +69,11 @@ def train_rows(passes: Passes, limits: Limits, jobs: Sequence[Job], layout: Adap
                 pull.add_gradient(bank, grads)
             optimizer.step(grads)
             losses.append(of_passes)
-    return Trained(rows, mean_losses(jobs, losses), _on_host(bank.theta_CP - begin_CP), correction)
+            for row, job in enumerate(active):
+                if step + 1 in job.snapshots:
+                    snapshots[row][step + 1] = (bank.theta_CP[row] - begin_CP[row]).cpu()
+    moved_CP = _on_host(bank.theta_CP - begin_CP)
+    return Trained(rows, mean_losses(jobs, losses), moved_CP, correction, snapshots)
 
 
 def _on_host(values_CP: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ NOISE = "noise on all that tells of a client's rows"
 NOISED_SUM = "a trusted server that adds the noise to the sum of all clients"
 BUDGET = "a privacy budget"
 HELD_OUT_LOSSES = "losses on rows that clients hold out"
+HELD_OUT_ROWS = "rows that clients hold out"
 CLIPPED_GRADIENTS = "gradients of a bounded norm"
 
 
@@ -63,7 +64,8 @@ _PRODUCTS = (OWN_UPDATES, OUR_MEAN, BOTH_FACTORS)
 _ROBUST = "a robust rule compares the products B A of clients and leaves out what stands apart"
 _BY_VALUE = Setting("it compares clients value by value", [SHARED_VALUES], instead="geometric-median")
 _BY_LOSS = Setting("clients are chosen by their losses, which are private", hides=[NOISE])
-_NONE_HELD = Setting("clients hold no rows out", hides=[HELD_OUT_LOSSES])
+_ON_TOP = Setting("personal adapters go on top of a shared one", [SHARED_B])
+_NONE_HELD = Setting("clients hold no rows out", hides=[HELD_OUT_LOSSES, HELD_OUT_ROWS])
 
 # Order matters for the reader alone: of several conflicts the first one found is reported.
 SETTINGS: dict[str, dict[Scalar, Setting]] = {
@@ -162,7 +164,11 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         )
     },
     "train.clip-norm": {"off": Setting("nothing bounds what one client adds", hides=[CLIPPED_GRADIENTS])},
-    "personal.mode": {ANY: Setting("personal adapters go on top of a shared one", [SHARED_B])},
+    "personal.mode": {
+        "finetune": Setting("clients train the shared adapter on at home", [SHARED_B, HELD_OUT_ROWS]),
+        "dual": _ON_TOP,
+        "ditto": _ON_TOP,
+    },
     # Distillation at the server.
     "distill.when": {ANY: Setting("clients' own adapters teach", [OWN_UPDATES, SHARED_B, OUR_MEAN])},
     "distill.gate": {"clients": Setting("clients judge the result", [HELD_OUT_LOSSES], instead="public")},

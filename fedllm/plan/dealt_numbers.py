@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from fedllm.errors import ConfigError
 
+CANARY_TOKENS = 16  # of a canary, drawn at random: no text that anyone writes begins to be like it
+
 
 def deal_ranks(text: str, client_ids: Iterable[str], rank: int) -> dict[str, int]:
     """Return the rank of every client that `lora.client-ranks` = `text` gives under `lora.rank` = `rank`.

@@ -13,10 +13,16 @@ from fedllm.messages import LocalTraining
 from fedllm.plan.aggregation import AXES, AggregationRule, aggregation_rule
 from fedllm.plan.capabilities import Part, active_parts, refuse_conflicts
 from fedllm.plan.cohort import CohortPlan, cohort_plan
-from fedllm.plan.dealt_numbers import are_mixed, deal_ranks, named_clients, parse_repeats
+from fedllm.plan.dealt_numbers import CANARY_TOKENS, are_mixed, deal_ranks, named_clients, parse_repeats
 from fedllm.plan.distillation import DistillationPlan, distillation_plan
 from fedllm.plan.privacy import PrivacyPlan, privacy_plan
-from fedllm.plan.training import PersonalTraining, local_training, personal_training
+from fedllm.plan.training import (
+    HomeTraining,
+    PersonalTraining,
+    home_training,
+    local_training,
+    personal_training,
+)
 
 # A file system has room for 255, of which the names of private state and unfinished files take up to 55.
 MOST_NAME_BYTES = 200
@@ -36,6 +42,7 @@ class RunPlan:
     aggregation: AggregationRule
     privacy: PrivacyPlan | None
     personal: PersonalTraining | None
+    at_home: HomeTraining | None
     distillation: DistillationPlan | None
     init_a: str  # how A is drawn: kaiming | orthonormal
     prompts: tuple[str, ...]  # public prompts answered before and after
@@ -138,6 +145,12 @@ def resolve(config: RunConfig) -> RunPlan:
         aggregation=rule,
         privacy=privacy,
         personal=personal_training(config.personal),
+        at_home=home_training(
+            config.personal,
+            local_training(config.train, config.lora.dropout, round_num=1, num_rounds=federation.num_rounds),
+            num_rounds=federation.num_rounds,
+            is_reported=privacy is None or privacy.metrics == "all",
+        ),
         distillation=distillation,
         init_a=_init_a(config.lora.init_a, is_private=privacy is not None),
         prompts=tuple(part.strip() for part in config.evaluation.prompts.split("||") if part.strip()),
@@ -184,10 +197,10 @@ def _init_a(given: str, *, is_private: bool) -> str:
 
 def _check_canaries(audit: AuditConfig, max_length: int) -> None:
     parse_repeats(audit.canary_repeats)
-    if audit.canaries and audit.canary_tokens > max_length:
+    if audit.canaries and max_length < CANARY_TOKENS:
         raise ConfigError(
-            f"audit.canary-tokens = {audit.canary_tokens} is above train.max-length = {max_length}: a canary"
-            " is a row like any other; make it shorter"
+            f"audit.canaries = {audit.canaries}: a canary has {CANARY_TOKENS} tokens and train.max-length"
+            f" = {max_length} cuts it; raise that"
         )
 
 

@@ -154,6 +154,37 @@ class PrivacyRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HomeRecord:
+    """What training on at home gave after the last round (personal.mode = "finetune"), by client.
+
+    Losses are as in `ClientAtHome`; `steps` are those that were chosen. All are empty where clients keep them
+    for themselves.
+    """
+
+    alone: Mapping[str, float] = field(default_factory=dict)
+    shared: Mapping[str, float] = field(default_factory=dict)
+    home: Mapping[str, float] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def gained(self) -> tuple[str, ...]:
+        """The clients that have more of joining, and training on, than of training alone."""
+        return tuple(client for client, loss in self.home.items() if loss < self.alone[client])
+
+    def to_result(self) -> dict[str, Any]:
+        """Return the section `at_home` of `result.json`, where at least one client has reported."""
+        losses = {"alone": self.alone, "shared": self.shared, "home": self.home}
+        return {
+            "clients": {
+                client: {**{name: column[client] for name, column in losses.items()}, "steps": steps}
+                for client, steps in self.steps.items()
+            },
+            "mean": {name: sum(column.values()) / len(column) for name, column in losses.items()},
+            "gained": len(self.gained) / len(self.home),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord:
     """What a round did; one line of `rounds.jsonl`. Round 0 is the base model before any training."""
 
@@ -179,6 +210,7 @@ class RoundRecord:
     held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
     personal_held_out: Mapping[str, float] = field(default_factory=dict)  # with its personal adapter on top
     not_finite: tuple[str, ...] = ()  # clients that could report no finite held-out loss
+    at_home: HomeRecord | None = None  # in the last round, once clients have trained on
 
     @property
     def mean_held_out(self) -> float | None:

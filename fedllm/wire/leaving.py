@@ -11,7 +11,7 @@ import torch
 from flwr.app import ArrayRecord, RecordDict
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
-from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
+from fedllm.messages import ClientAtHome, ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.originality.overlap import Overlap
 from fedllm.wire import joining, overlaps, refusals, replies, stock
 
@@ -25,6 +25,7 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
     """
     delta = torch.zeros(_LAYOUT.size)
     measured = ClientEvaluation(client_id="CLIENT", loss=0.0, num_tokens=1, num_rows=1)
+    at_home = ClientAtHome(client_id="CLIENT", alone=0.0, shared=0.0, home=0.0, steps=1)
     update = ClientUpdate(
         client_id="CLIENT",
         round_num=1,
@@ -47,6 +48,7 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
             replies.write_sum([update], delta, **packets, with_held_out=True),
         ],
         "evaluate": [replies.write_evaluations([measured])],
+        "adapt": [replies.write_at_home([at_home])],
         "overlap": [overlaps.write_overlaps([Overlap(1, 1, True)])],
         "stock": [stock.write_plain_update(state, 1, 0.0), stock.write_plain_evaluation(1, 0.0)],
         "any": [refusals.write_error("failed")],

@@ -26,7 +26,9 @@ from fedllm.adapters.parts import part_of, part_size, whole_of
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
 from fedllm.messages import (
     EVALUATION_METRICS,
+    HOME_METRICS,
     UPDATE_METRICS,
+    ClientAtHome,
     ClientEvaluation,
     ClientFailure,
     ClientUpdate,
@@ -34,7 +36,9 @@ from fedllm.messages import (
 from fedllm.wire.packets import LARGEST_NUMBER, list_field, read_vector, write_vector
 
 _OK = "ok"  # no error code is called so
-_COUNTS = frozenset({"num_tokens", "num_truncated", "num_rows"})  # travel as floats, as all metrics do
+_COUNTS = frozenset(
+    {"num_tokens", "num_truncated", "num_rows", "steps"}
+)  # travel as floats, as all metrics do
 _HELD_OUT = "held_out_"  # begins the names of evaluation metrics next to those of an update
 _HELD_OUT_METRICS = tuple(_HELD_OUT + name for name in EVALUATION_METRICS)
 _FEW = 8  # how many more clients than were asked a reply may name: enough to be told who strays
@@ -42,6 +46,7 @@ _FEW = 8  # how many more clients than were asked a reply may name: enough to be
 T = TypeVar("T")
 Update: TypeAlias = ClientUpdate | ClientFailure
 Evaluation: TypeAlias = ClientEvaluation | ClientFailure
+Adapted: TypeAlias = ClientAtHome | ClientFailure
 Columns: TypeAlias = Mapping[str, list[Any]]
 
 # --- written by a client -----------------------------------------------------------------------------------
@@ -102,6 +107,11 @@ def write_evaluations(results: Sequence[Evaluation]) -> RecordDict:
     return _write_results(filled, EVALUATION_METRICS)
 
 
+def write_at_home(results: Sequence[Adapted]) -> RecordDict:
+    """Return the reply of clients that were asked to train on at home."""
+    return _write_results(results, HOME_METRICS)
+
+
 def _filled(evaluation: ClientEvaluation) -> ClientEvaluation:
     if evaluation.personal_loss is not None:
         return evaluation
@@ -125,7 +135,7 @@ def _write_delta(
 
 
 def _write_results(
-    results: Sequence[ClientUpdate | ClientEvaluation | ClientFailure],
+    results: Sequence[ClientUpdate | ClientEvaluation | ClientAtHome | ClientFailure],
     metrics: Sequence[str],
     **packets: Mapping[str, Array],
 ) -> RecordDict:
@@ -253,6 +263,15 @@ def read_evaluations(content: RecordDict, *, most: int) -> list[Evaluation]:
         ClientEvaluation(client_id=client_id, **metrics[client_id])
         if code == _OK
         else _reported(client_id, code)
+        for client_id, code in codes.items()
+    ]
+
+
+def read_at_home(content: RecordDict, *, most: int) -> list[Adapted]:
+    """Return what a reply says of each client that trained on at home; otherwise as `read_evaluations`."""
+    codes, metrics = _read_results(content, HOME_METRICS, most=most)
+    return [
+        ClientAtHome(client_id=client_id, **metrics[client_id]) if code == _OK else _reported(client_id, code)
         for client_id, code in codes.items()
     ]
 

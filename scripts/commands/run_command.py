@@ -3,23 +3,20 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clients.client_app import app
 from clients.lost_rows import RowCounts, describe
 from clients.process import PROCESS
-from fedllm.adapters.folder import load_adapter
-from fedllm.adapters.layout import initial_adapter
 from fedllm.config.run_config import RunConfig
-from fedllm.data.fields import mapped_columns
 from fedllm.data.partition import changed_clients, load_partition, save_partition
 from fedllm.errors import ConfigError, FedLLMError
 from fedllm.models.files import needs_conversion
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import newest_round
 from fedllm.runs.folder import CHECKPOINTS, RESULT, STARTER, open_run_folder, run_folder, write_result
+from scripts.answers import compare_answers
 from scripts.console import Console
 from scripts.finished_run import PARTITION, own_rows
 from scripts.recipe_arguments import config_of
@@ -29,15 +26,6 @@ from scripts.stopped_run import complete_rounds, told_how_to_go_on
 from strategies.publish import keep_answers
 
 RUNTIMES = ("local", "simulation", "deployment")
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the base model and the tuned one say to the same public prompts."""
-
-    prompts: list[str]
-    before: list[str]
-    after: list[str]
 
 
 def run(
@@ -149,32 +137,6 @@ def keep_partition(config: RunConfig) -> None:
             )
     else:
         save_partition(saved, partition)
-
-
-def compare_answers(config: RunConfig, adapter: Path) -> Answers:
-    """Return the greedy answers of base and adapter to the run's public prompts.
-
-    Where the rows are plain text the prompts are beginnings of texts, and the answers how they go on.
-    """
-    prompts, length = list(resolve(config).prompts), config.evaluation.max_new_tokens
-    if not prompts or not length:
-        return Answers([], [], [])
-    state = load_adapter(adapter).state
-    engine = PROCESS.resident.engine(config.model, state.layout, config.train.token_budget)
-    base, number = initial_adapter(state.layout, config.seed), len(prompts)
-    answers = engine.generate(
-        [base] * number + [state] * number, prompts * 2, length, as_plain_text=_is_plain_text(config)
-    )
-    return Answers(prompts, answers[:number], answers[number:])
-
-
-def _is_plain_text(config: RunConfig) -> bool:
-    """Return whether the rows of a run are plain text, so that its prompts are to be continued."""
-    try:
-        rows = [row for client in PROCESS.read_source(config).clients for row in client.train]
-    except FedLLMError:  # they are on other machines: only the names of their columns tell
-        return "text" in mapped_columns(config.data.columns)
-    return bool(rows) and not any(row.turns for row in rows)
 
 
 class _logs_to:

@@ -20,7 +20,7 @@ from fedllm.messages import LocalTraining
 from fedllm.models.chat import Encoded
 from fedllm.plan.run_plan import resolve
 from scripts.experiments.runs import losses
-from scripts.experiments.trials import Figures, Setting, Trial
+from scripts.studies.trials import Figures, Setting, Trial
 
 
 def pooled(trial: Trial, setting: Setting) -> Figures:

@@ -17,8 +17,8 @@ from scripts.charts import check_matplotlib
 from scripts.command_line import Json, Output, Quick
 from scripts.experiments.corpus import Corpus, grouped, left_out_packages, read_corpus, write_rows
 from scripts.experiments.small_model import Recipe, small_model
-from scripts.experiments.trials import Figures, Kinds, Setting, TrialRunner, open_pool
 from scripts.reports import environment
+from scripts.studies.trials import Figures, Kinds, Setting, TrialRunner, open_pool
 
 PACKAGES = ("fedllm", "flwr", "torch", "transformers", "peft", "tokenizers", "numpy")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -127,7 +127,7 @@ def open_runner(
         "model": described,
         "text": {"name": corpus.name, "rows": len(corpus.rows), "digest": corpus.digest},
     }
-    setting = Setting(model, rows_file, size.flat, digest)
+    setting = Setting(model, str(rows_file), size.flat, digest)
     with open_pool(options.processes) as pool:
         notice = partial(console.print, soft_wrap=True)
         yield TrialRunner(setting, kinds, journal, machine["commit"], pool, notice), shared

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from fedllm.config.run_config import RunConfig
 from fedllm.runs.records import RoundRecord
-from scripts.experiments.trials import Figures, Setting, Trial
 from scripts.runtimes.local import LocalState, init, step
+from scripts.studies.trials import Figures, Setting, Trial
 
 
 def federation(trial: Trial, setting: Setting) -> Figures:

@@ -92,6 +92,11 @@ def undo_distillation(state: ServerState) -> ServerState:
     *earlier, last = state.records
     # What was said of the distilled adapter does not hold for the aggregate.
     last = replace(
-        last, distillation=None, adapter=state.undistilled.digest, held_out={}, personal_held_out={}
+        last,
+        distillation=None,
+        adapter=state.undistilled.digest,
+        held_out={},
+        personal_held_out={},
+        at_home=None,
     )
     return replace(state, adapter=state.undistilled, undistilled=None, records=(*earlier, last))

@@ -72,7 +72,7 @@ def _held_out(session: Session, found: Mapping[str, ClientEvaluation | None]) ->
     sound = {client: answer for client, answer in sorted(found.items()) if answer is not None}
     shared = {client: answer.loss for client, answer in sound.items()}
     personal: dict[str, float] = {}
-    if session.config.personal.mode != "none":
+    if session.plan.personal is not None:
         losses = {client: answer.personal_loss for client, answer in sound.items()}
         personal = {client: loss for client, loss in losses.items() if loss is not None}
     return HeldOut(shared, personal, tuple(sorted(found.keys() - sound)))
@@ -91,17 +91,6 @@ def evaluate_base(session: Session, state: ServerState) -> RoundRecord:
     session.watch.record(record)
     check_finite(session.config, state, record)
     return record
-
-
-def evaluate_last(session: Session, state: ServerState) -> ServerState:
-    """Return the state with the held-out losses of a run that ends here; raises as `check_finite`."""
-    if not state.records or state.records[-1].held_out:  # `evaluation.every` may have fallen on it
-        return state
-    *earlier, last = state.records
-    last = evaluate(session, state).noted_in(last)
-    state = replace(state, records=(*earlier, last))
-    check_finite(session.config, state, last, is_saved=True)
-    return state
 
 
 def read_evaluations(

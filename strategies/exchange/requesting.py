@@ -1,5 +1,7 @@
 """The messages of a round: one to every node, for all of its clients that train or measure."""
 
+from collections.abc import Iterable
+
 from flwr.app import RecordDict
 
 from fedllm.messages import EvaluateRequest, TrainRequest
@@ -42,10 +44,15 @@ def evaluate_requests(session: Session, state: ServerState) -> dict[int, RecordD
     if session.privacy is not None and session.privacy.plan.metrics == "withheld":
         return {}
     holders = [client.client_id for client in session.clients.values() if client.num_held_out]
+    return requests_about(session, state, holders)
+
+
+def requests_about(session: Session, state: ServerState, asked: Iterable[str]) -> dict[int, RecordDict]:
+    """Return one message per free node with the state's adapter, naming those of its clients it is for."""
     free = set(session.transport.node_ids())
     part = part_to_send(session.plan.aggregation, state.adapter, session.initial)
     contents = {}
-    for node, clients in session.by_node(holders).items():
+    for node, clients in session.by_node(asked).items():
         if node not in free:  # still busy with a round: waiting for it would hold up the next
             continue
         request = EvaluateRequest(

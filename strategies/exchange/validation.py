@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from fedllm.adapters.layout import AdapterLayout
-from fedllm.messages import ClientEvaluation, ClientFailure, ClientUpdate
+from fedllm.messages import ClientAtHome, ClientEvaluation, ClientFailure, ClientUpdate
 
 ROUNDING = 1.02  # what a lossy payload may add to a delta
 LARGEST_LOSS = 1e6  # nats per token: far above any even guess, and finite in sums and squares
@@ -69,6 +69,15 @@ def _number_fault(update: ClientUpdate, largest_weight: float) -> str:
     if not 0 <= update.seconds <= LARGEST_SECONDS:
         return f"the seconds of its training are no number from 0 to {LARGEST_SECONDS:g}"
     return ""
+
+
+def check_at_home(answer: ClientAtHome, most_steps: int) -> ClientAtHome | ClientFailure:
+    """Return what training on at home gave a client where it is sound, else why it is refused."""
+    losses = (answer.alone, answer.shared, answer.home)
+    if all(0 <= loss <= LARGEST_LOSS for loss in losses) and answer.steps <= most_steps:
+        return answer
+    reason = f"a loss is no number from 0 to {LARGEST_LOSS:g}, or it trained more than {most_steps:,} steps"
+    return ClientFailure(client_id=answer.client_id, code=UNSOUND, reason=reason)
 
 
 def check_evaluation(evaluation: ClientEvaluation) -> ClientEvaluation | ClientFailure:

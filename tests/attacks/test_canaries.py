@@ -95,10 +95,10 @@ def test_only_an_adapter_trained_on_canaries_is_caught(
 
 def test_canaries_of_a_run_come_from_its_secret(load_tiny: Callable[..., BaseModel]) -> None:
     tokenizer = load_tiny().tokenizer
-    section = AuditConfig(canaries=20, canary_tokens=6, canary_repeats="1,4")
+    section = AuditConfig(canaries=20, canary_repeats="1,4")
     first = secret_canaries(section, tokenizer, client_id="anna", secret=b"x" * 32)
     assert first == secret_canaries(section, tokenizer, client_id="anna", secret=b"x" * 32)
-    assert [(len(one.tokens), one.repeats) for one in first[:3]] == [(6, 1), (6, 4), (6, 1)]
+    assert [(len(one.tokens), one.repeats) for one in first[:3]] == [(16, 1), (16, 4), (16, 1)]
     for other in ({"client_id": "ben", "secret": b"x" * 32}, {"client_id": "anna", "secret": b"y" * 32}):
         drawn = secret_canaries(section, tokenizer, **other)
         assert not {one.tokens for one in first} & {one.tokens for one in drawn}

@@ -19,7 +19,7 @@ from scripts.auditing.opening import open_case
 from scripts.runtimes.local import LocalGrid, local_grid
 from strategies.run import run_federation
 
-OVERRIDES = {"audit.canaries": 12, "audit.canary-tokens": 8, "audit.canary-repeats": "1,4"}
+OVERRIDES = {"audit.canaries": 12, "audit.canary-repeats": "1,4"}
 
 
 class Recorded(LocalGrid):
@@ -99,7 +99,7 @@ def test_what_a_client_declares_counts_the_canaries_that_are_in(finished: Callab
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"audit.canaries": 1, "audit.canary-tokens": 65}, "above train.max-length"),
+        ({"audit.canaries": 1, "train.max-length": 15}, "train.max-length = 15"),
         ({"audit.canary-repeats": "1,x"}, "whole numbers such as"),
         ({"audit.canary-repeats": "0"}, "whole numbers such as"),
     ],

@@ -27,9 +27,7 @@ def test_canaries_are_drawn_by_coins_of_a_kept_secret(
 ) -> None:
     source = write_rows("rows.jsonl", {"anna": 4, "ben": 3})
     plain = opened(make_config(source), tmp_path / "plain")
-    config = make_config(
-        source, **{"audit.canaries": 30, "audit.canary-tokens": 9, "audit.canary-repeats": "1,3"}
-    )
+    config = make_config(source, **{"audit.canaries": 30, "audit.canary-repeats": "1,3"})
     planted = opened(config, tmp_path / "state")
     file = canary_file(tmp_path / "state", config.run.name)
     assert file.stat().st_mode & 0o777 == 0o600
@@ -38,7 +36,7 @@ def test_canaries_are_drawn_by_coins_of_a_kept_secret(
         assert client.train[: len(own.train)] == own.train
         assert client.held_out == own.held_out
         extra = Counter(row.tokens for row in client.train[len(own.train) :])
-        assert {len(tokens) for tokens in extra} == {9}
+        assert {len(tokens) for tokens in extra} == {16}
         assert set(extra.values()) == {1, 3}
         assert 3 < len(extra) < 27  # thirty fair coins: outside less than once in 100,000
     again = opened(config, tmp_path / "state")

@@ -29,6 +29,7 @@ from scripts.runtimes.local import init, local_grid, step
 from tests.builders import evaluate_request, train_request
 
 SALT = bytes(16)
+AT_HOME = {"personal.mode": "finetune", "personal.steps": 2}
 DISTILS = {"distill.when": "every", "distill.text": "synthetic"}
 NUM_ROWS = 40
 
@@ -65,6 +66,10 @@ class Hostile:
     def evaluate(self) -> Any:
         request = evaluate_request(self.holder(), "ward")
         return self.reply("evaluate", requests.write_evaluate_request(request, requests.Sending()))
+
+    def adapt(self, **changes: Any) -> Any:
+        request = evaluate_request(self.holder(), "ward", **changes)
+        return self.reply("query.adapt", requests.write_evaluate_request(request, requests.Sending()))
 
     def stock(self, kind: str) -> Any:
         adapter = train_request(self.holder(), "ward").adapter
@@ -114,20 +119,20 @@ def entries() -> list[dict[str, Any]]:
 
 
 def test_an_empty_file_limits_nothing_and_logs_all(hostile: Callable) -> None:
-    server = hostile(**DISTILS)
-    asked = [server.join(), server.train(), server.evaluate(), server.overlap(), server.stock("train")]
+    server = hostile(**DISTILS, **AT_HOME)
+    asked = [server.join(), server.train(), server.evaluate(), server.overlap(), server.adapt()]
+    asked.append(server.stock("train"))
     assert all(map(answered, asked))
     told = fields_that_leave()
-    for kind, reply in zip(("join", "train", "evaluate", "overlap"), asked[:4], strict=True):
+    kinds = ("join", "train", "evaluate", "overlap", "adapt")
+    for kind, reply in zip(kinds, asked[:5], strict=True):
         names = {f"{name}.{field}" for name, record in reply.items() for field in record}
         assert {name.replace(".ward", ".CLIENT") for name in names} <= set(told[kind])
     chained_log.verify(load_policy().state_folder / "log.jsonl")
-    assert [entry["question"] for entry in entries()] == [
-        *("join", "train", "evaluate", "overlap", "stock train")
-    ]
+    assert [entry["question"] for entry in entries()] == [*kinds, "stock train"]
     assert {entry["code"] for entry in entries()} == {"ok"}
     assert all(len(entry["answer"]) == 64 for entry in entries())
-    assert [entry["bytes"] > 0 for entry in entries()] == [False, True, False, False, True]
+    assert [entry["bytes"] > 0 for entry in entries()] == [False, True, False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +140,7 @@ def test_an_empty_file_limits_nothing_and_logs_all(hostile: Callable) -> None:
     [
         ("[limits]\nsteps = 8", {"train.local-steps": 1_000_000}, "steps = 8, and the run asks for 1000000"),
         ("[limits]\nsteps = 8", {"personal.mode": "dual", "personal.steps": 9}, "steps = 8"),
+        ("[limits]\nrank = 4", {"personal.mode": "dual", "personal.rank": 5}, "rank = 4"),
         ("[limits]\nrun-steps = 8", {"federation.num-rounds": 1_000_000}, "run-steps = 8"),
         ("[limits]\nrounds = 5", {"federation.num-rounds": 6}, "rounds = 5"),
         ("[limits]\nrank = 4", {"lora.rank": 8}, "rank = 4"),
@@ -171,7 +177,7 @@ def test_only_the_kinds_of_question_that_are_named(site: Callable, hostile: Call
     assert answered(server.join())
     assert answered(server.train())
     asked = [server.evaluate(), server.overlap(), server.stock("train"), server.stock("evaluate")]
-    assert asked == ["policy"] * 4
+    assert [*asked, hostile(**AT_HOME).adapt()] == ["policy"] * 5
 
 
 def test_losses_of_one_row_at_a_time_come_to_an_end(site: Callable, hostile: Callable) -> None:
@@ -208,6 +214,23 @@ def test_losses_in_train_answers_count_as_evaluations(site: Callable, hostile: C
     assert (answered(codes[0]), codes[1]) == (True, "query-limit")
     site('[allow]\nmessages = ["train"]')
     assert server.reply("train", content) == "policy"
+
+
+def test_training_at_home_counts_as_evaluation_and_by_its_steps(site: Callable, hostile: Callable) -> None:
+    server = hostile(**AT_HOME, **{"federation.num-rounds": 1})
+    site("[limits]\nevaluations = 1")
+    assert [answered(server.adapt()), server.adapt()] == [True, "query-limit"]
+    site("[limits]\nrun-steps = 15")  # six for each answer: two at home, and for the control two and two
+    assert [answered(server.adapt()), server.adapt()] == [True, "policy"]
+    site("[limits]\nsteps = 5")
+    assert [answered(server.join()), server.adapt()] == [True, "policy"]
+    site("[limits]\ntokens = 1")
+    assert server.adapt() == "policy"
+
+
+def test_a_run_without_training_at_home_gets_none(hostile: Callable, caplog: Any) -> None:
+    assert hostile().adapt() == "bad-config"
+    assert "personal.mode is not 'finetune'" in caplog.text
 
 
 def test_another_name_of_a_run_counts_as_a_run(site: Callable, hostile: Callable) -> None:

@@ -84,3 +84,41 @@ def test_a_key_of_numbers_and_words_takes_either(tmp_path: Path) -> None:
     config = build_config(tmp_path / "recipe.toml", ["model.num-threads=2", "data.max-rows=all"])
     assert (config.federation.cohort, config.train.clip_norm) == (0.5, "off")
     assert (config.model.num_threads, config.data.max_rows) == (2, "all")
+
+
+def test_yaml_and_toml_mean_the_same(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        'seed = 3\nrun.resume = true\nlora.target-modules = ["q_proj", "v_proj"]\n'
+        'train.learning-rate = 2e-3\ntrain.clip-norm = "off"\ndata.max-rows = "all"\nrun.name = "2026"\n'
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        "seed: 3\nrun: {resume: true, name: 2026}\nlora:\n  target-modules:\n  - q_proj\n  - v_proj\n"
+        "train:\n  learning-rate: 2e-3\n  clip-norm: off\ndata.max-rows: all\n"
+    )
+    (tmp_path / "empty.yml").write_text("# nothing\n")
+    assert build_config(tmp_path / "recipe.yaml", []) == build_config(tmp_path / "recipe.toml", [])
+    assert read_recipe(tmp_path / "empty.yml") == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("lora: [", "not a YAML file"),
+        ("seed: 1\nseed: 2", "a key is there twice"),
+        ("a: &a\n  b: *a", "refers to itself"),
+        ("just words", "expected keys with values"),
+        ("seed: 1\n---\nseed: 2", "not a YAML file"),
+        ('run.name: "müller"', "save it as UTF-8"),
+    ],
+)
+def test_a_recipe_that_is_no_yaml_is_one_line(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=says) as caught:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_yaml_key_without_a_value_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("run:\n  name:\n")
+    with pytest.raises(ConfigError, match=r"run\.name"):
+        build_config(tmp_path / "recipe.yaml", [])

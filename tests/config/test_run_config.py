@@ -32,13 +32,14 @@ aggregation.preset aggregation.train aggregation.read-out aggregation.weighting 
 aggregation.optimizer aggregation.server-learning-rate
 privacy.epsilon privacy.delta privacy.unit privacy.trust privacy.clip privacy.noise-multiplier
 privacy.max-participations privacy.weight-cap privacy.metrics
-audit.canaries audit.canary-tokens audit.canary-repeats
+audit.canaries audit.canary-repeats
 personal.mode personal.rank personal.steps
 distill.when distill.teacher distill.text distill.num-texts distill.max-tokens distill.steps
 distill.batch-size distill.learning-rate distill.top-k distill.max-teachers
 distill.originality distill.licence distill.control distill.gate
 wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
+track.to
 """
 
 
@@ -99,8 +100,8 @@ def test_a_config_is_a_frozen_value() -> None:
         ("aggregation.max-malicious", "did you mean 'aggregation.robust'?"),
         ("aggregation.second-moment", "did you mean 'aggregation.optimizer'?"),
         ("model.revision", "did you mean 'model.name'?"),
-        ("zzz", "`fedllm check` lists every key"),
-        ("", "`fedllm check` lists every key"),
+        ("zzz", "`fedllm config` lists every key"),
+        ("", "`fedllm config` lists every key"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
@@ -122,7 +123,8 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
         ("federation.cohort", 0, "a number above 0 up to 1,000,000, or all"),
         ("train.proximal", "product", "a number from 0, or product:MU"),
         ("train.schedule", "SVD", "one of constant, cosine"),
-        ("personal.mode", "ditto:-1", "one of none, dual, ditto[:PULL]; PULL from 0"),
+        ("personal.mode", "ditto:-1", "one of none, finetune, dual, ditto[:PULL]; PULL from 0"),
+        ("track.to", "tb", "any of tensorboard, mlflow, wandb, trackio, parted by commas"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any, allowed: str) -> None:
@@ -172,6 +174,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         ("distill.teacher", ["posterior:101", "uniform:1"]),
         ("evaluation.every", [0, -1]),
         ("evaluation.max-new-tokens", [-1]),
+        ("track.to", ["tensorboard,wandbs", ",", "TensorBoard"]),
     ],
 )
 def test_a_key_takes_no_value_that_means_nothing(key: str, values: list[Any]) -> None:

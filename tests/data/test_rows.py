@@ -116,7 +116,7 @@ def test_a_hub_data_set_is_read_by_id_configuration_and_split(monkeypatch: pytes
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = read_rows("owner/name:main", split="test")
-    assert asked == [(("hf://datasets/owner/name", "main"), {"split": "test"})]
+    assert asked == [(("hf://datasets/owner/name", "main"), {"split": "test", "revision": None})]
     assert rows.rows == ({"text": "a"}, {"text": "b"})
     assert rows.origins == (("owner/name:main", 1), ("owner/name:main", 2))
 

@@ -188,6 +188,18 @@ def test_diverged_job_is_not_finite_and_harms_no_neighbour(make_engine: Callable
     assert torch.equal(last.delta, expected)
 
 
+def test_a_snapshot_is_what_so_many_steps_give(make_engine: Callable, make_job: Callable) -> None:
+    engine = make_engine()
+    job = replace(make_job(engine.layout), snapshots=(1, 3))
+    brief = only(engine.train([replace(job, batches=job.batches[:1], snapshots=())]))
+    alone = only(engine.train([job]))
+    *_, among = engine.train([make_job(engine.layout, "b", seed=1, steps=2), job])
+    assert set(alone.snapshots) == set(among.snapshots) == {1, 3}
+    assert torch.equal(alone.snapshots[1], brief.delta)
+    assert torch.equal(alone.snapshots[3], alone.delta)
+    torch.testing.assert_close(among.snapshots[1], brief.delta, **EXACT)
+
+
 def test_a_result_counts_what_was_trained_on(make_engine: Callable, make_job: Callable) -> None:
     engine = make_engine("llama", "float32", "all-linear")
     job = make_job(engine.layout, "a", 0)

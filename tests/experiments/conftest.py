@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scripts.experiments.corpus import Corpus, grouped, write_rows
-from scripts.experiments.trials import Setting
+from scripts.studies.trials import Setting
 
 HERE = Path(__file__).parent
 WORDS = ("sum", "list", "file", "value", "error", "string", "number", "line", "index", "key", "name", "order")
@@ -55,4 +55,4 @@ def tiny_setting(
 ) -> Setting:
     """The setting of every tiny trial."""
     file = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", grouped(tiny_corpus, (2, 3)))
-    return Setting(str(make_model_folder()), file, TINY_FLAT, tiny_corpus.digest)
+    return Setting(str(make_model_folder()), str(file), TINY_FLAT, tiny_corpus.digest)

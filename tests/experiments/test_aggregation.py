@@ -16,8 +16,8 @@ from scripts.experiments.aggregation.poison import PoisonGrid, goals
 from scripts.experiments.aggregation.rho_map import MapGrid
 from scripts.experiments.aggregation.sizes import FULL, QUICK, SMOLLM2, Size
 from scripts.experiments.options import EMBEDDED, size_of
-from scripts.experiments.trials import Setting, TrialRunner, open_pool
 from scripts.reports import report
+from scripts.studies.trials import Setting, TrialRunner, open_pool
 
 THREE = {
     "federation.num-clients": 3,

@@ -13,7 +13,7 @@ from fedllm.errors import NoDataError
 from scripts.experiments.distillation import run
 from scripts.experiments.distillation.main import goals_of
 from scripts.experiments.distillation.tables import is_kept, losses_table, student_of, summary
-from scripts.experiments.trials import Figures, Outcome, Trial
+from scripts.studies.trials import Figures, Outcome, Trial
 
 BEFORE = 4.0  # of the aggregate, on the clients' rows and at the gate
 

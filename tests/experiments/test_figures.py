@@ -27,7 +27,7 @@ from scripts.experiments.aggregation.poison import (
 from scripts.experiments.aggregation.rho_map import MapGrid, map_study, rank_correlation
 from scripts.experiments.aggregation.sizes import FULL, QUICK, SMOLLM2, Size
 from scripts.experiments.runs import figures_of, mean_of
-from scripts.experiments.trials import Figures, Outcome, Setting, Trial
+from scripts.studies.trials import Figures, Outcome, Setting, Trial
 
 BEST = {"x": 0.1, "y": 0.2, "local only": 0.2, "centralised": 0.1, ONE_SHOT: 0.1}
 

@@ -5,7 +5,7 @@ import pytest
 from scripts.experiments.aggregation.attacked_runs import attacked
 from scripts.experiments.controls import alone, pooled
 from scripts.experiments.runs import federation
-from scripts.experiments.trials import Setting, Trial
+from scripts.studies.trials import Setting, Trial
 
 
 def trial(kind: str, flat: dict, options: dict | None = None) -> Trial:

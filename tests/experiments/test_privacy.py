@@ -34,8 +34,8 @@ from scripts.experiments.privacy.tables import (
     privacy_tables,
     rows_of,
 )
-from scripts.experiments.trials import Figures, Outcome, Setting, Trial, TrialRunner
 from scripts.reports import report
+from scripts.studies.trials import Figures, Outcome, Setting, Trial, TrialRunner
 
 PART = Part(
     "rows",

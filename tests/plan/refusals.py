@@ -67,6 +67,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "nothing but deltas": {"privacy.metrics": "withheld"},
     "central noise": {"privacy.trust": "central"},
     "distributed noise": {"privacy.trust": "distributed"},
+    "training on at home": {"personal.mode": "finetune"},
     "dual": {"personal.mode": "dual"},
     "ditto": {"personal.mode": "ditto"},
     "distillation": DISTIL,

@@ -56,6 +56,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({**SCAFFOLD, "wire.node-sum": True}, "train.control-variates", "wire.node-sum"),
     ({**SCAFFOLD, "aggregation.robust": "multi-krum"}, "train.control-variates", "aggregation.robust"),
     ({"personal.mode": "dual", "aggregation.preset": "fedsa"}, "personal.mode", "aggregation.read-out"),
+    ({"personal.mode": "finetune", "aggregation.preset": "fedsa"}, "personal.mode", "aggregation.read-out"),
+    ({"personal.mode": "finetune", "data.max-held-out": 0}, "personal.mode", "data.max-held-out"),
     ({"privacy.noise-multiplier": 1.0}, "privacy.noise-multiplier", "privacy.epsilon"),
     ({"privacy.clip": "adaptive"}, "privacy.clip", "privacy.epsilon"),
     ({**EXAMPLE, "privacy.trust": "central"}, "privacy.trust", "privacy.unit"),

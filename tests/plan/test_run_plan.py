@@ -103,8 +103,8 @@ def test_ranks_are_dealt_by_the_plan() -> None:
         ),
         ({"lora.client-ranks": "4,16"}, ["lora.client-ranks = '4,16'", "lora.rank = 8"]),
         (
-            {"audit.canaries": 1, "audit.canary-tokens": 300},
-            ["audit.canary-tokens = 300", "train.max-length = 256"],
+            {"audit.canaries": 1, "train.max-length": 15},
+            ["audit.canaries = 1", "train.max-length = 15"],
         ),
         ({"run.name": ""}, ["run.name = ''"]),
         ({"run.name": "../x"}, ["run.name = '../x'"]),

@@ -1,5 +1,6 @@
 """Words and the numbers that follow them, as the plan has them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,26 @@ def test_a_personal_mode_brings_its_pull() -> None:
         assert personal is not None
         pulls[mode] = personal.pull
     assert pulls == {"dual": 0.0, "ditto": 0.1, "ditto:2": 2.0}
+
+
+def test_training_at_home_is_as_in_the_first_round_but_for_a_pull() -> None:
+    keys = {"personal__mode": "finetune", "personal__steps": 10, "train__proximal": 0.1}
+    run = planned(**keys, train__local_steps=3, federation__num_rounds=5, train__schedule="cosine")
+    assert run.personal is None
+    assert run.at_home is not None
+    assert run.at_home.training == replace(run.training(1), steps=10, proximal=0.0)
+    assert [run.at_home.steps_alone(4 * steps) for steps in (0, 7, 15, 10**9)] == [10, 17, 25, 25]
+    assert run.at_home.most == 35
+    assert planned().at_home is None
+
+
+def test_losses_of_home_leave_where_all_numbers_may() -> None:
+    private = {"personal__mode": "finetune", "privacy__epsilon": 8.0}
+    told = {
+        metrics: planned(**private, privacy__metrics=metrics).at_home
+        for metrics in ("withheld", "held-out", "all")
+    }
+    assert [home is not None and home.is_reported for home in told.values()] == [False, False, True]
 
 
 def test_an_aggregation_rule_brings_its_numbers() -> None:

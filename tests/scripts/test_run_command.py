@@ -11,6 +11,7 @@ from clients.process import PROCESS
 from fedllm.data.partition import load_partition
 from fedllm.errors import ConfigError
 from scripts import cli
+from scripts.answers import Answers
 from scripts.command_line import StoppedError, run_app
 from scripts.commands import run_command
 from strategies import run as federation
@@ -118,7 +119,7 @@ def test_a_finished_run_is_shown_and_not_done_again(
     (tmp_path / "run" / "adapter").mkdir()
     result = {"status": "completed", "rounds": 3, "held_out": {}, "adapter": "here"}
     (tmp_path / "run" / "result.json").write_text(json.dumps(result))
-    monkeypatch.setattr(run_command, "compare_answers", lambda *unused: run_command.Answers([], [], []))
+    monkeypatch.setattr(run_command, "compare_answers", lambda *unused: Answers([], [], []))
     start(8, resume=True, by=None)
     assert json.loads(capsys.readouterr().out)["rounds"] == 3
     start(8, resume=True, more=("federation.num-rounds=4",))

@@ -9,7 +9,7 @@ import torch
 from fedllm.config.run_config import RunConfig
 from fedllm.models.base import choose_model, layout_of, load_base
 from fedllm.plan.run_plan import resolve
-from scripts.work import Work, matrix_rate, memory_of, seconds_of, size_of, work_of
+from scripts.work import Work, matrix_rate, memory_of, rounds_at_home, seconds_of, size_of, work_of
 
 
 def work(**flat: Any) -> Work:
@@ -27,6 +27,8 @@ def test_the_parts_of_a_plain_run_are_counted() -> None:
     [
         ("training", {"federation.num-rounds": 9}),
         ("training", {"personal.mode": "dual"}),
+        ("training", {"personal.mode": "finetune"}),
+        ("evaluation", {"personal.mode": "finetune"}),
         ("evaluation", {"evaluation.every": 1}),
         ("evaluation", {"personal.mode": "dual"}),
         ("distillation", {"distill.when": "last"}),
@@ -36,6 +38,14 @@ def test_the_parts_of_a_plain_run_are_counted() -> None:
 def test_what_a_run_adds_costs_more(part: str, flat: dict[str, Any]) -> None:
     base = {"federation.num-rounds": 5}
     assert getattr(work(**{**base, **flat}), part) > getattr(work(**base), part)
+
+
+def test_training_at_home_costs_the_rounds_once_more_and_its_own_steps() -> None:
+    keys = {"federation.num-rounds": 5, "federation.num-clients": 8, "personal.mode": "finetune"}
+    plan = resolve(RunConfig.from_flat({**keys, "train.local-steps": 4, "personal.steps": 8}))
+    assert rounds_at_home(plan) == 5 + 2 * 8 / 4
+    some = resolve(plan.config.override({"federation.cohort": 2}))
+    assert rounds_at_home(some) == 5 + 4 * 2 * 8 / 4
 
 
 def test_distillation_after_every_round_costs_as_often() -> None:

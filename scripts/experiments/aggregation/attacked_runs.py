@@ -28,7 +28,7 @@ from scripts.experiments.aggregation.backdoor import backdoor_success
 from scripts.experiments.aggregation.poisoned_rows import BACKDOOR, attackers_of, deal, poisoned
 from scripts.experiments.corpus import write_rows
 from scripts.experiments.runs import figures_of, run
-from scripts.experiments.trials import Figures, Setting, Trial
+from scripts.studies.trials import Figures, Setting, Trial
 from strategies.exchange import receiving
 
 HUGE = 1e6
@@ -55,7 +55,7 @@ def attacked(trial: Trial, setting: Setting) -> Figures:
     """
     options = trial.options
     with tempfile.TemporaryDirectory() as folder:
-        dealt = deal(setting.config(trial), Path(setting.rows_file))
+        dealt = deal(setting.config(trial), Path(setting.source))
         attackers = attackers_of(dealt, int(options["malicious"]))
         file = write_rows(Path(folder) / "rows.jsonl", poisoned(dealt, attackers, trial))
         config = setting.config(trial, {"data.source": str(file), "data.partition": "column:owner"})

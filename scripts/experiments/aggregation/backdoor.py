@@ -11,7 +11,7 @@ from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob
 from fedllm.models.chat import Encoded, encode
 from scripts.experiments.aggregation import attacks
-from scripts.experiments.trials import Figures, Trial
+from scripts.studies.trials import Figures, Trial
 
 
 def backdoor_success(

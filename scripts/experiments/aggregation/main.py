@@ -33,8 +33,8 @@ from scripts.experiments.aggregation.tables import (
 from scripts.experiments.controls import alone, pooled
 from scripts.experiments.options import ExperimentOptions, open_console, open_runner, size_of, text_of
 from scripts.experiments.runs import federation
-from scripts.experiments.trials import Figures, Kinds, TrialRunner, commits_of
 from scripts.reports import Goal, publish
+from scripts.studies.trials import Figures, Kinds, TrialRunner, commits_of
 
 KINDS: Kinds = {"federation": federation, "pooled": pooled, "alone": alone, "attacked": attacked}
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from fedllm.config.key import Scalar
 from scripts.experiments.runs import mean_of
-from scripts.experiments.trials import Figures, Outcome, RunTrials, Trial
 from scripts.reports import mean_and_sd
+from scripts.studies.trials import Figures, Outcome, RunTrials, Trial
 
 METHODS: dict[str, Mapping[str, Scalar]] = {
     name: {"aggregation.preset": name}

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from fedllm.config.key import Scalar
 from scripts.experiments.aggregation.poisoned_rows import BACKDOOR, LABELS
-from scripts.experiments.trials import Figures, Outcome, RunTrials, Trial
 from scripts.reports import Goal
+from scripts.studies.trials import Figures, Outcome, RunTrials, Trial
 
 ROBUST_KEY = "aggregation.robust"
 NO_RULE = "none"

@@ -12,7 +12,7 @@ from fedllm.data.rows import read_local_rows
 from fedllm.seeds import derive_seed
 from scripts.experiments.aggregation import attacks
 from scripts.experiments.corpus import Row, row_of
-from scripts.experiments.trials import Trial
+from scripts.studies.trials import Trial
 
 LABELS, BACKDOOR = "labels", "backdoor"
 

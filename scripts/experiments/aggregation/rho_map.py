@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fedllm.config.key import Scalar
 from scripts.experiments.runs import mean_of
-from scripts.experiments.trials import Figures, Outcome, RunTrials, Trial
+from scripts.studies.trials import Figures, Outcome, RunTrials, Trial
 
 FACTORS, EXACT = "factor-mean", "svd"
 IID, DOMAIN = "iid", "domain"

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.table import Table
 
 from scripts.charts import dots, lines, scatter
-from scripts.experiments.trials import Figures
 from scripts.reports import Spread, figures_table, mean_spread
+from scripts.studies.trials import Figures
 
 _METHOD_COLUMNS = ("rate", "mean loss", "worst client", "rho", "kept", "kB up", "kB down")
 

@@ -48,8 +48,8 @@ from scripts.experiments.options import (
     work_folder,
 )
 from scripts.experiments.small_model import Recipe
-from scripts.experiments.trials import Figures, Kinds, RunTrials, Trial
 from scripts.reports import Goal, publish
+from scripts.studies.trials import Figures, Kinds, RunTrials, Trial
 
 KINDS: Kinds = {"distilled": distilled, "pooled": pooled, "curve": curve}
 UNLIKE = "shakespeare.train.jsonl"

@@ -21,7 +21,7 @@ from fedllm.errors import FedLLMError, NonFiniteError
 from scripts.experiments.controls import evaluate, holder_of
 from scripts.experiments.distillation.last_round import Round, last_round
 from scripts.experiments.distillation.material import material_of
-from scripts.experiments.trials import Figures, Setting, Trial
+from scripts.studies.trials import Figures, Setting, Trial
 from strategies.distillation.learn import student_training
 from strategies.distillation.losses import Loss, error_of_gain, measure_base, measure_change, measure_loss
 from strategies.distillation.material import Material

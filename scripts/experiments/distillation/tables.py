@@ -9,8 +9,8 @@ from rich.table import Table
 from fedllm.runs.records import DistillationLosses, LossChange
 from scripts.charts import dots
 from scripts.experiments.distillation.run import TEACHERS, TUNED
-from scripts.experiments.trials import Figures, Outcome
 from scripts.reports import figures_table, mean_and_sd, mean_spread
+from scripts.studies.trials import Figures, Outcome
 from strategies.distillation.gate import judge_losses
 from strategies.distillation.material import PUBLIC
 

@@ -39,8 +39,8 @@ from scripts.experiments.privacy.run import by_heart, private
 from scripts.experiments.privacy.study import Part, study
 from scripts.experiments.privacy.tables import draw_utility, goals_of, privacy_tables
 from scripts.experiments.small_model import Recipe
-from scripts.experiments.trials import Figures, Kinds, RunTrials, commits_of
 from scripts.reports import publish
+from scripts.studies.trials import Figures, Kinds, RunTrials, commits_of
 
 KINDS: Kinds = {"private": private, "by heart": by_heart}
 SILOS, CLIENTS = "silos", "clients"

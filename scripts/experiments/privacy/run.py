@@ -22,8 +22,8 @@ from scripts.auditing.opening import Case
 from scripts.auditing.rows import sampled, trained_rows
 from scripts.experiments.controls import evaluate, holder_of
 from scripts.experiments.runs import losses, run
-from scripts.experiments.trials import Figures, Setting, Trial
 from scripts.runtimes.local import LocalState, node_config_of
+from scripts.studies.trials import Figures, Setting, Trial
 
 
 def private(trial: Trial, setting: Setting) -> Figures:

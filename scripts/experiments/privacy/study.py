@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedllm.config.key import Scalar
 from scripts.experiments.privacy.tables import BY_HEART, CLIPPED, NONE, UNBUDGETED, base_of, rows_of
-from scripts.experiments.trials import Figures, RunTrials, Trial
+from scripts.studies.trials import Figures, RunTrials, Trial
 
 Tuned = tuple[float, float]  # (learning rate, clip); clip 0 where nothing is clipped for privacy
 

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from fedllm.config.key import Scalar
 from scripts.charts import lines
-from scripts.experiments.trials import Figures, Outcome
 from scripts.reports import Goal, Spread, figures_table, mean_and_sd, mean_spread
+from scripts.studies.trials import Figures, Outcome
 
 # Epsilon of no privacy, of noise too small to matter (clipping alone), and in place of one the control of
 # the attack: one client's rows learnt by heart.

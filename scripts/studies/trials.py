@@ -7,18 +7,23 @@ file; a study that is started again takes what it finds there and does the rest.
 import hashlib
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from os import SEEK_END
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
-from fedllm.errors import ConfigError, DataError, FedLLMError
+from fedllm.errors import ConfigError, DataError, FedLLMError, RunFailedError
 
 Figures: TypeAlias = dict[str, Any]
 
@@ -42,7 +47,7 @@ class Setting:
     """What all trials of a run share; `digest` stands for the contents of the model and of the rows."""
 
     model: str
-    rows_file: Path
+    source: str  # as `data.source`
     flat: Mapping[str, Scalar]
     digest: str
 
@@ -52,7 +57,7 @@ class Setting:
         Raises:
             ConfigError: it is refused.
         """
-        base = {"model.name": self.model, "data.source": str(self.rows_file), **self.flat}
+        base = {"model.name": self.model, "data.source": self.source, **self.flat}
         return RunConfig.from_flat({**base, **trial.flat, **(changes or {})})
 
     def key(self, trial: Trial) -> str:
@@ -81,16 +86,33 @@ RunTrials: TypeAlias = Callable[[Sequence[Trial]], list[Outcome]]  # what a stud
 
 
 @contextmanager
-def open_pool(processes: int) -> Iterator[Executor | None]:
-    """Keep that many processes for trials, or none for one; what still waits at the end is let go."""
+def open_pool(processes: int, threads: int = 0) -> Iterator[Executor | None]:
+    """Keep that many processes for trials, or none for one; what still waits at the end is let go.
+
+    Each has so many threads; 0 = torch's own number.
+    """
     if processes == 1:
         yield None
         return
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))  # torch's threads survive no fork
+    others = set(active_children())
+    spawn = get_context("spawn")  # torch's threads survive no fork
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin, initargs=(threads,))
+    is_done = False
     try:
         yield pool
+        is_done = True
     finally:
+        if not is_done:  # by Ctrl-C, say: nobody waits for the trials that are under way
+            for process in set(active_children()) - others:
+                process.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(threads: int) -> None:
+    """Set up a process of the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal's Ctrl-C reaches it too: it ends in silence
+    if threads:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -133,7 +155,13 @@ class TrialRunner:
             self.pool.submit(run_trial, trial, self.setting, self.kinds): key for key, trial in trials.items()
         }
         for future in as_completed(waiting):
-            yield waiting[future], future.result()
+            try:
+                yield waiting[future], future.result()
+            except BrokenProcessPool:
+                raise RunFailedError(
+                    "a process of the trials has died, for want of memory perhaps; finished trials are kept:"
+                    " begin again with fewer processes"
+                ) from None
 
     def _keep(self, key: str, outcome: Outcome) -> None:
         line = {
@@ -145,8 +173,10 @@ class TrialRunner:
             "figures": outcome.figures,
         }
         try:
-            with self.journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.journal.open("ab+") as file:
+                file.seek(max(0, file.seek(0, SEEK_END) - 1))
+                cut_short = file.read(1) not in {b"", b"\n"}  # a killed process wrote half a line
+                file.write(b"\n" * cut_short + json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise DataError(f"{self.journal}: cannot be written ({error.strerror})") from None
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import ConfigError, DataError, RunFailedError
-from scripts.experiments.trials import Figures, Setting, Trial, TrialRunner, describe, read_journal
+from scripts.studies.trials import Figures, Setting, Trial, TrialRunner, describe, read_journal
 
-SETTING = Setting("model", Path("rows.jsonl"), {"lora.rank": 4}, "digest")
+SETTING = Setting("model", "rows.jsonl", {"lora.rank": 4}, "digest")
 DONE: list[int] = []
 
 
@@ -38,7 +38,7 @@ def test_the_key_is_what_the_result_depends_on_and_no_label() -> None:
     settings = [replace(SETTING, digest="other"), replace(SETTING, flat={"lora.rank": 8})]
     keys = {SETTING.key(trial(1)), *map(SETTING.key, others), *(s.key(trial(1)) for s in settings)}
     assert len(keys) == 6
-    moved = replace(SETTING, model="elsewhere", rows_file=Path("moved.jsonl"))
+    moved = replace(SETTING, model="elsewhere", source="moved.jsonl")
     assert moved.key(trial(1)) == SETTING.key(trial(1))
 
 
@@ -62,6 +62,14 @@ def test_a_line_that_was_cut_short_is_done_again(runner: TrialRunner) -> None:
     runner.journal.write_text(text[:-20] + "\n")
     runner([trial(1), trial(2)])
     assert DONE == [1, 2, 2]
+
+
+def test_what_follows_half_a_line_is_kept(runner: TrialRunner) -> None:
+    runner([trial(1)])
+    runner.journal.write_text(runner.journal.read_text()[:-20])  # no end of line: killed while it wrote
+    runner([trial(1)])
+    runner([trial(1)])
+    assert DONE == [1, 1]
 
 
 def test_what_is_refused_is_asked_again_and_what_failed_is_not(runner: TrialRunner) -> None:

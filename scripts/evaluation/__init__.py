@@ -1,0 +1,1 @@
+"""What `fedllm evaluate` measures, one module for each kind of table."""

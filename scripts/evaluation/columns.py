@@ -1,0 +1,99 @@
+"""The targets of `fedllm evaluate` as columns: base models and adapters, each with its name."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from clients.process import PROCESS
+from fedllm.adapters.folder import load_adapter
+from fedllm.adapters.layout import AdapterLayout
+from fedllm.config.keys import LoraConfig
+from fedllm.config.run_config import RunConfig
+from fedllm.engine.engine import Engine
+from fedllm.errors import ConfigError, ModelError
+from fedllm.models.base import layout_of
+from fedllm.models.files import resolve_model
+from scripts.finished_run import adapter_of, bare_config
+
+BASE = "base"
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """A base model, alone or with an adapter [P] of a layout; `note` is what is to be said of it."""
+
+    name: str
+    config: RunConfig
+    layout: AdapterLayout | None = None
+    vector: torch.Tensor | None = None
+    note: str = ""
+
+
+def open_columns(targets: Sequence[str]) -> list[Column]:
+    """Return the columns of targets, base models first: those named, and those that adapters stand on.
+
+    A base model that is alone is called `base`.
+
+    Raises:
+        ConfigError: a target is neither a run, nor an adapter, nor a base model.
+    """
+    adapters = [_open_adapter(target) for target in targets if holds_adapter(target)]
+    bases = {target: _open_base(target) for target in targets if not holds_adapter(target)}
+    for column in adapters:
+        name = column.config.model.name
+        bases.setdefault(name, Column(name, column.config))
+    first = list(bases.values())
+    return [replace(first[0], name=BASE) if len(first) == 1 else first[0], *first[1:], *adapters]
+
+
+def by_engine(columns: Sequence[Column]) -> Iterator[tuple[Engine, dict[str, torch.Tensor]]]:
+    """Yield an engine with the adapters [P] that it runs, until every column has been named.
+
+    Adapters of one layout share an engine, and a base model goes with the first of its adapters.
+    """
+    left = list(columns)
+    while left:
+        chosen = next((one for one in left if one.layout is not None), left[0])
+        model = chosen.config.model
+        group = [one for one in left if one.config.model == model and one.layout in (None, chosen.layout)]
+        left = [one for one in left if one not in group]
+        engine = open_engine(chosen)
+        nothing = torch.zeros(engine.layout.size)
+        yield engine, {one.name: nothing if one.vector is None else one.vector for one in group}
+
+
+def open_engine(column: Column) -> Engine:
+    """Return the engine of a column; for a base model alone the smallest adapter stands."""
+    config, layout = column.config, column.layout
+    if layout is None:
+        base = PROCESS.resident.base(config.model)
+        layout = layout_of(base.model, LoraConfig(rank=1), base.fingerprint)
+    return PROCESS.resident.engine(config.model, layout, config.train.token_budget)
+
+
+def holds_adapter(target: str) -> bool:
+    """Return whether a target is a run or an adapter rather than a base model."""
+    folder = Path(target)
+    if not folder.is_dir():
+        return False
+    return (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file()
+
+
+def _open_adapter(target: str) -> Column:
+    with adapter_of(Path(target)) as found:
+        published = load_adapter(found.folder)
+        config, state = found.config or bare_config(published), published.state
+        folder = Path(target).resolve()
+        name = folder.parent.name if folder.name == "adapter" else folder.name
+        return Column(name, config, state.layout, state.vector, found.note)
+
+
+def _open_base(target: str) -> Column:
+    config = RunConfig.from_flat({"model.name": target})
+    try:
+        resolve_model(target)
+    except ModelError as error:
+        raise ConfigError(f"{target}: neither a run, an adapter nor a base model ({error})") from None
+    return Column(target, config)
