@@ -6,6 +6,7 @@ many rounds of few steps, measured after each, says what the same tokens and the
 teaching.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from fedllm.errors import DataError
 from scripts.experiments.distillation.run import TUNED
 from scripts.experiments.distillation.tables import ENSEMBLE, judge
 from scripts.experiments.runs import figures_of, run
-from scripts.experiments.trials import Figures, Outcome, RunTrials, Setting, Trial
 from scripts.reports import Goal, figures_table, mean_and_sd
+from scripts.studies.trials import Figures, Outcome, RunTrials, Setting, Trial
 from strategies.distillation.gate import LEAST_AHEAD
 
 GOALS = {"in domain": 0.5, "synthetic": 1 / 3}  # of the gap to the ensemble that a student is to close
@@ -132,7 +133,9 @@ def _text_figures(name: str, cells: Sequence[Figures]) -> Figures:
     return {
         "student": mean_and_sd([one["mean"] for one in students]),
         "control": mean_and_sd([cell["texts"][name][TUNED]["mean"] for cell in cells]),
-        "gap_closed": mean_and_sd([gain / _ahead(cell) for gain, cell in zip(gains, cells, strict=True)]),
+        "gap_closed": mean_and_sd(
+            [gain / (_ahead(cell) or math.inf) for gain, cell in zip(gains, cells, strict=True)]
+        ),
         "ahead_at_gate": mean_and_sd(
             [
                 cell["texts"][name]["gate_before"] - cell["texts"][name][ENSEMBLE]["gate_ensemble"]
