@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from platformdirs import user_cache_path
 from fedllm.errors import ConfigError, IntegrityError
 
 MANIFEST = "manifest.json"
+_LOOK_SECONDS = 0.05  # more than a look at a lock takes
 _UNFINISHED = re.compile(r"\.(?P<old>old-)?(?P<name>.+)-[a-z0-9_]{8}")  # as `tempfile` names them below
 
 
@@ -134,14 +136,29 @@ def locked(path: Path, *, makes: bool = True) -> Iterator[bool]:
         yield _lock(file.fileno())
 
 
-def _lock(descriptor: int) -> bool:
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a file; where the file system has no locks, nobody does."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # only for this look
     except BlockingIOError:
-        return False
-    except OSError:  # a network file system without locks: work there goes on without
         return True
-    return True
+    except OSError:
+        return False
+    return False
+
+
+def _lock(descriptor: int) -> bool:
+    for pause in (_LOOK_SECONDS, 0.0):  # once more, since it may only be looked at (`is_locked`)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(pause)
+        except OSError:  # a network file system without locks: work there goes on without
+            return True
+        else:
+            return True
+    return False
 
 
 def make_private_folder(folder: Path) -> None:

@@ -47,9 +47,8 @@ def adapter_of(target: Path) -> Iterator[Found]:
         return
     config = _config_of(target)
     state, notes = newest_checkpoint(target / CHECKPOINTS)
-    files, run = resolve_model(config.model.name), target.resolve()
-    command = ["fedllm", "run", shown_path(run / "config.toml"), "--out", shown_path(run.parent), "--resume"]
-    notes.append(f"not finished: the adapter of round {state.round_num}; to go on: {shlex.join(command)}")
+    files = resolve_model(config.model.name)
+    notes.append(f"not finished: the adapter of round {state.round_num}; to go on: {resume_command(target)}")
     with TemporaryDirectory() as scratch:  # nobody is to take it for the result
         folder = Path(scratch) / "adapter"
         save_adapter(
@@ -62,6 +61,13 @@ def adapter_of(target: Path) -> Iterator[Found]:
         )
         measured = next((record.held_out for record in reversed(state.records) if record.held_out), {})
         yield Found(folder, config, list(measured), "\n".join(notes))
+
+
+def resume_command(target: Path) -> str:
+    """Return the command line by which a run that is not finished goes on."""
+    run = target.resolve()
+    words = ["fedllm", "run", shown_path(run / "config.toml"), "--out", shown_path(run.parent), "--resume"]
+    return shlex.join(words)
 
 
 def find_adapter(target: Path) -> tuple[Path, RunConfig | None]:

@@ -1,4 +1,4 @@
-"""The `fedllm` commands about results: study, and what a run left: evaluate, audit, distil, compare."""
+"""The `fedllm` commands about results: study, watch, and on what is left evaluate, audit, distil, compare."""
 
 from pathlib import Path
 from typing import Annotated
@@ -136,3 +136,14 @@ def compare(
     from scripts.commands import compare_command
 
     compare_command.compare(first, second, assert_equal=assert_equal, as_json=json)
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="A run folder, on the machine of its server.")],
+    json: Json = False,
+) -> None:
+    """Follow a run of another terminal until it ends; exit 0 if it completed, else 1. It is not disturbed."""
+    from scripts.commands import watch_command
+
+    watch_command.watch(folder, as_json=json)

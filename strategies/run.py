@@ -14,9 +14,9 @@ from fedllm.errors import BudgetSpentError, CheckpointError, DivergedError, FedL
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
-from strategies.decisions import decided
 from strategies.distillation.ending import undo_distillation
 from strategies.exchange.after_rounds import evaluate_last, train_on_at_home
+from strategies.listeners import heard
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
 from strategies.rounds import next_round
@@ -45,7 +45,11 @@ def run_federation(
         FedLLMError: the run cannot start or go on; the message says why.
     """
     plan = resolve(config)
-    with open_run_folder(config) as folder, _failure_noted(folder), decided(folder, plan, watch) as watch:
+    with (
+        open_run_folder(config) as folder,
+        _failure_noted(folder),
+        heard(folder, plan, watch) as watch,
+    ):
         (folder / "result.json").unlink(missing_ok=True)  # it says how the latest attempt ended
         session = open_session(plan, grid, watch, stock, folder=folder, resident=resident)
         state = begin_or_resume(session, folder, start)

@@ -10,6 +10,7 @@ READERS = {
     "fedllm/chained_log.py",  # when something happened
     "scripts/event_log.py",  # the same
     "clients/gate.py",  # how many questions a site has answered in so many days
+    "strategies/trackers.py",  # when a figure was sent, for the axis of a tracker
     "scripts/deploying/certificates.py",  # until when a certificate is valid
 }
 

@@ -52,7 +52,10 @@ def test_the_import_contracts_of_pyproject_hold() -> None:
 def test_what_the_wheel_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [each for extra in project["optional-dependencies"].values() for each in extra]
-    declared = {Requirement(each).name.replace("-", "_") for each in [*project["dependencies"], *extras]}
+    named_otherwise = {"mlflow"}  # mlflow-skinny
+    declared = named_otherwise | {
+        Requirement(each).name.replace("-", "_") for each in [*project["dependencies"], *extras]
+    }
     ours = [file for file in FILES if not {"benchmarks", "experiments"} & set(file.parts)]
     found = {name.partition(".")[0] for file in ours for name in imports_of(file)}
     other_names = {"yaml"} if "pyyaml" in declared else set()
@@ -96,7 +99,7 @@ def test_models_come_from_safetensors_or_gguf_only() -> None:
     assert ["use_safetensors=True" in call for call in calls].count(True) == 1
 
 
-def test_broad_excepts_stand_in_five_places() -> None:
+def test_broad_excepts_stand_in_six_places() -> None:
     broad = [
         file.relative_to(ROOT).as_posix()
         for file in FILES
@@ -106,11 +109,12 @@ def test_broad_excepts_stand_in_five_places() -> None:
     ]
     # A node answers for whatever happens; the tokenizers library raises Exception itself for a damaged file,
     # and what is none where it panics. A kernel that is tried may fail in any way that its compiler, the
-    # driver or the model's code finds: then the slower way is taken.
+    # driver or the model's code finds: then the slower way is taken. A tracker's package may raise anything.
     assert sorted(broad) == [
         "clients/answering.py",
         "fedllm/engine/decoder_probe.py",
         "fedllm/engine/device_trial.py",
         "fedllm/models/base.py",
         "fedllm/models/panics.py",
+        "strategies/tracking.py",
     ]

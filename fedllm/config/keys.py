@@ -338,7 +338,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
-    """Where the server sends the figures of each round, besides the run folder."""
+    """Where the server sends the figures of each round, besides the run folder (docs/tracking.md)."""
 
     to: str = key(
         "",

@@ -264,6 +264,7 @@ def _download(name: str, revision: str, hint: str = "") -> ModelFiles:
     named = {entry.partition("@")[0] for entry in allow.trust_remote_code}
     code = ["*.py"] if name in named else []  # run only where the site permits it
     wanted = [*code, "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+    wanted.append("README.md")  # which names its licence (fedllm.models.declared)
     try:
         folder = snapshot_download(
             name,

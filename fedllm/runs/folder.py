@@ -7,6 +7,7 @@ runs/NAME/partition.json    which rows each client had, with a hash (written by 
 runs/NAME/rounds.jsonl      one record a round
 runs/NAME/decisions.jsonl   what answered and what was decided (strategies/decisions.py)
 runs/NAME/checkpoints/      the newest two
+runs/NAME/tracking.json     what each tracker calls the run, and the last round it was sent (docs/tracking.md)
 runs/NAME/adapter/          the published PEFT folder
 runs/NAME/privacy.json      what may be said of its privacy, under a privacy plan (docs/privacy.md)
 runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters; in
@@ -36,7 +37,7 @@ from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
 ROUNDS, CHECKPOINTS, RESULT = "rounds.jsonl", "checkpoints", "result.json"
-DECISIONS = "decisions.jsonl"
+DECISIONS, TRACKING = "decisions.jsonl", "tracking.json"
 WRITER, STARTER = ".writer.lock", ".starter.lock"
 _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")
 

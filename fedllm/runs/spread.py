@@ -1,9 +1,12 @@
 """How a loss is spread over clients: a mean alone hides whom a federation fails."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.records import RoundRecord
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,29 @@ def keep_common_clients(columns: Mapping[str, Mapping[str, float]]) -> dict[str,
 def spread_and_losses(losses: Mapping[str, float]) -> dict[str, Any]:
     """Return losses as `result.json` has them: the spread's numbers, and every client's loss."""
     return {**asdict(spread_of(losses)), "clients": dict(losses)}
+
+
+def measured_ends(state: ServerState) -> dict[str, RoundRecord]:
+    """Return the records "before" round 1 and "after" the last round, with the losses of the same clients.
+
+    Where either was not measured, where no client is in both, or where the last losses are not those of the
+    adapter that is published, there is nothing to compare and so nothing is returned.
+    """
+    if not state.records or state.records[0].round_num != 0:
+        return {}
+    first, last = state.records[0], state.records[-1]
+    if last.adapter != state.adapter.digest:  # its losses are of another adapter
+        return {}
+    losses = keep_common_clients({"before": first.held_out, "after": last.held_out})
+    if len(losses) < 2 or not losses["after"]:
+        return {}
+    return {"before": _of_clients(first, losses["after"]), "after": _of_clients(last, losses["after"])}
+
+
+def _of_clients(record: RoundRecord, clients: Collection[str]) -> RoundRecord:
+    """Return a record with the held-out losses of these clients alone."""
+    shared, personal = (
+        {client: losses[client] for client in clients if client in losses}
+        for losses in (record.held_out, record.personal_held_out)
+    )
+    return replace(record, held_out=shared, personal_held_out=personal)

@@ -26,6 +26,7 @@ from scripts.finished_run import own_rows
 from scripts.plan_page import what_it_costs, what_it_means, what_was_set, who_has_rows
 from scripts.recipe_arguments import request_of
 from strategies.distillation.gate import LEAST_AHEAD
+from strategies.trackers import tracker_names
 
 _MOST_NAMES = 20
 
@@ -35,6 +36,7 @@ def check(words: Sequence[str], *, on_bad_row: str, as_json: bool, show_all: boo
     request = request_of(words, [f"data.on-bad-row={on_bad_row}"] if on_bad_row else [])
     config = request.config
     choose_model(config.model)  # refuses a device or a quantisation that the run would refuse
+    tracker_names(config.track.to)
     own, process = own_rows(config), Process()
     holder = process.open(own.to_flat(), {"server-paths": True})
     check_none_left_out(holder.counts, config.train.max_length)

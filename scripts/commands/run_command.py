@@ -24,6 +24,7 @@ from scripts.run_view import RunView
 from scripts.runtimes.local import node_config_of
 from scripts.stopped_run import complete_rounds, told_how_to_go_on
 from strategies.publish import keep_answers
+from strategies.trackers import tracker_names
 
 RUNTIMES = ("local", "simulation", "deployment")
 
@@ -35,16 +36,30 @@ def run(
     extra = [f"run.resume={str(resume).lower()}"]
     extra += [f"run.output={out}"] if out else []
     extra += [f"data.on-bad-row={on_bad_row}"] if on_bad_row else []
-    config = config_of(words, extra)
+    console, config = Console(quiet=as_json), config_of(words, extra)
+    with told_how_to_go_on(run_folder(config), "--resume"):
+        folder, result = do_run(config, runtime, console)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        console.summary(folder, result)
+
+
+def do_run(config: RunConfig, runtime: str, console: Console) -> tuple[Path, dict[str, Any]]:
+    """Do a run, shown on `console`, and return its folder and what came of it; a complete one is as it was.
+
+    Raises:
+        FedLLMError: it cannot start, or ended without a result.
+    """
     if runtime not in RUNTIMES:
         raise ConfigError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     resolve(config)  # what the keys alone refuse comes before a folder is made
-    console = Console(quiet=as_json)
-    with open_run_folder(config, STARTER) as folder, told_how_to_go_on(folder, "--resume"):
+    tracker_names(config.track.to)  # and so does a package that is not there
+    with open_run_folder(config, STARTER) as folder:
         told: list[str] = []
         with _logs_to(told.append):
             keep_partition(config)
-        if resume and (rounds := complete_rounds(folder, config)):
+        if config.run.resume and (rounds := complete_rounds(folder, config)):
             new = f"run.name={config.run.name}-2"
             console.line(f"{config.run.name}: complete after {rounds} rounds; {new} starts a new run")
         else:
@@ -59,10 +74,7 @@ def run(
         result = json.loads((folder / RESULT).read_text())
         if "answers" not in result:  # a run shown once more keeps those it has
             result = keep_findings(config, runtime, folder)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        console.summary(folder, result)
+    return folder, result
 
 
 def keep_findings(config: RunConfig, runtime: str, folder: Path) -> dict[str, Any]:

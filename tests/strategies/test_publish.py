@@ -18,7 +18,8 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from scripts.runtimes.local import local_grid
-from strategies.publish import MOST_LETTERS, keep_answers, model_card, summary
+from strategies.card import model_card
+from strategies.publish import MOST_LETTERS, keep_answers, summary
 from strategies.run import run_federation
 
 BASE = {"anna": 4.0, "ben": 8.0}
@@ -39,7 +40,7 @@ def end(make_config: Callable) -> Callable[..., tuple[str, Mapping[str, Any]]]:
         state = ServerState(2, state.adapter, records=records)
         result = summary(state, Path("adapter"))
         files = resolve_model(config.model.name)
-        return model_card(resolve(config), files, state), result["held_out"]  # type: ignore[return-value]
+        return model_card(resolve(config), files, state, {}), result["held_out"]  # type: ignore[return-value]
 
     return do
 

@@ -1,0 +1,86 @@
+"""`fedllm watch`: a run that another process does, followed in its folder until it ends."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fedllm.config.run_config import RunConfig
+from fedllm.errors import ConfigError
+from fedllm.files import is_locked
+from fedllm.plan.run_plan import resolve
+from fedllm.runs.folder import DECISIONS, RESULT, STARTER, WRITER, read_keys
+from scripts.command_line import StoppedError
+from scripts.console import Console
+from scripts.finished_run import resume_command
+from scripts.followed_run import FollowedRun
+from scripts.run_view import RunView
+
+_PAUSE_SECONDS = 0.2  # between two looks at the folder
+_MOST_LOOKS = 6  # at which nobody does the run before it counts as ended: a server may be starting again
+
+
+def watch(folder: Path, *, as_json: bool) -> None:
+    """Show a run as `fedllm run` does, and exit as it ends: with 0 where it completed, else with 1.
+
+    Raises:
+        ConfigError: there is no run in `folder`, or one of another version.
+        StoppedError: a signal came; the run goes on.
+    """
+    if not any((folder / name).exists() for name in (STARTER, WRITER, DECISIONS)):
+        raise ConfigError(f"{folder}: not a run folder; name one, such as runs/run")
+    console = Console(quiet=as_json)
+    try:
+        follow(folder, console)
+    except KeyboardInterrupt:
+        raise StoppedError("no longer watched; the run goes on") from None
+    result = _result_of(folder)
+    if as_json:
+        print(json.dumps(result))
+    elif result["status"] == "completed":
+        console.summary(folder, result)
+    else:
+        console.paragraph(f"{result['status']}: {result['reason']}", indent=0)
+    if result["status"] != "completed":
+        raise typer.Exit(1)
+
+
+def follow(folder: Path, console: Console) -> None:
+    """Show what the run in `folder` writes until nobody does it any more."""
+    file = folder / "config.toml"
+    if not file.exists():
+        console.line("not begun yet: waiting until its clients have joined")
+    while not file.exists() and is_done_by_somebody(folder):
+        time.sleep(_PAUSE_SECONDS)
+    if not file.exists():
+        return
+    view = RunView(console, resolve(RunConfig.from_flat(read_keys(folder))))
+    with view.showing():
+        followed = FollowedRun(folder, view)
+        while is_done_by_somebody(folder):
+            followed.look()
+            time.sleep(_PAUSE_SECONDS)
+        followed.look()
+
+
+def is_done_by_somebody(folder: Path) -> bool:
+    """Return whether a process holds the run, at one of several looks."""
+    for look in range(_MOST_LOOKS):
+        time.sleep(_PAUSE_SECONDS * bool(look))
+        if any(is_locked(folder / name) for name in (STARTER, WRITER)):
+            return True
+    return False
+
+
+def _result_of(folder: Path) -> dict[str, Any]:
+    """Return `result.json`, or where the run left none what may be said of it."""
+    try:
+        found: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return {
+            "status": "interrupted",
+            "reason": f"nobody does it any more; to go on: {resume_command(folder)}",
+        }
+    return found

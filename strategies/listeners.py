@@ -1,0 +1,17 @@
+"""Who hears of a run besides the person who watches it: the server's log, then the trackers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedllm.plan.run_plan import RunPlan
+from strategies.decisions import decided
+from strategies.session import Watch
+from strategies.tracking import tracked
+
+
+@contextmanager
+def heard(folder: Path, plan: RunPlan, watch: Watch) -> Iterator[Watch]:
+    """Yield `watch` with the ears of all of them; raises as `decided` and `tracked`."""
+    with decided(folder, plan, watch) as watch, tracked(folder, plan.config, watch) as watch:
+        yield watch
