@@ -13,9 +13,9 @@ def describe_step(record: DistillationRecord) -> str:
     held_out = losses.held_out
     # Where nothing was taught the aggregate's loss is that of before and after.
     is_taught = held_out.after != held_out.before
-    change = f" ({held_out.before:.3f} to {held_out.after:.3f})" if is_taught else ""
+    moved = f" ({held_out.before:.3f} to {held_out.after:.3f})" if is_taught else ""
     parts = [
-        f"{'distilled' if record.kept else 'not distilled'}: {record.reason}{change}",
+        f"{'distilled' if record.kept else 'not distilled'}: {record.reason}{moved}",
         f"base model {losses.base:.3f}, ensemble {losses.ensemble:.3f}"
         f"{describe_gap(losses) if is_taught else ''}",
     ]
