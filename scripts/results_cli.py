@@ -217,6 +217,7 @@ def chat(
     )
 
 
+@app.command()
 def watch(
     folder: Annotated[Path, typer.Argument(help="A run folder, on the machine of its server.")],
     json: Json = False,
