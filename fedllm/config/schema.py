@@ -32,7 +32,11 @@ def key_schema(key: Key) -> dict[str, Any]:
     """Return the schema of one key's values."""
     forms = [_number(key, kind) for kind in key.types if kind in (int, float)]
     forms += [{"type": "boolean"}] if bool in key.types else []
-    if str in key.types and not key.words:
+    if key.is_list:
+        word = f"({'|'.join(map(re.escape, key.words))})"
+        several = {"type": ["string", "array"], "items": {"enum": list(key.words)}}
+        forms.append({**several, "pattern": f"^({word}(,{word})*)?$"})
+    elif str in key.types and not key.words:
         forms.append({"type": ["string", "array"]})  # people write a list for "q_proj,v_proj"
     elif str in key.types:
         # A word with a number after it is a pattern; editors offer the plain ones.

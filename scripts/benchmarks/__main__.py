@@ -11,6 +11,7 @@ BENCHMARKS = {
     "aggregation": "A round's aggregation compared with forming dense matrices.",
     "client": "A client's round compared with those of FlowerTune, TRL and pfl-research.",
     "distillation": "The distillation step compared with a training round.",
+    "evaluation": "Choices scored by likelihood compared with lm-evaluation-harness.",
     "private_training": "Gradients per example, as DP-SGD needs them, compared with Opacus.",
     "gpu": "All that is promised of a GPU: steps, clients, rounds, runs, generation.",
     "fused": "Many clients in one pass compared with one after another.",

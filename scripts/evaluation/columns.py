@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from clients.process import PROCESS
-from fedllm.adapters.folder import load_adapter
+from fedllm.adapters.folder import PublishedAdapter, load_adapter
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.config.keys import LoraConfig
 from fedllm.config.run_config import RunConfig
 from fedllm.engine.engine import Engine
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models.base import layout_of
-from fedllm.models.files import resolve_model
+from fedllm.models.files import fingerprint, resolve_model
 from scripts.finished_run import adapter_of, bare_config
 
 BASE = "base"
@@ -39,11 +39,17 @@ def open_columns(targets: Sequence[str]) -> list[Column]:
     Raises:
         ConfigError: a target is neither a run, nor an adapter, nor a base model.
     """
-    adapters = [_open_adapter(target) for target in targets if holds_adapter(target)]
     bases = {target: _open_base(target) for target in targets if not holds_adapter(target)}
-    for column in adapters:
-        name = column.config.model.name
-        bases.setdefault(name, Column(name, column.config))
+    opened = {target: _load_adapter(target) for target in targets if holds_adapter(target)}
+    # An adapter names its base model; where that is a folder, only another target says which one.
+    known = {fingerprint(resolve_model(name).folder): base.config for name, base in bases.items()}
+    known |= {one.state.layout.fingerprint: config for one, config, _ in opened.values() if config}
+    adapters = []
+    for target, (published, own, note) in opened.items():
+        state = published.state
+        config = own or known.get(state.layout.fingerprint) or bare_config(published)
+        adapters.append(Column(_name_of(Path(target)), config, state.layout, state.vector, note))
+        bases.setdefault(config.model.name, Column(config.model.name, config))
     first = list(bases.values())
     return [replace(first[0], name=BASE) if len(first) == 1 else first[0], *first[1:], *adapters]
 
@@ -81,13 +87,15 @@ def holds_adapter(target: str) -> bool:
     return (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file()
 
 
-def _open_adapter(target: str) -> Column:
+def _load_adapter(target: str) -> tuple[PublishedAdapter, RunConfig | None, str]:
+    """Return an adapter, its run's configuration where known, and what is to be said of an unfinished run."""
     with adapter_of(Path(target)) as found:
-        published = load_adapter(found.folder)
-        config, state = found.config or bare_config(published), published.state
-        folder = Path(target).resolve()
-        name = folder.parent.name if folder.name == "adapter" else folder.name
-        return Column(name, config, state.layout, state.vector, found.note)
+        return load_adapter(found.folder), found.config, found.note
+
+
+def _name_of(target: Path) -> str:
+    folder = target.resolve()
+    return folder.parent.name if folder.name == "adapter" else folder.name
 
 
 def _open_base(target: str) -> Column:

@@ -8,10 +8,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clients.adapt import home_folder
 from clients.personal import PERSONAL
 from clients.process import PROCESS
 from clients.state import load_newest
 from clients.tokens import ClientTokens
+from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import AdapterState, at_rank
 from fedllm.adapters.side_by_side import side_by_side
 from fedllm.engine.engine import Engine
@@ -32,16 +34,26 @@ def own_name(client: str) -> str:
 
 
 def own_adapters(run: Column) -> dict[str, AdapterState]:
-    """Return what each client of a run would use on this machine: its personal adapter on the shared one."""
+    """Return what each client of a run would use on this machine, where it keeps an adapter of its own.
+
+    That is the one it trained on at home, or its personal one together with the shared adapter.
+
+    Raises:
+        IntegrityError: what a client keeps is damaged.
+    """
     config = own_rows(run.config)
-    numbers = resolve(config).personal
-    if numbers is None or run.layout is None or run.vector is None:
+    plan = resolve(config)
+    if run.layout is None or run.vector is None or (plan.personal is None and plan.at_home is None):
         return {}
     holder = PROCESS.open(config.to_flat(), node_config_of(config))
+    if plan.personal is None:
+        folders = {name: home_folder(holder, name) for name in holder.clients}
+        return {name: load_adapter(folder).state for name, folder in folders.items() if folder.is_dir()}
+    rank = plan.personal.rank
     kept = {name: load_newest(holder.store, name) for name in holder.clients}
-    wide = at_rank(run.layout, run.layout.rank + numbers.rank)
+    wide = at_rank(run.layout, run.layout.rank + rank)
     return {
-        name: AdapterState(wide, side_by_side(run.layout, run.vector, vectors[PERSONAL], numbers.rank))
+        name: AdapterState(wide, side_by_side(run.layout, run.vector, vectors[PERSONAL], rank))
         for name, vectors in kept.items()
         if PERSONAL in vectors
     }

@@ -12,7 +12,6 @@ from scripts.console import Console
 from scripts.evaluation.columns import Column, by_engine
 
 _NATS = ("loss", "bits-per-byte")  # figures that are no shares
-_LABELS = {FIGURE: "FlowerTune's rule, for comparison only"}
 
 
 def evaluate_tasks(
@@ -33,41 +32,36 @@ def evaluate_tasks(
 
 
 def show_tasks(console: Console, results: Sequence[TaskResult]) -> None:
-    """Print a line for each figure: each adapter's with its interval, and its difference to the first."""
-    names = list(results[0].adapters)
-    console.line(f"figures with 95 % intervals; differences are to {names[0]}, item by item")
+    """Print each task: a line for each figure and adapter, with its interval and how it differs."""
+    first = next(iter(results[0].adapters))
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("task")
-    for heading in ("items", "chance", "constant", "figure"):
+    for heading in ("task", "adapter"):
+        table.add_column(heading, overflow="ellipsis")
+    for heading in ("value", "95 % interval", f"more than {first}"):
         table.add_column(heading, no_wrap=True)
-    for name in names:
-        table.add_column(name, overflow="ellipsis")
-        if name != names[0]:
-            table.add_column("difference")
     for result in results:
-        for figure in result.adapters[names[0]].figures:
-            table.add_row(*_row(result, figure))
+        task = result.task
+        guesses = {"by chance": task.chance, "by one answer": task.best_constant}
+        table.add_row(f"{task.name}, {len(task.items)} items", style="bold")
+        for what, share in guesses.items():
+            if share:
+                table.add_row("  " + what, "", f"{100 * share:.1f}", style="dim")
+        for figure in result.adapters[first].figures:
+            for place, (name, adapter) in enumerate(result.adapters.items()):
+                changed = adapter.differences.get(figure)
+                cells = [*_cells(adapter.figures[figure], figure), ""]
+                if changed is not None:
+                    cells[2] = " ".join(_cells(changed, figure, sign="+"))
+                table.add_row("" if place else f"  {figure}", name, *cells)
     console.rich.print(table)
+    if any(FIGURE in adapter.figures for result in results for adapter in result.adapters.values()):
+        console.line(
+            f"{FIGURE}: the first letter of one token, for comparison with FlowerTune's figures only"
+        )
 
 
-def _row(result: TaskResult, figure: str) -> list[str]:
-    task, adapters = result.task, result.adapters
-    is_first = figure == next(iter(next(iter(adapters.values())).figures))
-    head = [task.name, str(len(task.items)), _percent(task.chance), _percent(task.best_constant)]
-    cells = head if is_first else [""] * len(head)
-    cells.append(_LABELS.get(figure, figure))
-    for adapter in adapters.values():
-        cells.append(_cell(adapter.figures[figure], figure))
-        if figure in adapter.differences:
-            cells.append(_cell(adapter.differences[figure], figure, sign="+"))
-    return cells
-
-
-def _cell(found: Estimate, figure: str, sign: str = "") -> str:
+def _cells(found: Estimate, figure: str, sign: str = "") -> list[str]:
+    """Return a figure and its interval as text, shares in per cent."""
     scale, digits = (1.0, 3) if figure in _NATS else (100.0, 1)
     value, low, high = (f"{scale * part:{sign}.{digits}f}" for part in (found.value, found.low, found.high))
-    return f"{value} [{low}, {high}]"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
+    return [value, f"[{low}, {high}]"]

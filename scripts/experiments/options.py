@@ -115,7 +115,7 @@ def open_runner(
         FedLLMError: the text or the model cannot be had.
     """
     work = work_folder(options, name)
-    model, described = _model(options.model, size.recipe, corpus, console)
+    model, described = model_of(options.model, size.recipe, corpus, console)
     rows_file = write_rows(work / f"rows-{corpus.digest[:16]}.jsonl", grouped(corpus, clients))
     digest = f"{fingerprint(resolve_model(model).folder)} {corpus.digest}"
     machine = environment(PACKAGES)
@@ -133,7 +133,9 @@ def open_runner(
         yield TrialRunner(setting, kinds, journal, machine["commit"], pool, notice), shared
 
 
-def _model(name: str, recipe: Recipe | None, corpus: Corpus, console: Console) -> tuple[str, dict[str, Any]]:
+def model_of(
+    name: str, recipe: Recipe | None, corpus: Corpus, console: Console
+) -> tuple[str, dict[str, Any]]:
     """Return `model.name` and what the report says about the model."""
     if recipe is None:
         return name, {"name": name}

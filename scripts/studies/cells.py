@@ -66,8 +66,10 @@ class Study:
 
     @property
     def flat(self) -> dict[str, Scalar]:
-        """The keys that all its trials share."""
-        return {key: value for key, value in self.config.to_flat().items() if key not in _NEITHER}
+        """The keys that all its trials share, where they are not the default."""
+        default = RunConfig().to_flat()
+        given = self.config.to_flat()
+        return {key: given[key] for key in given if given[key] != default[key] and key not in _NEITHER}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ _MOST_NAMES = 5
 def study_tables(result: Summary) -> list[Table]:
     """Return the methods of a study, a line each: their losses, then their costs."""
     summary = result["summary"]
-    title = "held-out loss, nats per token (gained: share below alone, best / equal tokens)"
+    title = "held-out loss in nats per token; gained: below alone, own best / equal tokens"
     columns = ("loss", "+-", "worst", "others' text", "gained", "gap closed")
     return [
         figures_table(title, columns, {name: _losses(found) for name, found in summary.items()}),

@@ -27,6 +27,7 @@ def test_the_schema_is_one_and_takes_every_default() -> None:
         ("lora.target-modules", ["all-linear", ["q_proj", "v_proj"]]),
         ("aggregation.preset", ["", "ffa"]),
         ("run.resume", [True, False]),
+        ("track.to", ["", "mlflow", "tensorboard,mlflow", ["wandb", "trackio"]]),
     ],
 )
 def test_the_schema_takes_what_the_key_takes(key: str, values: list[Scalar]) -> None:
@@ -50,6 +51,7 @@ def test_the_schema_takes_what_the_key_takes(key: str, values: list[Scalar]) -> 
         {"aggregation.read-out": "mean"},
         {"federation.selection": "best"},
         {"run.resume": "maybe"},
+        {"track.to": "mlflow,paper"},
     ],
 )
 def test_the_schema_refuses_what_the_key_refuses(recipe: dict[str, Any]) -> None:

@@ -56,17 +56,19 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(model: str, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two clients with personal adapters."""
-    out = tmp_path_factory.mktemp("runs")
+    return _run(model, rows, tmp_path_factory.mktemp("runs"), **{"personal.mode": "dual", "personal.rank": 2})
+
+
+def _run(model: str, rows: Path, out: Path, **more: object) -> Path:
     keys = {
         "model.name": model,
         "data.source": rows / "rows.jsonl",
         "federation.num-clients": 2,
         "federation.num-rounds": 1,
         "data.held-out-fraction": 0.3,
-        "personal.mode": "dual",
-        "personal.rank": 2,
         "evaluation.prompts": "",
         "run.name": "made",
+        **more,
     }
     words = [f"{key}={value}" for key, value in keys.items()]
     assert _fedllm("run", *words, "--out", str(out), "--json") == 0
@@ -117,15 +119,28 @@ def test_a_matrix_has_each_clients_own_adapter(run: Path, capsys: pytest.Capture
     assert found["own"]["on_others"] == pytest.approx((losses["a"]["own:b"] + losses["b"]["own:a"]) / 2)
 
 
+def test_a_matrix_has_what_clients_trained_at_home(
+    model: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run(model, rows, tmp_path, **{"personal.mode": "finetune", "personal.steps": 4})
+    losses = _evaluated(capsys, str(run), "--matrix")["matrix"]["losses"]
+    assert list(losses["a"]) == ["base", "made", "own:a", "own:b"]
+    for name, row in losses.items():
+        folder = next(run.glob(f"private/made-*/{name}/home"))
+        named = _evaluated(capsys, str(run), str(folder), "--matrix")["matrix"]["losses"]
+        assert named[name]["home"] == pytest.approx(row[f"own:{name}"])
+
+
 def test_tables_name_every_adapter_and_the_interval(
     run: Path, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert _fedllm("evaluate", str(run), "--tasks", str(rows)) == 0
     shown = capsys.readouterr().out
-    assert "95 % intervals" in shown
+    assert "95 % interval" in shown
     assert all(
-        word in shown for word in ("quiz", "rows", "accuracy-normalised", "top-3", "made", "difference")
+        word in shown
+        for word in ("quiz", "accuracy-normalised", "top-3", "made", "more than base", "by chance")
     )
     assert _fedllm("evaluate", str(run), "--matrix") == 0
     assert "own:b" in capsys.readouterr().out
@@ -190,3 +205,28 @@ def test_the_harness_is_named_where_it_is_absent(
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     assert _fedllm("evaluate", str(run), "--harness", "piqa") == 2
     assert "pip install 'fedllm[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_harness_is_called_with_the_adapter(
+    run: Path, model: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'fedllm[eval]'")
+    task = tmp_path / "quiz.yaml"
+    task.write_text(
+        f"""task: quiz
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows / "quiz.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: answer
+"""
+    )
+    found = _evaluated(capsys, model, str(run), "--harness", str(task), "--limit", "6")["harness"]["results"]
+    ours = _evaluated(capsys, str(run), "--tasks", str(rows / "quiz.jsonl"))["tasks"]["quiz"]["adapters"]
+    for target, column in ((model, "base"), (str(run), "made")):
+        (figures,) = found[target].values()
+        assert figures["acc,none"] == ours[column]["figures"]["accuracy"]["value"]
+        assert figures["acc_norm,none"] == ours[column]["figures"]["accuracy-normalised"]["value"]

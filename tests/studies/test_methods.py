@@ -1,0 +1,64 @@
+"""The methods of a study on a tiny model: what must be equal is equal."""
+
+from pathlib import Path
+
+import pytest
+
+from fedllm.errors import NoDataError
+from scripts.recipe_arguments import config_of
+from scripts.studies.held_out import losses, losses_on_others, open_clients
+from scripts.studies.methods import alone, base, centralised, federated
+from scripts.studies.trials import Setting, Trial
+
+
+def setting(recipe: Path) -> Setting:
+    config = config_of([str(recipe)])
+    return Setting(config.model.name, config.data.source, config.to_flat(), "digest")
+
+
+def trial(options: dict | None = None, **flat: object) -> Trial:
+    keys = {name.replace("__", ".").replace("_", "-"): value for name, value in flat.items()}
+    return Trial("test", "any", {}, keys, options or {})
+
+
+def test_one_client_is_the_same_pooled_alone_and_federated(tiny_recipe: Path) -> None:
+    one = {"federation__num_clients": 1, "data__partition": "iid", "federation__num_rounds": 1}
+    one |= {"wire__codec": "fp32", "train__learning_rate": 0.03}
+    found = [
+        method(trial({"steps": 2}, **one), setting(tiny_recipe)) for method in (alone, centralised, federated)
+    ]
+    assert found[0]["last"] == found[1]["last"] == found[2]["last"]
+    assert found[0]["others"] == {}  # there are none
+
+
+def test_all_methods_see_as_many_tokens_of_the_same_clients(tiny_recipe: Path) -> None:
+    shared = setting(tiny_recipe)
+    apart, pooled = (method(trial({"steps": 4}), shared) for method in (alone, centralised))
+    joined = federated(trial(), shared)
+    home = federated(trial({"home": 2}, federation__num_rounds=1), shared)
+    assert apart["tokens"] == pooled["tokens"] == joined["tokens"] == home["tokens"]
+    assert home["bytes_up"] * 2 == joined["bytes_up"]
+    for figures in (apart, pooled, joined, home):
+        assert set(figures["clients"]) == set(figures["others"]) == {"code", "math", "news"}
+
+
+def test_no_method_is_worse_than_base_where_it_chooses(tiny_recipe: Path) -> None:
+    shared = setting(tiny_recipe)
+    before = base(trial(), shared)
+    for method in (alone, centralised):  # at a rate at which steps harm
+        figures = method(trial({"steps": 2}, train__learning_rate=100.0), shared)
+        assert figures["choosing"] <= before["choosing"]
+        assert figures["last"] != figures["clients"]
+
+
+def test_the_others_text_is_that_of_all_but_oneself(tiny_recipe: Path) -> None:
+    clients = open_clients(config_of([str(tiny_recipe)]))
+    start = clients.holder.initial.vector
+    own = losses(clients.engine, dict.fromkeys(clients.sample, start), clients.sample)
+    others = losses_on_others(clients, dict.fromkeys(clients.sample, start))
+    assert others["code"] == pytest.approx((own["math"] + own["news"]) / 2)
+
+
+def test_clients_that_hold_nothing_out_are_refused(tiny_recipe: Path) -> None:
+    with pytest.raises(NoDataError, match=r"raise data\.held-out-fraction"):
+        open_clients(config_of([str(tiny_recipe), "data.held-out-fraction=0"]))
