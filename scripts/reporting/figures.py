@@ -1,11 +1,11 @@
-"""Charts of a page as inline SVG: lines over rounds, and dots on one scale. Text keeps its size on any screen.
+"""Charts of a page as inline SVG: lines over rounds, and dots on one scale.
 
-Each chart is drawn twice, for a wide and for a narrow screen, since scaling a drawing scales its letters too.
+Each chart is drawn twice, for a wide and for a narrow screen, since scaling a drawing scales its letters.
 Lines carry their names at their ends and dots theirs above the chart, so that no line crosses a legend.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -155,12 +155,12 @@ def _dots(
     return _svg(title, width, bottom + 44, parts)
 
 
-def _ends(values: object) -> tuple[float, float]:
-    found = list(values)  # type: ignore[call-overload]
+def _ends(values: Iterable[float]) -> tuple[float, float]:
+    found = list(values)
     return (min(found), max(found)) if found else (0.0, 1.0)
 
 
-def _scale(low: float, high: float, start: float, end: float):  # type: ignore[no-untyped-def]
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """Return the function from values to pixels; a single value lies at the start."""
     return lambda value: start + (end - start) * ((value - low) / (high - low) if high > low else 0.0)
 

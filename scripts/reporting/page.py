@@ -1,4 +1,4 @@
-"""Writes pages: `report.html` of a run or a study, the page of two runs, and the curves of a run as a file."""
+"""Writes pages, `report.html` of a run or a study and that of two runs, and the curves of a run as a file."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,16 +27,15 @@ def write_report(folder: Path, other: Path | None = None) -> Path:
         ConfigError: there is neither a run with a round nor a study.
         CheckpointError: the page cannot be written.
     """
-    if other is not None:
-        target = folder / f"report-{other.resolve().name}.html"
-        return _write(target, render(compared_page(read_run(folder), read_run(other))))
-    if (folder / STUDY).is_file():
-        try:
-            page = study_page(json.loads((folder / STUDY).read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{folder / STUDY}: not a study of this version ({error!r})") from None
-        return _write(folder / REPORT, render(page))
-    return _write(folder / REPORT, render(run_page(read_run(folder))))
+    try:
+        if other is not None:
+            page = compared_page(read_run(folder), read_run(other))
+            return _write(folder / f"report-{other.resolve().name}.html", render(page))
+        if (folder / STUDY).is_file():
+            return _write(folder / REPORT, render(study_page(json.loads((folder / STUDY).read_text()))))
+        return _write(folder / REPORT, render(run_page(read_run(folder))))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a file that somebody has changed
+        raise ConfigError(f"{folder}: damaged, or of another version of fedllm ({error!r})") from None
 
 
 def plot_losses(folder: Path, path: Path) -> Path:

@@ -11,7 +11,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.runs.folder import RESULT, read_keys, read_rounds
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import keep_common_clients
-from scripts.commands.audit_command import REPORT
+from scripts.auditing.table import REPORT
 from scripts.evaluation.kept import EVALUATION
 
 _UNSHOWN = {"run.name", "run.output", "run.resume", "run.purpose"}
@@ -59,7 +59,7 @@ class RunFiles:
         return keep_common_clients(columns)
 
     def changed_keys(self) -> dict[str, str]:
-        """What was set to another value than the default; of a path only its last part, which is no secret."""
+        """What was set to another value than the default; of a path only its last part."""
         usual = RunConfig().to_flat()
         changed = {key: value for key, value in self.keys.items() if usual.get(key) != value}
         return {key: shown_value(value) for key, value in changed.items() if key not in _UNSHOWN}

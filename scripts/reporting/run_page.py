@@ -6,15 +6,15 @@ from typing import Any
 
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import spread_of
-from scripts.commands.audit_command import table_of
+from scripts.auditing.table import table_of
 from scripts.console import MOST_CLIENTS, NOTHING, in_time
 from scripts.reporting.figures import Dot, Figure, Line, dot_chart, line_chart
 from scripts.reporting.parts import Page, Section, Table, from_terminal, megabytes, number
 from scripts.reporting.run_files import Losses, RunFiles
 
 FOOTER = (
-    "Made by fedllm from the public files of the run folder. It names data holders with their losses, so it is"
-    " for those who run the federation; what may be published is adapter/ with its card."
+    "Made by fedllm from the public files of the run folder. It names data holders with their losses, so it"
+    " is for those who run the federation; what may be published is adapter/ with its card."
 )
 _MOST_NAMES = 5
 
@@ -46,8 +46,8 @@ def findings(run: RunFiles) -> list[str]:
         lines.append(_learnt(ends, len(run.rounds)))
     if not at_home and not ends:
         lines.append(
-            f"After {len(run.rounds)} rounds it is not known how good the adapter is: no held-out loss of base"
-            " model and adapter was measured, or the data holders keep it to themselves."
+            f"After {len(run.rounds)} rounds it is not known how good the adapter is: no held-out loss of"
+            " base model and adapter was measured, or the data holders keep it to themselves."
         )
     if not at_home:
         lines.append(
@@ -69,7 +69,8 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
     for name, losses in ends.items():
         found.append((f"loss, {name}", number(spread_of(losses).mean)))
     found += [(f"loss, {name}", number(spread_of(losses).mean)) for name, losses in run.at_home().items()]
-    epsilon = run.privacy.get("epsilon", rounds[-1].privacy.epsilon if rounds and rounds[-1].privacy else None)
+    spent = rounds[-1].privacy if rounds else None
+    epsilon = run.privacy.get("epsilon", spent.epsilon if spent else None)
     return [
         *dict(found).items(),
         ("sent up", megabytes(sum(record.bytes_up for record in rounds))),
@@ -158,7 +159,9 @@ def _gain_title(columns: Losses, first: str, second: str) -> str:
     most, least = (pick(sorted(gains), key=gains.__getitem__) for pick in (max, min))
     if len(gains) == 1:
         return f"{most} gained {gains[most]:.3f} ({first} to {second})"
-    return f"{most} gained most, {gains[most]:.3f}, and {least} least, {gains[least]:.3f} ({first} to {second})"
+    return (
+        f"{most} gained most, {gains[most]:.3f}, and {least} least, {gains[least]:.3f} ({first} to {second})"
+    )
 
 
 def client_section(title: str, columns: Losses, text: Sequence[str] = ()) -> Section:
@@ -195,8 +198,10 @@ def _distillation(run: RunFiles) -> list[Section]:
     rows = []
     for round_num, step in steps:
         losses = step.losses
-        values = [losses.base, losses.held_out.before, losses.held_out.after] if losses else [None] * 3
-        values += [losses.ensemble, losses.control] if losses else [None] * 2
+        values: list[float | None] = [None] * len(names)
+        if losses:
+            values = [losses.base, losses.held_out.before, losses.held_out.after]
+            values += [losses.ensemble, losses.control]
         rows.append([str(round_num), *map(number, values), step.reason])
     tables = [Table("losses on held-out texts, by round", ["round", *names, "decision"], rows)]
     weights = steps[-1][1].teachers.weights
@@ -230,10 +235,10 @@ def _privacy(run: RunFiles) -> list[Section]:
                 ["The adapter may reveal parts of the training text; privacy.epsilon bounds that."],
             )
         ]
-    title = f"One who sees the adapter learns at most epsilon {told['epsilon']:g} about {told['unit_in_words']}"
+    title = f"Differential privacy: epsilon {told['epsilon']:g} for {told['unit_in_words']}"
     text = [
-        f"Delta {told['delta']:g}, of a budget of {told['budget']:g}; {told['relation']}. {told['mechanism']},"
-        f" {told['trust_in_words']}. Accountant: {told['accountant']}.",
+        f"Delta {told['delta']:g}, of a budget of {told['budget']:g}; {told['relation']}."
+        f" {told['mechanism']}; {told['trust_in_words']}. Accountant: {told['accountant']}.",
     ]
     rows = [[item] for item in told["does_not_cover"]]
     return [Section(title, text, tables=[Table("not covered", ["what"], rows)])]
@@ -253,8 +258,8 @@ def _rounds(run: RunFiles) -> list[Section]:
     rhos = [record.aggregation.rho for record in run.rounds if record.aggregation.rho is not None]
     total = sum(record.bytes_up + record.bytes_down for record in run.rounds)
     text = [
-        "rho is by how much averaging the factors A and B would have missed the mean of the products B A, as a"
-        f" share of a round's change; at most {max(rhos):.1%} here."
+        "rho is by how much averaging the factors A and B would have missed the mean of the products B A, as"
+        f" a share of a round's change; at most {max(rhos, default=0.0):.1%} here."
     ]
     head = ["round", "asked", "accepted", "training loss", "held-out loss", "rho", "kept energy", "epsilon"]
     head += ["up", "down", "time"]
@@ -295,7 +300,7 @@ def _participation(run: RunFiles) -> list[Section]:
         [name, str(asked[name]), str(accepted[name]), str(lost[name]), reasons.get(name, "")]
         for name in _clients(run)
     ]
-    title = f"Of {asked.total()} requests to train {accepted.total()} gave an update and {lost.total()} were lost"
+    title = f"Of {asked.total()} requests to train {accepted.total()} were answered by a sound update"
     table = Table(
         "every data holder", ["data holder", "asked", "accepted", "lost", "last reason"], rows, is_open=False
     )
