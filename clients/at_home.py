@@ -10,6 +10,7 @@ would have had alone.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -20,8 +21,9 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.data.shards import draw_rows
 from fedllm.engine.engine import Engine
 from fedllm.engine.jobs import EvaluationJob, Job, Result
-from fedllm.messages import LocalTraining
+from fedllm.messages import ClientAtHome, LocalTraining
 from fedllm.models.chat import Encoded
+from fedllm.plan.training import HomeTraining
 from fedllm.seeds import derive_seed
 
 SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the most steps, that a client chooses among
@@ -101,6 +103,61 @@ def train_at_home(
         result.client_id: _choose(engine, layout, able[result.client_id], starts[result.client_id], result)
         for result in engine.train(jobs)
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Starts:
+    """The adapters [P] that clients begin with: the one nobody has trained, and the federation's."""
+
+    initial: torch.Tensor
+    shared: torch.Tensor
+
+
+def train_both(
+    engine: Engine,
+    layout: AdapterLayout,
+    clients: Mapping[str, ClientTokens],
+    starts: Starts,
+    numbers: HomeTraining,
+    *,
+    drawn: Mapping[str, int],
+    seed: int,
+    on_shared: AbstractContextManager[None],
+) -> list[tuple[ClientAtHome, torch.Tensor]]:
+    """Train clients alone, and on from the shared adapter; return what that gave each, and its adapter [P].
+
+    `drawn` are the rows of their rounds. In the context `on_shared` the engine's base model is the one that
+    the shared adapter was trained on.
+    """
+    alone = train_at_home(
+        engine,
+        layout,
+        clients,
+        dict.fromkeys(clients, starts.initial),
+        numbers.training,
+        counts={name: step_counts(numbers.steps_alone(drawn[name])) for name in clients},
+        seed=seed,
+    )
+    with on_shared:
+        home = train_at_home(
+            engine,
+            layout,
+            clients,
+            dict.fromkeys(clients, starts.shared),
+            numbers.training,
+            counts=dict.fromkeys(clients, step_counts(numbers.training.steps)),
+            seed=seed,
+            drawn=drawn,
+        )
+    return [
+        (
+            ClientAtHome(
+                client_id=name, alone=alone[name].loss, shared=own.measured[0], home=own.loss, steps=own.steps
+            ),
+            own.vector,
+        )
+        for name, own in home.items()
+    ]
 
 
 def _job(

@@ -33,12 +33,12 @@ def compare_answers(config: RunConfig, adapter: Path) -> Answers:
     engine = PROCESS.resident.engine(config.model, state.layout, config.train.token_budget)
     base, number = initial_adapter(state.layout, config.seed), len(prompts)
     answers = engine.generate(
-        [base] * number + [state] * number, prompts * 2, length, as_plain_text=_is_plain_text(config)
+        [base] * number + [state] * number, prompts * 2, length, as_plain_text=is_plain_text(config)
     )
     return Answers(prompts, answers[:number], answers[number:])
 
 
-def _is_plain_text(config: RunConfig) -> bool:
+def is_plain_text(config: RunConfig) -> bool:
     """Return whether the rows of a run are plain text, so that its prompts are to be continued."""
     try:
         rows = [row for client in PROCESS.read_source(config).clients for row in client.train]

@@ -105,6 +105,16 @@ def bare_config(published: PublishedAdapter) -> RunConfig:
     return RunConfig.from_flat({"model.name": f"{name}@{published.revision}" if published.revision else name})
 
 
+def check_new(path: Path, option: str) -> None:
+    """Refuse a file or folder to write that holds something already.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"{option} {path}: holds something already; name a new one")
+
+
 def trained_clients(run: Path) -> list[str]:
     """Return the clients whose held-out losses a run recorded."""
     try:

@@ -1,11 +1,11 @@
-"""The `fedllm` commands about results: study, watch, and on what is left evaluate, audit, distil, compare."""
+"""The `fedllm` commands about results: study, and what a run left, from evaluate to chat."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from scripts.cli_options import Json, Words
+from scripts.cli_options import Base, Json, Words
 
 app = typer.Typer(suggest_commands=False)
 
@@ -66,6 +66,25 @@ def study(
     study_command.study(
         words or [], methods=methods, seeds=seeds, rates=rates, jobs=jobs, out=out, as_json=json
     )
+
+
+@app.command()
+def adapt(
+    target: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    data: Annotated[str, typer.Option(help="Your own rows, in place of those of the run's clients.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the adapters; of a run private/adapted, else adapted.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="At most; the rows held out say how many.")] = 80,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW; that of the run, 0.001 without one.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a shared adapter on with private rows, and say what joining brought next to training alone."""
+    from scripts.commands import adapt_command
+
+    adapt_command.adapt(target, data=data, out=out, steps=steps, learning_rate=learning_rate, as_json=json)
 
 
 @app.command()
@@ -136,6 +155,66 @@ def compare(
     from scripts.commands import compare_command
 
     compare_command.compare(first, second, assert_equal=assert_equal, as_json=json)
+
+
+@app.command()
+def export(
+    target: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    merge: Annotated[Path | None, typer.Option(help="A model folder, as transformers loads it.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="A file for llama.cpp, Ollama, LM Studio.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto | float32 | bfloat16 | float16 | q8_0 (GGUF alone)")
+    ] = "auto",
+    base: Base = "",
+    shard: Annotated[str, typer.Option(help="Largest weight file of --merge.")] = "5GB",
+    json: Json = False,
+) -> None:
+    """Merge an adapter into its base model: a folder that needs no PEFT, or one GGUF file."""
+    from scripts.commands import export_command
+
+    export_command.export(target, merge=merge, gguf=gguf, dtype=dtype, base=base, shard=shard, as_json=json)
+
+
+@app.command()
+def push(
+    target: Annotated[Path, typer.Argument(help="A run, an adapter folder, or a merged model.")],
+    repo: Annotated[str, typer.Argument(help="Of the Hugging Face hub: NAME, or OWNER/NAME.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Only you and whom you let may read it.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Publish an adapter or a merged model on the hub; shows every file first, and sends nothing private."""
+    from scripts.commands import push_command
+
+    push_command.push(target, repo, private=private, yes=yes, as_json=json)
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(help="A run, an adapter folder, or a model.")],
+    base: Base = "",
+    form: Annotated[
+        str, typer.Option("--as", help="auto | chat | text: answer a line, or continue it")
+    ] = "auto",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = always the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 200,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda[:N]")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the draws, at a temperature above 0.")] = 0,
+) -> None:
+    """Talk to base model and adapter side by side; piped lines are answered one by one."""
+    from scripts.commands import chat_command
+
+    chat_command.chat(
+        target,
+        base=base,
+        form=form,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        seed=seed,
+    )
 
 
 @app.command()

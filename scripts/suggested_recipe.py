@@ -23,6 +23,13 @@ class Choice:
     why: str = ""
 
 
+_FEWEST_AT_HOME = 40  # rows of a client in the mean, with which training on alone can gain
+_AT_HOME = (
+    Choice("personal.mode", "finetune", "afterwards each client trains on at home, as long as that helps it"),
+    Choice("personal.steps", 40, "at most"),
+)
+
+
 def choose(found: Survey, source: str, model: str, name: str) -> list[Choice]:
     """Return the keys of a recipe for these rows."""
     limit = next((each for each in LIMITS if _fits(found, each)), LIMITS[-1])
@@ -47,6 +54,7 @@ def choose(found: Survey, source: str, model: str, name: str) -> list[Choice]:
         Choice("train.batch-size", batch),
         Choice("train.learning-rate", 1e-3),
         Choice("train.max-length", limit, told_of_limit(found, limit)),
+        *(_AT_HOME if rows >= _FEWEST_AT_HOME else []),
     ]
 
 

@@ -25,11 +25,12 @@ DESCRIPTION = "fedllm.json"
 
 @dataclass(frozen=True, eq=False)
 class PublishedAdapter:
-    """An adapter as loaded from its folder, with the base model it names."""
+    """An adapter as loaded from its folder, with the base model it names; a private one is one client's."""
 
     state: AdapterState
     base_model: str
     revision: str
+    is_private: bool = False
 
 
 def save_adapter(
@@ -46,7 +47,8 @@ def save_adapter(
     """Write the PEFT folder of `state` in one step; `card` becomes its README.md.
 
     `finish` is called with the folder before it takes its name: it may add files, and where it raises nothing
-    is published.
+    is published. One that is not public is marked, so that no command publishes it, and only this user can
+    open it.
 
     Raises:
         NonFiniteError: the adapter holds NaN or infinite values, which are never published.
@@ -54,7 +56,8 @@ def save_adapter(
     state.checked_finite()
     layout = state.layout
     config = peft_config(layout.rank, layout.alpha, target_modules, base_model=base_model, revision=revision)
-    description = {"base_model": base_model, "revision": revision, "layout": layout.to_dict()}
+    description: dict[str, object] = {"base_model": base_model, "revision": revision}
+    description |= {"layout": layout.to_dict()} | ({} if is_public else {"private": True})
     with complete_folder(folder, is_public=is_public) as building:
         config.save_pretrained(str(building))
         save_tensors(building / WEIGHTS, state)
@@ -87,7 +90,8 @@ def load_adapter(folder: Path) -> PublishedAdapter:
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         state = load_tensors(folder / WEIGHTS, layout_from_dict(description["layout"])).checked_finite()
-        return PublishedAdapter(state, str(description["base_model"]), str(description["revision"]))
+        names = str(description["base_model"]), str(description["revision"])
+        return PublishedAdapter(state, *names, is_private="private" in description)
     except (OSError, ValueError, KeyError, TypeError, FedLLMError) as error:
         what = str(error) if isinstance(error, FedLLMError) else type(error).__name__
         raise IntegrityError(f"{folder}: not an adapter published by fedllm ({what})") from None

@@ -6,7 +6,7 @@ bit where every client has a pass of its own, `token_budget=1`). The plain twin 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from fedllm.adapters.layout import AdapterLayout, AdapterState, with_rank
-from fedllm.engine.generate import Choice, answers, continuations
+from fedllm.engine.generate import Choice, answers, continuations, stream
 from fedllm.engine.jobs import EvaluationJob, Job, Result, is_finite
 from fedllm.engine.layers import attached
 from fedllm.engine.opening import open_passes
@@ -263,6 +263,24 @@ class Engine:
                 batch = [prompts[place] for place in places]
                 found += answers(self.base, batch, max_new_tokens, as_plain_text=as_plain_text)
         return found
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        states: Sequence[AdapterState],
+        beginnings: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        choose: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Generator[dict[int, int], None, None]:
+        """Yield step by step what `states[i]` writes after `beginnings[i]`: tokens by i, until all end.
+
+        `choose` takes logits [B, V] and returns tokens [B].
+        """
+        for places in self._batches(len(beginnings)):
+            with self._whole_rows(self.layout, [states[place].vector for place in places]):
+                batch = [beginnings[place] for place in places]
+                for written in stream(self.base, batch, max_new_tokens, choose):
+                    yield {places[row]: token for row, token in written.items()}
 
     def _batches(self, number: int) -> list[range]:
         """Return which prompts are answered together: all, or one by one where padding could change state."""

@@ -3,7 +3,7 @@
 Tensor suffixes: B row of the batch, t its token, S token that it writes, E end token, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -34,11 +34,10 @@ def answers(
     Under `as_plain_text` a prompt is no user's turn but the beginning of a text, which is continued.
     """
     tokenizer = base.tokenizer
-    texts = list(prompts)
-    if not as_plain_text:
-        texts = [chat_text(tokenizer, [Turn("user", prompt)], prompt_answer=True) for prompt in prompts]
-    special = as_plain_text or not tokenizer.chat_template
-    rows = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+    rows = [
+        text_beginning(base, prompt) if as_plain_text else chat_beginning(base, [Turn("user", prompt)])
+        for prompt in prompts
+    ]
     # Some tokenizers have no padding token; which one it is does not matter, since the mask hides it.
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     inputs_Bt, mask_Bt = left_padded(rows, filler, base.device)
@@ -51,6 +50,43 @@ def answers(
     )
     new_tokens = output[:, inputs_Bt.shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def text_beginning(base: BaseModel, text: str) -> list[int]:
+    """Return the tokens of the beginning of a plain text, which the model continues."""
+    return list(base.tokenizer(text)["input_ids"])
+
+
+def chat_beginning(base: BaseModel, turns: Sequence[Turn]) -> list[int]:
+    """Return the tokens of a conversation that the model answers.
+
+    Raises:
+        DataError: the model's chat template refuses it.
+    """
+    tokenizer = base.tokenizer
+    text = chat_text(tokenizer, turns, prompt_answer=True)
+    return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+
+
+def stream(
+    base: BaseModel,
+    beginnings: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    choose: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[dict[int, int]]:
+    """Yield step by step which token each row writes; rows that have ended are left out.
+
+    As `continuations`, for a person who watches; `choose` takes logits [B, V] and returns tokens [B].
+    """
+    reader, ends = GrowingReader(base, beginnings, max_new_tokens), end_tokens(base)
+    alive, next_B = set(range(len(beginnings))), torch.empty(0)
+    for step in range(max_new_tokens):
+        next_B = choose(reader.next(next_B[:, None]) if step else reader.first())
+        written = {row: token for row, token in enumerate(next_B.tolist()) if row in alive}
+        yield written
+        alive -= {row for row, token in written.items() if token in ends}
+        if not alive:
+            return
 
 
 def continuations(

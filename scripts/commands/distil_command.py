@@ -14,7 +14,7 @@ from fedllm.files import complete_folder
 from fedllm.models.base import load_base
 from fedllm.models.files import quiet_transformers
 from scripts.console import Console, shown_path
-from scripts.finished_run import bare_config, find_adapter
+from scripts.finished_run import bare_config, check_new, find_adapter
 from scripts.students import (
     LAYERS,
     Numbers,
@@ -39,8 +39,7 @@ def distil(teacher: str, *, student: str, text: str, out: Path, numbers: Numbers
         FedLLMError: a model or an adapter cannot be loaded, or training diverged.
     """
     training = numbers.training  # refuses numbers out of range before anything is loaded
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"--out {out}: holds something already; name a new folder")
+    check_new(out, "--out")
     num_layers = _num_layers(student)
     if num_layers and numbers.on_policy:
         raise ConfigError(f"--on-policy corrects a student's adapter, which --student {student} has not")

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clients.adapt import home_folder
+from clients.home_folder import home_folder
 from clients.personal import PERSONAL
 from clients.process import PROCESS
 from clients.state import load_newest
@@ -47,7 +47,7 @@ def own_adapters(run: Column) -> dict[str, AdapterState]:
         return {}
     holder = PROCESS.open(config.to_flat(), node_config_of(config))
     if plan.personal is None:
-        folders = {name: home_folder(holder, name) for name in holder.clients}
+        folders = {name: home_folder(holder.store, name) for name in holder.clients}
         return {name: load_adapter(folder).state for name, folder in folders.items() if folder.is_dir()}
     rank = plan.personal.rank
     kept = {name: load_newest(holder.store, name) for name in holder.clients}

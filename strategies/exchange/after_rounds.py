@@ -61,7 +61,7 @@ def train_on_at_home(session: Session, state: ServerState) -> ServerState:
     *earlier, last = state.records
     last = replace(
         last,
-        at_home=_record(found),
+        at_home=HomeRecord.of(found.values()),
         bytes_down=last.bytes_down + transport.bytes_down - down,
         bytes_up=last.bytes_up + transport.bytes_up - up,
     )
@@ -77,16 +77,6 @@ def _deadline(session: Session, numbers: HomeTraining) -> float:
     round_seconds = number_or(federation.round_deadline, session.transport.usual_deadline("train"))
     rounds = ceil(numbers.most / train.local_steps) * len(session.clients) / session.plan.cohort.size
     return round_seconds * (1 + rounds)
-
-
-def _record(found: dict[str, ClientAtHome]) -> HomeRecord:
-    answers = dict(sorted(found.items()))  # by name, so that a record does not tell who was quick
-    return HomeRecord(
-        alone={name: answer.alone for name, answer in answers.items()},
-        shared={name: answer.shared for name, answer in answers.items()},
-        home={name: answer.home for name, answer in answers.items()},
-        steps={name: answer.steps for name, answer in answers.items()},
-    )
 
 
 def _read(

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from clients import answering, data_holder, handlers, jobs, join, protect, tokens
 from clients.process import Process
 from fedllm.errors import NoDataError
-from fedllm.messages import EVALUATION_METRICS, UPDATE_METRICS
+from fedllm.messages import EVALUATION_METRICS, HOME_METRICS, UPDATE_METRICS
 from fedllm.models.base import load_tokenizer
 from fedllm.models.files import resolve_model
 from fedllm.originality.overlap import OverlapRequest, probe
@@ -34,13 +34,17 @@ CANARY = "kq7Zr0vXw3-ünïcode"
 def ask(write_rows: Callable, make_config: Callable) -> Callable[..., Message]:
     """Return a function (kind, stock) -> the ClientApp's reply to a request for two clients of canaries."""
     file = write_rows(f"{CANARY[:11]}.jsonl", {"anna": 6, "ben": 5}, secret=CANARY)
-    config = make_config(file)
+    at_home = {"personal.mode": "finetune", "personal.steps": 2, "data.held-out-fraction": 0.4}
+    config = make_config(file, **at_home)
     holder = Process().open(config.to_flat(), {"server-paths": True})
     adapter = train_request(holder, "anna").adapter
     ours = {
         "query.join": RecordDict(),
         "train": requests.write_train_request(train_request(holder, "anna", "ben"), requests.Sending()),
         "evaluate": requests.write_evaluate_request(
+            evaluate_request(holder, "anna", "ben"), requests.Sending()
+        ),
+        "query.adapt": requests.write_evaluate_request(
             evaluate_request(holder, "anna", "ben"), requests.Sending()
         ),
         "query.overlap": overlaps.write_overlap_request(
@@ -96,6 +100,7 @@ def test_the_search_finds_what_it_is_meant_to_find(
 ASKED = [
     ("query.join", False),
     ("query.overlap", False),
+    ("query.adapt", False),
     ("train", False),
     ("evaluate", False),
     ("train", True),
@@ -127,6 +132,10 @@ def test_replies_hold_exactly_the_records_and_fields_on_the_list(ask: Callable) 
     assert fields_of(ask("evaluate").content) == {
         "clients": (ConfigRecord, {"ids", "codes"}),
         "metrics": (MetricRecord, set(EVALUATION_METRICS)),
+    }
+    assert fields_of(ask("query.adapt").content) == {
+        "clients": (ConfigRecord, {"ids", "codes"}),
+        "metrics": (MetricRecord, set(HOME_METRICS)),
     }
     assert fields_of(ask("query.join").content) == {
         "clients": (ConfigRecord, {"ids", "fingerprints", "causes"}),

@@ -52,6 +52,10 @@ def test_the_column_of_an_owner_makes_the_clients(start: Callable) -> None:
     assert "secret" not in told
 
 
+def test_clients_of_many_rows_train_on_at_home(start: Callable) -> None:
+    assert [start(letters(number))[1]["personal.mode"] for number in (60, 150)] == ["none", "finetune"]
+
+
 def test_clients_of_few_rows_are_left_out_and_told_of(start: Callable, tmp_path: Path) -> None:
     rows = [*letters(60), *(row | {"office": "late"} for row in letters(3))]
     _, keys = start(rows)
