@@ -68,6 +68,12 @@ def what_it_means(
         if plan.privacy
         else "Privacy: none. What travels and the adapter may reveal training text (privacy.epsilon).",
     ]
+    if plan.at_home is not None:
+        lines.append(
+            f"After the last round each of them trains it on at home, at most {plan.at_home.training.steps}"
+            f" steps, and for comparison alone, at most {plan.at_home.most_alone}."
+            + ("" if plan.at_home.is_reported else " No loss of that leaves.")
+        )
     if plan.distillation is not None:
         lines.append(f"Distillation at the server, {figures['distillation']}.")
     taken = (
