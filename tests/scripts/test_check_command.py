@@ -125,12 +125,18 @@ def test_the_page_says_who_trains_what_and_what_it_costs(page: Callable[..., str
 def test_the_page_says_what_training_at_home_takes(page: Callable[..., str]) -> None:
     keys = {"personal.mode": "finetune", "personal.steps": 9, "federation.num-rounds": 7}
     shown = " ".join(page(**keys).split())
-    assert "trains it on at home, at most 9 steps, and for comparison alone, at most 30." in shown
+    assert "trains the adapter on with its own rows, at most 9 steps" in shown
+    assert "it also trains alone, at most 30 steps, to tell what joining brought." in shown
     assert "No loss of that leaves." in " ".join(page(**keys, **{"privacy.epsilon": 8}).split())
 
 
 def test_the_page_names_the_privacy_of_a_private_run(page: Callable[..., str]) -> None:
     assert "epsilon 8 at delta" in page(**{"privacy.epsilon": 8}).partition("figures")[0]
+
+
+def test_the_page_says_that_clients_train_on_at_home(page: Callable[..., str]) -> None:
+    shown = page(**{"personal.mode": "finetune", "personal.steps": 7})
+    assert "trains the adapter on with its own rows, at most 7 steps" in shown
 
 
 def test_an_earlier_run_in_the_folder_is_named(page: Callable[..., str], tmp_path: Path) -> None:
