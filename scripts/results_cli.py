@@ -19,7 +19,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Files, folders, hub ids of tasks, between commas.")] = "",
     suite: Annotated[str, typer.Option(help="general | keyboard | medical: from the hub, or --tasks.")] = "",
     split: Annotated[str, typer.Option(help="Of hub data sets that --tasks names.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=2, help="Rows of each task at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Rows of each task at most, spread out.")] = None,
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Every client's rows under every adapter, own ones too.")
     ] = False,
