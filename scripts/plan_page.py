@@ -68,6 +68,12 @@ def what_it_means(
         if plan.privacy
         else "Privacy: none. What travels and the adapter may reveal training text (privacy.epsilon).",
     ]
+    if plan.at_home is not None:
+        lines.append(
+            f"After the last round each of them trains the adapter on with its own rows, at most"
+            f" {plan.at_home.training.steps} steps, and keeps the result to itself; it also trains alone, to"
+            " tell what joining brought."
+        )
     if plan.distillation is not None:
         lines.append(f"Distillation at the server, {figures['distillation']}.")
     taken = (

@@ -236,7 +236,9 @@ def _distil_note(state: ServerState) -> str:
     if not steps:
         return ""
     if not kept:
-        return "\nA distillation step at the server did not pass its gate, so it changed nothing."
+        # Only the reasons of a step that has measured losses are made of numbers alone.
+        why = steps[-1].reason if steps[-1].losses else "the step failed"
+        return f"\nThe server did not distil the data holders' adapters back into this one: {why}."
     last, losses = kept[-1]
     return (
         f"\nThe server distilled the data holders' adapters back into this one ({len(kept)} of {len(steps)}"

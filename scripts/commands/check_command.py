@@ -25,6 +25,7 @@ from scripts.console import Console
 from scripts.finished_run import own_rows
 from scripts.plan_page import what_it_costs, what_it_means, what_was_set, who_has_rows
 from scripts.recipe_arguments import request_of
+from strategies.distillation.gate import LEAST_AHEAD
 from strategies.trackers import tracker_names
 
 _MOST_NAMES = 20
@@ -143,7 +144,8 @@ def _distillation(numbers: DistillConfig) -> str:
     when = "after the last round" if numbers.when == "last" else "after every round"
     return (
         f"{when}: at most {numbers.max_teachers} clients teach on {numbers.num_texts} texts of up to"
-        f" {numbers.max_tokens} tokens ({numbers.text}); {numbers.steps} steps of {numbers.batch_size}"
+        f" {numbers.max_tokens} tokens ({numbers.text}); {numbers.steps} steps of {numbers.batch_size};"
+        f" skipped where their ensemble is ahead of the aggregate by {LEAST_AHEAD:g} nats a token or less"
     )
 
 

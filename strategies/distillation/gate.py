@@ -8,19 +8,37 @@ from fedllm.runs.records import DistillationLosses, DistillationRecord, LossChan
 from strategies.exchange.evaluation import HeldOut, evaluate
 from strategies.session import Session
 
+# Nats per token by which the teacher must know held-out text better than the aggregate. Where clients had not
+# moved that far apart no student gained: docs/results/distillation.md.
+LEAST_AHEAD = 0.02
+
+
+def judge_teacher(before: float, ensemble: float, kind: str) -> str:
+    """Return why a teacher has nothing to teach, "" where it has.
+
+    `before` is the aggregate's loss on held-out text of a kind, `ensemble` the teacher's. One that is not a
+    number has nothing to teach.
+    """
+    if before - ensemble > LEAST_AHEAD:
+        return ""
+    return (
+        f"there is nothing to teach: the clients' ensemble is {before - ensemble:.3f} nats a token better"
+        f" than the aggregate on the held-out {kind} text, and no student gains from {LEAST_AHEAD:g} or less"
+    )
+
 
 def judge_losses(losses: DistillationLosses, kind: str) -> tuple[bool, str]:
     """Return whether the losses on held-out text of a kind speak for the distilled adapter, and why.
 
-    The gain must exceed its standard error: a smaller one may be the choice of texts. The teacher must know
-    the texts better than the aggregate, or it has nothing to teach. On texts that the clients' adapters write
-    the loss must not rise: public text may lie where no client is.
+    The gain must exceed its standard error: a smaller one may be the choice of texts. The teacher must have
+    something to teach (`judge_teacher`). On texts that the clients' adapters write the loss must not rise:
+    public text may lie where no client is.
     """
     before, after, own = losses.held_out.before, losses.held_out.after, losses.own
     if not math.isfinite(after):
         return False, "the student diverged; lower distill.learning-rate"
-    if not losses.ensemble < before:  # also where it is not a number
-        return False, f"the teacher knows the held-out {kind} text no better than the aggregate"
+    if reason := judge_teacher(before, losses.ensemble, kind):
+        return False, reason
     if after >= before:
         return False, f"the held-out {kind} loss did not improve"
     error = losses.error or 0.0

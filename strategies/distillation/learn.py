@@ -35,6 +35,11 @@ def student_training(numbers: DistillConfig, seed: int, round_num: int) -> Stude
     )
 
 
+def measure_held_out(engine: Engine, adapter: AdapterState, material: Material) -> Loss:
+    """Return the loss of an adapter on the rows that judge a student."""
+    return measure_loss(engine, adapter, material.held_out, material.held_out_domains)
+
+
 def train_student(
     engine: Engine,
     start: AdapterState,
@@ -42,19 +47,21 @@ def train_student(
     lesson: Lesson,
     training: StudentTraining,
     *,
+    before: Loss,
     base: float,
     with_control: bool,
 ) -> Student:
     """Return the student of a lesson that begins as `start`, with losses on held-out rows.
 
-    A student that diverged is `start` with a loss that is not a number, which the gate refuses. `base` is the
-    base model's loss. The control learns from the same rows as plain text: what teaching must be better than.
+    A student that diverged is `start` with a loss that is not a number, which the gate refuses. `before` is
+    the loss of `start`, `base` the base model's. The control learns from the same rows as plain text: what
+    teaching must be better than.
     """
 
     def measured(adapter: AdapterState) -> Loss:
-        return measure_loss(engine, adapter, material.held_out, material.held_out_domains)
+        return measure_held_out(engine, adapter, material)
 
-    before, after = measured(start), Loss(math.nan, {})
+    after = Loss(math.nan, {})
     adapter, own, error, control, num_tokens = start, None, None, None, 0
     with suppress(NonFiniteError):  # a step that diverged is refused by the gate, and costs no round
         result = distil(engine, start, lesson.targets, training)

@@ -11,10 +11,13 @@ def describe_step(record: DistillationRecord) -> str:
     if losses is None:
         return f"not distilled: {record.reason}; the aggregate stays"
     held_out = losses.held_out
+    # Where nothing was taught the aggregate's loss is that of before and after.
+    is_taught = held_out.after != held_out.before
+    moved = f" ({held_out.before:.3f} to {held_out.after:.3f})" if is_taught else ""
     parts = [
-        f"{'distilled' if record.kept else 'not distilled'}: {record.reason}"
-        f" ({held_out.before:.3f} to {held_out.after:.3f})",
-        f"base model {losses.base:.3f}, ensemble {losses.ensemble:.3f}{describe_gap(losses)}",
+        f"{'distilled' if record.kept else 'not distilled'}: {record.reason}{moved}",
+        f"base model {losses.base:.3f}, ensemble {losses.ensemble:.3f}"
+        f"{describe_gap(losses) if is_taught else ''}",
     ]
     if losses.control is not None:
         parts.append(f"fine-tuning on the same texts {losses.control:.3f}")

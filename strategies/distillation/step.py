@@ -11,14 +11,14 @@ from fedllm.engine.engine import Engine
 from fedllm.models.with_base_delta import with_base_delta
 from fedllm.plan.run_plan import distillation_of
 from fedllm.runs.checkpoint import ServerState
-from fedllm.runs.records import DistillationRecord
-from strategies.distillation.gate import judge_losses
-from strategies.distillation.learn import student_training, train_student
-from strategies.distillation.losses import measure_base
-from strategies.distillation.material import make_material, pass_all
+from fedllm.runs.records import DistillationLosses, DistillationRecord, DistillationTeachers, LossChange
+from strategies.distillation.gate import judge_losses, judge_teacher
+from strategies.distillation.learn import measure_held_out, student_training, train_student
+from strategies.distillation.losses import Loss, measure_base
+from strategies.distillation.material import Material, make_material, pass_all
 from strategies.distillation.originality import text_screen
 from strategies.distillation.synthetic_text import writers_of
-from strategies.distillation.teach import ask_teacher
+from strategies.distillation.teach import Chosen, ask_teacher, choose_teacher
 from strategies.distillation.teachers import ClientAdapter
 from strategies.session import Session
 
@@ -62,8 +62,14 @@ def distil_aggregate(
         material = make_material(plan, session.public_text, writers, screen)
     base = measure_base(engine, material.held_out)  # of the base model as published, without any delta
     with with_base_delta(base_model, before.base_delta):
-        lesson = ask_teacher(engine, plan.numbers, adapters, material, base)
+        chosen = choose_teacher(engine, plan.numbers, adapters, material, base)
     with with_base_delta(base_model, after.base_delta):  # what the aggregate will be used on
+        aggregate = measure_held_out(engine, after.adapter, material)
+    if reason := judge_teacher(aggregate.mean, chosen.loss, material.texts.held_out_kind):
+        return after.adapter, _not_taught(f"{reason}{chosen.note}", material, chosen, aggregate, base)
+    with with_base_delta(base_model, before.base_delta):
+        lesson = ask_teacher(engine, chosen, plan.numbers.top_k, adapters, material)
+    with with_base_delta(base_model, after.base_delta):
         training = student_training(plan.numbers, config.seed, round_num)
         student = train_student(
             engine,
@@ -71,13 +77,14 @@ def distil_aggregate(
             material,
             lesson,
             training,
+            before=aggregate,
             base=base,
             with_control=plan.numbers.control,
         )
     kept, reason = judge_losses(student.losses, material.texts.held_out_kind)
     record = DistillationRecord(
         kept=kept,
-        reason=f"{reason}{lesson.note}",
+        reason=f"{reason}{chosen.note}",
         texts=material.texts,
         teachers=lesson.teachers,
         losses=student.losses,
@@ -85,3 +92,16 @@ def distil_aggregate(
         target_bytes=lesson.targets.num_bytes,
     )
     return student.adapter if kept else after.adapter, record
+
+
+def _not_taught(
+    reason: str, material: Material, chosen: Chosen, aggregate: Loss, base: float
+) -> DistillationRecord:
+    """Return the record of a step that ended before anything was taught: the aggregate's losses stand."""
+    losses = DistillationLosses(
+        base=base, ensemble=chosen.loss, held_out=LossChange(aggregate.mean, aggregate.mean)
+    )
+    teachers = DistillationTeachers(kind=chosen.teacher.kind, number=len(chosen.teacher.adapters))
+    return DistillationRecord(
+        kept=False, reason=reason, texts=material.texts, teachers=teachers, losses=losses
+    )

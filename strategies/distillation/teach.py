@@ -17,26 +17,25 @@ from strategies.distillation.teachers import ClientAdapter, priors_of
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
-    """The teacher's targets for the rows, its own loss on held-out ones, and who taught.
+class Chosen:
+    """The teacher of a step, and its own loss on held-out text.
 
-    `note` says why another teacher than the chosen one taught; "" where none did.
+    `note` says why it is another than the configured one; "" where it is that one.
     """
 
-    targets: Targets
-    ensemble: float
-    teachers: DistillationTeachers
+    teacher: Teacher
+    loss: float
     note: str
 
 
-def ask_teacher(
+def choose_teacher(
     engine: Engine,
     numbers: DistillConfig,
     adapters: Sequence[ClientAdapter],
     material: Material,
     base: float,
-) -> Lesson:
-    """Return what the chosen teacher says of the material.
+) -> Chosen:
+    """Return the teacher that knows held-out text.
 
     Posterior weights on text that no client models are noise that looks certain. So where the mixture's loss
     on held-out public text is above the base model's (`base`), the uniform teacher takes its place.
@@ -49,23 +48,39 @@ def ask_teacher(
         kind=kind,
         temper=temper,
     )
-    ensemble, note = teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss, ""
+    loss = teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss
     is_public = material.texts.held_out_kind == PUBLIC
     # `not <=`: a loss that is not a number counts as worse.
-    if teacher.kind == "posterior" and is_public and not ensemble <= base:
-        note = (
-            f" (the public text is in no client's support: posterior {ensemble:.3f} is worse than the base"
-            f" model's {base:.3f}, so all clients weighed alike)"
-        )
-        teacher = replace(teacher, kind="uniform")
-        ensemble = teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss
-    targets = teach(engine, teacher, material.rows, top_k=numbers.top_k)
+    if teacher.kind != "posterior" or not is_public or loss <= base:
+        return Chosen(teacher, loss, "")
+    note = (
+        f" (the public text is in no client's support: posterior {loss:.3f} is worse than the base"
+        f" model's {base:.3f}, so all clients weighed alike)"
+    )
+    teacher = replace(teacher, kind="uniform")
+    return Chosen(teacher, teach(engine, teacher, material.held_out, top_k=numbers.top_k).loss, note)
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """The teacher's targets for the rows, its own loss on held-out ones, and who taught."""
+
+    targets: Targets
+    ensemble: float
+    teachers: DistillationTeachers
+
+
+def ask_teacher(
+    engine: Engine, chosen: Chosen, top_k: int, adapters: Sequence[ClientAdapter], material: Material
+) -> Lesson:
+    """Return what the chosen teacher says of the rows to distil on."""
+    targets = teach(engine, chosen.teacher, material.rows, top_k=top_k)
     names = [adapter.client_id for adapter in adapters]
     weights = _mean_weights(targets.weights_NK, names, material)
     teachers = DistillationTeachers(
-        kind=teacher.kind, number=len(adapters), entropy=targets.entropy, weights=weights
+        kind=chosen.teacher.kind, number=len(adapters), entropy=targets.entropy, weights=weights
     )
-    return Lesson(targets, ensemble, teachers, note)
+    return Lesson(targets, chosen.loss, teachers)
 
 
 def _mean_weights(

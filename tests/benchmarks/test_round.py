@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from clients import protect as protecting
 from fedllm.config.run_config import RunConfig
@@ -16,7 +17,15 @@ from scripts.benchmarks import round
 from scripts.benchmarks.memory import peak_rss
 from scripts.benchmarks.models import save_tiny_model, write_rows
 from scripts.benchmarks.processes import Change, ProcessTree, Sample, Watched
-from scripts.benchmarks.round import memory_per_client, part_figures
+from scripts.benchmarks.round import (
+    BARE,
+    LOCAL,
+    SIMULATION,
+    compared_figures,
+    memory_per_client,
+    part_figures,
+    show_runtimes,
+)
 from scripts.benchmarks.round_worker import (
     PARTS,
     RoundEnd,
@@ -86,6 +95,18 @@ def test_the_parts_of_a_round_add_up_to_less_than_the_round(traces):
     figures = part_figures([run])
     assert set(figures) == {*PARTS, "other"}
     assert figures["other"] > 0
+
+
+def test_runtimes_are_compared_with_the_bare_loop(config, traces):
+    began = min(trace.ends[0].time for trace in traces.values()) - 1
+    bare, local = (Run(began, trace.ends[-1].time, trace) for trace in (traces["bare"], traces["local"]))
+    found = compared_figures(config, [{BARE: bare, LOCAL: local, SIMULATION: local}])
+    assert found["runtimes"][BARE]["wall_ratio"] == spread([1.0])
+    assert found["runtimes"][LOCAL]["wall_ratio"].median == pytest.approx(
+        sum(local.periods) / sum(bare.periods)
+    )
+    assert found["simulation_beyond_local_s"] == 0
+    show_runtimes(Console(quiet=True), found)
 
 
 def test_timing_leaves_the_functions_as_they_were():
@@ -205,14 +226,14 @@ def test_memory_grows_by_adapters_per_client():
 
 
 @pytest.mark.slow
-def test_the_benchmark_prints_one_object(capsys, tmp_path):
+@pytest.mark.parametrize("part", ["cohorts", pytest.param("both", marks=pytest.mark.soak)])
+def test_the_benchmark_prints_one_object(part, capsys, tmp_path):
     kept = tmp_path / "figures.json"
-    round.main(round.Options(quick=True, json=True, clients=2, rounds=3, sizes="2", output=kept))
+    round.main(round.Options(quick=True, json=True, part=part, clients=2, rounds=3, sizes="2", output=kept))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(kept.read_text())
     assert set(result) == {"name", "figures", "goals"}
-    runtimes = result["figures"]["runtimes"]["runtimes"]
-    assert set(runtimes) == {"bare loop", "local", "simulation"}
-    assert runtimes["bare loop"]["wall_ratio"] == {"min": 1.0, "median": 1.0, "max": 1.0}
     assert set(result["figures"]["cohorts"]) == {"svd, 2 clients"}
     assert result["goals"]["clients_in_a_round"]["met"] is True
+    if part == "both":
+        assert set(result["figures"]["runtimes"]["runtimes"]) == {BARE, LOCAL, SIMULATION}

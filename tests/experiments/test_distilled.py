@@ -107,7 +107,7 @@ def test_the_published_figures_are_those_of_todays_rule() -> None:
 
 
 def test_a_text_that_cannot_be_used_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def variants(last: Any, holder: Any, config: RunConfig, rates: Sequence[float]) -> Figures:
+    def variants(last: Any, holder: Any, config: RunConfig, rates: Sequence[float], teachers: Any) -> Figures:
         if config.distill.text == "bad":
             raise NoDataError("no text is left")
         return {"rates": rates}

@@ -126,6 +126,11 @@ def test_the_page_names_the_privacy_of_a_private_run(page: Callable[..., str]) -
     assert "epsilon 8 at delta" in page(**{"privacy.epsilon": 8}).partition("figures")[0]
 
 
+def test_the_page_says_that_clients_train_on_at_home(page: Callable[..., str]) -> None:
+    shown = page(**{"personal.mode": "finetune", "personal.steps": 7})
+    assert "trains the adapter on with its own rows, at most 7 steps" in shown
+
+
 def test_an_earlier_run_in_the_folder_is_named(page: Callable[..., str], tmp_path: Path) -> None:
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)

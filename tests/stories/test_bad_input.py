@@ -6,8 +6,12 @@ import sys
 
 import pytest
 
+from clients.client_app import app
 from fedllm.data.partition import load_partition
 from scripts import cli
+from scripts.recipe_arguments import config_of
+from scripts.runtimes.local import local_grid
+from strategies.run import run_federation
 
 SECRET = "patient Zebedee has gout"
 
@@ -159,8 +163,9 @@ def test_not_an_adapter(fail, tmp_path):
     assert "neither a run with a complete round nor an adapter folder" in fail("evaluate", str(tmp_path))
 
 
-def test_flipped_bit_in_the_adapter_is_refused(fail, tmp_path, tiny_run, fedllm):
-    fedllm("run", *tiny_run, "run.name=flip", "federation.num-rounds=1", "--out", str(tmp_path))
+def test_flipped_bit_in_the_adapter_is_refused(fail, tmp_path, tiny_run):
+    config = config_of([*tiny_run, "run.name=flip", "federation.num-rounds=1", f"run.output={tmp_path}"])
+    run_federation(config, local_grid(config, app))
     weights = tmp_path / "flip" / "adapter" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1

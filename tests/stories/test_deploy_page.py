@@ -36,7 +36,7 @@ LEFT_OUT = {
     "nginx": "its configuration is not that of this machine; it is run with the page's own",
 }
 SMALL: Mapping[str, dict[str, Any]] = {
-    "federation": {"num-rounds": 2},
+    "federation": {"num-rounds": 1},
     "lora": {"rank": 4, "alpha": 8.0},
     "train": {"local-steps": 2, "batch-size": 2, "max-length": 48, "learning-rate": 1e-3},
     "evaluation": {"prompts": "", "max-new-tokens": 0},

@@ -24,32 +24,19 @@ def _rounds(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_sigkill_in_a_round_then_resume_gives_the_same_bytes(tiny_run, fedllm, tmp_path):
-    words = [*tiny_run, "federation.num-rounds=3", "train.local-steps=60", "--out", str(tmp_path)]
-    fedllm("run", *words, "run.name=whole")
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [FEDLLM, "run", *words, "run.name=killed"],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    ends = time.monotonic() + 600
-    while 1 not in _rounds(killed) and time.monotonic() < ends and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(0.3)  # into round 2
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
-    assert _rounds(killed) in ([0, 1], [0, 1, 2])  # as fast as this machine is
+    words, killed = [*tiny_run, "--out", str(tmp_path)], tmp_path / "killed"
+    process = _started([*words, "run.name=killed", "federation.num-rounds=500"], tmp_path)
+    _wait_for_round(1, killed, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert not (killed / "adapter").exists()
 
-    refused = fedllm("run", *words, "run.name=killed", check=False)
-    assert refused.returncode == 2
-    assert "--resume" in refused.stderr
-
+    rounds = _rounds(killed)[-1] + 2  # it got as far as this machine is fast
+    words.append(f"federation.num-rounds={rounds}")
     fedllm("run", *words, "run.name=killed", "--resume")
-    assert _rounds(killed) == [0, 1, 2, 3]
+    fedllm("run", *words, "run.name=whole")
+    assert _rounds(killed) == list(range(rounds + 1))
     for name in ("adapter_model.safetensors", "fedllm.json"):
         assert (killed / "adapter" / name).read_bytes() == (
             tmp_path / "whole" / "adapter" / name
@@ -58,14 +45,13 @@ def test_sigkill_in_a_round_then_resume_gives_the_same_bytes(tiny_run, fedllm, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_complete_rounds_and_one_line(sign, code, tiny_run, fedllm, tmp_path):
+def test_ctrl_c_leaves_complete_rounds_and_one_line(tiny_run, fedllm, tmp_path):
     words = [*tiny_run, "federation.num-rounds=500", "--out", str(tmp_path), "run.name=stopped"]
     process = _started(words, tmp_path)
     _wait_for_round(1, tmp_path / "stopped", process)
-    process.send_signal(sign)
+    process.send_signal(signal.SIGINT)
     _, error = process.communicate()
-    assert process.returncode == code
+    assert process.returncode == 130
     (line,) = error.strip().splitlines()
     number = newest_round(tmp_path / "stopped" / "checkpoints")
     assert line.startswith(f"fedllm: stopped; round {number} is saved; go on with: ")
@@ -87,8 +73,9 @@ def test_all_processes_of_a_run_end_with_it(sign, runtime, tiny_run, tmp_path):
         time.sleep(0.02)
     assert len(_processes(tmp_path)) > 3
     process.send_signal(sign)
-    process.communicate()
+    _, error = process.communicate()
     assert process.returncode == (143 if sign == signal.SIGTERM else -sign)
+    assert sign == signal.SIGKILL or error.startswith("fedllm: stopped; "), error
     ends = time.monotonic() + 600
     while living := _processes(tmp_path):
         assert time.monotonic() < ends, living

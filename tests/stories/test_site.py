@@ -80,7 +80,7 @@ def site(make_model_folder: Callable[..., Path]) -> Iterator[Started]:
     model = shutil.copytree(make_model_folder(), folder / "model")
     users = {"user": OWNER, "node-user": MESSENGER} if python else {}
     own = {"model-path": str(model), "server-paths": False}
-    words = ["quickstart.toml", f"model.name={model}", "federation.num-clients=2", "federation.num-rounds=2"]
+    words = ["quickstart.toml", f"model.name={model}", "federation.num-clients=2", "federation.num-rounds=1"]
     words += ["federation.join-deadline=300", "model.device=cpu", "lora.rank=2", "train.local-steps=2"]
     words += ["evaluation.prompts=", "distill.when=never", f"run.output={folder / 'runs'}"]
     try:

@@ -1,6 +1,6 @@
 """A federation's last round, with its clients' adapters at hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedllm.adapters.layout import AdapterState
 from fedllm.config.run_config import RunConfig
@@ -45,6 +45,8 @@ def last_round(config: RunConfig) -> Round:
     for answer in answers:
         if isinstance(answer, ClientUpdate):
             teachers.add(answer)
-    after, record = aggregate(session, before, plan, answers)
+    # The run's own step would put a student in the aggregate's place, and use up the query of the round.
+    plain = replace(session, plan=replace(session.plan, distillation=None))
+    after, record = aggregate(plain, before, plan, answers)
     clients = teachers.without(record.aggregation.silenced)
     return Round(session, open_engine(session), after.adapter, clients)

@@ -6,6 +6,10 @@ each text: public text like the clients' own, like that of three of them, unlike
 
     python -m scripts.experiments distillation --quick --json
     python -m scripts.experiments distillation --data FOLDER --output docs/results/distillation.json
+    python -m scripts.experiments distillation --shapes 1x50,1x100,1x200,3x50 --data FOLDER
+
+With --shapes the rounds and local steps of a run are varied instead: is the ensemble ahead where clients
+train long between rounds, does a student keep that, and what do many rounds of few steps reach?
 
 Losses are on rows that the clients hold out. The learning rate of a student is chosen on the texts its gate
 looks at, never on those. A gap is closed by 1 where a student is as good as the posterior ensemble itself.
@@ -26,6 +30,13 @@ from fedllm.originality.duplicates import contaminated
 from scripts.experiments.controls import pooled
 from scripts.experiments.corpus import Corpus, Row, write_rows
 from scripts.experiments.distillation.run import distilled
+from scripts.experiments.distillation.shapes import (
+    curve,
+    parse_shapes,
+    shapes_goals,
+    shapes_study,
+    shapes_table,
+)
 from scripts.experiments.distillation.tables import draw_gaps, losses_table, summary
 from scripts.experiments.options import (
     ONE_THREAD,
@@ -40,7 +51,7 @@ from scripts.experiments.small_model import Recipe
 from scripts.reports import Goal, publish
 from scripts.studies.trials import Figures, Kinds, RunTrials, Trial
 
-KINDS: Kinds = {"distilled": distilled, "pooled": pooled}
+KINDS: Kinds = {"distilled": distilled, "pooled": pooled, "curve": curve}
 UNLIKE = "shakespeare.train.jsonl"
 PUBLIC_EVERY = 4  # of the rows of a domain one in so many is public
 GOAL_GAP = 0.35  # of the aggregate-to-ensemble gap, with synthetic text alone
@@ -101,6 +112,13 @@ SMOLLM2 = Size(
     seeds=(1,),
     rates=(2e-4, 6e-4),
 )
+# Clients train longer here, on more rows, and hold more out, so that small differences can be told.
+SMOLLM2_SHAPES = Size(
+    flat=_flat(1, 50, 1e-3, 160, 16, 96, 48, 4, distill__max_tokens=96),
+    rows_of_domain=280,
+    seeds=(1,),
+    rates=(3e-4,),
+)
 
 
 def part_public(corpus: Corpus) -> tuple[Corpus, Corpus]:
@@ -142,10 +160,15 @@ def texts_of(public: Corpus, folder: Path, data: Path) -> dict[str, str]:
     return texts
 
 
+def taught_with(size: Size, texts: dict[str, str]) -> dict[str, Scalar]:
+    """Return the options of a trial that teaches: its texts and the rates of its students."""
+    named = {f"text:{name}": text for name, text in texts.items()}
+    return {**named, "rates": ",".join(f"{rate:g}" for rate in size.rates)}
+
+
 def study(size: Size, texts: dict[str, str], do: RunTrials, console: Console) -> Figures:
     """Do every trial, print the table and return the figures."""
-    options: dict[str, Scalar] = {f"text:{name}": text for name, text in texts.items()}
-    options["rates"] = ",".join(f"{rate:g}" for rate in size.rates)
+    options = taught_with(size, texts)
     trials = [
         Trial("distillation", kind, {"kind": kind, "seed": seed}, {"seed": seed}, options if taught else {})
         for seed in size.seeds
@@ -179,15 +202,19 @@ def goals_of(figures: Figures) -> dict[str, Goal]:
 class Options(ExperimentOptions):
     """What can be asked for."""
 
-    one_shot: Annotated[bool, typer.Option("--one-shot", help="All local steps in one round.")] = False
+    shapes: Annotated[str, typer.Option(help="ROUNDSxSTEPS,... of runs to compare, as 1x50,3x50.")] = ""
+    few: Annotated[int, typer.Option(min=1, help="Steps of a round where rounds are many.")] = 10
+    seeds: Annotated[int, typer.Option(min=0, help="How many; 0 = as many as the size has.")] = 0
     texts: Annotated[str, typer.Option(help="These choices of text only, separated by commas.")] = ""
+    device: Annotated[str, typer.Option(help="Where it computes: cpu or cuda.")] = "cpu"
 
 
-def one_shot(size: Size) -> Size:
-    """Return the size with the local steps of all rounds in one: clients move furthest apart."""
-    numbers = size.flat
-    steps = int(numbers["federation.num-rounds"]) * int(numbers["train.local-steps"])
-    return replace(size, flat={**numbers, "federation.num-rounds": 1, "train.local-steps": steps})
+def asked_size(options: Options) -> Size:
+    """Return the size that the options ask for, with their seeds, on their device."""
+    embedded = SMOLLM2_SHAPES if options.shapes else SMOLLM2
+    size = size_of(options, full=FULL, quick=QUICK, embedded=embedded)
+    seeds = tuple(range(1, options.seeds + 1)) or size.seeds
+    return replace(size, flat={**size.flat, "model.device": options.device}, seeds=seeds)
 
 
 def chosen(texts: dict[str, str], names: str) -> dict[str, str]:
@@ -206,13 +233,17 @@ def chosen(texts: dict[str, str], names: str) -> dict[str, str]:
 def main(options: Options) -> None:
     """Do the experiment, print and keep its figures."""
     console = open_console(options)
-    size = size_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
-    size = one_shot(size) if options.one_shot else size
+    shapes, size = parse_shapes(options.shapes), asked_size(options)
     private, public = part_public(text_of(options, size, console))
     texts = chosen(texts_of(public, work_folder(options, "distillation"), options.data), options.texts)
     with open_runner(options, "distillation", size, private, KINDS, console) as (runner, shared):
-        figures = study(size, texts, runner, console)
-    if options.plot:
+        if shapes:
+            figures = shapes_study(shapes, options.few, size.seeds, taught_with(size, texts), runner)
+            console.print("\n", shapes_table(figures))
+        else:
+            figures = study(size, texts, runner, console)
+    if options.plot and not shapes:
         draw_gaps(figures, options.plot / "distillation.svg")
     settings = {"quick": options.quick, "flat": size.flat, "seeds": size.seeds, "rates": size.rates}
-    publish(options, "distillation", {**shared, "settings": settings, **figures}, goals_of(figures))
+    goals = shapes_goals(figures) if shapes else goals_of(figures)
+    publish(options, "distillation", {**shared, "settings": settings, **figures}, goals)

@@ -33,9 +33,10 @@ TUNED = "tuned on the text"  # the control: the same rows as plain text
 def distilled(trial: Trial, setting: Setting) -> Figures:
     """Return every variant's held-out losses on the clients' rows, and what the gate said of it.
 
-    The options name the texts ("text:NAME" -> `distill.text`) and the students' learning rates ("rates",
-    separated by commas): each variant takes the rate with the least loss on the texts its gate looks at.
-    A text that cannot be used is left out, with the reason under "lost".
+    The options name the texts ("text:NAME" -> `distill.text`), the students' learning rates ("rates",
+    separated by commas) and the teachers ("teachers", likewise; all where there are none). Each variant
+    takes the rate with the least loss on the texts its gate looks at. A text that cannot be used is left
+    out, with the reason under "lost".
     """
     config = setting.config(trial)
     last = last_round(config)
@@ -44,7 +45,7 @@ def distilled(trial: Trial, setting: Setting) -> Figures:
     figures: Figures = {
         "base": asdict(_on_clients(holder, nothing)),
         "aggregate": asdict(_on_clients(holder, last.aggregate)),
-        "ensembles": {kind: asdict(_ensemble(last, holder, kind)) for kind in TEACHERS},
+        "ensembles": {kind: asdict(_ensemble(last, holder, kind)) for kind in teachers_of(trial.options)},
     }
     return {**figures, **on_texts(last, holder, config, trial.options)}
 
@@ -56,6 +57,11 @@ class Losses:
     mean: float
     worst: float
     clients: Mapping[str, float]
+
+
+def teachers_of(options: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """Return the kinds of teachers that the options of a trial name, all where they name none."""
+    return tuple(str(options["teachers"]).split(",")) if "teachers" in options else TEACHERS
 
 
 def _losses(clients: Mapping[str, float]) -> Losses:
@@ -84,13 +90,16 @@ def on_texts(last: Round, holder: DataHolder, config: RunConfig, options: Mappin
         if kind != "text":
             continue
         try:
-            texts[name] = variants_of(last, holder, config.override({"distill.text": text}), rates)
+            changed = config.override({"distill.text": text})
+            texts[name] = variants_of(last, holder, changed, rates, teachers_of(options))
         except FedLLMError as error:
             lost[name] = str(error)
     return {"texts": texts, "lost": lost}
 
 
-def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Sequence[float]) -> Figures:
+def variants_of(
+    last: Round, holder: DataHolder, config: RunConfig, rates: Sequence[float], teachers: Sequence[str]
+) -> Figures:
     """Return what every teacher, and the control, makes of the aggregate with one choice of text."""
     material = material_of(last, config)
 
@@ -109,7 +118,7 @@ def variants_of(last: Round, holder: DataHolder, config: RunConfig, rates: Seque
         "gate_base": measure_base(last.engine, material.held_out),
         "gate_before": before.mean,
     }
-    for name in (*TEACHERS, TUNED):
+    for name in (*teachers, TUNED):
         gate_ensemble, targets = None, None
         if name != TUNED:
             teacher, top_k = last.teacher(name), config.distill.top_k

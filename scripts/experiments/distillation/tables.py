@@ -91,7 +91,11 @@ def student_of(seed: Figures, text: str, name: str) -> Figures:
 
 def is_kept(seed: Figures, text: str, name: str) -> bool:
     """Return whether the gate keeps that student, as the product's would."""
-    found, cell = seed["texts"][text], student_of(seed, text, name)
+    return judge(seed["texts"][text], student_of(seed, text, name))
+
+
+def judge(found: Figures, cell: Figures) -> bool:
+    """Return the verdict of the product's gate on a student, `cell`, of the text `found`."""
     after = math.nan if cell["gate_after"] is None else cell["gate_after"]
     losses = DistillationLosses(
         base=found["gate_base"],

@@ -129,13 +129,18 @@ def test_other_teachers_teach_as_they_are_named(teacher: str, trained: Callable,
     assert step.losses.ensemble > 0
 
 
-def test_one_teacher_that_is_the_aggregate_closes_no_gap(trained: Callable, public_file: str) -> None:
-    """The student starts where its only teacher stands: there is nothing to learn."""
+def test_a_teacher_that_is_the_aggregate_teaches_nothing(trained: Callable, public_file: str) -> None:
     session, before, after, _ = trained()
     alone = (ClientAdapter("anna", 1.0, after.adapter.vector),)
-    _, step = try_step(with_public(session, public_file), before, after, alone)
+    adapter, step = try_step(with_public(session, public_file), before, after, alone)
+    assert adapter is after.adapter
     assert step.losses.ensemble == pytest.approx(step.losses.held_out.before, abs=1e-4)
-    assert step.losses.held_out.after == pytest.approx(step.losses.held_out.before, abs=0.05)
+    assert step.losses.held_out.after == step.losses.held_out.before
+    assert (step.kept, step.num_tokens, step.target_bytes) == (False, 0, 0)
+    assert describe_step(step).startswith(
+        "not distilled: there is nothing to teach: the clients' ensemble is "
+    )
+    assert " (" not in describe_step(step), "no change of a loss is told"
 
 
 def test_with_public_text_the_clients_own_is_measured_too(trained: Callable, public_file: str) -> None:
