@@ -2,8 +2,8 @@
 
 As Flower has them, but for two things. A SuperNode asks for its next message sooner: Flower waits three
 seconds between two questions, which a round of two messages would spend several times. And it drops a message
-whose run ends while it is fetched: Flower keeps it and, once it is answered, pushes that answer in place of the
-one to the next run's first question, for which the server then waits.
+whose run ends while it is fetched: Flower keeps it and, once it is answered, pushes that answer in place of
+the one to the next run's first question, for which the server then waits.
 """
 
 import sys
@@ -41,7 +41,7 @@ def fetch_message(
     confirm_message_received: Callable[..., None],
     **others: Any,
 ) -> int | None:
-    """Return the run of the message that Flower's `fetch` has stored, None where none was or its run has ended.
+    """Return the run of the message that Flower's `fetch` stored, None where none was or its run has ended.
 
     After any error but the one that says so Flower removes what it has stored of a message.
     """
