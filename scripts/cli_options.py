@@ -4,11 +4,23 @@ from typing import Annotated
 
 import typer
 
+
+def complete_word(incomplete: str) -> list[str]:
+    """Return the shipped recipes and the keys that begin with what was typed, for a shell's completion."""
+    from fedllm.config.run_config import KEYS
+    from scripts.recipe_arguments import shipped_recipes
+
+    return [
+        word for word in (*shipped_recipes(), *(f"{key}=" for key in KEYS)) if word.startswith(incomplete)
+    ]
+
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [key=value ...]",
         help="A recipe: a .toml or .yaml file, or a name of `fedllm recipes` (none = quickstart); overrides.",
+        autocompletion=complete_word,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]

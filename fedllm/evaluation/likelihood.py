@@ -18,6 +18,7 @@ from fedllm.data.fields import Example
 from fedllm.engine.engine import Engine
 from fedllm.engine.flat_row import shared_prefix
 from fedllm.engine.passes import MAX_ADAPTERS, Item, packed
+from fedllm.errors import NoDataError
 from fedllm.evaluation import task as tasks
 from fedllm.evaluation.task import Ratio, Scores, share
 from fedllm.models.base import BaseModel
@@ -61,10 +62,17 @@ def measure_texts(engine: Engine, adapters: Sequence[torch.Tensor], task: tasks.
 
     Of a conversation the answers count, as in training; of a plain text every token, the first predicted
     from the token that begins texts, in windows where it is longer than the model's context.
+
+    Raises:
+        NoDataError: fewer than two items have a token to predict.
     """
     base = engine.base
     groups = [text_rows(base, item.prompt) for item in task.items]
     used = [place for place, rows in enumerate(groups) if rows]
+    if len(used) < 2:
+        raise NoDataError(
+            f"task {task.name}: the answers are beyond the model's context; shorten its prompts"
+        )
     num_bytes = [len(task.items[place].prompt.text.encode()) for place in used]
     found = []
     for scored in score_rows(engine, adapters, [groups[place] for place in used]):

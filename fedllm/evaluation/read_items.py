@@ -32,6 +32,7 @@ def make_task(name: str, rows: Sequence[Mapping[str, Any]]) -> Task:
         DataError: their columns are of no known form, or a row lacks what the others have.
         NoDataError: there are fewer than two rows, of which nothing can be said.
     """
+    rows = [row for row in rows if not _is_empty_text(row)]
     if len(rows) < 2:
         raise NoDataError(f"task {name}: {len(rows)} rows; two are the fewest of which anything can be said")
     if _has_choices(rows[0]):
@@ -43,9 +44,7 @@ def make_task(name: str, rows: Sequence[Mapping[str, Any]]) -> Task:
         raise DataError(
             f"task {name}: {what}; expected question, choices and answer, or a form that clients train on"
         ) from None
-    # Some sets of texts have an empty row between paragraphs.
-    filled = [row for row in rows if not fields.text or str(row.get(fields.text) or "").strip()]
-    examples = _each(name, filled, lambda row: to_example(row, fields))
+    examples = _each(name, rows, lambda row: to_example(row, fields))
     asked = [example for example in examples if len(example.turns) > 1]
     if len(asked) < len(examples):
         return Task(name, "text", tuple(Item(example) for example in examples))
@@ -60,6 +59,11 @@ def make_task(name: str, rows: Sequence[Mapping[str, Any]]) -> Task:
         items = (Item(p, tuple(labels), right) for p, right in zip(prompts, rights, strict=True))
         return Task(name, "choice", tuple(items))
     return Task(name, "text", tuple(Item(example) for example in examples))
+
+
+def _is_empty_text(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is an empty line between paragraphs, as sets of plain text have."""
+    return set(row) == {"text"} and not str(row["text"] or "").strip()
 
 
 def _each(name: str, rows: Sequence[Mapping[str, Any]], make: Any) -> list[Any]:

@@ -50,7 +50,8 @@ def named_tasks(names: str, *, split: str = "test", limit: int | None = None) ->
     """Return the tasks of files, folders and hub ids that `names` has between commas.
 
     Each file is a task by its own name. Of a hub data set the rows of `split` count; its id may have a commit
-    and a configuration, as in ID@COMMIT:CONFIGURATION. `limit` rows of each task are taken at most.
+    and a configuration, as in ID@COMMIT:CONFIGURATION. `limit` rows of each task are taken at most, spread
+    over it evenly.
 
     Raises:
         ConfigError: two tasks have one name.
@@ -101,5 +102,7 @@ def _read(sources: Sequence[Source], limit: int | None) -> list[Task]:
                 raise
             advice = "to work without the hub, save its rows as JSON lines and name the folder by --tasks"
             raise DataError(f"task {source.name}: {error}; {advice}") from None
-        tasks.append(make_task(source.name, rows[:limit]))
+        most = min(len(rows), limit or len(rows))
+        # Spread over the whole: many sets are sorted by subject.
+        tasks.append(make_task(source.name, [rows[place * len(rows) // most] for place in range(most)]))
     return tasks

@@ -13,6 +13,7 @@ runs/NAME/privacy.json      what may be said of its privacy, under a privacy pla
 runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters; in
                             server/ the noise secret and the ledger of a private run
 runs/NAME/audit.json        what attacks found, written by `fedllm audit` (docs/audit.md); not for publication
+runs/NAME/evaluation.json   what `fedllm evaluate` found (docs/evaluation.md)
 runs/NAME/result.json       held-out loss and answers before and after, and how the run ended
 """
 

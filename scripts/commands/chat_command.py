@@ -73,6 +73,7 @@ class Conversation:
                     tokens[place].append(token)
                 texts = [base.tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
                 yield [text.rstrip(_MARK) for text in texts]
+        yield texts
         for voice, text in zip(self.voices, texts, strict=True):
             voice.turns += [said, Turn("assistant", text.strip())]
 

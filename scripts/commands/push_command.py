@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from fedllm.adapters.folder import DESCRIPTION, WEIGHTS
 from fedllm.errors import ConfigError, FedLLMError
@@ -56,7 +56,7 @@ def push(target: Path, repo: str, *, private: bool, yes: bool, as_json: bool) ->
             allow_patterns=[file.name for file in files],
             commit_message="Upload by fedllm",
         )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (HTTPError, HFValidationError, OSError, ValueError) as error:
         raise FedLLMError(f"the hub did not take it: {type(error).__name__}: {first_line(error)}") from None
     if as_json:
         print(json.dumps({"url": done.commit_url, "bytes": total, "files": [file.name for file in files]}))

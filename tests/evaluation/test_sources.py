@@ -29,6 +29,13 @@ def test_each_file_of_a_folder_is_a_task(folder: Path) -> None:
     ]
 
 
+def test_a_limit_spreads_over_a_file_sorted_by_subject(tmp_path: Path) -> None:
+    rows = [{**ROW, "question": f"{place}"} for place in range(9)]
+    (tmp_path / "sorted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = named_tasks(str(tmp_path), limit=3)
+    assert [item.prompt.text[len("Question: ")] for item in task.items] == ["0", "3", "6"]
+
+
 def test_two_tasks_of_one_name_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="two tasks are called piqa"):
         named_tasks(f"{folder},{folder / 'piqa.jsonl'}")

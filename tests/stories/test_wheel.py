@@ -84,8 +84,17 @@ def test_wheel_plans_a_run_next_to_the_users_packages(
     assert "4 clients" in told
 
 
-def test_wheel_completes_commands_in_a_shell(installed: Path, elsewhere: Path) -> None:
-    asked = {"_FEDLLM_COMPLETE": "complete_bash", "COMP_WORDS": "fedllm ev", "COMP_CWORD": "1"}
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("fedllm ev", "evaluate"),
+        ("fedllm run key", "keyboard"),
+        ("fedllm run train.local", "train.local-steps="),
+    ],
+)
+def test_wheel_completes_words_in_a_shell(typed: str, offered: str, installed: Path, elsewhere: Path) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    asked = {"_FEDLLM_COMPLETE": "complete_bash", **words}
     done = subprocess.run(
         [str(installed / "fedllm")],
         cwd=elsewhere,
@@ -94,4 +103,4 @@ def test_wheel_completes_commands_in_a_shell(installed: Path, elsewhere: Path) -
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["evaluate"]
+    assert done.stdout.split() == [offered]
