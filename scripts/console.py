@@ -73,6 +73,7 @@ class Console:
         if "stopped" in result:
             self.paragraph(f"stopped after round {result['rounds']}: {result['stopped']}", indent=0)
         self.line(f"\nadapter: {shown}/adapter\ncard:    {shown}/adapter/README.md (results, how to load it)")
+        self.line(f"report:  {shown}/report.html (fedllm report {shown} --open)")
         self.line(f"next:    fedllm evaluate {shown}")
         for line in result.get("warnings", ()):
             self.paragraph(f"warning: {line}", indent=0)

@@ -226,3 +226,15 @@ def watch(
     from scripts.commands import watch_command
 
     watch_command.watch(folder, as_json=json)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder or a study folder.")],
+    other: Annotated[Path | None, typer.Argument(help="Another run, to compare with.")] = None,
+    is_opened: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+) -> None:
+    """Write report.html: curves, losses by data holder, answers, costs, privacy; needs only a browser."""
+    from scripts.commands import report_command
+
+    report_command.report(folder, other, is_opened=is_opened)

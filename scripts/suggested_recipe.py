@@ -66,7 +66,7 @@ def told_of_limit(found: Survey, limit: int) -> str:
 
 def as_toml(choices: list[Choice], heading: list[str]) -> str:
     """Return the recipe as text: a table for each section, the reasons as comments."""
-    lines = [f"# {line}" for line in heading]
+    lines = [f"# {' '.join(line.split())}" for line in heading]  # a file's name may hold a line's end
     section = ""
     for choice in choices:
         table, _, leaf = choice.key.rpartition(".")

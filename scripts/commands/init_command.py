@@ -15,7 +15,7 @@ from fedllm.models.base import describe_layout, load_tokenizer
 from fedllm.models.files import resolve_model
 from fedllm.plan.run_plan import resolve
 from scripts.commands.check_command import figures_of
-from scripts.console import Console
+from scripts.console import Console, one_line
 from scripts.data_survey import LIMITS, Survey, survey
 from scripts.plan_page import what_it_costs, who_has_rows
 from scripts.suggested_recipe import as_toml, choose
@@ -27,9 +27,11 @@ def init(source: str, *, out: Path, model: str, clients: str) -> None:
     """Print what the rows are, and write a recipe for them to `out`.
 
     Raises:
-        ConfigError: `out` is there already, or `clients` names no column.
+        ConfigError: `out` is there already or no TOML file, or `clients` names no column.
         FedLLMError: the rows or the model cannot be read.
     """
+    if out.suffix != ".toml":
+        raise ConfigError(f"--out {out}: the recipe is TOML; name it {out.stem}.toml")
     if out.exists():
         raise ConfigError(f"{out} is there already; name another file with --out")
     console, rows = Console(), read_rows(source)
@@ -58,7 +60,9 @@ def _print_rows(console: Console, rows: Rows, found: Survey) -> None:
     table = Table("  column", "rows", "characters", "values", box=None, pad_edge=False)
     for column in found.columns:
         values = f"{len(column.sizes):,}" if column.sizes else "not text"
-        table.add_row(f"  {column.name}", f"{column.filled:,}", f"{column.characters:.0f}", values)
+        table.add_row(
+            f"  {one_line(column.name, 40)}", f"{column.filled:,}", f"{column.characters:.0f}", values
+        )
     console.rich.print(table)
     console.paragraph(f"learnt:   {_told_of(found.fields)}")
     owners = [f"{column.name} ({len(column.sizes):,} values)" for column in found.owners[:3]]

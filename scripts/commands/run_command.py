@@ -20,6 +20,7 @@ from scripts.answers import compare_answers
 from scripts.console import Console
 from scripts.finished_run import PARTITION, own_rows
 from scripts.recipe_arguments import config_of
+from scripts.reporting.page import reported
 from scripts.run_view import RunView
 from scripts.runtimes.local import node_config_of
 from scripts.stopped_run import complete_rounds, told_how_to_go_on
@@ -55,7 +56,7 @@ def do_run(config: RunConfig, runtime: str, console: Console) -> tuple[Path, dic
         raise ConfigError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     resolve(config)  # what the keys alone refuse comes before a folder is made
     tracker_names(config.track.to)  # and so does a package that is not there
-    with open_run_folder(config, STARTER) as folder:
+    with open_run_folder(config, STARTER) as folder, reported(folder, console.line):
         told: list[str] = []
         with _logs_to(told.append):
             keep_partition(config)

@@ -14,6 +14,7 @@ from fedllm.runs.folder import STARTER, open_run_folder
 from scripts.console import Console, shown_path
 from scripts.event_log import EventLog
 from scripts.recipe_arguments import request_of
+from scripts.reporting.page import reported
 from scripts.run_view import RunView
 from scripts.runtimes.serving import Place, supervise
 from scripts.runtimes.submitting import with_absolute_paths
@@ -50,6 +51,7 @@ def serve(words: Sequence[str], *, place: Place, out: Path | None, most_restarts
             view.notice(f"{config.run.name}: complete after {rounds} rounds")
             return
         patience = {} if _DEADLINE in request.origins else {_DEADLINE: _PATIENCE}
+        stack.enter_context(reported(folder, view.notice))
         try:
             supervise(config, place, view, most_restarts, patience)
         except GaveUpError as error:

@@ -9,6 +9,7 @@ from fedllm.errors import ConfigError
 from fedllm.plan.run_plan import resolve
 from scripts.console import Console, shown_path
 from scripts.recipe_arguments import config_of
+from scripts.reporting.page import write_report
 from scripts.studies.cells import Study, check_methods
 from scripts.studies.doing import STUDY, do_in
 from scripts.studies.findings import findings, study_tables
@@ -39,6 +40,7 @@ def study(
     )
     folder = out or Path("studies") / config.run.name
     result = do_in(folder, wanted, jobs, console.paragraph)
+    page = write_report(folder)
     if as_json:
         print(json.dumps(result))
         return
@@ -46,7 +48,7 @@ def study(
         console.rich.print(table)
     for line in findings(result):
         console.paragraph(line, indent=0)
-    console.line(f"study: {shown_path(folder / STUDY)}")
+    console.line(f"study: {shown_path(folder / STUDY)}\nreport: {shown_path(page)}")
 
 
 def _listed(words: str) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from fedllm.data.partition import Partition, save_partition
 from scripts import cli
 from scripts.auditing import membership
-from scripts.commands.audit_command import REPORT
+from scripts.auditing.table import REPORT
 
 PLAIN: dict[str, object] = {}
 OVERFITTED = {"train.local-steps": 120, "train.learning-rate": 3e-3, "lora.rank": 16, "lora.alpha": 32.0}

@@ -107,3 +107,5 @@ def test_a_recipe_that_is_there_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         init("docstrings", out=tmp_path / "own.toml", model="", clients="")
     assert (tmp_path / "own.toml").read_text() == "seed = 1\n"
+    with pytest.raises(ConfigError, match=r"name it own\.toml"):
+        init("docstrings", out=tmp_path / "own.yaml", model="", clients="")

@@ -18,6 +18,7 @@ NAMES = sorted(path.stem for path in RECIPES.iterdir())
 # Numbers of the recipe that only make a test long; what a recipe is stays.
 SMALL = ("federation.num-rounds=1", "train.local-steps=1", "train.batch-size=2", "model.dtype=float32")
 SMALL += ("evaluation.max-new-tokens=2", "data.max-held-out=1", "data.max-rows=8")
+SMALL += ("distill.num-texts=4", "distill.max-tokens=16", "distill.steps=1")
 MOST_CLIENTS = 60
 
 

@@ -1,0 +1,110 @@
+"""Pages say what was found, hold nothing that acts or is private, and never cost a run its result."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedllm.errors import ConfigError
+from scripts.reporting.page import plot_losses, reported, write_report
+from tests.scripts.reporting.conftest import CLIENTS, HOSTILE, losses, records
+
+
+def page_of(folder: Path, *others: Path) -> str:
+    return write_report(folder, *others).read_text()
+
+
+def test_a_page_begins_with_what_joining_brought(make_run: Callable) -> None:
+    text = page_of(make_run())
+    assert '<p class="finding">Joining brought 3 of 4 data holders a lower loss than training alone' in text
+    assert "Not so: news." in text
+    assert "The mean held-out loss fell from 4.515 to 3.615" in text
+
+
+def test_a_page_without_the_question_says_so(make_run: Callable) -> None:
+    text = page_of(make_run(rounds=records(with_home=False)))
+    assert '<p class="finding">3 rounds lowered the mean held-out loss from 4.515 to 3.615' in text
+    assert "gained over training alone was not measured" in text
+
+
+def test_a_page_shows_costs_steps_and_who_was_lost(make_run: Callable) -> None:
+    text = page_of(make_run())
+    assert "3 rounds sent 9 MB" in text
+    assert "at most 15.0% here" in text  # rho
+    assert "Of 12 requests to train 9 were answered by a sound update" in text
+    assert "Distillation: 1 of 1 steps were kept" in text
+    assert "<td>75%</td>" in text
+    assert "<b>6.00</b>" in text  # epsilon
+
+
+def test_names_and_answers_cannot_act(make_run: Callable, study: Path) -> None:
+    for text in (page_of(make_run()), page_of(study), page_of(make_run("other"), make_run("third"))):
+        assert "<script" not in text.lower()
+        assert "&lt;script&gt;" in text
+        assert not any(word in text for word in ("src=", "href=", "url(", "@import", "http:", "https:"))
+
+
+def test_a_page_holds_no_path_and_nothing_private(make_run: Callable, tmp_path: Path) -> None:
+    folder = make_run()
+    (folder / "private").mkdir()
+    (folder / "private" / "secret").write_text("4711")
+    text = page_of(folder)
+    assert str(tmp_path) not in text
+    assert "4711" not in text
+    assert (folder / "report.html").stat().st_mode & 0o077 == 0
+
+
+def test_two_runs_are_compared_on_clients_in_common(make_run: Callable) -> None:
+    better = [replace(one, held_out={**losses(one.round_num + 1), "anna": 9.0}) for one in records()]
+    text = page_of(make_run("first"), make_run("second", better))
+    assert "second ends at a mean held-out loss of 3.315, first at 3.615." in text
+    assert "4 of 4 data holders are better served by second" in text
+    assert "anna" not in text
+    assert "No setting differs" in text
+
+
+def test_a_study_says_to_whom_joining_helped(study: Path) -> None:
+    text = page_of(study)
+    assert "gives 2 of 2 clients a lower loss than training alone" in text
+    assert "The lowest mean loss, 3.500, is that of federated" in text
+
+
+def test_a_run_that_failed_has_its_page_and_its_error(make_run: Callable) -> None:
+    folder, told = make_run(status="failed", reason="no space"), []
+    with pytest.raises(RuntimeError, match="the run's own"), reported(folder, told.append):
+        raise RuntimeError("the run's own")
+    assert "The run has not ended: no space" in (folder / "report.html").read_text()
+    assert told == []
+
+
+def test_a_damaged_file_costs_the_page_and_not_the_run(make_run: Callable) -> None:
+    folder, told = make_run(digest="d"), []
+    (folder / "audit.json").write_text(json.dumps({"adapter": "d", "membership": {}}))
+    with reported(folder, told.append):
+        pass
+    assert len(told) == 1
+    assert "damaged, or of another version" in told[0]
+
+
+def test_a_run_without_any_measure_has_a_page(make_run: Callable) -> None:
+    empty = [replace(one, held_out={}, at_home=None, privacy=None, distillation=None) for one in records()]
+    assert "it is not known how good the adapter is" in page_of(make_run(rounds=empty))
+    assert "0 rounds" in page_of(make_run("begun", empty[:1]))
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a run folder"):
+        write_report(tmp_path)
+
+
+def test_the_same_run_gives_the_same_page_and_plot(make_run: Callable) -> None:
+    folder = make_run()
+    assert page_of(folder) == page_of(folder)
+    drawn = plot_losses(folder, folder / "losses.svg").read_text()
+    assert drawn.startswith("<svg ")
+    assert HOSTILE not in drawn
+    assert CLIENTS[0] in drawn
+    with pytest.raises(ConfigError, match=r"\.svg"):
+        plot_losses(folder, folder / "losses.png")
