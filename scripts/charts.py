@@ -243,7 +243,8 @@ def _save(figure: Any, path: Path) -> None:
     import matplotlib
 
     for axes in figure.axes:
-        axes.legend(frameon=False, fontsize=8)
+        # Next to the axes, where no line can run through it.
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
     with matplotlib.rc_context({"svg.hashsalt": "fedllm", "svg.fonttype": "none"}):

@@ -71,8 +71,9 @@ def what_it_means(
     if plan.at_home is not None:
         lines.append(
             f"After the last round each of them trains the adapter on with its own rows, at most"
-            f" {plan.at_home.training.steps} steps, and keeps the result to itself; it also trains alone, to"
-            " tell what joining brought."
+            f" {plan.at_home.training.steps} steps, and keeps the result to itself; it also trains alone, at"
+            f" most {plan.at_home.most_alone} steps, to tell what joining brought."
+            + ("" if plan.at_home.is_reported else " No loss of that leaves.")
         )
     if plan.distillation is not None:
         lines.append(f"Distillation at the server, {figures['distillation']}.")

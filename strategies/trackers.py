@@ -64,6 +64,9 @@ def open_mlflow(run: RunToTrack) -> Tracker:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
+    # Its own defaults hold a round up for minutes where its server is away; what is missing is sent later.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     client, run_id = MlflowClient(), run.known_as
     if run_id:
         client.update_run(run_id, status="RUNNING")

@@ -42,6 +42,9 @@ def test_a_run_gives_its_folder_losses_and_records(tiny: dict, tmp_path: Path) -
     assert [record.round_num for record in result.records] == [0, 1]
     assert result.losses["adapter"] == result.records[1].held_out
     assert load_adapter(result.adapter).state.digest == result.summary["digest"]
+    assert result.plot() == result.folder / "losses.svg"
+    assert "<svg" in result.plot(tmp_path / "own.svg").read_text()
+    assert "<html" in result.report().read_text()
     with pytest.raises(ConfigError, match="holds an earlier run"):
         fedllm.run(**tiny)
     longer = {**tiny, "federation": {"num_clients": 2, "num_rounds": 2}}

@@ -38,7 +38,7 @@ def measure_first_letter(engine: Engine, adapters: Sequence[torch.Tensor], task:
                 for part in split(items, engine.limits.together)
                 for logits_NV, _ in engine.passes.learnt_logits(part)
             ]
-        texts = engine.base.tokenizer.batch_decode(torch.cat(chunks)[:, None])
+        texts = engine.base.tokenizer.batch_decode(torch.cat(chunks)[:, None], skip_special_tokens=True)
         for place in range(len(held)):
             mine = texts[place * len(rows) : (place + 1) * len(rows)]
             found.append(

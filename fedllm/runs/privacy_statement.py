@@ -67,7 +67,9 @@ def not_covered(plan: PrivacyPlan) -> list[str]:
         "the choice of hyper-parameters, if other runs on the same text led to it; other runs add up",
     ]
     if plan.metrics == "all":
-        found.append("training losses, numbers of tokens and seconds; losses under personal adapters")
+        found.append(
+            "training losses, numbers of tokens and seconds; losses under personal adapters and at home"
+        )
     if plan.metrics in ("all", "held-out"):
         rows = (
             "rows that are held out of training have no guarantee of their own: their mean loss is published"

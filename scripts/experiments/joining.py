@@ -84,7 +84,7 @@ FULL = Size(
         "institutes": Part(24, 10, 4, 128),
         "speakers": Part(12, 10, 4, 96),
     },
-    rates=(3e-3, 1e-2, 3e-2),
+    rates=(1e-3, 3e-3, 1e-2),
     seeds=(0, 1, 2),
     recipe=Recipe(),
 )

@@ -49,7 +49,7 @@ def findings(run: RunFiles) -> list[str]:
             f"After {len(run.rounds)} rounds it is not known how good the adapter is: no held-out loss of"
             " base model and adapter was measured, or the data holders keep it to themselves."
         )
-    if not at_home:
+    if not at_home and run.keys.get("personal.mode") != "finetune":
         lines.append(
             "Whether the data holders gained over training alone was not measured: personal.mode = finetune"
             " asks that in a run, and fedllm study compares the two."
@@ -76,7 +76,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
         ("sent up", megabytes(sum(record.bytes_up for record in rounds))),
         ("sent down", megabytes(sum(record.bytes_down for record in rounds))),
         ("time of all rounds", in_time(sum(record.seconds for record in rounds))),
-        ("epsilon", "none: not private" if epsilon is None else number(epsilon, 2)),
+        ("epsilon", "none" if epsilon is None else number(epsilon, 2)),
     ]
 
 

@@ -31,7 +31,9 @@ def test_the_letter_is_the_models_greedy_token(make_engine: Callable, quiz: Task
         )
         with torch.no_grad():
             logits = engine.base.model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
-        right.append(first_letter(tokenizer.decode([int(logits.argmax())])) == item.right)
+        right.append(
+            first_letter(tokenizer.decode([int(logits.argmax())], skip_special_tokens=True)) == item.right
+        )
     found = measure_first_letter(engine, adapters_of(engine, 2), quiz)
     assert found[0].tops == [float(flag) for flag in right]
     assert len(found) == 2

@@ -122,6 +122,14 @@ def test_the_page_says_who_trains_what_and_what_it_costs(page: Callable[..., str
     assert "wire.codec" not in shown  # the keys nobody set are behind --all
 
 
+def test_the_page_says_what_training_at_home_takes(page: Callable[..., str]) -> None:
+    keys = {"personal.mode": "finetune", "personal.steps": 9, "federation.num-rounds": 7}
+    shown = " ".join(page(**keys).split())
+    assert "trains the adapter on with its own rows, at most 9 steps" in shown
+    assert "it also trains alone, at most 30 steps, to tell what joining brought." in shown
+    assert "No loss of that leaves." in " ".join(page(**keys, **{"privacy.epsilon": 8}).split())
+
+
 def test_the_page_names_the_privacy_of_a_private_run(page: Callable[..., str]) -> None:
     assert "epsilon 8 at delta" in page(**{"privacy.epsilon": 8}).partition("figures")[0]
 

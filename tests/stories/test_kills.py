@@ -35,6 +35,7 @@ LONGEST_RUN = 3600.0  # seconds
 
 def test_a_killed_serverapp_costs_no_bit(tiny_run: list[str], tmp_path: Path) -> None:
     words = [*tiny_run, *DISTILLED, "federation.num-clients=2", f"run.output={tmp_path}"]
+    words += ["personal.mode=finetune", "data.held-out-fraction=0.3"]
     config = config_of(words)
     undisturbed = init(config, num_nodes=2)
     for _ in range(config.federation.num_rounds):
@@ -53,6 +54,7 @@ def test_a_killed_serverapp_costs_no_bit(tiny_run: list[str], tmp_path: Path) ->
     assert rounds_of(folder) == [0, 1, 2]
     last = lines_of(folder / "rounds.jsonl")[-1]
     assert last["distillation"]["texts"], "texts were written and asked about"
+    assert len(last["at_home"]["home"]) == 2, "clients trained on at home"
     wait_until(lambda: not processes_of(folder))
 
 

@@ -20,6 +20,11 @@ def test_half_of_the_steps_are_at_home() -> None:
     assert budget_of(config(federation__num_rounds=1)) == Budget(10, 5, 1, 1, 5)
 
 
+def test_steps_at_home_come_on_top_where_a_recipe_has_them() -> None:
+    home = config(personal__mode="finetune", personal__steps=20)
+    assert budget_of(home) == Budget(60, 20, 6, 4, 10)
+
+
 def test_a_cohort_spends_its_share_of_the_steps() -> None:
     some = config(federation__num_clients=8, federation__cohort=2, federation__num_rounds=8)
     assert budget_of(some) == Budget(20, 10, 8, 4, 10)
