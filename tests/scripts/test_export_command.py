@@ -1,6 +1,7 @@
 """`fedllm export`: what it writes gives the adapter's own losses, loaded by others."""
 
 import json
+import socket
 import stat
 import sys
 from collections.abc import Callable
@@ -99,6 +100,24 @@ def test_a_merged_folder_gives_the_adapters_losses(
     assert stat.S_IMODE(merged.stat().st_mode) == 0o755
     texts = [file.read_text() for file in merged.iterdir() if file.suffix in {".json", ".md", ".jinja"}]
     assert not any(str(base) in text for text in texts)
+
+
+def test_the_code_on_page_and_card_loads_without_a_network(
+    publish: Callable, make_model_folder: Callable, tmp_path: Path, monkeypatch: Any
+) -> None:
+    adapter, loss = publish()
+    words = ["export", adapter, "--merge", tmp_path / "merged", "--base", make_model_folder()]
+    assert fedllm(monkeypatch, *words) == 0
+    card = (tmp_path / "merged" / "README.md").read_text().replace("path/to/this/folder", "merged")
+    page = (Path(__file__).parents[2] / "docs" / "handover.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, lambda *unused: pytest.fail("it asked the network"))
+    for text in (card, page):
+        loaded: dict[str, Any] = {}
+        exec(text.partition("```python\n")[2].partition("```")[0], loaded)
+        assert loss_of(loaded["model"].float()) == pytest.approx(loss, abs=1e-5)
+        assert loaded["tokenizer"]("Open")["input_ids"]
 
 
 def test_a_gguf_file_gives_the_adapters_losses(
