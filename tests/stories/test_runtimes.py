@@ -39,6 +39,7 @@ def test_python_steps_equal_the_command(tiny_run, fedllm, tmp_path):
     assert before.server.round_num == 0, "a step does not change the state it starts from"
 
 
+HOME = ("personal.mode=finetune", "data.held-out-fraction=0.3")
 FFA = ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-ranks=4,2")
 
 
@@ -46,13 +47,15 @@ FFA = ("aggregation.train=b", "aggregation.read-out=factor-mean", "lora.client-r
 # two GPUs below, have the default aggregation.
 @pytest.mark.slow
 def test_a_simulation_equals_the_local_runtime(tiny_run, fedllm, tmp_path):
-    words = [*tiny_run, *DISTILLED, *FFA, "federation.num-clients=2", "--out", str(tmp_path)]
+    words = [*tiny_run, *DISTILLED, *FFA, *HOME, "federation.num-clients=2", "--out", str(tmp_path)]
     fedllm("run", *words, "run.name=local")
     fedllm("run", *words, "run.name=simulation", "--runtime", "simulation")
     assert _digest(tmp_path / "simulation") == _digest(tmp_path / "local")
     steps = [_step(tmp_path / name) for name in ("local", "simulation")]
     assert steps[0] == steps[1]
     assert steps[0]["texts"], "texts were written and asked about"
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("local", "simulation")]
+    assert results[0]["at_home"] == results[1]["at_home"]
     fedllm("compare", str(tmp_path / "local"), str(tmp_path / "simulation"), "--assert-equal")
 
 
