@@ -118,7 +118,8 @@ def _choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _words(values: Any) -> tuple[str, ...]:
     """Return a list of texts or numbers as texts."""
-    if not isinstance(values, list | tuple) or not all(isinstance(each, str | int | float) for each in values):
+    is_list = isinstance(values, list | tuple)
+    if not is_list or not all(isinstance(each, str | int | float) for each in values):
         raise RowProblem("its choices are no list of texts")
     return tuple(map(str, values))
 
