@@ -235,10 +235,8 @@ def _tasks(tasks: Mapping[str, Any]) -> list[Section]:
 def _privacy(run: RunFiles) -> list[Section]:
     told = run.statement
     if not told and run.is_private:
-        text = (
-            "What it covers is stated once the run is complete; what was spent stands in the table of rounds."
-        )
-        return [Section("Differential privacy, not stated yet", [text])]
+        later = "What it covers is stated once the run is complete; the table of rounds has what was spent."
+        return [Section("Differential privacy, not stated yet", [later])]
     if not told:
         return [
             Section(
