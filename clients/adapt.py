@@ -11,6 +11,7 @@ from clients.tokens import ClientTokens
 from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import CheckpointError, ConfigError, WithheldError
+from fedllm.files import remove_unfinished
 from fedllm.messages import ClientAtHome, ClientFailure, EvaluateRequest
 from fedllm.models.with_base_delta import with_base_delta
 from fedllm.plan.training import HomeTraining
@@ -66,8 +67,10 @@ def _adapt(
         name = answer.client_id
         # What the run has added to the base model is part of it: it is loaded on the base everybody has.
         state = adapter_with_base_delta(AdapterState(layout, vector_P), request.base_delta)
+        folder = home_folder(holder.store, name)
+        remove_unfinished(folder.parent)
         try:
-            save_home(home_folder(holder.store, name), state, answer, holder.files, modules)
+            save_home(folder, state, answer, holder.files, modules)
             answers[name] = answer if load_policy().is_exact else coarse_at_home(answer)
         except CheckpointError as error:
             answers[name] = failure_of(name, error)

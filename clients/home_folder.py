@@ -9,7 +9,7 @@ from fedllm.adapters.folder import save_adapter
 from fedllm.adapters.layout import AdapterLayout, AdapterState
 from fedllm.adapters.peft_reading import names_for_peft
 from fedllm.errors import CheckpointError
-from fedllm.files import make_private_folder, remove_unfinished
+from fedllm.files import make_private_folder
 from fedllm.messages import ClientAtHome
 from fedllm.models.files import ModelFiles
 
@@ -37,7 +37,6 @@ def save_home(
     """
     try:
         make_private_folder(folder.parent)
-        remove_unfinished(folder.parent)
         save_adapter(
             folder,
             state,

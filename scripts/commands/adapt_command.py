@@ -11,6 +11,7 @@ from clients.process import PROCESS
 from clients.tokens import ClientTokens, encode_client
 from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import AdapterState, initial_adapter
+from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import load_one_client
 from fedllm.errors import ConfigError, NoDataError
@@ -19,7 +20,7 @@ from fedllm.plan.run_plan import RunPlan, resolve
 from fedllm.plan.training import HomeTraining
 from fedllm.runs.records import HomeRecord
 from scripts.console import Console, shown_path
-from scripts.finished_run import adapter_of, bare_config, own_rows
+from scripts.finished_run import adapter_of, bare_config, check_new, own_rows
 
 
 def adapt(
@@ -28,7 +29,7 @@ def adapt(
     """Write each client's adapter as a private PEFT folder, and print what it gains over training alone.
 
     Raises:
-        ConfigError: there is no adapter, or the folder holds something already.
+        ConfigError: there is no adapter, the folder holds something already, or the rate is not above 0.
         NoDataError: nobody has rows to train on and two to choose and measure by.
         FedLLMError: the rows, the adapter or the base model cannot be used.
     """
@@ -39,12 +40,13 @@ def adapt(
         published, config = load_adapter(found.folder), found.config
     if config is None and not data:
         raise ConfigError(f"{target}: an adapter without its run needs rows: give some with --data")
-    folder = out or (Path("adapted") if config is None else target / "private" / "adapted")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ConfigError(f"{folder}: holds something already; name a new folder with --out")
-    plan = resolve(config or bare_config(published))
+    run = target if (target / "config.toml").is_file() else target.parent  # where it is a run's `adapter`
+    folder = out or (Path("adapted") if config is None else run / "private" / "adapted")
+    check_new(folder, "--out")
+    rate: dict[str, Scalar] = {} if learning_rate is None else {"train.learning-rate": learning_rate}
+    plan = resolve((config or bare_config(published)).override(rate))
     clients, layout = _clients(plan.config, data), published.state.layout
-    numbers = _numbers(plan, is_known=config is not None, steps=steps, learning_rate=learning_rate)
+    numbers = _numbers(plan, is_known=config is not None, steps=steps)
     engine = PROCESS.resident.engine(plan.config.model, layout, plan.config.train.token_budget)
     found_home = train_both(
         engine,
@@ -86,11 +88,13 @@ def _clients(config: RunConfig, data: str) -> dict[str, ClientTokens]:
     return able
 
 
-def _numbers(plan: RunPlan, *, is_known: bool, steps: int, learning_rate: float | None) -> HomeTraining:
-    """Return how clients train; the control, as long as the run, where it is known, and home together."""
-    training = plan.training(1)
-    training = replace(
-        training, steps=steps, proximal=0.0, learning_rate=learning_rate or training.learning_rate
-    )
-    rounds = plan.config.federation.num_rounds * plan.config.train.local_steps if is_known else 0
+def _numbers(plan: RunPlan, *, is_known: bool, steps: int) -> HomeTraining:
+    """Return how clients train.
+
+    The control takes the steps of home and, where the run is known, those that its rounds asked of a client
+    on average.
+    """
+    federation, share = plan.config.federation, plan.cohort.size / plan.config.federation.num_clients
+    rounds = round(federation.num_rounds * plan.config.train.local_steps * share) if is_known else 0
+    training = replace(plan.training(1), steps=steps, proximal=0.0)
     return HomeTraining(training=training, rounds_steps=rounds, is_reported=True)

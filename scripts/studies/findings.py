@@ -1,7 +1,6 @@
 """What a study says to a person: a table of its methods, and sentences about whom joining helped."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from rich.table import Table
 
@@ -104,5 +103,10 @@ def _limits(result: Summary) -> list[str]:
     lines = (
         [f"At an edge of --rates, beyond which it may be better: {', '.join(at_edge)}."] if at_edge else []
     )
-    failed: dict[str, Any] = {each["method"]: each["reason"] for each in result["failed"]}
-    return [*lines, *(f"{method}: {reason}" for method, reason in failed.items())]
+    return [
+        *lines,
+        *(
+            f"{one['method']} with seed {one['seed']} at rate {one['rate']:g}: {one['reason']}"
+            for one in result["failed"]
+        ),
+    ]

@@ -10,6 +10,7 @@ centralised  one adapter on all clients' rows, in the batches that a federation 
 federated    the product's own run; `home` steps at the end are each client's own, from the shared adapter
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import fmean
@@ -24,6 +25,7 @@ from fedllm.adapters.base_delta import BaseDelta, no_base_delta
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import draw_rows
 from fedllm.engine.jobs import Job
+from fedllm.errors import DivergedError
 from fedllm.messages import LocalTraining
 from fedllm.models.with_base_delta import with_base_delta
 from fedllm.plan.run_plan import resolve
@@ -208,6 +210,15 @@ def _figures(
     steps: float,
     choosing: float,
 ) -> Figures:
+    """Return the figures of a cell.
+
+    Raises:
+        DivergedError: what was chosen has a loss that is no finite number, which no table can hold.
+    """
+    if not all(map(math.isfinite, (choosing, *found.values()))):
+        raise DivergedError(
+            "a held-out loss is no finite number; lower the rates, or set model.dtype = float32"
+        )
     return {
         "clients": dict(found),
         "last": dict(last),

@@ -36,7 +36,9 @@ def study_json(study: Study, done: Done) -> Summary:
             if outcome.is_done
         ],
         "failed": [
-            {**_labels(one), "reason": one.reason} for one in (*done.tried, *done.outcomes) if one.reason
+            {**_labels(one), "reason": one.reason}
+            for one in (*done.tried, *(other for other in done.outcomes if other not in done.tried))
+            if one.reason
         ],
     }
 
@@ -53,7 +55,7 @@ def _cell(outcome: Outcome) -> dict[str, Any]:
         "steps": figures["steps"],
         "clients": figures["clients"],
         "at_equal_tokens": {name: _finite(loss) for name, loss in figures["last"].items()},
-        "others": figures["others"],
+        "others": {name: _finite(loss) for name, loss in figures["others"].items()},
         "bytes_up": figures.get("bytes_up", 0),
         "seconds": round(outcome.seconds, 2),
         "epsilon": figures.get("epsilon"),

@@ -62,8 +62,9 @@ def test_adapting_a_run_repeats_what_its_clients_did(run: Path, capsys: pytest.C
         assert adapted == run / "private" / "adapted" / name
         assert adapted.stat().st_mode & 0o777 == 0o700
         assert load_adapter(adapted).state.vector.allclose(load_adapter(kept).state.vector, atol=1e-6)
-    assert fedllm("adapt", str(run)) == 2
-    assert "holds something already; name a new folder with --out" in capsys.readouterr().err
+    for target in (run, run / "adapter"):  # nothing private goes into what is published
+        assert fedllm("adapt", str(target)) == 2
+        assert "adapted: holds something already; name a new one" in capsys.readouterr().err
 
 
 def test_a_matrix_has_the_adapters_of_home(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +75,8 @@ def test_a_matrix_has_the_adapters_of_home(run: Path, capsys: pytest.CaptureFixt
 def test_rows_of_ones_own_adapt_a_published_adapter(
     run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    other = tmp_path / ".other-abcd1234"  # as what another process is writing there
+    other.mkdir()
     assert (
         fedllm("adapt", str(run), "--data", str(rows), "--out", str(tmp_path / "mine"), "--steps", "4") == 0
     )
@@ -83,6 +86,7 @@ def test_rows_of_ones_own_adapt_a_published_adapter(
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "do not publish it" in card
     assert load_adapter(tmp_path / "mine").state.layout == load_adapter(run / "adapter").state.layout
+    assert other.is_dir()
 
 
 def test_too_few_rows_and_none_are_refused(
@@ -93,6 +97,8 @@ def test_too_few_rows_and_none_are_refused(
     out = ("--out", str(tmp_path / "none"))
     assert fedllm("adapt", str(run), "--data", str(few), *out) == 2
     assert "nobody has a row to train on and two different ones held out" in capsys.readouterr().err
+    assert fedllm("adapt", str(run), "--learning-rate", "0", *out) == 2
+    assert "learning-rate = 0" in capsys.readouterr().err
     (run / "adapter").rename(tmp_path / "alone")
     assert fedllm("adapt", str(tmp_path / "alone"), *out) == 2
     assert "needs rows: give some with --data" in capsys.readouterr().err

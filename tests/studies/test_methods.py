@@ -1,14 +1,19 @@
 """The methods of a study on a tiny model: what must be equal is equal."""
 
+import math
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from fedllm.errors import NoDataError
+from fedllm.errors import DivergedError, NoDataError
 from scripts.recipe_arguments import config_of
 from scripts.studies.held_out import losses, losses_on_others, open_clients
 from scripts.studies.methods import alone, base, centralised, federated
 from scripts.studies.trials import Setting, Trial
+
+WEIGHTS = "model.safetensors"
 
 
 def setting(recipe: Path) -> Setting:
@@ -62,3 +67,12 @@ def test_the_others_text_is_that_of_all_but_oneself(tiny_recipe: Path) -> None:
 def test_clients_that_hold_nothing_out_are_refused(tiny_recipe: Path) -> None:
     with pytest.raises(NoDataError, match=r"raise data\.held-out-fraction"):
         open_clients(config_of([str(tiny_recipe), "data.held-out-fraction=0"]))
+
+
+def test_a_model_without_a_finite_loss_is_no_result(tiny_recipe: Path, tmp_path: Path) -> None:
+    shared = setting(tiny_recipe)
+    broken = shutil.copytree(shared.model, tmp_path / "broken")
+    weights = {name: value.fill_(math.nan) for name, value in load_file(broken / WEIGHTS).items()}
+    save_file(weights, broken / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(DivergedError, match="no finite number"):
+        base(trial(model__name=str(broken)), shared)

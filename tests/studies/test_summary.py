@@ -42,7 +42,7 @@ def result() -> Summary:
     ]
     study = Study("two", RunConfig(), METHODS, (0.01, 0.1), (0, 1))
     lost = Outcome(outcomes[0].trial, {}, "failed: too few updates")
-    return study_json(study, Done(tuple(outcomes), (lost,), {}))
+    return study_json(study, Done((*outcomes, lost), (lost,), {}))
 
 
 def test_a_study_says_who_gained_over_training_alone(result: Summary) -> None:
@@ -70,7 +70,8 @@ def test_the_gap_is_from_base_to_centralised(result: Summary) -> None:
 
 
 def test_numbers_that_are_not_finite_are_null() -> None:
-    wild = outcome("alone", 0, {"a": 1.0}, last={"a": float("inf")}, epsilon=3.0)
+    infinite = {"a": float("inf")}
+    wild = outcome("alone", 0, {"a": 1.0}, last=infinite, others=infinite, epsilon=3.0)
     found = study_json(Study("s", RunConfig(), ("alone",), (0.01,), (0,)), Done((wild,), (wild,), {}))
     assert json.loads(json.dumps(found, allow_nan=False))["cells"][0]["at_equal_tokens"] == {"a": None}
     assert found["summary"]["alone"]["at_equal_tokens"]["mean"] is None
@@ -84,7 +85,7 @@ def test_sentences_name_whom_joining_did_not_help(result: Summary) -> None:
     assert "Not to b (+0.100)." in told
     assert "closes 85% of the way from the base model (75% to 95%" in told
     assert "At an edge of --rates" in told
-    assert "base: failed: too few updates" in told
+    assert told.count("base with seed 0 at rate 0.01: failed: too few updates") == 1
 
 
 def test_tables_have_a_line_for_each_method(result: Summary) -> None:
