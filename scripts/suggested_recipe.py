@@ -96,7 +96,8 @@ def _fits(found: Survey, limit: int) -> bool:
 def _num_clients(owner: Column | None, num_rows: int) -> int:
     if owner is None:
         return max(1, min(8, num_rows // _FEWEST_ROWS))
-    return max(1, sum(size >= _FEWEST_ROWS for size in owner.sizes))
+    enough = sum(size >= _FEWEST_ROWS for size in owner.sizes)
+    return enough if enough > 1 else len(owner.sizes)  # where all have few rows, nobody is left out
 
 
 def _partition(owner: Column | None, clients: int) -> Choice:

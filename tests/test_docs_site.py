@@ -7,15 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
-pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
+SETTINGS = ROOT / "docs" / "site" / "mkdocs.yml"
+
+
+def test_the_menu_of_the_site_leads_to_every_page() -> None:
+    sections = yaml.safe_load(SETTINGS.read_text())["nav"]
+    listed = [page for section in sections for group in section.values() for page in group]
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--config-file", str(ROOT / "docs" / "site" / "mkdocs.yml")],
+        [*command, "--config-file", str(SETTINGS)],
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},  # a notice of the theme's makers to people
         capture_output=True,
         text=True,

@@ -21,7 +21,6 @@ _CONTEXTS = ("context", "passage")
 _CHOICES = ("choices", "options")
 _CHOICE_COLUMNS = (("sol1", "sol2"), ("opa", "opb", "opc", "opd"), ("A", "B", "C", "D"))
 _RIGHT = ("answerKey", "answer_idx", "answer", "cop", "label", "target")
-_YES_NO = {"answer": ("no", "yes"), "final_decision": ("yes", "no", "maybe")}  # BoolQ, PubMedQA
 _IS_NUMBER = re.compile(r"(?:.*####)?\s*-?\d[\d,]*(?:\.\d+)?\s*", re.DOTALL)
 
 
@@ -102,16 +101,27 @@ def _choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     letters = tuple(string.ascii_uppercase)
     value = next((row[column] for column in _CHOICES if row.get(column)), None)
     if isinstance(value, Mapping) and "text" in value:  # ARC, OpenBookQA
-        return tuple(map(str, value["text"])), tuple(map(str, value.get("label") or letters))
+        return _words(value["text"]), _words(value.get("label") or letters)
     if isinstance(value, Mapping):  # MedQA
-        return tuple(map(str, value.values())), tuple(map(str, value))
-    if isinstance(value, list):
-        return tuple(map(str, value)), letters
+        return _words(tuple(value.values())), tuple(map(str, value))
+    if value is not None:
+        return _words(value), letters
     for columns in _CHOICE_COLUMNS:
         if set(columns) <= row.keys():
             return tuple(str(row[column] or "") for column in columns), letters
-    column = next(column for column in reversed(_YES_NO) if column in row)
-    return _YES_NO[column], _YES_NO[column]
+    if "final_decision" in row:  # PubMedQA
+        return ("yes", "no", "maybe"), ("yes", "no", "maybe")
+    if isinstance(row.get("answer"), bool):  # BoolQ
+        return ("no", "yes"), ("no", "yes")
+    raise RowProblem("has no choices")
+
+
+def _words(values: Any) -> tuple[str, ...]:
+    """Return a list of texts or numbers as texts."""
+    is_list = isinstance(values, list | tuple)
+    if not is_list or not all(isinstance(each, str | int | float) for each in values):
+        raise RowProblem("its choices are no list of texts")
+    return tuple(map(str, values))
 
 
 def _right(row: Mapping[str, Any], choices: Sequence[str], labels: Sequence[str]) -> int:

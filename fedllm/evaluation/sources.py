@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from fedllm.data.find_files import find_files
+from fedllm.data.find_files import ACCEPTED, find_files
 from fedllm.data.formats import READERS
 from fedllm.data.rows import is_local, read_rows
 from fedllm.errors import ConfigError, DataError
@@ -55,9 +55,11 @@ def named_tasks(names: str, *, split: str = "test", limit: int | None = None) ->
 
     Raises:
         ConfigError: two tasks have one name.
-        DataError: a source cannot be read, or its columns are of no known form.
+        DataError: a source cannot be read or there is none, or its columns are of no known form.
     """
     sources = [source for name in names.split(",") if name.strip() for source in _named(name.strip(), split)]
+    if not sources:
+        raise DataError(f"--tasks {names}: no file of tasks there; expected {ACCEPTED}, or hub ids")
     return _read(sources, limit)
 
 

@@ -77,7 +77,7 @@ def publishable(target: Path) -> tuple[Path, list[Path]]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in files:
         name = file.relative_to(folder).as_posix()
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in PUBLIC):
+        if "/" in name or not any(fnmatch.fnmatchcase(name, pattern) for pattern in PUBLIC):
             raise ConfigError(f"{file}: not a file of a published adapter or merged model; nothing is sent")
     description = folder / DESCRIPTION
     if description.is_file() and json.loads(description.read_text()).get("private"):

@@ -8,6 +8,7 @@ from fedllm.errors import DataError, NoDataError
 from fedllm.evaluation.read_items import make_task
 from fedllm.evaluation.task import Task
 
+GOOD = {"question": "Why?", "choices": ["a", "b"], "answer": 1}
 ASKED = "Question: Why?\nAnswer:"
 
 
@@ -90,6 +91,10 @@ def test_empty_lines_of_a_text_are_left_out() -> None:
         ([{"secret": "x"}] * 2, DataError, "expected question, choices and answer"),
         ([{"question": "Why?", "choices": ["a", "b"], "answer": "secret"}] * 2, DataError, "row 1"),
         ([{"question": "Why?", "choices": ["a", ""], "answer": 0}] * 2, DataError, "none of them empty"),
+        ([GOOD, {"question": "Why?"}], DataError, "row 2: has no choices"),
+        ([GOOD, {"question": "Why?", "answer": 1}], DataError, "row 2: has no choices"),
+        ([GOOD, {**GOOD, "choices": {"text": None}}], DataError, "row 2: its choices are no list of texts"),
+        ([GOOD, {**GOOD, "choices": [{"text": "a"}, "b"]}], DataError, "no list of texts"),
     ],
 )
 def test_rows_of_no_use_are_named_and_not_quoted(

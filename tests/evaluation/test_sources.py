@@ -41,6 +41,15 @@ def test_two_tasks_of_one_name_are_refused(folder: Path) -> None:
         named_tasks(f"{folder},{folder / 'piqa.jsonl'}")
 
 
+@pytest.mark.parametrize("names", [".", ","])
+def test_where_there_is_no_task_a_line_says_so(
+    names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no file of tasks there"):
+        named_tasks(names)
+
+
 def test_a_suite_takes_its_files_from_a_folder(folder: Path) -> None:
     tasks, missing = suite_tasks("general", str(folder))
     assert [task.name for task in tasks] == ["piqa"]

@@ -63,6 +63,12 @@ def test_clients_of_few_rows_are_left_out_and_told_of(start: Callable, tmp_path:
     assert "1 more with fewer than 8 rows" in (tmp_path / "own.toml").read_text()
 
 
+def test_where_all_clients_have_few_rows_all_take_part(start: Callable, tmp_path: Path) -> None:
+    _, keys = start([row | {"office": f"o{number % 6}"} for number, row in enumerate(letters(30))])
+    assert keys["federation.num-clients"] == 6
+    assert "6 values, 5 to 5 rows each\n" in (tmp_path / "own.toml").read_text()
+
+
 def test_rows_without_an_owner_are_dealt_at_random(start: Callable) -> None:
     told, keys = start([{"text": f"Return the list {row}."} for row in range(40)])
     assert (keys["data.partition"], keys["federation.num-clients"]) == ("iid", 5)

@@ -164,6 +164,11 @@ def test_a_folder_with_anything_else_is_refused(run: Path) -> None:
         publishable(run / "adapter")
     with pytest.raises(ConfigError, match="neither a run"):
         publishable(run / "private")
+    (run / "adapter" / "model-anna").mkdir()
+    (run / "adapter" / "rows.jsonl").rename(run / "adapter" / "model-anna" / "a.safetensors")
+    write_manifest(run / "adapter")
+    with pytest.raises(ConfigError, match=r"model-anna/a\.safetensors.*nothing is sent"):
+        publishable(run)
 
 
 def test_a_private_adapter_is_refused(tmp_path: Path) -> None:
