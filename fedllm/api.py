@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config.run_config import RunConfig
+from fedllm.errors import ConfigError
 from fedllm.runs.folder import RESULT, read_rounds
 from fedllm.runs.records import RoundRecord
 from fedllm.siblings import own_packages
@@ -31,8 +32,17 @@ class Result:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The content of `result.json`: how the run ended, losses, answers before and after, warnings."""
-        found: dict[str, Any] = json.loads((self.folder / RESULT).read_text())
+        """The content of `result.json`: how the run ended, losses, answers before and after, warnings.
+
+        Raises:
+            ConfigError: there is none; the run goes on, was killed, or is none.
+        """
+        try:
+            found: dict[str, Any] = json.loads((self.folder / RESULT).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.folder}: no run that has ended ({RESULT}: {type(error).__name__})"
+            ) from None
         return found
 
     @property
@@ -48,7 +58,7 @@ class Result:
         `personal.mode = finetune` also "alone", "shared" and "home", all three on other rows than the first.
         """
         summary = self.summary
-        ends, at_home = summary["held_out"], summary.get("at_home", {}).get("clients", {})
+        ends, at_home = summary.get("held_out", {}), summary.get("at_home", {}).get("clients", {})
         columns = {"base": ends.get("before", {}), "adapter": ends.get("after", {})}
         columns["personal"] = columns["adapter"].get("personal", {})
         found = {name: part.get("clients", {}) for name, part in columns.items()}

@@ -167,11 +167,8 @@ def _data_text(plan: RunPlan, joined: Mapping[str, JoinedClient]) -> str:
 
 def _rounds_text(plan: RunPlan, state: ServerState) -> str:
     planned = plan.config.federation.num_rounds
-    return (
-        f"{state.round_num} rounds"
-        if state.round_num == planned
-        else f"{state.round_num} of {planned} rounds"
-    )
+    of = "" if state.round_num == planned else f" of {planned}"
+    return f"{state.round_num}{of} round{'s' if planned > 1 else ''}"
 
 
 def _loading_text(model_name: str, files: ModelFiles) -> str:

@@ -58,5 +58,11 @@ def test_losses_have_a_column_for_all_that_was_measured(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(json.dumps(result))
     columns = {"base": 3.0, "adapter": 2.0, "personal": 1.0, "alone": 1.5, "shared": 1.8, "home": 1.2}
     assert fedllm.Result(tmp_path).losses == {name: {"a": loss} for name, loss in columns.items()}
-    (tmp_path / "result.json").write_text(json.dumps({"held_out": {}}))
-    assert fedllm.Result(tmp_path).losses == {}
+    for nothing in ({"held_out": {}}, {"status": "failed", "reason": "no space"}):
+        (tmp_path / "result.json").write_text(json.dumps(nothing))
+        assert fedllm.Result(tmp_path).losses == {}
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run that has ended"):
+        fedllm.Result(tmp_path).losses  # noqa: B018

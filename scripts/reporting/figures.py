@@ -23,14 +23,15 @@ svg{--ink:#ddd;--rule:#444;--faint:#6c6c6c;--c1:#56b4e9;--c2:#f08a45;--c3:#2cc39
 svg text{font:12px system-ui,sans-serif;fill:var(--ink)} .rule{stroke:var(--rule);stroke-width:1}
 .faint{--tone:var(--faint)} .mean{--tone:var(--c1)} .worst{--tone:var(--c2)} .third{--tone:var(--c3)}
 .fourth{--tone:var(--c4)} .fifth{--tone:var(--c5)} .sixth{--tone:var(--c6)}
-polyline{fill:none;stroke:var(--tone);stroke-width:1.2} polyline.mean,polyline.worst{stroke-width:2.4}
+polyline{fill:none;stroke:var(--tone);stroke-width:1.2;stroke-linecap:round}
+polyline.mean,polyline.worst{stroke-width:2.4}
 circle{fill:var(--tone)} line.reach{stroke:var(--tone);stroke-width:2;opacity:.55}
 """
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line through (x, y) points; `tone` is "faint" or one of `TONES`."""
+    """A line through points (round, y); `tone` is "faint" or one of `TONES`."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -113,17 +114,19 @@ def _lines(lines: Sequence[Line], title: str, x_label: str, y_label: str, width:
     parts = [_text(0, 12, y_label), _text(right, bottom + 36, x_label, "end")]
     for y in ys:
         parts += [_rule(left, to_y(y), right, to_y(y)), _text(left - 6, to_y(y) + 4, f"{y:g}", "end")]
-    parts += [_text(to_x(x), bottom + 18, f"{x:g}", "middle") for x in xs if first <= x <= last]
+    whole = [x for x in xs if first <= x <= last and math.isclose(x, round(x))]  # there is no half a round
+    parts += [_text(to_x(x), bottom + 18, f"{x:g}", "middle") for x in whole]
     for line in sorted(lines, key=lambda line: line.tone != "faint"):  # what matters lies on top
-        path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in line.points)
+        ends = line.points if len(line.points) > 1 else [*line.points, *line.points]  # so that one is a dot
+        path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in ends)
         parts.append(
             Markup('<polyline class="{}" points="{}"><title>{}</title></polyline>').format(
                 line.tone, path, line.name
             )
         )
-    ends = apart([to_y(line.points[-1][1]) for line in named], 15, top, bottom)
-    for line, end in zip(named, ends, strict=True):
-        parts.append(_text(right + 8, end + 4, _cut(line.name, cells)))
+    heights = apart([to_y(line.points[-1][1]) for line in named], 15, top, bottom)
+    for line, height in zip(named, heights, strict=True):
+        parts.append(_text(right + 8, height + 4, _cut(line.name, cells)))
     return _svg(title, width, bottom + 44, parts)
 
 

@@ -34,8 +34,15 @@ def write_report(folder: Path, other: Path | None = None) -> Path:
         if (folder / STUDY).is_file():
             return _write(folder / REPORT, render(study_page(json.loads((folder / STUDY).read_text()))))
         return _write(folder / REPORT, render(run_page(read_run(folder))))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a file that somebody has changed
-        raise ConfigError(f"{folder}: damaged, or of another version of fedllm ({error!r})") from None
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # of a changed file
+        places = folder if other is None else f"{folder} or {other}"
+        raise ConfigError(f"{places}: damaged, or of another version of fedllm ({error!r})") from None
 
 
 def plot_losses(folder: Path, path: Path) -> Path:

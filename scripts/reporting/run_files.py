@@ -48,7 +48,8 @@ class RunFiles:
             return {}
         last = measured[-1]
         columns = {"base": measured[0].held_out, "shared adapter": last.held_out}
-        return keep_common_clients({**columns, "with personal adapter": last.personal_held_out})
+        found = keep_common_clients({**columns, "with personal adapter": last.personal_held_out})
+        return found if all(found.values()) else {}  # none of the first clients may be there any more
 
     def at_home(self) -> Losses:
         """Losses alone, of the shared adapter and at home, all on one half of the held-out rows."""
@@ -57,6 +58,16 @@ class RunFiles:
             return {}
         columns = {"alone": record.alone, "shared adapter": record.shared, "at home": record.home}
         return keep_common_clients(columns)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the run has a privacy plan."""
+        return self.keys.get("privacy.epsilon", "off") != "off"
+
+    @property
+    def statement(self) -> Mapping[str, Any]:
+        """The privacy statement of a complete run; that of an earlier session would promise too much."""
+        return self.privacy if self.result.get("status") == "completed" else {}
 
     def changed_keys(self) -> dict[str, str]:
         """What was set to another value than the default; of a path only its last part."""

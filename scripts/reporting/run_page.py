@@ -43,11 +43,11 @@ def findings(run: RunFiles) -> list[str]:
     if at_home:
         lines.append(_brought(at_home))
     if ends:
-        lines.append(_learnt(ends, len(run.rounds)))
+        lines.append(_learnt(ends))
     if not at_home and not ends:
         lines.append(
-            f"After {len(run.rounds)} rounds it is not known how good the adapter is: no held-out loss of"
-            " base model and adapter was measured, or the data holders keep it to themselves."
+            "It is not known how good the adapter is: no data holder's held-out loss was measured with base"
+            " model and adapter, or the data holders keep it to themselves."
         )
     if not at_home and run.keys.get("personal.mode") != "finetune":
         lines.append(
@@ -56,7 +56,7 @@ def findings(run: RunFiles) -> list[str]:
         )
     reason = run.result.get("stopped") or run.result.get("reason")
     if run.result.get("status") != "completed":
-        lines.append(f"The run has not ended{f': {reason}' if reason else ' yet'}.")
+        lines.append(f"The run failed: {reason}." if reason else "The run is not complete yet.")
     elif reason:
         lines.append(f"It stopped before its last round: {reason}.")
     return [*lines, *(f"Warning: {line}." for line in run.result.get("warnings", ()))]
@@ -70,7 +70,7 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
         found.append((f"loss, {name}", number(spread_of(losses).mean)))
     found += [(f"loss, {name}", number(spread_of(losses).mean)) for name, losses in run.at_home().items()]
     spent = rounds[-1].privacy if rounds else None
-    epsilon = run.privacy.get("epsilon", spent.epsilon if spent else None)
+    epsilon = run.statement.get("epsilon", spent.epsilon if spent else None)
     return [
         *dict(found).items(),
         ("sent up", megabytes(sum(record.bytes_up for record in rounds))),
@@ -82,28 +82,34 @@ def tiles(run: RunFiles) -> list[tuple[str, str]]:
 
 def loss_chart(run: RunFiles) -> Figure:
     """Return the held-out losses over the rounds, of each client and of all; training losses without them."""
-    held_out = len(run.measured) > 1
-    pairs = [(record, record.held_out if held_out else record.training.losses) for record in run.records]
-    pairs = [(record, losses) for record, losses in pairs if losses]
-    last = pairs[-1][1] if pairs else {}
+    by_round = _losses_by_round(run)
+    last = by_round[-1][1] if by_round else {}
     listed = sorted(last, key=lambda client: -last[client])[:MOST_CLIENTS]
     lines = [
-        Line(client, [(record.round_num, losses[client]) for record, losses in pairs if client in losses])
+        Line(client, [(number_of, losses[client]) for number_of, losses in by_round if client in losses])
         for client in listed
     ]
     if lines:
         lines[0] = Line(lines[0].name, lines[0].points, "worst")
-        mean = [(record.round_num, sum(losses.values()) / len(losses)) for record, losses in pairs]
+        mean = [(number_of, spread_of(losses).mean) for number_of, losses in by_round]
         lines.append(Line("mean of all", mean, "mean"))
-    kind = "held-out loss" if held_out else "training loss"
+    kind = "held-out loss" if len(run.measured) > 1 else "training loss"
     return line_chart(lines, f"{kind} by round", "round", f"{kind}, nats per token")
 
 
+def _losses_by_round(run: RunFiles) -> list[tuple[int, Mapping[str, float]]]:
+    """Return the held-out losses of the rounds that have them; training losses where at most one has."""
+    if len(run.measured) > 1:
+        return [(record.round_num, record.held_out) for record in run.measured]
+    trained = [(record.round_num, record.training.losses) for record in run.rounds]
+    return [(number_of, losses) for number_of, losses in trained if losses]
+
+
 def _curves(run: RunFiles) -> list[Section]:
-    chart = loss_chart(run)
-    if "<polyline" not in chart.wide:
+    by_round = _losses_by_round(run)
+    if not by_round:
         return []
-    number_of = len({client for record in run.records for client in record.held_out})
+    chart, number_of = loss_chart(run), len(by_round[-1][1])
     text = [f"Of {number_of} data holders the {MOST_CLIENTS} with the largest losses are drawn."]
     means = [record.mean_held_out for record in run.measured if record.mean_held_out is not None]
     title = "Training loss by round"
@@ -126,13 +132,13 @@ def _brought(at_home: Losses) -> str:
     return f"{told}. Not so: {_named(losers)}." if losers else f"{told}."
 
 
-def _learnt(ends: Losses, rounds: int) -> str:
+def _learnt(ends: Losses) -> str:
     base, shared = ends["base"], ends["shared adapter"]
     before, after = spread_of(base).mean, spread_of(shared).mean
     losers = sorted(client for client in base if shared[client] >= base[client])
     moved = "lowered" if after < before else "raised"
     told = (
-        f"{rounds} rounds {moved} the mean held-out loss from {before:.3f} to {after:.3f} nats per token;"
+        f"Training together {moved} the mean held-out loss from {before:.3f} to {after:.3f} nats per token;"
         f" {len(base) - len(losers)} of {len(base)} data holders are better off than with the base model"
     )
     return f"{told}. Not so: {_named(losers)}." if losers else f"{told}."
@@ -227,7 +233,10 @@ def _tasks(tasks: Mapping[str, Any]) -> list[Section]:
 
 
 def _privacy(run: RunFiles) -> list[Section]:
-    told = run.privacy
+    told = run.statement
+    if not told and run.is_private:
+        later = "What it covers is stated once the run is complete; the table of rounds has what was spent."
+        return [Section("Differential privacy, not stated yet", [later])]
     if not told:
         return [
             Section(
@@ -264,7 +273,7 @@ def _rounds(run: RunFiles) -> list[Section]:
     head = ["round", "asked", "accepted", "training loss", "held-out loss", "rho", "kept energy", "epsilon"]
     head += ["up", "down", "time"]
     table = Table("every round", head, [_round_row(record) for record in run.rounds], is_open=False)
-    title = f"{len(run.rounds)} rounds sent {megabytes(total)}"
+    title = f"The rounds sent {megabytes(total)} up and down"
     return [Section(title, text if rhos else (), tables=[table])]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fedllm.runs.spread import keep_common_clients
 from scripts.reporting.figures import Dot, dot_chart
 from scripts.reporting.parts import Page, Section, Table, from_terminal
 from scripts.reporting.run_page import client_section
@@ -13,14 +14,7 @@ _FOOTER = (
     "Made by fedllm from study.json. It names data holders with their losses, so it is for those who run the"
     " federation."
 )
-_DRAWN = (
-    "base",
-    "alone",
-    "federated",
-    "home",
-    "private-home",
-    "centralised",
-)  # by data holder, at most so many
+_DRAWN = ("base", "alone", "federated", "home", "private-home", "centralised")  # by data holder
 
 
 def study_page(study: dict[str, Any]) -> Page:
@@ -44,8 +38,8 @@ def study_page(study: dict[str, Any]) -> Page:
             "How much of the way from the base model to training on everybody's rows, with 95 % intervals."
         ]
         sections.append(Section("How close each method comes to pooling the data", text, chart))
-    columns = {name: summary[name]["clients"] for name in _DRAWN if name in summary}
-    if columns:
+    columns = keep_common_clients({name: summary[name]["clients"] for name in _DRAWN if name in summary})
+    if columns and all(columns.values()):
         sections.append(client_section("By data holder", columns))
     tiles = [("methods", str(len(summary))), ("seeds", str(len(study["seeds"])))]
     tiles.append(("rates tried", str(len(study["rates"]))))

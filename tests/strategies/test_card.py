@@ -57,6 +57,12 @@ def test_a_card_counts_the_rows_and_names_the_whole_base(card_of: Callable) -> N
     assert "Licence of the base model: unknown" in card
 
 
+@pytest.mark.parametrize(("planned", "words"), [(1, "1 round of"), (3, "1 of 3 rounds of")])
+def test_a_card_counts_its_rounds(card_of: Callable, planned: int, words: str) -> None:
+    card, _ = card_of(BEFORE, AFTER, {"federation.num-rounds": planned})
+    assert f"\n{words} federated fine-tuning" in card
+
+
 def test_under_a_privacy_plan_a_card_counts_and_lists_nothing(card_of: Callable) -> None:
     card, _ = card_of(BEFORE, AFTER, {"privacy.epsilon": 8.0, "privacy.unit": "client"})
     assert "1,027" not in card

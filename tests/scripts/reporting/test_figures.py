@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.reporting.figures import apart, ticks
+from scripts.reporting.figures import Line, apart, line_chart, ticks
 
 number = st.floats(-1e6, 1e6).filter(lambda value: value == 0 or abs(value) > 1e-6)
 
@@ -35,3 +35,16 @@ def test_places_keep_their_order_and_distance(places: list[float]) -> None:
 
 def test_places_that_are_apart_stay() -> None:
     assert apart([40.0, 10.0, 90.0], 15, 0, 100) == [40.0, 10.0, 90.0]
+
+
+def test_a_chart_of_rounds_has_no_half_rounds() -> None:
+    chart = line_chart([Line("a", [(0, 3.0), (1, 2.5), (2, 2.0)])], "loss", "round", "loss").wide
+    assert [f">{label}</text>" in chart for label in ("0", "0.5", "1", "1.5", "2")] == [True, False] * 2 + [
+        True
+    ]
+
+
+def test_one_round_is_drawn_as_a_dot() -> None:
+    chart = line_chart([Line("a", [(1, 3.0)])], "loss", "round", "loss").wide
+    first, second = chart.partition('points="')[2].partition('"')[0].split()
+    assert first == second

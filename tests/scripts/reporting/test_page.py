@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
+from fedllm.runs.folder import describe_run, read_keys
+from fedllm.runs.records import RoundRecord, TrainingRecord
 from scripts.reporting.page import plot_losses, reported, write_report
 from tests.scripts.reporting.conftest import CLIENTS, HOSTILE, losses, records
 
@@ -25,13 +28,13 @@ def test_a_page_begins_with_what_joining_brought(make_run: Callable) -> None:
 
 def test_a_page_without_the_question_says_so(make_run: Callable) -> None:
     text = page_of(make_run(rounds=records(with_home=False)))
-    assert '<p class="finding">3 rounds lowered the mean held-out loss from 4.515 to 3.615' in text
+    assert '<p class="finding">Training together lowered the mean held-out loss from 4.515 to 3.615' in text
     assert "gained over training alone was not measured" in text
 
 
 def test_a_page_shows_costs_steps_and_who_was_lost(make_run: Callable) -> None:
     text = page_of(make_run())
-    assert "3 rounds sent 9 MB" in text
+    assert "The rounds sent 9 MB up and down" in text
     assert "at most 15.0% here" in text  # rho
     assert "Of 12 requests to train 9 were answered by a sound update" in text
     assert "Distillation: 1 of 1 steps were kept" in text
@@ -75,7 +78,7 @@ def test_a_run_that_failed_has_its_page_and_its_error(make_run: Callable) -> Non
     folder, told = make_run(status="failed", reason="no space"), []
     with pytest.raises(RuntimeError, match="the run's own"), reported(folder, told.append):
         raise RuntimeError("the run's own")
-    assert "The run has not ended: no space" in (folder / "report.html").read_text()
+    assert "The run failed: no space." in (folder / "report.html").read_text()
     assert told == []
 
 
@@ -90,8 +93,34 @@ def test_a_damaged_file_costs_the_page_and_not_the_run(make_run: Callable) -> No
 
 def test_a_run_without_any_measure_has_a_page(make_run: Callable) -> None:
     empty = [replace(one, held_out={}, at_home=None, privacy=None, distillation=None) for one in records()]
-    assert "it is not known how good the adapter is" in page_of(make_run(rounds=empty))
-    assert "0 rounds" in page_of(make_run("begun", empty[:1]))
+    assert "It is not known how good the adapter is" in page_of(make_run(rounds=empty))
+    assert "The rounds sent 0 MB" in page_of(make_run("begun", empty[:1]))
+
+
+def test_clients_that_all_changed_are_not_compared(make_run: Callable) -> None:
+    first, *_, last = records(with_home=False)
+    text = page_of(make_run(rounds=[first, replace(last, held_out={"new": 2.0})]))
+    assert "It is not known how good the adapter is" in text
+
+
+def test_a_private_run_is_private_before_it_is_complete(make_run: Callable) -> None:
+    folder = make_run(status="failed", reason="no space")
+    keys = read_keys(folder) | {"privacy.epsilon": 8.0, "privacy.unit": "client"}
+    describe_run(folder, RunConfig.from_flat(keys))
+    (folder / "privacy.json").write_text('{"epsilon": 0.5}')  # of an earlier session, which had spent less
+    text = page_of(folder)
+    assert "No differential privacy" not in text
+    assert "Differential privacy, not stated yet" in text
+    assert "<b>6.00</b>" in text
+
+
+def test_a_page_counts_the_data_holders_it_does_not_draw(make_run: Callable) -> None:
+    trained = TrainingRecord(losses={f"c{place:02}": 3.0 + place for place in range(30)})
+    only = [RoundRecord(round_num=1, training=trained)]
+    text = page_of(make_run(rounds=only))
+    assert "Of 30 data holders the 20 with the largest losses are drawn." in text
+    assert "c29" in text
+    assert "c09" not in text
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
