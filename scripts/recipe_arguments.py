@@ -39,7 +39,7 @@ def request_of(words: Sequence[str], extra: Sequence[str] = ()) -> Request:
     recipe: Path | None = shipped[QUICKSTART]
     if recipes:
         named = Path(recipes[0])
-        recipe = named if named.is_file() else shipped.get(named.name.removesuffix(".toml"), named)
+        recipe = named if named.is_file() else shipped.get(recipes[0].removesuffix(".toml"), named)
     elif any(word.partition("=")[0].strip() == "data.source" for word in words):
         recipe = None
     config = build_config(recipe, overrides)

@@ -13,6 +13,7 @@ import torch
 from fedllm.engine.engine import Engine
 from fedllm.engine.passes import MAX_ADAPTERS, Item, split
 from fedllm.evaluation import task as tasks
+from fedllm.evaluation.likelihood import context_length
 from fedllm.evaluation.task import Ratio, Task, share
 from fedllm.models.chat import IGNORED, Encoded
 
@@ -60,5 +61,5 @@ def _row(engine: Engine, item: tasks.Item) -> Encoded:
     question = asked.removesuffix("\nAnswer:")
     question += "" if question.endswith(("?", ".")) else "?"
     text = _FORM.format(question=question, options=options)
-    tokens = engine.base.tokenizer(text)["input_ids"]
+    tokens = engine.base.tokenizer(text)["input_ids"][-context_length(engine.base) :]
     return Encoded((*tokens, tokens[0]), (IGNORED,) * len(tokens) + (tokens[0],))

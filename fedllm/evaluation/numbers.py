@@ -7,7 +7,7 @@ from decimal import Decimal
 import torch
 
 from fedllm.engine.engine import Engine
-from fedllm.evaluation.likelihood import prompt_text
+from fedllm.evaluation.likelihood import context_length, prompt_text
 from fedllm.evaluation.task import Scores, Task, share
 
 MAX_NEW_TOKENS = 256
@@ -31,11 +31,16 @@ def final_number(text: str) -> str:
 def measure_numbers(
     engine: Engine, adapters: Sequence[torch.Tensor], task: Task, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[Scores]:
-    """Return the share of right numbers under each adapter [P], and what was written for each item."""
-    tokenizer = engine.base.tokenizer
+    """Return the share of right numbers under each adapter [P], and what was written for each item.
+
+    A prompt that leaves no room for an answer in the model's context loses its beginning.
+    """
+    tokenizer, room = engine.base.tokenizer, context_length(engine.base)
+    max_new_tokens = min(max_new_tokens, room // 2)
     special = not tokenizer.chat_template
     texts = [prompt_text(tokenizer, item.prompt) for item in task.items]
     beginnings = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+    beginnings = [tokens[max_new_tokens - room :] for tokens in beginnings]
     written = _written(engine, adapters, beginnings, max_new_tokens)
     found = []
     for place in range(len(adapters)):

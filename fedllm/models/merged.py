@@ -3,6 +3,7 @@
 W0 + scale * B A is formed in float32 or wider and rounded once to the type that is asked for.
 """
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,11 +56,16 @@ def save_model(folder: Path, base: BaseModel, max_shard_size: str) -> None:
 
     Raises:
         ModelError: transformers refuses to write it, as with generation settings that contradict each other.
+        OSError: the disk does not take it.
     """
+    from safetensors import SafetensorError
+
     model: Any = base.model
     try:
         with quiet_transformers():
             model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:  # so it reports a full disk too
+        raise OSError(errno.EIO, first_line(error)) from None
     except ValueError as error:
         raise ModelError(f"cannot write {base.files.public_name}: {first_line(error)}") from None
     copy_tokenizer(base.files.folder, folder)

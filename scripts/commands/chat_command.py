@@ -1,5 +1,6 @@
 """`fedllm chat`: talk to a model; with an adapter, base model and adapter answer side by side."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -147,7 +148,9 @@ def choose(logits_BV: torch.Tensor, temperature: float, draw: torch.Generator) -
 
 
 def _lines(is_live: bool) -> Iterator[str]:
-    """Yield what is typed, or the lines that are piped in."""
+    """Yield what is typed, or the lines that are piped in; bytes that are no text become U+FFFD."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             yield (input("> ") if is_live else input()).strip()

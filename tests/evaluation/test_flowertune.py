@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedllm.evaluation.flowertune import first_letter, measure_first_letter
+from fedllm.evaluation.read_items import make_task
 from fedllm.evaluation.task import Task
 from tests.evaluation.conftest import adapters_of
 
@@ -15,6 +16,13 @@ from tests.evaluation.conftest import adapters_of
 )
 def test_a_word_counts_as_its_first_letter(text: str, place: int) -> None:
     assert first_letter(text) == place
+
+
+def test_a_question_beyond_the_context_is_answered_too(make_engine: Callable) -> None:
+    engine = make_engine("gpt2")  # which has no position beyond its context
+    row = {"question": "What is it? " * 100, "choices": ["a", "b"], "answer": 1}
+    (found,) = measure_first_letter(engine, adapters_of(engine, 1), make_task("long", [row, row]))
+    assert len(found.tops) == 2
 
 
 def test_the_letter_is_the_models_greedy_token(make_engine: Callable, quiz: Task) -> None:

@@ -33,6 +33,13 @@ def test_the_number_after_the_mark_or_else_the_last(text: str, number: str) -> N
     assert final_number(text) == number
 
 
+def test_a_prompt_beyond_the_context_is_answered_too(make_engine: Callable) -> None:
+    engine = make_engine("gpt2")  # which has no position beyond its context
+    rows = [{"prompt": "What is one and 1? " * 80, "response": "#### 2"}] * 2
+    (found,) = measure_numbers(engine, adapters_of(engine, 1), make_task("long", rows), max_new_tokens=6)
+    assert len(found.generations) == 2
+
+
 def test_each_adapter_writes_what_the_engine_generates(make_engine: Callable) -> None:
     engine = make_engine()
     adapters = adapters_of(engine, 2)

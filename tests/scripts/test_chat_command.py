@@ -97,7 +97,8 @@ def test_piped_lines_are_answered_one_by_one(
     save_adapter(
         tmp_path / "a", states(engine)[1], base_model="tiny", revision="", target_modules=["q_proj"], card=""
     )
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Sort the list\n\n/reset\nSort the list\n/quit\nnever\n"))
+    typed = b"Sort the list\n\n/reset\nSort the list\n/reset\nS\xff\n/quit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
     words = [
         "fedllm",
         "chat",
@@ -112,6 +113,7 @@ def test_piped_lines_are_answered_one_by_one(
         cli.main()
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(" ")[0] for line in lines] == [">", "base:", "adapter:"] * 2
-    assert lines[:3] == lines[3:]  # forgotten in between
+    assert [line.partition(" ")[0] for line in lines] == [">", "base:", "adapter:"] * 3
+    assert lines[:3] == lines[3:6]  # forgotten in between
+    assert lines[6] == "> S\ufffd"  # a byte that is no text
     assert "never" not in " ".join(lines)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedllm.adapters.folder import save_adapter
@@ -132,6 +133,23 @@ def test_a_gguf_file_gives_the_adapters_losses(
         assert written["bytes"] == file.stat().st_size
         read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
         assert loss_of(read) == pytest.approx(loss, abs=most), form
+
+
+def test_weights_that_cannot_be_written_are_one_line(
+    publish: Callable, make_model_folder: Callable, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    adapter, _ = publish()
+
+    def full(*unused: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    words = ["export", adapter, "--merge", tmp_path / "merged", "--base", make_model_folder()]
+    assert fedllm(monkeypatch, *words) == 2
+    told = capsys.readouterr().err.strip()
+    assert "No space left" in told
+    assert "\n" not in told
+    assert not (tmp_path / "merged").exists()
 
 
 def test_the_card_of_a_merged_model_keeps_the_adapters(

@@ -104,3 +104,5 @@ def test_a_file_here_wins_over_a_shipped_recipe(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "keyboard.toml").write_text("federation.num-clients = 3\n")
     assert config_of(["keyboard.toml"]).federation.num_clients == 3
     assert config_of(["keyboard"]).federation.num_clients == 60
+    with pytest.raises(ConfigError, match="No such file"):  # never another one in its place
+        config_of(["elsewhere/keyboard.toml"])
