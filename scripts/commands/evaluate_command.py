@@ -15,7 +15,6 @@ from scripts.evaluation.columns import Column, holds_adapter, open_columns
 from scripts.evaluation.kept import keep, may_keep_losses
 from scripts.evaluation.matrix import evaluate_matrix, matrix_report, own_adapters, show_matrix
 from scripts.evaluation.task_table import evaluate_tasks, show_tasks
-from scripts.finished_run import trained_clients
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ def _measured(targets: Sequence[str], wanted: Wanted, console: Console) -> tuple
 
         return run_harness(targets, wanted.harness, limit=wanted.limit, console=console), True
     has_tasks = bool(wanted.tasks or wanted.suite)
+    if has_tasks and (wanted.data or wanted.matrix):
+        raise ConfigError("--tasks and --suite have rows of their own; --data and --matrix are without them")
     if not has_tasks and not wanted.matrix and len(targets) == 1 and holds_adapter(targets[0]):
         return evaluate_clients(Path(targets[0]), data=wanted.data, console=console)
     tasks = _tasks(wanted, console) if has_tasks else []
@@ -64,7 +65,7 @@ def _measured(targets: Sequence[str], wanted: Wanted, console: Console) -> tuple
             console.line(column.note)
     if has_tasks:
         return _task_report(columns, tasks, wanted, console), True
-    return _matrix_report(targets, columns, wanted.data, console)
+    return _matrix_report(columns, wanted.data, console)
 
 
 def _tasks(wanted: Wanted, console: Console) -> list[Task]:
@@ -87,17 +88,15 @@ def _task_report(
     return {"tasks": {result.task.name: result.to_dict() for result in results}}
 
 
-def _matrix_report(
-    targets: Sequence[str], columns: Sequence[Column], data: str, console: Console
-) -> tuple[dict[str, Any], bool]:
+def _matrix_report(columns: Sequence[Column], data: str, console: Console) -> tuple[dict[str, Any], bool]:
     """Return the losses of the first run's clients, or of the rows `data`, under all columns."""
-    run = next((column for column in columns if column.layout is not None), None)
+    run = next((column for column in columns if column.clients is not None), None)
     if run is None and not data:
-        raise ConfigError(f"{targets[0]}: a base model alone; name --tasks, --suite, or rows by --data")
+        raise ConfigError("no run, whose clients have rows, is among them; name --tasks, --suite, or --data")
     config = columns[0].config if run is None else run.config
-    clients = held_out_rows(config, data, [] if data else trained_clients(Path(targets[0])))
+    clients = held_out_rows(config, data, () if run is None else run.clients or ())
     if not clients:
-        raise NoDataError(f"{targets[0]}: the run keeps no held-out rows; give some with --data")
+        raise NoDataError(f"{run.name if run else data}: no held-out rows; give some with --data")
     own = {} if run is None or data else own_adapters(run)
     report = matrix_report(evaluate_matrix(columns, clients, own))
     if not console.quiet:

@@ -1,5 +1,6 @@
 """The targets of `fedllm evaluate` as columns: base models and adapters, each with its name."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,26 +16,31 @@ from fedllm.engine.engine import Engine
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models.base import layout_of
 from fedllm.models.files import fingerprint, resolve_model
-from scripts.finished_run import adapter_of, bare_config
+from scripts.finished_run import Found, adapter_of, bare_config
 
 BASE = "base"
 
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """A base model, alone or with an adapter [P] of a layout; `note` is what is to be said of it."""
+    """A base model, alone or with an adapter [P] of a layout; `note` is what is to be said of it.
+
+    `clients` are those whose losses the adapter's run has; None where `config` is not of its own run.
+    """
 
     name: str
     config: RunConfig
     layout: AdapterLayout | None = None
     vector: torch.Tensor | None = None
     note: str = ""
+    clients: tuple[str, ...] | None = None
 
 
 def open_columns(targets: Sequence[str]) -> list[Column]:
     """Return the columns of targets, base models first: those named, and those that adapters stand on.
 
-    A base model that is alone is called `base`.
+    A base model that is alone is called `base`, and an adapter by its folder, or by the whole target where
+    two folders have one name.
 
     Raises:
         ConfigError: a target is neither a run, nor an adapter, nor a base model.
@@ -43,12 +49,22 @@ def open_columns(targets: Sequence[str]) -> list[Column]:
     opened = {target: _load_adapter(target) for target in targets if holds_adapter(target)}
     # An adapter names its base model; where that is a folder, only another target says which one.
     known = {fingerprint(resolve_model(name).folder): base.config for name, base in bases.items()}
-    known |= {one.state.layout.fingerprint: config for one, config, _ in opened.values() if config}
+    known |= {one.state.layout.fingerprint: found.config for one, found in opened.values() if found.config}
+    folders = Counter(map(_name_of, opened))
     adapters = []
-    for target, (published, own, note) in opened.items():
-        state = published.state
-        config = own or known.get(state.layout.fingerprint) or bare_config(published)
-        adapters.append(Column(_name_of(Path(target)), config, state.layout, state.vector, note))
+    for target, (published, found) in opened.items():
+        state, short = published.state, _name_of(target)
+        config = found.config or known.get(state.layout.fingerprint) or bare_config(published)
+        adapters.append(
+            Column(
+                short if folders[short] == 1 else target,
+                config,
+                state.layout,
+                state.vector,
+                found.note,
+                tuple(found.clients) if found.config else None,
+            )
+        )
         bases.setdefault(config.model.name, Column(config.model.name, config))
     first = list(bases.values())
     return [replace(first[0], name=BASE) if len(first) == 1 else first[0], *first[1:], *adapters]
@@ -87,14 +103,14 @@ def holds_adapter(target: str) -> bool:
     return (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file()
 
 
-def _load_adapter(target: str) -> tuple[PublishedAdapter, RunConfig | None, str]:
-    """Return an adapter, its run's configuration where known, and what is to be said of an unfinished run."""
+def _load_adapter(target: str) -> tuple[PublishedAdapter, Found]:
+    """Return an adapter, and what is known of its run."""
     with adapter_of(Path(target)) as found:
-        return load_adapter(found.folder), found.config, found.note
+        return load_adapter(found.folder), found
 
 
-def _name_of(target: Path) -> str:
-    folder = target.resolve()
+def _name_of(target: str) -> str:
+    folder = Path(target).resolve()
     return folder.parent.name if folder.name == "adapter" else folder.name
 
 

@@ -69,7 +69,7 @@ def evaluate_matrix(
         _measure(engine, states, clients, found)
     names = [column.name for column in columns]
     if own:
-        run = next(column for column in columns if column.layout is not None)
+        run = next(column for column in columns if column.clients is not None)
         states = {own_name(client): state for client, state in own.items()}
         _measure(open_engine(run), states, clients, found)
         names += states
@@ -95,11 +95,12 @@ def _measure(
 def matrix_report(losses: Losses) -> dict[str, Any]:
     """Return the JSON form: the losses, and of own adapters the mean on own rows and on those of others."""
     own = {client: row[own_name(client)] for client, row in losses.items() if own_name(client) in row}
+    own_names = set(map(own_name, own))
     others = [
         loss
         for client, row in losses.items()
         for name, loss in row.items()
-        if name in map(own_name, own) and name != own_name(client)
+        if name in own_names and name != own_name(client)
     ]
     report: dict[str, Any] = {"losses": losses}
     if own:
@@ -112,7 +113,7 @@ def show_matrix(console: Console, report: Mapping[str, Any]) -> None:
     """Print a row for each client; where there are many own adapters, each client's own alone."""
     losses: Losses = report["losses"]
     names = list(next(iter(losses.values())))
-    if len(names) > MOST_COLUMNS:
+    if "own" in report and len(names) > MOST_COLUMNS:
         names = [name for name in names if not name.startswith(own_name(""))] + ["own"]
     console.line("loss (nats per token) of held-out rows: a row for each client, a column for each adapter")
     table = client_table(*names)

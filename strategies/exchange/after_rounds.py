@@ -44,10 +44,13 @@ def train_on_at_home(session: Session, state: ServerState) -> ServerState:
     found: dict[str, ClientAtHome] = {}
     transport, number, num_answered = session.transport, len(session.clients), 0
     hosted, down, up = session.by_node(session.clients), transport.bytes_down, transport.bytes_up
+    requests = requests_about(session, state, session.clients)
     session.watch.phase("training on at home", 0, number)
     with few(session.watch.notice) as notice:
+        for node in sorted(hosted.keys() - requests.keys()):
+            notice(f"node {node} did not train on at home: it is away or busy")
         for reply in transport.exchange(
-            requests_about(session, state, session.clients),
+            requests,
             message_type=ADAPT,
             group=str(state.round_num),
             deadline=_deadline(session, numbers),

@@ -1,6 +1,7 @@
 """`fedllm evaluate`: targets as columns, tasks, losses of clients, the matrix, what a run folder keeps."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,26 @@ def test_tables_name_every_adapter_and_the_interval(
     assert "own:b" in capsys.readouterr().out
 
 
+def test_clients_are_those_of_the_run_among_the_targets(
+    run: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "adapter", tmp_path / "made")
+    same = str(tmp_path / "made")
+    losses = _evaluated(capsys, same, str(run))["matrix"]["losses"]
+    assert list(losses["a"]) == ["base", same, str(run), "own:a", "own:b"]
+    assert losses["a"][same] == losses["a"][str(run)]
+    shutil.copytree(run, tmp_path / "elsewhere")
+    result = json.loads((tmp_path / "elsewhere" / "result.json").read_text())
+    result["held_out"]["after"]["clients"] = {"anna": 1.0}  # a site's, whose rows are not here
+    (tmp_path / "elsewhere" / "result.json").write_text(json.dumps(result))
+    for words, told in (
+        ((model, same), "no run, whose clients have rows"),
+        ((model, str(tmp_path / "elsewhere")), "keep their rows elsewhere"),
+    ):
+        assert _fedllm("evaluate", *words) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_adapters_of_other_ranks_share_a_table(
     run: Path,
     rows: Path,
@@ -169,7 +190,8 @@ def test_adapters_of_other_ranks_share_a_table(
     ("words", "message"),
     [
         (("nowhere/at-all", "--tasks", "x.jsonl"), "neither a run, an adapter nor a base model"),
-        (("{model}",), "name --tasks, --suite, or rows by --data"),
+        (("{model}",), "name --tasks, --suite, or --data"),
+        (("{model}", "--tasks", "x.jsonl", "--matrix"), "--data and --matrix are without them"),
         (("{model}", "--suite", "generl"), "expected one of general, keyboard, medical"),
         (("{model}", "--tasks", "absent.jsonl"), "absent.jsonl"),
         (("{empty}",), "neither a run with a complete round nor an adapter folder"),

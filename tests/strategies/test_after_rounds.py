@@ -131,6 +131,18 @@ def test_an_answer_of_another_form_is_refused_alone(open_run: Callable, make_con
     assert any("did not train on at home: the reply's client list or metrics" in line for line in run.notices)
 
 
+def test_a_node_that_cannot_be_asked_is_named(
+    open_run: Callable, make_config: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(make_config({**HELD_OUT, **AT_HOME}))
+    state, _ = next_round(run.session, first_state(run.session))
+    away, *others = run.session.transport.node_ids()
+    monkeypatch.setattr(type(run.session.transport), "node_ids", lambda _: others)
+    state = train_on_at_home(run.session, state)
+    assert sorted(run.session.by_node(state.records[-1].at_home.home)) == others
+    assert f"node {away} did not train on at home: it is away or busy" in run.notices
+
+
 @pytest.mark.parametrize(
     "change", [{"home": -1.0}, {"alone": math.nan}, {"shared": math.inf}, {"steps": 9}, {"home": 1e9}]
 )
