@@ -1,6 +1,7 @@
 """Pages say what was found, hold nothing that acts or is private, and never cost a run its result."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,13 @@ def test_two_runs_are_compared_on_clients_in_common(make_run: Callable) -> None:
     assert "4 of 4 data holders are better served by second" in text
     assert "anna" not in text
     assert "No setting differs" in text
+
+
+def test_curves_of_two_runs_are_of_the_same_clients(make_run: Callable) -> None:
+    more = [replace(one, held_out={**one.held_out, "anna": 9.0}) for one in records()]
+    text = page_of(make_run("first"), make_run("second", more))
+    first, second = re.findall('points="([^"]*)"', text)[:2]
+    assert first == second
 
 
 def test_a_study_says_to_whom_joining_helped(study: Path) -> None:
