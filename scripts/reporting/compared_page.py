@@ -4,10 +4,8 @@ from fedllm.runs.spread import keep_common_clients, spread_of
 from scripts.console import in_time
 from scripts.reporting.figures import Line, line_chart
 from scripts.reporting.parts import Page, Section, Table, megabytes, number
-from scripts.reporting.run_files import RunFiles, shown_value
+from scripts.reporting.run_files import UNSHOWN, RunFiles, shown_value
 from scripts.reporting.run_page import FOOTER, client_section
-
-_UNIMPORTANT = {"run.name", "run.output", "run.resume", "run.purpose"}
 
 
 def compared_page(first: RunFiles, second: RunFiles) -> Page:
@@ -71,7 +69,7 @@ def _settings(runs: dict[str, RunFiles]) -> Section:
     rows = [
         [key, *(shown_value(keys_of.get(key, "")) for keys_of in (first, second))]
         for key in keys
-        if key not in _UNIMPORTANT
+        if key not in UNSHOWN
     ]
     title = f"{len(rows)} settings differ" if rows else "No setting differs"
     return Section(title, tables=[Table("keys", ["key", *runs], rows)] if rows else ())

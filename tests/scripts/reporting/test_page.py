@@ -12,6 +12,7 @@ from fedllm.errors import ConfigError
 from fedllm.runs.folder import describe_run, read_keys
 from fedllm.runs.records import RoundRecord, TrainingRecord
 from scripts.reporting.page import plot_losses, reported, write_report
+from scripts.reporting.run_files import shown_value
 from tests.scripts.reporting.conftest import CLIENTS, HOSTILE, losses, records
 
 
@@ -57,6 +58,20 @@ def test_a_page_holds_no_path_and_nothing_private(make_run: Callable, tmp_path: 
     assert str(tmp_path) not in text
     assert "4711" not in text
     assert (folder / "report.html").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/ann/rows.jsonl", "…/rows.jsonl"),
+        ("rows.jsonl,/home/ann/more.jsonl, ~/last.jsonl", "rows.jsonl,…/more.jsonl, …/last.jsonl"),
+        ("synthetic+../public/texts.txt", "synthetic+…/texts.txt"),
+        ("org/model@v1.0", "org/model@v1.0"),
+        (0.01, "0.01"),
+    ],
+)
+def test_a_setting_names_no_folder_of_this_machine(value: str | float, shown: str) -> None:
+    assert shown_value(value) == shown
 
 
 def test_two_runs_are_compared_on_clients_in_common(make_run: Callable) -> None:
