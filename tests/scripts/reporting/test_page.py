@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 
 from fedllm.config.run_config import RunConfig
+from fedllm.data.fields import Example
 from fedllm.errors import ConfigError
+from fedllm.evaluation.intervals import Estimate
+from fedllm.evaluation.score import AdapterResult, TaskResult
+from fedllm.evaluation.task import Item, Task
 from fedllm.runs.folder import describe_run, read_keys
 from fedllm.runs.records import RoundRecord, TrainingRecord
+from scripts.evaluation.kept import keep
 from scripts.reporting.page import plot_losses, reported, write_report
 from scripts.reporting.run_files import shown_value
 from tests.scripts.reporting.conftest import CLIENTS, HOSTILE, losses, records
@@ -42,6 +47,16 @@ def test_a_page_shows_costs_steps_and_who_was_lost(make_run: Callable) -> None:
     assert "Distillation: 1 of 1 steps were kept" in text
     assert "<td>75%</td>" in text
     assert "<b>6.00</b>" in text  # epsilon
+
+
+def test_a_page_shows_tasks_with_their_intervals(make_run: Callable) -> None:
+    adapter = AdapterResult({"accuracy": Estimate(0.5, 0.25, 0.75)}, {}, (), ())
+    items = tuple(Item(Example(text="Why?"), ("a", "b"), right=right) for right in (0, 1))
+    result = TaskResult(Task("quiz", "choice", items), {"base": adapter})
+    folder = make_run()
+    keep(folder, {"tasks": {"quiz": result.to_dict()}})
+    cells = ("quiz", "2", "base", "accuracy", "0.500", "0.250 to 0.750", "0.500", "0.500")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page_of(folder)
 
 
 def test_names_and_answers_cannot_act(make_run: Callable, study: Path) -> None:
