@@ -15,12 +15,7 @@ from fedllm.runs.spread import keep_common_clients
 from scripts.auditing.table import REPORT
 from scripts.evaluation.kept import EVALUATION
 
-UNSHOWN = {
-    "run.name",
-    "run.output",
-    "run.resume",
-    "run.purpose",
-}  # keys that say nothing about what was found
+UNSHOWN = {"run.name", "run.output", "run.resume", "run.purpose"}  # keys that change no result
 Losses = Mapping[str, Mapping[str, float]]  # column -> client -> loss
 
 
