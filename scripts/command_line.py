@@ -68,8 +68,9 @@ def run_app(app: typer.Typer, words: Sequence[str], *, name: str, verbose: bool 
 def again(*more: str) -> str:
     """Return the command line that was typed, with further words."""
     program = ["fedllm"] if shutil.which("fedllm") else [sys.argv[0]]
-    if Path(sys.argv[0]).name == "__main__.py":
-        program = ["python", "-m", "fedllm"]
+    spec = sys.modules["__main__"].__spec__
+    if Path(sys.argv[0]).name == "__main__.py" and spec is not None:
+        program = ["python", "-m", spec.parent or "fedllm"]
     return shlex.join([*program, *(word for word in sys.argv[1:] if word not in more), *more])
 
 

@@ -1,13 +1,14 @@
 """The page of two runs: where they differ, and which of them served whom better."""
 
+from collections.abc import Collection
+from statistics import fmean
+
 from fedllm.runs.spread import keep_common_clients, spread_of
 from scripts.console import in_time
 from scripts.reporting.figures import Line, line_chart
 from scripts.reporting.parts import Page, Section, Table, megabytes, number
-from scripts.reporting.run_files import RunFiles, shown_value
+from scripts.reporting.run_files import UNSHOWN, RunFiles, shown_value
 from scripts.reporting.run_page import FOOTER, client_section
-
-_UNIMPORTANT = {"run.name", "run.output", "run.resume", "run.purpose"}
 
 
 def compared_page(first: RunFiles, second: RunFiles) -> Page:
@@ -21,7 +22,7 @@ def compared_page(first: RunFiles, second: RunFiles) -> Page:
     if columns:
         finding, title = _findings(columns)
         lines = [
-            Line(name, [(one.round_num, one.mean_held_out or 0.0) for one in run.measured], tone)
+            Line(name, _means(run, columns[name]), tone)
             for (name, run), tone in zip(runs.items(), ("mean", "worst"), strict=True)
         ]
         chart = line_chart(lines, "mean held-out loss", "round", "mean held-out loss, nats per token")
@@ -30,6 +31,16 @@ def compared_page(first: RunFiles, second: RunFiles) -> Page:
         finding = f"{names[0]} and {names[1]} measured no data holder's held-out loss in common."
     sections += [_costs(runs), _settings(runs)]
     return Page(f"{names[0]} and {names[1]}", [finding], (), sections, FOOTER)
+
+
+def _means(run: RunFiles, clients: Collection[str]) -> list[tuple[int, float]]:
+    """Return (round, mean loss of these clients) of the rounds that measured all of them."""
+    losses = [(record.round_num, record.held_out) for record in run.measured]
+    return [
+        (number_of, fmean(found[client] for client in clients))
+        for number_of, found in losses
+        if found.keys() >= set(clients)
+    ]
 
 
 def _names(first: RunFiles, second: RunFiles) -> tuple[str, str]:
@@ -71,7 +82,7 @@ def _settings(runs: dict[str, RunFiles]) -> Section:
     rows = [
         [key, *(shown_value(keys_of.get(key, "")) for keys_of in (first, second))]
         for key in keys
-        if key not in _UNIMPORTANT
+        if key not in UNSHOWN
     ]
     title = f"{len(rows)} settings differ" if rows else "No setting differs"
     return Section(title, tables=[Table("keys", ["key", *runs], rows)] if rows else ())

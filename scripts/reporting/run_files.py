@@ -1,6 +1,7 @@
 """What the public files of a run folder say: `private/` and the checkpoints are never opened."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from fedllm.runs.spread import keep_common_clients
 from scripts.auditing.table import REPORT
 from scripts.evaluation.kept import EVALUATION
 
-_UNSHOWN = {"run.name", "run.output", "run.resume", "run.purpose"}
+UNSHOWN = {"run.name", "run.output", "run.resume", "run.purpose"}  # keys that change no result
 Losses = Mapping[str, Mapping[str, float]]  # column -> client -> loss
 
 
@@ -73,7 +74,7 @@ class RunFiles:
         """What was set to another value than the default; of a path only its last part."""
         usual = RunConfig().to_flat()
         changed = {key: value for key, value in self.keys.items() if usual.get(key) != value}
-        return {key: shown_value(value) for key, value in changed.items() if key not in _UNSHOWN}
+        return {key: shown_value(value) for key, value in changed.items() if key not in UNSHOWN}
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -90,9 +91,8 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def shown_value(value: Scalar) -> str:
-    """Return a value of a key without the folders of this machine."""
-    text = str(value)
-    return "…/" + Path(text).name if text.startswith(("/", "~", ".")) and "/" in text else text
+    """Return a value of a key without the folders of this machine; it may name several paths."""
+    return re.sub(r"(?<![^,+\s])[/~.][^,]*/", "…/", str(value))
 
 
 def _read(file: Path) -> dict[str, Any]:

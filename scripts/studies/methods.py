@@ -84,7 +84,7 @@ def federated(trial: Trial, setting: Setting) -> Figures:
         if home := int(trial.options.get("home", 0)):
             return _then_home(clients, config, state, home, costs)
         figures = _best_of(clients, kept)
-        return {**figures, **costs, "steps": figures["steps"] * config.train.local_steps}
+        return {**figures, **costs, "steps": _steps_of_each(config, figures["steps"])}
 
 
 KINDS: Kinds = {"base": base, "alone": alone, "centralised": centralised, "federated": federated}
@@ -152,7 +152,7 @@ def _then_home(clients: Clients, config: RunConfig, state: LocalState, steps: in
     drawn = state.server.num_drawn
     with with_base_delta(clients.engine.base, added):
         figures = _own(clients, _train_own(clients, config, start_P, steps, drawn))
-    before = config.federation.num_rounds * config.train.local_steps
+    before = _steps_of_each(config, config.federation.num_rounds)
     own = {
         "tokens": costs["tokens"] + _tokens(clients, config, steps, drawn),
         "steps": before + figures["steps"],
@@ -162,15 +162,19 @@ def _then_home(clients: Clients, config: RunConfig, state: LocalState, steps: in
 
 def _costs(clients: Clients, config: RunConfig, state: LocalState) -> Figures:
     """Return what the rounds of a run sent and spent; a privacy plan may withhold the count of tokens."""
-    records, rounds = state.records, config.federation.num_rounds
-    each = rounds * config.train.local_steps * resolve(config).cohort.size / config.federation.num_clients
-    private = records[-1].privacy
+    records, private = state.records, state.records[-1].privacy
+    each = _steps_of_each(config, config.federation.num_rounds)
     return {
         "tokens": sum(record.training.num_tokens for record in records)
         or _tokens(clients, config, round(each), {}),
         "bytes_up": sum(record.bytes_up for record in records),
         "epsilon": private.epsilon if private else None,
     }
+
+
+def _steps_of_each(config: RunConfig, rounds: float) -> float:
+    """Return how many steps a client takes in so many rounds on average; a round may ask only some."""
+    return rounds * config.train.local_steps * resolve(config).cohort.size / config.federation.num_clients
 
 
 def _best_of(clients: Clients, shared: Mapping[int, Shared]) -> Figures:

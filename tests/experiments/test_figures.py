@@ -1,7 +1,6 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,7 +223,7 @@ def test_the_goal_of_a_rule_is_its_worst_judged_attack() -> None:
 
 @pytest.mark.parametrize("size", [FULL, QUICK, SMOLLM2], ids=["full", "quick", "smollm2"])
 def test_no_cell_of_a_scale_is_refused_by_the_configuration(size: Size) -> None:
-    setting = Setting("model", Path("rows.jsonl"), size.flat, "")
+    setting = Setting("model", "rows.jsonl", size.flat, "")
     trials: list[Trial] = []
 
     def do(some: Sequence[Trial]) -> list[Outcome]:

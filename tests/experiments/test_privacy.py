@@ -224,7 +224,7 @@ def test_a_run_that_failed_leaves_its_reason_and_no_row() -> None:
 
 @pytest.mark.parametrize("size", [FULL, QUICK, SMOLLM2], ids=["full", "quick", "smollm2"])
 def test_no_trial_of_a_size_is_refused_and_units_are_its_parts(size: Size) -> None:
-    setting, do = Setting("model", Path("rows.jsonl"), size.flat, ""), Do()
+    setting, do = Setting("model", "rows.jsonl", size.flat, ""), Do()
     for part in size.parts:
         study(part, do)
     for trial in do.trials:

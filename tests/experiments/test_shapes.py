@@ -50,3 +50,14 @@ def test_a_shape_has_the_same_tokens_and_bytes_beside_it() -> None:
     goals = shapes_goals(figures)
     assert {name: goal.met for name, goal in goals.items()} == {"gap_closed_in_domain": True}
     assert shapes_table(figures).row_count == 2
+
+
+def test_many_rounds_are_no_fewer_than_those_of_any_shape() -> None:
+    asked: list[str] = []
+
+    def note(trials: list[Trial]) -> list[Outcome]:
+        asked.extend(str(one.labels["shape"]) for one in trials if one.kind == "curve")
+        return do([one for one in trials if one.kind == "curve"])
+
+    shapes_study((Shape(4, 1), Shape(1, 2)), 4, (1,), {}, note)
+    assert asked == ["4x4"]

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +61,17 @@ def test_a_signal_ends_a_command_with_its_own_code(sign: str, code: int, hang_up
 def test_a_command_under_nohup_outlives_its_terminal(hang_up: None) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert signalled(signal.SIGHUP) == 0
+
+
+def test_a_command_to_go_on_with_names_the_module_that_was_started(tmp_path: Path) -> None:
+    (tmp_path / "tried").mkdir()
+    (tmp_path / "tried" / "__main__.py").write_text("from scripts.command_line import again\nprint(again())")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    told = subprocess.run(
+        [sys.executable, "-m", "tried", "joining", "--quick"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout == "python -m tried joining --quick\n"

@@ -76,3 +76,8 @@ def test_a_model_without_a_finite_loss_is_no_result(tiny_recipe: Path, tmp_path:
     save_file(weights, broken / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(DivergedError, match="no finite number"):
         base(trial(model__name=str(broken)), shared)
+
+
+def test_steps_are_those_of_a_client_on_average(tiny_recipe: Path) -> None:
+    some = trial({"home": 1}, federation__num_rounds=3, federation__cohort=1)
+    assert 2 <= federated(some, setting(tiny_recipe))["steps"] <= 3  # of the rounds two, at home one at most

@@ -63,7 +63,7 @@ def shapes_study(
     """
     most = max(shape.rounds * shape.steps for shape in shapes)
     options = {**taught, "teachers": ENSEMBLE}
-    many = Shape(-(-most // few), few)
+    many = Shape(max(-(-most // few), *(shape.rounds for shape in shapes)), few)
     outcomes = do([_trial("curve", many, seed, {}) for seed in seeds])
     curves = {outcome.trial.labels["seed"]: outcome.figures for outcome in outcomes if outcome.is_done}
     trials = [_trial("distilled", shape, seed, options) for shape in shapes for seed in seeds]

@@ -1,6 +1,7 @@
 """Pages say what was found, hold nothing that acts or is private, and never cost a run its result."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,16 @@ from pathlib import Path
 import pytest
 
 from fedllm.config.run_config import RunConfig
+from fedllm.data.fields import Example
 from fedllm.errors import ConfigError
+from fedllm.evaluation.intervals import Estimate
+from fedllm.evaluation.score import AdapterResult, TaskResult
+from fedllm.evaluation.task import Item, Task
 from fedllm.runs.folder import describe_run, read_keys
 from fedllm.runs.records import RoundRecord, TrainingRecord
+from scripts.evaluation.kept import keep
 from scripts.reporting.page import plot_losses, reported, write_report
+from scripts.reporting.run_files import shown_value
 from tests.scripts.reporting.conftest import CLIENTS, HOSTILE, losses, records
 
 
@@ -42,6 +49,16 @@ def test_a_page_shows_costs_steps_and_who_was_lost(make_run: Callable) -> None:
     assert "<b>6.00</b>" in text  # epsilon
 
 
+def test_a_page_shows_tasks_with_their_intervals(make_run: Callable) -> None:
+    adapter = AdapterResult({"accuracy": Estimate(0.5, 0.25, 0.75)}, {}, (), ())
+    items = tuple(Item(Example(text="Why?"), ("a", "b"), right=right) for right in (0, 1))
+    result = TaskResult(Task("quiz", "choice", items), {"base": adapter})
+    folder = make_run()
+    keep(folder, {"tasks": {"quiz": result.to_dict()}})
+    cells = ("quiz", "2", "base", "accuracy", "0.500", "0.250 to 0.750", "0.500", "0.500")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page_of(folder)
+
+
 def test_names_and_answers_cannot_act(make_run: Callable, study: Path) -> None:
     for text in (page_of(make_run()), page_of(study), page_of(make_run("other"), make_run("third"))):
         assert "<script" not in text.lower()
@@ -59,6 +76,20 @@ def test_a_page_holds_no_path_and_nothing_private(make_run: Callable, tmp_path: 
     assert (folder / "report.html").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/ann/rows.jsonl", "…/rows.jsonl"),
+        ("rows.jsonl,/home/ann/more.jsonl, ~/last.jsonl", "rows.jsonl,…/more.jsonl, …/last.jsonl"),
+        ("synthetic+../public/texts.txt", "synthetic+…/texts.txt"),
+        ("org/model@v1.0", "org/model@v1.0"),
+        (0.01, "0.01"),
+    ],
+)
+def test_a_setting_names_no_folder_of_this_machine(value: str | float, shown: str) -> None:
+    assert shown_value(value) == shown
+
+
 def test_two_runs_are_compared_on_clients_in_common(make_run: Callable) -> None:
     better = [replace(one, held_out={**losses(one.round_num + 1), "anna": 9.0}) for one in records()]
     text = page_of(make_run("first"), make_run("second", better))
@@ -66,6 +97,13 @@ def test_two_runs_are_compared_on_clients_in_common(make_run: Callable) -> None:
     assert "4 of 4 data holders are better served by second" in text
     assert "anna" not in text
     assert "No setting differs" in text
+
+
+def test_curves_of_two_runs_are_of_the_same_clients(make_run: Callable) -> None:
+    more = [replace(one, held_out={**one.held_out, "anna": 9.0}) for one in records()]
+    text = page_of(make_run("first"), make_run("second", more))
+    first, second = re.findall('points="([^"]*)"', text)[:2]
+    assert first == second
 
 
 def test_a_study_says_to_whom_joining_helped(study: Path) -> None:
