@@ -111,4 +111,5 @@ def keep_answers(folder: Path, answers: Mapping[str, Sequence[str]]) -> None:
     kept = {name: [text[:MOST_LETTERS] for text in texts] for name, texts in answers.items()}
     write_result(folder, {**json.loads((folder / "result.json").read_text()), "answers": kept})
     adapter = folder / "adapter"
-    replace_card(adapter, with_answers((adapter / "README.md").read_text(), kept))
+    if kept["prompts"]:
+        replace_card(adapter, with_answers((adapter / "README.md").read_text(), kept))

@@ -17,7 +17,17 @@ from pathlib import Path
 REQUIREMENTS = (
     *("flwr[simulation]", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "gguf"),
     *("typer", "rich", "tomli-w", "numpy", "pyarrow", "cryptography", "datasketch", "platformdirs", "scipy"),
-    *("click", "huggingface-hub", "jinja2", "packaging", "httpx", "starlette", "uvicorn"),
+    *(
+        "click",
+        "huggingface-hub",
+        "jinja2",
+        "markupsafe",
+        "packaging",
+        "pyyaml",
+        "httpx",
+        "starlette",
+        "uvicorn",
+    ),
 )
 _REQUIREMENT = re.compile(
     r"\s*(?P<name>[\w.-]+)\s*(\[(?P<extras>[^]]*)\])?[^;]*(;(?P<marker>.*))?", re.DOTALL
