@@ -168,7 +168,7 @@ class TrialRunner:
             "key": key,
             "commit": self.commit,
             **{name: asdict(outcome.trial)[name] for name in ("study", "kind", "labels")},
-            "seconds": round(outcome.seconds, 2),
+            "seconds": outcome.seconds,
             "reason": outcome.reason,
             "figures": outcome.figures,
         }

@@ -206,6 +206,7 @@ def another(config: RunConfig, key: str) -> Any:
         "lora.client-ranks": "4",
         "aggregation.weighting": "tokens",
         "run.purpose": "research",
+        "track.to": "trackio",
         "personal.mode": "ditto",
         "distill.when": "every",
         "distill.teacher": "uniform",
@@ -242,7 +243,7 @@ FREE = """
 run.name run.output run.resume model.device model.num-threads
 federation.num-rounds federation.round-deadline federation.join-deadline federation.sites
 federation.max-retries federation.max-failure-rate
-evaluation.every evaluation.prompts evaluation.max-new-tokens
+evaluation.every evaluation.prompts evaluation.max-new-tokens track.to
 """
 PRIVATE = {"privacy.epsilon": 8.0, "privacy.unit": "client", "aggregation.weighting": "uniform"}
 
