@@ -36,9 +36,8 @@ from fedllm.messages import (
 from fedllm.wire.packets import LARGEST_NUMBER, list_field, read_vector, write_vector
 
 _OK = "ok"  # no error code is called so
-_COUNTS = frozenset(
-    {"num_tokens", "num_truncated", "num_rows", "steps"}
-)  # travel as floats, as all metrics do
+# They travel as floats, as all metrics do.
+_COUNTS = frozenset({"num_tokens", "num_truncated", "num_rows", "steps"})
 _HELD_OUT = "held_out_"  # begins the names of evaluation metrics next to those of an update
 _HELD_OUT_METRICS = tuple(_HELD_OUT + name for name in EVALUATION_METRICS)
 _FEW = 8  # how many more clients than were asked a reply may name: enough to be told who strays

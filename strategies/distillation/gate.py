@@ -22,8 +22,9 @@ def judge_teacher(before: float, ensemble: float, kind: str) -> str:
     if before - ensemble > LEAST_AHEAD:
         return ""
     return (
-        f"there is nothing to teach: the clients' ensemble is {before - ensemble:.3f} nats a token better"
-        f" than the aggregate on the held-out {kind} text, and no student gains from {LEAST_AHEAD:g} or less"
+        f"there is nothing to teach: the clients' ensemble is at {ensemble:.3f} nats a token on the held-out"
+        f" {kind} text, the aggregate at {before:.3f}, and no student gains from a lead of {LEAST_AHEAD:g} or"
+        " less"
     )
 
 

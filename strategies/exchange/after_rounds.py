@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import ceil
 
 from fedllm.config.key import number_or
-from fedllm.errors import WireError, WithheldError
+from fedllm.errors import NoDataError, WireError, WithheldError
 from fedllm.messages import ClientAtHome
 from fedllm.plan.training import HomeTraining
 from fedllm.runs.checkpoint import ServerState
@@ -20,6 +20,7 @@ from strategies.grid.transport import Reply
 from strategies.session import Session
 
 ADAPT = "query.adapt"
+_TOO_FEW = "it has no row to train on, or fewer than two different ones held out"
 
 
 def evaluate_last(session: Session, state: ServerState) -> ServerState:
@@ -102,7 +103,7 @@ def _read(
         if isinstance(sound, ClientAtHome):
             found[sound.client_id] = sound
         elif numbers.is_reported or sound.code != WithheldError.code:
-            lost[sound.client_id] = sound.reason
+            lost[sound.client_id] = _TOO_FEW if sound.code == NoDataError.code else sound.reason
     for clients, reason in grouped(lost):
         notice(f"client {clients} did not train on at home: {reason}")
     return found if numbers.is_reported else {}
