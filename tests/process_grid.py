@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -24,6 +25,8 @@ from clients.process import Process
 from fedllm.config.run_config import RunConfig
 from scripts.runtimes.local import node_config_of
 
+_LARGE = 2**20  # bytes of a block
+_TAKEN: list[np.ndarray] = []
 _FORK = get_context("fork")  # with what this process has imported already
 
 
@@ -156,8 +159,12 @@ def process_grid(config: RunConfig, number: int, *, tells: bool = True) -> Itera
 
 
 def _limit_memory(more: int) -> None:
-    """Let this process take so many bytes of memory more than it has."""
+    """Let this process take so many bytes of memory more than it has, none of it in large blocks."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     size = pages * resource.getpagesize() + more
     resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    # What the parent has freed is still the process's own, and could hold a whole training.
+    with suppress(MemoryError):
+        while True:
+            _TAKEN.append(np.empty(_LARGE, dtype=np.uint8))
