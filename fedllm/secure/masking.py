@@ -54,18 +54,6 @@ class Masked:
     commitments: tuple[bytes, ...]
 
 
-@dataclass(frozen=True)
-class Opening:
-    """What a party sends second: for each dealer that answered, a piece of 16 bytes for each party.
-
-    In row j the pieces of j itself and of the lost parties are shares; the others are hashes of theirs, with
-    which the commitment is checked. Rows of `unopened` dealers, whose boxes were damaged, are zeros.
-    """
-
-    pieces: bytes
-    unopened: tuple[str, ...] = ()
-
-
 def mask(
     me: str, private: bytes, exchange: Exchange, words: np.ndarray, machine_secret: bytes, bits: int = BITS
 ) -> Masked:
@@ -117,39 +105,41 @@ def opening(
     answered: Collection[str],
     boxes: Mapping[str, bytes],
     commitments: Mapping[str, bytes],
-) -> Opening:
+) -> bytes:
     """Return a party's shares for the sum of those who `answered`; all other parties count as lost.
 
-    `boxes` and `commitments` are, by dealer, those made for this party. The caller sees to it that it opens
-    one list only for each label.
+    The answer has one row for each dealer that answered, and in it 16 bytes for each party. Those for the
+    dealer itself and for the lost parties are shares. The others are hashes of theirs, with which the
+    commitment is checked. The row of a dealer whose box was damaged is zeros. `boxes` and `commitments` are,
+    by dealer, those made for this party. The caller sees to it that one list only is opened under a label.
 
     Raises:
-        TooFewPartiesError: fewer answered than the threshold. SecureError: an unknown party is said to have
-        answered, this one is said to be lost, or a box is missing.
+        TooFewPartiesError: fewer answered than the threshold.
+        SecureError: an unknown party is said to have answered, this one to be lost, or a box is missing.
     """
     dealers = _checked_answers(exchange, answered)
     if me not in dealers or not set(dealers) <= set(boxes) & set(commitments):
         raise SecureError(f"{me} cannot open a sum that it is not in, or for which a box is missing", me)
-    rows, unopened = [], []
+    rows = []
     for dealer in dealers:
         party = exchange.parties[_place(exchange, dealer)]
         key = derived(agreed(private, party.run_key), "box", exchange.digest, dealer, me)
         try:
             pieces = _pieces(open_box(key, boxes[dealer], sender=dealer))
-            hashes = [_hashed(piece) for piece in pieces]
-            # Shares that differ from the commitment would later be blamed on this party.
-            if len(pieces) != len(exchange.parties) or not _equal(_commitment(hashes), commitments[dealer]):
-                raise SecureError(f"the box of {dealer} is not what it committed to", dealer)
+        except SecureError:  # the sum needs a threshold of openings, so a few damaged boxes do not matter
+            pieces = []
+        hashes = [_hashed(piece) for piece in pieces]
+        # Shares that differ from the commitment would later be blamed on this party.
+        if len(pieces) == len(exchange.parties) and _equal(_commitment(hashes), commitments[dealer]):
             is_open = _opened(exchange, dealers, dealer)
             rows += [piece if is_open[place] else hashes[place] for place, piece in enumerate(pieces)]
-        except SecureError:  # the sum needs a threshold of openings, so a few damaged boxes do not matter
-            unopened.append(dealer)
-            rows += [bytes(SEED_BYTES)] * len(exchange.parties)
-    return Opening(b"".join(rows), tuple(unopened))
+        else:
+            rows.append(bytes(_row_bytes(exchange)))
+    return b"".join(rows)
 
 
 def check_opening(
-    found: Opening,
+    found: bytes,
     holder: str,
     exchange: Exchange,
     answered: Collection[str],
@@ -162,12 +152,12 @@ def check_opening(
     """
     dealers = _checked_answers(exchange, answered)
     place = _place(exchange, holder)
-    if not set(found.unopened) <= set(dealers) or len(found.pieces) != _opening_bytes(exchange, dealers):
+    if len(found) != _row_bytes(exchange) * len(dealers):
         raise SecureError(f"the opened shares of {holder} have another size", holder)
-    for dealer, row in zip(dealers, _rows(found, exchange), strict=True):
+    for dealer, row in _rows(found, exchange, dealers).items():
         is_open = _opened(exchange, dealers, dealer)
         hashes = [_hashed(piece) if is_open[at] else piece for at, piece in enumerate(_pieces(row))]
-        if dealer not in found.unopened and not _equal(_commitment(hashes), commitments[dealer][place]):
+        if not _equal(_commitment(hashes), commitments[dealer][place]):
             raise SecureError(f"{holder} opened a wrong share of {dealer}", holder)
 
 
@@ -175,7 +165,7 @@ def unmasked(
     exchange: Exchange,
     sum_words: np.ndarray,
     answered: Collection[str],
-    openings: Mapping[str, Opening],
+    openings: Mapping[str, bytes],
     bits: int = BITS,
 ) -> np.ndarray:
     """Return the sum [n] (uint32, below 2^bits) of the vectors of those who `answered`.
@@ -192,14 +182,11 @@ def unmasked(
         raise TooFewPartiesError(
             f"{len(openings)} parties opened shares, and {exchange.threshold} are needed"
         )
-    rows = {_place(exchange, holder) + 1: _rows(found, exchange) for holder, found in openings.items()}
-    damaged = {_place(exchange, holder) + 1: found.unopened for holder, found in openings.items()}
-    for index, dealer in enumerate(dealers):
-        shares = {
-            holder: np.frombuffer(row[index], np.uint8)
-            for holder, row in rows.items()
-            if dealer not in damaged[holder]
-        }
+    rows = {
+        _place(exchange, holder) + 1: _rows(found, exchange, dealers) for holder, found in openings.items()
+    }
+    for dealer in dealers:
+        shares = {at: np.frombuffer(row[dealer], np.uint8) for at, row in rows.items() if dealer in row}
         if len(shares) < exchange.threshold:
             raise SecureError(f"the boxes of {dealer} do not open, and the sum is lost", dealer)
         seeds = _pieces(combine(shares, exchange.threshold))
@@ -247,14 +234,15 @@ def _place(exchange: Exchange, name: str) -> int:
     return exchange.names.index(name)
 
 
-def _rows(found: Opening, exchange: Exchange) -> list[bytes]:
-    """Return the pieces of each dealer that answered, in their order."""
-    width = SEED_BYTES * len(exchange.parties)
-    return [found.pieces[begin : begin + width] for begin in range(0, len(found.pieces), width)]
+def _rows(found: bytes, exchange: Exchange, dealers: Sequence[str]) -> dict[str, bytes]:
+    """Return the row of each dealer but those whose box did not open."""
+    width = _row_bytes(exchange)
+    rows = {dealer: found[at * width : (at + 1) * width] for at, dealer in enumerate(dealers)}
+    return {dealer: row for dealer, row in rows.items() if row != bytes(width)}
 
 
-def _opening_bytes(exchange: Exchange, dealers: Sequence[str]) -> int:
-    return SEED_BYTES * len(exchange.parties) * len(dealers)
+def _row_bytes(exchange: Exchange) -> int:
+    return SEED_BYTES * len(exchange.parties)
 
 
 def _pieces(row: bytes) -> list[bytes]:

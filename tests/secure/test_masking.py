@@ -10,7 +10,6 @@ import pytest
 from fedllm.secure.agreement import derived, public_of
 from fedllm.secure.masking import (
     Masked,
-    Opening,
     check_opening,
     mask,
     opening,
@@ -35,7 +34,7 @@ class Sum:
     vectors: dict[str, np.ndarray]
     masked: dict[str, Masked]
 
-    def opened(self, name: str, answered: Collection[str]) -> Opening:
+    def opened(self, name: str, answered: Collection[str]) -> bytes:
         place = self.exchange.names.index(name)
         return opening(
             name,
