@@ -1,4 +1,4 @@
-"""What a client keeps for the secret sums of a run: its key, a secret, and what it has masked under which label.
+"""What a client keeps for the secret sums of a run: its key, a secret, and what it masked under each label.
 
     key            the X25519 key of the run, made when the client joins, removed when the run is over
     secret         of its own masks and of its rounding
@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.data_holder import DataHolder
-from fedllm.errors import CheckpointError, FedLLMError
+from fedllm.errors import CheckpointError, MaskReuseError, SecureError
 from fedllm.files import make_private_folder, write_once
+from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.keys import kept_secret
 
 
 @dataclass(frozen=True)
 class RunKeys:
-    """The folder of one client in one run."""
+    """The folder of one client in one run; nothing in it ever leaves this machine."""
 
     folder: Path
 
@@ -58,39 +58,40 @@ class RunKeys:
             kept = write_once(self._file(label, what), content)
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder} cannot be written ({error.strerror}), so no masked answer leaves; let this user"
-                " write there"
+                f"{self.folder} cannot be written ({error.strerror}), so no masked answer leaves; let this"
+                " user write there"
             ) from None
         if kept != content:
             raise MaskReuseError(
-                f"label {label.hex()[:8]} was {what} before, for something else; nothing leaves under it again"
+                f"label {label.hex()[:8]} was {what} before, for something else; nothing leaves under it now"
             )
 
     def noted(self, label: bytes) -> dict[str, Any]:
         """Return what was masked under a label.
 
         Raises:
-            BadMaskError: nothing was.
+            SecureError: nothing was.
             CheckpointError: what is kept of it cannot be read.
         """
         file = self._file(label, "masked")
         try:
             found: dict[str, Any] = json.loads(file.read_bytes())
         except FileNotFoundError:
-            raise BadMaskError(f"nothing was masked under label {label.hex()[:8]}") from None
+            raise SecureError(f"nothing was masked under label {label.hex()[:8]}") from None
         except (OSError, ValueError):
             raise CheckpointError(f"{file} is damaged; what was masked is not known") from None
         return found
 
     def forget(self) -> None:
         """Remove the key and all that is kept, once no masked answer of the run is to be opened any more."""
+        # The key first: without it nothing that is masked under an old label can be masked again.
+        (self.folder / "key").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, label: bytes, what: str) -> Path:
         return self.folder / f"{label.hex()}.{what}"
 
 
-def run_keys(holder: DataHolder, client_id: str) -> RunKeys:
-    """Return where a client of a node keeps what is of this run and of this configuration of it."""
-    run = f"{holder.plan.config.run.name}-{holder.plan.digest[:16]}"
-    return RunKeys(holder.state_path / "secure" / run / client_id)
+def run_keys(state_path: Path, plan: RunPlan, client_id: str) -> RunKeys:
+    """Return where a client keeps what is of this run, in this configuration of it."""
+    return RunKeys(state_path / "secure" / f"{plan.config.run.name}-{plan.digest[:16]}" / client_id)

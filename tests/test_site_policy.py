@@ -114,7 +114,8 @@ def test_file_not_understood_permits_nothing(text: str, expected: str, site_file
 
 def test_secret_sums_are_required_with_all_that_they_rest_on(site_file: Path, tmp_path: Path) -> None:
     public = public_text(new_key(tmp_path / "key"))
-    text = f'[allow]\nsecure-aggregation = "required"\nbundles = ["ab"]\nmin-parties = 4\n[peers]\nnorth = "{public}"\n'
+    allow = '[allow]\nsecure-aggregation = "required"\nbundles = ["ab"]\nmin-parties = 4\n'
+    text = f'{allow}[peers]\nnorth = "{public}"\n'
     site_file.write_text(text)
     with pytest.raises(ConfigError, match=r"needs site\.key; without it the other sites"):
         load_policy()
