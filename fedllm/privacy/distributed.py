@@ -21,8 +21,8 @@ collude with the server know their own shares: c of them leave sqrt((t - c) / t)
   epsilon of the continuous one holds, which is computed exactly.
 
 s makes all factors of a release, multiplied over its values, differ from 1 by 10^-20 at most. The multiplier
-counts as 10^-9 less for them, enough for 10^8 releases. That a sum counts modulo 2^bits costs no privacy, since
-it is made of the sum: a sum that wraps, with a chance of 2^-40, would only spoil its round.
+counts as 10^-9 less for them, enough for 10^8 releases. That a sum counts modulo 2^bits costs no privacy,
+since it is made of the sum: one that wraps, with a chance of 2^-40, would only spoil its round.
 """
 
 import hashlib

@@ -61,8 +61,8 @@ def cumulative_table(variance: int, bits: int) -> list[int]:
     """
     precision = bits + _GUARD_BITS
     weights = _weights(variance, precision)
-    # A product is rounded down by less than 1 unit: weight k then lacks less than 2 (k + 1)^2 units, and a sum
-    # of them, with all that come after the last, less than this.
+    # A product is rounded down by less than 1 unit: weight k then lacks less than 2 (k + 1)^2 units, and a
+    # sum of them, with all that come after the last, less than this.
     error = 2 * (len(weights) + 2) ** 3
     masses = list(accumulate([weights[0], *(2 * weight for weight in weights[1:])]))
     table = []
