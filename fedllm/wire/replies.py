@@ -138,15 +138,27 @@ def _write_results(
     metrics: Sequence[str],
     **packets: Mapping[str, Array],
 ) -> RecordDict:
-    content = RecordDict()
-    if results:
-        codes = [result.code if isinstance(result, ClientFailure) else _OK for result in results]
-        content["clients"] = ConfigRecord({"ids": [result.client_id for result in results], "codes": codes})
+    content = write_codes(
+        {result.client_id: result.code for result in results if isinstance(result, ClientFailure)},
+        [result.client_id for result in results],
+        **packets,
+    )
     done = [result for result in results if not isinstance(result, ClientFailure)]
     if done:
         content["metrics"] = MetricRecord(
             {name: [float(getattr(result, name)) for result in done] for name in metrics}
         )
+    return content
+
+
+def write_codes(
+    failed: Mapping[str, str], clients: Sequence[str], **packets: Mapping[str, Array]
+) -> RecordDict:
+    """Return a reply that says of each client that it is "ok", or why not, with arrays of some records."""
+    content = RecordDict()
+    if clients:
+        codes = [failed.get(client, _OK) for client in clients]
+        content["clients"] = ConfigRecord({"ids": list(clients), "codes": codes})
     for name, arrays in packets.items():
         if arrays:
             content[name] = ArrayRecord(dict(arrays))
@@ -307,11 +319,7 @@ def _read_results(
     texts, columns = read_tables(
         content, ("ids", "codes"), metric_names, float, **dict.fromkeys(packets, ArrayRecord)
     )
-    if len(texts["ids"]) > most + _FEW:
-        raise WireError(f"the reply names {len(texts['ids']):,} clients, {most:,} were asked")
-    codes = dict(zip(texts["ids"], texts["codes"], strict=True))
-    if not set(codes.values()) <= CLIENT_ERROR_CODES | {_OK}:
-        raise WireError("the reply carries a code that is not on the list")
+    codes = _codes(texts, most)
     counts = {
         name: list(map(_count, column))
         for name, column in columns.items()
@@ -319,6 +327,28 @@ def _read_results(
     }
     done = [client_id for client_id, code in codes.items() if code == _OK]
     return codes, number_rows(done, {**columns, **counts})
+
+
+def read_codes(
+    content: RecordDict, *, most: int, **others: type
+) -> tuple[list[str], dict[str, ClientFailure]]:
+    """Return the clients that are "ok" and the others as failures, of a reply without numbers to `most`.
+
+    `others` are further records that may come. Raises as `read_tables`.
+    """
+    texts, _ = read_tables(content, ("ids", "codes"), (), float, **others)
+    codes = _codes(texts, most)
+    failed = {client: _reported(client, code) for client, code in codes.items() if code != _OK}
+    return [client for client in codes if client not in failed], failed
+
+
+def _codes(texts: Mapping[str, list[str]], most: int) -> dict[str, str]:
+    if len(texts["ids"]) > most + _FEW:
+        raise WireError(f"the reply names {len(texts['ids']):,} clients, {most:,} were asked")
+    codes = dict(zip(texts["ids"], texts["codes"], strict=True))
+    if not set(codes.values()) <= CLIENT_ERROR_CODES | {_OK}:
+        raise WireError("the reply carries a code that is not on the list")
+    return codes
 
 
 def read_tables(
