@@ -22,7 +22,9 @@ def techniques_of(plan: RunPlan, layout: AdapterLayout) -> tuple[Technique, ...]
     return tuple(technique for technique in listed if technique is not None)
 
 
-def plan_node_round(holder: DataHolder, request: TrainRequest, *, weighting: str = "") -> NodeRound:
+def plan_node_round(
+    holder: DataHolder, request: TrainRequest, *, weighting: str = "", labels: Mapping[str, bytes] | None = None
+) -> NodeRound:
     """Return the round of a request; `weighting` replaces the plan's own, as a stock strategy needs."""
     plan, number = holder.plan, request.round_num
     return NodeRound(
@@ -33,4 +35,5 @@ def plan_node_round(holder: DataHolder, request: TrainRequest, *, weighting: str
         trained=plan.aggregation.trained_in(number),
         returned=plan.aggregation.returned_in(number),
         weighting=weighting or plan.aggregation.weighting,
+        labels=labels or {},
     )
