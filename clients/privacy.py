@@ -82,8 +82,8 @@ def secret_of(holder: DataHolder) -> bytes:
 def refuse_spent(plan: PrivacyPlan, this_round: NodeRound, names: Iterable[str]) -> dict[str, ClientFailure]:
     """Return the clients that cannot pay for another answer, before they train for nothing.
 
-    One that has answered in this round already may: the same answer again is free, unless it goes into another
-    sum with another share of noise.
+    One that has answered in this round already may: the same answer again is free. A share of noise is not,
+    since it goes into another sum.
     """
 
     def check(name: str) -> None:

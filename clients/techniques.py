@@ -1,5 +1,7 @@
 """The techniques of a run at the client, in the order in which their steps are called."""
 
+from collections.abc import Mapping
+
 from clients.control_variates import control_variates
 from clients.data_holder import DataHolder
 from clients.local_b import local_b
@@ -23,7 +25,11 @@ def techniques_of(plan: RunPlan, layout: AdapterLayout) -> tuple[Technique, ...]
 
 
 def plan_node_round(
-    holder: DataHolder, request: TrainRequest, *, weighting: str = "", labels: Mapping[str, bytes] | None = None
+    holder: DataHolder,
+    request: TrainRequest,
+    *,
+    weighting: str = "",
+    labels: Mapping[str, bytes] | None = None,
 ) -> NodeRound:
     """Return the round of a request; `weighting` replaces the plan's own, as a stock strategy needs."""
     plan, number = holder.plan, request.round_num

@@ -19,13 +19,18 @@ from fedllm.site_policy import load_policy
 
 
 def train_clients(
-    holder: DataHolder, request: TrainRequest, *, weighting: str = "", labels: Mapping[str, bytes] | None = None
+    holder: DataHolder,
+    request: TrainRequest,
+    *,
+    weighting: str = "",
+    labels: Mapping[str, bytes] | None = None,
 ) -> list[ClientUpdate | ClientFailure]:
     """Return one answer per client the request names, in its order.
 
     What clients keep for themselves is on disk before an answer is given: a client that cannot keep it fails.
-    `weighting` replaces the plan's own; `labels` are those of secret sums, by client. Where the request asks for it, the held-out loss of the adapter that
-    clients start from goes with their updates, as it would in an answer to an evaluate request.
+    `weighting` replaces the plan's own; `labels` are those of secret sums, by client. Where the request asks
+    for it, the held-out loss of the adapter that clients start from goes with their updates, as it would in
+    an answer to an evaluate request.
 
     Raises:
         ConfigError: a client is asked to train at a rank this machine has no room for.

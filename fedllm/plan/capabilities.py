@@ -131,7 +131,7 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
             "the server learns one sum over all clients",
             [PLAIN_MEAN, OUR_MEAN, FIXED_BASE, ONE_RANK, FIXED_COHORT, ANY_SPEED],
             [OWN_UPDATES, OWN_NUMBERS],
-        )
+        ),
     },
     "wire.node-sum": {
         ANY: Setting("a node sends one sum for all its clients", [ONE_RANK], [OWN_UPDATES, OWN_PARTY])

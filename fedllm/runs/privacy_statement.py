@@ -19,7 +19,7 @@ AUDIT = (
 _NOISED_BY = {
     "central": "the server adds the noise and sees every clipped update: it is trusted",
     "local": "every data holder adds the noise to what it sends: the server is not trusted",
-    "distributed": "every data holder adds a share of the noise to a masked sum: the server sees the sum alone",
+    "distributed": "every data holder adds a share of the noise; the server sees their sum alone",
 }
 
 

@@ -157,9 +157,8 @@ def _print(console: Console, plan: PrivacyPlan, report: dict[str, Any]) -> None:
     )
     if plan.is_distributed:
         console.line(
-            f"shares of noise are sized for the fewest answers that are opened: where all"
-            f" {plan.denominator:g} clients of a round answer, the noise is {report['noise_of_all']:.2f} times"
-            " the planned"
+            f"where all {plan.denominator:g} clients of a round answer, their shares add up to"
+            f" {report['noise_of_all']:.2f} times that noise: they are sized for the fewest that are opened"
         )
     size = "rows a step" if plan.is_by_example else "clients a round"
     table = Table(
