@@ -77,7 +77,9 @@ def test_shares_of_noise_cost_what_central_noise_costs() -> None:
 def test_all_that_answer_add_more_noise_than_planned() -> None:
     assert SHARES.noise_of_all(10) == math.sqrt(10 / 7)
     assert SHARES.noise_of_all(100) == math.sqrt(100 / 67)
-    assert SHARES.noise_of_all(130) == math.sqrt(44 / 30 + 2 * 43 / 29)  # three sums, each opened alone
+    assert SHARES.noise_of_all(130) == pytest.approx(
+        math.sqrt(44 / 30 + 2 * 43 / 29)
+    )  # three sums, each opened alone
     assert replace(SHARES, trust="central").noise_of_all(10) == 1
     assert replace(SHARES, trust="local").noise_of_all(16) == 4
 
