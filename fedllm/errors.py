@@ -134,6 +134,34 @@ class WithheldError(FedLLMError, PermissionError):
     cause = "its privacy plan or its owner keeps the number that was asked for"
 
 
+class SecureError(FedLLMError, ValueError):
+    """A message of a secret sum is wrong; `party` names who sent it, "" where nobody in particular did."""
+
+    code = "bad-mask"
+
+    def __init__(self, message: str, party: str = ""):
+        super().__init__(message)
+        self.party = party
+
+
+class MaskReuseError(SecureError):
+    """A server asks for a second vector, or a second list of those who answered, under one label."""
+
+    code = "mask-reuse"
+
+
+class BadPartiesError(SecureError):
+    """The parties of a secret sum are not those that this machine's owner trusts to be others."""
+
+    code = "bad-parties"
+
+
+class TooFewPartiesError(SecureError):
+    """Too few parties are in a secret sum, or have answered, to hide one another."""
+
+    code = "too-few-parties"
+
+
 class SiteAwayError(FedLLMError, ConnectionError):
     """A node's site service does not answer, or not to the end, or does not know who asks."""
 
@@ -165,6 +193,7 @@ _REPORTED = (
     *(ModelError, LayoutError),
     *(WireError, NotHeldError, QueryLimitError, NonFiniteError, CheckpointError, BudgetSpentError),
     *(WithheldError, SiteAwayError, OtherVersionError, CancelledError, MissingExtraError),
+    *(SecureError, MaskReuseError, BadPartiesError, TooFewPartiesError),
 )
 # What a client may report in place of an update. Strings outside this set never travel.
 CLIENT_ERROR_CODES = frozenset(error.code for error in _REPORTED) | {"out-of-memory", "internal"}

@@ -146,7 +146,6 @@ def test_an_empty_file_limits_nothing_and_logs_all(hostile: Callable) -> None:
         ("[limits]\nrank = 4", {"lora.rank": 8}, "rank = 4"),
         ("[limits]\ntrain-rows = 16", {}, "train-rows = 16, and a round trains on 4"),
         ('[allow]\npurposes = ["triage"]', {}, "purposes does not name run.purpose = ''"),
-        ('[allow]\nsecure-aggregation = "required"', {}, "secure aggregation does not exist yet"),
         ('[allow]\nservers = ["fl.example.org:443"]', {}, "servers does not name whoever asks a bare node"),
         ('[allow]\nbundles = ["ab"]', {}, "bundles does not name"),
     ],
