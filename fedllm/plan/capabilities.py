@@ -13,6 +13,7 @@ from fedllm.errors import ConfigError
 
 # What a setting may need of a run, in the words of a refusal.
 OWN_UPDATES = "each client's own update"
+OWN_NUMBERS = "each client's own numbers of a round"
 SHARED_B = "a factor B that clients send"
 BOTH_FACTORS = "both factors trained in every round"
 STABLE_FACTORS = "factors that keep their meaning from round to round"
@@ -63,7 +64,7 @@ ANY = "any value but the default"
 _PRODUCTS = (OWN_UPDATES, OUR_MEAN, BOTH_FACTORS)
 _ROBUST = "a robust rule compares the products B A of clients and leaves out what stands apart"
 _BY_VALUE = Setting("it compares clients value by value", [SHARED_VALUES], instead="geometric-median")
-_BY_LOSS = Setting("clients are chosen by their losses, which are private", hides=[NOISE])
+_BY_LOSS = Setting("clients are chosen by their losses, which are private", [OWN_NUMBERS], [NOISE])
 _ON_TOP = Setting("personal adapters go on top of a shared one", [SHARED_B])
 _NONE_HELD = Setting("clients hold no rows out", hides=[HELD_OUT_LOSSES, HELD_OUT_ROWS])
 
@@ -113,6 +114,13 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
     # What a node holds and sends.
     "model.quantization": {ANY: Setting("weights of so few bits cannot hold a sum", [FIXED_BASE])},
     "lora.client-ranks": {ANY: Setting("clients train different ranks", hides=[ONE_RANK, SHARED_VALUES])},
+    "secure.method": {
+        ANY: Setting(
+            "the server learns one sum over all clients",
+            [PLAIN_MEAN, OUR_MEAN, FIXED_BASE, ONE_RANK, FIXED_COHORT, ANY_SPEED],
+            [OWN_UPDATES, OWN_NUMBERS],
+        )
+    },
     "wire.node-sum": {ANY: Setting("a node sends one sum for all its clients", [ONE_RANK], [OWN_UPDATES])},
     # Aggregation. Products B A of clients can be compared; their factors only where one of them is shared.
     "aggregation.train": {
@@ -143,9 +151,8 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         "coordinate-median": _BY_VALUE,
         ANY: Setting(_ROBUST, [OWN_UPDATES, OUR_MEAN, SHARED_B, FIXED_WEIGHTS], [PLAIN_MEAN]),
     },
-    "aggregation.optimizer": {ANY: Setting("momentum reaches the adapter alone", [FIXED_BASE, OUR_MEAN])},
-    "aggregation.server-learning-rate": {
-        ANY: Setting("another step size reaches the adapter alone", [FIXED_BASE, OUR_MEAN])
+    "aggregation.optimizer": {
+        ANY: Setting("a server optimizer reaches the adapter alone", [FIXED_BASE, OUR_MEAN])
     },
     # Local training and what clients keep.
     "train.control-variates": {
@@ -173,6 +180,9 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
     "distill.when": {ANY: Setting("clients' own adapters teach", [OWN_UPDATES, SHARED_B, OUR_MEAN])},
     "distill.gate": {"clients": Setting("clients judge the result", [HELD_OUT_LOSSES], instead="public")},
     "distill.originality": {"on": Setting("data holders count matches with their rows", hides=[NOISE])},
+    "evaluation.every": {
+        "train": Setting("clients measure a loss next to their update", [OWN_NUMBERS], instead="ends")
+    },
     "data.held-out-fraction": {0.0: _NONE_HELD},
     "data.max-held-out": {0: _NONE_HELD},
 }
