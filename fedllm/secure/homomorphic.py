@@ -100,7 +100,8 @@ def decrypt(secret: bytes, content: bytes, size: int, bits: int) -> np.ndarray:
         raise SecureError("the key to decrypt with is none")
     vectors = _split(context, content, size, "the server")
     values = np.concatenate([np.array(vector.decrypt(), dtype=np.int64) for vector in vectors])
-    return (values % 2**bits).astype(np.uint32)
+    words: np.ndarray = (values % 2**bits).astype(np.uint32)
+    return words
 
 
 def _signed(words: np.ndarray, bits: int) -> np.ndarray:
