@@ -26,8 +26,8 @@ from fedllm.messages import JoinedClient
 from fedllm.secure.agreement import KEY_BYTES
 from fedllm.wire.libraries import library_versions
 from fedllm.wire.packets import LARGEST_NUMBER, list_field, scalar_field
-from fedllm.wire.refusals import write_error
-from fedllm.wire.replies import number_rows, read_error, read_tables
+from fedllm.wire.refusals import read_error, write_error
+from fedllm.wire.replies import number_rows, read_tables
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"[0-9a-f]{32}")

@@ -34,6 +34,7 @@ from fedllm.messages import (
     ClientUpdate,
 )
 from fedllm.wire.packets import LARGEST_NUMBER, list_field, read_vector, write_vector
+from fedllm.wire.refusals import read_error
 
 _OK = "ok"  # no error code is called so
 # They travel as floats, as all metrics do.
@@ -138,31 +139,25 @@ def _write_results(
     metrics: Sequence[str],
     **packets: Mapping[str, Array],
 ) -> RecordDict:
-    content = write_codes(
-        {result.client_id: result.code for result in results if isinstance(result, ClientFailure)},
-        [result.client_id for result in results],
-        **packets,
-    )
+    failed = {result.client_id: result.code for result in results if isinstance(result, ClientFailure)}
+    content = write_codes(failed, [result.client_id for result in results])
     done = [result for result in results if not isinstance(result, ClientFailure)]
     if done:
         content["metrics"] = MetricRecord(
             {name: [float(getattr(result, name)) for result in done] for name in metrics}
         )
-    return content
-
-
-def write_codes(
-    failed: Mapping[str, str], clients: Sequence[str], **packets: Mapping[str, Array]
-) -> RecordDict:
-    """Return a reply that says of each client that it is "ok", or why not, with arrays of some records."""
-    content = RecordDict()
-    if clients:
-        codes = [failed.get(client, _OK) for client in clients]
-        content["clients"] = ConfigRecord({"ids": list(clients), "codes": codes})
     for name, arrays in packets.items():
         if arrays:
             content[name] = ArrayRecord(dict(arrays))
     return content
+
+
+def write_codes(failed: Mapping[str, str], clients: Sequence[str]) -> RecordDict:
+    """Return a reply that says of each client that it is "ok", or by its code why not."""
+    if not clients:
+        return RecordDict()
+    codes = [failed.get(client, _OK) for client in clients]
+    return RecordDict({"clients": ConfigRecord({"ids": list(clients), "codes": codes})})
 
 
 # --- read by the server ------------------------------------------------------------------------------------
@@ -285,14 +280,6 @@ def read_at_home(content: RecordDict, *, most: int) -> list[Adapted]:
         ClientAtHome(client_id=client_id, **metrics[client_id]) if code == _OK else _reported(client_id, code)
         for client_id, code in codes.items()
     ]
-
-
-def read_error(content: RecordDict) -> str | None:
-    """Return the code of an error reply, "internal" for a code outside the list, None for other replies."""
-    if "error" not in content.config_records:
-        return None
-    code = content.config_records["error"].get("code")
-    return code if isinstance(code, str) and code in CLIENT_ERROR_CODES else "internal"
 
 
 # --- the allow-list ----------------------------------------------------------------------------------------

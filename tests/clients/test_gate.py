@@ -22,7 +22,7 @@ from fedllm.messages import ClientEvaluation, ClientFailure
 from fedllm.models.files import content_digest, fingerprint
 from fedllm.originality.overlap import OverlapRequest, probe
 from fedllm.site_policy import load_policy
-from fedllm.wire import joining, overlaps, replies, requests
+from fedllm.wire import joining, overlaps, refusals, replies, requests
 from fedllm.wire.leaving import fields_that_leave
 from fedllm.wire.stock import write_plain
 from scripts.runtimes.local import init, local_grid, step
@@ -54,7 +54,7 @@ class Hostile:
         (reply,) = grid.send_and_receive([grid.create_message(content, kind, node_id, group_id="1")])
         if reply.has_error():
             return reply.error.reason
-        return replies.read_error(reply.content) or reply.content
+        return refusals.read_error(reply.content) or reply.content
 
     def join(self) -> Any:
         return self.reply("query.join", RecordDict())
