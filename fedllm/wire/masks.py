@@ -138,7 +138,9 @@ def write_masked(results: Sequence[ClientUpdate | ClientFailure], masked: Mappin
     if masked:
         content["masked"] = arrays_of({party: one.packed for party, one in masked.items()})
         content["boxes"] = arrays_of({party: b"".join(one.boxes) for party, one in masked.items()})
-        content["commitments"] = arrays_of({party: b"".join(one.commitments) for party, one in masked.items()})
+        content["commitments"] = arrays_of(
+            {party: b"".join(one.commitments) for party, one in masked.items()}
+        )
     return content
 
 
