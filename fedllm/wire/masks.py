@@ -111,7 +111,7 @@ def read_sums(content: RecordDict) -> tuple[AskedSum, ...]:
     Raises:
         WireError: a field is missing or of the wrong kind, or lists differ in length.
     """
-    return tuple(_read_sum(record) for record in _numbered(content.config_records, _SUM))
+    return tuple(_read_sum(record) for record in numbered(content.config_records, _SUM))
 
 
 def _read_sum(record: ConfigRecord) -> AskedSum:
@@ -130,7 +130,7 @@ def _read_sum(record: ConfigRecord) -> AskedSum:
     if not all(0 < number < float("inf") for number in (weight_cap, largest, *most)):
         raise WireError("a secret sum has a range that is no number above 0")
     return AskedSum(
-        exchange=Exchange(_label(record), parties),
+        exchange=Exchange(read_label(record), parties),
         num_clients=num_clients,
         weight_cap=weight_cap,
         largest=largest,
@@ -146,9 +146,11 @@ def write_masked(results: Sequence[ClientUpdate | ClientFailure], masked: Mappin
     failed = {result.client_id: result.code for result in results if isinstance(result, ClientFailure)}
     content = write_codes(failed, [result.client_id for result in results])
     if masked:
-        content["masked"] = _arrays({party: one.packed for party, one in masked.items()})
-        content["boxes"] = _arrays({party: b"".join(one.boxes) for party, one in masked.items()})
-        content["commitments"] = _arrays({party: b"".join(one.commitments) for party, one in masked.items()})
+        content["masked"] = arrays_of({party: one.packed for party, one in masked.items()})
+        content["boxes"] = arrays_of({party: b"".join(one.boxes) for party, one in masked.items()})
+        content["commitments"] = arrays_of(
+            {party: b"".join(one.commitments) for party, one in masked.items()}
+        )
     return content
 
 
@@ -184,15 +186,15 @@ def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most:
 def write_unmask(unmaskings: Sequence[Unmasking], *, round_num: int, plan_digest: str) -> RecordDict:
     """Return the question to a node whose clients are in these sums."""
     clients = [client for one in unmaskings for client in one.boxes]
-    content = _question(clients, round_num, plan_digest, is_over=False)
+    content = question_about(clients, round_num, plan_digest, is_over=False)
     for place, one in enumerate(unmaskings):
         content[f"{_UNMASK}{place}"] = ConfigRecord(
             {"label": one.label, "clients": list(one.boxes), "answered": list(one.answered)}
         )
-        content[f"{_BOXES}{place}"] = _arrays(
+        content[f"{_BOXES}{place}"] = arrays_of(
             {client: b"".join(parts) for client, parts in one.boxes.items()}
         )
-        content[f"{_COMMITMENTS}{place}"] = _arrays(
+        content[f"{_COMMITMENTS}{place}"] = arrays_of(
             {client: b"".join(parts) for client, parts in one.commitments.items()}
         )
     return content
@@ -200,10 +202,11 @@ def write_unmask(unmaskings: Sequence[Unmasking], *, round_num: int, plan_digest
 
 def write_over(*, round_num: int, plan_digest: str) -> RecordDict:
     """Return the message that a run's last sum is open, so that its keys need not be kept."""
-    return _question([], round_num, plan_digest, is_over=True)
+    return question_about([], round_num, plan_digest, is_over=True)
 
 
-def _question(clients: list[str], round_num: int, plan_digest: str, *, is_over: bool) -> RecordDict:
+def question_about(clients: list[str], round_num: int, plan_digest: str, *, is_over: bool) -> RecordDict:
+    """Return the part that all questions of the second exchange have in common."""
     request: dict[str, Any] = {
         "round": round_num,
         "client-ids": clients,
@@ -213,6 +216,19 @@ def _question(clients: list[str], round_num: int, plan_digest: str, *, is_over: 
     return RecordDict({"request": ConfigRecord(request)})
 
 
+def read_question(content: RecordDict, plan_digest: str) -> bool:
+    """Return whether a question of the second exchange says that the run is over.
+
+    Raises:
+        OtherConfigError: it is of another run than this plan's.
+        WireError: a field is missing or of the wrong kind.
+    """
+    request = content.config_records.get("request", ConfigRecord())
+    if scalar_field(request, "plan", str) != plan_digest:
+        raise OtherConfigError("the question is of another run than this node was started for")
+    return scalar_field(request, "over", bool)
+
+
 def read_unmask(content: RecordDict, plan_digest: str) -> tuple[Unmasking, ...]:
     """Return the sums that a question asks to open; () where it says that the run is over.
 
@@ -220,14 +236,12 @@ def read_unmask(content: RecordDict, plan_digest: str) -> tuple[Unmasking, ...]:
         OtherConfigError: it is of another run than this plan's.
         WireError: a field is missing or of the wrong kind, or boxes do not match those who answered.
     """
-    request = content.config_records.get("request", ConfigRecord())
-    if scalar_field(request, "plan", str) != plan_digest:
-        raise OtherConfigError("the question is of another run than this node was started for")
+    is_over = read_question(content, plan_digest)
     unmaskings = tuple(
         _read_unmasking(record, content, str(place))
-        for place, record in enumerate(_numbered(content.config_records, _UNMASK))
+        for place, record in enumerate(numbered(content.config_records, _UNMASK))
     )
-    if scalar_field(request, "over", bool) == bool(unmaskings):
+    if is_over == bool(unmaskings):
         raise WireError("a question opens sums, or says that the run is over")
     return unmaskings
 
@@ -243,7 +257,7 @@ def _read_unmasking(record: ConfigRecord, content: RecordDict, place: str) -> Un
         {client: _split(packet_of(record[client]), len(answered)) for client in clients}
         for record in (boxes, commitments)
     ]
-    return Unmasking(label=_label(record), answered=tuple(answered), boxes=parts[0], commitments=parts[1])
+    return Unmasking(label=read_label(record), answered=tuple(answered), boxes=parts[0], commitments=parts[1])
 
 
 def write_openings(openings: Mapping[str, bytes | ClientFailure]) -> RecordDict:
@@ -251,7 +265,7 @@ def write_openings(openings: Mapping[str, bytes | ClientFailure]) -> RecordDict:
     failed = {client: one.code for client, one in openings.items() if isinstance(one, ClientFailure)}
     content = write_codes(failed, list(openings))
     if shares := {client: one for client, one in openings.items() if isinstance(one, bytes)}:
-        content["openings"] = _arrays(shares)
+        content["openings"] = arrays_of(shares)
     return content
 
 
@@ -268,8 +282,12 @@ def read_openings(content: RecordDict, *, most: int) -> tuple[dict[str, bytes], 
     return {client: packet_of(shares[client]) for client in done}, failed
 
 
-def _numbered(records: Mapping[str, ConfigRecord], prefix: str) -> list[ConfigRecord]:
-    """Return the records "PREFIX0", "PREFIX1", ... in their order."""
+def numbered(records: Mapping[str, ConfigRecord], prefix: str) -> list[ConfigRecord]:
+    """Return the records "PREFIX0", "PREFIX1", ... in their order.
+
+    Raises:
+        WireError: one is missing.
+    """
     number = sum(name.startswith(prefix) for name in records)
     names = [f"{prefix}{place}" for place in range(number)]
     if not records.keys() >= set(names):
@@ -277,14 +295,20 @@ def _numbered(records: Mapping[str, ConfigRecord], prefix: str) -> list[ConfigRe
     return [records[name] for name in names]
 
 
-def _label(record: ConfigRecord) -> bytes:
+def read_label(record: ConfigRecord) -> bytes:
+    """Return the label that a record names.
+
+    Raises:
+        WireError: it has none, or one of another length.
+    """
     label = scalar_field(record, "label", bytes)
     if len(label) != LABEL_BYTES:
         raise WireError(f"the label of a secret sum has {len(label)} bytes, not {LABEL_BYTES}")
     return label
 
 
-def _arrays(parts: Mapping[str, bytes]) -> ArrayRecord:
+def arrays_of(parts: Mapping[str, bytes]) -> ArrayRecord:
+    """Return bytes by name as arrays, which count as bytes of the run."""
     arrays: dict[str, Array] = {name: to_array(data) for name, data in parts.items()}
     return ArrayRecord(arrays)
 
