@@ -11,6 +11,7 @@ from typing import Any
 from fedllm.attacks.canaries import canary_rows, secret_canaries
 from fedllm.config.run_config import RunConfig
 from fedllm.models.chat import Encoded
+from fedllm.plan.dealt_numbers import parse_canaries
 from fedllm.privacy.keys import kept_secret
 
 
@@ -25,7 +26,7 @@ def draw_canaries(config: RunConfig, tokenizer: Any, client_id: str, state_path:
     Raises:
         CheckpointError: the secret cannot be kept.
     """
-    if not config.audit.canaries:
+    if not parse_canaries(config.audit.canaries)[0]:
         return ()  # before the secret: a run without canaries leaves none behind
     secret = kept_secret(canary_file(state_path, config.run.name))
     return canary_rows(secret_canaries(config.audit, tokenizer, client_id=client_id, secret=secret))

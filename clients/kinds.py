@@ -6,14 +6,14 @@ from typing import TypeAlias
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-KINDS = ("query.join", "query.overlap", "query.adapt", "train", "evaluate")
+KINDS = ("query.join", "query.unmask", "query.overlap", "query.adapt", "train", "evaluate")
 Answer: TypeAlias = Callable[[Message, Context], Message]
 
 
 def make_app(answer: Answer) -> ClientApp:
     """Return a ClientApp that gives every kind of message that a node answers to `answer`."""
     app = ClientApp()
-    for action in ("join", "overlap", "adapt"):
+    for action in ("join", "unmask", "overlap", "adapt"):
         app.query(action)(answer)
     app.train()(answer)
     app.evaluate()(answer)

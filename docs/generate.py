@@ -124,7 +124,7 @@ named. A list in a recipe is read as text parted by commas, a list of prompts by
 
 Some values are a number or a word, such as `auto`. A word may take a number after a colon: where the table
 says `oort[:SECONDS]`, both `oort` and `oort:30` are values. Constants of a server optimizer have names:
-`aggregation.optimizer=fedadam:momentum=0.9,second-moment=0.99,adaptivity=1e-4`.
+`aggregation.optimizer=fedadam:learning-rate=0.01,momentum=0.9,second-moment=0.99,adaptivity=1e-4`.
 """
 
 _CONFIG_TAIL = """## Keys that may change on resume

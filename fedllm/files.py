@@ -10,7 +10,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,26 @@ def remove_unfinished(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def write_once(path: Path, content: bytes) -> bytes:
+    """Return the bytes of a file, on disk by then: `content`, unless somebody wrote the file before.
+
+    Only this user can read a new one. Of several who write at once all get what the first has written.
+    """
+    if not path.exists():
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(name, path)  # unlike a rename it never replaces a file
+            _flush(path.parent)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    return path.read_bytes()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fedllm.errors import ConfigError
 from fedllm.files import make_private_folder
 
 _PREFIX = "ed25519:"
+SIGNATURE_BYTES = 64
 _OTHERS = 0o077  # what group and others may do with a file
 
 

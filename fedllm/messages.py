@@ -160,7 +160,10 @@ class JoinedClient:
 
     A client without usable rows declares `num_train` 0 and is left out. `max_rank` is the largest rank its
     machine has room for, 0 = any. `cause` is the code of the error for which it takes no part, "" for none.
-    The server sets `site`: the name of the site in its list, else the key that signed, "" where none did.
+    In a run of secret sums `run_key` is its public key of the run, signed in `key_signature` where its site
+    has a key; `is_pinned` says that the site runs no code but what it allows by digest.
+    The server sets `site`: the name of the site in its list, else the key that signed, "" where none did; and
+    `identity`, that key.
     """
 
     client_id: str
@@ -170,4 +173,8 @@ class JoinedClient:
     fingerprint: str
     max_rank: int = 0
     cause: str = ""
+    run_key: bytes = b""
+    key_signature: bytes = b""
+    is_pinned: bool = False
     site: str = ""
+    identity: str = ""

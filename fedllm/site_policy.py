@@ -18,8 +18,10 @@ from platformdirs import user_state_path
 
 from fedllm.errors import ConfigError, PolicyError
 from fedllm.files import read_toml
+from fedllm.identity import is_public_text
 
-MESSAGES = ("join", "train", "evaluate", "overlap", "adapt", "stock")  # what a server may ask, by name
+# What a server may ask, by name.
+MESSAGES = ("join", "train", "unmask", "evaluate", "overlap", "adapt", "stock")
 _Table = TypeVar("_Table")
 
 
@@ -70,6 +72,7 @@ class Allowed:
     purposes: tuple[str, ...] = ()  # of `run.purpose`
     exact_numbers: bool = True  # else losses and counts leave coarse or not at all
     secure_aggregation: str = _one_of("off", "required")
+    min_parties: int = 0  # fewest of a secret sum, where a run would do with fewer
 
     @property
     def bundle_digests(self) -> tuple[str, ...]:
@@ -106,13 +109,17 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class SitePolicy:
-    """A machine's own limits; `file` is the site.toml they were read from, None without one."""
+    """A machine's own limits; `file` is the site.toml they were read from, None without one.
+
+    `peers` has the public keys of the sites with which this one takes part in a secret sum, by name.
+    """
 
     site: Machine = Machine()
     nodes: Mapping[str, SiteNode] = field(default_factory=dict)
     allow: Allowed = Allowed()
     limits: Limits = Limits()
     budget: Budget = Budget()
+    peers: Mapping[str, str] = field(default_factory=dict)
     file: Path | None = None
 
     @property
@@ -224,7 +231,7 @@ def load_policy(file: Path | None = None) -> SitePolicy:
 
 
 def _read(values: Mapping[str, Any], file: Path) -> SitePolicy:
-    known = (*_TABLES, "nodes")
+    known = (*_TABLES, "nodes", "peers")
     for name, table in values.items():
         if name not in known:
             raise ConfigError(f"{file}: unknown table [{name}]{_nearest(name, known)}")
@@ -238,7 +245,13 @@ def _read(values: Mapping[str, Any], file: Path) -> SitePolicy:
         if not isinstance(table, Mapping):
             raise ConfigError(f"{file}: nodes.{name} must be a table, [nodes.{name}]")
         nodes[name] = _table(SiteNode, table, f"{file}: nodes.{name}")
-    policy = replace(SitePolicy(**tables, file=file), nodes=nodes)
+    peers = values.get("peers", {})
+    for name, key in peers.items():
+        if not isinstance(key, str) or not is_public_text(key):
+            raise ConfigError(f"{file}: peers.{name} must be a site's public key, 'ed25519:...'")
+    policy = replace(SitePolicy(**tables, file=file), nodes=nodes, peers=peers)
+    if policy.allow.secure_aggregation == "required":
+        _check_secure(policy)
     for name, node in nodes.items():
         if policy.allow.servers and node.superlink not in policy.allow.servers:
             raise ConfigError(f"{file}: nodes.{name}.superlink is none of [allow] servers")
@@ -247,6 +260,19 @@ def _read(values: Mapping[str, Any], file: Path) -> SitePolicy:
     if not policy.limits.period_days:  # nothing ever counts in a period of no length
         raise ConfigError(f"{file}: limits.period-days must be above 0")
     return policy
+
+
+def _check_secure(policy: SitePolicy) -> None:
+    """Refuse a file that requires secret sums and leaves open what would make them worth nothing."""
+    for name, is_there, why in (
+        ("allow.bundles", policy.allow.bundles, "a server's own code could send what it likes"),
+        ("peers", policy.peers, "a server could be all other parties itself"),
+        ("site.key", policy.site.key, "the other sites could not tell this one from a server"),
+    ):
+        if not is_there:
+            raise ConfigError(
+                f"{policy.file}: allow.secure-aggregation = 'required' needs {name}; without it {why}"
+            )
 
 
 def _table(kind: Callable[..., _Table], values: Mapping[str, Any], where: str) -> _Table:

@@ -34,7 +34,7 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import DECISIONS
 from fedllm.runs.records import RoundRecord
 from fedllm.wire.digests import content_digest
-from fedllm.wire.replies import read_error
+from fedllm.wire.refusals import read_error
 from strategies.grid.transport import Reply, Sent
 from strategies.session import Watch
 

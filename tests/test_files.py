@@ -15,6 +15,7 @@ from fedllm.files import (
     verify_manifest,
     write_file,
     write_manifest,
+    write_once,
 )
 
 
@@ -42,6 +43,14 @@ def test_a_folder_appears_whole_with_a_manifest_of_every_file(tmp_path: Path) ->
     assert names(target) == ["a.txt", MANIFEST]
     assert names(target.parent) == ["target"]
     assert content_of(target) == "x"
+
+
+def test_what_is_written_once_stays(tmp_path: Path) -> None:
+    file = tmp_path / "once"
+    assert write_once(file, b"first") == b"first"
+    assert write_once(file, b"second") == b"first" == file.read_bytes()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert names(tmp_path) == ["once"]
 
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:

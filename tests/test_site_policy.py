@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import ConfigError, PolicyError
+from fedllm.identity import new_key, public_text
 from fedllm.site_policy import Allowed, Budget, Limits, Machine, SitePolicy, load_policy
 
 NODE = "[nodes.ward]\n"
@@ -91,6 +92,11 @@ def test_a_file_permits_what_it_names(text: str, expected: SitePolicy, site_file
         ("[limits]\nevaluations = 1\nperiod-days = 0", "period-days must be above 0"),
         ('[budget]\nunit = "row"', "unit must be text, of example, client"),
         ('[allow]\nsecure-aggregation = "on"', "must be text, of off, required"),
+        ("peers = 1", "peers must be a table"),
+        ('[peers]\nnorth = "ed25519:AAAA"', "peers.north must be a site's public key"),
+        ("[peers]\nnorth = 1", "peers.north must be a site's public key"),
+        ('[allow]\nsecure-aggregation = "required"', "needs allow.bundles; without it a server's own code"),
+        ('[allow]\nsecure-aggregation = "required"\nbundles = ["ab"]', "needs peers; without it a server"),
         ('[allow]\nmessages = ["joins"]', "messages must be a list of texts, of join, train"),
         ("[limits]\nsteps = 1.5", "steps must be a whole number"),
         ("[site]\nstate-path = 1", "state-path must be text"),
@@ -104,6 +110,19 @@ def test_file_not_understood_permits_nothing(text: str, expected: str, site_file
     with pytest.raises(ConfigError, match=expected) as caught:
         load_policy()
     assert "\n" not in str(caught.value)
+
+
+def test_secret_sums_are_required_with_all_that_they_rest_on(site_file: Path, tmp_path: Path) -> None:
+    public = public_text(new_key(tmp_path / "key"))
+    allow = '[allow]\nsecure-aggregation = "required"\nbundles = ["ab"]\nmin-parties = 4\n'
+    text = f'{allow}[peers]\nnorth = "{public}"\n'
+    site_file.write_text(text)
+    with pytest.raises(ConfigError, match=r"needs site\.key; without it the other sites"):
+        load_policy()
+    site_file.write_text(f'{text}[site]\nkey = "key"')
+    found = load_policy()
+    assert found.peers == {"north": public}
+    assert found.allow.min_parties == 4
 
 
 def test_a_byte_order_mark_is_no_part_of_a_policy(site_file: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from fedllm.attacks.token_scores import whole
 from fedllm.config.keys import AuditConfig
 from fedllm.models.chat import Encoded
-from fedllm.plan.dealt_numbers import CANARY_TOKENS, parse_repeats
+from fedllm.plan.dealt_numbers import CANARY_TOKENS, parse_canaries
 from fedllm.privacy.keys import derived_key
 from fedllm.seeds import derive_seed
 
@@ -67,15 +67,16 @@ def secret_canaries(
     Tokens and coins come from `secret`, never from the run's seed: that is published, and who can draw the
     coins again has no need of an attack.
     """
-    if not section.canaries:
+    number, repeats = parse_canaries(section.canaries)
+    if not number:
         return ()
     return draw_canaries(
         plain_vocabulary(tokenizer),
         client_id=client_id,
-        number=section.canaries,
+        number=number,
         length=CANARY_TOKENS,
         seed=int.from_bytes(derived_key(secret, "canaries")[:8], "big") >> 1,  # 63 bits, as all seeds
-        repeats=parse_repeats(section.canary_repeats),
+        repeats=repeats,
     )
 
 

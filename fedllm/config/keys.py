@@ -192,13 +192,10 @@ class AggregationConfig:
     )
     optimizer: str = key(
         "fedavg",
-        "server optimizer; its constants where not the published ones: momentum (all), adaptivity (fedadam,"
-        " fedyogi, fedadagrad), second-moment (fedadam, fedyogi)",
-        words="fedavg fedavgm[:NAME=NUMBER] nesterov[:NAME=NUMBER] fedadam[:NAME=NUMBER]"
+        "server optimizer; its constants where not the published ones: learning-rate (all), momentum (all but"
+        " fedavg), adaptivity (fedadam, fedyogi, fedadagrad), second-moment (fedadam, fedyogi)",
+        words="fedavg[:NAME=NUMBER] fedavgm[:NAME=NUMBER] nesterov[:NAME=NUMBER] fedadam[:NAME=NUMBER]"
         " fedyogi[:NAME=NUMBER] fedadagrad[:NAME=NUMBER]",
-    )
-    server_learning_rate: float | str = key(
-        "auto", "its learning rate; auto = 1, nesterov 0.7, adaptive ones 0.001", words="auto", above=0
     )
 
 
@@ -248,10 +245,13 @@ class AuditConfig:
     """Canaries: texts of random tokens among the clients' rows, to audit the run (docs/audit.md)."""
 
     # A coin for each decides whether it is trained on; the others are what a guess is compared with.
-    canaries: int = key(
-        0, "texts of 16 tokens that each client draws; it trains on about half", at_least=0, at_most=100_000
+    canaries: int | str = key(
+        0,
+        "texts of 16 tokens that each client draws; it trains on about half, once, or as often as is dealt in"
+        ' turn: "60:1,4,16"',
+        at_least=0,
+        at_most=100_000,
     )
-    canary_repeats: str = key("1", 'copies of a canary that is trained on; "1,4,16" is dealt in turn')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +304,19 @@ class DistillConfig:
         " auto = clients where there is no public text and such losses may leave",
         words="auto public clients",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecureConfig:
+    """Secret sums: the server learns the sum of a round's updates and no single one of them."""
+
+    method: str = key(
+        "none",
+        "masks = clients' masks cancel in the sum; shares = clients sum shares, the server only passes them"
+        " on; he = homomorphic encryption, one client holds the key",
+        words="none masks shares he",
+    )
+    min_parties: int = key(3, "fewest clients whose sum is formed", at_least=3, at_most=MILLION)
 
 
 @dataclass(frozen=True, kw_only=True)

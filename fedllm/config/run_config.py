@@ -30,6 +30,7 @@ class RunConfig:
     audit: keys.AuditConfig = keys.AuditConfig()
     personal: keys.PersonalConfig = keys.PersonalConfig()
     distill: keys.DistillConfig = keys.DistillConfig()
+    secure: keys.SecureConfig = keys.SecureConfig()
     wire: keys.WireConfig = keys.WireConfig()
     evaluation: keys.EvaluationConfig = keys.EvaluationConfig()
     track: keys.TrackConfig = keys.TrackConfig()

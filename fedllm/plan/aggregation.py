@@ -8,7 +8,7 @@ follows from `fedllm/plan/capabilities.py`.
 from dataclasses import dataclass, field
 
 from fedllm.adapters.parts import returned_part
-from fedllm.config.key import named_values, number_or, split_number
+from fedllm.config.key import named_values, split_number
 from fedllm.config.keys import PRESETS, AggregationConfig, PrivacyConfig
 from fedllm.errors import ConfigError
 
@@ -16,19 +16,22 @@ COORDINATE_RULES = frozenset({"trimmed-mean", "coordinate-median"})  # they comp
 # Published values: FedOpt (arXiv 2003.00295) and DiLoCo (arXiv 2311.08105).
 LEARNING_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "nesterov": 0.7}
 ADAPTIVE_LEARNING_RATE = 1e-3
-_MOMENTUM, _ADAPTIVE = ("momentum",), ("momentum", "second-moment", "adaptivity")
+_MOMENTUM = ("learning-rate", "momentum")
+_ADAPTIVE = (*_MOMENTUM, "second-moment", "adaptivity")
 CONSTANTS = {
+    "fedavg": ("learning-rate",),
     "fedavgm": _MOMENTUM,
     "nesterov": _MOMENTUM,
     "fedadam": _ADAPTIVE,
     "fedyogi": _ADAPTIVE,
-    "fedadagrad": ("momentum", "adaptivity"),  # it adds squares up, so that none is forgotten
+    "fedadagrad": (*_MOMENTUM, "adaptivity"),  # it adds squares up, so that none is forgotten
 }
 MAX_MALICIOUS = 0.2  # of a round's clients, where aggregation.robust names no share
 
-PRIVATE_PRESET = "ffa"  # of a run with differential privacy that names no rule of its own
+# Of a run with differential privacy, or with secret sums, that names no rule of its own.
+PRIVATE_PRESET, SECRET_PRESET = "ffa", "rolora"
 AXES = ("aggregation.train", "aggregation.read-out", "aggregation.weighting")
-# A person who names no rule has these, and only then privacy may choose one.
+# A person who names no rule has these, and only then privacy or secrecy may choose one.
 _DEFAULT_AXES = ("both", "svd", "")  # train, read-out and preset where none is named
 
 
@@ -47,11 +50,14 @@ class ServerOptimizer:
 
     def __post_init__(self) -> None:
         if not (
-            0 <= self.momentum <= 0.9999 and 0 <= self.second_moment <= 0.9999 and 0 < self.adaptivity < 1e9
+            0 <= self.momentum <= 0.9999
+            and 0 <= self.second_moment <= 0.9999
+            and 0 < self.adaptivity < 1e9
+            and 0 <= self.learning_rate < 1e9
         ):
             raise ConfigError(
-                "aggregation.optimizer: expected momentum and second-moment from 0 to 0.9999 and adaptivity"
-                " above 0"
+                "aggregation.optimizer: expected momentum and second-moment from 0 to 0.9999, learning-rate"
+                " and adaptivity above 0"
             )
 
     @property
@@ -120,31 +126,39 @@ def server_optimizer(section: AggregationConfig) -> ServerOptimizer:
         ConfigError: a constant is none of this optimizer's, no number or out of range.
     """
     name, _, text = section.optimizer.partition(":")
-    known = CONSTANTS.get(name, ())
-    rate = number_or(section.server_learning_rate, 0.0)
+    known = CONSTANTS[name]
     try:
-        named = named_values("aggregation.optimizer", text, known) if known else {}
+        named = named_values("aggregation.optimizer", text, known)
         constants = {constant.replace("-", "_"): float(value) for constant, value in named.items()}
-        return ServerOptimizer(name=name, learning_rate=rate, **constants)
+        if not constants.get("learning_rate", 1.0):
+            raise ValueError("nothing would be learnt")
+        return ServerOptimizer(name=name, **constants)
     except (ConfigError, ValueError):
         raise ConfigError(
             f"aggregation.optimizer = {section.optimizer!r}: {name} takes numbers for {', '.join(known)},"
-            f" as in {name}:momentum=0.5; momentum and second-moment go from 0 to 0.9999,"
-            " adaptivity is above 0"
+            f" as in {name}:{known[-1]}=0.5; momentum and second-moment go from 0 to 0.9999,"
+            " learning-rate and adaptivity are above 0"
         ) from None
 
 
-def aggregation_rule(given: AggregationConfig, privacy: PrivacyConfig, *, node_sum: bool) -> AggregationRule:
+def aggregation_rule(
+    given: AggregationConfig, privacy: PrivacyConfig, *, node_sum: bool, is_secret: bool = False
+) -> AggregationRule:
     """Return the aggregation rule of a run, its preset resolved.
 
     Under privacy the rule of a recipe that names none is FFA-LoRA: with A fixed the noise on B enters the
-    product once and linearly, while noise on both factors would be multiplied with one another.
+    product once and linearly, while noise on both factors would be multiplied with one another. Where a
+    server learns the sum alone (`is_secret`) it is RoLoRA: the mean of one factor, the other being common to
+    all, is exact without any client's own product.
 
     Raises:
         ConfigError: the preset contradicts an axis, or nothing would be learnt.
     """
     preset, asked_weighting = given.preset, given.weighting
-    if privacy.epsilon != "off" and (given.train, given.read_out, preset) == _DEFAULT_AXES:
+    names_none = (given.train, given.read_out, preset) == _DEFAULT_AXES
+    if names_none and is_secret and privacy.epsilon == "off":
+        preset = SECRET_PRESET
+    elif names_none and privacy.epsilon != "off":
         preset = PRIVATE_PRESET
         # Rows as weights are bounded by a cap; under DP-SGD the noise is in the update, whatever its weight.
         is_capped = privacy.weight_cap != "off" or privacy.unit == "example"

@@ -13,6 +13,7 @@ from fedllm.errors import ConfigError
 
 # What a setting may need of a run, in the words of a refusal.
 OWN_UPDATES = "each client's own update"
+OWN_NUMBERS = "each client's own numbers of a round"
 SHARED_B = "a factor B that clients send"
 BOTH_FACTORS = "both factors trained in every round"
 STABLE_FACTORS = "factors that keep their meaning from round to round"
@@ -29,7 +30,10 @@ FIXED_COHORT = "a cohort of a fixed size"
 ANY_SPEED = "a cohort that does not depend on who is fast"
 ANY_SIZE = "a cohort that does not depend on who has many rows"
 NOISE = "noise on all that tells of a client's rows"
-NOISED_SUM = "a trusted server that adds the noise to the sum of all clients"
+NOISED_SUM = "noise on the sum of all clients"
+TRUSTED_SERVER = "a trusted server that adds the noise to the sum of all clients"
+MASKED_SUM = "a sum under masks"
+OWN_PARTY = "every client as a party of the sum"
 BUDGET = "a privacy budget"
 HELD_OUT_LOSSES = "losses on rows that clients hold out"
 HELD_OUT_ROWS = "rows that clients hold out"
@@ -63,7 +67,7 @@ ANY = "any value but the default"
 _PRODUCTS = (OWN_UPDATES, OUR_MEAN, BOTH_FACTORS)
 _ROBUST = "a robust rule compares the products B A of clients and leaves out what stands apart"
 _BY_VALUE = Setting("it compares clients value by value", [SHARED_VALUES], instead="geometric-median")
-_BY_LOSS = Setting("clients are chosen by their losses, which are private", hides=[NOISE])
+_BY_LOSS = Setting("clients are chosen by their losses, which are private", [OWN_NUMBERS], [NOISE])
 _ON_TOP = Setting("personal adapters go on top of a shared one", [SHARED_B])
 _NONE_HELD = Setting("clients hold no rows out", hides=[HELD_OUT_LOSSES, HELD_OUT_ROWS])
 
@@ -75,10 +79,10 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         ANY: Setting("the guarantee covers what is noised in its own round", [NOISE, FRESH_UPDATES]),
     },
     "privacy.noise-multiplier": {ANY: Setting("the run ends when its budget is spent", [BUDGET])},
-    "privacy.clip": {"adaptive": Setting("the clip follows a noised count", [BUDGET, NOISED_SUM])},
+    "privacy.clip": {"adaptive": Setting("the clip follows a noised count", [BUDGET, TRUSTED_SERVER])},
     "privacy.unit": {
         "client": Setting("all that a client does is protected, its speed too", [ANY_SPEED], [], "example"),
-        "example": Setting("every client adds the noise itself", [], [NOISED_SUM], "client"),
+        "example": Setting("every client adds the noise itself", [], [NOISED_SUM, TRUSTED_SERVER], "client"),
     },
     # With central noise no single update outlives the round: only the noised sum may be used.
     "privacy.trust": {
@@ -88,7 +92,13 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
             [OWN_UPDATES],
             "local",
         ),
-        "local": Setting("every client adds the noise itself", [], [NOISED_SUM], "central"),
+        "distributed": Setting(
+            "every client adds a share of the noise",
+            [MASKED_SUM, OWN_PARTY, ANY_SIZE],
+            [TRUSTED_SERVER],
+            "central",
+        ),
+        "local": Setting("every client adds the noise itself", [], [NOISED_SUM, TRUSTED_SERVER], "central"),
     },
     "privacy.metrics": {
         "withheld": Setting("nothing leaves a client but its update", [], [HELD_OUT_LOSSES], "held-out")
@@ -113,7 +123,19 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
     # What a node holds and sends.
     "model.quantization": {ANY: Setting("weights of so few bits cannot hold a sum", [FIXED_BASE])},
     "lora.client-ranks": {ANY: Setting("clients train different ranks", hides=[ONE_RANK, SHARED_VALUES])},
-    "wire.node-sum": {ANY: Setting("a node sends one sum for all its clients", [ONE_RANK], [OWN_UPDATES])},
+    "secure.method": {
+        "none": Setting("the server sees each client's update", hides=[MASKED_SUM], instead="masks"),
+        "shares": Setting("some clients sum for all", hides=[MASKED_SUM], instead="masks"),
+        "he": Setting("one client decrypts for all", hides=[MASKED_SUM], instead="masks"),
+        ANY: Setting(
+            "the server learns one sum over all clients",
+            [PLAIN_MEAN, OUR_MEAN, FIXED_BASE, ONE_RANK, FIXED_COHORT, ANY_SPEED],
+            [OWN_UPDATES, OWN_NUMBERS],
+        ),
+    },
+    "wire.node-sum": {
+        ANY: Setting("a node sends one sum for all its clients", [ONE_RANK], [OWN_UPDATES, OWN_PARTY])
+    },
     # Aggregation. Products B A of clients can be compared; their factors only where one of them is shared.
     "aggregation.train": {
         "both": Setting("B G and G^-1 A are the same adapter for any G", [], [SHARED_VALUES], "b"),
@@ -143,9 +165,8 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         "coordinate-median": _BY_VALUE,
         ANY: Setting(_ROBUST, [OWN_UPDATES, OUR_MEAN, SHARED_B, FIXED_WEIGHTS], [PLAIN_MEAN]),
     },
-    "aggregation.optimizer": {ANY: Setting("momentum reaches the adapter alone", [FIXED_BASE, OUR_MEAN])},
-    "aggregation.server-learning-rate": {
-        ANY: Setting("another step size reaches the adapter alone", [FIXED_BASE, OUR_MEAN])
+    "aggregation.optimizer": {
+        ANY: Setting("a server optimizer reaches the adapter alone", [FIXED_BASE, OUR_MEAN])
     },
     # Local training and what clients keep.
     "train.control-variates": {
@@ -173,6 +194,9 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
     "distill.when": {ANY: Setting("clients' own adapters teach", [OWN_UPDATES, SHARED_B, OUR_MEAN])},
     "distill.gate": {"clients": Setting("clients judge the result", [HELD_OUT_LOSSES], instead="public")},
     "distill.originality": {"on": Setting("data holders count matches with their rows", hides=[NOISE])},
+    "evaluation.every": {
+        "train": Setting("clients measure a loss next to their update", [OWN_NUMBERS], instead="ends")
+    },
     "data.held-out-fraction": {0.0: _NONE_HELD},
     "data.max-held-out": {0: _NONE_HELD},
 }

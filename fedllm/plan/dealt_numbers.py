@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from fedllm.errors import ConfigError
 
+MOST_CANARIES = 100_000
 CANARY_TOKENS = 16  # of a canary, drawn at random: no text that anyone writes begins to be like it
 
 
@@ -53,13 +54,18 @@ def _parse(text: str, rank: int) -> tuple[list[str], list[int]]:
     return names, [int(value) for value in values]
 
 
-def parse_repeats(text: str) -> tuple[int, ...]:
-    """Return the numbers in "1,4,16", at least one of them.
+def parse_canaries(value: int | str) -> tuple[int, tuple[int, ...]]:
+    """Return the number of canaries, and the copies dealt to them, of `audit.canaries` = "60:1,4,16".
 
     Raises:
-        ConfigError: one is not a whole number of at least 1.
+        ConfigError: one of the numbers is not whole, a canary has no copy or there are too many canaries.
     """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(f"audit.canary-repeats = {text!r}: expected whole numbers such as 1 or 1,4,16")
-    return tuple(int(part) for part in parts)
+    count, colon, copies = str(value).partition(":")
+    parts = [part.strip() for part in copies.split(",")] if colon else ["1"]
+    are_whole = all(part.isdecimal() for part in (count, *parts))
+    if not are_whole or int(count) > MOST_CANARIES or not all(map(int, parts)):
+        raise ConfigError(
+            f"audit.canaries = {value!r}: expected a whole number up to {MOST_CANARIES:,}, then perhaps the"
+            " copies of each in turn, as in 60:1,4,16"
+        )
+    return int(count), tuple(map(int, parts))

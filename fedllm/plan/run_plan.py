@@ -13,9 +13,10 @@ from fedllm.messages import LocalTraining
 from fedllm.plan.aggregation import AXES, AggregationRule, aggregation_rule
 from fedllm.plan.capabilities import Part, active_parts, refuse_conflicts
 from fedllm.plan.cohort import CohortPlan, cohort_plan
-from fedllm.plan.dealt_numbers import CANARY_TOKENS, are_mixed, deal_ranks, named_clients, parse_repeats
+from fedllm.plan.dealt_numbers import CANARY_TOKENS, are_mixed, deal_ranks, named_clients, parse_canaries
 from fedllm.plan.distillation import DistillationPlan, distillation_plan
 from fedllm.plan.privacy import PrivacyPlan, privacy_plan
+from fedllm.plan.secure import SecurePlan, secure_plan
 from fedllm.plan.training import (
     HomeTraining,
     PersonalTraining,
@@ -41,6 +42,7 @@ class RunPlan:
     cohort: CohortPlan
     aggregation: AggregationRule
     privacy: PrivacyPlan | None
+    secure: SecurePlan | None
     personal: PersonalTraining | None
     at_home: HomeTraining | None
     distillation: DistillationPlan | None
@@ -91,13 +93,13 @@ class RunPlan:
         axes = zip(AXES, (rule.train, rule.read_out, rule.weighting), strict=True)
         keys = {**self.config.to_flat(), **dict(axes), "lora.init-a": self.init_a}
         # A rate of 1 leaves the mean as it is, however it is written.
-        unused = ["aggregation.server-learning-rate"] if rule.optimizer.is_plain else []
+        unused = ["aggregation.optimizer"] if rule.optimizer.is_plain else []
         if privacy is None:
             unused += ["privacy.unit", "privacy.trust", "privacy.metrics", "privacy.weight-cap"]
         else:
             keys |= {"privacy.trust": privacy.trust, "privacy.metrics": privacy.metrics}
-            # Only a central sum is divided by a number that weights must not exceed.
-            unused += [] if privacy.is_central or privacy.weight_cap else ["privacy.weight-cap"]
+            # Only in a noised sum weights must not exceed what the noise was sized for.
+            unused += [] if privacy.has_capped_weights or privacy.weight_cap else ["privacy.weight-cap"]
         if self.distillation is None:
             unused += ["distill.gate", "distill.originality"]
         if not are_mixed(self.config.lora.client_ranks, self.config.lora.rank):
@@ -111,7 +113,8 @@ class RunPlan:
             axes = zip(AXES, PRESETS[preset], strict=False)
             by = {axis: "aggregation.preset" for axis, value in axes if value}
         else:
-            by = {axis: "privacy.epsilon" for axis in AXES if in_use[axis] != given[axis]}
+            source = "privacy.epsilon" if self.privacy is not None else "secure.method"
+            by = {axis: source for axis in AXES if in_use[axis] != given[axis]}
         return list(active_parts(in_use, by))
 
 
@@ -131,7 +134,11 @@ def resolve(config: RunConfig) -> RunPlan:
     _check_name(run.name)
     _check_canaries(config.audit, config.train.max_length)
     cohort = cohort_plan(federation)
-    rule = aggregation_rule(config.aggregation, config.privacy, node_sum=config.wire.node_sum)
+    node_sum = config.wire.node_sum
+    secure = secure_plan(config.secure, cohort, node_sum=node_sum)
+    rule = aggregation_rule(
+        config.aggregation, config.privacy, node_sum=node_sum, is_secret=secure is not None
+    )
     privacy = privacy_plan(config.privacy, config.train, cohort, federation)
     distillation = distillation_plan(
         config.distill,
@@ -144,6 +151,7 @@ def resolve(config: RunConfig) -> RunPlan:
         cohort=cohort,
         aggregation=rule,
         privacy=privacy,
+        secure=secure,
         personal=personal_training(config.personal),
         at_home=home_training(
             config.personal,
@@ -196,8 +204,8 @@ def _init_a(given: str, *, is_private: bool) -> str:
 
 
 def _check_canaries(audit: AuditConfig, max_length: int) -> None:
-    parse_repeats(audit.canary_repeats)
-    if audit.canaries and max_length < CANARY_TOKENS:
+    number, _ = parse_canaries(audit.canaries)
+    if number and max_length < CANARY_TOKENS:
         raise ConfigError(
             f"audit.canaries = {audit.canaries}: a canary has {CANARY_TOKENS} tokens and train.max-length"
             f" = {max_length} cuts it; raise that"

@@ -11,17 +11,14 @@ gets independent noise, so two attempts at a round cannot be subtracted from one
 
 import hashlib
 import hmac
-import os
 import secrets
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fedllm.errors import CheckpointError
-from fedllm.files import make_private_folder
+from fedllm.files import make_private_folder, write_once
 from fedllm.privacy.noise import SecretStream
 
 NUM_BYTES = 32
@@ -41,9 +38,7 @@ def kept_secret(path: Path) -> bytes:
     """
     try:
         make_private_folder(path.parent)
-        if not path.exists():
-            _write_new(path, new_secret())
-        found = path.read_bytes()
+        found = write_once(path, new_secret())
     except OSError as error:
         raise CheckpointError(
             f"the secret {path} cannot be kept: {error.strerror}; let this user read and write there"
@@ -51,20 +46,6 @@ def kept_secret(path: Path) -> bytes:
     if len(found) != NUM_BYTES:
         raise CheckpointError(f"{path} is no secret of {NUM_BYTES} bytes; restore it, or start a new run")
     return found
-
-
-def _write_new(path: Path, secret: bytes) -> None:
-    """Write a file that is whole or absent; one that another process wrote first is kept."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(name, path)  # unlike a rename it never replaces a secret that is in use
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def derived_key(secret: bytes, *names: str | int) -> bytes:

@@ -5,6 +5,7 @@ The question carries a nonce, fresh for every question. The answer's records:
     clients   ids, fingerprints of the base model, and codes of `CLIENT_ERROR_CODES` ("" for none)
     metrics   the sizes they declare, one column per name, one row per client
     site      the site's public key and its signature of the nonce, the run, the node and all of the above
+    secure    in a run of secret sums: keys of the run, the site's signatures of them, whether it pins code
 
 A signature binds the declaration to one question of one run by one node: nobody can use it a second time.
 """
@@ -20,12 +21,13 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
-from fedllm.identity import statement, verify
+from fedllm.identity import SIGNATURE_BYTES, statement, verify
 from fedllm.messages import JoinedClient
+from fedllm.secure.agreement import KEY_BYTES
 from fedllm.wire.libraries import library_versions
-from fedllm.wire.packets import LARGEST_NUMBER
-from fedllm.wire.refusals import write_error
-from fedllm.wire.replies import number_rows, read_error, read_tables
+from fedllm.wire.packets import LARGEST_NUMBER, list_field, scalar_field
+from fedllm.wire.refusals import read_error, write_error
+from fedllm.wire.replies import number_rows, read_tables
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"[0-9a-f]{32}")
@@ -85,6 +87,12 @@ def write_joined(clients: Sequence[JoinedClient], proof: Proof | None = None) ->
             ),
         }
     )
+    if any(client.run_key for client in clients):
+        keys, signatures = zip(*((client.run_key, client.key_signature) for client in clients), strict=True)
+        pinned = all(client.is_pinned for client in clients)
+        content["secure"] = ConfigRecord(
+            {"keys": list(keys), "signatures": list(signatures), "pinned": pinned}
+        )
     if proof is not None:
         content["site"] = ConfigRecord({"key": proof.public, "signature": proof.signature})
     return content
@@ -98,7 +106,14 @@ def read_joined(content: RecordDict, node_id: int, *, most: int) -> list[JoinedC
     """
     if read_error(content) == "no-data":
         return []
-    texts, columns = read_tables(content, ("ids", "fingerprints", "causes"), _NUMBERS, int, site=ConfigRecord)
+    texts, columns = read_tables(
+        content,
+        ("ids", "fingerprints", "causes"),
+        _NUMBERS,
+        int,
+        site=ConfigRecord,
+        secure=ConfigRecord,
+    )
     if len(texts["ids"]) > most:
         raise WireError(f"it declares {len(texts['ids']):,} clients, federation.num-clients is {most:,}")
     if not all(0 <= number < LARGEST_NUMBER for column in columns.values() for number in column):
@@ -109,11 +124,36 @@ def read_joined(content: RecordDict, node_id: int, *, most: int) -> list[JoinedC
         raise WireError("a join reply has a fingerprint that is not 64 hexadecimal digits")
     if not set(texts["causes"]) <= CLIENT_ERROR_CODES | {""}:
         raise WireError("a join reply carries a code that is not on the list")
-    rows = number_rows(texts["ids"], columns)
+    rows, keys = number_rows(texts["ids"], columns), _read_keys(content, texts["ids"])
     return [
-        JoinedClient(node_id=node_id, client_id=name, fingerprint=fingerprint, cause=cause, **rows[name])
+        JoinedClient(
+            node_id=node_id,
+            client_id=name,
+            fingerprint=fingerprint,
+            cause=cause,
+            **rows[name],
+            **keys.get(name, {}),
+        )
         for name, fingerprint, cause in zip(*texts.values(), strict=True)
     ]
+
+
+def _read_keys(content: RecordDict, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return for each client its key of the run and what comes with it, {} where the node sends none."""
+    record = content.config_records.get("secure", ConfigRecord())
+    if not record:
+        return {}
+    keys, signatures = list_field(record, "keys", bytes), list_field(record, "signatures", bytes)
+    lengths = {*map(len, keys)}, {*map(len, signatures)}
+    if set(record) != {"keys", "signatures", "pinned"} or not len(ids) == len(keys) == len(signatures):
+        raise WireError("a join reply has not one key of the run for each client")
+    if lengths[0] != {KEY_BYTES} or not lengths[1] <= {0, SIGNATURE_BYTES}:
+        raise WireError("a join reply has a key of the run, or its signature, of another length")
+    pinned = scalar_field(record, "pinned", bool)
+    return {
+        name: {"run_key": key, "key_signature": signature, "is_pinned": pinned}
+        for name, key, signature in zip(ids, keys, signatures, strict=True)
+    }
 
 
 def read_signer(content: RecordDict, signed: bytes) -> str:

@@ -13,7 +13,8 @@ from flwr.app import ArrayRecord, RecordDict
 from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
 from fedllm.messages import ClientAtHome, ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.originality.overlap import Overlap
-from fedllm.wire import joining, overlaps, refusals, replies, stock
+from fedllm.secure.masking import Masked
+from fedllm.wire import joining, masks, overlaps, refusals, replies, stock
 
 _LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 1, 1.0, "0" * 64)
 
@@ -38,7 +39,9 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
         held_out=measured,
     )
     packets: Any = {"layout": _LAYOUT, "part": "both", "payload": "fp32"}
-    joined = JoinedClient(client_id="CLIENT", node_id=1, num_train=1, num_held_out=1, fingerprint="")
+    joined = JoinedClient(
+        client_id="CLIENT", node_id=1, num_train=1, num_held_out=1, fingerprint="", run_key=b"KEY"
+    )
     failed = ClientFailure(client_id="CLIENT", code="failed")
     state = AdapterState(_LAYOUT, delta)
     answers = {
@@ -46,10 +49,12 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
         "train": [
             replies.write_updates([update, failed], **packets, with_held_out=True),
             replies.write_sum([update], delta, **packets, with_held_out=True),
+            masks.write_masked([update], {"CLIENT": Masked(b"", (), ())}),
         ],
         "evaluate": [replies.write_evaluations([measured])],
         "adapt": [replies.write_at_home([at_home])],
         "overlap": [overlaps.write_overlaps([Overlap(1, 1, True)])],
+        "unmask": [masks.write_openings({"CLIENT": b""})],
         "stock": [stock.write_plain_update(state, 1, 0.0), stock.write_plain_evaluation(1, 0.0)],
         "any": [refusals.write_error("failed")],
     }

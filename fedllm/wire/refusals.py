@@ -27,6 +27,14 @@ def write_error(code: str) -> RecordDict:
     return RecordDict({"error": ConfigRecord({"code": code if code in CLIENT_ERROR_CODES else "internal"})})
 
 
+def read_error(content: RecordDict) -> str | None:
+    """Return the code of an error reply, "internal" for a code outside the list, None for other replies."""
+    if "error" not in content.config_records:
+        return None
+    code = content.config_records["error"].get("code")
+    return code if isinstance(code, str) and code in CLIENT_ERROR_CODES else "internal"
+
+
 def refusal(message: Message, code: str) -> Message:
     """Return the reply to `message` that says only why there is no answer."""
     if is_stock(message):  # stock strategies drop error messages and abort on anything else

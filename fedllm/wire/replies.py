@@ -34,6 +34,7 @@ from fedllm.messages import (
     ClientUpdate,
 )
 from fedllm.wire.packets import LARGEST_NUMBER, list_field, read_vector, write_vector
+from fedllm.wire.refusals import read_error
 
 _OK = "ok"  # no error code is called so
 # They travel as floats, as all metrics do.
@@ -138,10 +139,8 @@ def _write_results(
     metrics: Sequence[str],
     **packets: Mapping[str, Array],
 ) -> RecordDict:
-    content = RecordDict()
-    if results:
-        codes = [result.code if isinstance(result, ClientFailure) else _OK for result in results]
-        content["clients"] = ConfigRecord({"ids": [result.client_id for result in results], "codes": codes})
+    failed = {result.client_id: result.code for result in results if isinstance(result, ClientFailure)}
+    content = write_codes(failed, [result.client_id for result in results])
     done = [result for result in results if not isinstance(result, ClientFailure)]
     if done:
         content["metrics"] = MetricRecord(
@@ -151,6 +150,14 @@ def _write_results(
         if arrays:
             content[name] = ArrayRecord(dict(arrays))
     return content
+
+
+def write_codes(failed: Mapping[str, str], clients: Sequence[str]) -> RecordDict:
+    """Return a reply that says of each client that it is "ok", or by its code why not."""
+    if not clients:
+        return RecordDict()
+    codes = [failed.get(client, _OK) for client in clients]
+    return RecordDict({"clients": ConfigRecord({"ids": list(clients), "codes": codes})})
 
 
 # --- read by the server ------------------------------------------------------------------------------------
@@ -275,14 +282,6 @@ def read_at_home(content: RecordDict, *, most: int) -> list[Adapted]:
     ]
 
 
-def read_error(content: RecordDict) -> str | None:
-    """Return the code of an error reply, "internal" for a code outside the list, None for other replies."""
-    if "error" not in content.config_records:
-        return None
-    code = content.config_records["error"].get("code")
-    return code if isinstance(code, str) and code in CLIENT_ERROR_CODES else "internal"
-
-
 # --- the allow-list ----------------------------------------------------------------------------------------
 
 
@@ -307,11 +306,7 @@ def _read_results(
     texts, columns = read_tables(
         content, ("ids", "codes"), metric_names, float, **dict.fromkeys(packets, ArrayRecord)
     )
-    if len(texts["ids"]) > most + _FEW:
-        raise WireError(f"the reply names {len(texts['ids']):,} clients, {most:,} were asked")
-    codes = dict(zip(texts["ids"], texts["codes"], strict=True))
-    if not set(codes.values()) <= CLIENT_ERROR_CODES | {_OK}:
-        raise WireError("the reply carries a code that is not on the list")
+    codes = _codes(texts, most)
     counts = {
         name: list(map(_count, column))
         for name, column in columns.items()
@@ -319,6 +314,28 @@ def _read_results(
     }
     done = [client_id for client_id, code in codes.items() if code == _OK]
     return codes, number_rows(done, {**columns, **counts})
+
+
+def read_codes(
+    content: RecordDict, *, most: int, **others: type
+) -> tuple[list[str], dict[str, ClientFailure]]:
+    """Return the clients that are "ok" and the others as failures, of a reply without numbers to `most`.
+
+    `others` are further records that may come. Raises as `read_tables`.
+    """
+    texts, _ = read_tables(content, ("ids", "codes"), (), float, **others)
+    codes = _codes(texts, most)
+    failed = {client: _reported(client, code) for client, code in codes.items() if code != _OK}
+    return [client for client in codes if client not in failed], failed
+
+
+def _codes(texts: Mapping[str, list[str]], most: int) -> dict[str, str]:
+    if len(texts["ids"]) > most + _FEW:
+        raise WireError(f"the reply names {len(texts['ids']):,} clients, {most:,} were asked")
+    codes = dict(zip(texts["ids"], texts["codes"], strict=True))
+    if not set(codes.values()) <= CLIENT_ERROR_CODES | {_OK}:
+        raise WireError("the reply carries a code that is not on the list")
+    return codes
 
 
 def read_tables(

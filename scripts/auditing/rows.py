@@ -13,6 +13,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import draw_rows
 from fedllm.errors import NoDataError
 from fedllm.models.chat import Encoded
+from fedllm.plan.dealt_numbers import parse_canaries
 from fedllm.plan.run_plan import resolve
 from fedllm.privacy.keys import kept_secret
 from fedllm.runs.records import RoundRecord
@@ -31,7 +32,7 @@ def planted_canaries(folder: Path, config: RunConfig, holder: DataHolder) -> tup
     Raises:
         NoDataError: the secret they were drawn from is not on this machine.
     """
-    if not config.audit.canaries:
+    if not parse_canaries(config.audit.canaries)[0]:
         return ()
     file = canary_file(folder / "private", config.run.name)
     if not file.exists():  # a new secret would have other coins

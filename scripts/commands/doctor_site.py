@@ -33,6 +33,9 @@ def _policy_lines(policy: SitePolicy) -> Iterator[str]:
         yield f"[{name}]"
         for item in fields(table):
             yield f"  {_key(item.name)} = {_shown(getattr(table, item.name))}{_of_default(table, item)}"
+    if policy.peers:
+        yield "[peers]"
+        yield from (f"  {name} = {_shown(key)}" for name, key in policy.peers.items())
 
 
 def _node_lines(policy: SitePolicy) -> Iterator[str]:

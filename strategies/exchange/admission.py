@@ -7,8 +7,10 @@ from flwr.app import RecordDict
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import PERMANENT_CAUSES, WireError
+from fedllm.identity import verify
 from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import RunPlan
+from fedllm.secure.parties import party_statement
 from fedllm.wire.joining import join_statement, read_joined, read_signer
 from strategies.sites import Site, Sites
 
@@ -32,6 +34,7 @@ class Admission:
         config = self.plan.config
         clients = read_joined(content, node_id, most=config.federation.num_clients)
         signer = read_signer(content, join_statement(nonce, config.run.name, self.plan.digest, clients))
+        clients = [replace(client, identity=signer) for client in clients]
         if self.sites is None or not clients:
             return [replace(client, site=signer) for client in clients]
         site = self.sites.get(signer)
@@ -76,11 +79,24 @@ class Admission:
         if client.fingerprint != self.layout.fingerprint:
             theirs, ours = client.fingerprint[:12], self.layout.fingerprint[:12]
             return f"holds another base model ({theirs}) than the run ({ours})"
-        if self.plan.config.train.control_variates and 0 < client.max_rank < self.layout.rank:
+        needs = "train.control-variates" if self.plan.config.train.control_variates else "secure.method"
+        if needs == "secure.method" and self.plan.secure is None:
+            return ""
+        if 0 < client.max_rank < self.layout.rank:
             return (
-                f"has room for rank {client.max_rank} only, and train.control-variates needs the run's"
-                f" {self.layout.rank},"
+                f"has room for rank {client.max_rank} only, and {needs} needs the run's {self.layout.rank},"
             )
+        return "" if self.plan.secure is None else self._refusal_of_key(client)
+
+    def _refusal_of_key(self, client: JoinedClient) -> str:
+        """Return why a client cannot take part in secret sums, "" where it can."""
+        if not client.run_key:
+            return "has sent no key for secure.method"
+        signed = party_statement(
+            self.plan.config.run.name, self.plan.digest, client.client_id, client.run_key
+        )
+        if client.identity and not verify(client.identity, signed, client.key_signature):
+            return "has a key for secure.method that its site has not signed"
         return ""
 
     def _site_named(self, name: str) -> Site | None:

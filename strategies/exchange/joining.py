@@ -8,7 +8,7 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import NoDataError, RunFailedError, WireError
 from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import RunPlan
-from fedllm.wire.replies import read_error
+from fedllm.wire.refusals import read_error
 from strategies.cohort.voices import voice_of, with_places
 from strategies.exchange.admission import Admission
 from strategies.exchange.causes import by_cause, few, grouped, in_words, names

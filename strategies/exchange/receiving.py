@@ -13,7 +13,7 @@ from fedllm.engine.optimizer import largest_move
 from fedllm.errors import WireError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.records import RoundPlan
-from fedllm.wire import replies
+from fedllm.wire import refusals, replies
 from strategies.cohort.late_updates import late_refusal
 from strategies.cohort.voices import largest_weight, limited
 from strategies.exchange.causes import few
@@ -119,7 +119,7 @@ def read_reply(
     """
     unanswered = dict.fromkeys(asked, "its node did not answer for it")
     answers: Iterable[Answer] = ()
-    reported = replies.read_error(reply.content) if reply.content is not None else None
+    reported = refusals.read_error(reply.content) if reply.content is not None else None
     try:
         answers = _answers(session, plan, reply.received(), asked)
     except WireError as error:

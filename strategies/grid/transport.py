@@ -20,7 +20,7 @@ from fedllm.errors import WireError
 from fedllm.runs.records import RoundPlan
 from fedllm.wire.joining import new_nonce, write_question
 from fedllm.wire.packets import packet_bytes
-from fedllm.wire.replies import read_error
+from fedllm.wire.refusals import read_error
 from strategies.grid.deadlines import FIRST_SECONDS, MeasuredTimes
 
 CRASHED = "client error"

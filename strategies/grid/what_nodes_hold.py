@@ -9,7 +9,7 @@ from fedllm.adapters.layout import AdapterState
 from fedllm.adapters.parts import other_part, part_of
 from fedllm.errors import NotHeldError
 from fedllm.plan.aggregation import AggregationRule
-from fedllm.wire.replies import read_error
+from fedllm.wire.refusals import read_error
 from fedllm.wire.requests import Sending
 
 

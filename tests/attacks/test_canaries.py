@@ -95,7 +95,7 @@ def test_only_an_adapter_trained_on_canaries_is_caught(
 
 def test_canaries_of_a_run_come_from_its_secret(load_tiny: Callable[..., BaseModel]) -> None:
     tokenizer = load_tiny().tokenizer
-    section = AuditConfig(canaries=20, canary_repeats="1,4")
+    section = AuditConfig(canaries="20:1,4")
     first = secret_canaries(section, tokenizer, client_id="anna", secret=b"x" * 32)
     assert first == secret_canaries(section, tokenizer, client_id="anna", secret=b"x" * 32)
     assert [(len(one.tokens), one.repeats) for one in first[:3]] == [(16, 1), (16, 4), (16, 1)]

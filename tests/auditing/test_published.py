@@ -19,7 +19,7 @@ from scripts.auditing.opening import open_case
 from scripts.runtimes.local import LocalGrid, local_grid
 from strategies.run import run_federation
 
-OVERRIDES = {"audit.canaries": 12, "audit.canary-repeats": "1,4"}
+OVERRIDES = {"audit.canaries": "12:1,4"}
 
 
 class Recorded(LocalGrid):
@@ -100,8 +100,8 @@ def test_what_a_client_declares_counts_the_canaries_that_are_in(finished: Callab
     ("overrides", "words"),
     [
         ({"audit.canaries": 1, "train.max-length": 15}, "train.max-length = 15"),
-        ({"audit.canary-repeats": "1,x"}, "whole numbers such as"),
-        ({"audit.canary-repeats": "0"}, "whole numbers such as"),
+        ({"audit.canaries": "9:1,x"}, "expected a whole number up to"),
+        ({"audit.canaries": "9:0"}, "expected a whole number up to"),
     ],
 )
 def test_canaries_that_cannot_be(overrides: dict, words: str) -> None:

@@ -27,7 +27,7 @@ def test_canaries_are_drawn_by_coins_of_a_kept_secret(
 ) -> None:
     source = write_rows("rows.jsonl", {"anna": 4, "ben": 3})
     plain = opened(make_config(source), tmp_path / "plain")
-    config = make_config(source, **{"audit.canaries": 30, "audit.canary-repeats": "1,3"})
+    config = make_config(source, **{"audit.canaries": "30:1,3"})
     planted = opened(config, tmp_path / "state")
     file = canary_file(tmp_path / "state", config.run.name)
     assert file.stat().st_mode & 0o777 == 0o600

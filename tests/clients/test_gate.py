@@ -22,7 +22,7 @@ from fedllm.messages import ClientEvaluation, ClientFailure
 from fedllm.models.files import content_digest, fingerprint
 from fedllm.originality.overlap import OverlapRequest, probe
 from fedllm.site_policy import load_policy
-from fedllm.wire import joining, overlaps, replies, requests
+from fedllm.wire import joining, overlaps, refusals, replies, requests
 from fedllm.wire.leaving import fields_that_leave
 from fedllm.wire.stock import write_plain
 from scripts.runtimes.local import init, local_grid, step
@@ -54,7 +54,7 @@ class Hostile:
         (reply,) = grid.send_and_receive([grid.create_message(content, kind, node_id, group_id="1")])
         if reply.has_error():
             return reply.error.reason
-        return replies.read_error(reply.content) or reply.content
+        return refusals.read_error(reply.content) or reply.content
 
     def join(self) -> Any:
         return self.reply("query.join", RecordDict())
@@ -146,7 +146,6 @@ def test_an_empty_file_limits_nothing_and_logs_all(hostile: Callable) -> None:
         ("[limits]\nrank = 4", {"lora.rank": 8}, "rank = 4"),
         ("[limits]\ntrain-rows = 16", {}, "train-rows = 16, and a round trains on 4"),
         ('[allow]\npurposes = ["triage"]', {}, "purposes does not name run.purpose = ''"),
-        ('[allow]\nsecure-aggregation = "required"', {}, "secure aggregation does not exist yet"),
         ('[allow]\nservers = ["fl.example.org:443"]', {}, "servers does not name whoever asks a bare node"),
         ('[allow]\nbundles = ["ab"]', {}, "bundles does not name"),
     ],

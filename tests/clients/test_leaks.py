@@ -22,7 +22,7 @@ from fedllm.messages import EVALUATION_METRICS, HOME_METRICS, UPDATE_METRICS
 from fedllm.models.base import load_tokenizer
 from fedllm.models.files import resolve_model
 from fedllm.originality.overlap import OverlapRequest, probe
-from fedllm.wire import overlaps, packets, replies, requests
+from fedllm.wire import overlaps, packets, refusals, requests
 from fedllm.wire.stock import write_plain
 from scripts.runtimes.local import local_grid
 from tests.builders import evaluate_request, train_request
@@ -200,7 +200,7 @@ def test_exception_that_quotes_a_row_leaves_as_a_code_alone(
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(*place, crash(error))
     reply = ask("train")
-    assert replies.read_error(reply.content) == code
+    assert refusals.read_error(reply.content) == code
     assert set(reply.content) == {"error"}
     assert leaks(bytes_of(reply)) == []
     assert leaks(caplog.text.encode()) == []
@@ -217,7 +217,7 @@ def test_every_kind_of_request_fails_without_a_word(
     if stock:
         assert reply.error.reason == "internal"
     else:
-        assert replies.read_error(reply.content) == "internal"
+        assert refusals.read_error(reply.content) == "internal"
 
 
 @pytest.mark.parametrize("kind", ["query.join", "train", "evaluate"])
@@ -238,7 +238,7 @@ def test_a_tokenizer_that_panics_says_nothing_anywhere(
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", panic_on_rows)
     reply = ask(kind)
-    assert replies.read_error(reply.content) == "bad-data"
+    assert refusals.read_error(reply.content) == "bad-data"
     printed = capfd.readouterr()
     for text in (bytes_of(reply), caplog.text.encode(), printed.out.encode(), printed.err.encode()):
         assert leaks(text) == []
@@ -258,7 +258,7 @@ def test_a_panic_anywhere_is_answered_by_a_code(
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(*place, crash(Panic(TEXT)))
     reply = ask("train")
-    assert replies.read_error(reply.content) == "internal"
+    assert refusals.read_error(reply.content) == "internal"
     assert leaks(bytes_of(reply) + caplog.text.encode()) == []
     assert "Panic at" in caplog.text
 
@@ -277,5 +277,5 @@ def test_an_error_of_fedllm_leaves_as_its_code(
 ) -> None:
     monkeypatch.setattr(jobs, "draw_rows", crash(NoDataError(TEXT)))
     reply = ask("train")
-    assert replies.read_error(reply.content) == "no-data"
+    assert refusals.read_error(reply.content) == "no-data"
     assert leaks(bytes_of(reply)) == []

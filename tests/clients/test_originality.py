@@ -13,7 +13,7 @@ from clients.originality import check_limit
 from clients.process import Process
 from fedllm.errors import QueryLimitError
 from fedllm.originality.overlap import OverlapRequest, probe
-from fedllm.wire import overlaps, replies
+from fedllm.wire import overlaps, refusals
 from scripts.runtimes.local import LocalGrid, local_grid, node_config_of
 
 SALT = bytes(range(16))
@@ -65,7 +65,7 @@ def test_a_node_answers_once_a_round(node: tuple[LocalGrid, DataHolder]) -> None
     grid, holder = node
 
     def code(round_num: int) -> str | None:
-        return replies.read_error(ask(grid, [FRESH], round_num).content)
+        return refusals.read_error(ask(grid, [FRESH], round_num).content)
 
     last = holder.plan.config.federation.num_rounds
     assert [code(number) for number in (2, 2, 1, 3, last + 1)] == [
@@ -83,8 +83,8 @@ def test_the_limit_is_counted_before_the_answer_is_made(
     grid, _ = node
     with monkeypatch.context() as patch:
         patch.setattr(originality, "overlaps", lambda *_: (_ for _ in ()).throw(ValueError(CANARY)))
-        assert replies.read_error(ask(grid, [FRESH]).content) == "internal"
-    assert replies.read_error(ask(grid, [FRESH]).content) == "query-limit"
+        assert refusals.read_error(ask(grid, [FRESH]).content) == "internal"
+    assert refusals.read_error(ask(grid, [FRESH]).content) == "query-limit"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from fedllm.chained_log import read_entries
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import FedLLMError
 from fedllm.site_policy import load_policy
-from fedllm.wire import replies, requests
+from fedllm.wire import refusals, requests
 from fedllm.wire.stock import write_plain
 from scripts.runtimes.local import local_grid
 from tests.builders import train_request
@@ -80,7 +80,7 @@ class Door:
 
 
 def code_of(reply: Message) -> str | None:
-    return reply.error.reason if reply.has_error() else replies.read_error(reply.content)
+    return reply.error.reason if reply.has_error() else refusals.read_error(reply.content)
 
 
 @pytest.fixture

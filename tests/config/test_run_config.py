@@ -29,14 +29,15 @@ federation.sites federation.max-retries federation.max-failure-rate
 train.local-steps train.batch-size train.learning-rate train.schedule train.weight-decay train.clip-norm
 train.proximal train.control-variates train.max-length train.token-budget
 aggregation.preset aggregation.train aggregation.read-out aggregation.weighting aggregation.robust
-aggregation.optimizer aggregation.server-learning-rate
+aggregation.optimizer
 privacy.epsilon privacy.delta privacy.unit privacy.trust privacy.clip privacy.noise-multiplier
 privacy.max-participations privacy.weight-cap privacy.metrics
-audit.canaries audit.canary-repeats
+audit.canaries
 personal.mode personal.rank personal.steps
 distill.when distill.teacher distill.text distill.num-texts distill.max-tokens distill.steps
 distill.batch-size distill.learning-rate distill.top-k distill.max-teachers
 distill.originality distill.licence distill.control distill.gate
+secure.method secure.min-parties
 wire.codec wire.node-sum
 evaluation.every evaluation.prompts evaluation.max-new-tokens
 track.to
@@ -161,8 +162,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         ("train.max-length", [7]),
         ("train.token-budget", [0]),
         ("aggregation.robust", ["SVD", "multi-krum:0.6", "trimmed-mean:-0.1", "norm-clip:0.1"]),
-        ("aggregation.optimizer", ["SVD", "fedavg:momentum=0.1", "fedadam:0.9", "fedadam:"]),
-        ("aggregation.server-learning-rate", [0.0]),
+        ("aggregation.optimizer", ["SVD", "fedadam:0.9", "fedadam:"]),
         ("privacy.epsilon", [0.0, -1.0, "on"]),
         ("privacy.clip", [0.0, "adaptive:0", "fixed"]),
         ("privacy.noise-multiplier", [0.0]),

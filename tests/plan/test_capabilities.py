@@ -28,7 +28,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"aggregation.train": "b", "aggregation.read-out": "local-b"}, "aggregation.train", "aggregation.read"),
     ({"aggregation.preset": "flora", "aggregation.optimizer": "fedavgm"}, "'stack'", "'fedavgm'"),
     ({"aggregation.preset": "fedex", "aggregation.optimizer": "fedadam"}, "'fedex'", "'fedadam'"),
-    ({"aggregation.preset": "fedex", "aggregation.server-learning-rate": 0.5}, "'residual'", "rate = 0.5"),
+    ({"aggregation.preset": "fedex", "aggregation.optimizer": "fedavg:learning-rate=2"}, "'fedex'", "rate=2"),
     ({"lora.client-ranks": "4,8", **MEAN}, "lora.client-ranks", "aggregation.preset = 'fedit'"),
     ({"lora.client-ranks": "4,8", "aggregation.read-out": "factor-mean"}, "client-ranks", "aggregation.read"),
     ({"lora.client-ranks": "4,8", "aggregation.preset": "ffa", "aggregation.robust": "trimmed-mean"},

@@ -70,8 +70,7 @@ def test_losses_of_home_leave_where_all_numbers_may() -> None:
 def test_an_aggregation_rule_brings_its_numbers() -> None:
     rule = planned(
         aggregation__robust="multi-krum:0.3",
-        aggregation__optimizer="fedadam:second-moment=0.5,adaptivity=1e-2",
-        aggregation__server_learning_rate=0.1,
+        aggregation__optimizer="fedadam:learning-rate=0.1,second-moment=0.5,adaptivity=1e-2",
     ).aggregation
     assert (rule.robust, rule.max_malicious) == ("multi-krum", 0.3)
     optimizer = rule.optimizer

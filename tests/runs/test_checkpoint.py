@@ -217,7 +217,6 @@ def another(config: RunConfig, key: str) -> Any:
         "federation.cohort": 0.5,
         "federation.round-deadline": 30.0,
         "evaluation.every": 2,
-        "aggregation.server-learning-rate": 0.5,
         "privacy.epsilon": 8.0,
         "privacy.noise-multiplier": 1.5,
         "privacy.max-participations": 2,
@@ -227,7 +226,7 @@ def another(config: RunConfig, key: str) -> Any:
         "privacy.unit": "client",
         "privacy.trust": "local",
         "privacy.metrics": "all",
-        "audit.canary-repeats": "1,4",
+        "secure.method": "masks",
     }
     if key in choices:
         return choices[key]

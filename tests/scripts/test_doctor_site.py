@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import PolicyError
+from fedllm.identity import new_key, public_text
 from fedllm.messages import EVALUATION_METRICS, UPDATE_METRICS
 from fedllm.models.files import content_digest
 from fedllm.site_policy import load_policy
@@ -26,7 +27,7 @@ def told(
     return show
 
 
-def test_every_key_is_shown_with_its_value(told: Callable[[str], str]) -> None:
+def test_every_key_is_shown_with_its_value(told: Callable[[str], str], tmp_path: Path) -> None:
     text = told('[limits]\nsteps = 8000000\n[allow]\nservers = ["fl:1"]')
     policy = load_policy()
     for table in (policy.site, policy.allow, policy.limits, policy.budget):
@@ -35,6 +36,9 @@ def test_every_key_is_shown_with_its_value(told: Callable[[str], str]) -> None:
     assert "  steps = 8000000\n" in text
     assert '  servers = ["fl:1"]\n' in text
     assert "  rank = 0  (default)\n" in text
+    assert "[peers]" not in text
+    public = public_text(new_key(tmp_path / "key"))
+    assert f'[peers]\n  north = "{public}"\n' in told(f'[peers]\nnorth = "{public}"')
 
 
 def test_every_field_that_leaves_is_shown(told: Callable[[str], str]) -> None:

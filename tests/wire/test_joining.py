@@ -98,3 +98,38 @@ def test_a_question_has_a_nonce() -> None:
             read_question(RecordDict({"join": ConfigRecord({"nonce": nonce})}))
     with pytest.raises(WireError, match="no nonce"):
         read_question(RecordDict())
+
+
+def with_keys(**changes: Any) -> RecordDict:
+    keyed = [
+        replace(client, run_key=bytes([place] * 32), key_signature=bytes(64), is_pinned=True)
+        for place, client in enumerate(CLIENTS, start=1)
+    ]
+    content = write_joined(keyed)
+    content["secure"].update(changes)
+    return content
+
+
+def test_keys_of_a_run_come_with_their_clients() -> None:
+    joined = read_joined(with_keys(), 9, most=2)
+    assert [(one.run_key, one.key_signature, one.is_pinned) for one in joined] == [
+        (bytes([1] * 32), bytes(64), True),
+        (bytes([2] * 32), bytes(64), True),
+    ]
+    assert "secure" not in write_joined(CLIENTS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keys": [bytes(32)]},
+        {"keys": [bytes(32), bytes(31)]},
+        {"keys": ["a" * 32, "b" * 32]},
+        {"signatures": [bytes(64), bytes(63)]},
+        {"pinned": 1},
+        {"more": "text"},
+    ],
+)
+def test_keys_of_another_form_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(WireError):
+        read_joined(with_keys(**changes), 9, most=2)

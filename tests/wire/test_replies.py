@@ -288,7 +288,7 @@ def test_an_error_reply_is_refused_with_a_known_code_alone(kind: str, code: Any)
 
 @pytest.mark.parametrize("code", [*sorted(CLIENT_ERROR_CODES), SECRET])
 def test_an_error_reply_holds_a_code_of_the_list_only(code: str) -> None:
-    written = replies.read_error(refusals.write_error(code))
+    written = refusals.read_error(refusals.write_error(code))
     assert written == (code if code in CLIENT_ERROR_CODES else "internal")
 
 

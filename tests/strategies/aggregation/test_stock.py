@@ -175,8 +175,8 @@ def test_stock_fedavg_as_the_rule_is_our_factor_mean(make_config: Callable, open
             "aggregation.optimizer",
         ),
         (
-            {"aggregation.read-out": "factor-mean", "aggregation.server-learning-rate": 0.5},
-            "aggregation.server-learning-rate",
+            {"aggregation.read-out": "factor-mean", "aggregation.optimizer": "fedavg:learning-rate=0.5"},
+            "aggregation.optimizer",
         ),
         ({"aggregation.read-out": "factor-mean", "wire.node-sum": True}, "wire.node-sum"),
         (

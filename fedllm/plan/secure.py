@@ -1,0 +1,42 @@
+"""How a run hides each client's update from the server: by which method, and among how many clients.
+
+The method decides who opens the sum of a round. What the sum hides is in `fedllm.plan.capabilities`, the
+arithmetic in `fedllm.secure`.
+"""
+
+from dataclasses import dataclass
+
+from fedllm.config.keys import SecureConfig
+from fedllm.errors import ConfigError
+from fedllm.plan.cohort import CohortPlan
+
+BUILT: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecurePlan:
+    """The sum of a run's rounds: `method` is masks, shares or he.
+
+    A party is a client, or under `wire.node-sum` a node. Nothing is summed among fewer than `min_parties`.
+    """
+
+    method: str
+    min_parties: int
+
+
+def secure_plan(section: SecureConfig, cohort: CohortPlan, *, node_sum: bool) -> SecurePlan | None:
+    """Return how a run's updates are summed in secret, None where the server sees each (`none`).
+
+    Raises:
+        ConfigError: the method is not built yet, or a round asks too few clients to hide one among them.
+    """
+    if section.method == "none":
+        return None
+    if section.method not in BUILT:
+        raise ConfigError(f"secure.method = {section.method!r} is not built yet; set secure.method = 'none'")
+    if not node_sum and cohort.size < section.min_parties:  # how many nodes there are is not known yet
+        raise ConfigError(
+            f"secure.min-parties = {section.min_parties}: a round asks {cohort.size:g} clients; raise"
+            " federation.cohort or federation.num-clients"
+        )
+    return SecurePlan(method=section.method, min_parties=section.min_parties)
