@@ -205,7 +205,12 @@ def _sign(place: int, other: int) -> int:
 
 
 def _combined(exchange: Exchange, dealer: str, rows: Mapping[str, Mapping[str, bytes]]) -> list[bytes]:
-    """Return a dealer's seeds of the holders' rows, by holder and dealer; where hashes stood they mean nothing."""
+    """Return a dealer's seeds, combined from its row at each holder; where hashes stood they mean nothing.
+
+    Raises:
+        SecureError: so many boxes of the dealer did not open that the sum is lost; names it where that is
+        proven.
+    """
     silent = [holder for holder, row in rows.items() if dealer not in row]
     if len(rows) - len(silent) < exchange.threshold:
         # So many that one of them must be honest, or else it is as likely that a single holder lies.
