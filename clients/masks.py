@@ -23,8 +23,9 @@ def train_masked(holder: DataHolder, request: TrainRequest, content: RecordDict)
     Raises:
         BadPartiesError, TooFewPartiesError: a client might not be hidden in the sum; nothing is trained.
     """
-    parties = own_parties(holder, read_sums(content), request.drawn)
-    answers = {answer.client_id: answer for answer in train_clients(holder, request)}
+    parties = own_parties(holder, request, read_sums(content))
+    labels = {name: party.asked.exchange.label for party in parties for name in party.clients}
+    answers = {answer.client_id: answer for answer in train_clients(holder, request, labels=labels)}
     masked: dict[str, Masked] = {}
     for party in parties:
         found = [answers[name] for name in party.clients]
