@@ -20,6 +20,7 @@ from strategies.listeners import heard
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
 from strategies.rounds import next_round
+from strategies.secure.secret_round import end_keys
 from strategies.session import SILENT, Session, Watch
 from strategies.start import begin_or_resume, open_session
 
@@ -58,6 +59,7 @@ def run_federation(
         if (after := train_on_at_home(session, state)) is not state:
             state = after
             _save(session, state, folder)
+        end_keys(session, state.round_num)
         for line in publish_run(folder, plan, state, stopped, session.clients):
             watch.notice(f"warning: {line}")
         return state

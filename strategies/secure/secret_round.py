@@ -26,7 +26,7 @@ from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.runs.records import RoundPlan, RoundRecord, SecureRecord
 from fedllm.secure.parties import Exchange, Party, in_groups, label_of
 from fedllm.secure.vector import NUM_NUMBERS, SecretSum
-from fedllm.wire.masks import AskedSum, add_sums, read_masked, read_openings, write_unmask
+from fedllm.wire.masks import AskedSum, add_sums, read_masked, read_openings, write_over, write_unmask
 from strategies.cohort.voices import largest_weight
 from strategies.exchange.causes import few
 from strategies.exchange.receiving import Answer, receive
@@ -216,6 +216,25 @@ def open_secret_round(session: Session, plan: RoundPlan) -> SecretRound | None:
     groups = in_groups(keys, label) if keys else []
     most = {client: _most(session, plan, client) for client in plan.asked if client in session.clients}
     return SecretRound(session, plan, [_group(session, plan, group, parties, most) for group in groups])
+
+
+def end_keys(session: Session, round_num: int) -> None:
+    """Tell all nodes that no further sum is to be opened, so that they remove the keys of the run.
+
+    A node that does not hear of it keeps them until its owner clears the run's state.
+    """
+    if session.plan.secure is None:
+        return
+    over = write_over(round_num=round_num, plan_digest=session.plan.digest)
+    exchange = session.transport.exchange(
+        dict.fromkeys(session.transport.node_ids(), over),
+        message_type=UNMASK,
+        group=str(round_num),
+        deadline=session.deadline(UNMASK),
+        is_enough=lambda: True,
+    )
+    for _ in exchange:  # what they answer says nothing
+        pass
 
 
 def _group(

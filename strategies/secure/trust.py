@@ -1,0 +1,38 @@
+"""What a run of secret sums hides from its server, and what that rests on, in words."""
+
+from collections.abc import Collection
+
+from fedllm.messages import JoinedClient
+from fedllm.plan.secure import SecurePlan
+from fedllm.secure.parties import threshold_of
+
+_UNSEEN = (
+    "the server learns the sum of a round's updates, weights, tokens and losses, and no single one of them"
+)
+
+
+def warning_of(clients: Collection[JoinedClient]) -> str:
+    """Return what secret sums are worth where sites let the server choose their code, "" elsewhere."""
+    loose = sum(not client.is_pinned for client in clients)
+    if not loose:
+        return ""
+    return (
+        f"secret sums: {loose} of {len(clients)} clients run whatever code the server ships, which might send"
+        " their updates in the clear; the sums are worth something where sites pin the code ([allow] bundles)"
+    )
+
+
+def card_text(plan: SecurePlan, clients: Collection[JoinedClient]) -> str:
+    """Return the section of a model card on what its server saw."""
+    pinned = sum(client.is_pinned for client in clients)
+    least = threshold_of(plan.min_parties)
+    return f"""## What the server saw
+
+Secret sums by `secure.method = {plan.method}`: {_UNSEEN}. It also learnt who took part in which round, and
+what data holders declare when they join or measure on held-out rows. A sum is formed among at least
+{plan.min_parties} parties and over at least two thirds of them ({least} of {plan.min_parties}). Parties that
+work with the server learn with it the sum over the others. A forged update bends the sum and cannot be told
+from an honest one. {pinned} of {len(clients)} data holders say that their site runs only code it has pinned;
+to the others the server might have shipped code that sends updates in the clear. No cryptographer has
+reviewed the argument (docs/secret-sums.md).
+"""
