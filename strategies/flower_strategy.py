@@ -23,10 +23,10 @@ from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
 from strategies.exchange.evaluation import read_evaluations
 from strategies.exchange.receiving import read_reply
-from strategies.exchange.requesting import evaluate_requests
+from strategies.exchange.requesting import begin_round, evaluate_requests
 from strategies.grid.transport import reply_of
 from strategies.privacy import check_budget
-from strategies.rounds import aggregate, begin_round
+from strategies.rounds import aggregate
 from strategies.run import run_federation
 from strategies.session import SILENT, Session, Watch
 from strategies.start import open_session

@@ -15,12 +15,11 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
 from strategies.distillation.ending import undo_distillation
-from strategies.exchange.after_rounds import evaluate_last, train_on_at_home
+from strategies.exchange.after_rounds import end_keys, evaluate_last, train_on_at_home
 from strategies.listeners import heard
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
 from strategies.rounds import next_round
-from strategies.secure.secret_round import end_keys
 from strategies.session import SILENT, Session, Watch
 from strategies.start import begin_or_resume, open_session
 

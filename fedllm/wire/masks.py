@@ -30,6 +30,7 @@ from fedllm.secure.vector import NUM_NUMBERS, Scale
 from fedllm.wire.packets import list_field, packet_of, payload_bytes, scalar_field, to_array
 from fedllm.wire.replies import read_codes, write_codes
 
+UNMASK = "query.unmask"  # the type of the message that opens sums
 _SUM, _UNMASK, _BOXES, _COMMITMENTS = "secure-", "unmask-", "boxes-", "commitments-"
 _MASKED = ("masked", "boxes", "commitments")
 

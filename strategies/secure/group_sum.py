@@ -11,6 +11,7 @@ from fedllm.secure.parties import Exchange
 from fedllm.secure.ring import unpack
 from fedllm.secure.vector import SecretSum, read_sum
 from fedllm.wire.masks import AskedSum, Unmasking
+from strategies.exchange.validation import ROUNDING
 
 
 @dataclass(eq=False)
@@ -108,7 +109,13 @@ class GroupSum:
             if error.party:
                 self.faults[error.party] = str(error)
             raise
-        return read_sum(words, self.asked.scale(most_tokens))
+        found = read_sum(words, self.asked.scale(most_tokens))
+        moved, largest = float(np.abs(found.mean).max()), self.asked.largest
+        if moved > ROUNDING * largest:
+            raise SecureError(
+                f"a value of the mean moved by {moved:.3g}, at most {largest:.3g} can be honest"
+            )
+        return found
 
     def _check_once(self, party: str, taken: Mapping[str, object]) -> None:
         if party not in self.clients or party in taken:
