@@ -19,7 +19,6 @@ from strategies.exchange.joining import join_clients
 from strategies.grid.transport import Transport
 from strategies.memory import Room
 from strategies.privacy import open_privacy, with_journal
-from strategies.secure.trust import warning_of
 from strategies.session import SILENT, Session, Watch
 
 
@@ -61,8 +60,6 @@ def open_session(
     transport = Transport(grid, heard=watch.reply, keeps_late=config.federation.max_staleness > 0)
     clients = join_clients(transport, plan, layout, watch.notice, watch.phase)
     watch.joined(clients)
-    if plan.secure is not None and (line := warning_of(clients.values())):
-        watch.notice(line)
     for name in plan.clients_with_own_rank() - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")
     return Session(

@@ -1,4 +1,4 @@
-"""What a run of secret sums hides from its server, and what that rests on, in words."""
+"""What a run of secret sums has hidden from its server, and what that rests on: a section of its card."""
 
 from collections.abc import Collection
 
@@ -9,17 +9,6 @@ from fedllm.secure.parties import threshold_of
 _UNSEEN = (
     "the server learns the sum of a round's updates, weights, tokens and losses, and no single one of them"
 )
-
-
-def warning_of(clients: Collection[JoinedClient]) -> str:
-    """Return what secret sums are worth where sites let the server choose their code, "" elsewhere."""
-    loose = sum(not client.is_pinned for client in clients)
-    if not loose:
-        return ""
-    return (
-        f"secret sums: {loose} of {len(clients)} clients run whatever code the server ships, which might send"
-        " their updates in the clear; the sums are worth something where sites pin the code ([allow] bundles)"
-    )
 
 
 def card_text(plan: SecurePlan, clients: Collection[JoinedClient]) -> str:

@@ -10,6 +10,7 @@ from flwr.app import Message, RecordDict
 from fedllm.messages import ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
+from strategies import rounds
 from strategies.collectors import open_collectors
 from strategies.exchange.requesting import begin_round
 from strategies.rounds import run_round
