@@ -7,7 +7,7 @@ in `fedllm.secure.masking`.
 from flwr.app import RecordDict
 
 from clients.data_holder import DataHolder
-from clients.parties import OwnParty, kept_sum, least_parties, own_parties, party_words
+from clients.parties import OwnParty, kept_exchange, own_parties, party_words
 from clients.run_keys import run_keys
 from clients.technique import failure_of
 from clients.train import train_clients
@@ -66,17 +66,13 @@ def answer_unmask(holder: DataHolder, content: RecordDict) -> RecordDict:
 
 def _open(holder: DataHolder, name: str, unmasking: Unmasking) -> bytes:
     keys = run_keys(holder.state_path, holder.plan, name)
-    kept = kept_sum(keys, unmasking.label)
     shares = opening(
         name,
         keys.private,
-        kept.exchange,
+        kept_exchange(keys, unmasking.label),
         unmasking.answered,
         dict(zip(unmasking.answered, unmasking.boxes[name], strict=True)),
         dict(zip(unmasking.answered, unmasking.commitments[name], strict=True)),
     )
     keys.note(unmasking.label, "opened", {"answered": sorted(unmasking.answered)})
-    # Its own clients by name: a node may have added fewer of them this time.
-    members = {*unmasking.answered} - {name} | {*kept.clients}
-    keys.note_round(kept.round_num, members, least_parties(holder))
     return shares

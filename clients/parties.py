@@ -76,6 +76,7 @@ def own_parties(holder: DataHolder, request: TrainRequest, sums: Sequence[AskedS
 
 def _check(holder: DataHolder, policy: SitePolicy, party: OwnParty) -> None:
     plan, peers = holder.plan, None
+    assert plan.secure is not None, "a run without secret sums has no parties"
     if policy.peers:
         own = [public_text(load_key(policy.path(policy.site.key)))] if policy.site.key else []
         peers = {*policy.peers.values(), *own}
@@ -85,7 +86,7 @@ def _check(holder: DataHolder, policy: SitePolicy, party: OwnParty) -> None:
         public_of(party.keys.private),
         run=plan.config.run.name,
         plan_digest=plan.digest,
-        min_parties=least_parties(holder),
+        min_parties=max(plan.secure.min_parties, policy.allow.min_parties),
         peers=peers,
     )
 
@@ -121,8 +122,6 @@ def party_words(
     words = words_of(values, scale, stream)
     kept = {
         "vector": hashlib.sha256(words.data).hexdigest(),
-        "round": request.round_num,
-        "clients": sorted(update.client_id for update in updates),
         "terms": exchange.terms.hex(),
         "parties": [[each.name, each.run_key.hex()] for each in exchange.parties],
     }
@@ -130,25 +129,8 @@ def party_words(
     return words
 
 
-@dataclass(frozen=True)
-class KeptSum:
-    """A secret sum that a party has added to: its round, whose updates it has added, and its exchange."""
-
-    round_num: int
-    clients: tuple[str, ...]
-    exchange: Exchange
-
-
-def kept_sum(keys: RunKeys, label: bytes) -> KeptSum:
-    """Return the sum that a party has added to under a label; raises as `RunKeys.noted`."""
+def kept_exchange(keys: RunKeys, label: bytes) -> Exchange:
+    """Return the secret sum that a party has added to under a label; raises as `RunKeys.noted`."""
     kept = keys.noted(label)
     parties = tuple(Party(name, bytes.fromhex(run_key)) for name, run_key in kept["parties"])
-    return KeptSum(
-        int(kept["round"]), tuple(kept["clients"]), Exchange(label, parties, bytes.fromhex(kept["terms"]))
-    )
-
-
-def least_parties(holder: DataHolder) -> int:
-    """Return the fewest parties that hide one another, by the run or by this machine's owner."""
-    assert holder.plan.secure is not None, "a run without secret sums has no parties"
-    return max(holder.plan.secure.min_parties, load_policy().allow.min_parties)
+    return Exchange(label, parties, bytes.fromhex(kept["terms"]))

@@ -4,20 +4,17 @@
     secret          of its own masks and of its rounding
     LABEL.masked    which vector it has masked under a label, and with whom
     LABEL.opened    for which sum it has opened shares: that of the parties that answered
-    ROUND.opened    for which sum of a round it first did, under whatever label
-    ROUND.reopened  for which other sum
 
-Two vectors under the masks of one label differ by what they hide. Shares for two lists of lost parties take
-off masks that together hide nothing. And two sums of one round, of all parties and of all but one, differ by
-what that one has added. So each file is written once, before an answer leaves, and what differs from it is
-refused, whichever process is asked.
+Two vectors under the masks of one label differ by what they hide, and shares for two lists of lost parties
+take off masks that together hide nothing. So each file is written once, before an answer leaves, and what
+differs from it is refused, whichever process is asked.
 
 A backup of this folder that is put back forgets what left since then: keep none of it.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,32 +52,19 @@ class RunKeys:
             MaskReuseError: something else was done under the label already.
             CheckpointError: it cannot be kept, so it must not leave.
         """
-        if self._kept(f"{label.hex()}.{what}", values) != values:
+        content = json.dumps(values, sort_keys=True).encode()
+        try:
+            make_private_folder(self.folder)
+            kept = write_once(self.folder / f"{label.hex()}.{what}", content)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be written ({error.strerror}), so no masked answer leaves; let this"
+                " user write there"
+            ) from None
+        if kept != content:
             raise MaskReuseError(
                 f"label {label.hex()[:8]} was {what} before, for something else; nothing leaves under it now"
             )
-
-    def note_round(self, round_num: int, members: Iterable[str], least: int) -> None:
-        """Keep who is in the sum that is opened in a round; another attempt may open one other sum.
-
-        Their difference is the sum over those that are in one of them alone, and `least` is the fewest
-        parties that hide one another.
-
-        Raises:
-            MaskReuseError: the sums that were opened in this round and this one differ by fewer, or they are
-                two already.
-            CheckpointError: it cannot be kept.
-        """
-        names = sorted(members)
-        for number, what in enumerate(("opened", "reopened")):
-            kept = self._kept(f"{round_num:06d}.{what}", names)
-            if kept == names:
-                return
-            if number == 0 and len({*kept} ^ {*names}) < least:
-                break
-        raise MaskReuseError(
-            f"another sum of round {round_num} was opened before; their difference would tell of too few"
-        )
 
     def noted(self, label: bytes) -> dict[str, Any]:
         """Return what was masked under a label.
@@ -103,19 +87,6 @@ class RunKeys:
         # The key first: without it nothing that is masked under an old label can be masked again.
         (self.folder / "key").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _kept(self, name: str, values: Any) -> Any:
-        """Return what a file of the ledger holds: `values`, unless it was written before."""
-        try:
-            make_private_folder(self.folder)
-            return json.loads(write_once(self.folder / name, json.dumps(values).encode()))
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be written ({error.strerror}), so no masked answer leaves; let this"
-                " user write there"
-            ) from None
-        except ValueError:
-            raise CheckpointError(f"{self.folder / name} is damaged; what has left is not known") from None
 
 
 def run_keys(state_path: Path, plan: RunPlan, client_id: str) -> RunKeys:

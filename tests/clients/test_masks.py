@@ -265,16 +265,6 @@ def test_one_list_of_answers_is_opened_for_a_label(open_node: Callable) -> None:
     assert again.unmask(without) == ({}, dict.fromkeys(NAMES[:3], "mask-reuse"))
 
 
-def test_two_sums_of_a_round_do_not_differ_by_one_client(open_node: Callable) -> None:
-    """A server that says an attempt failed, and does it again without one, would have that one's update."""
-    first, again = Server(open_node()), Server(open_node(), label=bytes(32))
-    first.open(first.masked(first.train()), NAMES)
-    answer = again.masked(again.train())
-    assert again.unmask(again.question(answer, NAMES[1:])) == ({}, dict.fromkeys(NAMES[1:], "mask-reuse"))
-    third = replace(again, label=bytes(31) + b"1")
-    assert third.open(third.masked(third.train()), NAMES).any()  # as after a restart
-
-
 @pytest.mark.parametrize(
     ("answered", "code"),
     [(NAMES[:2], "too-few-parties"), ((*NAMES[:3], "zoe"), "bad-mask")],

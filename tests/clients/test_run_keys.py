@@ -41,20 +41,6 @@ def test_a_label_is_used_for_one_thing(what: str, keys: RunKeys) -> None:
     again.note(OTHER, what, {"vector": "b"})
 
 
-def test_sums_of_one_round_differ_by_enough_parties(keys: RunKeys) -> None:
-    keys.note_round(1, "abcdefgh", 3)
-    for fewer in ("abcdefg", "abcdef", "abcdefgx"):  # by one, by two, by one for another
-        with pytest.raises(MaskReuseError, match="another sum of round 1"):
-            keys.note_round(1, fewer, 3)
-    RunKeys(keys.folder).note_round(1, "hgfedcba", 3)
-    keys.note_round(1, "abcde", 3)
-    keys.note_round(1, "abcde", 3)
-    keys.note_round(1, "abcdefgh", 3)
-    with pytest.raises(MaskReuseError):  # from three sums more could be told than from two
-        keys.note_round(1, "ab", 3)
-    keys.note_round(2, "abcdefg", 3)
-
-
 def test_only_what_was_masked_is_found(keys: RunKeys) -> None:
     with pytest.raises(SecureError, match="nothing was masked under label 00010203"):
         keys.noted(LABEL)
