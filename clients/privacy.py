@@ -44,6 +44,8 @@ def client_privacy(plan: RunPlan) -> Technique | None:
     if privacy.is_by_example:
         prepare = partial(_train_privately, privacy)
         return Technique(name="private rows", refuse=refuse, prepare=prepare, charge=charge)
+    if privacy.is_distributed:
+        return Technique(name="shares of noise", refuse=refuse, prepare=_refuse_unmasked, charge=charge)
     return Technique(name="local noise", refuse=refuse, charge=charge)  # the noise is in `clients.protect`
 
 
@@ -61,6 +63,13 @@ def _refuse_without_clip(this_round: NodeRound, works: Works) -> Works:
     return works
 
 
+def _refuse_unmasked(this_round: NodeRound, works: Works) -> Works:
+    for work in works:
+        if work.client.client_id not in this_round.labels:
+            raise ConfigError("privacy.trust = 'distributed': a share of noise protects in a secret sum only")
+    return works
+
+
 def secret_of(holder: DataHolder) -> bytes:
     """Return the noise secret of this node's clients in this run.
 
@@ -73,14 +82,15 @@ def secret_of(holder: DataHolder) -> bytes:
 def refuse_spent(plan: PrivacyPlan, this_round: NodeRound, names: Iterable[str]) -> dict[str, ClientFailure]:
     """Return the clients that cannot pay for another answer, before they train for nothing.
 
-    One that has answered in this round already may: the same answer again is free.
+    One that has answered in this round already may: the same answer again is free. A share of noise is not,
+    since it goes into another sum.
     """
 
     def check(name: str) -> None:
         holder, file = this_round.holder, _ledger_of(this_round, name)
         client = holder.clients[name]
         ledger, number = read_ledger(file), this_round.request.round_num
-        if any(entry.round_num == number for entry in ledger.entries):
+        if not plan.is_distributed and any(entry.round_num == number for entry in ledger.entries):
             return
         charge = plan.charge(client.num_rows)
         _check_afforded(plan, ledger, file, name, charge)
@@ -105,7 +115,8 @@ def _charge(plan: PrivacyPlan, this_round: NodeRound, work: ClientWork) -> None:
     client, name = work.client, work.client.client_id
     charge, file = plan.charge(client.num_rows), _ledger_of(this_round, name)
     draw = request_key(this_round, plan, client, b"").hex() if plan.is_by_example else ""
-    release = release_digest(work.sent, draw)
+    # The noise of a share follows the sum, so an update that goes into another sum is another release.
+    release = release_digest(work.sent, this_round.labels[name].hex() if plan.is_distributed else draw)
     entry = Entry(this_round.request.round_num, 0, release, {name: charge}, draw)
     data = this_round.holder.data_path
     budget = data_budget(data, this_round.holder.state_path)
@@ -151,7 +162,8 @@ def release_digest(update: ClientUpdate, draw: str = "") -> str:
     """Return the SHA-256 (hex) of what leaves a client: the bits of its delta, its weight and its numbers.
 
     Seconds are left out: where they leave, the plan says that they have no noise, and they never repeat.
-    `draw` names the coins: training that diverges gives zeros under any of them, and each is a release.
+    `draw` names the coins, since training that diverges gives zeros under any of them, and each is a release;
+    or the sum that the update goes into.
     """
     numbers = (update.weight, update.num_tokens, update.train_loss, update.num_truncated)
     coins_used = torch.tensor(list(draw.encode()), dtype=torch.uint8)

@@ -92,16 +92,20 @@ def check_privacy(plan: PrivacyPlan | None, node: NodeConfig) -> None:
     """Refuse a run whose answers no noise of this machine's protects, where its owner has set a budget.
 
     Raises:
-        PolicyError: it leaves the noise to a server, hides less than the owner's unit, wants more than the
-            whole budget, or lets a number leave that nothing noises; or the node has no rows of its own.
+        PolicyError: it leaves the noise to a server, or to other sites where this one does not choose its
+            peers; it hides less than the owner's unit, wants more than the whole budget, or lets a number
+            leave that nothing noises; or the node has no rows of its own.
     """
-    budget = load_policy().budget
+    policy = load_policy()
+    budget = policy.budget
     if not budget.epsilon:
         return
+    # Shares of noise protect together with those of the peers, whom an owner names where it requires masks.
+    trusts = ("local", "distributed") if policy.allow.secure_aggregation == "required" else ("local",)
     wanted = (
         f"this machine's [budget] wants noise of its own clients for unit {budget.unit!r}, within epsilon"
     )
-    if plan is None or plan.trust != "local" or plan.epsilon > budget.epsilon or plan.delta > budget.delta:
+    if plan is None or plan.trust not in trusts or plan.epsilon > budget.epsilon or plan.delta > budget.delta:
         has = "none" if plan is None else f"{plan.epsilon:g} at delta {plan.delta:g} with trust {plan.trust}"
         raise PolicyError(f"{wanted} {budget.epsilon:g} at delta {budget.delta:g}; the run has {has}")
     if budget.unit not in accounts_of(plan.unit):

@@ -30,6 +30,7 @@ class NodeRound:
     """A train request at the node that received it, and what the node's own plan says of that round.
 
     `trained` is the part of the adapter that clients train, `returned` the part of their delta that leaves.
+    `labels` has, by client, the label of the secret sum that its update goes into.
     """
 
     holder: DataHolder
@@ -39,6 +40,7 @@ class NodeRound:
     trained: str
     returned: str
     weighting: str
+    labels: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def layout(self) -> AdapterLayout:

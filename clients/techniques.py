@@ -1,5 +1,7 @@
 """The techniques of a run at the client, in the order in which their steps are called."""
 
+from collections.abc import Mapping
+
 from clients.control_variates import control_variates
 from clients.data_holder import DataHolder
 from clients.local_b import local_b
@@ -22,7 +24,13 @@ def techniques_of(plan: RunPlan, layout: AdapterLayout) -> tuple[Technique, ...]
     return tuple(technique for technique in listed if technique is not None)
 
 
-def plan_node_round(holder: DataHolder, request: TrainRequest, *, weighting: str = "") -> NodeRound:
+def plan_node_round(
+    holder: DataHolder,
+    request: TrainRequest,
+    *,
+    weighting: str = "",
+    labels: Mapping[str, bytes] | None = None,
+) -> NodeRound:
     """Return the round of a request; `weighting` replaces the plan's own, as a stock strategy needs."""
     plan, number = holder.plan, request.round_num
     return NodeRound(
@@ -33,4 +41,5 @@ def plan_node_round(holder: DataHolder, request: TrainRequest, *, weighting: str
         trained=plan.aggregation.trained_in(number),
         returned=plan.aggregation.returned_in(number),
         weighting=weighting or plan.aggregation.weighting,
+        labels=labels or {},
     )

@@ -19,13 +19,18 @@ from fedllm.site_policy import load_policy
 
 
 def train_clients(
-    holder: DataHolder, request: TrainRequest, *, weighting: str = ""
+    holder: DataHolder,
+    request: TrainRequest,
+    *,
+    weighting: str = "",
+    labels: Mapping[str, bytes] | None = None,
 ) -> list[ClientUpdate | ClientFailure]:
     """Return one answer per client the request names, in its order.
 
     What clients keep for themselves is on disk before an answer is given: a client that cannot keep it fails.
-    `weighting` replaces the plan's own. Where the request asks for it, the held-out loss of the adapter that
-    clients start from goes with their updates, as it would in an answer to an evaluate request.
+    `weighting` replaces the plan's own; `labels` are those of secret sums, by client. Where the request asks
+    for it, the held-out loss of the adapter that clients start from goes with their updates, as it would in
+    an answer to an evaluate request.
 
     Raises:
         ConfigError: a client is asked to train at a rank this machine has no room for.
@@ -36,7 +41,7 @@ def train_clients(
             f"the server asks for rank {max(request.ranks.values())}, and this node's max-rank is"
             f" {holder.max_rank}"
         )
-    this_round = plan_node_round(holder, request, weighting=weighting)
+    this_round = plan_node_round(holder, request, weighting=weighting, labels=labels)
     able = [name for name in request.drawn if name in holder.clients and holder.clients[name].num_rows]
     failed = refuse_edited(holder, {name: request.drawn[name] for name in able})
     for technique in this_round.techniques:

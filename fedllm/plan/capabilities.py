@@ -30,7 +30,10 @@ FIXED_COHORT = "a cohort of a fixed size"
 ANY_SPEED = "a cohort that does not depend on who is fast"
 ANY_SIZE = "a cohort that does not depend on who has many rows"
 NOISE = "noise on all that tells of a client's rows"
-NOISED_SUM = "a trusted server that adds the noise to the sum of all clients"
+NOISED_SUM = "noise on the sum of all clients"
+TRUSTED_SERVER = "a trusted server that adds the noise to the sum of all clients"
+MASKED_SUM = "a sum under masks"
+OWN_PARTY = "every client as a party of the sum"
 BUDGET = "a privacy budget"
 HELD_OUT_LOSSES = "losses on rows that clients hold out"
 HELD_OUT_ROWS = "rows that clients hold out"
@@ -76,10 +79,10 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         ANY: Setting("the guarantee covers what is noised in its own round", [NOISE, FRESH_UPDATES]),
     },
     "privacy.noise-multiplier": {ANY: Setting("the run ends when its budget is spent", [BUDGET])},
-    "privacy.clip": {"adaptive": Setting("the clip follows a noised count", [BUDGET, NOISED_SUM])},
+    "privacy.clip": {"adaptive": Setting("the clip follows a noised count", [BUDGET, TRUSTED_SERVER])},
     "privacy.unit": {
         "client": Setting("all that a client does is protected, its speed too", [ANY_SPEED], [], "example"),
-        "example": Setting("every client adds the noise itself", [], [NOISED_SUM], "client"),
+        "example": Setting("every client adds the noise itself", [], [NOISED_SUM, TRUSTED_SERVER], "client"),
     },
     # With central noise no single update outlives the round: only the noised sum may be used.
     "privacy.trust": {
@@ -89,7 +92,13 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
             [OWN_UPDATES],
             "local",
         ),
-        "local": Setting("every client adds the noise itself", [], [NOISED_SUM], "central"),
+        "distributed": Setting(
+            "every client adds a share of the noise",
+            [MASKED_SUM, OWN_PARTY, ANY_SIZE],
+            [TRUSTED_SERVER],
+            "central",
+        ),
+        "local": Setting("every client adds the noise itself", [], [NOISED_SUM, TRUSTED_SERVER], "central"),
     },
     "privacy.metrics": {
         "withheld": Setting("nothing leaves a client but its update", [], [HELD_OUT_LOSSES], "held-out")
@@ -115,13 +124,18 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
     "model.quantization": {ANY: Setting("weights of so few bits cannot hold a sum", [FIXED_BASE])},
     "lora.client-ranks": {ANY: Setting("clients train different ranks", hides=[ONE_RANK, SHARED_VALUES])},
     "secure.method": {
+        "none": Setting("the server sees each client's update", hides=[MASKED_SUM], instead="masks"),
+        "shares": Setting("some clients sum for all", hides=[MASKED_SUM], instead="masks"),
+        "he": Setting("one client decrypts for all", hides=[MASKED_SUM], instead="masks"),
         ANY: Setting(
             "the server learns one sum over all clients",
             [PLAIN_MEAN, OUR_MEAN, FIXED_BASE, ONE_RANK, FIXED_COHORT, ANY_SPEED],
             [OWN_UPDATES, OWN_NUMBERS],
-        )
+        ),
     },
-    "wire.node-sum": {ANY: Setting("a node sends one sum for all its clients", [ONE_RANK], [OWN_UPDATES])},
+    "wire.node-sum": {
+        ANY: Setting("a node sends one sum for all its clients", [ONE_RANK], [OWN_UPDATES, OWN_PARTY])
+    },
     # Aggregation. Products B A of clients can be compared; their factors only where one of them is shared.
     "aggregation.train": {
         "both": Setting("B G and G^-1 A are the same adapter for any G", [], [SHARED_VALUES], "b"),

@@ -3,7 +3,7 @@
 client   the unit is all a client ever sends. Its update of a round is clipped to C, and N(0, (zC)^2) is added
          central      by the server, once, to the sum; the sum is divided by a number fixed in advance
          local        by every client, to its own update: the server is not trusted
-         distributed  by every client in a part, to a masked sum; arithmetic only, until sums can be masked
+         distributed  by every client in a share, to a sum that a server sees whole or not at all
 example  the unit is one row of one client. Every step of its training draws each row by a coin (Poisson),
          clips each row's gradient to C and adds N(0, (zC)^2) to their sum (DP-SGD, arXiv 1607.00133). All
          of it is done by the client, so the server is not trusted
@@ -21,6 +21,9 @@ from fedllm.config.keys import FederationConfig, PrivacyConfig, TrainConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
 from fedllm.privacy.accounting import Charge, noise_for, rate_bound
+from fedllm.privacy.distributed import SharedNoise, shared_noise
+from fedllm.secure.parties import group_sizes, threshold_of
+from fedllm.secure.ring import BITS
 
 FEDERATION = "federation"  # the one account of a run that charges all clients alike
 
@@ -63,6 +66,16 @@ class PrivacyPlan:
     def is_local_client(self) -> bool:
         """Whether every client adds the whole noise to its update."""
         return self.unit == "client" and self.trust == "local"
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether every client adds a share of the noise to a secret sum."""
+        return self.trust == "distributed"
+
+    @property
+    def has_capped_weights(self) -> bool:
+        """Whether what a client adds to a noised sum is its clipped update times a weight of at most 1."""
+        return self.is_central or self.is_distributed
 
     @property
     def is_by_example(self) -> bool:
@@ -117,6 +130,33 @@ class PrivacyPlan:
             )
         return left**-0.5, count_deviation
 
+    def shared_noise(self, *, num_values: int, num_parties: int) -> SharedNoise:
+        """Return the share of the noise that each of `num_parties` adds to their sum of `num_values`.
+
+        Raises:
+            ConfigError: the sum's ring has no room for it.
+        """
+        return shared_noise(
+            self.multiplier(),
+            self.clip,
+            num_values=num_values,
+            num_parties=num_parties,
+            threshold=threshold_of(num_parties),
+            bits=BITS,
+        )
+
+    def noise_of_all(self, num_clients: int) -> float:
+        """Return the deviation of the noise in a sum of `num_clients` that all answer, over z C.
+
+        Shares are sized for the fewest answers of a secret sum, and where there are several groups each of
+        their sums has the whole noise: it is opened alone.
+        """
+        if self.is_central:
+            return 1.0
+        if not self.is_distributed:
+            return math.sqrt(num_clients)
+        return math.sqrt(sum(size / threshold_of(size) for size in group_sizes(num_clients)))
+
     @property
     def planned(self) -> int:
         """How many releases of a unit the noise was calibrated for, 0 where it was given."""
@@ -159,8 +199,8 @@ def privacy_plan(
             " 'central' or 'local'"
         )
     rounds = federation.num_rounds
-    # Noise that a client adds itself is counted without coins: the server knows who was drawn.
-    has_coins = cohort.rule == "poisson" and trust != "local"
+    # Noise that clients add themselves is counted without coins: the server knows who was drawn.
+    has_coins = cohort.rule == "poisson" and trust == "central"
     plan = PrivacyPlan(
         epsilon=section.epsilon,
         delta=section.delta,

@@ -98,8 +98,8 @@ class RunPlan:
             unused += ["privacy.unit", "privacy.trust", "privacy.metrics", "privacy.weight-cap"]
         else:
             keys |= {"privacy.trust": privacy.trust, "privacy.metrics": privacy.metrics}
-            # Only a central sum is divided by a number that weights must not exceed.
-            unused += [] if privacy.is_central or privacy.weight_cap else ["privacy.weight-cap"]
+            # Only in a noised sum weights must not exceed what the noise was sized for.
+            unused += [] if privacy.has_capped_weights or privacy.weight_cap else ["privacy.weight-cap"]
         if self.distillation is None:
             unused += ["distill.gate", "distill.originality"]
         if not are_mixed(self.config.lora.client_ranks, self.config.lora.rank):

@@ -19,7 +19,7 @@ AUDIT = (
 _NOISED_BY = {
     "central": "the server adds the noise and sees every clipped update: it is trusted",
     "local": "every data holder adds the noise to what it sends: the server is not trusted",
-    "distributed": "every data holder adds a part of the noise to a masked sum",
+    "distributed": "every data holder adds a share of the noise; the server sees their sum alone",
 }
 
 
@@ -38,7 +38,7 @@ def statement_of(plan: PrivacyPlan, ledger: Ledger, *, num_clients: int, num_rou
         "epsilon_renyi_check": ledger.renyi_check(plan.delta),
         "trust": plan.trust,
         "trust_in_words": _NOISED_BY[plan.trust],
-        "mechanism": "DP-SGD" if plan.is_by_example else "clipped updates with Gaussian noise",
+        "mechanism": _mechanism(plan),
         "sampling": _sampling(plan),
         "noise_multiplier": _range([charge.noise_multiplier for charge in charges]),
         "sampling_rate": _range([charge.rate for charge in charges]),
@@ -66,6 +66,11 @@ def not_covered(plan: PrivacyPlan) -> list[str]:
         "who took part in which round, and which data holders failed: rounds.jsonl names them",
         "the choice of hyper-parameters, if other runs on the same text led to it; other runs add up",
     ]
+    if plan.is_distributed:
+        found.append(
+            "data holders that collude with the server: each knows its own share of the noise, and c of the t"
+            " whose answers a sum needs leave sqrt((t - c) / t) of the planned noise"
+        )
     if plan.metrics == "all":
         found.append(
             "training losses, numbers of tokens and seconds; losses under personal adapters and at home"
@@ -109,6 +114,12 @@ def summary_line(plan: PrivacyPlan) -> str:
     return (
         f"epsilon {plan.epsilon:g} at delta {plan.delta:g} for {_UNITS[plan.unit]}; {_NOISED_BY[plan.trust]}"
     )
+
+
+def _mechanism(plan: PrivacyPlan) -> str:
+    if plan.is_by_example:
+        return "DP-SGD"
+    return f"clipped updates with {'discrete ' * plan.is_distributed}Gaussian noise"
 
 
 def _sampling(plan: PrivacyPlan) -> str:

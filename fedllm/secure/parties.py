@@ -63,6 +63,12 @@ def threshold_of(num_parties: int) -> int:
     return ceil(2 * num_parties / 3)
 
 
+def group_sizes(num_parties: int) -> list[int]:
+    """Return how many parties each sum has: all in one up to 100, else groups of nearly equal size."""
+    number = 1 if num_parties <= MOST_TOGETHER else ceil(num_parties / GROUP_SIZE)
+    return [len(range(index, num_parties, number)) for index in range(number)]
+
+
 def label_of(run: str, plan_digest: str, round_number: int, attempt: int, fresh: bytes) -> bytes:
     """Return the label of one exchange; with 16 `fresh` random bytes, a restarted server has a new one."""
     values = {
@@ -90,7 +96,7 @@ def in_groups(parties: Sequence[Party], label: bytes) -> list[Exchange]:
     if len(parties) <= MOST_TOGETHER:
         return [Exchange(label, tuple(sorted(parties, key=lambda party: party.name)))]
     mixed = sorted(parties, key=lambda party: hashlib.sha256(label + party.name.encode()).digest())
-    number = ceil(len(parties) / GROUP_SIZE)
+    number = len(group_sizes(len(parties)))
     groups = [sorted(mixed[index::number], key=lambda party: party.name) for index in range(number)]
     labels = [hashlib.sha256(label + index.to_bytes(4)).digest() for index in range(number)]
     return [Exchange(own, tuple(group)) for own, group in zip(labels, groups, strict=True)]

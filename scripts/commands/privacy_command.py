@@ -58,6 +58,7 @@ def report_of(config: RunConfig, plan: PrivacyPlan, rows: int) -> dict[str, Any]
         "epsilon_renyi_check": renyi_check(spent, plan.delta),
         "accountant": accountant_name(spent),
         "noise_multiplier": plan.multiplier(rows),
+        "noise_of_all": plan.noise_of_all(round(plan.denominator)) if plan.is_distributed else None,
         "sampling_rate": charge.rate,
         "participations": plan.participations,
         "steps": plan.steps,
@@ -81,12 +82,13 @@ def signal_to_noise(plan: PrivacyPlan, z: float, rounds: int, num_values: int) -
 
     The change of `rounds` rounds is a sum of T releases: one a round, or one a local step where a row is the
     unit. In each, D clients of a round (under coins: on average) move the mean by the clip C at most, all the
-    same way, and over T releases by T C. The noise of a release is z C long for every value and is divided by
-    D where the server adds it once, by sqrt(D) where D clients add one each; DP-SGD divides clip and noise by
-    the B rows of a step where they all point one way. Independent noises add up to sqrt(T) of one.
+    same way, and over T releases by T C. The noise of a release is z C long for every value where the server
+    adds it once, sqrt(D) of that where D clients add one each, and in between where they add shares; it is
+    divided by D. DP-SGD divides clip and noise by the B rows of a step where they all point one way.
+    Independent noises add up to sqrt(T) of one.
     """
     num_releases = rounds * plan.steps
-    shared_by = plan.denominator if plan.is_central else math.sqrt(plan.denominator)
+    shared_by = plan.denominator / plan.noise_of_all(round(plan.denominator))
     rows = plan.batch_size if plan.is_by_example else 1
     return math.sqrt(num_releases) * shared_by * rows / (z * math.sqrt(num_values))
 
@@ -153,6 +155,11 @@ def _print(console: Console, plan: PrivacyPlan, report: dict[str, Any]) -> None:
         f" {report['participations']} rounds of {report['steps']} releases,"
         f" sampling rate {report['sampling_rate']:.3g}"
     )
+    if plan.is_distributed:
+        console.line(
+            f"where all {plan.denominator:g} clients of a round answer, their shares add up to"
+            f" {report['noise_of_all']:.2f} times that noise: they are sized for the fewest that are opened"
+        )
     size = "rows a step" if plan.is_by_example else "clients a round"
     table = Table(
         "rounds", size, "noise multiplier", "epsilon", box=None, header_style="bold", pad_edge=False

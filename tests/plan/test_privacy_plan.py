@@ -1,6 +1,7 @@
 """A plan owns its guarantee: what it counts, and what it refuses with the reason."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,35 @@ def test_what_a_participation_costs() -> None:
     assert (charge.noise_multiplier, charge.count) == (3.0, 7)
     assert 0.01 <= charge.rate <= 0.0105
     assert example.charge(3).rate == 1.0  # fewer rows than a batch: every row in every step
+
+
+SHARES = PrivacyPlan(epsilon=3.6052, delta=1e-3, unit="client", trust="distributed", participations=20)
+
+
+def test_shares_of_noise_cost_what_central_noise_costs() -> None:
+    central = replace(SHARES, trust="central")
+    assert SHARES.charge() == central.charge()
+    assert SHARES.multiplier() == pytest.approx(4.0, rel=1e-3)
+    noise = SHARES.shared_noise(num_values=2000, num_parties=9)
+    assert noise.threshold == 6
+    assert SHARES.multiplier() <= noise.multiplier
+    assert SHARES.relation == central.relation
+
+
+def test_all_that_answer_add_more_noise_than_planned() -> None:
+    assert SHARES.noise_of_all(10) == math.sqrt(10 / 7)
+    assert SHARES.noise_of_all(100) == math.sqrt(100 / 67)
+    assert SHARES.noise_of_all(130) == pytest.approx(
+        math.sqrt(44 / 30 + 2 * 43 / 29)
+    )  # three sums, each opened alone
+    assert replace(SHARES, trust="central").noise_of_all(10) == 1
+    assert replace(SHARES, trust="local").noise_of_all(16) == 4
+
+
+def test_a_statement_says_what_colluding_holders_know() -> None:
+    statement = statement_of(SHARES, Ledger(), num_clients=8, num_rounds=1)
+    assert "discrete Gaussian" in statement["mechanism"]
+    assert any("collude" in item for item in statement["does_not_cover"])
 
 
 def test_fixed_size_and_shuffled_rows_count_as_no_sampling() -> None:
