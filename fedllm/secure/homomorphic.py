@@ -14,6 +14,7 @@ of security (homomorphicencryption.org 2018). Fresh noise has a deviation of abo
 ciphertexts is decrypted rightly up to 2^17, some 90 of its deviations.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -36,6 +37,21 @@ class KeyPair:
 
     public: bytes
     secret: bytes
+
+    def to_bytes(self) -> bytes:
+        """Return both keys, as `from_bytes` reads them."""
+        return len(self.public).to_bytes(_LENGTH_BYTES, "little") + self.public + self.secret
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "KeyPair":
+        """Return the keys that `to_bytes` wrote."""
+        ends = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+        return cls(public=content[_LENGTH_BYTES:ends], secret=content[ends:])
+
+
+def key_digest(public: bytes) -> bytes:
+    """Return the 32 bytes that stand for a public key among the keys of a run."""
+    return hashlib.sha256(public).digest()
 
 
 def new_keys() -> KeyPair:

@@ -17,7 +17,7 @@ What the bytes mean is in `fedllm.secure.masking`. Reading is strict, as in `fed
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -28,6 +28,7 @@ from fedllm.secure.parties import LABEL_BYTES, Exchange, Party
 from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
 from fedllm.wire.replies import read_codes, write_codes
 
+T = TypeVar("T")
 _SUM, _UNMASK, _BOXES, _COMMITMENTS = "secure-", "unmask-", "boxes-", "commitments-"
 _MASKED = ("masked", "boxes", "commitments")
 
@@ -272,7 +273,7 @@ def read_openings(content: RecordDict, *, most: int) -> tuple[dict[str, bytes], 
     return {client: packet_of(shares[client]) for client in done}, failed
 
 
-def numbered(records: Mapping[str, ConfigRecord], prefix: str) -> list[ConfigRecord]:
+def numbered(records: Mapping[str, T], prefix: str) -> list[T]:
     """Return the records "PREFIX0", "PREFIX1", ... in their order.
 
     Raises:
