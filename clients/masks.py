@@ -38,9 +38,7 @@ def train_masked(holder: DataHolder, request: TrainRequest, content: RecordDict)
     return write_masked(list(answers.values()), masked)
 
 
-def _mask(
-    holder: DataHolder, request: TrainRequest, party: OwnParty, updates: list[ClientUpdate]
-) -> Masked:
+def _mask(holder: DataHolder, request: TrainRequest, party: OwnParty, updates: list[ClientUpdate]) -> Masked:
     words = party_words(holder, request, party, updates)
     return mask(party.name, party.keys.private, party.asked.exchange, words, party.keys.secret)
 

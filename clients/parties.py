@@ -49,7 +49,7 @@ def declare_party(holder: DataHolder, client_id: str) -> Party:
 
 
 def own_parties(holder: DataHolder, sums: Sequence[AskedSum], drawn: Collection[str]) -> list[OwnParty]:
-    """Return the parties that the clients `drawn` are in the sums that a server asks for, all of them checked.
+    """Return the parties that the clients `drawn` are in the sums of a request; each has been checked.
 
     Raises:
         BadPartiesError, TooFewPartiesError: a client might not be hidden there, or is in no sum.
