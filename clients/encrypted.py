@@ -6,15 +6,17 @@ is the sum (`fedllm.secure.homomorphic`).
 
 import hashlib
 
+import numpy as np
 from flwr.app import RecordDict
 
 from clients.data_holder import DataHolder
-from clients.parties import OwnParty, answer_parties, kept_exchange, own_parties, party_words
+from clients.parties import OwnParty, forget_keys, kept_exchange, own_parties
 from clients.run_keys import run_keys
 from clients.technique import failure_of
+from clients.train_parties import train_parties
 from fedllm.adapters.parts import part_size
 from fedllm.errors import BadPartiesError, CheckpointError, SecureError, TooFewPartiesError
-from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
+from fedllm.messages import ClientFailure, TrainRequest
 from fedllm.secure.homomorphic import decrypt, encrypt, key_digest
 from fedllm.secure.ring import BITS, pack
 from fedllm.secure.vector import NUM_NUMBERS
@@ -36,12 +38,10 @@ def train_encrypted(holder: DataHolder, request: TrainRequest, content: RecordDi
     for party in parties:
         _check_key(party, key_holders[party.asked.exchange.label])
 
-    def hide(party: OwnParty, updates: list[ClientUpdate]) -> bytes:
-        public_key = key_holders[party.asked.exchange.label].public_key
-        return encrypt(public_key, party_words(holder, request, party, updates), BITS)
+    def hide(party: OwnParty, words: np.ndarray) -> bytes:
+        return encrypt(key_holders[party.asked.exchange.label].public_key, words, BITS)
 
-    answers, encrypted = answer_parties(holder, request, parties, hide)
-    return write_encrypted(answers, encrypted)
+    return write_encrypted(*train_parties(holder, request, parties, hide))
 
 
 def _check_key(party: OwnParty, key_holder: KeyHolder) -> None:
@@ -61,8 +61,7 @@ def answer_decrypt(holder: DataHolder, content: RecordDict) -> RecordDict:
     """
     round_num, sums = read_decrypt(content, holder.plan.digest)
     if not sums:  # the run is over
-        for name in holder.clients:
-            run_keys(holder.state_path, holder.plan, name).forget()
+        forget_keys(holder)
     part = holder.plan.aggregation.returned_in(round_num)
     size = part_size(holder.engine.layout, part) + NUM_NUMBERS
     opened: dict[str, bytes | ClientFailure] = {}

@@ -7,6 +7,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from clients.adapt import adapt_clients
 from clients.data_holder import DataHolder
+from clients.encrypted import answer_decrypt, train_encrypted
 from clients.evaluate import evaluate_clients
 from clients.join import answer_join
 from clients.masks import answer_unmask, train_masked
@@ -80,9 +81,13 @@ def _holding(holder: DataHolder) -> requests.Holding:
 
 # A method of secret sums: how it answers a train request, and the exchange that opens its sum.
 TRAIN_SECRETLY: Mapping[str, Callable[[DataHolder, TrainRequest, RecordDict], RecordDict]] = {
-    "masks": train_masked
+    "masks": train_masked,
+    "he": train_encrypted,
 }
-OPEN_SUM: Mapping[str, Callable[[DataHolder, RecordDict], RecordDict]] = {"masks": answer_unmask}
+OPEN_SUM: Mapping[str, Callable[[DataHolder, RecordDict], RecordDict]] = {
+    "masks": answer_unmask,
+    "he": answer_decrypt,
+}
 FOR_FEDLLM: Mapping[str, Handler] = {
     "query.join": _join,
     "query.unmask": _unmask,

@@ -1,12 +1,13 @@
 """Secret sums by homomorphic encryption as Flower records, as far as they differ from `fedllm.wire.masks`.
 
-    train request     key-holder-0, ...  for each sum that concerns the node: who can decrypt -> its public key
-    encrypted answer  clients            ids and codes, as in any answer; no metrics: numbers are in the sum
-                      encrypted          party -> its encrypted vector
-    question          request            round, plan, clients, whether the run is `over`, which ends all keys
-                      decrypt-0, ...     for each sum: label, its key holder here, the parties that answered
-                      summed-0, ...      key holder -> the encrypted sum
-    its answer        clients, openings  as under masks: client -> the words of the sum
+    train request     key-holder-0...  for each sum that concerns the node: who can decrypt -> its public key
+    encrypted answer  clients          ids and codes, as in any answer; no metrics: numbers are in the sum
+                      encrypted        party -> its encrypted vector
+    question          request          round, plan, clients, whether the run is `over`, which ends all keys
+                      decrypt-0...     for each sum: label, the parties that answered
+                      summed-0...      the party that can decrypt -> the encrypted sum
+    its answer        clients          ids and codes
+                      openings         the party -> the words of the sum
 
 What the bytes mean is in `fedllm.secure.homomorphic`. Reading is strict, as in `fedllm.wire.replies`.
 """
@@ -67,9 +68,7 @@ def read_key_holders(content: RecordDict, number: int) -> tuple[KeyHolder, ...]:
     records = numbered(content.array_records, _KEY_HOLDER)
     if len(records) != number or any(len(record) != 1 for record in records):
         raise WireError("the request does not name one key holder for each secret sum")
-    return tuple(
-        KeyHolder(name, packet_of(array)) for record in records for name, array in record.items()
-    )
+    return tuple(KeyHolder(name, packet_of(array)) for record in records for name, array in record.items())
 
 
 def write_encrypted(
