@@ -25,7 +25,8 @@ def train_parties(
 
     A party whose words cannot be hidden, or were others before under the same label, has failed.
     """
-    answers = {answer.client_id: answer for answer in train_clients(holder, request)}
+    labels = {client: party.asked.exchange.label for party in parties for client in party.clients}
+    answers = {answer.client_id: answer for answer in train_clients(holder, request, labels=labels)}
     hidden: dict[str, T] = {}
     for party in parties:
         found = [answers[name] for name in party.clients]

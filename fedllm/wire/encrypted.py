@@ -13,13 +13,20 @@ What the bytes mean is in `fedllm.secure.homomorphic`. Reading is strict, as in 
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedllm.errors import WireError
 from fedllm.messages import ClientFailure, ClientUpdate
-from fedllm.wire.masks import arrays_of, numbered, question_about, read_label, read_question
+from fedllm.wire.masks import (
+    HiddenAnswer,
+    arrays_of,
+    numbered,
+    question_about,
+    read_label,
+    read_question,
+)
 from fedllm.wire.packets import list_field, packet_of, scalar_field
 from fedllm.wire.replies import read_codes, write_codes
 
@@ -32,15 +39,6 @@ class KeyHolder:
 
     name: str
     public_key: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncryptedAnswer:
-    """What a node answers to a train request: as `fedllm.wire.masks.MaskedAnswer`, with ciphertexts."""
-
-    trained: tuple[str, ...]
-    failed: tuple[ClientFailure, ...]
-    encrypted: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +80,7 @@ def write_encrypted(
     return content
 
 
-def read_encrypted(content: RecordDict, parties: Collection[str], *, most: int) -> EncryptedAnswer:
+def read_encrypted(content: RecordDict, parties: Collection[str], *, most: int) -> HiddenAnswer[bytes]:
     """Return the answer of a node with these parties; `most` clients were asked. No ciphertext is looked at.
 
     Raises:
@@ -93,7 +91,7 @@ def read_encrypted(content: RecordDict, parties: Collection[str], *, most: int) 
     if not set(record) <= set(parties) or bool(record) != bool(trained):
         raise WireError("an encrypted answer is of another party, or does not match who has trained")
     encrypted = {party: packet_of(array) for party, array in record.items()}
-    return EncryptedAnswer(trained=tuple(trained), failed=tuple(failed.values()), encrypted=encrypted)
+    return HiddenAnswer(trained=tuple(trained), failed=tuple(failed.values()), hidden=encrypted)
 
 
 def write_decrypt(sums: Sequence[Decrypting], *, round_num: int, plan_digest: str) -> RecordDict:

@@ -17,7 +17,7 @@ What the bytes mean is in `fedllm.secure.masking`. Reading is strict, as in `fed
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -72,15 +72,16 @@ class Unmasking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedAnswer:
+class HiddenAnswer(Generic[T]):
     """What a node answers to a train request of a secret sum.
 
-    `trained` are the clients that have an update in it, `failed` the others; `masked` is by party.
+    `trained` are the clients that have an update in it, `failed` the others; `hidden` has by party the vector
+    that it adds, in the form of the run's method.
     """
 
     trained: tuple[str, ...]
     failed: tuple[ClientFailure, ...]
-    masked: Mapping[str, Masked] = field(default_factory=dict)
+    hidden: Mapping[str, T] = field(default_factory=dict)
 
 
 # --- the parties of a sum ----------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def write_masked(results: Sequence[ClientUpdate | ClientFailure], masked: Mappin
     return content
 
 
-def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most: int) -> MaskedAnswer:
+def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most: int) -> HiddenAnswer[Masked]:
     """Return the answer of a node with these parties, each in its exchange; `most` clients were asked.
 
     Of the masked vectors nothing is checked but that they are there: see `fedllm.secure.masking`.
@@ -178,7 +179,7 @@ def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most:
             _split(packet_of(boxes[party]), number),
             _split(packet_of(commitments[party]), number),
         )
-    return MaskedAnswer(trained=tuple(trained), failed=tuple(failed.values()), masked=masked)
+    return HiddenAnswer(trained=tuple(trained), failed=tuple(failed.values()), hidden=masked)
 
 
 # --- the exchange that opens a sum -------------------------------------------------------------------------

@@ -67,9 +67,11 @@ class GroupSum:
         self.masked[party] = replace(masked, packed=b"")
         self.members += members
 
-    def question(self, holders: Sequence[str]) -> Unmasking:
-        """Return what parties are asked in the second exchange: those of `holders` that are in the sum."""
+    def question(self, holders: Sequence[str]) -> Unmasking | None:
+        """Return what those of `holders` that are in the sum are asked in the second exchange, if any are."""
         places = {holder: self.exchange.names.index(holder) for holder in holders if holder in self.masked}
+        if not places:
+            return None
         dealt = [self.masked[dealer] for dealer in self.answered]
         return Unmasking(
             label=self.exchange.label,
