@@ -1,4 +1,4 @@
-"""Encrypted sums in rounds of four tiny clients: each is that of plain words, and one party can decrypt it."""
+"""Encrypted sums in rounds of four clients: each is that of plain words, and one party can decrypt it."""
 
 from collections.abc import Callable
 from typing import Any
