@@ -14,6 +14,7 @@ checking, and removing masks. Bytes are those a client sends, over its values as
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,6 +26,13 @@ from fedllm.secure.masking import Masked, check_opening, mask, opening, unmasked
 from fedllm.secure.parties import Exchange, Party
 from fedllm.secure.ring import BITS, quantise, step_for, unpack
 from scripts.benchmarks.options import BenchOptions, start_benchmark
+from scripts.benchmarks.other_sums import (
+    ENCRYPTED,
+    SHARED,
+    measured_encrypted,
+    measured_shared,
+    other_goals,
+)
 from scripts.benchmarks.timing import timed
 from scripts.reports import Goal, figures_table, publish, spread
 
@@ -143,11 +151,43 @@ def measure(sizes: Sequence[int], most_parties: int) -> dict[str, dict[str, Any]
     }
 
 
+def measure_others(sizes: Sequence[int], most_parties: int) -> dict[str, dict[str, Any]]:
+    """Return the figures of sums by the other methods; encrypted ones only where TenSEAL is installed."""
+    sums = {}
+    for size in sizes:
+        for number, lost in ((10, 3), (30, 10)):
+            if number <= most_parties:
+                name = f"{SHARED}: {size / 1e6:.1f} M, {number} - {lost}"
+                sums[name] = measured_shared(number, lost, size)
+        if find_spec("tenseal") is not None:
+            sums[f"{ENCRYPTED}: {size / 1e6:.1f} M, 10"] = measured_encrypted(10, size)
+    return sums
+
+
+def show_others(console: Console, sums: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print one row for each sum by another method."""
+    rows = {
+        name: [
+            each["party_cpu_s"].text(3),
+            f"{each['server_cpu_s']:.2f}",
+            f"{each['holder_cpu_s']:.2f}",
+            f"{each['up_bytes']:,}",
+            f"{each['over_float32']:.4f}",
+            "yes" if each["is_exact"] else "NO",
+        ]
+        for name, each in sums.items()
+    }
+    columns = ("party CPU s: min, median, max", "server", "holder", "sent", "of float32", "exact")
+    console.print(figures_table("method: values, parties - lost", columns, rows))
+
+
 def main(options: Options) -> None:
     """Measure, print and keep the figures."""
     console, machine = start_benchmark(options, PACKAGES)
     sizes = [int(number) for number in options.values.split(",")]
     sums = measure(sizes[:1] if options.quick else sizes, 30 if options.quick else options.parties)
     show(console, sums)
-    figures = {"environment": machine, "settings": {"bits": BITS}, "sums": sums}
-    publish(options, "bench_secure", figures, goals_of(sums))
+    others = measure_others(sizes[:1] if options.quick else sizes, 10 if options.quick else options.parties)
+    show_others(console, others)
+    figures = {"environment": machine, "settings": {"bits": BITS}, "sums": sums, "others": others}
+    publish(options, "bench_secure", figures, goals_of(sums) | other_goals(others, GOAL_VALUES))
