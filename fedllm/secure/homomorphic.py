@@ -28,6 +28,7 @@ DEGREE = 4096  # values of one ciphertext
 PLAIN_MODULUS = 1_073_692_673  # the largest prime below 2^30 that is 1 mod 2 * DEGREE, as slots need
 _MODULUS_BITS = [48, 48]  # 48 for data, and TenSEAL's key switching needs another
 _MOST_BYTES = 2 * DEGREE * 8 + 1024  # of one ciphertext, uncompressed
+_USUAL_BYTES = 56_200  # as it is compressed
 _LENGTH_BYTES = 4  # before each ciphertext
 
 
@@ -77,6 +78,11 @@ def encrypt(public: bytes, words: np.ndarray, bits: int) -> bytes:
     values = _signed(words, bits)
     chunks = (values[begin : begin + DEGREE] for begin in range(0, len(values), DEGREE))
     return _joined(_tenseal().bfv_vector(context, chunk.tolist()) for chunk in chunks)
+
+
+def encrypted_bytes(size: int) -> int:
+    """Return about how many bytes the ciphertext of a vector of `size` values has."""
+    return -(-size // DEGREE) * _USUAL_BYTES
 
 
 class CipherSum:

@@ -23,13 +23,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedllm.errors import OtherConfigError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate
-from fedllm.secure.masking import Masked
-from fedllm.secure.parties import LABEL_BYTES, Exchange, Party
-from fedllm.secure.vector import Scale
-from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
+from fedllm.plan.run_plan import RunPlan
+from fedllm.secure.homomorphic import encrypted_bytes
+from fedllm.secure.masking import Masked, sent_bytes
+from fedllm.secure.parties import LABEL_BYTES, Exchange, Party, group_sizes
+from fedllm.secure.vector import NUM_NUMBERS, Scale
+from fedllm.wire.packets import list_field, packet_of, payload_bytes, scalar_field, to_array
 from fedllm.wire.replies import read_codes, write_codes
 
 T = TypeVar("T")
+UNMASK = "query.unmask"  # the type of the message that opens sums
 _SUM, _UNMASK, _BOXES, _COMMITMENTS = "secure-", "unmask-", "boxes-", "commitments-"
 _MASKED = ("masked", "boxes", "commitments")
 
@@ -82,6 +85,15 @@ class HiddenAnswer(Generic[T]):
     trained: tuple[str, ...]
     failed: tuple[ClientFailure, ...]
     hidden: Mapping[str, T] = field(default_factory=dict)
+
+
+def delta_bytes(plan: RunPlan, size: int) -> int:
+    """Return the bytes in which a delta of `size` values travels, headers left out."""
+    if plan.secure is None:
+        return payload_bytes(size, plan.config.wire.codec)
+    if plan.secure.method == "he":
+        return encrypted_bytes(size + NUM_NUMBERS)
+    return sent_bytes(size + NUM_NUMBERS, group_sizes(plan.cohort.size)[0])
 
 
 # --- the parties of a sum ----------------------------------------------------------------------------------

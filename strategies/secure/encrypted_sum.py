@@ -7,9 +7,10 @@ from fedllm.errors import SecureError, TooFewPartiesError
 from fedllm.secure.homomorphic import CipherSum
 from fedllm.secure.parties import Exchange
 from fedllm.secure.ring import packed_size, unpack
-from fedllm.secure.vector import SecretSum, read_sum
+from fedllm.secure.vector import SecretSum
 from fedllm.wire.encrypted import Decrypting, KeyHolder
 from fedllm.wire.masks import AskedSum
+from strategies.secure.group_sum import read_honest
 
 
 @dataclass(eq=False)
@@ -99,4 +100,4 @@ class EncryptedSum:
         if not self.is_open:
             raise SecureError(f"the key holder {self.key_holder.name} has not decrypted it")
         words = unpack(self.openings[self.key_holder.name], self.size)
-        return read_sum(words, self.asked.scale(most_tokens))
+        return read_honest(words, self.asked, most_tokens)

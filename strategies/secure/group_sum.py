@@ -11,6 +11,7 @@ from fedllm.secure.parties import Exchange
 from fedllm.secure.ring import unpack
 from fedllm.secure.vector import SecretSum, read_sum
 from fedllm.wire.masks import AskedSum, Unmasking
+from strategies.exchange.validation import ROUNDING
 
 
 @dataclass(eq=False)
@@ -110,8 +111,23 @@ class GroupSum:
             if error.party:
                 self.faults[error.party] = str(error)
             raise
-        return read_sum(words, self.asked.scale(most_tokens))
+        return read_honest(words, self.asked, most_tokens)
 
     def _check_once(self, party: str, taken: Mapping[str, object]) -> None:
         if party not in self.clients or party in taken:
             raise SecureError(f"{party} is no party of the secret sum, or answered twice", party)
+
+
+def read_honest(words: np.ndarray, asked: AskedSum, most_tokens: int) -> SecretSum:
+    """Return what the words of an opened sum say.
+
+    Raises:
+        SecureError: no sum of honest vectors has these words.
+    """
+    found = read_sum(words, asked.scale(most_tokens))
+    moved = float(np.abs(found.mean).max())
+    if moved > ROUNDING * asked.largest:
+        raise SecureError(
+            f"a value of the mean moved by {moved:.3g}, at most {asked.largest:.3g} can be honest"
+        )
+    return found

@@ -16,11 +16,11 @@ from fedllm.plan import secure
 from fedllm.secure.agreement import Stream
 from fedllm.secure.homomorphic import encrypt, new_keys
 from fedllm.secure.masking import plain_sum
-from fedllm.secure.vector import read_sum
 from fedllm.wire import encrypted, packets
 from fedllm.wire.refusals import write_error
 from strategies.rounds import next_round
 from strategies.secure import encrypted_sum
+from strategies.secure.group_sum import read_honest
 from tests.strategies.conftest import NAMES, Run
 
 pytest.importorskip("tenseal", reason="pip install 'fedllm[he]'")
@@ -39,13 +39,13 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> None:
         ADDED.setdefault(party.asked.exchange.label, {})[party.name] = words.copy()
         return words
 
-    def read(words: np.ndarray, scale: Any) -> Any:
+    def read(words: np.ndarray, *rest: Any) -> Any:
         OPENED.append(words.copy())
-        return read_sum(words, scale)
+        return read_honest(words, *rest)
 
     monkeypatch.setattr(secure, "BUILT", frozenset({"masks", "he"}))
     monkeypatch.setattr(train_parties, "party_words", words_of)
-    monkeypatch.setattr(encrypted_sum, "read_sum", read)
+    monkeypatch.setattr(encrypted_sum, "read_honest", read)
     ADDED.clear()
     OPENED.clear()
 
