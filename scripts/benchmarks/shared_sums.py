@@ -1,10 +1,9 @@
-"""What the other methods of secret sums cost: encrypted vectors, and shares that a blind relay passes on.
+"""What sums by shares cost, which a blind relay passes on: bytes, and CPU seconds of parties and holders.
 
 As in `scripts.benchmarks.secure` the protocol alone is measured, and the sum must be the plain sum of the
 ring bit for bit.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,45 +11,16 @@ import numpy as np
 
 from fedllm.secure.additive import Relay, add_share, open_sum, share, total_of
 from fedllm.secure.agreement import derived, public_of
-from fedllm.secure.homomorphic import CipherSum, decrypt, encrypt, new_keys
 from fedllm.secure.masking import plain_sum
 from fedllm.secure.parties import Exchange, Party
 from fedllm.secure.ring import BITS
 from scripts.benchmarks.timing import timed
-from scripts.reports import Goal, spread
-
-ENCRYPTED, SHARED = "he", "shares"
-GOAL_ENCRYPTED_BYTES, GOAL_ENCRYPTED_SECONDS = 4.0, 2.0
+from scripts.reports import spread
 
 
 def _drawn(number: int, num_values: int) -> list[np.ndarray]:
     random = np.random.default_rng(0)
     return [random.integers(0, 2**BITS, num_values).astype(np.uint32) for _ in range(number)]
-
-
-def measured_encrypted(number: int, num_values: int) -> dict[str, Any]:
-    """Return the figures of one encrypted sum: CPU seconds of a party, the server and the key holder."""
-    keys, vectors, total = new_keys(), _drawn(number, num_values), CipherSum(num_values)
-    encrypting, adding, largest = [], [], 0
-    for place, words in enumerate(vectors):
-        content = timed(partial(encrypt, keys.public, words, BITS))
-        added = timed(partial(total.add, content.value, f"{place:03d}"))
-        encrypting.append(content.timing.cpu)
-        adding.append(added.timing.cpu)
-        largest = max(largest, len(content.value))
-    summed = total.content()
-    found = timed(partial(decrypt, keys.secret, summed, num_values, BITS))
-    return {
-        "values": num_values,
-        "parties": number,
-        "party_cpu_s": spread(encrypting),
-        "server_cpu_s": sum(adding),
-        "holder_cpu_s": found.timing.cpu,
-        "up_bytes": largest,
-        "second_down_bytes": len(summed),
-        "over_float32": largest / (4 * num_values),
-        "is_exact": bool(np.array_equal(found.value, plain_sum(vectors))),
-    }
 
 
 def measured_shared(number: int, lost: int, num_values: int) -> dict[str, Any]:
@@ -84,23 +54,9 @@ def measured_shared(number: int, lost: int, num_values: int) -> dict[str, Any]:
         "parties": number,
         "lost": lost,
         "party_cpu_s": spread([seconds + found.timing.cpu for seconds in parties]),
-        "server_cpu_s": 0.0,
         "holder_cpu_s": max(holders),
         "up_bytes": largest,
         "second_up_bytes": opened_bytes,
         "over_float32": largest / (4 * num_values),
         "is_exact": bool(np.array_equal(found.value, plain_sum(list(vectors.values())))),
     }
-
-
-def other_goals(sums: Mapping[str, Mapping[str, Any]], most_values: int) -> dict[str, Goal]:
-    """Return the goals of these sums; seconds are those of adapters of at most so many values."""
-    encrypted = {name: each for name, each in sums.items() if name.startswith(ENCRYPTED)}
-    goals = {"exact_other_sums": Goal(sum(each["is_exact"] for each in sums.values()), len(sums))}
-    if encrypted:
-        ratio = max(each["over_float32"] for each in encrypted.values())
-        goals["encrypted_bytes_over_float32"] = Goal(ratio, GOAL_ENCRYPTED_BYTES, at_most=True)
-    if timely := [each for each in encrypted.values() if each["values"] <= most_values]:
-        seconds = max(each["party_cpu_s"].median + each["holder_cpu_s"] for each in timely)
-        goals["encrypt_and_decrypt_cpu_s"] = Goal(seconds, GOAL_ENCRYPTED_SECONDS, at_most=True)
-    return goals
