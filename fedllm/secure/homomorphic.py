@@ -55,6 +55,15 @@ def key_digest(public: bytes) -> bytes:
     return hashlib.sha256(public).digest()
 
 
+def check_installed() -> None:
+    """Refuse to start without TenSEAL.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    _tenseal()
+
+
 def new_keys() -> KeyPair:
     """Return fresh keys.
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from secrets import token_bytes
 
-import numpy as np
 import torch
 from flwr.app import RecordDict
 
