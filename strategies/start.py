@@ -12,7 +12,6 @@ from fedllm.plan.run_plan import RunPlan, fixed_keys
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, newest_round
 from fedllm.runs.folder import CHECKPOINTS
 from fedllm.runs.privacy_statement import summary_line
-from fedllm.secure.homomorphic import check_installed
 from strategies.aggregation.stock import check_stock
 from strategies.distillation.public_text import open_public_text
 from strategies.exchange.evaluation import evaluate_base
@@ -52,8 +51,6 @@ def open_session(
         watch.notice(f"privacy: {summary_line(privacy.plan)}")
     if stock is not None:
         check_stock(plan)
-    if config.secure.method == "he":
-        check_installed()
     public_text = open_public_text(plan.distillation, config.data)
     layout = describe_layout(config.model, config.lora, watch.notice)
     resident = resident or Resident()
