@@ -97,15 +97,15 @@ class Server:
         masks.add_sums(content, sums or [self.asked()])
         return train_masked(self.holder, train_request(self.holder, *names, **changes), content)
 
-    def masked(self, content: RecordDict) -> masks.MaskedAnswer:
+    def masked(self, content: RecordDict) -> masks.HiddenAnswer:
         exchange = self.exchange
         answer = masks.read_masked(content, dict.fromkeys(exchange.names, exchange), most=len(NAMES))
-        for name, one in answer.masked.items():
+        for name, one in answer.hidden.items():
             check_masked(one, exchange, name)
         return answer
 
-    def question(self, answer: masks.MaskedAnswer, answered: Sequence[str]) -> masks.Unmasking:
-        exchange, found = self.exchange, answer.masked
+    def question(self, answer: masks.HiddenAnswer, answered: Sequence[str]) -> masks.Unmasking:
+        exchange, found = self.exchange, answer.hidden
         places = {name: place for place, name in enumerate(exchange.names)}
         return masks.Unmasking(
             label=self.label,
@@ -119,15 +119,15 @@ class Server:
         openings, failed = masks.read_openings(answer_unmask(self.holder, content), most=len(NAMES))
         return openings, {name: failure.code for name, failure in failed.items()}
 
-    def open(self, answer: masks.MaskedAnswer, answered: Sequence[str]) -> np.ndarray:
+    def open(self, answer: masks.HiddenAnswer, answered: Sequence[str]) -> np.ndarray:
         exchange = self.exchange
         size = part_size(self.holder.engine.layout, "b") + 3
         words = np.zeros(size, np.uint32)
         for name in answered:
-            words += unpack(answer.masked[name].packed, size)
+            words += unpack(answer.hidden[name].packed, size)
         openings, failed = self.unmask(self.question(answer, answered))
         assert not failed
-        commitments = {name: answer.masked[name].commitments for name in answered}
+        commitments = {name: answer.hidden[name].commitments for name in answered}
         for name, found in openings.items():
             check_opening(found, name, exchange, answered, commitments)
         return unmasked(exchange, words, answered, dict(openings))
@@ -233,7 +233,7 @@ def test_who_tells_the_others_other_terms_learns_nothing(
     sums = {name: value for name, value in changes.items() if name not in ("round_num", "adapter")}
     answer = server.masked(server.train(server.asked(clients=NAMES[:1]), names=NAMES[:1]))
     others = server.train(server.asked(clients=NAMES[1:], **sums), names=NAMES[1:], **request)
-    answer = replace(answer, masked={**answer.masked, **server.masked(others).masked})
+    answer = replace(answer, hidden={**answer.hidden, **server.masked(others).hidden})
     with pytest.raises(SecureError):
         server.open(answer, NAMES)
 
