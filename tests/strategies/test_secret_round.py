@@ -11,10 +11,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from clients import masks as client_masks
 from clients.client_app import app
+from fedllm.adapters.parts import part_size
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError, RunFailedError
-from fedllm.secure.masking import plain_sum
+from fedllm.secure.masking import plain_sum, sent_bytes
 from fedllm.secure.parties import Exchange
+from fedllm.secure.vector import NUM_NUMBERS
 from fedllm.wire import packets
 from scripts.runtimes.local import local_grid
 from strategies.flower_strategy import FederatedLora
@@ -134,7 +136,8 @@ def test_the_record_has_numbers_of_all_and_of_nobody(
     tokens = plain.training.num_tokens
     assert record.training.num_tokens == pytest.approx(tokens, rel=0.02)
     assert plain.aggregation.delta_norm == pytest.approx(record.aggregation.delta_norm, rel=1e-2)
-    assert record.bytes_up < plain.bytes_up * 3
+    size = part_size(run.session.layout, "b") + NUM_NUMBERS
+    assert record.bytes_up == 4 * sent_bytes(size, 4)
     assert after.num_drawn == dict.fromkeys(NAMES, 4)
 
 
