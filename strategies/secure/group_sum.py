@@ -68,9 +68,11 @@ class GroupSum:
         self.masked[party] = replace(masked, packed=b"")
         self.members += members
 
-    def question(self, holders: Sequence[str]) -> Unmasking:
-        """Return what parties are asked in the second exchange: those of `holders` that are in the sum."""
+    def question(self, holders: Sequence[str]) -> Unmasking | None:
+        """Return what those of `holders` that are in the sum are asked in the second exchange, if any are."""
         places = {holder: self.exchange.names.index(holder) for holder in holders if holder in self.masked}
+        if not places:
+            return None
         dealt = [self.masked[dealer] for dealer in self.answered]
         return Unmasking(
             label=self.exchange.label,
@@ -109,14 +111,23 @@ class GroupSum:
             if error.party:
                 self.faults[error.party] = str(error)
             raise
-        found = read_sum(words, self.asked.scale(most_tokens))
-        moved, largest = float(np.abs(found.mean).max()), self.asked.largest
-        if moved > ROUNDING * largest:
-            raise SecureError(
-                f"a value of the mean moved by {moved:.3g}, at most {largest:.3g} can be honest"
-            )
-        return found
+        return read_honest(words, self.asked, most_tokens)
 
     def _check_once(self, party: str, taken: Mapping[str, object]) -> None:
         if party not in self.clients or party in taken:
             raise SecureError(f"{party} is no party of the secret sum, or answered twice", party)
+
+
+def read_honest(words: np.ndarray, asked: AskedSum, most_tokens: int) -> SecretSum:
+    """Return what the words of an opened sum say.
+
+    Raises:
+        SecureError: no sum of honest vectors has these words.
+    """
+    found = read_sum(words, asked.scale(most_tokens))
+    moved = float(np.abs(found.mean).max())
+    if moved > ROUNDING * asked.largest:
+        raise SecureError(
+            f"a value of the mean moved by {moved:.3g}, at most {asked.largest:.3g} can be honest"
+        )
+    return found
