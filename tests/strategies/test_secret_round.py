@@ -287,6 +287,29 @@ def test_many_parties_are_summed_in_groups(
     assert (record.accepted, record.secure.parties, record.secure.threshold) == (NAMES, 4, 4)
 
 
+def test_a_server_that_dies_between_the_exchanges_has_a_new_label(
+    make_config: Callable[..., RunConfig],
+    open_run: Callable[..., Run],
+    words: Words,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def die(*args: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = make_config({**MASKS, "run.output": str(tmp_path)})
+    with monkeypatch.context() as patch:
+        patch.setattr(group_sum.GroupSum, "question", die)
+        killed = open_run(config)
+        with pytest.raises(KeyboardInterrupt):
+            next_round(killed.session, killed.state)
+    resumed = open_run(config)
+    _, record = next_round(resumed.session, resumed.state)
+    assert (record.attempt, record.accepted) == (1, NAMES)
+    first, second = words.values()
+    assert all(not np.array_equal(first[name], second[name]) for name in NAMES), "rounded anew"
+
+
 def test_flowers_own_loop_has_no_second_exchange(
     make_config: Callable[..., RunConfig], open_run: Callable[..., Run]
 ) -> None:
@@ -305,6 +328,8 @@ def test_a_run_ends_its_keys_and_says_what_it_hid(
     assert not list((folder / "private").rglob("key"))
     card = (folder / "adapter" / "README.md").read_text()
     assert "## What the server saw" in card
+    result = json.loads((folder / "result.json").read_text())
+    assert result["secure"] == {"method": "masks", "min_parties": 3, "clients": 4, "pinned": 0}
     assert "0 of 4 data holders say that their site runs only code it has pinned" in card
     assert any("4 of 4 clients run whatever code the server ships" in line for line in notices)
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
