@@ -2,12 +2,13 @@
 
     key            the X25519 key of the run, made when the client joins, removed when the run is over
     secret         of its own masks and of its rounding
+    encryption     where sums are encrypted: its pair of keys, of use only if it is the key holder
     LABEL.masked   which vector it has masked under a label, and with whom
-    LABEL.opened   for whom it has opened shares: who answered and who was lost
+    LABEL.opened   for which sum it has opened shares: that of the parties that answered
 
 Two vectors under the masks of one label differ by what they hide, and shares for two lists of lost parties
-take off masks that together hide nothing. So both files are written once, before an answer leaves, and what
-differs from them is refused, whichever process is asked.
+take off masks that together hide nothing. So each file is written once, before an answer leaves, and what
+differs from it is refused, whichever process is asked.
 
 A backup of this folder that is put back forgets what left since then: keep none of it.
 """
@@ -23,6 +24,7 @@ from fedllm.errors import CheckpointError, MaskReuseError, SecureError
 from fedllm.files import make_private_folder, write_once
 from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.keys import kept_secret
+from fedllm.secure.homomorphic import KeyPair, new_keys
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,25 @@ class RunKeys:
         """The secret [32 bytes] that no other machine has; raises as `private`."""
         return kept_secret(self.folder / "secret")
 
+    @property
+    def encryption(self) -> KeyPair:
+        """The keys for encryption, made on first use.
+
+        Raises:
+            CheckpointError: they cannot be kept.
+            MissingExtraError: TenSEAL is not installed.
+        """
+        file = self.folder / "encryption"
+        try:
+            make_private_folder(self.folder)
+            return KeyPair.from_bytes(
+                file.read_bytes() if file.exists() else write_once(file, new_keys().to_bytes())
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"the key {file} cannot be kept: {error.strerror}; let this user read and write there"
+            ) from None
+
     def note(self, label: bytes, what: str, values: Mapping[str, Any]) -> None:
         """Keep what is done under a label, `what` being "masked" or "opened", before it leaves.
 
@@ -55,7 +76,7 @@ class RunKeys:
         content = json.dumps(values, sort_keys=True).encode()
         try:
             make_private_folder(self.folder)
-            kept = write_once(self._file(label, what), content)
+            kept = write_once(self.folder / f"{label.hex()}.{what}", content)
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be written ({error.strerror}), so no masked answer leaves; let this"
@@ -73,7 +94,7 @@ class RunKeys:
             SecureError: nothing was.
             CheckpointError: what is kept of it cannot be read.
         """
-        file = self._file(label, "masked")
+        file = self.folder / f"{label.hex()}.masked"
         try:
             found: dict[str, Any] = json.loads(file.read_bytes())
         except FileNotFoundError:
@@ -85,11 +106,9 @@ class RunKeys:
     def forget(self) -> None:
         """Remove the key and all that is kept, once no masked answer of the run is to be opened any more."""
         # The key first: without it nothing that is masked under an old label can be masked again.
-        (self.folder / "key").unlink(missing_ok=True)
+        for name in ("key", "encryption"):
+            (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _file(self, label: bytes, what: str) -> Path:
-        return self.folder / f"{label.hex()}.{what}"
 
 
 def run_keys(state_path: Path, plan: RunPlan, client_id: str) -> RunKeys:

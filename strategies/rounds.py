@@ -4,22 +4,20 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from flwr.app import RecordDict
-
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord, TrainingRecord
 from strategies.cohort.late_updates import discounted
-from strategies.cohort.plan_round import plan_round
 from strategies.collector import RoundOutcome
 from strategies.collectors import open_collectors
 from strategies.divergence import check_finite
 from strategies.exchange.causes import failure_of, stays
 from strategies.exchange.evaluation import evaluate, measured_in_training
-from strategies.exchange.joining import rejoin, wait_for_nodes
+from strategies.exchange.joining import wait_for_nodes
 from strategies.exchange.receiving import Answer, receive, sort_answers
-from strategies.exchange.requesting import train_requests
+from strategies.exchange.requesting import begin_round
 from strategies.privacy import check_budget
+from strategies.secure.secret_round import open_secret_round
 from strategies.session import Session
 
 
@@ -67,10 +65,14 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOu
     down, up = transport.bytes_down, transport.bytes_up  # requests to join belong to no round
     # 2 Send and 3 receive: answers are checked as they arrive; a bad one is dropped and named.
     session.watch.phase("training", 0, len(plan.asked))
-    answers = receive(session, plan, requests)
+    secret = open_secret_round(session, state, plan)  # of updates that the server sees as one sum alone
+    if secret is not None:
+        secret.add_to(requests)
+    answers = receive(session, plan, requests) if secret is None else secret.answers(requests)
     # 4 Prepare the data, 5 train, 6 protect: all three next to the data (`clients/train.py`).
     # 7 Aggregate: the updates in the order of the plan, into the next state; distillation is the last part.
     after, record = aggregate(session, state, plan, answers)
+    record = record if secret is None else secret.noted_in(record)
     # 8 Finish: evaluate, unless the distillation step already did, and record. `strategies.run` saves.
     if record.applied and session.plan.is_evaluated(plan.round_num) and not record.held_out:
         record = evaluate(session, after).noted_in(record)
@@ -81,15 +83,6 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOu
         seconds=time.perf_counter() - began,
     )
     return (replace(after, records=(*after.records, record)) if record.applied else after), record
-
-
-def begin_round(
-    session: Session, state: ServerState, attempt: int = 1
-) -> tuple[RoundPlan, dict[int, RecordDict]]:
-    """Return the plan of the next round and its message to every node; nothing is sent yet."""
-    rejoin(session)  # who has appeared since the last round may be chosen
-    plan = plan_round(session, state, attempt)
-    return plan, train_requests(session, state, plan)
 
 
 def aggregate(

@@ -32,10 +32,16 @@ class Party:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One secret sum: its label [32 bytes], never used twice, and its parties in the order of their names."""
+    """One secret sum: its label [32 bytes], never used twice, and its parties in the order of their names.
+
+    `terms` is the digest of all else that the parties must be told alike, such as the adapter that they start
+    from: a server that told all but one of them something under which they add nothing would learn that one's
+    vector from the sum (Pasquini et al. 2022, arXiv 2111.07380).
+    """
 
     label: bytes
     parties: tuple[Party, ...]
+    terms: bytes = b""
 
     @property
     def threshold(self) -> int:
@@ -49,9 +55,10 @@ class Exchange:
 
     @cached_property
     def digest(self) -> bytes:
-        """The SHA-256 of label, names and run keys: parties that were told different lists share no mask."""
+        """The SHA-256 of label, names, run keys and terms: parties that were told otherwise share no mask."""
         told = [self.label.hex(), [[party.name, party.run_key.hex()] for party in self.parties]]
-        return hashlib.sha256(statement("fedllm secret sum 1", {"told": told})).digest()
+        named = {"told": told, "terms": self.terms.hex()}
+        return hashlib.sha256(statement("fedllm secret sum 1", named)).digest()
 
 
 def threshold_of(num_parties: int) -> int:
@@ -91,11 +98,12 @@ def party_statement(run: str, plan_digest: str, name: str, run_key: bytes) -> by
 def in_groups(parties: Sequence[Party], label: bytes) -> list[Exchange]:
     """Return one exchange of all parties, or where there are more than 100 of groups of about 64.
 
-    The label decides who is in which group; each has a label of its own.
+    Keys of the run decide who is in which group, so another attempt at a round has the same groups: the
+    difference of two that overlap would be the sum of few. Each has a label of its own.
     """
     if len(parties) <= MOST_TOGETHER:
         return [Exchange(label, tuple(sorted(parties, key=lambda party: party.name)))]
-    mixed = sorted(parties, key=lambda party: hashlib.sha256(label + party.name.encode()).digest())
+    mixed = sorted(parties, key=lambda party: party.run_key)
     number = len(group_sizes(len(parties)))
     groups = [sorted(mixed[index::number], key=lambda party: party.name) for index in range(number)]
     labels = [hashlib.sha256(label + index.to_bytes(4)).digest() for index in range(number)]

@@ -15,20 +15,26 @@
 What the bytes mean is in `fedllm.secure.masking`. Reading is strict, as in `fedllm.wire.replies`.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedllm.errors import OtherConfigError, WireError
+from fedllm.identity import statement
 from fedllm.messages import ClientFailure, ClientUpdate
-from fedllm.secure.masking import Masked
-from fedllm.secure.parties import LABEL_BYTES, Exchange, Party
-from fedllm.secure.vector import Scale
-from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
+from fedllm.plan.run_plan import RunPlan
+from fedllm.secure.homomorphic import encrypted_bytes
+from fedllm.secure.masking import Masked, sent_bytes
+from fedllm.secure.parties import LABEL_BYTES, Exchange, Party, group_sizes
+from fedllm.secure.vector import NUM_NUMBERS, Scale
+from fedllm.wire.packets import list_field, packet_of, payload_bytes, scalar_field, to_array
 from fedllm.wire.replies import read_codes, write_codes
 
+T = TypeVar("T")
+UNMASK = "query.unmask"  # the type of the message that opens sums
 _SUM, _UNMASK, _BOXES, _COMMITMENTS = "secure-", "unmask-", "boxes-", "commitments-"
 _MASKED = ("masked", "boxes", "commitments")
 
@@ -37,16 +43,30 @@ _MASKED = ("masked", "boxes", "commitments")
 class AskedSum:
     """One secret sum of a round, as far as it concerns one node.
 
-    `num_clients` are those of all parties together: more than parties where nodes sum first. Every weight is
-    divided by `weight_cap`, and no honest value of a delta is above `largest`; both fix what a word of the
-    ring means. `most` has what each of this node's clients may weigh.
+    `num_clients` are those of all parties together: more than parties where nodes sum first. No client weighs
+    more than `weight_cap`, and no honest value of a delta is above `largest`; both fix what a word of the
+    ring means. `clients` are this node's in the sum.
     """
 
     exchange: Exchange
     num_clients: int
     weight_cap: float
     largest: float
-    most: Mapping[str, float]
+    clients: tuple[str, ...]
+
+    def agreed(self, round_num: int, adapter: str, base_delta: str, clip: float) -> "AskedSum":
+        """Return the sum with all terms in its exchange: masks of parties that were told others stay on.
+
+        `adapter` and `base_delta` are the digests of what clients start from, `clip` that of the request.
+        """
+        terms = {
+            "round": round_num,
+            "adapter": adapter,
+            "base-delta": base_delta,
+            "numbers": [self.num_clients, self.weight_cap, self.largest, clip],
+        }
+        digest = hashlib.sha256(statement("fedllm secret sum terms 1", terms)).digest()
+        return replace(self, exchange=replace(self.exchange, terms=digest))
 
     def scale(self, most_tokens: int) -> Scale:
         """Return what the words of this sum mean; no client learns from more than `most_tokens` tokens."""
@@ -71,15 +91,25 @@ class Unmasking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedAnswer:
+class HiddenAnswer(Generic[T]):
     """What a node answers to a train request of a secret sum.
 
-    `trained` are the clients that have an update in it, `failed` the others; `masked` is by party.
+    `trained` are the clients that have an update in it, `failed` the others; `hidden` has by party the vector
+    that it adds, in the form of the run's method.
     """
 
     trained: tuple[str, ...]
     failed: tuple[ClientFailure, ...]
-    masked: Mapping[str, Masked] = field(default_factory=dict)
+    hidden: Mapping[str, T] = field(default_factory=dict)
+
+
+def delta_bytes(plan: RunPlan, size: int) -> int:
+    """Return the bytes in which a delta of `size` values travels, headers left out."""
+    if plan.secure is None:
+        return payload_bytes(size, plan.config.wire.codec)
+    if plan.secure.method == "he":
+        return encrypted_bytes(size + NUM_NUMBERS)
+    return sent_bytes(size + NUM_NUMBERS, group_sizes(plan.cohort.size)[0])
 
 
 # --- the parties of a sum ----------------------------------------------------------------------------------
@@ -99,8 +129,7 @@ def add_sums(content: RecordDict, sums: Iterable[AskedSum]) -> None:
                 "num-clients": asked.num_clients,
                 "weight-cap": asked.weight_cap,
                 "largest": asked.largest,
-                "clients": list(asked.most),
-                "most": list(asked.most.values()),
+                "clients": list(asked.clients),
             }
         )
 
@@ -122,19 +151,18 @@ def _read_sum(record: ConfigRecord) -> AskedSum:
     if len({len(column) for column in columns}) != 1:
         raise WireError("the parties of a secret sum have not one key and signature each")
     parties = tuple(Party(*values) for values in zip(*columns, strict=True))
-    clients, most = list_field(record, "clients", str), list_field(record, "most", float)
-    num_clients = scalar_field(record, "num-clients", int)
+    clients, num_clients = list_field(record, "clients", str), scalar_field(record, "num-clients", int)
     weight_cap, largest = (scalar_field(record, name, float) for name in ("weight-cap", "largest"))
-    if not len(clients) == len(set(clients)) == len(most) or num_clients < len(parties):
+    if len(clients) != len(set(clients)) or num_clients < len(parties):
         raise WireError("a secret sum names a client twice, or has fewer clients than parties")
-    if not all(0 < number < float("inf") for number in (weight_cap, largest, *most)):
+    if not all(0 < number < float("inf") for number in (weight_cap, largest)):
         raise WireError("a secret sum has a range that is no number above 0")
     return AskedSum(
         exchange=Exchange(read_label(record), parties),
         num_clients=num_clients,
         weight_cap=weight_cap,
         largest=largest,
-        most=dict(zip(clients, most, strict=True)),
+        clients=tuple(clients),
     )
 
 
@@ -154,7 +182,7 @@ def write_masked(results: Sequence[ClientUpdate | ClientFailure], masked: Mappin
     return content
 
 
-def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most: int) -> MaskedAnswer:
+def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most: int) -> HiddenAnswer[Masked]:
     """Return the answer of a node with these parties, each in its exchange; `most` clients were asked.
 
     Of the masked vectors nothing is checked but that they are there: see `fedllm.secure.masking`.
@@ -177,7 +205,7 @@ def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most:
             _split(packet_of(boxes[party]), number),
             _split(packet_of(commitments[party]), number),
         )
-    return MaskedAnswer(trained=tuple(trained), failed=tuple(failed.values()), masked=masked)
+    return HiddenAnswer(trained=tuple(trained), failed=tuple(failed.values()), hidden=masked)
 
 
 # --- the exchange that opens a sum -------------------------------------------------------------------------
@@ -282,7 +310,7 @@ def read_openings(content: RecordDict, *, most: int) -> tuple[dict[str, bytes], 
     return {client: packet_of(shares[client]) for client in done}, failed
 
 
-def numbered(records: Mapping[str, ConfigRecord], prefix: str) -> list[ConfigRecord]:
+def numbered(records: Mapping[str, T], prefix: str) -> list[T]:
     """Return the records "PREFIX0", "PREFIX1", ... in their order.
 
     Raises:

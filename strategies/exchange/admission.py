@@ -10,6 +10,7 @@ from fedllm.errors import PERMANENT_CAUSES, WireError
 from fedllm.identity import verify
 from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import RunPlan
+from fedllm.secure.homomorphic import key_digest
 from fedllm.secure.parties import party_statement
 from fedllm.wire.joining import join_statement, read_joined, read_signer
 from strategies.sites import Site, Sites
@@ -88,6 +89,17 @@ class Admission:
             )
         return "" if self.plan.secure is None else self._refusal_of_key(client)
 
+    def warning_of(self, clients: Collection[JoinedClient]) -> str:
+        """Return what secret sums are worth where sites let the server choose their code, "" elsewhere."""
+        loose = sum(not client.is_pinned for client in clients)
+        if self.plan.secure is None or not loose:
+            return ""
+        return (
+            f"secret sums: {loose} of {len(clients)} clients run whatever code the server ships, which might"
+            " send their updates in the clear; they are worth something where sites pin the code ([allow]"
+            " bundles)"
+        )
+
     def _refusal_of_key(self, client: JoinedClient) -> str:
         """Return why a client cannot take part in secret sums, "" where it can."""
         if not client.run_key:
@@ -97,6 +109,8 @@ class Admission:
         )
         if client.identity and not verify(client.identity, signed, client.key_signature):
             return "has a key for secure.method that its site has not signed"
+        if self.plan.config.secure.method == "he" and client.run_key != key_digest(client.public_key):
+            return "has sent another key for encryption than that of its run key"
         return ""
 
     def _site_named(self, name: str) -> Site | None:
