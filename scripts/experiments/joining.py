@@ -90,7 +90,7 @@ FULL = Size(
         "institutes": Part(12, 10, 240, 4, 128),
         "speakers": Part(6, 10, 60, 4, 96),
     },
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(3e-3, 1e-2),
     seeds=(0, 1, 2),
     recipe=Recipe(),
 )
