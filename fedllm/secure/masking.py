@@ -13,8 +13,9 @@ it alone opens, and the second exchange brings the shares of what stays.
 
 A party never opens a seed itself, though it knows those it has in common with lost parties. A server could
 tell each party another list: told that l was lost, j would give away their mask at once. With shares that
-takes a threshold of parties that were told so, and each party opens shares for one list only
-(`tests/secure/test_lying_server.py`).
+takes a threshold t of parties that were told so, and each party opens shares for one list only. Of n parties,
+with c on the server's side, a server then reads sums over at least t - c others where it tells all the same
+list, and over at least 2 t - n - c + 1 where it lies (`tests/secure/test_lying_server.py`).
 """
 
 import hashlib

@@ -5,15 +5,15 @@ travel; since 2^bits divides 2^32, the bits above never matter. The step is as s
 allows without wrapping around.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from fedllm.errors import SecureError
 from fedllm.secure.agreement import Stream
 
 BITS = 24
-_CHUNK = (
-    1 << 15
-)  # words: as many as the cache holds; a multiple of 8, so that packed chunks end at whole bytes
+_CHUNK = 1 << 15  # words worked on at once: as many as the cache holds
 
 
 def step_for(largest: float, num_parties: int, bits: int = BITS) -> float:
@@ -24,9 +24,7 @@ def step_for(largest: float, num_parties: int, bits: int = BITS) -> float:
     """
     top = ((1 << bits - 1) - 1) // num_parties
     if top < 2 or not 0 < largest < np.inf:
-        raise SecureError(
-            f"{num_parties} values up to {largest} have no sum in {bits} bits; use fewer parties"
-        )
+        raise SecureError(f"{num_parties} values up to {largest} have no sum in {bits} bits")
     return largest / (top - 1)
 
 
@@ -47,9 +45,8 @@ def quantise(values: np.ndarray, step: float | np.ndarray, stream: Stream) -> np
         if not np.isfinite(scaled).all():
             raise SecureError("a value of the vector is not finite; nothing is sent")
         scaled += stream.words(len(scaled)) * 2.0**-32
-        words[part] = (
-            np.floor(scaled, out=scaled).astype(np.int64).astype(np.uint32)
-        )  # negative ones wrap around
+        whole = np.floor(scaled, out=scaled).astype(np.int64)
+        words[part] = whole.astype(np.uint32)  # negative ones wrap around
     return words
 
 
@@ -60,13 +57,15 @@ def value_of(words: np.ndarray, step: float | np.ndarray, bits: int = BITS) -> n
 
 
 def pack(words: np.ndarray, bits: int = BITS) -> bytes:
-    """Return the low `bits` of words [n] (uint32), one after another: packed_size(n, bits) bytes."""
-    parts = []
-    for begin in range(0, len(words), _CHUNK):
-        octets = words[begin : begin + _CHUNK].astype("<u4").view(np.uint8)
-        every_bit = np.unpackbits(octets, bitorder="little").reshape(-1, 32)
-        parts.append(np.packbits(every_bit[:, :bits], bitorder="little").tobytes())
-    return b"".join(parts)
+    """Return the low `bits` (8 to 32) of words [n] (uint32), one after another."""
+    wide = np.zeros((-(-len(words) // 8), 8), np.uint64)
+    wide.reshape(-1)[: len(words)] = words & np.uint32((1 << bits) - 1)
+    packed = bytearray(len(wide) * bits + 8)
+    for begin in range(0, len(wide), _CHUNK // 8):
+        part = wide[begin : begin + _CHUNK // 8]
+        for place, octets, shift in _octets(packed, begin, len(part), bits):
+            octets |= part[:, place] << shift
+    return bytes(packed[: packed_size(len(words), bits)])
 
 
 def unpack(data: bytes, size: int, bits: int = BITS) -> np.ndarray:
@@ -77,14 +76,27 @@ def unpack(data: bytes, size: int, bits: int = BITS) -> np.ndarray:
     """
     if len(data) != packed_size(size, bits):
         raise SecureError(f"a masked vector has {len(data)} bytes, not {packed_size(size, bits)}")
-    octets, words = np.frombuffer(data, np.uint8), np.empty(size, np.uint32)
-    for begin in range(0, size, _CHUNK):
-        part = words[begin : begin + _CHUNK]
-        packed = octets[begin * bits // 8 : packed_size(begin + len(part), bits)]
-        wide = np.zeros((len(part), 32), np.uint8)
-        wide[:, :bits] = np.unpackbits(packed, count=len(part) * bits, bitorder="little").reshape(-1, bits)
-        part[:] = np.packbits(wide, bitorder="little").view("<u4")
-    return words
+    words = np.empty((-(-size // 8), 8), np.uint32)
+    packed = data + bytes(bits + 8)
+    for begin in range(0, len(words), _CHUNK // 8):
+        part = words[begin : begin + _CHUNK // 8]
+        for place, octets, shift in _octets(packed, begin, len(part), bits):
+            part[:, place] = octets >> shift
+    words &= np.uint32((1 << bits) - 1)
+    return words.reshape(-1)[:size]
+
+
+def _octets(
+    packed: bytes | bytearray, begin: int, number: int, bits: int
+) -> Iterator[tuple[int, np.ndarray, np.uint64]]:
+    """Yield, for each place in a group of 8 words, where those words lie in `number` groups from `begin` on.
+
+    8 words fill exactly `bits` bytes, so the words of one place lie `bits` bytes apart. Each is read as a
+    64-bit integer from its first byte on, in which it is shifted by the bits before it.
+    """
+    for place in range(8):
+        octet, shift = divmod(place * bits, 8)
+        yield place, np.ndarray(number, "<u8", packed, begin * bits + octet, (bits,)), np.uint64(shift)
 
 
 def packed_size(size: int, bits: int = BITS) -> int:
