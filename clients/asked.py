@@ -50,7 +50,7 @@ class Asking:
     """
 
     run: str
-    action: str  # join | train | evaluate | overlap | adapt
+    action: str  # join | train | unmask | evaluate | overlap | adapt
     steps: int
     is_measured: bool
     now: float

@@ -251,11 +251,9 @@ def _check_sender(question: Question) -> None:
 def _check_run(question: Question) -> None:
     """Refuse a run that as a whole asks for more than is permitted, at its first question already."""
     allow, limits, config = question.policy.allow, question.policy.limits, question.config
-    if allow.secure_aggregation == "required":
+    if allow.secure_aggregation == "required" and question.plan.secure is None:
         raise _refusal(
-            question,
-            "[allow] secure-aggregation = 'required', and secure aggregation does not exist yet: no run is"
-            " admitted",
+            question, "[allow] secure-aggregation = 'required', and the run's secure.method is 'none'"
         )
     purpose = str(question.run_config.get("run.purpose", ""))
     if allow.purposes and purpose not in allow.purposes:

@@ -9,11 +9,13 @@ from clients.adapt import adapt_clients
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
 from clients.join import answer_join
+from clients.masks import answer_unmask, train_masked
 from clients.originality import answer_overlap, check_limit
 from clients.protect import node_mean
 from clients.stock import evaluate_for_stock, train_for_stock
 from clients.train import train_clients
-from fedllm.messages import ClientUpdate
+from fedllm.errors import ConfigError
+from fedllm.messages import ClientUpdate, TrainRequest
 from fedllm.wire import overlaps, packets, replies, requests
 
 Handler: TypeAlias = Callable[[DataHolder, RecordDict, Context], RecordDict]
@@ -26,6 +28,8 @@ def _join(holder: DataHolder, content: RecordDict, context: Context) -> RecordDi
 def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
     plan, layout = holder.plan, holder.engine.layout
     request = requests.read_train_request(content, layout, _holding(holder))
+    if plan.secure is not None:  # whatever the server asks for: no client's own update leaves in such a run
+        return TRAIN_SECRETLY[plan.secure.method](holder, request, content)
     answers = train_clients(holder, request)
     part, codec = plan.aggregation.returned_in(request.round_num), plan.config.wire.codec
     if plan.is_summed(request.ranks.values()):  # the server decides alike, from the same plan and ranks
@@ -36,6 +40,13 @@ def _train(holder: DataHolder, content: RecordDict, context: Context) -> RecordD
     return replies.write_updates(
         answers, layout=layout, part=part, payload=codec, with_held_out=request.evaluate
     )
+
+
+def _unmask(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
+    secure = holder.plan.secure
+    if secure is None:
+        raise ConfigError("secure.method is 'none', so nothing is masked in this run")
+    return OPEN_SUM[secure.method](holder, content)
 
 
 def _evaluate(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
@@ -67,8 +78,14 @@ def _holding(holder: DataHolder) -> requests.Holding:
     )
 
 
+# A method of secret sums: how it answers a train request, and the exchange that opens its sum.
+TRAIN_SECRETLY: Mapping[str, Callable[[DataHolder, TrainRequest, RecordDict], RecordDict]] = {
+    "masks": train_masked
+}
+OPEN_SUM: Mapping[str, Callable[[DataHolder, RecordDict], RecordDict]] = {"masks": answer_unmask}
 FOR_FEDLLM: Mapping[str, Handler] = {
     "query.join": _join,
+    "query.unmask": _unmask,
     "query.overlap": _overlap,
     "query.adapt": _adapt,
     "train": _train,

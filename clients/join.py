@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from flwr.app import RecordDict
 
 from clients.coarse import coarse_joined
 from clients.data_holder import DataHolder
 from clients.lost_rows import describe_left_out
+from clients.parties import declare_party
 from fedllm.errors import RowsLostError
 from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import JoinedClient
@@ -49,8 +51,19 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
         )
         for client in holder.clients.values()
     ]
-    # Under a budget sizes are the same whatever the rows say, and noise is sized by them.
-    return joined if load_policy().allow.exact_numbers else [coarse_joined(client) for client in joined]
+    policy = load_policy()
+    if not policy.allow.exact_numbers:
+        joined = [coarse_joined(client) for client in joined]
+    if holder.plan.secure is None:
+        return joined
+    # Where a site names bundles, the gate has let no other code ask.
+    is_pinned = bool(policy.allow.bundles)
+    return [_with_key(holder, client, is_pinned=is_pinned) for client in joined]
+
+
+def _with_key(holder: DataHolder, client: JoinedClient, *, is_pinned: bool) -> JoinedClient:
+    party = declare_party(holder, client.client_id)
+    return replace(client, run_key=party.run_key, key_signature=party.signature, is_pinned=is_pinned)
 
 
 def prove(holder: DataHolder, question: RecordDict, clients: Sequence[JoinedClient]) -> Proof | None:

@@ -22,10 +22,16 @@ def train_for_stock(holder: DataHolder, content: RecordDict, context: Context | 
     """Return the node's new adapter and `num-examples`.
 
     Raises:
-        ConfigError: clients of the run keep vectors between rounds (a personal adapter, say).
+        ConfigError: clients of the run keep vectors between rounds (a personal adapter, say), or their
+            updates are summed in secret.
         WireError: the request does not hold exactly one adapter of this run's layout.
         NoDataError: no client of this node has an update.
     """
+    if holder.plan.secure is not None:
+        raise ConfigError(
+            f"secure.method = {holder.plan.secure.method!r}: no client's own update leaves, and a stock"
+            " strategy asks for those; use fedllm's own rounds (`fedllm run`)"
+        )
     start, round_num = _read_adapter(holder, content), _round_of(content)
     # Kept vectors are found by how often a client took part, and a stock strategy does not count that.
     for technique in techniques_of(holder.plan, start.layout):

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.config.run_config import RunConfig
+from fedllm.errors import ConfigError
 from fedllm.plan.run_plan import check_nodes_agree, resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord
@@ -98,8 +99,11 @@ class FederatedLora(Strategy):
 
         Raises:
             BudgetSpentError: the round would exceed the privacy budget.
+            ConfigError: the run has secret sums, which take more than this step and the next.
         """
         session = self._open(grid)
+        if session.plan.secure is not None:  # between its steps Flower has none for a second exchange
+            raise ConfigError("secure.method: Flower's own round loop cannot open a secret sum; use `start`")
         before = self._state or ServerState(0, session.initial)
         adapter = read_plain(arrays, session.layout)
         self._state = replace(before, round_num=server_round - 1, adapter=adapter)

@@ -49,9 +49,10 @@ SILENT = Watch()
 class Session:
     """The objects of one run at the server.
 
-    Five of them change while it runs: `clients` (more may join), `transport` (messages under way),
-    `held_by_nodes` (what need not be sent again), `resident` (the base model, loaded when first used) and
-    `room` (where updates wait).
+    Six of them change while it runs: `clients` (more may join), `transport` (messages under way),
+    `held_by_nodes` (what need not be sent again), `resident` (the base model, loaded when first used), `room`
+    (where updates wait) and `barred` (who broke the protocol of a secret sum, and is not asked again in that
+    round).
     What a round computes with is in the `ServerState` instead, which never changes.
     """
 
@@ -66,6 +67,7 @@ class Session:
     privacy: ServerPrivacy | None = None
     folder: Path | None = None  # the run's
     room: Room = field(default_factory=Room)
+    barred: dict[str, int] = field(default_factory=dict)  # client -> round
     public_text: tuple[PublicText, ...] = ()  # what distillation steps may read besides synthetic text
 
     @property

@@ -84,6 +84,11 @@ class RunPlan:
         train, num_rounds = self.config.train, self.config.federation.num_rounds
         return local_training(train, self.config.lora.dropout, round_num=round_num, num_rounds=num_rounds)
 
+    def most_tokens(self, round_num: int) -> int:
+        """Return the most tokens that a client can learn from in a round."""
+        training = self.training(round_num)
+        return training.steps * training.batch_size * self.config.train.max_length
+
     def in_use(self) -> dict[str, Scalar]:
         """Return every key that has an effect in this run, with the value in use.
 

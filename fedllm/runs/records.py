@@ -154,6 +154,23 @@ class PrivacyRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecureRecord:
+    """How a round's updates became sums that nobody sees through: numbers of parties, over all its sums.
+
+    `threshold` of `parties` must answer to the end; `answered` are in the sums, `opened` gave shares of the
+    masks in a second exchange of so many `seconds`. `faults` says of parties how they broke the protocol.
+    """
+
+    method: str
+    parties: int
+    threshold: int
+    answered: int
+    opened: int
+    seconds: float
+    faults: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class HomeRecord:
     """What training on at home gave after the last round (personal.mode = "finetune"), by client.
 
@@ -218,6 +235,7 @@ class RoundRecord:
     training: TrainingRecord = TrainingRecord()
     aggregation: AggregationRecord = AggregationRecord()
     privacy: PrivacyRecord | None = None  # under a privacy plan
+    secure: SecureRecord | None = None  # where the server sees sums alone
     distillation: DistillationRecord | None = None  # in rounds with a distillation step
     held_out: Mapping[str, float] = field(default_factory=dict)  # client -> loss after this round
     personal_held_out: Mapping[str, float] = field(default_factory=dict)  # with its personal adapter on top

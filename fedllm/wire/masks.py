@@ -25,6 +25,7 @@ from fedllm.errors import OtherConfigError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.secure.masking import Masked
 from fedllm.secure.parties import LABEL_BYTES, Exchange, Party
+from fedllm.secure.vector import Scale
 from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
 from fedllm.wire.replies import read_codes, write_codes
 
@@ -46,6 +47,15 @@ class AskedSum:
     weight_cap: float
     largest: float
     most: Mapping[str, float]
+
+    def scale(self, most_tokens: int) -> Scale:
+        """Return what the words of this sum mean; no client learns from more than `most_tokens` tokens."""
+        return Scale(
+            num_clients=self.num_clients,
+            largest=self.largest,
+            weight_cap=self.weight_cap,
+            most_tokens=most_tokens,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     config, round_num = session.config, state.round_num + 1
     free = set(session.transport.node_ids()) - {reply.node_id for reply in session.transport.overdue}
     able = clients_that_can_afford(session.privacy, state, session.clients, attempt)
+    able -= {client for client, barred in session.barred.items() if barred == round_num}
     available = [c for c in session.clients.values() if c.node_id in free and c.client_id in able]
     voices, rows, most_weights = _shares(session)
     if voices:  # a site draws no more attention than it has a say

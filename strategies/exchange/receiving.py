@@ -1,6 +1,6 @@
 """What comes back from nodes, as one answer for every client asked: a sound update or why there is none."""
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -24,6 +24,8 @@ from strategies.privacy import largest_noise
 from strategies.session import Session
 
 Answer: TypeAlias = ClientUpdate | ClientFailure
+# What a node's reply says of the clients that were asked, where that is no plain update.
+Read: TypeAlias = Callable[[RecordDict, Sequence[str]], Iterable[Answer]]
 
 
 def members_of(answer: Answer) -> Sequence[Answer]:
@@ -68,16 +70,19 @@ def _kept(update: ClientUpdate, room: Room) -> ClientUpdate:
 
 
 def receive(
-    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
+    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict], read: Read | None = None
 ) -> Generator[Answer, None, None]:
     """Yield answers as they arrive, until the round has its number of updates or all clients have answered.
 
     An answer is a sound update or the reason why there is none. Late updates of earlier rounds come too,
-    where they count; of those that are unsound or too late there is only a notice.
+    where they count; of those that are unsound or too late there is only a notice. `read` is as in
+    `read_reply`.
     """
     may_stop = len(plan.asked) > plan.cohort_size or session.transport.keeps_late
     number = plan.cohort_size
-    with closing(_receive_all(session, plan, contents)) as answers:  # at once: what is left counts as late
+    with closing(
+        _receive_all(session, plan, contents, read)
+    ) as answers:  # at once: what is left counts as late
         for answer in answers:
             yield answer
             number -= len(members_of(answer)) if isinstance(answer, ClientUpdate) else 0
@@ -86,7 +91,7 @@ def receive(
 
 
 def _receive_all(
-    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict]
+    session: Session, plan: RoundPlan, contents: Mapping[int, RecordDict], read: Read | None
 ) -> Generator[Answer, None, None]:
     asked, largest_staleness = session.by_node(plan.asked), session.config.federation.max_staleness
     arriving = session.transport.exchange(
@@ -100,7 +105,7 @@ def _receive_all(
         for reply in arriving:
             sent = reply.plan or plan  # a late reply is checked against the round that asked for it
             named = asked if sent is plan else session.by_node(sent.asked)
-            for answer in read_reply(session, sent, reply, named.get(reply.node_id, [])):
+            for answer in read_reply(session, sent, reply, named.get(reply.node_id, []), read):
                 refused = sent is not plan and late_refusal(answer, plan.round_num, largest_staleness)
                 if refused:
                     notice(refused)
@@ -111,17 +116,19 @@ def _receive_all(
 
 
 def read_reply(
-    session: Session, plan: RoundPlan, reply: Reply, asked: list[str]
+    session: Session, plan: RoundPlan, reply: Reply, asked: list[str], read: Read | None = None
 ) -> Generator[Answer, None, None]:
     """Yield one answer for each client of a node that was asked; what it says of others is ignored.
 
-    The sum of a node's clients is one answer for all of them, sound or lost as a whole.
+    The sum of a node's clients is one answer for all of them, sound or lost as a whole. `read` takes what
+    comes in place of plain updates, and checks it.
     """
     unanswered = dict.fromkeys(asked, "its node did not answer for it")
     answers: Iterable[Answer] = ()
     reported = refusals.read_error(reply.content) if reply.content is not None else None
     try:
-        answers = _answers(session, plan, reply.received(), asked)
+        content = reply.received()
+        answers = read(content, asked) if read else _answers(session, plan, content, asked)
     except WireError as error:
         unanswered = dict.fromkeys(asked, str(error))
         # The node may not hold what the request left out
@@ -133,7 +140,7 @@ def read_reply(
             continue
         for member in members_of(answer)[1:]:  # the sum itself goes by the name of its first member
             unanswered.pop(member.client_id, None)
-        yield from _checked(session, plan, answer)
+        yield from [answer] if read else _checked(session, plan, answer)
     if strangers:
         session.watch.notice(f"node {reply.node_id} answered for {strangers} clients it was not asked for")
     for client, reason in unanswered.items():

@@ -1,0 +1,78 @@
+"""A client's half of `secure.method = masks`: what leaves is masked, and later shares of masks for the sum.
+
+Both answers are in the ledger of their label before they leave (`clients.run_keys`). The protocol itself is
+in `fedllm.secure.masking`.
+"""
+
+from flwr.app import RecordDict
+
+from clients.data_holder import DataHolder
+from clients.parties import OwnParty, kept_exchange, own_parties, party_words
+from clients.run_keys import run_keys
+from clients.technique import failure_of
+from clients.train import train_clients
+from fedllm.errors import CheckpointError, SecureError
+from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
+from fedllm.secure.masking import Masked, mask, opening
+from fedllm.wire.masks import Unmasking, read_sums, read_unmask, write_masked, write_openings
+
+
+def train_masked(holder: DataHolder, request: TrainRequest, content: RecordDict) -> RecordDict:
+    """Return the answer to a train request: for each party a masked vector, and no number of its clients.
+
+    Raises:
+        BadPartiesError, TooFewPartiesError: a client might not be hidden in the sum; nothing is trained.
+    """
+    parties = own_parties(holder, read_sums(content), request.drawn)
+    answers = {answer.client_id: answer for answer in train_clients(holder, request)}
+    masked: dict[str, Masked] = {}
+    for party in parties:
+        found = [answers[name] for name in party.clients]
+        updates = [answer for answer in found if isinstance(answer, ClientUpdate)]
+        if not updates:
+            continue
+        try:
+            masked[party.name] = _mask(holder, request, party, updates)
+        except (SecureError, CheckpointError) as error:
+            answers |= {each.client_id: failure_of(each.client_id, error) for each in updates}
+    return write_masked(list(answers.values()), masked)
+
+
+def _mask(holder: DataHolder, request: TrainRequest, party: OwnParty, updates: list[ClientUpdate]) -> Masked:
+    words = party_words(holder, request, party, updates)
+    return mask(party.name, party.keys.private, party.asked.exchange, words, party.keys.secret)
+
+
+def answer_unmask(holder: DataHolder, content: RecordDict) -> RecordDict:
+    """Return each asked party's shares of the masks that are left in a sum; or end the run's keys.
+
+    Raises:
+        OtherConfigError: the question is of another run.
+    """
+    unmaskings = read_unmask(content, holder.plan.digest)
+    if not unmaskings:  # the run is over
+        for name in holder.clients:
+            run_keys(holder.state_path, holder.plan, name).forget()
+    openings: dict[str, bytes | ClientFailure] = {}
+    for unmasking in unmaskings:
+        for name in unmasking.boxes:
+            try:
+                openings[name] = _open(holder, name, unmasking)
+            except (SecureError, CheckpointError) as error:
+                openings[name] = failure_of(name, error)
+    return write_openings(openings)
+
+
+def _open(holder: DataHolder, name: str, unmasking: Unmasking) -> bytes:
+    keys = run_keys(holder.state_path, holder.plan, name)
+    exchange = kept_exchange(keys, unmasking.label)
+    shares = opening(
+        name,
+        keys.private,
+        exchange,
+        unmasking.answered,
+        dict(zip(unmasking.answered, unmasking.boxes[name], strict=True)),
+        dict(zip(unmasking.answered, unmasking.commitments[name], strict=True)),
+    )
+    keys.note(unmasking.label, "opened", {"answered": sorted(unmasking.answered)})
+    return shares

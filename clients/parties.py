@@ -1,0 +1,132 @@
+"""A client's part in a secret sum, by whatever method: with whom it is, and what it adds.
+
+Under `wire.node-sum` the clients of a node are one party, under the name and key of the first of them.
+"""
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clients.data_holder import DataHolder
+from clients.run_keys import RunKeys, run_keys
+from fedllm.adapters.parts import part_of
+from fedllm.errors import BadPartiesError
+from fedllm.identity import load_key, public_text, sign
+from fedllm.messages import ClientUpdate, TrainRequest
+from fedllm.secure.agreement import public_of, secret_stream
+from fedllm.secure.parties import Exchange, Party, check_parties, party_statement
+from fedllm.secure.vector import client_values, words_of
+from fedllm.site_policy import SitePolicy, load_policy
+from fedllm.wire.masks import AskedSum
+
+
+@dataclass(frozen=True, eq=False)
+class OwnParty:
+    """A party that this node is in a secret sum: the clients it adds up, and what it keeps for the sum."""
+
+    name: str
+    clients: tuple[str, ...]
+    asked: AskedSum
+    keys: RunKeys
+
+
+def declare_party(holder: DataHolder, client_id: str) -> Party:
+    """Return what a client shows of itself when it joins a run of secret sums: its key, signed by its site.
+
+    Raises:
+        CheckpointError: the key of the run cannot be kept.
+        ConfigError: this machine's site.toml names a key that cannot be used.
+    """
+    policy, plan = load_policy(), holder.plan
+    run_key = public_of(run_keys(holder.state_path, plan, client_id).private)
+    if not policy.site.key:
+        return Party(client_id, run_key)
+    key = load_key(policy.path(policy.site.key))
+    signed = party_statement(plan.config.run.name, plan.digest, client_id, run_key)
+    return Party(client_id, run_key, public_text(key), sign(key, signed))
+
+
+def own_parties(holder: DataHolder, sums: Sequence[AskedSum], drawn: Collection[str]) -> list[OwnParty]:
+    """Return the parties that the clients `drawn` are in the sums of a request; each has been checked.
+
+    Raises:
+        BadPartiesError, TooFewPartiesError: a client might not be hidden there, or is in no sum.
+    """
+    found = []
+    for asked in sums:
+        names = tuple(asked.most)
+        groups = [names] if holder.plan.aggregation.node_sum else [(name,) for name in names]
+        found += [
+            OwnParty(group[0], group, asked, run_keys(holder.state_path, holder.plan, group[0]))
+            for group in groups
+        ]
+    placed = [name for party in found for name in party.clients]
+    if sorted(placed) != sorted(drawn):  # also where a client is in two sums, which would tell it apart
+        raise BadPartiesError("the request does not place each of its clients in one secret sum")
+    policy = load_policy()
+    for party in found:
+        _check(holder, policy, party)
+    return found
+
+
+def _check(holder: DataHolder, policy: SitePolicy, party: OwnParty) -> None:
+    plan, peers = holder.plan, None
+    assert plan.secure is not None, "a run without secret sums has no parties"
+    if policy.peers:
+        own = [public_text(load_key(policy.path(policy.site.key)))] if policy.site.key else []
+        peers = {*policy.peers.values(), *own}
+    check_parties(
+        party.asked.exchange,
+        party.name,
+        public_of(party.keys.private),
+        run=plan.config.run.name,
+        plan_digest=plan.digest,
+        min_parties=max(plan.secure.min_parties, policy.allow.min_parties),
+        peers=peers,
+    )
+
+
+def party_words(
+    holder: DataHolder, request: TrainRequest, party: OwnParty, updates: Sequence[ClientUpdate]
+) -> np.ndarray:
+    """Return what a party adds to its sum, as words (uint32); by then its ledger holds it under the label.
+
+    Raises:
+        MaskReuseError: it has added something else under this label.
+        CheckpointError: the ledger cannot be written.
+        SecureError: a value is not finite.
+    """
+    plan, asked, exchange = holder.plan, party.asked, party.asked.exchange
+    layout, part = request.adapter.layout, plan.aggregation.returned_in(request.round_num)
+    scale = asked.scale(plan.most_tokens(request.round_num))
+    values = sum(
+        client_values(
+            part_of(layout, update.delta, part).double().numpy(),
+            weight=min(update.weight, asked.most[update.client_id]),
+            num_tokens=update.num_tokens,
+            loss=update.train_loss,
+            scale=scale,
+        )
+        for update in updates
+    )
+    assert isinstance(values, np.ndarray), "a party adds at least one update"
+    # Rounding that anyone could draw again would tell the fraction that it rounds.
+    stream = secret_stream(
+        party.keys.secret, "rounding", exchange.digest, hashlib.sha256(values.data).digest()
+    )
+    words = words_of(values, scale, stream)
+    kept = {"vector": hashlib.sha256(words.data).hexdigest(), "parties": _listed(exchange)}
+    party.keys.note(exchange.label, "masked", kept)
+    return words
+
+
+def kept_exchange(keys: RunKeys, label: bytes) -> Exchange:
+    """Return the secret sum that a party has added to under a label; raises as `RunKeys.noted`."""
+    parties = keys.noted(label)["parties"]
+    return Exchange(label, tuple(Party(name, bytes.fromhex(run_key)) for name, run_key in parties))
+
+
+def _listed(exchange: Exchange) -> list[list[str]]:
+    return [[party.name, party.run_key.hex()] for party in exchange.parties]

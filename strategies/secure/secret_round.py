@@ -1,0 +1,267 @@
+"""A round whose updates the server sees as one sum: who is in it, its two exchanges, and what came out.
+
+    1 add_to     every train request names the parties of its clients' sum, under a label that is never used
+                 again: fresh random bits are in it, so an attempt, or a restart, has another
+    2 answers    masked answers are summed as they come; then a second exchange brings the shares that open
+                 the sums. What comes out is an update like that of a node that sums its clients
+    3 noted_in   the record says who was in the sums and who broke the protocol, and no number of one client
+
+Who broke it is not asked again in this round. A forged vector bends the sum and cannot be told from an honest
+one, as far as no value of the mean is beyond what honest clients reach.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from secrets import token_bytes
+
+import numpy as np
+import torch
+from flwr.app import RecordDict
+
+from fedllm.adapters.parts import part_size, whole_of
+from fedllm.engine.optimizer import largest_move
+from fedllm.errors import SecureError, WireError
+from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
+from fedllm.runs.records import RoundPlan, RoundRecord, SecureRecord
+from fedllm.secure.parties import Exchange, Party, in_groups, label_of
+from fedllm.secure.vector import NUM_NUMBERS, SecretSum
+from fedllm.wire.masks import AskedSum, add_sums, read_masked, read_openings, write_unmask
+from strategies.cohort.voices import largest_weight
+from strategies.exchange.causes import few
+from strategies.exchange.receiving import Answer, receive
+from strategies.exchange.validation import ROUNDING
+from strategies.grid.transport import Reply
+from strategies.privacy import largest_noise
+from strategies.secure.group_sum import GroupSum
+from strategies.session import Session
+
+UNMASK = "query.unmask"
+
+
+@dataclass(eq=False)
+class SecretRound:
+    """The secret sums of one attempt at a round, one for each group of parties."""
+
+    session: Session
+    plan: RoundPlan
+    groups: Sequence[GroupSum]
+    seconds: float = 0.0  # of the second exchange
+
+    def add_to(self, requests: Mapping[int, RecordDict]) -> None:
+        """Name in the request to each node the parties of the sums that its clients are in."""
+        hosted = self.session.by_node(self.plan.asked)
+        for node, content in requests.items():
+            clients = set(hosted[node])
+            own = [
+                (group, {client: most for client, most in group.asked.most.items() if client in clients})
+                for group in self.groups
+            ]
+            add_sums(content, [replace(group.asked, most=most) for group, most in own if most])
+
+    def answers(self, requests: Mapping[int, RecordDict]) -> Iterator[Answer]:
+        """Send the requests and yield the update of each group, and why the other clients have none."""
+        for answer in receive(self.session, self.plan, requests, self._taken):
+            if isinstance(answer, ClientFailure):
+                yield answer
+        self._open()
+        for group in self.groups:
+            yield from self._update_of(group)
+        self.session.barred.update(dict.fromkeys(self._faults(), self.plan.round_num))
+
+    def noted_in(self, record: RoundRecord) -> RoundRecord:
+        """Return the record with what became of the sums, and without numbers of single clients."""
+        noted = SecureRecord(
+            method=self._method,
+            parties=sum(len(group.clients) for group in self.groups),
+            threshold=sum(group.exchange.threshold for group in self.groups),
+            answered=sum(len(group.masked) for group in self.groups),
+            opened=sum(len(group.openings) for group in self.groups),
+            seconds=self.seconds,
+            faults=self._faults(),
+        )
+        training = replace(record.training, losses={}, seconds={})
+        return replace(record, secure=noted, training=training)
+
+    @property
+    def _method(self) -> str:
+        assert self.session.plan.secure is not None, "a run without secret sums has no secret round"
+        return self.session.plan.secure.method
+
+    def _faults(self) -> dict[str, str]:
+        return {party: why for group in self.groups for party, why in group.faults.items()}
+
+    def _taken(self, content: RecordDict, asked: Sequence[str]) -> list[Answer]:
+        """Return which of a node's clients have trained, their vectors being summed, and which have not.
+
+        Raises:
+            WireError: the reply is malformed.
+        """
+        placed = {
+            party: group
+            for group in self.groups
+            for party, clients in group.clients.items()
+            if clients[0] in asked
+        }
+        exchanges = {party: group.exchange for party, group in placed.items()}
+        found = read_masked(content, exchanges, most=len(asked))
+        answers: list[Answer] = [*found.failed]
+        for party, masked in found.masked.items():
+            group = placed[party]
+            members = [client for client in group.clients[party] if client in found.trained]
+            try:
+                group.add(party, masked, members)
+                answers += [_in_sum(client, self.plan) for client in members]
+            except SecureError as error:
+                group.faults[party] = str(error)
+                answers += [_failure(client, error) for client in members]
+        return answers
+
+    def _open(self) -> None:
+        """Ask the parties that answered for the shares that open their sums; ends once there are enough."""
+        began, session = time.perf_counter(), self.session
+        ready = [group for group in self.groups if group.is_enough]
+        contents = {}
+        for node, clients in session.by_node(self.plan.asked).items():
+            questions = [group.question(clients) for group in ready]
+            if own := [question for question in questions if question.boxes]:
+                contents[node] = write_unmask(
+                    own, round_num=self.plan.round_num, plan_digest=session.plan.digest
+                )
+        session.watch.phase("opening the sum", 0, len(contents))
+        replies = session.transport.exchange(
+            contents,
+            message_type=UNMASK,
+            group=str(self.plan.round_num),
+            deadline=session.deadline(UNMASK),
+        )
+        with few(session.watch.notice) as notice:
+            for done, reply in enumerate(replies, start=1):
+                for line in self._take_openings(reply, ready):
+                    notice(line)
+                session.watch.phase("opening the sum", done, len(contents))
+                if all(group.is_open for group in ready):
+                    break
+        self.seconds = time.perf_counter() - began
+
+    def _take_openings(self, reply: Reply, ready: Sequence[GroupSum]) -> Iterator[str]:
+        """Take the shares in a reply; yield what is wrong with it, in a line each."""
+        hosted = self.session.by_node(self.plan.asked).get(reply.node_id, [])
+        try:
+            openings, failed = read_openings(reply.received(), most=len(hosted))
+        except WireError as error:
+            yield f"node {reply.node_id} opened no shares of the secret sum: {error}"
+            return
+        for client, failure in failed.items():
+            if client in hosted:
+                yield f"client {client} opened no shares of the secret sum: {failure.reason}"
+        for group in ready:
+            for client in [client for client in hosted if client in openings and client in group.masked]:
+                group.take_opening(client, openings[client])
+                if client in group.faults:
+                    yield group.faults[client]
+
+    def _update_of(self, group: GroupSum) -> Iterator[Answer]:
+        """Yield the update of a group, or that its clients have none."""
+        try:
+            found = group.opened(self.session.plan.most_tokens(self.plan.round_num))
+            update = self._read(group, found)
+        except SecureError as error:
+            yield from (_failure(client, error) for client in group.members)
+            return
+        if update.members:
+            yield update
+
+    def _read(self, group: GroupSum, found: SecretSum) -> ClientUpdate:
+        largest = float(np.abs(found.mean).max(initial=0.0))
+        if largest > ROUNDING * group.asked.largest:
+            raise SecureError(
+                f"a value of the mean moved by {largest:.3g}, at most {group.asked.largest:.3g} can be honest"
+            )
+        number, layout = len(group.members), self.session.layout
+        shared = _in_sum(group.members[0], self.plan)
+        members = tuple(
+            replace(
+                shared,
+                client_id=client,
+                weight=found.weight / number,
+                num_tokens=found.num_tokens // number,
+                train_loss=found.loss,
+            )
+            for client in group.members
+        )
+        return replace(
+            shared,
+            delta=whole_of(layout, torch.from_numpy(found.mean).float(), self.plan.returned),
+            weight=found.weight,
+            num_tokens=found.num_tokens,
+            members=members,
+        )
+
+
+def open_secret_round(session: Session, plan: RoundPlan) -> SecretRound | None:
+    """Return the secret sums of an attempt at a round, None where the run has none."""
+    if session.plan.secure is None:
+        return None
+    hosted = session.by_node(plan.asked).values()
+    # Under wire.node-sum a node's clients go by the name and key of the first of them.
+    parties = {
+        group[0]: tuple(group)
+        for clients in hosted
+        for group in ([clients] if session.plan.aggregation.node_sum else [[one] for one in clients])
+    }
+    label = label_of(
+        session.config.run.name, session.plan.digest, plan.round_num, plan.attempt, token_bytes(16)
+    )
+    keys = [_party(session.clients[name]) for name in parties]
+    groups = in_groups(keys, label) if keys else []
+    most = {client: _most(session, plan, client) for client in plan.asked if client in session.clients}
+    return SecretRound(session, plan, [_group(session, plan, group, parties, most) for group in groups])
+
+
+def _group(
+    session: Session,
+    plan: RoundPlan,
+    exchange: Exchange,
+    parties: Mapping[str, tuple[str, ...]],
+    most: Mapping[str, float],
+) -> GroupSum:
+    clients = {party: parties[party] for party in exchange.names}
+    members = [client for party in clients.values() for client in party]
+    asked = AskedSum(
+        exchange=exchange,
+        num_clients=len(members),
+        weight_cap=max(most.values()),  # one for all groups, so that their means can be compared
+        # What the optimizer can have moved a value by, plus the noise a client may have added.
+        largest=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
+        most={client: most[client] for client in members},
+    )
+    size = part_size(session.layout, plan.returned) + NUM_NUMBERS
+    return GroupSum(asked, clients, np.zeros(size, np.uint32))
+
+
+def _party(client: JoinedClient) -> Party:
+    return Party(client.client_id, client.run_key, client.identity, client.key_signature)
+
+
+def _most(session: Session, plan: RoundPlan, client: str) -> float:
+    """Return the most that a client may weigh, which it sees to itself: no one else can."""
+    declared = largest_weight(session.clients[client], session.plan)
+    return min(declared, plan.most_weights.get(client, declared))
+
+
+def _in_sum(client: str, plan: RoundPlan) -> ClientUpdate:
+    """Return a client whose update is in a sum: what it sent says nothing by itself."""
+    return ClientUpdate(
+        client_id=client,
+        round_num=plan.round_num,
+        rank=plan.ranks[client],
+        delta=torch.zeros(0),
+        weight=0.0,
+        num_tokens=0,
+        train_loss=0.0,
+    )
+
+
+def _failure(client: str, error: SecureError) -> ClientFailure:
+    return ClientFailure(client_id=client, code=error.code, reason=f"its secret sum is not opened: {error}")
