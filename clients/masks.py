@@ -24,7 +24,8 @@ def train_masked(holder: DataHolder, request: TrainRequest, content: RecordDict)
         BadPartiesError, TooFewPartiesError: a client might not be hidden in the sum; nothing is trained.
     """
     parties = own_parties(holder, read_sums(content), request.drawn)
-    answers = {answer.client_id: answer for answer in train_clients(holder, request)}
+    labels = {name: party.asked.exchange.label for party in parties for name in party.clients}
+    answers = {answer.client_id: answer for answer in train_clients(holder, request, labels=labels)}
     masked: dict[str, Masked] = {}
     for party in parties:
         found = [answers[name] for name in party.clients]

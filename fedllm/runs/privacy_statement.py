@@ -69,8 +69,8 @@ def not_covered(plan: PrivacyPlan) -> list[str]:
     if plan.is_distributed:
         found.append(
             "data holders that collude with the server: each knows its own share of the noise, and c of the t"
-            " whose answers a sum needs leave sqrt((t - c) / t) of the planned noise; so do data holders that a"
-            " server invents"
+            " whose answers a sum needs leave sqrt((t - c) / t) of the planned noise; holders that a server"
+            " invents are among them"
         )
     if plan.metrics == "all":
         found.append(

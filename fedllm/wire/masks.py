@@ -23,6 +23,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedllm.errors import OtherConfigError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate
+from fedllm.privacy.distributed import SharedNoise
 from fedllm.secure.masking import Masked
 from fedllm.secure.parties import LABEL_BYTES, Exchange, Party
 from fedllm.secure.vector import Scale
@@ -48,13 +49,17 @@ class AskedSum:
     largest: float
     most: Mapping[str, float]
 
-    def scale(self, most_tokens: int) -> Scale:
-        """Return what the words of this sum mean; no client learns from more than `most_tokens` tokens."""
+    def scale(self, most_tokens: int, noise: SharedNoise | None = None) -> Scale:
+        """Return what the words of this sum mean; no client learns from more than `most_tokens` tokens.
+
+        Where parties add shares of `noise`, these have set the step of the delta.
+        """
         return Scale(
             num_clients=self.num_clients,
             largest=self.largest,
             weight_cap=self.weight_cap,
             most_tokens=most_tokens,
+            delta_step=noise.step if noise is not None else 0.0,
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedllm.errors import SecureError, TooFewPartiesError
+from fedllm.privacy.distributed import SharedNoise
 from fedllm.secure.masking import Masked, check_masked, check_opening, unmasked
 from fedllm.secure.parties import Exchange
 from fedllm.secure.ring import unpack
@@ -17,14 +18,16 @@ from fedllm.wire.masks import AskedSum, Unmasking
 class GroupSum:
     """The sum of one group of parties in one attempt at a round.
 
-    `clients` has those that each party speaks for. Of all vectors only their sum is kept, `words` [n]; of
-    each party that has answered, its boxes and commitments. `members` are the clients in the sum. `faults`
-    says of parties that have broken the protocol what they did.
+    `clients` has those that each party speaks for, `noise` what each party adds to its delta, if anything. Of
+    all vectors only their sum is kept, `words` [n]; of each party that has answered, its boxes and
+    commitments. `members` are the clients in the sum. `faults` says of parties that have broken the protocol
+    what they did.
     """
 
     asked: AskedSum
     clients: Mapping[str, tuple[str, ...]]
     words: np.ndarray
+    noise: SharedNoise | None = None
     masked: dict[str, Masked] = field(default_factory=dict)
     members: list[str] = field(default_factory=list)
     openings: dict[str, bytes] = field(default_factory=dict)
@@ -108,7 +111,13 @@ class GroupSum:
             if error.party:
                 self.faults[error.party] = str(error)
             raise
-        return read_sum(words, self.asked.scale(most_tokens))
+        return read_sum(words, self.asked.scale(most_tokens, self.noise))
+
+    def largest_noise(self, weight: float) -> float:
+        """Return the most that shares of noise can move a value of the mean by, whose weight is `weight`."""
+        if self.noise is None:
+            return 0.0
+        return self.noise.largest(len(self.masked)) * self.asked.weight_cap / weight
 
     def _check_once(self, party: str, taken: Mapping[str, object]) -> None:
         if party not in self.clients or party in taken:

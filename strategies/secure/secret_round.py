@@ -174,9 +174,10 @@ class SecretRound:
 
     def _read(self, group: GroupSum, found: SecretSum) -> ClientUpdate:
         largest = float(np.abs(found.mean).max(initial=0.0))
-        if largest > ROUNDING * group.asked.largest:
+        honest = group.asked.largest + group.largest_noise(found.weight)
+        if largest > ROUNDING * honest:
             raise SecureError(
-                f"a value of the mean moved by {largest:.3g}, at most {group.asked.largest:.3g} can be honest"
+                f"a value of the mean moved by {largest:.3g}, at most {honest:.3g} can be honest"
             )
         number, layout = len(group.members), self.session.layout
         shared = _in_sum(group.members[0], self.plan)
@@ -236,8 +237,9 @@ def _group(
         largest=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
         most={client: most[client] for client in members},
     )
-    size = part_size(session.layout, plan.returned) + NUM_NUMBERS
-    return GroupSum(asked, clients, np.zeros(size, np.uint32))
+    size = part_size(session.layout, plan.returned)
+    noise = session.plan.shared_noise(num_values=size, num_parties=len(exchange.parties))
+    return GroupSum(asked, clients, np.zeros(size + NUM_NUMBERS, np.uint32), noise)
 
 
 def _party(client: JoinedClient) -> Party:
