@@ -15,7 +15,10 @@ PACKAGES = ("fedllm", "clients", "strategies", "scripts")
 FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 FLOWER = ("flwr", "ray")
 # Where values become Flower records.
-RECORDS = ("digests", "joining", "leaving", "overlaps", "packets", "refusals", "replies", "requests", "stock")
+RECORDS = (
+    *("digests", "joining", "leaving", "masks", "overlaps", "packets", "refusals", "replies", "requests"),
+    "stock",
+)
 FORBIDDEN = {
     "fedllm": ("clients", "strategies", "scripts", *FLOWER),
     "clients": ("strategies", "scripts"),

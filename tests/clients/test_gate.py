@@ -18,18 +18,22 @@ from clients.kinds import make_app
 from clients.process import Process
 from fedllm import chained_log
 from fedllm.config.run_config import RunConfig
+from fedllm.identity import new_key, public_text
 from fedllm.messages import ClientEvaluation, ClientFailure
 from fedllm.models.files import content_digest, fingerprint
 from fedllm.originality.overlap import OverlapRequest, probe
+from fedllm.plan import secure
 from fedllm.site_policy import load_policy
 from fedllm.wire import joining, overlaps, refusals, replies, requests
 from fedllm.wire.leaving import fields_that_leave
+from fedllm.wire.masks import write_over
 from fedllm.wire.stock import write_plain
 from scripts.runtimes.local import init, local_grid, step
 from tests.builders import evaluate_request, train_request
 
 SALT = bytes(16)
 AT_HOME = {"personal.mode": "finetune", "personal.steps": 2}
+MASKS = {"secure.method": "masks", "federation.num-clients": 3}
 DISTILS = {"distill.when": "every", "distill.text": "synthetic"}
 NUM_ROWS = 40
 
@@ -70,6 +74,9 @@ class Hostile:
     def adapt(self, **changes: Any) -> Any:
         request = evaluate_request(self.holder(), "ward", **changes)
         return self.reply("query.adapt", requests.write_evaluate_request(request, requests.Sending()))
+
+    def unmask(self) -> Any:
+        return self.reply("query.unmask", RecordDict())
 
     def stock(self, kind: str) -> Any:
         adapter = train_request(self.holder(), "ward").adapter
@@ -159,6 +166,42 @@ def test_a_run_beyond_the_policy_is_refused_at_once(
     assert [(entry["question"], entry["code"], entry["bytes"]) for entry in entries()] == [
         ("join", "policy", 0)
     ]
+
+
+def test_where_secret_sums_are_required_no_plain_update_leaves(
+    site: Callable, hostile: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
+    key = public_text(new_key(tmp_path / "site.key"))
+    site(
+        f'key = "site.key"\n[allow]\nsecure-aggregation = "required"\nbundles = ["ab"]\n[peers]\na = "{key}"'
+    )
+    sender = Sender(server="fl:1", node="ward", bundle="ab")
+    plain = hostile(sender)
+    asked = [plain.join(), plain.train(), plain.evaluate(), plain.stock("train"), plain.unmask()]
+    assert asked == ["policy"] * 5
+    assert "[allow] secure-aggregation = 'required', and the run's secure.method is 'none'" in caplog.text
+    server = hostile(sender, **MASKS)
+    joined = server.reply("query.join", joining.write_question("0" * 32))
+    assert (len(joined["secure"]["signatures"][0]), joined["secure"]["pinned"]) == (64, True)
+    assert answered(server.evaluate())
+    assert [server.train(), server.stock("train")] == [
+        "bad-parties",
+        "bad-config",
+    ]  # without the sum's parties
+    assert server.unmask() == "bad-packet"
+
+
+def test_unmasking_is_a_question_of_its_own(site: Callable, hostile: Callable, monkeypatch: Any) -> None:
+    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
+    site('[allow]\nmessages = ["join", "train"]')
+    assert hostile(**MASKS).unmask() == "policy"
+    site("")
+    assert hostile().unmask() == "bad-config"  # nothing is masked in this run
+    server = hostile(**MASKS)
+    over = write_over(round_num=1, plan_digest=server.holder().plan.digest)
+    assert not server.reply("query.unmask", over)
+    assert [entry["question"] for entry in entries()] == ["unmask"] * 3
 
 
 def test_only_an_allowed_server_and_bundle_are_answered(site: Callable, hostile: Callable) -> None:
