@@ -24,6 +24,7 @@ from fedllm.wire.refusals import read_error
 from strategies.grid.deadlines import FIRST_SECONDS, MeasuredTimes
 
 CRASHED = "client error"
+GRACE_SECONDS = 30.0
 _SHORTEST_PAUSE = 0.002  # seconds
 _PAUSE_SHARE = 0.02
 _AT_ONCE = 16  # messages that one look asks for: all replies of a large cohort might not fit into memory
@@ -146,23 +147,26 @@ class Transport:
         group: str,
         deadline: float,
         plan: RoundPlan | None = None,
+        is_enough: Callable[[], bool] = lambda: False,
     ) -> Iterator[Reply]:
         """Send one message per node and yield replies as they arrive, for `deadline` seconds.
 
-        Every node is answered for exactly once: by its first reply, or by a reply without content. A phase
-        that belongs to a round, `plan`, also yields what was late for earlier ones, where that is kept.
+        Once `is_enough` says so, those that are left have `GRACE_SECONDS` from the beginning. Every node is
+        answered for exactly once: by its first reply, or by a reply without content. A phase that belongs to
+        a round, `plan`, also yields what was late for earlier ones, where that is kept.
         """
         wants_late = plan is not None and self.keeps_late
         pending = self._send(contents, message_type=message_type, group=group, plan=plan)
         began = time.monotonic()
-        ends = began + deadline
         unsent = contents.keys() - {sent.node for sent in pending.values()}
         arrived = [Reply(node, None, _NOT_SENT, plan) for node in contents if node in unsent]
         arrived += self._take_overdue() if wants_late else []
         try:
-            while arrived or (pending and time.monotonic() < ends):
+            while arrived or (pending and time.monotonic() - began < deadline):
                 while arrived:
                     yield arrived.pop(0)
+                if is_enough():
+                    deadline = min(deadline, GRACE_SECONDS)
                 arrived = self._take(pending)
                 if wants_late:
                     arrived = self._take_overdue() + arrived

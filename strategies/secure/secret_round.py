@@ -118,7 +118,7 @@ class SecretRound:
         return answers
 
     def _open(self) -> None:
-        """Ask the parties that answered for the shares that open their sums; ends once there are enough."""
+        """Ask the parties that answered for the shares that open their sums."""
         began, session = time.perf_counter(), self.session
         ready = [group for group in self.groups if group.is_enough]
         contents = {}
@@ -134,14 +134,13 @@ class SecretRound:
             message_type=UNMASK,
             group=str(self.plan.round_num),
             deadline=session.deadline(UNMASK),
+            is_enough=lambda: all(group.is_open for group in ready),
         )
         with few(session.watch.notice) as notice:
             for done, reply in enumerate(replies, start=1):
                 for line in self._take_openings(reply, ready):
                     notice(line)
                 session.watch.phase("opening the sum", done, len(contents))
-                if all(group.is_open for group in ready):
-                    break
         self.seconds = time.perf_counter() - began
 
     def _take_openings(self, reply: Reply, ready: Sequence[GroupSum]) -> Iterator[str]:
