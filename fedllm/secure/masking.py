@@ -72,10 +72,9 @@ def mask(
     seeds, box_keys = [], []
     for other, party in enumerate(exchange.parties):
         common = agreed(private, party.run_key)
-        is_me = other == place
-        seeds.append(
-            stream.bytes(SEED_BYTES) if is_me else derived(common, "mask", exchange.digest, length=SEED_BYTES)
-        )
+        pair = sorted((me, party.name))  # with names: who copies another's key does not copy its masks
+        seed = derived(common, "mask", exchange.digest, *pair, length=SEED_BYTES)
+        seeds.append(stream.bytes(SEED_BYTES) if other == place else seed)
         box_keys.append(derived(common, "box", exchange.digest, me, party.name))
     masked = words.copy()
     for other, seed in enumerate(seeds):
@@ -122,7 +121,7 @@ def opening(
     if me not in dealers or not set(dealers) <= set(boxes) & set(commitments):
         raise SecureError(f"{me} cannot open a sum that it is not in, or for which a box is missing", me)
     rows = []
-    for dealer in dealers:
+    for dealer, is_open in _opened(exchange, dealers).items():
         party = exchange.parties[_place(exchange, dealer)]
         key = derived(agreed(private, party.run_key), "box", exchange.digest, dealer, me)
         try:
@@ -132,7 +131,6 @@ def opening(
         hashes = [_hashed(piece) for piece in pieces]
         # Shares that differ from the commitment would later be blamed on this party.
         if len(pieces) == len(exchange.parties) and _equal(_commitment(hashes), commitments[dealer]):
-            is_open = _opened(exchange, dealers, dealer)
             rows += [piece if is_open[place] else hashes[place] for place, piece in enumerate(pieces)]
         else:
             rows.append(bytes(_row_bytes(exchange)))
@@ -155,9 +153,9 @@ def check_opening(
     place = _place(exchange, holder)
     if len(found) != _row_bytes(exchange) * len(dealers):
         raise SecureError(f"the opened shares of {holder} have another size", holder)
+    opened = _opened(exchange, dealers)
     for dealer, row in _rows(found, exchange, dealers).items():
-        is_open = _opened(exchange, dealers, dealer)
-        hashes = [_hashed(piece) if is_open[at] else piece for at, piece in enumerate(_pieces(row))]
+        hashes = [_hashed(piece) if opened[dealer][at] else piece for at, piece in enumerate(_pieces(row))]
         if not _equal(_commitment(hashes), commitments[dealer][place]):
             raise SecureError(f"{holder} opened a wrong share of {dealer}", holder)
 
@@ -175,26 +173,21 @@ def unmasked(
     by holder, those that `check_opening` passed.
 
     Raises:
-        TooFewPartiesError: fewer than the threshold answered, or opened anything.
-        SecureError: names a dealer of whom too many boxes did not open; the sum is then lost.
+        TooFewPartiesError: fewer than the threshold answered, or opened anything. SecureError: too many boxes
+        of one dealer did not open, and the sum is lost; names it where that is certain.
     """
     dealers = _checked_answers(exchange, answered)
     if len(openings) < exchange.threshold:
         raise TooFewPartiesError(
             f"{len(openings)} parties opened shares, and {exchange.threshold} are needed"
         )
-    rows = {
-        _place(exchange, holder) + 1: _rows(found, exchange, dealers) for holder, found in openings.items()
-    }
-    for dealer in dealers:
-        shares = {at: np.frombuffer(row[dealer], np.uint8) for at, row in rows.items() if dealer in row}
-        if len(shares) < exchange.threshold:
-            raise SecureError(f"the boxes of {dealer} do not open, and the sum is lost", dealer)
-        seeds = _pieces(combine(shares, exchange.threshold))
+    rows = {holder: _rows(found, exchange, dealers) for holder, found in openings.items()}
+    seeds = {dealer: _combined(exchange, dealer, rows) for dealer in dealers}
+    for dealer, is_open in _opened(exchange, dealers).items():
         place = _place(exchange, dealer)
-        for other, is_open in enumerate(_opened(exchange, dealers, dealer)):
-            if is_open:
-                add_mask(sum_words, seeds[other], -_sign(place, other))
+        for other, seed in enumerate(seeds[dealer]):
+            if is_open[other]:
+                add_mask(sum_words, seed, -_sign(place, other))
     return sum_words & np.uint32(2**bits - 1)
 
 
@@ -211,9 +204,36 @@ def _sign(place: int, other: int) -> int:
     return 1 if place <= other else -1
 
 
-def _opened(exchange: Exchange, dealers: Sequence[str], dealer: str) -> list[bool]:
-    """Return whether the dealer's mask with each party stays in the sum: its own, and those of the lost."""
-    return [name == dealer or name not in dealers for name in exchange.names]
+def _combined(exchange: Exchange, dealer: str, rows: Mapping[str, Mapping[str, bytes]]) -> list[bytes]:
+    """Return a dealer's seeds, combined from its row at each holder; where hashes stood they mean nothing.
+
+    Raises:
+        SecureError: so many boxes of the dealer did not open that the sum is lost; names it where that is
+        proven.
+    """
+    silent = [holder for holder, row in rows.items() if dealer not in row]
+    if len(rows) - len(silent) < exchange.threshold:
+        # So many that one of them must be honest, or else it is as likely that a single holder lies.
+        is_proven = len(silent) >= 2 * exchange.threshold - len(exchange.parties)
+        raise SecureError(
+            f"the boxes of {dealer} do not open at {', '.join(silent)}: the sum is lost",
+            dealer if is_proven else "",
+        )
+    shares = {
+        _place(exchange, holder) + 1: np.frombuffer(row[dealer], np.uint8)
+        for holder, row in rows.items()
+        if dealer in row
+    }
+    return _pieces(combine(shares, exchange.threshold))
+
+
+def _opened(exchange: Exchange, dealers: Sequence[str]) -> dict[str, list[bool]]:
+    """Return which of each dealer's masks stay in the sum, by party: its own, and those with the lost."""
+    lost = [name not in set(dealers) for name in exchange.names]
+    return {
+        dealer: [name == dealer or is_lost for name, is_lost in zip(exchange.names, lost, strict=True)]
+        for dealer in dealers
+    }
 
 
 def _checked_answers(exchange: Exchange, answered: Collection[str]) -> tuple[str, ...]:

@@ -72,23 +72,29 @@ def leaving_message(case: Case) -> Message:
     vectors = {"update": update.delta}
     if update.control_delta is not None:
         vectors["control variate"] = update.control_delta
+    return message_of(case, request, vectors)
+
+
+def message_of(case: Case, request: TrainRequest, vectors: Mapping[str, torch.Tensor]) -> Message:
+    """Return what a server read in answer to a request, next to the rows that were trained on for it."""
+    layout = case.holder.engine.layout
     rank = min(request.ranks.values())  # several clients of one sum have the same
     return Message(
         clients=tuple(request.drawn),
-        part=part,
+        part=case.holder.plan.aggregation.returned_in(request.round_num),
         layout=at_rank(layout, rank),
         start=with_rank(request.adapter.vector, layout, rank),
         vectors=vectors,
-        rows=tuple(_trained_rows(holder, request)),
+        rows=tuple(_trained_rows(case.holder, request)),
     )
 
 
 def request_of(case: Case) -> TrainRequest:
-    """Return what the run's server would ask of the client, from the finished adapter on."""
+    """Return what the run's server would ask of the client, or of all in a sum, from the adapter on."""
     holder, plan, layout = case.holder, case.holder.plan, case.holder.engine.layout
     able = [name for name, client in holder.clients.items() if client.train]
-    smallest = min(able, key=lambda name: (len(holder.clients[name].train), name))
-    names = tuple(able) if plan.aggregation.node_sum else (smallest,)
+    is_summed = plan.aggregation.node_sum or plan.secure is not None
+    names = able if is_summed else [smallest_client(holder)]
     ranks = plan.ranks(holder.clients)
     adapter, base_delta = case.adapter, no_base_delta(case.adapter.layout)
     if adapter.layout != layout:  # the run added to the base model, and the published adapter has that too
@@ -106,6 +112,12 @@ def request_of(case: Case) -> TrainRequest:
         control=AdapterState(layout, torch.zeros(layout.size)) if with_controls else None,
         clip=plan.privacy.clip if plan.privacy is not None and plan.privacy.is_central else 0.0,
     )
+
+
+def smallest_client(holder: DataHolder) -> str:
+    """Return the client with fewest rows to train on, whose message hides least."""
+    able = [name for name, client in holder.clients.items() if client.train]
+    return min(able, key=lambda name: (len(holder.clients[name].train), name))
 
 
 def _trained_rows(holder: DataHolder, request: TrainRequest) -> Iterator[Encoded]:

@@ -41,6 +41,8 @@ def _inversion_rows(inversion: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             cells = (found[guess], others[guess], None, control[guess])
             label = "tokens read" if name == "update" else name
             yield f"{label}, {guess}", *(_number(cell, "f1") for cell in cells)
+    for guess in ("closest", "spanned") if "masked" in control else ():
+        yield f"control under masks, {guess}", "-", "-", "-", _number(control["masked"][guess], "f1")
 
 
 def _canary_rows(canaries: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -8,12 +8,14 @@ for bit.
     python -m scripts.benchmarks secure --quick --json
 
 A client's seconds are those of rounding, masking and opening shares; the server's of unpacking, adding,
-checking, and removing masks. Bytes are those a client sends, over its values as float32.
+checking, and removing masks. Bytes are those a client sends, over its values as float32. Where the extra `he`
+is installed, homomorphic encryption of the same ring is measured as well.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ import typer
 from rich.console import Console
 
 from fedllm.secure.agreement import derived, public_of, secret_stream
+from fedllm.secure.homomorphic import CipherSum, decrypt, encrypt, new_keys
 from fedllm.secure.masking import Masked, check_opening, mask, opening, unmasked
 from fedllm.secure.parties import Exchange, Party
 from fedllm.secure.ring import BITS, quantise, step_for, unpack
@@ -31,6 +34,7 @@ from scripts.reports import Goal, figures_table, publish, spread
 PACKAGES = ("fedllm", "numpy", "cryptography")
 LOST = ((10, 3, 0), (10, 2, 1), (30, 10, 0), (30, 5, 5), (100, 33, 0), (100, 20, 13))  # parties, lost in each
 GOAL_BYTES, GOAL_CLIENT, GOAL_SERVER = 0.80, 0.3, 6.0
+GOAL_HE_BYTES, GOAL_HE = 4.0, 2.0  # seconds to encrypt and decrypt
 GOAL_VALUES = 2_442_240  # the adapter for which the goals of seconds are
 
 
@@ -93,11 +97,37 @@ def measured_sum(number: int, lost_first: int, lost_second: int, num_values: int
     }
 
 
+def measured_encryption(number: int, num_values: int) -> dict[str, Any]:
+    """Return the figures of one sum of ciphertexts; the extra `he` must be installed."""
+    keys, total = new_keys(), CipherSum(num_values)
+    plain = np.zeros(num_values, np.uint32)
+    encrypted_s, added_s, num_bytes = [], [], 0
+    for party in range(number):
+        words = secret_stream(derived(b"benchmark", party)).words(num_values) & np.uint32(2**BITS - 1)
+        sent = timed(partial(encrypt, keys.public, words, BITS))
+        added = timed(partial(total.add, sent.value, f"{party}"))
+        plain += words
+        encrypted_s.append(sent.timing.cpu)
+        added_s.append(added.timing.cpu)
+        num_bytes = len(sent.value)
+    found = timed(partial(decrypt, keys.secret, total.content(), num_values, BITS))
+    return {
+        "values": num_values,
+        "parties": number,
+        "encrypt_cpu_s": spread(encrypted_s),
+        "add_cpu_s": spread(added_s),
+        "decrypt_cpu_s": found.timing.cpu,
+        "up_bytes": num_bytes,
+        "over_float32": num_bytes / (4 * num_values),
+        "is_exact": bool(np.array_equal(found.value, plain & np.uint32(2**BITS - 1))),
+    }
+
+
 def _add(total: np.ndarray, packed: bytes) -> None:
     total += unpack(packed, len(total))
 
 
-def goals_of(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Goal]:
+def goals_of(sums: Mapping[str, Mapping[str, Any]], encrypted: Mapping[str, Any]) -> dict[str, Goal]:
     """Return the goals, each judged on the worst sum; seconds are those of adapters up to the goal's size."""
     timely = [each for each in sums.values() if each["values"] <= GOAL_VALUES]
     goals = {
@@ -111,11 +141,16 @@ def goals_of(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Goal]:
         goals["client_cpu_s"] = Goal(client, GOAL_CLIENT, at_most=True)
         server = max(each["server_cpu_s"] for each in timely)
         goals["server_cpu_s"] = Goal(server, GOAL_SERVER, at_most=True)
+    if encrypted:
+        seconds = encrypted["encrypt_cpu_s"].median + encrypted["decrypt_cpu_s"]
+        goals["he_bytes_over_float32"] = Goal(encrypted["over_float32"], GOAL_HE_BYTES, at_most=True)
+        goals["he_cpu_s"] = Goal(seconds, GOAL_HE, at_most=True)
+        goals["exact_he_sums"] = Goal(encrypted["is_exact"], 1)
     return goals
 
 
-def show(console: Console, sums: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print one row for each sum."""
+def show(console: Console, sums: Mapping[str, Mapping[str, Any]], encrypted: Mapping[str, Any]) -> None:
+    """Print one row for each masked sum, and a line on homomorphic encryption."""
     rows = {
         name: [
             each["client_cpu_s"].text(3),
@@ -131,6 +166,12 @@ def show(console: Console, sums: Mapping[str, Mapping[str, Any]]) -> None:
     console.print(
         figures_table("values, parties - lost in the first exchange - in the second", columns, rows)
     )
+    if encrypted:
+        console.print(
+            f"homomorphic: {encrypted['over_float32']:.2f} of float32, encrypt"
+            f" {encrypted['encrypt_cpu_s'].median:.2f} s, add {encrypted['add_cpu_s'].median:.2f} s,"
+            f" decrypt {encrypted['decrypt_cpu_s']:.2f} s, exact {encrypted['is_exact']}"
+        )
 
 
 def measure(sizes: Sequence[int], most_parties: int) -> dict[str, dict[str, Any]]:
@@ -148,6 +189,7 @@ def main(options: Options) -> None:
     console, machine = start_benchmark(options, PACKAGES)
     sizes = [int(number) for number in options.values.split(",")]
     sums = measure(sizes[:1] if options.quick else sizes, 30 if options.quick else options.parties)
-    show(console, sums)
-    figures = {"environment": machine, "settings": {"bits": BITS}, "sums": sums}
-    publish(options, "bench_secure", figures, goals_of(sums))
+    encrypted = measured_encryption(10, sizes[0]) if find_spec("tenseal") else {}
+    show(console, sums, encrypted)
+    figures = {"environment": machine, "settings": {"bits": BITS}, "sums": sums, "homomorphic": encrypted}
+    publish(options, "bench_secure", figures, goals_of(sums, encrypted))

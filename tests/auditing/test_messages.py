@@ -12,8 +12,12 @@ from clients.jobs import make_job
 from clients.process import Process
 from clients.techniques import plan_node_round
 from clients.train import train_clients
-from scripts.auditing.messages import leaving_message, request_of
+from fedllm.plan import secure
+from scripts.auditing.control import overfit
+from scripts.auditing.inversion import inversion_report
+from scripts.auditing.messages import leaving_message, request_of, smallest_client
 from scripts.auditing.opening import Case, open_case
+from scripts.auditing.secret_messages import secret_messages
 from scripts.finished_run import own_rows
 
 CENTRAL = {
@@ -102,3 +106,25 @@ def test_clients_of_smaller_rank_send_less(make_case: Callable) -> None:
     message = leaving_message(make_case({"lora.client-ranks": "anna:2,ben:4"}))
     assert message.layout.rank == 2
     assert message.vectors["update"].shape == (message.layout.size,) == message.start.shape
+
+
+def test_under_masks_one_message_says_nothing(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are read from it as by chance, where the same message in plain gives them away."""
+    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
+    keys = {"federation.num-clients": 3, "data.partition": "iid"}
+    case = make_case({**keys, "secure.method": "masks"})
+    learnt, single = secret_messages(case)
+    assert len(learnt.clients) == 3
+    assert learnt.part == "a"
+    assert single.clients == (smallest_client(case.holder),)
+    report = inversion_report(case, overfit(case, 1))
+    control = report["positive_control"]
+    assert set(report["run"]) == {"update", "one message, masked", "one message, in plain"}
+    for guess in ("closest", "spanned"):
+        assert control[guess]["f1"] == 1
+        # 13 guesses of which 4 % are right by chance: seven are once in 10^7 audits.
+        assert control["masked"][guess]["f1"] < 0.5
+    # What the server learns is the mean of all, as it is without masks.
+    summed = {**keys, "wire.node-sum": True, "aggregation.preset": "rolora"}
+    mean = leaving_message(make_case(summed, "other")).vectors["update"]
+    torch.testing.assert_close(learnt.vectors["update"], mean, rtol=0, atol=1e-6)

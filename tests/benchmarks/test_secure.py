@@ -11,4 +11,4 @@ def test_a_measured_sum_is_exact_and_counts_its_bytes(lost: tuple[int, int]) -> 
     assert found["is_exact"]
     assert found["up_bytes"] == 3 * 2000 + 10 * (10 * 16 + 28 + 32)
     assert found["second_up_bytes"] == (10 - lost[0]) * 10 * 16
-    assert goals_of({"one": found})["exact_sums"].met
+    assert goals_of({"one": found}, {})["exact_sums"].met

@@ -68,7 +68,7 @@ NO_OWN_MASK = (
         "        add_mask(masked, seed, _sign(place, other))",
         "        other == place or add_mask(masked, seed, _sign(place, other))",
     ),
-    ("            if is_open:\n", "            if is_open and other != place:\n"),
+    ("            if is_open[other]:\n", "            if is_open[other] and other != place:\n"),
 )
 BOTH_OPENED = ("rows += [piece if is_open[place] else hashes[place] for", "rows += [piece for")
 
