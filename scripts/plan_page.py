@@ -118,6 +118,11 @@ def _what_travels(plan: RunPlan, figures: Mapping[str, Any]) -> str:
         )
         for way in ("bytes up", "bytes down")
     )
+    if plan.secure is not None:
+        return (
+            f"What travels: adapter changes in secret sums ({plan.secure.method}), {up}, of which the server"
+            f" learns the sum alone; the adapter, {down}."
+        )
     return f"What travels: adapter changes as {codec}, {up}; the adapter, {down}; and a few numbers."
 
 

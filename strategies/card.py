@@ -18,6 +18,7 @@ from fedllm.runs.privacy_statement import in_words, statement_of
 from fedllm.runs.spread import measured_ends, spread_of
 from strategies.distillation.report import describe_gap, name_kind
 from strategies.divergence import warnings_of
+from strategies.secure.trust import card_text
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -91,7 +92,7 @@ def model_card(
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
 {_loss_table(plan, state, holders)}
-{_privacy_text(plan, state)}
+{card_text(plan.secure, joined.values()) if plan.secure is not None else ""}{_privacy_text(plan, state)}
 The held-out numbers come from the data holders' own rows and say nothing about other tasks.
 
 Made with {", ".join(f"{name} {number}" for name, number in environment(plan.config.model).items())}.
@@ -144,9 +145,10 @@ def _training_text(plan: RunPlan, state: ServerState, holders: Holders) -> str:
     layout, train = state.adapter.layout, config.train
     up = sum(record.bytes_up for record in records) / 1e6
     down = sum(record.bytes_down for record in records) / 1e6
+    sent = f"{config.wire.codec} deltas" if plan.secure is None else "parts of secret sums"
     return f"""{_rounds_text(plan, state)} of federated fine-tuning with fedllm. {holders.in_words}
 Adapter tensors and a few numbers left the data holders, no text
-({up:.3g} MB up as {config.wire.codec} deltas, {down:.3g} MB down).
+({up:.3g} MB up as {sent}, {down:.3g} MB down).
 LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 {train.local_steps} local AdamW steps of {train.batch_size} rows at learning rate {train.learning_rate:g};
 {_rule_text(plan)}; seed {config.seed}.{_base_delta_note(state)}{_local_note(plan)}{_distil_note(state)}"""

@@ -17,17 +17,16 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.config.run_config import RunConfig
-from fedllm.errors import ConfigError
-from fedllm.plan.run_plan import check_nodes_agree, resolve
+from fedllm.plan.run_plan import check_nodes_agree, check_one_exchange, resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord
 from fedllm.wire.stock import read_plain, write_plain
 from strategies.exchange.evaluation import read_evaluations
 from strategies.exchange.receiving import read_reply
-from strategies.exchange.requesting import evaluate_requests
+from strategies.exchange.requesting import begin_round, evaluate_requests
 from strategies.grid.transport import reply_of
 from strategies.privacy import check_budget
-from strategies.rounds import aggregate, begin_round
+from strategies.rounds import aggregate
 from strategies.run import run_federation
 from strategies.session import SILENT, Session, Watch
 from strategies.start import open_session
@@ -102,8 +101,7 @@ class FederatedLora(Strategy):
             ConfigError: the run has secret sums, which take more than this step and the next.
         """
         session = self._open(grid)
-        if session.plan.secure is not None:  # between its steps Flower has none for a second exchange
-            raise ConfigError("secure.method: Flower's own round loop cannot open a secret sum; use `start`")
+        check_one_exchange(session.plan)
         before = self._state or ServerState(0, session.initial)
         adapter = read_plain(arrays, session.layout)
         self._state = replace(before, round_num=server_round - 1, adapter=adapter)

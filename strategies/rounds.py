@@ -4,21 +4,18 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from flwr.app import RecordDict
-
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord, TrainingRecord
 from strategies.cohort.late_updates import discounted
-from strategies.cohort.plan_round import plan_round
 from strategies.collector import RoundOutcome
 from strategies.collectors import open_collectors
 from strategies.divergence import check_finite
 from strategies.exchange.causes import failure_of, stays
 from strategies.exchange.evaluation import evaluate, measured_in_training
-from strategies.exchange.joining import rejoin, wait_for_nodes
+from strategies.exchange.joining import wait_for_nodes
 from strategies.exchange.receiving import Answer, receive, sort_answers
-from strategies.exchange.requesting import train_requests
+from strategies.exchange.requesting import begin_round
 from strategies.privacy import check_budget
 from strategies.secure.secret_round import open_secret_round
 from strategies.session import Session
@@ -86,15 +83,6 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOu
         seconds=time.perf_counter() - began,
     )
     return (replace(after, records=(*after.records, record)) if record.applied else after), record
-
-
-def begin_round(
-    session: Session, state: ServerState, attempt: int = 1
-) -> tuple[RoundPlan, dict[int, RecordDict]]:
-    """Return the plan of the next round and its message to every node; nothing is sent yet."""
-    rejoin(session)  # who has appeared since the last round may be chosen
-    plan = plan_round(session, state, attempt)
-    return plan, train_requests(session, state, plan)
 
 
 def aggregate(

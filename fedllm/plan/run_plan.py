@@ -251,3 +251,13 @@ def check_nodes_agree(config: RunConfig, given: RunConfig) -> None:
                 f"{key} = {value!r}: the nodes were given {theirs.get(key)!r} and compute with it; set it in"
                 " the configuration that they are given too"
             )
+
+
+def check_one_exchange(plan: RunPlan) -> None:
+    """Refuse a round loop that sends one message a round, and no second one to open a secret sum.
+
+    Raises:
+        ConfigError: the run has secret sums.
+    """
+    if plan.secure is not None:
+        raise ConfigError("secure.method: Flower's own round loop cannot open a secret sum; use `start`")

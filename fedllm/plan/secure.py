@@ -10,7 +10,7 @@ from fedllm.config.keys import SecureConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
 
-BUILT: frozenset[str] = frozenset()
+BUILT = frozenset({"masks"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from fedllm.secure.agreement import (
     secret_stream,
 )
 from fedllm.secure.parties import Exchange
-from fedllm.secure.ring import BITS, pack
+from fedllm.secure.ring import BITS, pack, packed_size
 from fedllm.secure.shares import combine, split
 
 COMMITMENT_BYTES = 32
@@ -189,6 +189,12 @@ def unmasked(
             if is_open[other]:
                 add_mask(sum_words, seed, -_sign(place, other))
     return sum_words & np.uint32(2**bits - 1)
+
+
+def sent_bytes(size: int, num_parties: int, bits: int = BITS) -> int:
+    """Return the bytes that a party sends in both exchanges for a vector [size], if nobody is lost."""
+    row = SEED_BYTES * num_parties
+    return packed_size(size, bits) + num_parties * (row + BOX_BYTES + COMMITMENT_BYTES + row)
 
 
 def plain_sum(vectors: Sequence[np.ndarray], bits: int = BITS) -> np.ndarray:

@@ -23,13 +23,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedllm.errors import OtherConfigError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate
+from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.distributed import SharedNoise
-from fedllm.secure.masking import Masked
-from fedllm.secure.parties import LABEL_BYTES, Exchange, Party
-from fedllm.secure.vector import Scale
-from fedllm.wire.packets import list_field, packet_of, scalar_field, to_array
+from fedllm.secure.masking import Masked, sent_bytes
+from fedllm.secure.parties import LABEL_BYTES, Exchange, Party, group_sizes
+from fedllm.secure.vector import NUM_NUMBERS, Scale
+from fedllm.wire.packets import list_field, packet_of, payload_bytes, scalar_field, to_array
 from fedllm.wire.replies import read_codes, write_codes
 
+UNMASK = "query.unmask"  # the type of the message that opens sums
 _SUM, _UNMASK, _BOXES, _COMMITMENTS = "secure-", "unmask-", "boxes-", "commitments-"
 _MASKED = ("masked", "boxes", "commitments")
 
@@ -85,6 +87,13 @@ class MaskedAnswer:
     trained: tuple[str, ...]
     failed: tuple[ClientFailure, ...]
     masked: Mapping[str, Masked] = field(default_factory=dict)
+
+
+def delta_bytes(plan: RunPlan, size: int) -> int:
+    """Return the bytes in which a delta of `size` values travels, headers left out."""
+    if plan.secure is None:
+        return payload_bytes(size, plan.config.wire.codec)
+    return sent_bytes(size + NUM_NUMBERS, group_sizes(plan.cohort.size)[0])
 
 
 # --- the parties of a sum ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from fedllm.plan.aggregation import AXES
 from fedllm.plan.capabilities import assigned
 from fedllm.plan.run_plan import RunPlan, resolve
 from fedllm.runs.privacy_statement import summary_line
+from fedllm.wire.masks import delta_bytes
 from fedllm.wire.packets import payload_bytes
 from scripts.console import Console
 from scripts.finished_run import own_rows
@@ -111,7 +112,10 @@ def figures_of(plan: RunPlan, holder: DataHolder) -> dict[str, Any]:
         **_bytes(plan, layout, [client.client_id for client in clients]),
         "aggregation": _aggregation(plan),
         "distillation": _distillation(config.distill),
-        "privacy": summary_line(privacy) if privacy else "no differential privacy; updates are not masked",
+        "privacy": summary_line(privacy) if privacy else "no differential privacy",
+        "secret sums": f"{plan.secure.method}, among at least {plan.secure.min_parties} parties"
+        if plan.secure
+        else "none; the server sees every update",
     }
 
 
@@ -158,7 +162,7 @@ def _bytes(plan: RunPlan, layout: AdapterLayout, clients: Sequence[str]) -> dict
 
     def packet(rank: int) -> float:
         sizes = (part_size(at_rank(layout, rank), part) for part in parts)
-        mean = sum(payload_bytes(size, config.wire.codec) for size in sizes) / len(parts)
+        mean = sum(delta_bytes(plan, size) for size in sizes) / len(parts)
         return mean + payload_bytes(controls, config.wire.codec)
 
     if config.wire.node_sum:

@@ -88,6 +88,17 @@ class Admission:
             )
         return "" if self.plan.secure is None else self._refusal_of_key(client)
 
+    def warning_of(self, clients: Collection[JoinedClient]) -> str:
+        """Return what secret sums are worth where sites let the server choose their code, "" elsewhere."""
+        loose = sum(not client.is_pinned for client in clients)
+        if self.plan.secure is None or not loose:
+            return ""
+        return (
+            f"secret sums: {loose} of {len(clients)} clients run whatever code the server ships, which might"
+            " send their updates in the clear; they are worth something where sites pin the code ([allow]"
+            " bundles)"
+        )
+
     def _refusal_of_key(self, client: JoinedClient) -> str:
         """Return why a client cannot take part in secret sums, "" where it can."""
         if not client.run_key:

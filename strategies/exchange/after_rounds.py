@@ -1,4 +1,4 @@
-"""After the last round: held-out losses that are missing yet, and clients that train on at home."""
+"""After the last round: held-out losses that are missing yet, training on at home, the end of run keys."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +11,7 @@ from fedllm.plan.training import HomeTraining
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import HomeRecord
 from fedllm.wire import replies
+from fedllm.wire.masks import UNMASK, write_over
 from strategies.divergence import check_finite
 from strategies.exchange.causes import few, grouped
 from strategies.exchange.evaluation import evaluate
@@ -32,6 +33,25 @@ def evaluate_last(session: Session, state: ServerState) -> ServerState:
     state = replace(state, records=(*earlier, last))
     check_finite(session.config, state, last, is_saved=True)
     return state
+
+
+def end_keys(session: Session, round_num: int) -> None:
+    """Tell all nodes that no further sum is to be opened, so that they remove the keys of the run.
+
+    A node that does not hear of it keeps them until its owner clears the run's state.
+    """
+    if session.plan.secure is None:
+        return
+    over = write_over(round_num=round_num, plan_digest=session.plan.digest)
+    exchange = session.transport.exchange(
+        dict.fromkeys(session.transport.node_ids(), over),
+        message_type=UNMASK,
+        group=str(round_num),
+        deadline=session.deadline(UNMASK),
+        is_enough=lambda: True,
+    )
+    for _ in exchange:  # what they answer says nothing
+        pass
 
 
 def train_on_at_home(session: Session, state: ServerState) -> ServerState:

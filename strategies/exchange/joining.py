@@ -59,6 +59,8 @@ def join_clients(
                 " going on without the rest"
             )
         placed = _placed(transport, admission, usable, notice)
+        if warning := admission.warning_of(placed.values()):
+            notice(warning)
     if len(placed) < federation.min_clients:
         nodes = {f"node {node}": transport.words_of(node) or why for node, why in transport.refused.items()}
         limit = f"within {federation.join_deadline:g} s"

@@ -8,10 +8,21 @@ from fedllm.messages import EvaluateRequest, TrainRequest
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan
 from fedllm.wire.requests import write_evaluate_request, write_train_request
+from strategies.cohort.plan_round import plan_round
 from strategies.control_variates import control_of
+from strategies.exchange.joining import rejoin
 from strategies.grid.what_nodes_hold import part_to_send
 from strategies.privacy import clip_of
 from strategies.session import Session
+
+
+def begin_round(
+    session: Session, state: ServerState, attempt: int = 1
+) -> tuple[RoundPlan, dict[int, RecordDict]]:
+    """Return the plan of the next round and its message to every node; nothing is sent yet."""
+    rejoin(session)  # who has appeared since the last round may be chosen
+    plan = plan_round(session, state, attempt)
+    return plan, train_requests(session, state, plan)
 
 
 def train_requests(session: Session, state: ServerState, plan: RoundPlan) -> dict[int, RecordDict]:

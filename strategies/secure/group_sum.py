@@ -12,6 +12,7 @@ from fedllm.secure.parties import Exchange
 from fedllm.secure.ring import unpack
 from fedllm.secure.vector import SecretSum, read_sum
 from fedllm.wire.masks import AskedSum, Unmasking
+from strategies.exchange.validation import ROUNDING
 
 
 @dataclass(eq=False)
@@ -111,13 +112,15 @@ class GroupSum:
             if error.party:
                 self.faults[error.party] = str(error)
             raise
-        return read_sum(words, self.asked.scale(most_tokens, self.noise))
-
-    def largest_noise(self, weight: float) -> float:
-        """Return the most that shares of noise can move a value of the mean by, whose weight is `weight`."""
-        if self.noise is None:
-            return 0.0
-        return self.noise.largest(len(self.masked)) * self.asked.weight_cap / weight
+        found = read_sum(words, self.asked.scale(most_tokens, self.noise))
+        moved, largest = float(np.abs(found.mean).max()), self.asked.largest
+        if self.noise is not None:
+            largest += self.noise.largest(len(self.masked)) * self.asked.weight_cap / found.weight
+        if moved > ROUNDING * largest:
+            raise SecureError(
+                f"a value of the mean moved by {moved:.3g}, at most {largest:.3g} can be honest"
+            )
+        return found
 
     def _check_once(self, party: str, taken: Mapping[str, object]) -> None:
         if party not in self.clients or party in taken:

@@ -26,17 +26,14 @@ from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.runs.records import RoundPlan, RoundRecord, SecureRecord
 from fedllm.secure.parties import Exchange, Party, in_groups, label_of
 from fedllm.secure.vector import NUM_NUMBERS, SecretSum
-from fedllm.wire.masks import AskedSum, add_sums, read_masked, read_openings, write_unmask
+from fedllm.wire.masks import UNMASK, AskedSum, add_sums, read_masked, read_openings, write_unmask
 from strategies.cohort.voices import largest_weight
 from strategies.exchange.causes import few
 from strategies.exchange.receiving import Answer, receive
-from strategies.exchange.validation import ROUNDING
 from strategies.grid.transport import Reply
 from strategies.privacy import largest_noise
 from strategies.secure.group_sum import GroupSum
 from strategies.session import Session
-
-UNMASK = "query.unmask"
 
 
 @dataclass(eq=False)
@@ -66,7 +63,7 @@ class SecretRound:
                 yield answer
         self._open()
         for group in self.groups:
-            yield from self._update_of(group)
+            yield from self._answers_of(group)
         self.session.barred.update(dict.fromkeys(self._faults(), self.plan.round_num))
 
     def noted_in(self, record: RoundRecord) -> RoundRecord:
@@ -160,24 +157,17 @@ class SecretRound:
                 if client in group.faults:
                     yield group.faults[client]
 
-    def _update_of(self, group: GroupSum) -> Iterator[Answer]:
+    def _answers_of(self, group: GroupSum) -> Iterator[Answer]:
         """Yield the update of a group, or that its clients have none."""
         try:
             found = group.opened(self.session.plan.most_tokens(self.plan.round_num))
-            update = self._read(group, found)
         except SecureError as error:
             yield from (_failure(client, error) for client in group.members)
-            return
-        if update.members:
-            yield update
+        else:
+            yield self._update(group, found)
 
-    def _read(self, group: GroupSum, found: SecretSum) -> ClientUpdate:
-        largest = float(np.abs(found.mean).max(initial=0.0))
-        honest = group.asked.largest + group.largest_noise(found.weight)
-        if largest > ROUNDING * honest:
-            raise SecureError(
-                f"a value of the mean moved by {largest:.3g}, at most {honest:.3g} can be honest"
-            )
+    def _update(self, group: GroupSum, found: SecretSum) -> ClientUpdate:
+        """Return the update of all clients of a group: of each it says what their mean says."""
         number, layout = len(group.members), self.session.layout
         shared = _in_sum(group.members[0], self.plan)
         members = tuple(

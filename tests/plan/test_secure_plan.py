@@ -6,15 +6,9 @@ import pytest
 
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
-from fedllm.plan import secure
 from fedllm.plan.run_plan import resolve
 
 MASKS = {"secure.method": "masks"}
-
-
-@pytest.fixture(autouse=True)
-def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
 
 
 def test_a_method_that_is_not_built_is_refused() -> None:

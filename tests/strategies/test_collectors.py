@@ -12,6 +12,7 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundRecord
 from strategies import rounds
 from strategies.collectors import open_collectors
+from strategies.exchange.requesting import begin_round
 from strategies.rounds import run_round
 
 NAMES = ("anna", "ben", "cleo", "dora")
@@ -88,7 +89,7 @@ def test_a_round_opens_the_techniques_its_plan_names(
     flat: dict[str, Any], number: int, make_config: Callable, open_run: Callable
 ) -> None:
     run = open_run(make_config(flat))
-    plan, _ = rounds.begin_round(run.session, run.state)
+    plan, _ = begin_round(run.session, run.state)
     assert len(open_collectors(run.session, run.state, plan)) == number
 
 

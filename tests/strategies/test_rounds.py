@@ -15,7 +15,8 @@ from fedllm.errors import RunFailedError
 from fedllm.messages import ClientUpdate
 from fedllm.plan.run_plan import resolve
 from fedllm.wire.refusals import write_error
-from strategies.rounds import aggregate, begin_round, next_round, run_round
+from strategies.exchange.requesting import begin_round
+from strategies.rounds import aggregate, next_round, run_round
 from strategies.run import check_failure_rate
 
 EVERYBODY = ("anna", "ben", "cleo", "dora")

@@ -1,6 +1,8 @@
 """Secret sums in rounds of four tiny clients: the sum is that of plain words, whoever is lost on the way."""
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,15 +10,18 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from clients import masks as client_masks
+from clients.client_app import app
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError, RunFailedError
-from fedllm.plan import secure
 from fedllm.secure.masking import plain_sum
 from fedllm.secure.parties import Exchange
 from fedllm.wire import packets
+from scripts.runtimes.local import local_grid
 from strategies.flower_strategy import FederatedLora
 from strategies.rounds import next_round
+from strategies.run import run_federation
 from strategies.secure import group_sum, secret_round
+from strategies.session import Watch
 from tests.strategies.conftest import NAMES, Run
 
 MASKS = {"secure.method": "masks"}
@@ -27,7 +32,7 @@ Words: TypeAlias = dict[bytes, dict[str, np.ndarray]]
 
 @pytest.fixture(autouse=True)
 def words(monkeypatch: pytest.MonkeyPatch) -> Words:
-    """Let the method run; return label -> party -> the words that go under its masks."""
+    """Return label -> party -> the words that go under its masks."""
     found: Words = {}
     mask = client_masks.mask
 
@@ -35,7 +40,6 @@ def words(monkeypatch: pytest.MonkeyPatch) -> Words:
         found.setdefault(exchange.label, {})[name] = words.copy()
         return mask(name, private, exchange, words, secret)
 
-    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
     monkeypatch.setattr(client_masks, "mask", spied)
     return found
 
@@ -286,3 +290,19 @@ def test_flowers_own_loop_has_no_second_exchange(
     run = open_run(make_config(MASKS))
     with pytest.raises(ConfigError, match=r"secure\.method: Flower's own round loop"):
         FederatedLora(make_config(MASKS)).configure_train(1, ArrayRecord(), ConfigRecord(), run.grid)
+
+
+def test_a_run_ends_its_keys_and_says_what_it_hid(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    flat = {**MASKS, "run.output": str(tmp_path), "federation.num-rounds": 1, "evaluation.every": "ends"}
+    config, notices = make_config(flat), list[str]()
+    run_federation(config, local_grid(config, app, num_nodes=2), Watch(notice=notices.append))
+    folder = tmp_path / "run"
+    assert not list((folder / "private").rglob("key"))
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "## What the server saw" in card
+    assert "0 of 4 data holders say that their site runs only code it has pinned" in card
+    assert any("4 of 4 clients run whatever code the server ships" in line for line in notices)
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert rounds[-1]["secure"]["answered"] == 4
