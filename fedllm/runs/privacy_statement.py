@@ -112,9 +112,14 @@ def in_words(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
 
 def summary_line(plan: PrivacyPlan) -> str:
     """Return what a plan promises, in one line."""
-    return (
+    promise = (
         f"epsilon {plan.epsilon:g} at delta {plan.delta:g} for {_UNITS[plan.unit]}; {_NOISED_BY[plan.trust]}"
     )
+    if not plan.is_distributed:
+        return promise
+    number = round(plan.denominator)
+    more = f"{plan.noise_of_all(number):.2f} times the planned"
+    return f"{promise}; where all {number} of a round answer, the noise is {more}"
 
 
 def _mechanism(plan: PrivacyPlan) -> str:
