@@ -91,11 +91,12 @@ def party_statement(run: str, plan_digest: str, name: str, run_key: bytes) -> by
 def in_groups(parties: Sequence[Party], label: bytes) -> list[Exchange]:
     """Return one exchange of all parties, or where there are more than 100 of groups of about 64.
 
-    The label decides who is in which group; each has a label of its own.
+    Keys of the run decide who is in which group, so another attempt at a round has the same groups: the
+    difference of two that overlap would be the sum of few. Each has a label of its own.
     """
     if len(parties) <= MOST_TOGETHER:
         return [Exchange(label, tuple(sorted(parties, key=lambda party: party.name)))]
-    mixed = sorted(parties, key=lambda party: hashlib.sha256(label + party.name.encode()).digest())
+    mixed = sorted(parties, key=lambda party: party.run_key)
     number = len(group_sizes(len(parties)))
     groups = [sorted(mixed[index::number], key=lambda party: party.name) for index in range(number)]
     labels = [hashlib.sha256(label + index.to_bytes(4)).digest() for index in range(number)]

@@ -55,6 +55,13 @@ def test_every_loss_in_both_exchanges_gives_the_plain_sum(number: int) -> None:
             assert np.array_equal(total, found.plain_sum(answered)), (answered, openers)
 
 
+def test_thirty_parties_may_lose_ten() -> None:
+    """With floor(2 n / 3) + 1 for a threshold they could not."""
+    found = secret_sum(30)
+    answered = found.exchange.names[3:23]
+    assert np.array_equal(found.unmasked(answered, answered), found.plain_sum(answered))
+
+
 @settings(deadline=None, max_examples=15)
 @given(data=st.data(), number=st.integers(3, 7), seed=st.integers(0, 2**32))
 def test_any_vectors_give_the_plain_sum(data: st.DataObject, number: int, seed: int) -> None:
