@@ -9,13 +9,13 @@ from clients.adapt import adapt_clients
 from clients.data_holder import DataHolder
 from clients.evaluate import evaluate_clients
 from clients.join import answer_join
-from clients.masks import answer_unmask, train_masked
 from clients.originality import answer_overlap, check_limit
 from clients.protect import node_mean
+from clients.secret_sums import OPEN_SUM, TRAIN_SECRETLY
 from clients.stock import evaluate_for_stock, train_for_stock
 from clients.train import train_clients
 from fedllm.errors import ConfigError
-from fedllm.messages import ClientUpdate, TrainRequest
+from fedllm.messages import ClientUpdate
 from fedllm.wire import overlaps, packets, replies, requests
 
 Handler: TypeAlias = Callable[[DataHolder, RecordDict, Context], RecordDict]
@@ -78,11 +78,6 @@ def _holding(holder: DataHolder) -> requests.Holding:
     )
 
 
-# A method of secret sums: how it answers a train request, and the exchange that opens its sum.
-TRAIN_SECRETLY: Mapping[str, Callable[[DataHolder, TrainRequest, RecordDict], RecordDict]] = {
-    "masks": train_masked
-}
-OPEN_SUM: Mapping[str, Callable[[DataHolder, RecordDict], RecordDict]] = {"masks": answer_unmask}
 FOR_FEDLLM: Mapping[str, Handler] = {
     "query.join": _join,
     "query.unmask": _unmask,

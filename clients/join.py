@@ -9,7 +9,7 @@ from flwr.app import RecordDict
 from clients.coarse import coarse_joined
 from clients.data_holder import DataHolder
 from clients.lost_rows import describe_left_out
-from clients.parties import declare_party
+from clients.parties import declare_party, public_key
 from fedllm.errors import RowsLostError
 from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import JoinedClient
@@ -63,7 +63,13 @@ def declare_clients(holder: DataHolder, node_id: int) -> list[JoinedClient]:
 
 def _with_key(holder: DataHolder, client: JoinedClient, *, is_pinned: bool) -> JoinedClient:
     party = declare_party(holder, client.client_id)
-    return replace(client, run_key=party.run_key, key_signature=party.signature, is_pinned=is_pinned)
+    return replace(
+        client,
+        run_key=party.run_key,
+        key_signature=party.signature,
+        is_pinned=is_pinned,
+        public_key=public_key(holder, client.client_id),
+    )
 
 
 def prove(holder: DataHolder, question: RecordDict, clients: Sequence[JoinedClient]) -> Proof | None:

@@ -4,15 +4,16 @@ Both answers are in the ledger of their label before they leave (`clients.run_ke
 in `fedllm.secure.masking`.
 """
 
+import numpy as np
 from flwr.app import RecordDict
 
 from clients.data_holder import DataHolder
-from clients.parties import OwnParty, kept_exchange, own_parties, party_words
+from clients.parties import OwnParty, forget_keys, kept_exchange, own_parties
 from clients.run_keys import run_keys
 from clients.technique import failure_of
-from clients.train import train_clients
+from clients.train_parties import train_parties
 from fedllm.errors import CheckpointError, SecureError
-from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
+from fedllm.messages import ClientFailure, TrainRequest
 from fedllm.secure.masking import Masked, mask, opening
 from fedllm.wire.masks import Unmasking, read_sums, read_unmask, write_masked, write_openings
 
@@ -24,23 +25,10 @@ def train_masked(holder: DataHolder, request: TrainRequest, content: RecordDict)
         BadPartiesError, TooFewPartiesError: a client might not be hidden in the sum; nothing is trained.
     """
     parties = own_parties(holder, read_sums(content), request.drawn)
-    labels = {name: party.asked.exchange.label for party in parties for name in party.clients}
-    answers = {answer.client_id: answer for answer in train_clients(holder, request, labels=labels)}
-    masked: dict[str, Masked] = {}
-    for party in parties:
-        found = [answers[name] for name in party.clients]
-        updates = [answer for answer in found if isinstance(answer, ClientUpdate)]
-        if not updates:
-            continue
-        try:
-            masked[party.name] = _mask(holder, request, party, updates)
-        except (SecureError, CheckpointError) as error:
-            answers |= {each.client_id: failure_of(each.client_id, error) for each in updates}
-    return write_masked(list(answers.values()), masked)
+    return write_masked(*train_parties(holder, request, parties, _mask))
 
 
-def _mask(holder: DataHolder, request: TrainRequest, party: OwnParty, updates: list[ClientUpdate]) -> Masked:
-    words = party_words(holder, request, party, updates)
+def _mask(party: OwnParty, words: np.ndarray) -> Masked:
     return mask(party.name, party.keys.private, party.asked.exchange, words, party.keys.secret)
 
 
@@ -52,8 +40,7 @@ def answer_unmask(holder: DataHolder, content: RecordDict) -> RecordDict:
     """
     unmaskings = read_unmask(content, holder.plan.digest)
     if not unmaskings:  # the run is over
-        for name in holder.clients:
-            run_keys(holder.state_path, holder.plan, name).forget()
+        forget_keys(holder)
     openings: dict[str, bytes | ClientFailure] = {}
     for unmasking in unmaskings:
         for name in unmasking.boxes:

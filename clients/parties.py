@@ -17,6 +17,7 @@ from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import ClientUpdate, TrainRequest
 from fedllm.privacy.distributed import noised_words
 from fedllm.secure.agreement import derived, public_of, secret_stream
+from fedllm.secure.homomorphic import key_digest
 from fedllm.secure.parties import Exchange, Party, check_parties, party_statement
 from fedllm.secure.vector import client_values, words_of
 from fedllm.site_policy import SitePolicy, load_policy
@@ -41,7 +42,7 @@ def declare_party(holder: DataHolder, client_id: str) -> Party:
         ConfigError: this machine's site.toml names a key that cannot be used.
     """
     policy, plan = load_policy(), holder.plan
-    run_key = public_of(run_keys(holder.state_path, plan, client_id).private)
+    run_key = _run_key(holder, client_id)
     if not policy.site.key:
         return Party(client_id, run_key)
     key = load_key(policy.path(policy.site.key))
@@ -81,7 +82,7 @@ def _check(holder: DataHolder, policy: SitePolicy, party: OwnParty) -> None:
     check_parties(
         party.asked.exchange,
         party.name,
-        public_of(party.keys.private),
+        _run_key(holder, party.name),
         run=plan.config.run.name,
         plan_digest=plan.digest,
         min_parties=max(plan.secure.min_parties, policy.allow.min_parties),
@@ -120,9 +121,8 @@ def party_words(
         party.keys.secret, "rounding", exchange.digest, hashlib.sha256(values.data).digest()
     )
     words = words_of(values, scale, stream)
-    if (
-        noise is not None
-    ):  # in another sum other noise: the difference of both would have one share of it alone
+    if noise is not None:
+        # In another sum other noise, or the difference of both would have one share of it alone.
         key = derived(party.keys.secret, "share of noise", exchange.digest)
         words[:num_values] = noised_words(values[:num_values], noise, key)
     kept = {"vector": hashlib.sha256(words.data).hexdigest(), "parties": _listed(exchange)}
@@ -130,10 +130,38 @@ def party_words(
     return words
 
 
+def forget_keys(holder: DataHolder) -> None:
+    """Remove all keys of a run that is over, and all that is kept of its sums."""
+    for name in holder.clients:
+        run_keys(holder.state_path, holder.plan, name).forget()
+
+
 def kept_exchange(keys: RunKeys, label: bytes) -> Exchange:
     """Return the secret sum that a party has added to under a label; raises as `RunKeys.noted`."""
     parties = keys.noted(label)["parties"]
     return Exchange(label, tuple(Party(name, bytes.fromhex(run_key)) for name, run_key in parties))
+
+
+def public_key(holder: DataHolder, client_id: str) -> bytes:
+    """Return a client's key for encryption, b"" where the run's sums are not encrypted.
+
+    Raises:
+        CheckpointError, MissingExtraError: it cannot be kept, or TenSEAL is not installed.
+    """
+    secure = holder.plan.secure
+    if secure is None or secure.method != "he":
+        return b""
+    return run_keys(holder.state_path, holder.plan, client_id).encryption.public
+
+
+def _run_key(holder: DataHolder, client_id: str) -> bytes:
+    """Return what a client goes by among the parties: a key to agree with, or the digest of the other."""
+    encrypts = public_key(holder, client_id)
+    return (
+        key_digest(encrypts)
+        if encrypts
+        else public_of(run_keys(holder.state_path, holder.plan, client_id).private)
+    )
 
 
 def _listed(exchange: Exchange) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
     key            the X25519 key of the run, made when the client joins, removed when the run is over
     secret         of its own masks and of its rounding
+    encryption     where sums are encrypted: its pair of keys, of use only if it is the key holder
     LABEL.masked   which vector it has masked under a label, and with whom
     LABEL.opened   for whom it has opened shares: who answered and who was lost
 
@@ -23,6 +24,7 @@ from fedllm.errors import CheckpointError, MaskReuseError, SecureError
 from fedllm.files import make_private_folder, write_once
 from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.keys import kept_secret
+from fedllm.secure.homomorphic import KeyPair, new_keys
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,25 @@ class RunKeys:
     def secret(self) -> bytes:
         """The secret [32 bytes] that no other machine has; raises as `private`."""
         return kept_secret(self.folder / "secret")
+
+    @property
+    def encryption(self) -> KeyPair:
+        """The keys for encryption, made on first use.
+
+        Raises:
+            CheckpointError: they cannot be kept.
+            MissingExtraError: TenSEAL is not installed.
+        """
+        file = self.folder / "encryption"
+        try:
+            make_private_folder(self.folder)
+            return KeyPair.from_bytes(
+                file.read_bytes() if file.exists() else write_once(file, new_keys().to_bytes())
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"the key {file} cannot be kept: {error.strerror}; let this user read and write there"
+            ) from None
 
     def note(self, label: bytes, what: str, values: Mapping[str, Any]) -> None:
         """Keep what is done under a label, `what` being "masked" or "opened", before it leaves.
@@ -85,7 +106,8 @@ class RunKeys:
     def forget(self) -> None:
         """Remove the key and all that is kept, once no masked answer of the run is to be opened any more."""
         # The key first: without it nothing that is masked under an old label can be masked again.
-        (self.folder / "key").unlink(missing_ok=True)
+        for name in ("key", "encryption"):
+            (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, label: bytes, what: str) -> Path:

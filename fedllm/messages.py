@@ -161,7 +161,8 @@ class JoinedClient:
     A client without usable rows declares `num_train` 0 and is left out. `max_rank` is the largest rank its
     machine has room for, 0 = any. `cause` is the code of the error for which it takes no part, "" for none.
     In a run of secret sums `run_key` is its public key of the run, signed in `key_signature` where its site
-    has a key; `is_pinned` says that the site runs no code but what it allows by digest.
+    has a key; `is_pinned` says that the site runs no code but what it allows by digest. Under secure.method =
+    he `run_key` is the digest of its key for encryption, `public_key`.
     The server sets `site`: the name of the site in its list, else the key that signed, "" where none did; and
     `identity`, that key.
     """
@@ -176,5 +177,6 @@ class JoinedClient:
     run_key: bytes = b""
     key_signature: bytes = b""
     is_pinned: bool = False
+    public_key: bytes = b""
     site: str = ""
     identity: str = ""

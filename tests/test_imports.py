@@ -16,7 +16,18 @@ FILES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob(
 FLOWER = ("flwr", "ray")
 # Where values become Flower records.
 RECORDS = (
-    *("digests", "joining", "leaving", "masks", "overlaps", "packets", "refusals", "replies", "requests"),
+    *(
+        "digests",
+        "encrypted",
+        "joining",
+        "leaving",
+        "masks",
+        "overlaps",
+        "packets",
+        "refusals",
+        "replies",
+        "requests",
+    ),
     "stock",
 )
 FORBIDDEN = {

@@ -10,7 +10,7 @@ from fedllm.config.keys import SecureConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
 
-BUILT = frozenset({"masks"})
+BUILT = frozenset({"masks", "he"})
 
 
 @dataclass(frozen=True, kw_only=True)

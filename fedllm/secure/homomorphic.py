@@ -14,6 +14,7 @@ of security (homomorphicencryption.org 2018). Fresh noise has a deviation of abo
 ciphertexts is decrypted rightly up to 2^17, some 90 of its deviations.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,7 @@ DEGREE = 4096  # values of one ciphertext
 PLAIN_MODULUS = 1_073_692_673  # the largest prime below 2^30 that is 1 mod 2 * DEGREE, as slots need
 _MODULUS_BITS = [48, 48]  # 48 for data, and TenSEAL's key switching needs another
 _MOST_BYTES = 2 * DEGREE * 8 + 1024  # of one ciphertext, uncompressed
+_USUAL_BYTES = 56_200  # as it is compressed
 _LENGTH_BYTES = 4  # before each ciphertext
 
 
@@ -36,6 +38,30 @@ class KeyPair:
 
     public: bytes
     secret: bytes
+
+    def to_bytes(self) -> bytes:
+        """Return both keys, as `from_bytes` reads them."""
+        return len(self.public).to_bytes(_LENGTH_BYTES, "little") + self.public + self.secret
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "KeyPair":
+        """Return the keys that `to_bytes` wrote."""
+        ends = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+        return cls(public=content[_LENGTH_BYTES:ends], secret=content[ends:])
+
+
+def key_digest(public: bytes) -> bytes:
+    """Return the 32 bytes that stand for a public key among the keys of a run."""
+    return hashlib.sha256(public).digest()
+
+
+def check_installed() -> None:
+    """Refuse to start without TenSEAL.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    _tenseal()
 
 
 def new_keys() -> KeyPair:
@@ -61,6 +87,11 @@ def encrypt(public: bytes, words: np.ndarray, bits: int) -> bytes:
     values = _signed(words, bits)
     chunks = (values[begin : begin + DEGREE] for begin in range(0, len(values), DEGREE))
     return _joined(_tenseal().bfv_vector(context, chunk.tolist()) for chunk in chunks)
+
+
+def encrypted_bytes(size: int) -> int:
+    """Return about how many bytes the ciphertext of a vector of `size` values has."""
+    return -(-size // DEGREE) * _USUAL_BYTES
 
 
 class CipherSum:

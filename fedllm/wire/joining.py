@@ -6,6 +6,7 @@ The question carries a nonce, fresh for every question. The answer's records:
     metrics   the sizes they declare, one column per name, one row per client
     site      the site's public key and its signature of the nonce, the run, the node and all of the above
     secure    in a run of secret sums: keys of the run, the site's signatures of them, whether it pins code
+    publics   client -> its key for encryption, where sums are encrypted; its key of the run is the digest
 
 A signature binds the declaration to one question of one run by one node: nobody can use it a second time.
 """
@@ -17,7 +18,7 @@ from operator import attrgetter
 from secrets import token_hex
 from typing import Any
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
 from fedllm.errors import CLIENT_ERROR_CODES, WireError
@@ -25,7 +26,7 @@ from fedllm.identity import SIGNATURE_BYTES, statement, verify
 from fedllm.messages import JoinedClient
 from fedllm.secure.agreement import KEY_BYTES
 from fedllm.wire.libraries import library_versions
-from fedllm.wire.packets import LARGEST_NUMBER, list_field, scalar_field
+from fedllm.wire.packets import LARGEST_NUMBER, list_field, packet_of, scalar_field, to_array
 from fedllm.wire.refusals import read_error, write_error
 from fedllm.wire.replies import number_rows, read_tables
 
@@ -93,6 +94,8 @@ def write_joined(clients: Sequence[JoinedClient], proof: Proof | None = None) ->
         content["secure"] = ConfigRecord(
             {"keys": list(keys), "signatures": list(signatures), "pinned": pinned}
         )
+    if publics := {client.client_id: client.public_key for client in clients if client.public_key}:
+        content["publics"] = ArrayRecord({name: to_array(key) for name, key in publics.items()})
     if proof is not None:
         content["site"] = ConfigRecord({"key": proof.public, "signature": proof.signature})
     return content
@@ -113,6 +116,7 @@ def read_joined(content: RecordDict, node_id: int, *, most: int) -> list[JoinedC
         int,
         site=ConfigRecord,
         secure=ConfigRecord,
+        publics=ArrayRecord,
     )
     if len(texts["ids"]) > most:
         raise WireError(f"it declares {len(texts['ids']):,} clients, federation.num-clients is {most:,}")
@@ -150,8 +154,17 @@ def _read_keys(content: RecordDict, ids: Sequence[str]) -> dict[str, dict[str, A
     if lengths[0] != {KEY_BYTES} or not lengths[1] <= {0, SIGNATURE_BYTES}:
         raise WireError("a join reply has a key of the run, or its signature, of another length")
     pinned = scalar_field(record, "pinned", bool)
+    publics = content.array_records.get("publics", ArrayRecord())
+    if publics and set(publics) != set(ids):
+        raise WireError("a join reply has not one key for encryption for each client")
+    found = {name: packet_of(publics[name]) for name in publics}
     return {
-        name: {"run_key": key, "key_signature": signature, "is_pinned": pinned}
+        name: {
+            "run_key": key,
+            "key_signature": signature,
+            "is_pinned": pinned,
+            "public_key": found.get(name, b""),
+        }
         for name, key, signature in zip(ids, keys, signatures, strict=True)
     }
 

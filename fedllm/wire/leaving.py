@@ -14,7 +14,7 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
 from fedllm.messages import ClientAtHome, ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.originality.overlap import Overlap
 from fedllm.secure.masking import Masked
-from fedllm.wire import joining, masks, overlaps, refusals, replies, stock
+from fedllm.wire import encrypted, joining, masks, overlaps, refusals, replies, stock
 
 _LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 1, 1.0, "0" * 64)
 
@@ -40,7 +40,13 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
     )
     packets: Any = {"layout": _LAYOUT, "part": "both", "payload": "fp32"}
     joined = JoinedClient(
-        client_id="CLIENT", node_id=1, num_train=1, num_held_out=1, fingerprint="", run_key=b"KEY"
+        client_id="CLIENT",
+        node_id=1,
+        num_train=1,
+        num_held_out=1,
+        fingerprint="",
+        run_key=b"KEY",
+        public_key=b"KEY",
     )
     failed = ClientFailure(client_id="CLIENT", code="failed")
     state = AdapterState(_LAYOUT, delta)
@@ -50,6 +56,7 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
             replies.write_updates([update, failed], **packets, with_held_out=True),
             replies.write_sum([update], delta, **packets, with_held_out=True),
             masks.write_masked([update], {"CLIENT": Masked(b"", (), ())}),
+            encrypted.write_encrypted([update], {"CLIENT": b""}),
         ],
         "evaluate": [replies.write_evaluations([measured])],
         "adapt": [replies.write_at_home([at_home])],

@@ -17,7 +17,7 @@ What the bytes mean is in `fedllm.secure.masking`. Reading is strict, as in `fed
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -25,12 +25,14 @@ from fedllm.errors import OtherConfigError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.distributed import SharedNoise
+from fedllm.secure.homomorphic import encrypted_bytes
 from fedllm.secure.masking import Masked, sent_bytes
 from fedllm.secure.parties import LABEL_BYTES, Exchange, Party, group_sizes
 from fedllm.secure.vector import NUM_NUMBERS, Scale
 from fedllm.wire.packets import list_field, packet_of, payload_bytes, scalar_field, to_array
 from fedllm.wire.replies import read_codes, write_codes
 
+T = TypeVar("T")
 UNMASK = "query.unmask"  # the type of the message that opens sums
 _SUM, _UNMASK, _BOXES, _COMMITMENTS = "secure-", "unmask-", "boxes-", "commitments-"
 _MASKED = ("masked", "boxes", "commitments")
@@ -78,21 +80,24 @@ class Unmasking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedAnswer:
+class HiddenAnswer(Generic[T]):
     """What a node answers to a train request of a secret sum.
 
-    `trained` are the clients that have an update in it, `failed` the others; `masked` is by party.
+    `trained` are the clients that have an update in it, `failed` the others; `hidden` has by party the vector
+    that it adds, in the form of the run's method.
     """
 
     trained: tuple[str, ...]
     failed: tuple[ClientFailure, ...]
-    masked: Mapping[str, Masked] = field(default_factory=dict)
+    hidden: Mapping[str, T] = field(default_factory=dict)
 
 
 def delta_bytes(plan: RunPlan, size: int) -> int:
     """Return the bytes in which a delta of `size` values travels, headers left out."""
     if plan.secure is None:
         return payload_bytes(size, plan.config.wire.codec)
+    if plan.secure.method == "he":
+        return encrypted_bytes(size + NUM_NUMBERS)
     return sent_bytes(size + NUM_NUMBERS, group_sizes(plan.cohort.size)[0])
 
 
@@ -168,7 +173,7 @@ def write_masked(results: Sequence[ClientUpdate | ClientFailure], masked: Mappin
     return content
 
 
-def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most: int) -> MaskedAnswer:
+def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most: int) -> HiddenAnswer[Masked]:
     """Return the answer of a node with these parties, each in its exchange; `most` clients were asked.
 
     Of the masked vectors nothing is checked but that they are there: see `fedllm.secure.masking`.
@@ -191,7 +196,7 @@ def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most:
             _split(packet_of(boxes[party]), number),
             _split(packet_of(commitments[party]), number),
         )
-    return MaskedAnswer(trained=tuple(trained), failed=tuple(failed.values()), masked=masked)
+    return HiddenAnswer(trained=tuple(trained), failed=tuple(failed.values()), hidden=masked)
 
 
 # --- the exchange that opens a sum -------------------------------------------------------------------------
@@ -296,7 +301,7 @@ def read_openings(content: RecordDict, *, most: int) -> tuple[dict[str, bytes], 
     return {client: packet_of(shares[client]) for client in done}, failed
 
 
-def numbered(records: Mapping[str, ConfigRecord], prefix: str) -> list[ConfigRecord]:
+def numbered(records: Mapping[str, T], prefix: str) -> list[T]:
     """Return the records "PREFIX0", "PREFIX1", ... in their order.
 
     Raises:

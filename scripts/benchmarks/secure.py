@@ -28,6 +28,7 @@ from fedllm.secure.masking import Masked, check_opening, mask, opening, unmasked
 from fedllm.secure.parties import Exchange, Party
 from fedllm.secure.ring import BITS, quantise, step_for, unpack
 from scripts.benchmarks.options import BenchOptions, start_benchmark
+from scripts.benchmarks.shared_sums import measured_shared
 from scripts.benchmarks.timing import timed
 from scripts.reports import Goal, figures_table, publish, spread
 
@@ -191,5 +192,17 @@ def main(options: Options) -> None:
     sums = measure(sizes[:1] if options.quick else sizes, 30 if options.quick else options.parties)
     encrypted = measured_encryption(10, sizes[0]) if find_spec("tenseal") else {}
     show(console, sums, encrypted)
-    figures = {"environment": machine, "settings": {"bits": BITS}, "sums": sums, "homomorphic": encrypted}
+    shared = measured_shared(10, 3, sizes[0])
+    console.print(
+        f"shares of a blind relay: {shared['over_float32']:.2f} of float32, party"
+        f" {shared['party_cpu_s'].median:.2f} s, holder {shared['holder_cpu_s']:.2f} s, exact"
+        f" {shared['is_exact']}"
+    )
+    figures = {
+        "environment": machine,
+        "settings": {"bits": BITS},
+        "sums": sums,
+        "homomorphic": encrypted,
+        "shares": shared,
+    }
     publish(options, "bench_secure", figures, goals_of(sums, encrypted))

@@ -10,6 +10,7 @@ from fedllm.errors import PERMANENT_CAUSES, WireError
 from fedllm.identity import verify
 from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import RunPlan
+from fedllm.secure.homomorphic import key_digest
 from fedllm.secure.parties import party_statement
 from fedllm.wire.joining import join_statement, read_joined, read_signer
 from strategies.sites import Site, Sites
@@ -108,6 +109,8 @@ class Admission:
         )
         if client.identity and not verify(client.identity, signed, client.key_signature):
             return "has a key for secure.method that its site has not signed"
+        if self.plan.config.secure.method == "he" and client.run_key != key_digest(client.public_key):
+            return "has sent another key for encryption than that of its run key"
         return ""
 
     def _site_named(self, name: str) -> Site | None:

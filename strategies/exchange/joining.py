@@ -8,6 +8,7 @@ from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import NoDataError, RunFailedError, WireError
 from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import RunPlan
+from fedllm.secure.homomorphic import check_installed
 from fedllm.wire.refusals import read_error
 from strategies.cohort.voices import voice_of, with_places
 from strategies.exchange.admission import Admission
@@ -36,9 +37,12 @@ def join_clients(
 
     Raises:
         ConfigError: `federation.sites` names no list of sites.
+        MissingExtraError: the run encrypts its sums, and this machine cannot add ciphertexts.
         RunFailedError: fewer than `federation.min-clients` are usable then, or when the deadline has passed.
     """
     federation = plan.config.federation
+    if plan.config.secure.method == "he":
+        check_installed()
     admission = Admission(plan, layout, read_sites(federation.sites))
     with few(notice) as notice:
         declared = _wait_for_declared(transport, admission, notice, phase)

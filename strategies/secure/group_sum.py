@@ -71,9 +71,11 @@ class GroupSum:
         self.masked[party] = replace(masked, packed=b"")
         self.members += members
 
-    def question(self, holders: Sequence[str]) -> Unmasking:
-        """Return what parties are asked in the second exchange: those of `holders` that are in the sum."""
+    def question(self, holders: Sequence[str]) -> Unmasking | None:
+        """Return what those of `holders` that are in the sum are asked in the second exchange, if any are."""
         places = {holder: self.exchange.names.index(holder) for holder in holders if holder in self.masked}
+        if not places:
+            return None
         dealt = [self.masked[dealer] for dealer in self.answered]
         return Unmasking(
             label=self.exchange.label,
@@ -112,16 +114,25 @@ class GroupSum:
             if error.party:
                 self.faults[error.party] = str(error)
             raise
-        found = read_sum(words, self.asked.scale(most_tokens, self.noise))
-        moved, largest = float(np.abs(found.mean).max()), self.asked.largest
-        if self.noise is not None:
-            largest += self.noise.largest(len(self.masked)) * self.asked.weight_cap / found.weight
-        if moved > ROUNDING * largest:
-            raise SecureError(
-                f"a value of the mean moved by {moved:.3g}, at most {largest:.3g} can be honest"
-            )
-        return found
+        return read_honest(words, self.asked, most_tokens, self.noise)
 
     def _check_once(self, party: str, taken: Mapping[str, object]) -> None:
         if party not in self.clients or party in taken:
             raise SecureError(f"{party} is no party of the secret sum, or answered twice", party)
+
+
+def read_honest(
+    words: np.ndarray, asked: AskedSum, most_tokens: int, noise: SharedNoise | None = None
+) -> SecretSum:
+    """Return what the words of an opened sum say, in which every party has added its share of `noise`.
+
+    Raises:
+        SecureError: no sum of honest vectors has these words.
+    """
+    found = read_sum(words, asked.scale(most_tokens, noise))
+    moved, largest = float(np.abs(found.mean).max()), asked.largest
+    if noise is not None:
+        largest += noise.largest(len(asked.exchange.parties)) * asked.weight_cap / found.weight
+    if moved > ROUNDING * largest:
+        raise SecureError(f"a value of the mean moved by {moved:.3g}, at most {largest:.3g} can be honest")
+    return found

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from secrets import token_bytes
 
-import numpy as np
 import torch
 from flwr.app import RecordDict
 
@@ -26,13 +25,13 @@ from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.runs.records import RoundPlan, RoundRecord, SecureRecord
 from fedllm.secure.parties import Exchange, Party, in_groups, label_of
 from fedllm.secure.vector import NUM_NUMBERS, SecretSum
-from fedllm.wire.masks import UNMASK, AskedSum, add_sums, read_masked, read_openings, write_unmask
+from fedllm.wire.masks import UNMASK, AskedSum, add_sums, read_openings
 from strategies.cohort.voices import largest_weight
 from strategies.exchange.causes import few
 from strategies.exchange.receiving import Answer, receive
 from strategies.grid.transport import Reply
 from strategies.privacy import largest_noise
-from strategies.secure.group_sum import GroupSum
+from strategies.secure.methods import METHODS, Method, PartySum
 from strategies.session import Session
 
 
@@ -42,7 +41,8 @@ class SecretRound:
 
     session: Session
     plan: RoundPlan
-    groups: Sequence[GroupSum]
+    method: Method
+    groups: Sequence[PartySum]
     seconds: float = 0.0  # of the second exchange
 
     def add_to(self, requests: Mapping[int, RecordDict]) -> None:
@@ -55,6 +55,7 @@ class SecretRound:
                 for group in self.groups
             ]
             add_sums(content, [replace(group.asked, most=most) for group, most in own if most])
+            self.method.name_parties(content, [group for group, most in own if most])
 
     def answers(self, requests: Mapping[int, RecordDict]) -> Iterator[Answer]:
         """Send the requests and yield the update of each group, and why the other clients have none."""
@@ -69,21 +70,16 @@ class SecretRound:
     def noted_in(self, record: RoundRecord) -> RoundRecord:
         """Return the record with what became of the sums, and without numbers of single clients."""
         noted = SecureRecord(
-            method=self._method,
+            method=self.session.config.secure.method,
             parties=sum(len(group.clients) for group in self.groups),
             threshold=sum(group.exchange.threshold for group in self.groups),
-            answered=sum(len(group.masked) for group in self.groups),
+            answered=sum(len(group.answered) for group in self.groups),
             opened=sum(len(group.openings) for group in self.groups),
             seconds=self.seconds,
             faults=self._faults(),
         )
         training = replace(record.training, losses={}, seconds={})
         return replace(record, secure=noted, training=training)
-
-    @property
-    def _method(self) -> str:
-        assert self.session.plan.secure is not None, "a run without secret sums has no secret round"
-        return self.session.plan.secure.method
 
     def _faults(self) -> dict[str, str]:
         return {party: why for group in self.groups for party, why in group.faults.items()}
@@ -101,13 +97,13 @@ class SecretRound:
             if clients[0] in asked
         }
         exchanges = {party: group.exchange for party, group in placed.items()}
-        found = read_masked(content, exchanges, most=len(asked))
+        found = self.method.read(content, exchanges, most=len(asked))
         answers: list[Answer] = [*found.failed]
-        for party, masked in found.masked.items():
+        for party, hidden in found.hidden.items():
             group = placed[party]
             members = [client for client in group.clients[party] if client in found.trained]
             try:
-                group.add(party, masked, members)
+                group.add(party, hidden, members)
                 answers += [_in_sum(client, self.plan) for client in members]
             except SecureError as error:
                 group.faults[party] = str(error)
@@ -121,8 +117,8 @@ class SecretRound:
         contents = {}
         for node, clients in session.by_node(self.plan.asked).items():
             questions = [group.question(clients) for group in ready]
-            if own := [question for question in questions if question.boxes]:
-                contents[node] = write_unmask(
+            if own := [question for question in questions if question is not None]:
+                contents[node] = self.method.write_question(
                     own, round_num=self.plan.round_num, plan_digest=session.plan.digest
                 )
         session.watch.phase("opening the sum", 0, len(contents))
@@ -140,7 +136,7 @@ class SecretRound:
                 session.watch.phase("opening the sum", done, len(contents))
         self.seconds = time.perf_counter() - began
 
-    def _take_openings(self, reply: Reply, ready: Sequence[GroupSum]) -> Iterator[str]:
+    def _take_openings(self, reply: Reply, ready: Sequence[PartySum]) -> Iterator[str]:
         """Take the shares in a reply; yield what is wrong with it, in a line each."""
         hosted = self.session.by_node(self.plan.asked).get(reply.node_id, [])
         try:
@@ -152,12 +148,12 @@ class SecretRound:
             if client in hosted:
                 yield f"client {client} opened no shares of the secret sum: {failure.reason}"
         for group in ready:
-            for client in [client for client in hosted if client in openings and client in group.masked]:
+            for client in [client for client in hosted if client in openings and client in group.answered]:
                 group.take_opening(client, openings[client])
                 if client in group.faults:
                     yield group.faults[client]
 
-    def _answers_of(self, group: GroupSum) -> Iterator[Answer]:
+    def _answers_of(self, group: PartySum) -> Iterator[Answer]:
         """Yield the update of a group, or that its clients have none."""
         try:
             found = group.opened(self.session.plan.most_tokens(self.plan.round_num))
@@ -166,7 +162,7 @@ class SecretRound:
         else:
             yield self._update(group, found)
 
-    def _update(self, group: GroupSum, found: SecretSum) -> ClientUpdate:
+    def _update(self, group: PartySum, found: SecretSum) -> ClientUpdate:
         """Return the update of all clients of a group: of each it says what their mean says."""
         number, layout = len(group.members), self.session.layout
         shared = _in_sum(group.members[0], self.plan)
@@ -206,16 +202,19 @@ def open_secret_round(session: Session, plan: RoundPlan) -> SecretRound | None:
     keys = [_party(session.clients[name]) for name in parties]
     groups = in_groups(keys, label) if keys else []
     most = {client: _most(session, plan, client) for client in plan.asked if client in session.clients}
-    return SecretRound(session, plan, [_group(session, plan, group, parties, most) for group in groups])
+    method = METHODS[session.plan.secure.method]
+    sums = [_group(session, plan, method, group, parties, most) for group in groups]
+    return SecretRound(session, plan, method, sums)
 
 
 def _group(
     session: Session,
     plan: RoundPlan,
+    method: Method,
     exchange: Exchange,
     parties: Mapping[str, tuple[str, ...]],
     most: Mapping[str, float],
-) -> GroupSum:
+) -> PartySum:
     clients = {party: parties[party] for party in exchange.names}
     members = [client for party in clients.values() for client in party]
     asked = AskedSum(
@@ -226,9 +225,8 @@ def _group(
         largest=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
         most={client: most[client] for client in members},
     )
-    size = part_size(session.layout, plan.returned)
-    noise = session.plan.shared_noise(num_values=size, num_parties=len(exchange.parties))
-    return GroupSum(asked, clients, np.zeros(size + NUM_NUMBERS, np.uint32), noise)
+    size = part_size(session.layout, plan.returned) + NUM_NUMBERS
+    return method.new_sum(session, plan.attempt, asked, clients, size)
 
 
 def _party(client: JoinedClient) -> Party:

@@ -3,6 +3,7 @@
 import pytest
 
 from scripts.benchmarks.secure import goals_of, measured_sum
+from scripts.benchmarks.shared_sums import measured_shared
 
 
 @pytest.mark.parametrize("lost", [(3, 0), (2, 1)])
@@ -12,3 +13,9 @@ def test_a_measured_sum_is_exact_and_counts_its_bytes(lost: tuple[int, int]) -> 
     assert found["up_bytes"] == 3 * 2000 + 10 * (10 * 16 + 28 + 32)
     assert found["second_up_bytes"] == (10 - lost[0]) * 10 * 16
     assert goals_of({"one": found}, {})["exact_sums"].met
+
+
+def test_a_sum_by_shares_is_exact_and_counts_its_bytes() -> None:
+    found = measured_shared(5, 1, 2000)
+    assert found["is_exact"]
+    assert found["up_bytes"] == 3 * 2000 + 2 * 16 + 3 * 28

@@ -88,15 +88,15 @@ class Server:
     def train(self, *sums: masks.AskedSum, **changes: Any) -> RecordDict:
         return train_masked(self.holder, train(self.holder, **changes), sums_of(*sums or [self.asked()]))
 
-    def masked(self, content: RecordDict) -> masks.MaskedAnswer:
+    def masked(self, content: RecordDict) -> masks.HiddenAnswer:
         exchange = self.exchange()
         answer = masks.read_masked(content, dict.fromkeys(exchange.names, exchange), most=len(NAMES))
-        for name, one in answer.masked.items():
+        for name, one in answer.hidden.items():
             check_masked(one, exchange, name)
         return answer
 
-    def question(self, answer: masks.MaskedAnswer, answered: Sequence[str]) -> masks.Unmasking:
-        exchange, found = self.exchange(), answer.masked
+    def question(self, answer: masks.HiddenAnswer, answered: Sequence[str]) -> masks.Unmasking:
+        exchange, found = self.exchange(), answer.hidden
         places = {name: place for place, name in enumerate(exchange.names)}
         return masks.Unmasking(
             label=self.label,
@@ -110,15 +110,15 @@ class Server:
         openings, failed = masks.read_openings(answer_unmask(self.holder, content), most=len(NAMES))
         return openings, {name: failure.code for name, failure in failed.items()}
 
-    def open(self, answer: masks.MaskedAnswer, answered: Sequence[str]) -> np.ndarray:
+    def open(self, answer: masks.HiddenAnswer, answered: Sequence[str]) -> np.ndarray:
         exchange = self.exchange()
         size = part_size(self.holder.engine.layout, "b") + 3
         words = np.zeros(size, np.uint32)
         for name in answered:
-            words += unpack(answer.masked[name].packed, size)
+            words += unpack(answer.hidden[name].packed, size)
         openings, failed = self.unmask(self.question(answer, answered))
         assert not failed
-        commitments = {name: answer.masked[name].commitments for name in answered}
+        commitments = {name: answer.hidden[name].commitments for name in answered}
         for name, found in openings.items():
             check_opening(found, name, exchange, answered, commitments)
         return unmasked(exchange, words, answered, dict(openings))

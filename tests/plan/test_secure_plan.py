@@ -12,8 +12,8 @@ MASKS = {"secure.method": "masks"}
 
 
 def test_a_method_that_is_not_built_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"secure\.method = 'he' is not built yet"):
-        resolve(RunConfig.from_flat({"secure.method": "he"}))
+    with pytest.raises(ConfigError, match=r"secure\.method = 'shares' is not built yet"):
+        resolve(RunConfig.from_flat({"secure.method": "shares"}))
 
 
 def test_a_run_without_secret_sums_has_no_plan_of_them() -> None:

@@ -119,6 +119,15 @@ def test_keys_of_a_run_come_with_their_clients() -> None:
     assert "secure" not in write_joined(CLIENTS)
 
 
+def test_keys_for_encryption_come_for_all_clients_or_none() -> None:
+    keyed = [replace(client, run_key=bytes(32), public_key=client.client_id.encode()) for client in CLIENTS]
+    content = write_joined(keyed)
+    assert [one.public_key for one in read_joined(content, 9, most=2)] == [b"anna", b"ben"]
+    del content["publics"]["ben"]
+    with pytest.raises(WireError, match="key for encryption"):
+        read_joined(content, 9, most=2)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -77,7 +77,7 @@ def test_a_masked_answer_comes_back_and_tells_no_number() -> None:
     content = travelled(answer())
     got = masks.read_masked(content, dict.fromkeys(NAMES, EXCHANGE), most=2)
     assert (got.trained, [one.code for one in got.failed]) == (("anna",), ["no-data"])
-    assert got.masked == {"anna": MASKED["anna"]}
+    assert got.hidden == {"anna": MASKED["anna"]}
     assert not content.metric_records
     boxes = 3 * (16 * 3 + 28 + 32)
     assert packets.packet_bytes(content) == 3 * len(WORDS) + boxes
