@@ -34,7 +34,7 @@ def train_encrypted(holder: DataHolder, request: TrainRequest, content: RecordDi
     key_holders = dict(
         zip((asked.exchange.label for asked in sums), read_key_holders(content, len(sums)), strict=True)
     )
-    parties = own_parties(holder, sums, request.drawn)
+    parties = own_parties(holder, request, sums)
     for party in parties:
         _check_key(party, key_holders[party.asked.exchange.label])
 

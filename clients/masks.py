@@ -24,7 +24,7 @@ def train_masked(holder: DataHolder, request: TrainRequest, content: RecordDict)
     Raises:
         BadPartiesError, TooFewPartiesError: a client might not be hidden in the sum; nothing is trained.
     """
-    parties = own_parties(holder, read_sums(content), request.drawn)
+    parties = own_parties(holder, request, read_sums(content))
     return write_masked(*train_parties(holder, request, parties, _mask))
 
 
@@ -53,11 +53,10 @@ def answer_unmask(holder: DataHolder, content: RecordDict) -> RecordDict:
 
 def _open(holder: DataHolder, name: str, unmasking: Unmasking) -> bytes:
     keys = run_keys(holder.state_path, holder.plan, name)
-    exchange = kept_exchange(keys, unmasking.label)
     shares = opening(
         name,
         keys.private,
-        exchange,
+        kept_exchange(keys, unmasking.label),
         unmasking.answered,
         dict(zip(unmasking.answered, unmasking.boxes[name], strict=True)),
         dict(zip(unmasking.answered, unmasking.commitments[name], strict=True)),

@@ -4,7 +4,7 @@ Under `wire.node-sum` the clients of a node are one party, under the name and ke
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,23 +50,26 @@ def declare_party(holder: DataHolder, client_id: str) -> Party:
     return Party(client_id, run_key, public_text(key), sign(key, signed))
 
 
-def own_parties(holder: DataHolder, sums: Sequence[AskedSum], drawn: Collection[str]) -> list[OwnParty]:
-    """Return the parties that the clients `drawn` are in the sums of a request; each has been checked.
+def own_parties(holder: DataHolder, request: TrainRequest, sums: Sequence[AskedSum]) -> list[OwnParty]:
+    """Return the parties that the clients of a request are in its sums; each has been checked.
 
     Raises:
         BadPartiesError, TooFewPartiesError: a client might not be hidden there, or is in no sum.
     """
-    found = []
-    for asked in sums:
-        names = tuple(asked.most)
-        groups = [names] if holder.plan.aggregation.node_sum else [(name,) for name in names]
-        found += [
-            OwnParty(group[0], group, asked, run_keys(holder.state_path, holder.plan, group[0]))
-            for group in groups
-        ]
+    plan, found = holder.plan, []
+    for told in sums:
+        # What was sent to this node, not what it should have been: with any other terms no mask comes off.
+        asked = told.agreed(
+            request.round_num, request.adapter.digest, request.base_delta.digest, request.clip
+        )
+        names = asked.clients
+        for group in [names] if plan.aggregation.node_sum else [(name,) for name in names]:
+            found.append(OwnParty(group[0], group, asked, run_keys(holder.state_path, plan, group[0])))
     placed = [name for party in found for name in party.clients]
-    if sorted(placed) != sorted(drawn):  # also where a client is in two sums, which would tell it apart
+    if sorted(placed) != sorted(request.drawn):  # also where one is in two sums, which would tell it apart
         raise BadPartiesError("the request does not place each of its clients in one secret sum")
+    if set(request.ranks.values()) != {plan.config.lora.rank}:  # above it a client would be alone
+        raise BadPartiesError("clients of a secret sum train at one rank, that of the run")
     policy = load_policy()
     for party in found:
         _check(holder, policy, party)
@@ -108,7 +111,7 @@ def party_words(
     values = sum(
         client_values(
             part_of(layout, update.delta, part).double().numpy(),
-            weight=min(update.weight, asked.most[update.client_id]),
+            weight=min(update.weight, asked.weight_cap),
             num_tokens=update.num_tokens,
             loss=update.train_loss,
             scale=scale,
@@ -125,7 +128,11 @@ def party_words(
         # In another sum other noise, or the difference of both would have one share of it alone.
         key = derived(party.keys.secret, "share of noise", exchange.digest)
         words[:num_values] = noised_words(values[:num_values], noise, key)
-    kept = {"vector": hashlib.sha256(words.data).hexdigest(), "parties": _listed(exchange)}
+    kept = {
+        "vector": hashlib.sha256(words.data).hexdigest(),
+        "terms": exchange.terms.hex(),
+        "parties": [[each.name, each.run_key.hex()] for each in exchange.parties],
+    }
     party.keys.note(exchange.label, "masked", kept)
     return words
 
@@ -138,8 +145,9 @@ def forget_keys(holder: DataHolder) -> None:
 
 def kept_exchange(keys: RunKeys, label: bytes) -> Exchange:
     """Return the secret sum that a party has added to under a label; raises as `RunKeys.noted`."""
-    parties = keys.noted(label)["parties"]
-    return Exchange(label, tuple(Party(name, bytes.fromhex(run_key)) for name, run_key in parties))
+    kept = keys.noted(label)
+    parties = tuple(Party(name, bytes.fromhex(run_key)) for name, run_key in kept["parties"])
+    return Exchange(label, parties, bytes.fromhex(kept["terms"]))
 
 
 def public_key(holder: DataHolder, client_id: str) -> bytes:
@@ -162,7 +170,3 @@ def _run_key(holder: DataHolder, client_id: str) -> bytes:
         if encrypts
         else public_of(run_keys(holder.state_path, holder.plan, client_id).private)
     )
-
-
-def _listed(exchange: Exchange) -> list[list[str]]:
-    return [[party.name, party.run_key.hex()] for party in exchange.parties]

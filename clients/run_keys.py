@@ -4,11 +4,11 @@
     secret         of its own masks and of its rounding
     encryption     where sums are encrypted: its pair of keys, of use only if it is the key holder
     LABEL.masked   which vector it has masked under a label, and with whom
-    LABEL.opened   for whom it has opened shares: who answered and who was lost
+    LABEL.opened   for which sum it has opened shares: that of the parties that answered
 
 Two vectors under the masks of one label differ by what they hide, and shares for two lists of lost parties
-take off masks that together hide nothing. So both files are written once, before an answer leaves, and what
-differs from them is refused, whichever process is asked.
+take off masks that together hide nothing. So each file is written once, before an answer leaves, and what
+differs from it is refused, whichever process is asked.
 
 A backup of this folder that is put back forgets what left since then: keep none of it.
 """
@@ -76,7 +76,7 @@ class RunKeys:
         content = json.dumps(values, sort_keys=True).encode()
         try:
             make_private_folder(self.folder)
-            kept = write_once(self._file(label, what), content)
+            kept = write_once(self.folder / f"{label.hex()}.{what}", content)
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be written ({error.strerror}), so no masked answer leaves; let this"
@@ -94,7 +94,7 @@ class RunKeys:
             SecureError: nothing was.
             CheckpointError: what is kept of it cannot be read.
         """
-        file = self._file(label, "masked")
+        file = self.folder / f"{label.hex()}.masked"
         try:
             found: dict[str, Any] = json.loads(file.read_bytes())
         except FileNotFoundError:
@@ -109,9 +109,6 @@ class RunKeys:
         for name in ("key", "encryption"):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _file(self, label: bytes, what: str) -> Path:
-        return self.folder / f"{label.hex()}.{what}"
 
 
 def run_keys(state_path: Path, plan: RunPlan, client_id: str) -> RunKeys:

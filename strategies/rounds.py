@@ -65,7 +65,7 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOu
     down, up = transport.bytes_down, transport.bytes_up  # requests to join belong to no round
     # 2 Send and 3 receive: answers are checked as they arrive; a bad one is dropped and named.
     session.watch.phase("training", 0, len(plan.asked))
-    secret = open_secret_round(session, plan)  # of updates that the server sees as one sum alone
+    secret = open_secret_round(session, state, plan)  # of updates that the server sees as one sum alone
     if secret is not None:
         secret.add_to(requests)
     answers = receive(session, plan, requests) if secret is None else secret.answers(requests)

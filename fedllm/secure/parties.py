@@ -32,10 +32,16 @@ class Party:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One secret sum: its label [32 bytes], never used twice, and its parties in the order of their names."""
+    """One secret sum: its label [32 bytes], never used twice, and its parties in the order of their names.
+
+    `terms` is the digest of all else that the parties must be told alike, such as the adapter that they start
+    from: a server that told all but one of them something under which they add nothing would learn that one's
+    vector from the sum (Pasquini et al. 2022, arXiv 2111.07380).
+    """
 
     label: bytes
     parties: tuple[Party, ...]
+    terms: bytes = b""
 
     @property
     def threshold(self) -> int:
@@ -49,9 +55,10 @@ class Exchange:
 
     @cached_property
     def digest(self) -> bytes:
-        """The SHA-256 of label, names and run keys: parties that were told different lists share no mask."""
+        """The SHA-256 of label, names, run keys and terms: parties that were told otherwise share no mask."""
         told = [self.label.hex(), [[party.name, party.run_key.hex()] for party in self.parties]]
-        return hashlib.sha256(statement("fedllm secret sum 1", {"told": told})).digest()
+        named = {"told": told, "terms": self.terms.hex()}
+        return hashlib.sha256(statement("fedllm secret sum 1", named)).digest()
 
 
 def threshold_of(num_parties: int) -> int:

@@ -15,13 +15,15 @@
 What the bytes mean is in `fedllm.secure.masking`. Reading is strict, as in `fedllm.wire.replies`.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedllm.errors import OtherConfigError, WireError
+from fedllm.identity import statement
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.distributed import SharedNoise
@@ -42,16 +44,30 @@ _MASKED = ("masked", "boxes", "commitments")
 class AskedSum:
     """One secret sum of a round, as far as it concerns one node.
 
-    `num_clients` are those of all parties together: more than parties where nodes sum first. Every weight is
-    divided by `weight_cap`, and no honest value of a delta is above `largest`; both fix what a word of the
-    ring means. `most` has what each of this node's clients may weigh.
+    `num_clients` are those of all parties together: more than parties where nodes sum first. No client weighs
+    more than `weight_cap`, and no honest value of a delta is above `largest`; both fix what a word of the
+    ring means. `clients` are this node's in the sum.
     """
 
     exchange: Exchange
     num_clients: int
     weight_cap: float
     largest: float
-    most: Mapping[str, float]
+    clients: tuple[str, ...]
+
+    def agreed(self, round_num: int, adapter: str, base_delta: str, clip: float) -> "AskedSum":
+        """Return the sum with all terms in its exchange: masks of parties that were told others stay on.
+
+        `adapter` and `base_delta` are the digests of what clients start from, `clip` that of the request.
+        """
+        terms = {
+            "round": round_num,
+            "adapter": adapter,
+            "base-delta": base_delta,
+            "numbers": [self.num_clients, self.weight_cap, self.largest, clip],
+        }
+        digest = hashlib.sha256(statement("fedllm secret sum terms 1", terms)).digest()
+        return replace(self, exchange=replace(self.exchange, terms=digest))
 
     def scale(self, most_tokens: int, noise: SharedNoise | None = None) -> Scale:
         """Return what the words of this sum mean; no client learns from more than `most_tokens` tokens.
@@ -118,8 +134,7 @@ def add_sums(content: RecordDict, sums: Iterable[AskedSum]) -> None:
                 "num-clients": asked.num_clients,
                 "weight-cap": asked.weight_cap,
                 "largest": asked.largest,
-                "clients": list(asked.most),
-                "most": list(asked.most.values()),
+                "clients": list(asked.clients),
             }
         )
 
@@ -141,19 +156,18 @@ def _read_sum(record: ConfigRecord) -> AskedSum:
     if len({len(column) for column in columns}) != 1:
         raise WireError("the parties of a secret sum have not one key and signature each")
     parties = tuple(Party(*values) for values in zip(*columns, strict=True))
-    clients, most = list_field(record, "clients", str), list_field(record, "most", float)
-    num_clients = scalar_field(record, "num-clients", int)
+    clients, num_clients = list_field(record, "clients", str), scalar_field(record, "num-clients", int)
     weight_cap, largest = (scalar_field(record, name, float) for name in ("weight-cap", "largest"))
-    if not len(clients) == len(set(clients)) == len(most) or num_clients < len(parties):
+    if len(clients) != len(set(clients)) or num_clients < len(parties):
         raise WireError("a secret sum names a client twice, or has fewer clients than parties")
-    if not all(0 < number < float("inf") for number in (weight_cap, largest, *most)):
+    if not all(0 < number < float("inf") for number in (weight_cap, largest)):
         raise WireError("a secret sum has a range that is no number above 0")
     return AskedSum(
         exchange=Exchange(read_label(record), parties),
         num_clients=num_clients,
         weight_cap=weight_cap,
         largest=largest,
-        most=dict(zip(clients, most, strict=True)),
+        clients=tuple(clients),
     )
 
 

@@ -85,7 +85,7 @@ def _parties(case: Case, request: TrainRequest, updates: Sequence[ClientUpdate])
         num_clients=len(updates),
         weight_cap=max(update.weight for update in updates),
         largest=largest_move(training, float(request.adapter.vector.abs().max())),
-        most={update.client_id: update.weight for update in updates},
+        clients=tuple(update.client_id for update in updates),
     )
     return [
         OwnParty(party.name, (party.name,), asked, run_keys(holder.state_path, holder.plan, party.name))

@@ -22,6 +22,7 @@ from fedllm.adapters.parts import part_size, whole_of
 from fedllm.engine.optimizer import largest_move
 from fedllm.errors import SecureError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
+from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord, SecureRecord
 from fedllm.secure.parties import Exchange, Party, in_groups, label_of
 from fedllm.secure.vector import NUM_NUMBERS, SecretSum
@@ -30,7 +31,7 @@ from strategies.cohort.voices import largest_weight
 from strategies.exchange.causes import few
 from strategies.exchange.receiving import Answer, receive
 from strategies.grid.transport import Reply
-from strategies.privacy import largest_noise
+from strategies.privacy import clip_of, largest_noise
 from strategies.secure.methods import METHODS, Method, PartySum
 from strategies.session import Session
 
@@ -50,12 +51,13 @@ class SecretRound:
         hosted = self.session.by_node(self.plan.asked)
         for node, content in requests.items():
             clients = set(hosted[node])
-            own = [
-                (group, {client: most for client, most in group.asked.most.items() if client in clients})
+            sums = [
+                replace(group.asked, clients=tuple(one for one in group.asked.clients if one in clients))
                 for group in self.groups
             ]
-            add_sums(content, [replace(group.asked, most=most) for group, most in own if most])
-            self.method.name_parties(content, [group for group, most in own if most])
+            add_sums(content, [asked for asked in sums if asked.clients])
+            named = [group for group, asked in zip(self.groups, sums, strict=True) if asked.clients]
+            self.method.name_parties(content, named)
 
     def answers(self, requests: Mapping[int, RecordDict]) -> Iterator[Answer]:
         """Send the requests and yield the update of each group, and why the other clients have none."""
@@ -185,7 +187,7 @@ class SecretRound:
         )
 
 
-def open_secret_round(session: Session, plan: RoundPlan) -> SecretRound | None:
+def open_secret_round(session: Session, state: ServerState, plan: RoundPlan) -> SecretRound | None:
     """Return the secret sums of an attempt at a round, None where the run has none."""
     if session.plan.secure is None:
         return None
@@ -201,30 +203,32 @@ def open_secret_round(session: Session, plan: RoundPlan) -> SecretRound | None:
     )
     keys = [_party(session.clients[name]) for name in parties]
     groups = in_groups(keys, label) if keys else []
-    most = {client: _most(session, plan, client) for client in plan.asked if client in session.clients}
+    # One for all groups, so that their means can be compared, and for all clients, who see to it themselves.
+    cap = max((_most(session, plan, client) for group in parties.values() for client in group), default=1.0)
     method = METHODS[session.plan.secure.method]
-    sums = [_group(session, plan, method, group, parties, most) for group in groups]
+    sums = [_group(session, state, plan, method, group, parties, cap) for group in groups]
     return SecretRound(session, plan, method, sums)
 
 
 def _group(
     session: Session,
+    state: ServerState,
     plan: RoundPlan,
     method: Method,
     exchange: Exchange,
     parties: Mapping[str, tuple[str, ...]],
-    most: Mapping[str, float],
+    weight_cap: float,
 ) -> PartySum:
     clients = {party: parties[party] for party in exchange.names}
-    members = [client for party in clients.values() for client in party]
+    members = tuple(client for party in clients.values() for client in party)
     asked = AskedSum(
         exchange=exchange,
         num_clients=len(members),
-        weight_cap=max(most.values()),  # one for all groups, so that their means can be compared
+        weight_cap=weight_cap,
         # What the optimizer can have moved a value by, plus the noise a client may have added.
         largest=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
-        most={client: most[client] for client in members},
-    )
+        clients=members,
+    ).agreed(plan.round_num, state.adapter.digest, state.base_delta.digest, clip_of(session.privacy, state))
     size = part_size(session.layout, plan.returned) + NUM_NUMBERS
     return method.new_sum(session, plan.attempt, asked, clients, size)
 
@@ -234,7 +238,7 @@ def _party(client: JoinedClient) -> Party:
 
 
 def _most(session: Session, plan: RoundPlan, client: str) -> float:
-    """Return the most that a client may weigh, which it sees to itself: no one else can."""
+    """Return the most that a client may weigh beside the others of its round."""
     declared = largest_weight(session.clients[client], session.plan)
     return min(declared, plan.most_weights.get(client, declared))
 

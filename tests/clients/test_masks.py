@@ -64,6 +64,7 @@ class Server:
     holder: DataHolder
     label: bytes = LABEL
     identity: str = ""
+    weight_cap: float = CAP
 
     @property
     def parties(self) -> tuple[Party, ...]:
@@ -72,31 +73,39 @@ class Server:
         declared = (Party(c.client_id, c.run_key, self.identity, c.key_signature) for c in clients)
         return tuple(declared)[: 1 if self.holder.plan.aggregation.node_sum else None]
 
-    def exchange(self, *others: Party) -> Exchange:
+    @property
+    def exchange(self) -> Exchange:
+        """The sum that all parties were told of alike."""
+        request = train(self.holder)
+        return self.asked().agreed(1, request.adapter.digest, request.base_delta.digest, 0.0).exchange
+
+    def told(self, *others: Party) -> Exchange:
         return Exchange(self.label, tuple(sorted((*self.parties, *others), key=lambda party: party.name)))
 
     def asked(self, *others: Party, **changes: Any) -> masks.AskedSum:
         values: dict[str, Any] = {
-            "exchange": self.exchange(*others),
+            "exchange": self.told(*others),
             "num_clients": len(NAMES),
-            "weight_cap": CAP,
+            "weight_cap": self.weight_cap,
             "largest": LARGEST,
-            "most": dict.fromkeys(NAMES, CAP),
+            "clients": NAMES,
         }
         return masks.AskedSum(**{**values, **changes})
 
-    def train(self, *sums: masks.AskedSum, **changes: Any) -> RecordDict:
-        return train_masked(self.holder, train(self.holder, **changes), sums_of(*sums or [self.asked()]))
+    def train(self, *sums: masks.AskedSum, names: Sequence[str] = NAMES, **changes: Any) -> RecordDict:
+        content = RecordDict()
+        masks.add_sums(content, sums or [self.asked()])
+        return train_masked(self.holder, train_request(self.holder, *names, **changes), content)
 
     def masked(self, content: RecordDict) -> masks.HiddenAnswer:
-        exchange = self.exchange()
+        exchange = self.exchange
         answer = masks.read_masked(content, dict.fromkeys(exchange.names, exchange), most=len(NAMES))
         for name, one in answer.hidden.items():
             check_masked(one, exchange, name)
         return answer
 
     def question(self, answer: masks.HiddenAnswer, answered: Sequence[str]) -> masks.Unmasking:
-        exchange, found = self.exchange(), answer.hidden
+        exchange, found = self.exchange, answer.hidden
         places = {name: place for place, name in enumerate(exchange.names)}
         return masks.Unmasking(
             label=self.label,
@@ -111,7 +120,7 @@ class Server:
         return openings, {name: failure.code for name, failure in failed.items()}
 
     def open(self, answer: masks.HiddenAnswer, answered: Sequence[str]) -> np.ndarray:
-        exchange = self.exchange()
+        exchange = self.exchange
         size = part_size(self.holder.engine.layout, "b") + 3
         words = np.zeros(size, np.uint32)
         for name in answered:
@@ -129,12 +138,6 @@ class Server:
 
 def train(holder: DataHolder, **changes: Any) -> TrainRequest:
     return train_request(holder, *NAMES, **changes)
-
-
-def sums_of(*sums: masks.AskedSum) -> RecordDict:
-    content = RecordDict()
-    masks.add_sums(content, sums)
-    return content
 
 
 def stranger(name: str) -> Party:
@@ -169,10 +172,11 @@ def test_a_node_may_sum_its_clients_first(open_node: Callable) -> None:
 
 
 def test_no_client_weighs_more_than_it_is_asked_to(open_node: Callable) -> None:
-    server = Server(open_node())
-    content = server.train(server.asked(most={"anna": 1.0, "ben": 1.0, "cleo": 1.0, "dora": 5.0}))
-    found = server.read(server.open(server.masked(content), NAMES))
-    assert found.weight == pytest.approx(8.0, rel=1e-5)
+    server = Server(open_node(), weight_cap=6.0)
+    found = server.read(server.open(server.masked(server.train()), NAMES))
+    rows = [client.num_rows for client in server.holder.clients.values()]
+    assert min(rows) < 6 < max(rows)
+    assert found.weight == pytest.approx(sum(min(6, number) for number in rows), rel=1e-5)
 
 
 def test_a_known_update_is_not_found_in_what_leaves(
@@ -211,6 +215,27 @@ def test_a_known_update_is_not_found_in_what_leaves(
     expected = counts.sum() / 256
     assert ((counts - expected) ** 2 / expected).sum() < 400  # 255 degrees: beyond by chance 1 in 10^7
     assert np.allclose(server.read(server.open(server.masked(content), NAMES)).mean, values, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"largest": 1e-9}, {"weight_cap": 1e9}, {"num_clients": 9}, {"adapter": 0.5}, {"round_num": 3}],
+)
+def test_who_tells_the_others_other_terms_learns_nothing(
+    changes: dict[str, Any], open_node: Callable
+) -> None:
+    """Terms under which all others add nothing would make the sum the update of one."""
+    server = Server(open_node())
+    adapter = train(server.holder).adapter
+    request = {name: value for name, value in changes.items() if name == "round_num"}
+    if "adapter" in changes:
+        request["adapter"] = replace(adapter, vector=adapter.vector + changes["adapter"])
+    sums = {name: value for name, value in changes.items() if name not in ("round_num", "adapter")}
+    answer = server.masked(server.train(server.asked(clients=NAMES[:1]), names=NAMES[:1]))
+    others = server.train(server.asked(clients=NAMES[1:], **sums), names=NAMES[1:], **request)
+    answer = replace(answer, hidden={**answer.hidden, **server.masked(others).hidden})
+    with pytest.raises(SecureError):
+        server.open(answer, NAMES)
 
 
 def test_a_label_asked_again_has_the_same_answer(open_node: Callable) -> None:
@@ -264,7 +289,7 @@ def test_what_was_never_masked_is_not_opened(open_node: Callable) -> None:
 
 def test_parties_that_hide_nobody_are_refused(open_node: Callable) -> None:
     server = Server(open_node())
-    good = server.exchange()
+    good = server.told()
     renewed = tuple(replace(party, run_key=public_of(new_run_key())) for party in good.parties)
     for parties, error in (
         (good.parties[:3], BadPartiesError),  # dora is not among them
@@ -273,8 +298,8 @@ def test_parties_that_hide_nobody_are_refused(open_node: Callable) -> None:
     ):
         with pytest.raises(error):
             server.train(server.asked(exchange=Exchange(LABEL, parties), num_clients=5))
-    few = server.asked(exchange=Exchange(LABEL, good.parties[:2]), most=dict.fromkeys(NAMES[:2], CAP))
-    rest = server.asked(exchange=Exchange(bytes(32), good.parties[2:]), most=dict.fromkeys(NAMES[2:], CAP))
+    few = server.asked(exchange=Exchange(LABEL, good.parties[:2]), clients=NAMES[:2])
+    rest = server.asked(exchange=Exchange(bytes(32), good.parties[2:]), clients=NAMES[2:])
     with pytest.raises(TooFewPartiesError, match="at least 3 hide one another"):
         server.train(few, rest)
     for sums in ([few], [server.asked(), server.asked()]):  # in no sum, and in two
@@ -286,6 +311,8 @@ def test_parties_that_hide_nobody_are_refused(open_node: Callable) -> None:
 def test_a_plain_update_never_leaves_such_a_run(open_node: Callable) -> None:
     holder = open_node()
     content = requests.write_train_request(train(holder), requests.Sending())
+    with pytest.raises(BadPartiesError, match="train at one rank"):
+        Server(holder).train(ranks=dict.fromkeys(NAMES, 1))
     with pytest.raises(BadPartiesError):
         FOR_FEDLLM["train"](holder, content, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no client's own update leaves"):

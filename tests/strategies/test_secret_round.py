@@ -217,7 +217,9 @@ def test_boxes_that_do_not_open_cost_their_party_the_round(
     state, record = next_round(run.session, run.state)
     failed = run.records[0]
     assert failed.secure is not None
-    assert failed.secure.faults == {"ben": "the boxes of ben do not open, and the sum is lost"}
+    assert failed.secure.faults == {
+        "ben": "the boxes of ben do not open at anna, ben, cleo, dora: the sum is lost"
+    }
     assert (record.attempt, record.asked) == (2, ("anna", "cleo", "dora"))
     _, later = next_round(run.session, state)
     assert later.asked == NAMES

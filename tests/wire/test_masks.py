@@ -21,7 +21,7 @@ PRIVATE = {name: new_key() for name in NAMES}
 PARTIES = tuple(Party(name, public_of(PRIVATE[name]), "ed25519:x", bytes(64)) for name in NAMES)
 EXCHANGE = Exchange(bytes(range(32)), PARTIES)
 ASKED = masks.AskedSum(
-    exchange=EXCHANGE, num_clients=4, weight_cap=30.0, largest=0.02, most={"anna": 30.0, "dora": 7.5}
+    exchange=EXCHANGE, num_clients=4, weight_cap=30.0, largest=0.02, clients=("anna", "dora")
 )
 WORDS = np.arange(5, dtype=np.uint32)
 MASKED = {name: mask(name, PRIVATE[name], EXCHANGE, WORDS, b"secret " * 5) for name in NAMES}
@@ -103,8 +103,8 @@ CHANGES: dict[str, list[tuple[str, str, Any]]] = {
         ("secure-1", "keys", [bytes(32)]),
         ("secure-1", "names", [1, 2, 3]),
         ("secure-1", "clients", ["anna", "anna"]),
-        ("secure-1", "most", [1.0, float("inf")]),
-        ("secure-1", "most", [1.0]),
+        ("secure-1", "clients", ["anna", "anna"]),
+        ("secure-1", "weight-cap", float("inf")),
         ("secure-1", "num-clients", 2),
         ("secure-1", "weight-cap", 0.0),
         ("secure-1", "largest", float("nan")),
