@@ -19,7 +19,6 @@ import torch
 from flwr.app import RecordDict
 
 from fedllm.adapters.parts import part_size, whole_of
-from fedllm.engine.optimizer import largest_move
 from fedllm.errors import SecureError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.runs.checkpoint import ServerState
@@ -29,9 +28,9 @@ from fedllm.secure.vector import NUM_NUMBERS, SecretSum
 from fedllm.wire.masks import UNMASK, AskedSum, add_sums, read_openings
 from strategies.cohort.voices import largest_weight
 from strategies.exchange.causes import few
-from strategies.exchange.receiving import Answer, receive
+from strategies.exchange.receiving import Answer, largest_change, receive
 from strategies.grid.transport import Reply
-from strategies.privacy import clip_of, largest_noise
+from strategies.privacy import clip_of
 from strategies.secure.methods import METHODS, Method, PartySum
 from strategies.session import Session
 
@@ -225,8 +224,7 @@ def _group(
         exchange=exchange,
         num_clients=len(members),
         weight_cap=weight_cap,
-        # What the optimizer can have moved a value by, plus the noise a client may have added.
-        largest=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
+        largest=largest_change(session, plan),
         clients=members,
     ).agreed(plan.round_num, state.adapter.digest, state.base_delta.digest, clip_of(session.privacy, state))
     size = part_size(session.layout, plan.returned) + NUM_NUMBERS
