@@ -328,7 +328,7 @@ def test_a_run_ends_its_keys_and_says_what_it_hid(
     run_federation(config, local_grid(config, app, num_nodes=2), Watch(notice=notices.append))
     folder = tmp_path / "run"
     assert not list((folder / "private").rglob("key"))
-    card = (folder / "adapter" / "README.md").read_text()
+    card = " ".join((folder / "adapter" / "README.md").read_text().split())
     assert "## What the server saw" in card
     result = json.loads((folder / "result.json").read_text())
     assert result["secure"] == {"method": "masks", "min_parties": 3, "clients": 4, "pinned": 0}
