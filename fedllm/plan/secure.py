@@ -23,6 +23,11 @@ class SecurePlan:
     method: str
     min_parties: int
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether the server passes boxes on and knows no sum, and so no adapter, until the run is over."""
+        return self.method == "shares"
+
 
 def secure_plan(section: SecureConfig, cohort: CohortPlan, *, node_sum: bool) -> SecurePlan | None:
     """Return how a run's updates are summed in secret, None where the server sees each (`none`).

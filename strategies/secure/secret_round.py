@@ -13,26 +13,21 @@ one, as far as no value of the mean is beyond what honest clients reach.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from secrets import token_bytes
 
 import torch
 from flwr.app import RecordDict
 
-from fedllm.adapters.parts import part_size, whole_of
-from fedllm.engine.optimizer import largest_move
+from fedllm.adapters.parts import whole_of
 from fedllm.errors import SecureError, WireError
-from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
-from fedllm.runs.checkpoint import ServerState
+from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.runs.records import RoundPlan, RoundRecord, SecureRecord
-from fedllm.secure.parties import Exchange, Party, in_groups, label_of
-from fedllm.secure.vector import NUM_NUMBERS, SecretSum
-from fedllm.wire.masks import UNMASK, AskedSum, add_sums, read_openings
-from strategies.cohort.voices import largest_weight
+from fedllm.secure.vector import SecretSum
+from fedllm.wire.masks import UNMASK, add_sums, read_openings
 from strategies.exchange.causes import few
 from strategies.exchange.receiving import Answer, receive
 from strategies.grid.transport import Reply
-from strategies.privacy import clip_of, largest_noise
-from strategies.secure.methods import METHODS, Method, PartySum
+from strategies.secure.answers import in_sum, not_opened
+from strategies.secure.methods import Method, PartySum
 from strategies.session import Session
 
 
@@ -106,10 +101,10 @@ class SecretRound:
             members = [client for client in group.clients[party] if client in found.trained]
             try:
                 group.add(party, hidden, members)
-                answers += [_in_sum(client, self.plan) for client in members]
+                answers += [in_sum(client, self.plan) for client in members]
             except SecureError as error:
                 group.faults[party] = str(error)
-                answers += [_failure(client, error) for client in members]
+                answers += [not_opened(client, error) for client in members]
         return answers
 
     def _open(self) -> None:
@@ -160,14 +155,14 @@ class SecretRound:
         try:
             found = group.opened(self.session.plan.most_tokens(self.plan.round_num))
         except SecureError as error:
-            yield from (_failure(client, error) for client in group.members)
+            yield from (not_opened(client, error) for client in group.members)
         else:
             yield self._update(group, found)
 
     def _update(self, group: PartySum, found: SecretSum) -> ClientUpdate:
         """Return the update of all clients of a group: of each it says what their mean says."""
         number, layout = len(group.members), self.session.layout
-        shared = _in_sum(group.members[0], self.plan)
+        shared = in_sum(group.members[0], self.plan)
         members = tuple(
             replace(
                 shared,
@@ -185,76 +180,3 @@ class SecretRound:
             num_tokens=found.num_tokens,
             members=members,
         )
-
-
-def open_secret_round(session: Session, state: ServerState, plan: RoundPlan) -> SecretRound | None:
-    """Return the secret sums of an attempt at a round, None where the run has none."""
-    if session.plan.secure is None:
-        return None
-    hosted = session.by_node(plan.asked).values()
-    # Under wire.node-sum a node's clients go by the name and key of the first of them.
-    parties = {
-        group[0]: tuple(group)
-        for clients in hosted
-        for group in ([clients] if session.plan.aggregation.node_sum else [[one] for one in clients])
-    }
-    label = label_of(
-        session.config.run.name, session.plan.digest, plan.round_num, plan.attempt, token_bytes(16)
-    )
-    keys = [_party(session.clients[name]) for name in parties]
-    groups = in_groups(keys, label) if keys else []
-    # One for all groups, so that their means can be compared, and for all clients, who see to it themselves.
-    cap = max((_most(session, plan, client) for group in parties.values() for client in group), default=1.0)
-    method = METHODS[session.plan.secure.method]
-    sums = [_group(session, state, plan, method, group, parties, cap) for group in groups]
-    return SecretRound(session, plan, method, sums)
-
-
-def _group(
-    session: Session,
-    state: ServerState,
-    plan: RoundPlan,
-    method: Method,
-    exchange: Exchange,
-    parties: Mapping[str, tuple[str, ...]],
-    weight_cap: float,
-) -> PartySum:
-    clients = {party: parties[party] for party in exchange.names}
-    members = tuple(client for party in clients.values() for client in party)
-    asked = AskedSum(
-        exchange=exchange,
-        num_clients=len(members),
-        weight_cap=weight_cap,
-        # What the optimizer can have moved a value by, plus the noise a client may have added.
-        largest=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
-        clients=members,
-    ).agreed(plan.round_num, state.adapter.digest, state.base_delta.digest, clip_of(session.privacy, state))
-    size = part_size(session.layout, plan.returned) + NUM_NUMBERS
-    return method.new_sum(session, plan.attempt, asked, clients, size)
-
-
-def _party(client: JoinedClient) -> Party:
-    return Party(client.client_id, client.run_key, client.identity, client.key_signature)
-
-
-def _most(session: Session, plan: RoundPlan, client: str) -> float:
-    """Return the most that a client may weigh beside the others of its round."""
-    declared = largest_weight(session.clients[client], session.plan)
-    return min(declared, plan.most_weights.get(client, declared))
-
-
-def _in_sum(client: str, plan: RoundPlan) -> ClientUpdate:
-    """Return a client whose update is in a sum: what it sent says nothing by itself."""
-    return ClientUpdate(
-        client_id=client,
-        round_num=plan.round_num,
-        rank=plan.ranks[client],
-        delta=torch.zeros(0),
-        weight=0.0,
-        num_tokens=0,
-        train_loss=0.0,
-    )
-
-
-def _failure(client: str, error: SecureError) -> ClientFailure:
-    return ClientFailure(client_id=client, code=error.code, reason=f"its secret sum is not opened: {error}")

@@ -20,7 +20,7 @@ from scripts.runtimes.local import local_grid
 from strategies.flower_strategy import FederatedLora
 from strategies.rounds import next_round
 from strategies.run import run_federation
-from strategies.secure import group_sum, secret_round
+from strategies.secure import group_sum, open_round
 from strategies.session import Watch
 from tests.strategies.conftest import NAMES, Run
 
@@ -95,7 +95,7 @@ def test_a_sum_of_masked_words_is_that_of_plain_ones(
     opened: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(secret_round, "token_bytes", lambda number: bytes(number))
+    monkeypatch.setattr(open_round, "token_bytes", lambda number: bytes(number))
     config = make_config({**MASKS, "federation.num-rounds": 2})
     run = open_run(config)
     state, first = next_round(run.session, run.state)
@@ -272,13 +272,13 @@ def test_clients_of_one_node_are_parties_each(
 def test_many_parties_are_summed_in_groups(
     make_config: Callable[..., RunConfig], open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = secret_round.in_groups
+    whole = open_round.in_groups
 
     def in_two(parties: Any, label: bytes) -> list[Exchange]:
         (one,) = whole(parties, label)
         return [Exchange(label, one.parties[:2]), Exchange(bytes(32), one.parties[2:])]
 
-    monkeypatch.setattr(secret_round, "in_groups", in_two)
+    monkeypatch.setattr(open_round, "in_groups", in_two)
     monkeypatch.setattr("clients.parties.check_parties", lambda *args, **more: None)  # two would be too few
     run = open_run(make_config(MASKS))
     _, record = next_round(run.session, run.state)
