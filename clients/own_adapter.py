@@ -1,7 +1,7 @@
-"""The adapter of a run whose server has none (`secure.method = shares`): every node goes on from its own.
+"""The adapter of a run whose server has none (`secure.method = shares`): every client goes on from its own.
 
-A node keeps that of each of the last rounds, so that a server which was stopped finds the round it resumes
-after. Before round 1 it is the adapter that the run's seed gives.
+It keeps that of each of the last rounds, so that a server which was stopped finds the round it resumes after.
+Before round 1 it is the adapter that the run's seed gives.
 """
 
 from dataclasses import replace
@@ -24,36 +24,36 @@ Request = TypeVar("Request", TrainRequest, EvaluateRequest)
 
 
 def from_own_adapter(holder: DataHolder, request: Request, round_num: int) -> Request:
-    """Return a request that starts from the adapter which this node has after a round.
+    """Return a request that starts from the adapter which its first client has after a round.
 
     Raises:
-        NotHeldError: it has none, as where it was away in that round.
+        NotHeldError: it has none, as where its node was away in that round.
     """
-    return replace(request, adapter=own_adapter(holder, round_num))
+    return replace(request, adapter=own_adapter(holder, next(iter(request.drawn)), round_num))
 
 
-def own_adapter(holder: DataHolder, round_num: int) -> AdapterState:
-    """Return the adapter that this node has after a round; raises as `from_own_adapter`."""
+def own_adapter(holder: DataHolder, client_id: str, round_num: int) -> AdapterState:
+    """Return the adapter that a client has after a round; raises as `from_own_adapter`."""
     if not round_num:
         return holder.initial
-    file = _file(holder, round_num)
+    file = _file(holder, client_id, round_num)
     try:
         vector = load(file.read_bytes())["adapter"]
         return AdapterState(holder.engine.layout, vector).checked_finite()
     except (OSError, SafetensorError, KeyError, ValueError, LayoutError):
         raise NotHeldError(
-            f"this node has no adapter of round {round_num}, in which it may have been away; it cannot go on,"
+            f"client {client_id} has no adapter of round {round_num}, in which it was away; it cannot go on,"
             " since the server of this run has none either"
         ) from None
 
 
-def keep_own_adapter(holder: DataHolder, round_num: int, state: AdapterState) -> None:
-    """Keep the adapter that this node has after a round, and of earlier ones the newest few.
+def keep_own_adapter(holder: DataHolder, client_id: str, round_num: int, state: AdapterState) -> None:
+    """Keep the adapter that a client has after a round, and of earlier ones the newest few.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    file = _file(holder, round_num)
+    file = _file(holder, client_id, round_num)
     try:
         make_private_folder(file.parent)
         write_bytes(file, save({"adapter": state.vector.contiguous()}))
@@ -70,6 +70,6 @@ def next_adapter(start: AdapterState, change_P: torch.Tensor) -> AdapterState:
     return AdapterState(start.layout, start.vector + change_P).checked_finite()
 
 
-def _file(holder: DataHolder, round_num: int) -> Path:
-    folder = run_keys(holder.state_path, holder.plan, "").folder
-    return folder / "round-adapters" / f"round-{round_num:06d}.safetensors"
+def _file(holder: DataHolder, client_id: str, round_num: int) -> Path:
+    folder = run_keys(holder.state_path, holder.plan, client_id).folder
+    return folder / f"round-{round_num:06d}.safetensors"

@@ -27,7 +27,7 @@ def with_run_adapter(holder: DataHolder, request: EvaluateRequest) -> EvaluateRe
     """Return a request about the run's adapter, which a blind server has not to send.
 
     Raises:
-        NotHeldError: this node has not the adapter of that round either.
+        NotHeldError: its clients have not the adapter of that round either.
     """
     secure = holder.plan.secure
     if secure is not None and secure.is_blind:

@@ -30,7 +30,7 @@ def train_shared(holder: DataHolder, request: TrainRequest, content: RecordDict)
 
     Raises:
         BadPartiesError, TooFewPartiesError: a client might not be hidden in the sum; nothing is trained.
-        NotHeldError: this node has not the adapter that the round starts from.
+        NotHeldError: its clients have not the adapter that the round starts from.
     """
     request = from_own_adapter(holder, request, request.round_num - 1)
     holders = read_holders(content)
@@ -82,17 +82,17 @@ def _hold(holder: DataHolder, name: str, asked: RelayQuestion) -> bytes:
 
 
 def _go_on(holder: DataHolder, name: str, asked: RelayQuestion) -> bytes:
-    """Return the digest of the adapter after a round, which this node keeps by then."""
+    """Return the digest of the adapter after a round, which a client keeps by then."""
     keys = run_keys(holder.state_path, holder.plan, name)
     relay, round_num, scale = _noted(holder, keys, asked.label)
     openings = {sender: Opening.from_bytes(data, relay) for sender, data in asked.parts.items()}
     size = _size(holder, round_num)
     words = total_of(name, keys.private, relay, asked.answered, openings, size)
-    found, start = read_sum(words, scale), own_adapter(holder, round_num - 1)
+    found, start = read_sum(words, scale), own_adapter(holder, name, round_num - 1)
     part = holder.plan.aggregation.returned_in(round_num)
     change_P = whole_of(start.layout, torch.from_numpy(found.mean).float(), part)
     state = next_adapter(start, change_P)
-    keep_own_adapter(holder, round_num, state)
+    keep_own_adapter(holder, name, round_num, state)
     return bytes.fromhex(state.digest)
 
 
@@ -101,7 +101,7 @@ def _publish(holder: DataHolder, name: str, asked: RelayQuestion) -> bytes:
     last = holder.plan.config.federation.num_rounds
     if asked.round_num != last:  # an earlier one would tell of the rounds in between
         raise SecureError(f"the adapter of round {asked.round_num} is not published, that of round {last} is")
-    return own_adapter(holder, last).vector.numpy().astype("<f4").tobytes()
+    return own_adapter(holder, name, last).vector.numpy().astype("<f4").tobytes()
 
 
 def _size(holder: DataHolder, round_num: int) -> int:

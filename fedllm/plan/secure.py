@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from fedllm.config.keys import SecureConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
+from fedllm.secure.parties import MOST_TOGETHER
 
-BUILT = frozenset({"masks", "he"})
+BUILT = frozenset({"masks", "he", "shares"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,5 +44,11 @@ def secure_plan(section: SecureConfig, cohort: CohortPlan, *, node_sum: bool) ->
         raise ConfigError(
             f"secure.min-parties = {section.min_parties}: a round asks {cohort.size:g} clients; raise"
             " federation.cohort or federation.num-clients"
+        )
+    if section.method == "shares" and not cohort.num_clients == cohort.size <= MOST_TOGETHER:
+        raise ConfigError(
+            "secure.method = 'shares': who sits a round out would miss its adapter, and all are in one sum;"
+            f" set federation.cohort = 'all' and federation.num-clients to at most {MOST_TOGETHER}, or"
+            " secure.method = 'masks'"
         )
     return SecurePlan(method=section.method, min_parties=section.min_parties)

@@ -34,7 +34,7 @@ from fedllm.secure.agreement import (
     seal,
 )
 from fedllm.secure.parties import Exchange
-from fedllm.secure.ring import BITS, pack, unpack
+from fedllm.secure.ring import BITS, pack, packed_size, unpack
 
 NUM_HOLDERS = 3
 
@@ -87,6 +87,11 @@ class Opening:
         names, width = relay.exchange.names, KEY_BYTES + BOX_BYTES
         boxes = {name: data[width * place :][:width] for place, name in enumerate(names)}
         return cls(data[width * len(names) :], boxes)
+
+
+def shared_bytes(size: int) -> int:
+    """Return the bytes of the boxes that a party sends for a vector of `size` values."""
+    return packed_size(size) + (NUM_HOLDERS - 1) * SEED_BYTES + NUM_HOLDERS * BOX_BYTES
 
 
 def share(

@@ -14,7 +14,7 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
 from fedllm.messages import ClientAtHome, ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.originality.overlap import Overlap
 from fedllm.secure.masking import Masked
-from fedllm.wire import encrypted, joining, masks, overlaps, refusals, replies, stock
+from fedllm.wire import encrypted, joining, masks, overlaps, refusals, replies, shared, stock
 
 _LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 1, 1.0, "0" * 64)
 
@@ -57,6 +57,7 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
             replies.write_sum([update], delta, **packets, with_held_out=True),
             masks.write_masked([update], {"CLIENT": Masked(b"", (), ())}),
             encrypted.write_encrypted([update], {"CLIENT": b""}),
+            shared.write_shared([update], {"CLIENT": (b"", b"", b"")}),
         ],
         "evaluate": [replies.write_evaluations([measured])],
         "adapt": [replies.write_at_home([at_home])],

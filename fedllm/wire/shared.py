@@ -112,10 +112,12 @@ def read_relay_question(content: RecordDict, plan_digest: str) -> RelayQuestion:
     if len(kinds) != (not is_over):
         raise WireError("a question opens a sum, or says that the run is over")
     request = content.config_records["request"]
-    clients = tuple(list_field(request, "client-ids", str))
     round_num = scalar_field(request, "round", int)
-    if is_over or kinds == [PUBLISH]:
-        return RelayQuestion(kind=kinds[0] if kinds else "", round_num=round_num, clients=clients)
+    if is_over:
+        return RelayQuestion(kind="", round_num=round_num, clients=())
+    clients = tuple(list_field(request, "client-ids", str))
+    if kinds == [PUBLISH]:
+        return RelayQuestion(kind=PUBLISH, round_num=round_num, clients=clients)
     (kind,) = kinds
     record = content.config_records[kind]
     parts = content.array_records.get(_PARTS[kind], ArrayRecord())

@@ -12,7 +12,11 @@ CLIENTS = [
     )
     for name in ("anna", "ben")
 ]
-RESTS_ON = {"masks": "Parties that work with the server", "he": "one data holder could decrypt the sum"}
+RESTS_ON = {
+    "masks": "Parties that work with the server",
+    "he": "one data holder could decrypt the sum",
+    "shares": "Three data holders held the shares",
+}
 
 
 @pytest.mark.parametrize("method", sorted(BUILT))
