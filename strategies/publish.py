@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +42,9 @@ def publish_run(
         write_file(folder / "privacy.json", json.dumps(statement, indent=1, allow_nan=False) + "\n")
         keys = ("unit", "epsilon", "delta", "budget", "trust")
         result["privacy"] = {key: statement[key] for key in keys}
+    if plan.secure is not None:
+        pinned = sum(client.is_pinned for client in joined.values())
+        result["secure"] = {**asdict(plan.secure), "clients": len(joined), "pinned": pinned}
     write_result(folder, result)
     return list(result["warnings"])
 

@@ -261,10 +261,11 @@ class PersonalConfig:
     mode: str = key(
         "none",
         "finetune = after the last round each client trains the shared adapter on, as long as its held-out"
-        " rows say; dual = an adapter on top of the shared one, trained in each round; ditto = the same,"
-        " pulled to the shared one by PULL (else 0.1)",
-        words="none finetune dual ditto[:PULL]",
-        at_least=0,
+        " rows say, at a learning rate of NUMBER (else that of the first round); dual = an adapter on top of"
+        " the shared one, trained in each round; ditto = the same, pulled to the shared one by NUMBER (else"
+        " 0.1)",
+        words="none finetune[:NUMBER] dual ditto[:NUMBER]",
+        above=0,
     )
     rank: int = key(4, "rank of the adapter on top (dual, ditto)", at_least=1, at_most=4096)
     steps: int = key(

@@ -53,9 +53,9 @@ class HomeTraining:
 
 def personal_training(section: PersonalConfig) -> PersonalTraining | None:
     """Return the numbers of personal adapters that train beside the shared one, None where there are none."""
-    if section.mode in ("none", FINETUNE):
-        return None
     mode, pull = split_number(section.mode, DITTO_PULL)
+    if mode in ("none", FINETUNE):
+        return None
     return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull if mode == "ditto" else 0.0)
 
 
@@ -64,11 +64,13 @@ def home_training(
 ) -> HomeTraining | None:
     """Return how clients train on at home, None where they do not.
 
-    It is as in the first round, at its learning rate, but that nothing pulls it back to the shared adapter.
+    It is as in the first round, but for a learning rate of its own where the mode has one, and that nothing
+    pulls it back to the shared adapter.
     """
-    if section.mode != FINETUNE:
+    mode, rate = split_number(section.mode, first_round.learning_rate)
+    if mode != FINETUNE:
         return None
-    training = replace(first_round, steps=section.steps, proximal=0.0)
+    training = replace(first_round, steps=section.steps, learning_rate=rate, proximal=0.0)
     return HomeTraining(
         training=training, rounds_steps=first_round.steps * num_rounds, is_reported=is_reported
     )

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "fused": "Many clients in one pass compared with one after another.",
     "round": "What a whole federated round costs besides its training.",
     "secure": "Bytes and seconds of masked sums of many parties, some of them lost.",
+    "secure_round": "A round of sites whose updates are masked, compared with one in the clear.",
     "site": "A round of sites whose model stays loaded, and of ones that load it for each message.",
     "wire": "Bytes, errors and speed of what an update is packed as.",
 }

@@ -57,14 +57,16 @@ def main(options: SiteOptions) -> dict[str, Any]:
     found: dict[str, list[Measured]] = {RESIDENT: [], LOADED: []}
     with tempfile.TemporaryDirectory(prefix="fedllm-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        rows = [write_rows(folder / f"{node}.jsonl", 1, rows_per_client=16) for node in _NODES]
+        rows = rows_of(folder, _NODES)
         links = {
-            RESIDENT: stack.enter_context(_resident(folder, rows)),
+            RESIDENT: stack.enter_context(resident_site(folder, rows)),
             LOADED: stack.enter_context(_loaded(rows)),
         }
         for turn in range(turns):
             for way in (RESIDENT, LOADED) if turn % 2 == 0 else (LOADED, RESIDENT):
-                measured = _run(links[way], _config(options, folder / "runs", f"{len(found[way])}-{way[:4]}"))
+                measured = read_rounds(
+                    run_on(links[way], _config(options, folder / "runs", f"{len(found[way])}-{way[:4]}"))
+                )
                 found[way].append(measured)
                 shown = " ".join(f"{seconds:.1f}" for seconds in measured.rounds)
                 console.print(
@@ -122,8 +124,13 @@ def _config(options: SiteOptions, runs: Path, name: str) -> RunConfig:
     )
 
 
-def _run(link: Link, config: RunConfig) -> Measured:
-    """Do a run, and read off its rounds; the first loads and the last evaluates, so neither counts.
+def rows_of(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Write a file of rows for each client; return them by name."""
+    return {name: write_rows(folder / f"{name}.jsonl", 1, rows_per_client=16) for name in names}
+
+
+def run_on(link: Link, config: RunConfig) -> list[dict[str, Any]]:
+    """Do a run and return the records of its inner rounds: the first loads and the last evaluates.
 
     Raises:
         RunFailedError: it does not complete.
@@ -138,7 +145,11 @@ def _run(link: Link, config: RunConfig) -> Measured:
         raise RunFailedError(
             f"a run of the benchmark did not complete: {result.get('reason', 'it took too long')}"
         )
-    records = [json.loads(line) for line in (folder / ROUNDS).read_text().splitlines()][2:-1]
+    return [json.loads(line) for line in (folder / ROUNDS).read_text().splitlines()][2:-1]
+
+
+def read_rounds(records: Sequence[Mapping[str, Any]]) -> Measured:
+    """Return what the rounds of a run took."""
     return Measured(
         tuple(record["seconds"] for record in records),
         tuple(record["seconds"] - sum(record["training"]["seconds"].values()) for record in records),
@@ -146,13 +157,10 @@ def _run(link: Link, config: RunConfig) -> Measured:
 
 
 @contextmanager
-def _resident(folder: Path, rows: Sequence[Path]) -> Iterator[Link]:
-    """Run a site of two nodes and its server for the length of the block."""
+def resident_site(folder: Path, rows: Mapping[str, Path]) -> Iterator[Link]:
+    """Run a site of a node for each file of rows, and its server, for the length of the block."""
     with temporary_link(is_hardened=False) as link, superlink(link):
-        nodes = {
-            name: {"superlink": link.address, "data": str(file)}
-            for name, file in zip(_NODES, rows, strict=True)
-        }
+        nodes = {name: {"superlink": link.address, "data": str(file)} for name, file in rows.items()}
         file = folder / "site.toml"
         file.write_text(tomli_w.dumps({"site": {"state-path": str(folder / "state")}, "nodes": nodes}))
         ended = Event()
@@ -167,10 +175,10 @@ def _resident(folder: Path, rows: Sequence[Path]) -> Iterator[Link]:
 
 
 @contextmanager
-def _loaded(rows: Sequence[Path]) -> Iterator[Link]:
+def _loaded(rows: Mapping[str, Path]) -> Iterator[Link]:
     """Run two nodes as Flower has them, and their server, for the length of the block."""
     with temporary_link(is_hardened=False) as link, superlink(link), ExitStack() as stack:
-        for name, file in zip(_NODES, rows, strict=True):
+        for name, file in rows.items():
             command = ["flower-supernode", "--insecure", "--superlink", link.address]
             command += ["--port", str(free_port())]
             command += ["--node-config", f'data-path="{file}" client-id="{name}"']

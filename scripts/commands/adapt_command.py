@@ -43,7 +43,9 @@ def adapt(
     run = target if (target / "config.toml").is_file() else target.parent  # where it is a run's `adapter`
     folder = out or (Path("adapted") if config is None else run / "private" / "adapted")
     check_new(folder, "--out")
-    rate: dict[str, Scalar] = {} if learning_rate is None else {"train.learning-rate": learning_rate}
+    rate: dict[str, Scalar] = {}  # that of the run, of its steps at home where they have one
+    if learning_rate is not None:
+        rate = {"train.learning-rate": learning_rate, "personal.mode": "none"}
     plan = resolve((config or bare_config(published)).override(rate))
     clients, layout = _clients(plan.config, data), published.state.layout
     numbers = _numbers(plan, is_known=config is not None, steps=steps)
@@ -96,5 +98,6 @@ def _numbers(plan: RunPlan, *, is_known: bool, steps: int) -> HomeTraining:
     """
     federation, share = plan.config.federation, plan.cohort.size / plan.config.federation.num_clients
     rounds = round(federation.num_rounds * plan.config.train.local_steps * share) if is_known else 0
-    training = replace(plan.training(1), steps=steps, proximal=0.0)
+    training = plan.training(1) if plan.at_home is None else plan.at_home.training
+    training = replace(training, steps=steps, proximal=0.0)
     return HomeTraining(training=training, rounds_steps=rounds, is_reported=True)

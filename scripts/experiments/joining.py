@@ -1,12 +1,13 @@
 """Where joining pays: training alone against a federation and steps at home, each at its own best.
 
-domains     seven domains of instructions, a client each: as unlike as clients can be
+domains     seven domains of instructions, a client each: as unlike as clients can be, with few rows
 institutes  six medical institutes, which answer questions of one kind
 speakers    sixty speakers of plays, with little text each: a keyboard's users
 
 Without --data the clients are the docstrings of seven packages. Each part is a study, as `fedllm study` does
 it: every method may spend the same steps, its number of them and its learning rate are chosen on rows that
-measure nothing, and a finished cell is a line in the folder --work.
+measure nothing, and a finished cell is a line in the folder --work. --rows changes how many rows each domain
+trains on: where everybody has enough of them, joining has little to give.
 
     python -m scripts.experiments joining --quick --json
     python -m scripts.experiments joining --data FOLDER --output docs/results/joining.json
@@ -50,13 +51,18 @@ INSTITUTES, SPEAKERS = "medical.train.jsonl", "shakespeare.train.jsonl"
 
 @dataclass(frozen=True)
 class Part:
-    """The numbers of one part: rounds of so many steps, and the rows of a step."""
+    """The numbers of one part: rounds of so many steps, `home` steps after them, and the rows of a step.
+
+    `rows` are those that each client trains on, drawn from all it has by the seed; 0 = all.
+    """
 
     rounds: int
     steps: int
+    home: int
     batch_size: int
     max_length: int
     clients: int = 0  # 0 = all there are
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,11 @@ FULL = Size(
     flat=_FLAT,
     rows_of_domain=300,
     parts={
-        "domains": Part(24, 10, 4, 128),
-        "institutes": Part(24, 10, 4, 128),
-        "speakers": Part(12, 10, 4, 96),
+        "domains": Part(12, 10, 240, 4, 128, rows=60),
+        "institutes": Part(12, 10, 240, 4, 128),
+        "speakers": Part(6, 10, 60, 4, 96),
     },
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(3e-3, 1e-2),
     seeds=(0, 1, 2),
     recipe=Recipe(),
 )
@@ -92,9 +98,9 @@ QUICK = Size(
     flat={**_FLAT, "data.max-held-out": 8},
     rows_of_domain=32,
     parts={
-        "domains": Part(2, 3, 4, 64),
-        "institutes": Part(2, 3, 4, 64),
-        "speakers": Part(2, 3, 4, 48, clients=8),
+        "domains": Part(1, 3, 3, 4, 64),
+        "institutes": Part(1, 3, 3, 4, 64),
+        "speakers": Part(1, 3, 3, 4, 48, clients=8),
     },
     rates=(1e-2,),
     seeds=(0,),
@@ -105,9 +111,9 @@ SMOLLM2 = Size(
     flat={**_FLAT, **{"model.device": "cuda", "model.dtype": "bfloat16", "model.num-threads": "auto"}},
     rows_of_domain=800,
     parts={
-        "domains": Part(16, 10, 8, 256),
-        "institutes": Part(16, 10, 8, 256),
-        "speakers": Part(8, 10, 4, 128),
+        "domains": Part(8, 10, 160, 8, 256, rows=60),
+        "institutes": Part(8, 10, 160, 8, 256),
+        "speakers": Part(4, 10, 40, 4, 128),
     },
     rates=(3e-4, 1e-3, 3e-3),
     seeds=(0, 1, 2),
@@ -118,9 +124,9 @@ SMOLLM2_ON_CPU = replace(
     flat={**_FLAT, "data.max-held-out": 12},
     rows_of_domain=240,
     parts={
-        "domains": Part(6, 6, 4, 96),
-        "institutes": Part(6, 6, 4, 96),
-        "speakers": Part(4, 5, 2, 64, clients=24),
+        "domains": Part(3, 6, 18, 4, 96, rows=60),
+        "institutes": Part(3, 6, 18, 4, 96),
+        "speakers": Part(2, 5, 10, 2, 64, clients=24),
     },
     rates=(1e-3,),
     seeds=(0,),
@@ -132,6 +138,7 @@ class Options(ExperimentOptions):
     """What can be asked for."""
 
     parts: Annotated[str, typer.Option(help="These parts only, separated by commas.")] = ""
+    rows: Annotated[int, typer.Option(min=0, help="Each domain trains on; 0 = as the size says.")] = 0
 
 
 def rows_by_part(options: Options, corpus: Corpus) -> Iterator[tuple[str, list[Row]]]:
@@ -160,9 +167,15 @@ def study_of(name: str, part: Part, rows: list[Row], model: str, size: Size, wor
         "federation.num-clients": part.clients or len({row["client"] for row in rows}),
         "federation.num-rounds": part.rounds,
         "train.local-steps": part.steps,
+        "personal.mode": "finetune",
+        "personal.steps": part.home,
         "train.batch-size": part.batch_size,
         "train.max-length": part.max_length,
     }
+    if part.rows:
+        held_out = int(size.flat["data.max-held-out"])
+        together = part.rows + held_out
+        flat |= {"data.max-rows": together, "data.held-out-fraction": held_out / together}
     return Study(name, RunConfig.from_flat(flat), METHODS, size.rates, size.seeds)
 
 
@@ -187,8 +200,11 @@ def main(options: Options) -> None:
     work, parts = work_folder(options, "joining"), dict[str, Summary]()
     corpus = text_of(options, size, console)
     model, described = model_of(options.model, size.recipe, corpus, console)
+    numbers = dict(size.parts)
+    if options.rows:
+        numbers["domains"] = replace(numbers["domains"], rows=options.rows)
     for name, rows in rows_by_part(options, corpus):
-        study = study_of(name, size.parts[name], rows, model, size, work)
+        study = study_of(name, numbers[name], rows, model, size, work)
         parts[name] = do_in(work / name, study, options.processes, partial(console.print, soft_wrap=True))
         for table in study_tables(parts[name]):
             console.print(table)
@@ -197,7 +213,7 @@ def main(options: Options) -> None:
     settings = {
         "quick": options.quick,
         "flat": dict(size.flat),
-        "parts": {name: vars(size.parts[name]) for name in parts},
+        "parts": {name: vars(numbers[name]) for name in parts},
         "rates": size.rates,
         "seeds": size.seeds,
     }

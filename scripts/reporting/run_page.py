@@ -49,7 +49,7 @@ def findings(run: RunFiles) -> list[str]:
             "It is not known how good the adapter is: no data holder's held-out loss was measured with base"
             " model and adapter, or the data holders keep it to themselves."
         )
-    if not at_home and run.keys.get("personal.mode") != "finetune":
+    if not at_home and not str(run.keys.get("personal.mode")).startswith("finetune"):
         lines.append(
             "Whether the data holders gained over training alone was not measured: personal.mode = finetune"
             " asks that in a run, and fedllm study compares the two."

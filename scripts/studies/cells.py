@@ -89,10 +89,10 @@ def budget_of(config: RunConfig) -> Budget:
 
     Half of the recipe's steps are at home, or as many more as a recipe with `personal.mode = finetune` says.
     """
-    federation, local = config.federation, config.train.local_steps
-    share = resolve(config).cohort.size / federation.num_clients  # of the clients, that a round asks
+    federation, local, plan = config.federation, config.train.local_steps, resolve(config)
+    share = plan.cohort.size / federation.num_clients  # of the clients, that a round asks
     in_rounds = federation.num_rounds * local * share
-    if config.personal.mode == "finetune":
+    if plan.at_home is not None:
         home = config.personal.steps
         rounds = federation.num_rounds + round(home / (local * share))
         return Budget(round(in_rounds) + home, home, rounds, federation.num_rounds, local)
@@ -162,10 +162,15 @@ def _trials(study: Study, method: str, rates: Sequence[float], seed: int) -> lis
             kind,
             {"method": method, "seed": seed, "rate": rate},
             {**keys, "seed": seed, **({"train.learning-rate": rate} if rate else {})},
-            options,
+            {**options, **({"home_rates": _at_most(study.rates, rate)} if "home" in options else {})},
         )
         for rate in (rates if method != "base" else (0.0,))
     ]
+
+
+def _at_most(rates: Sequence[float], rate: float) -> str:
+    """Return the rates that steps at home choose among: those of the study up to that of the rounds."""
+    return ",".join(f"{one:g}" for one in sorted(rates) if one <= rate)
 
 
 def _how(config: RunConfig, method: str) -> tuple[str, dict[str, Scalar], dict[str, Scalar]]:

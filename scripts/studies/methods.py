@@ -7,7 +7,8 @@ have given is measured as well, as `last`: the comparison at equal tokens.
 base         the model as it is
 alone        every client for itself from the same initial adapter; each chooses its own number of steps
 centralised  one adapter on all clients' rows, in the batches that a federation would draw
-federated    the product's own run; `home` steps at the end are each client's own, from the shared adapter
+federated    the product's own run; `home` steps at the end are each client's own, from the shared adapter, at
+             the best of `home_rates`: a client alone wants smaller steps than a mean of many
 """
 
 import math
@@ -82,7 +83,9 @@ def federated(trial: Trial, setting: Setting) -> Figures:
                 kept[number] = _shared(state)
         costs = _costs(clients, config, state)
         if home := int(trial.options.get("home", 0)):
-            return _then_home(clients, config, state, home, costs)
+            rates = map(float, str(trial.options["home_rates"]).split(","))
+            own = [_then_home(clients, config, state, home, rate, costs) for rate in rates]
+            return min(own, key=lambda figures: figures["choosing"])
         figures = _best_of(clients, kept)
         return {**figures, **costs, "steps": _steps_of_each(config, figures["steps"])}
 
@@ -147,15 +150,19 @@ def _train_own(
     )
 
 
-def _then_home(clients: Clients, config: RunConfig, state: LocalState, steps: int, costs: Figures) -> Figures:
+def _then_home(
+    clients: Clients, config: RunConfig, state: LocalState, steps: int, rate: float, costs: Figures
+) -> Figures:
     start_P, added = _shared(state)
     drawn = state.server.num_drawn
     with with_base_delta(clients.engine.base, added):
-        figures = _own(clients, _train_own(clients, config, start_P, steps, drawn))
+        at_rate = config.override({"train.learning-rate": rate})
+        figures = _own(clients, _train_own(clients, at_rate, start_P, steps, drawn))
     before = _steps_of_each(config, config.federation.num_rounds)
     own = {
         "tokens": costs["tokens"] + _tokens(clients, config, steps, drawn),
         "steps": before + figures["steps"],
+        "home_rate": rate,
     }
     return {**figures, **costs, **own}
 

@@ -124,7 +124,7 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
         ("federation.cohort", 0, "a number above 0 up to 1,000,000, or all"),
         ("train.proximal", "product", "a number from 0, or product:MU"),
         ("train.schedule", "SVD", "one of constant, cosine"),
-        ("personal.mode", "ditto:-1", "one of none, finetune, dual, ditto[:PULL]; PULL from 0"),
+        ("personal.mode", "ditto:-1", "one of none, finetune[:NUMBER], dual, ditto[:NUMBER]; NUMBER above 0"),
         ("track.to", "tb", "any of tensorboard, mlflow, wandb, trackio, parted by commas"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         ("privacy.noise-multiplier", [0.0]),
         ("privacy.max-participations", [0]),
         ("privacy.weight-cap", [0.0]),
-        ("personal.mode", ["ditto:-0.1", "dual:0.1"]),
+        ("personal.mode", ["ditto:-0.1", "dual:0.1", "finetune:0", "finetune:fast"]),
         ("personal.rank", [0]),
         ("personal.steps", [0]),
         ("distill.teacher", ["posterior:101", "uniform:1"]),

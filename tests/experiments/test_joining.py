@@ -33,10 +33,10 @@ def test_each_part_has_its_own_clients(folder: Path, tiny_corpus: Corpus) -> Non
 
 def test_a_part_is_a_study_of_its_numbers(tmp_path: Path) -> None:
     rows = [{"text": "Now", "client": name} for name in "abc"]
-    study = study_of("speakers", Part(8, 10, 4, 64), rows, "model", QUICK, tmp_path)
-    assert budget_of(study.config).steps == 80
+    study = study_of("speakers", Part(8, 10, 20, 4, 64), rows, "model", QUICK, tmp_path)
+    assert budget_of(study.config).steps == 100
     assert study.config.federation.num_clients == 3
-    few = study_of("speakers", Part(8, 10, 4, 64, clients=2), rows, "model", QUICK, tmp_path)
+    few = study_of("speakers", Part(8, 10, 20, 4, 64, clients=2), rows, "model", QUICK, tmp_path)
     assert few.config.federation.num_clients == 2
 
 

@@ -55,6 +55,9 @@ def test_training_at_home_is_as_in_the_first_round_but_for_a_pull() -> None:
     assert run.at_home.training == replace(run.training(1), steps=10, proximal=0.0)
     assert [run.at_home.steps_alone(4 * steps) for steps in (0, 7, 15, 10**9)] == [10, 17, 25, 25]
     assert run.at_home.most == 35
+    own = planned(personal__mode="finetune:0.02").at_home
+    assert own is not None
+    assert own.training.learning_rate == 0.02
     assert planned().at_home is None
 
 

@@ -30,6 +30,7 @@ pytestmark = [
 # What is killed, by a word at the end of one of the first words of its command line.
 AT_SERVER = ["flwr-serverapp", "flower-superlink", "flower-superexec"] * 4 + ["serve"] * 3
 AT_SITES = ["clients.service", "clients.launcher", "supernode"] * 5
+AT_BOTH = ["flwr-serverapp"] * 9 + ["flower-superlink"] * 2 + AT_SITES[:9]
 LONGEST_RUN = 3600.0  # seconds
 
 
@@ -235,3 +236,49 @@ def test_fifteen_kills_at_sites_cost_a_round_each(tiny_run: list[str], tmp_path:
     lost = [decision["client"] for decision in decisions if decision["event"] == "refused"]
     print("answers lost:", lost)
     assert len(lost) <= len(programs)
+
+
+@contextmanager
+def watched_ledgers(folder: Path) -> Iterator[dict[str, set[bytes]]]:
+    """Yield the contents that each file of the sites' ledgers of labels has had, filled during the block.
+
+    A run that has ended leaves no such file.
+    """
+    found: dict[str, set[bytes]] = {}
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.2):
+            for file in [file for kind in ("masked", "opened") for file in folder.rglob(f"*.{kind}")]:
+                with suppress(FileNotFoundError):  # the run has just ended
+                    found.setdefault(str(file), set()).add(file.read_bytes())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.soak
+def test_twenty_kills_of_a_masked_run_reuse_no_label(tiny_run: list[str], tmp_path: Path) -> None:
+    rounds, programs = len(AT_BOTH) + 8, drawn(AT_BOTH, seed=5)
+    words = [*words_of(tiny_run, rounds), "secure.method=masks"]
+    with (
+        federation(tmp_path, words, num_sites=3) as sites,
+        watched_ledgers(tmp_path) as ledgers,
+        sites.served("masked") as masked,
+    ):
+        done = kill_at_random(tmp_path, masked, programs, seed=6)
+    assert [kill.program for kill in done] == programs
+    assert rounds_of(masked) == list(range(rounds + 1))
+    records = lines_of(masked / "rounds.jsonl")[1:]
+    assert all(record["secure"]["answered"] >= 2 for record in records)
+    assert not any(record["secure"]["faults"] for record in records)
+    decisions = lines_of(masked / "decisions.jsonl")
+    assert "mask-reuse" not in {decision.get("code") for decision in decisions}
+    assert len(ledgers) > 2 * rounds
+    assert all(len(contents) == 1 for contents in ledgers.values()), "nothing was done twice under a label"
+    wait_until(lambda: not list(tmp_path.rglob("*.masked")))

@@ -1,6 +1,7 @@
 """The same app in three runtimes gives the same adapter, bit for bit."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from scripts.run_view import RunView
 from scripts.runtimes.flower import run_with_flower
 from scripts.runtimes.local import init, step
 from tests.stories.conftest import DISTILLED
+
+ALIKE = Path(__file__).with_name("alike")  # fixes what is random in secret sums
 
 
 def _digest(folder: Path) -> str:
@@ -112,3 +115,18 @@ def test_kept_vectors_are_the_same_at_a_site_service(tiny_run, fedllm, tmp_path)
     kept = [_kept(tmp_path / name) for name in names]
     assert len(kept[0]) == 4
     assert kept[0] == kept[1]
+
+
+@pytest.mark.soak
+def test_masked_sums_are_the_same_in_three_runtimes(tiny_run, fedllm, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ALIKE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    words = [*tiny_run, "secure.method=masks", "federation.num-clients=3", "run.name=masked"]
+    runtimes = ("local", "simulation", "deployment")
+    for runtime in runtimes:
+        fedllm("run", *words, "--out", str(tmp_path / runtime), "--runtime", runtime)
+    digests = {_digest(tmp_path / runtime / "masked") for runtime in runtimes}
+    assert len(digests) == 1
+    for runtime in runtimes:
+        lines = (tmp_path / runtime / "masked" / "rounds.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["secure"]["answered"] == 3
+        assert not list((tmp_path / runtime).rglob("*.masked")), "keys and ledgers end with the run"

@@ -11,10 +11,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from clients import masks as client_masks
 from clients.client_app import app
+from fedllm.adapters.parts import part_size
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError, RunFailedError
-from fedllm.secure.masking import plain_sum
+from fedllm.secure.masking import plain_sum, sent_bytes
 from fedllm.secure.parties import Exchange
+from fedllm.secure.vector import NUM_NUMBERS
 from fedllm.wire import packets
 from scripts.runtimes.local import local_grid
 from strategies.flower_strategy import FederatedLora
@@ -134,7 +136,8 @@ def test_the_record_has_numbers_of_all_and_of_nobody(
     tokens = plain.training.num_tokens
     assert record.training.num_tokens == pytest.approx(tokens, rel=0.02)
     assert plain.aggregation.delta_norm == pytest.approx(record.aggregation.delta_norm, rel=1e-2)
-    assert record.bytes_up < plain.bytes_up * 3
+    size = part_size(run.session.layout, "b") + NUM_NUMBERS
+    assert record.bytes_up == 4 * sent_bytes(size, 4)
     assert after.num_drawn == dict.fromkeys(NAMES, 4)
 
 
@@ -286,6 +289,29 @@ def test_many_parties_are_summed_in_groups(
     assert (record.accepted, record.secure.parties, record.secure.threshold) == (NAMES, 4, 4)
 
 
+def test_a_server_that_dies_between_the_exchanges_has_a_new_label(
+    make_config: Callable[..., RunConfig],
+    open_run: Callable[..., Run],
+    words: Words,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def die(*args: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = make_config({**MASKS, "run.output": str(tmp_path)})
+    with monkeypatch.context() as patch:
+        patch.setattr(group_sum.GroupSum, "question", die)
+        killed = open_run(config)
+        with pytest.raises(KeyboardInterrupt):
+            next_round(killed.session, killed.state)
+    resumed = open_run(config)
+    _, record = next_round(resumed.session, resumed.state)
+    assert (record.attempt, record.accepted) == (1, NAMES)
+    first, second = words.values()
+    assert all(not np.array_equal(first[name], second[name]) for name in NAMES), "rounded anew"
+
+
 def test_flowers_own_loop_has_no_second_exchange(
     make_config: Callable[..., RunConfig], open_run: Callable[..., Run]
 ) -> None:
@@ -304,6 +330,8 @@ def test_a_run_ends_its_keys_and_says_what_it_hid(
     assert not list((folder / "private").rglob("key"))
     card = (folder / "adapter" / "README.md").read_text()
     assert "## What the server saw" in card
+    result = json.loads((folder / "result.json").read_text())
+    assert result["secure"] == {"method": "masks", "min_parties": 3, "clients": 4, "pinned": 0}
     assert "0 of 4 data holders say that their site runs only code it has pinned" in card
     assert any("4 of 4 clients run whatever code the server ships" in line for line in notices)
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]

@@ -40,7 +40,7 @@ def test_all_methods_see_as_many_tokens_of_the_same_clients(tiny_recipe: Path) -
     shared = setting(tiny_recipe)
     apart, pooled = (method(trial({"steps": 4}), shared) for method in (alone, centralised))
     joined = federated(trial(), shared)
-    home = federated(trial({"home": 2}, federation__num_rounds=1), shared)
+    home = federated(trial({"home": 2, "home_rates": "0.01"}, federation__num_rounds=1), shared)
     assert apart["tokens"] == pooled["tokens"] == joined["tokens"] == home["tokens"]
     assert home["bytes_up"] * 2 == joined["bytes_up"]
     for figures in (apart, pooled, joined, home):
@@ -79,5 +79,5 @@ def test_a_model_without_a_finite_loss_is_no_result(tiny_recipe: Path, tmp_path:
 
 
 def test_steps_are_those_of_a_client_on_average(tiny_recipe: Path) -> None:
-    some = trial({"home": 1}, federation__num_rounds=3, federation__cohort=1)
+    some = trial({"home": 1, "home_rates": "0.01,0.001"}, federation__num_rounds=3, federation__cohort=1)
     assert 2 <= federated(some, setting(tiny_recipe))["steps"] <= 3  # of the rounds two, at home one at most
