@@ -11,8 +11,6 @@ from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
 from fedllm.secure.parties import MOST_TOGETHER
 
-BUILT = frozenset({"masks", "he", "shares"})
-
 
 @dataclass(frozen=True, kw_only=True)
 class SecurePlan:
@@ -34,12 +32,10 @@ def secure_plan(section: SecureConfig, cohort: CohortPlan, *, node_sum: bool) ->
     """Return how a run's updates are summed in secret, None where the server sees each (`none`).
 
     Raises:
-        ConfigError: the method is not built yet, or a round asks too few clients to hide one among them.
+        ConfigError: a round asks too few clients to hide one among them, or by shares not all of them.
     """
     if section.method == "none":
         return None
-    if section.method not in BUILT:
-        raise ConfigError(f"secure.method = {section.method!r} is not built yet; set secure.method = 'none'")
     if not node_sum and cohort.size < section.min_parties:  # how many nodes there are is not known yet
         raise ConfigError(
             f"secure.min-parties = {section.min_parties}: a round asks {cohort.size:g} clients; raise"
