@@ -92,7 +92,9 @@ def _go_on(holder: DataHolder, name: str, asked: RelayQuestion) -> bytes:
     part = holder.plan.aggregation.returned_in(round_num)
     change_P = whole_of(start.layout, torch.from_numpy(found.mean).float(), part)
     state = next_adapter(start, change_P)
-    keep_own_adapter(holder, name, round_num, state)
+    # Under wire.node-sum a party speaks for all clients of its node.
+    for each in holder.clients if holder.plan.aggregation.node_sum else (name,):
+        keep_own_adapter(holder, each, round_num, state)
     return bytes.fromhex(state.digest)
 
 
