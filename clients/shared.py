@@ -21,6 +21,7 @@ from fedllm.messages import ClientFailure, TrainRequest
 from fedllm.secure.additive import Opening, Relay, add_share, open_sum, share, total_of
 from fedllm.secure.parties import Exchange, Party
 from fedllm.secure.vector import NUM_NUMBERS, Scale, read_sum
+from fedllm.site_policy import load_policy
 from fedllm.wire.masks import read_sums, write_openings
 from fedllm.wire.shared import HOLD, TOTAL, RelayQuestion, read_holders, read_relay_question, write_shared
 
@@ -38,7 +39,9 @@ def train_shared(holder: DataHolder, request: TrainRequest, content: RecordDict)
     if len({party.asked.exchange.label for party in parties}) > 1:
         raise BadPartiesError("a round has one sum of shares, of all its parties")
     for party in parties:  # before anything is trained: who fails then still reads the sum of the others
-        _note(party, Relay(party.asked.exchange, holders), request.round_num)
+        relay = Relay(party.asked.exchange, holders)
+        _check_sites(relay)
+        _note(party, relay, request.round_num)
 
     def hide(party: OwnParty, words: np.ndarray) -> tuple[bytes, ...]:
         relay = Relay(party.asked.exchange, holders)
@@ -104,6 +107,13 @@ def _publish(holder: DataHolder, name: str, asked: RelayQuestion) -> bytes:
     if asked.round_num != last:  # an earlier one would tell of the rounds in between
         raise SecureError(f"the adapter of round {asked.round_num} is not published, that of round {last} is")
     return own_adapter(holder, name, last).vector.numpy().astype("<f4").tobytes()
+
+
+def _check_sites(relay: Relay) -> None:
+    """Refuse holders of one site, where this one names its peers: they would be one holder."""
+    identities = {party.identity for party in relay.exchange.parties if party.name in relay.holders}
+    if load_policy().peers and len(identities) < len(relay.holders):
+        raise BadPartiesError("two of the parties that hold shares are of one site")
 
 
 def _size(holder: DataHolder, round_num: int) -> int:
