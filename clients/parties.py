@@ -11,11 +11,12 @@ import numpy as np
 
 from clients.data_holder import DataHolder
 from clients.run_keys import RunKeys, run_keys
-from fedllm.adapters.parts import part_of
+from fedllm.adapters.parts import part_of, part_size
 from fedllm.errors import BadPartiesError
 from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import ClientUpdate, TrainRequest
-from fedllm.secure.agreement import public_of, secret_stream
+from fedllm.privacy.distributed import noised_words
+from fedllm.secure.agreement import derived, public_of, secret_stream
 from fedllm.secure.homomorphic import key_digest
 from fedllm.secure.parties import Exchange, Party, check_parties, party_statement
 from fedllm.secure.vector import client_values, words_of
@@ -104,7 +105,9 @@ def party_words(
     """
     plan, asked, exchange = holder.plan, party.asked, party.asked.exchange
     layout, part = request.adapter.layout, plan.aggregation.returned_in(request.round_num)
-    scale = asked.scale(plan.most_tokens(request.round_num))
+    num_values = part_size(layout, part)
+    noise = plan.shared_noise(num_values=num_values, num_parties=len(exchange.parties))
+    scale = asked.scale(plan.most_tokens(request.round_num), noise)
     values = sum(
         client_values(
             part_of(layout, update.delta, part).double().numpy(),
@@ -121,6 +124,10 @@ def party_words(
         party.keys.secret, "rounding", exchange.digest, hashlib.sha256(values.data).digest()
     )
     words = words_of(values, scale, stream)
+    if noise is not None:
+        # In another sum other noise, or the difference of both would have one share of it alone.
+        key = derived(party.keys.secret, "share of noise", exchange.digest)
+        words[:num_values] = noised_words(values[:num_values], noise, key)
     kept = {
         "vector": hashlib.sha256(words.data).hexdigest(),
         "terms": exchange.terms.hex(),

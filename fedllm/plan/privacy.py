@@ -192,12 +192,6 @@ def privacy_plan(
             f"privacy.trust = {trust!r} cannot go with privacy.unit = 'example': only its client can bound"
             " what one row does; set privacy.trust = 'auto'"
         )
-    if trust == "distributed":
-        raise ConfigError(
-            "privacy.trust = 'distributed': a client's part of the noise protects nothing until the server"
-            " sees only a masked sum, which is not built yet; set privacy.trust ="
-            " 'central' or 'local'"
-        )
     rounds = federation.num_rounds
     # Noise that clients add themselves is counted without coins: the server knows who was drawn.
     has_coins = cohort.rule == "poisson" and trust == "central"

@@ -24,6 +24,7 @@ from fedllm.plan.training import (
     local_training,
     personal_training,
 )
+from fedllm.privacy.distributed import SharedNoise
 
 # A file system has room for 255, of which the names of private state and unfinished files take up to 55.
 MOST_NAME_BYTES = 200
@@ -68,6 +69,12 @@ class RunPlan:
         every = self.config.evaluation.every
         is_last = round_num == self.config.federation.num_rounds
         return is_last or (isinstance(every, int) and round_num % every == 0)
+
+    def shared_noise(self, *, num_values: int, num_parties: int) -> SharedNoise | None:
+        """Return the noise that each party of a secret sum adds to its delta, None where it adds none."""
+        if self.privacy is None or not self.privacy.is_distributed:
+            return None
+        return self.privacy.shared_noise(num_values=num_values, num_parties=num_parties)
 
     @property
     def measures_in_training(self) -> bool:

@@ -66,6 +66,10 @@ class SharedNoise:
         left = self.threshold * self.variance - _smoothing(self.num_values)
         return math.sqrt(left / self.squared_bound) * (1 - _MARGIN)
 
+    def largest(self, num_parties: int) -> float:
+        """Return 10 deviations of the noise of so many, which a value exceeds with a chance of 10^-21."""
+        return 10 * self.step * math.sqrt(num_parties * self.variance)
+
 
 def shared_noise(
     z: float, clip: float, *, num_values: int, num_parties: int, threshold: int, bits: int

@@ -69,7 +69,8 @@ def not_covered(plan: PrivacyPlan) -> list[str]:
     if plan.is_distributed:
         found.append(
             "data holders that collude with the server: each knows its own share of the noise, and c of the t"
-            " whose answers a sum needs leave sqrt((t - c) / t) of the planned noise"
+            " whose answers a sum needs leave sqrt((t - c) / t) of the planned noise; holders that a server"
+            " invents are among them"
         )
     if plan.metrics == "all":
         found.append(
@@ -111,9 +112,14 @@ def in_words(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
 
 def summary_line(plan: PrivacyPlan) -> str:
     """Return what a plan promises, in one line."""
-    return (
+    promise = (
         f"epsilon {plan.epsilon:g} at delta {plan.delta:g} for {_UNITS[plan.unit]}; {_NOISED_BY[plan.trust]}"
     )
+    if not plan.is_distributed:
+        return promise
+    number = round(plan.denominator)
+    more = f"{plan.noise_of_all(number):.2f} times the planned"
+    return f"{promise}; where all {number} of a round answer, the noise is {more}"
 
 
 def _mechanism(plan: PrivacyPlan) -> str:

@@ -5,6 +5,7 @@ X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439), and AES
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -21,7 +22,7 @@ from fedllm.errors import SecureError
 KEY_BYTES = 32
 SEED_BYTES = 16
 BOX_BYTES = 12 + 16  # what a box holds besides its content: nonce and tag
-_CHUNK = 1 << 16  # words masked at once: as many as the cache holds
+_CHUNK = 1 << 15  # words masked at once: as many as the cache holds
 _ZEROS = bytes(4 * _CHUNK)
 
 
@@ -79,16 +80,24 @@ def derived(secret: bytes, *names: str | int | bytes, length: int = KEY_BYTES) -
     return HKDF(SHA256(), length, salt=None, info=info).derive(secret)
 
 
-def add_mask(words: np.ndarray, seed: bytes, sign: int) -> None:
-    """Add the keystream of a seed to words [n] (uint32) in place, or with `sign` -1 subtract it."""
-    encryptor = Cipher(AES128(seed), CTR(bytes(16))).encryptor()
+def add_masks(words: np.ndarray, masks: Sequence[tuple[bytes, int]]) -> None:
+    """Add the keystream of each seed to words [n] (uint32) in place, or with a sign of -1 subtract it."""
+    streams = [
+        (Cipher(AES128(seed), CTR(bytes(16))).encryptor(), np.add if sign > 0 else np.subtract)
+        for seed, sign in masks
+    ]
     buffer = bytearray(len(_ZEROS) + 15)  # the room that `update_into` asks for
     keystream = np.frombuffer(buffer, "<u4", _CHUNK)
-    combine = np.add if sign > 0 else np.subtract
-    for begin in range(0, len(words), _CHUNK):
+    for begin in range(0, len(words), _CHUNK):  # all masks of a chunk at once, while it is in the cache
         part = words[begin : begin + _CHUNK]
-        encryptor.update_into(_ZEROS, buffer)
-        combine(part, keystream[: len(part)], out=part)
+        for encryptor, combine in streams:
+            encryptor.update_into(_ZEROS, buffer)
+            combine(part, keystream[: len(part)], out=part)
+
+
+def add_mask(words: np.ndarray, seed: bytes, sign: int) -> None:
+    """Add one mask, as `add_masks`."""
+    add_masks(words, [(seed, sign)])
 
 
 def mask_words(seed: bytes, size: int) -> np.ndarray:

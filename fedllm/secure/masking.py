@@ -29,7 +29,7 @@ from fedllm.errors import SecureError, TooFewPartiesError
 from fedllm.secure.agreement import (
     BOX_BYTES,
     SEED_BYTES,
-    add_mask,
+    add_masks,
     agreed,
     derived,
     open_box,
@@ -77,8 +77,7 @@ def mask(
         seeds.append(stream.bytes(SEED_BYTES) if other == place else seed)
         box_keys.append(derived(common, "box", exchange.digest, me, party.name))
     masked = words.copy()
-    for other, seed in enumerate(seeds):
-        add_mask(masked, seed, _sign(place, other))
+    add_masks(masked, [(seed, _sign(place, other)) for other, seed in enumerate(seeds)])
     shares = split(b"".join(seeds), exchange.threshold, len(seeds), stream)
     boxes = tuple(seal(key, row.tobytes()) for key, row in zip(box_keys, shares, strict=True))
     commitments = tuple(_commitment([_hashed(piece) for piece in _pieces(row.tobytes())]) for row in shares)
@@ -183,11 +182,13 @@ def unmasked(
         )
     rows = {holder: _rows(found, exchange, dealers) for holder, found in openings.items()}
     seeds = {dealer: _combined(exchange, dealer, rows) for dealer in dealers}
-    for dealer, is_open in _opened(exchange, dealers).items():
-        place = _place(exchange, dealer)
-        for other, seed in enumerate(seeds[dealer]):
-            if is_open[other]:
-                add_mask(sum_words, seed, -_sign(place, other))
+    left = [
+        (seeds[dealer][other], -_sign(_place(exchange, dealer), other))
+        for dealer, is_open in _opened(exchange, dealers).items()
+        for other in range(len(exchange.parties))
+        if is_open[other]
+    ]
+    add_masks(sum_words, left)
     return sum_words & np.uint32(2**bits - 1)
 
 

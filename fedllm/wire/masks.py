@@ -26,6 +26,7 @@ from fedllm.errors import OtherConfigError, WireError
 from fedllm.identity import statement
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.plan.run_plan import RunPlan
+from fedllm.privacy.distributed import SharedNoise
 from fedllm.secure.additive import shared_bytes
 from fedllm.secure.homomorphic import encrypted_bytes
 from fedllm.secure.masking import Masked, sent_bytes
@@ -69,13 +70,17 @@ class AskedSum:
         digest = hashlib.sha256(statement("fedllm secret sum terms 1", terms)).digest()
         return replace(self, exchange=replace(self.exchange, terms=digest))
 
-    def scale(self, most_tokens: int) -> Scale:
-        """Return what the words of this sum mean; no client learns from more than `most_tokens` tokens."""
+    def scale(self, most_tokens: int, noise: SharedNoise | None = None) -> Scale:
+        """Return what the words of this sum mean; no client learns from more than `most_tokens` tokens.
+
+        Where parties add shares of `noise`, these have set the step of the delta.
+        """
         return Scale(
             num_clients=self.num_clients,
             largest=self.largest,
             weight_cap=self.weight_cap,
             most_tokens=most_tokens,
+            delta_step=noise.step if noise is not None else 0.0,
         )
 
 

@@ -163,9 +163,11 @@ def show(console: Console, sums: Mapping[str, Mapping[str, Any]], encrypted: Map
         ]
         for name, each in sums.items()
     }
-    columns = ("client CPU s: min, median, max", "server CPU s", "sent", "opened", "of float32", "exact")
+    columns = ("client", "server", "sent", "opened", "of float32", "exact")
     console.print(
-        figures_table("values, parties - lost in the first exchange - in the second", columns, rows)
+        figures_table(
+            "values, parties - lost in the first exchange - in the second; CPU seconds", columns, rows
+        )
     )
     if encrypted:
         console.print(

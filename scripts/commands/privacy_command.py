@@ -155,11 +155,6 @@ def _print(console: Console, plan: PrivacyPlan, report: dict[str, Any]) -> None:
         f" {report['participations']} rounds of {report['steps']} releases,"
         f" sampling rate {report['sampling_rate']:.3g}"
     )
-    if plan.is_distributed:
-        console.line(
-            f"where all {plan.denominator:g} clients of a round answer, their shares add up to"
-            f" {report['noise_of_all']:.2f} times that noise: they are sized for the fewest that are opened"
-        )
     size = "rows a step" if plan.is_by_example else "clients a round"
     table = Table(
         "rounds", size, "noise multiplier", "epsilon", box=None, header_style="bold", pad_edge=False

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedllm.errors import SecureError, TooFewPartiesError
+from fedllm.privacy.distributed import SharedNoise
 from fedllm.secure.masking import Masked, check_masked, check_opening, unmasked
 from fedllm.secure.parties import Exchange
 from fedllm.secure.ring import unpack
@@ -18,14 +19,16 @@ from strategies.exchange.validation import ROUNDING
 class GroupSum:
     """The sum of one group of parties in one attempt at a round.
 
-    `clients` has those that each party speaks for. Of all vectors only their sum is kept, `words` [n]; of
-    each party that has answered, its boxes and commitments. `members` are the clients in the sum. `faults`
-    says of parties that have broken the protocol what they did.
+    `clients` has those that each party speaks for, `noise` what each party adds to its delta, if anything. Of
+    all vectors only their sum is kept, `words` [n]; of each party that has answered, its boxes and
+    commitments. `members` are the clients in the sum. `faults` says of parties that have broken the protocol
+    what they did.
     """
 
     asked: AskedSum
     clients: Mapping[str, tuple[str, ...]]
     words: np.ndarray
+    noise: SharedNoise | None = None
     masked: dict[str, Masked] = field(default_factory=dict)
     members: list[str] = field(default_factory=list)
     openings: dict[str, bytes] = field(default_factory=dict)
@@ -111,23 +114,25 @@ class GroupSum:
             if error.party:
                 self.faults[error.party] = str(error)
             raise
-        return read_honest(words, self.asked, most_tokens)
+        return read_honest(words, self.asked, most_tokens, self.noise)
 
     def _check_once(self, party: str, taken: Mapping[str, object]) -> None:
         if party not in self.clients or party in taken:
             raise SecureError(f"{party} is no party of the secret sum, or answered twice", party)
 
 
-def read_honest(words: np.ndarray, asked: AskedSum, most_tokens: int) -> SecretSum:
-    """Return what the words of an opened sum say.
+def read_honest(
+    words: np.ndarray, asked: AskedSum, most_tokens: int, noise: SharedNoise | None = None
+) -> SecretSum:
+    """Return what the words of an opened sum say, in which every party has added its share of `noise`.
 
     Raises:
         SecureError: no sum of honest vectors has these words.
     """
-    found = read_sum(words, asked.scale(most_tokens))
-    moved = float(np.abs(found.mean).max())
-    if moved > ROUNDING * asked.largest:
-        raise SecureError(
-            f"a value of the mean moved by {moved:.3g}, at most {asked.largest:.3g} can be honest"
-        )
+    found = read_sum(words, asked.scale(most_tokens, noise))
+    moved, largest = float(np.abs(found.mean).max()), asked.largest
+    if noise is not None:
+        largest += noise.largest(len(asked.exchange.parties)) * asked.weight_cap / found.weight
+    if moved > ROUNDING * largest:
+        raise SecureError(f"a value of the mean moved by {moved:.3g}, at most {largest:.3g} can be honest")
     return found

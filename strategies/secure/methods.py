@@ -11,7 +11,7 @@ import numpy as np
 from flwr.app import RecordDict
 
 from fedllm.secure.parties import Exchange
-from fedllm.secure.vector import SecretSum
+from fedllm.secure.vector import NUM_NUMBERS, SecretSum
 from fedllm.wire.encrypted import KeyHolder, add_key_holders, read_encrypted, write_decrypt
 from fedllm.wire.masks import AskedSum, HiddenAnswer, read_masked, write_unmask
 from strategies.secure.encrypted_sum import EncryptedSum
@@ -75,7 +75,8 @@ class Method:
 def _masked_sum(
     session: Session, attempt: int, asked: AskedSum, clients: Mapping[str, tuple[str, ...]], size: int
 ) -> GroupSum:
-    return GroupSum(asked, clients, np.zeros(size, np.uint32))
+    noise = session.plan.shared_noise(num_values=size - NUM_NUMBERS, num_parties=len(asked.exchange.parties))
+    return GroupSum(asked, clients, np.zeros(size, np.uint32), noise)
 
 
 def _encrypted_sum(

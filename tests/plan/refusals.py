@@ -19,6 +19,7 @@ SHARED_A = {"aggregation.preset": "ffa"}
 CENTRAL = {"privacy.epsilon": 8.0, "privacy.unit": "client"}
 LOCAL = {**CENTRAL, "privacy.trust": "local"}
 COINS = {**CENTRAL, "federation.selection": "poisson", "federation.cohort": 4}
+SHARES = {**CENTRAL, "privacy.trust": "distributed", "secure.method": "masks"}
 DISTIL = {"distill.when": "last"}
 
 
@@ -69,6 +70,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "nothing but deltas": {"privacy.metrics": "withheld"},
     "central noise": {"privacy.trust": "central"},
     "distributed noise": {"privacy.trust": "distributed"},
+    "shares of noise": SHARES,
     "training on at home": {"personal.mode": "finetune"},
     "dual": {"personal.mode": "dual"},
     "ditto": {"personal.mode": "ditto"},

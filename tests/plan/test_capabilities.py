@@ -10,7 +10,7 @@ from fedllm.errors import ConfigError
 from fedllm.plan import capabilities
 from fedllm.plan.capabilities import ANY, INSTEAD, SETTINGS, Part, Setting, refuse_conflicts
 from fedllm.plan.run_plan import resolve
-from tests.plan.refusals import CENTRAL, COINS, DISTIL, GOLDEN, LOCAL, golden_text, refusal
+from tests.plan.refusals import CENTRAL, COINS, DISTIL, GOLDEN, LOCAL, SHARES, golden_text, refusal
 
 EXAMPLE = {"privacy.epsilon": 8.0}
 MEAN = {"aggregation.preset": "fedit"}
@@ -41,6 +41,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({**MEAN_OF_SUMS, "aggregation.weighting": "product-norm"}, "wire.node-sum", "aggregation.weighting"),
     ({**MEAN_OF_SUMS, "aggregation.train": "b", "lora.client-ranks": "4,8"}, "wire.node-sum", "lora.client-"),
     ({"federation.selection": "poisson", "federation.over-selection": 1.5}, "selection", "over-selection"),
+    ({**SHARES, "secure.method": "none"}, "privacy.trust = 'distributed'", "secure.method = 'none'"),
+    ({**SHARES, "wire.node-sum": True}, "privacy.trust = 'distributed'", "wire.node-sum = true"),
+    ({**SHARES, "privacy.clip": "adaptive"}, "privacy.clip = 'adaptive'", "privacy.trust = 'distributed'"),
+    ({**SHARES, "aggregation.preset": "ffa"}, "aggregation.weighting", "privacy.weight-cap"),
     ({**LATE, "federation.selection": "poisson"}, "federation.max-staleness", "federation.selection"),
     (LATE, "federation.max-staleness", "aggregation.read-out"),
     ({**LATE, "aggregation.preset": "fedex"}, "federation.max-staleness", "aggregation.read-out"),

@@ -64,11 +64,8 @@ def attempts_have_own_labels(code: ModuleType) -> bool:
 MASKING_LAWS = (sum_is_plain, late_vector_is_hidden, answered_vector_is_hidden)
 SIGN = ("return 1 if place <= other else -1", "return 1")
 NO_OWN_MASK = (
-    (
-        "        add_mask(masked, seed, _sign(place, other))",
-        "        other == place or add_mask(masked, seed, _sign(place, other))",
-    ),
-    ("            if is_open[other]:\n", "            if is_open[other] and other != place:\n"),
+    ("for other, seed in enumerate(seeds)])", "for other, seed in enumerate(seeds) if other != place])"),
+    ("        if is_open[other]\n", "        if is_open[other] and exchange.names[other] != dealer\n"),
 )
 BOTH_OPENED = ("rows += [piece if is_open[place] else hashes[place] for", "rows += [piece for")
 

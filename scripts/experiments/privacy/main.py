@@ -4,12 +4,14 @@ silos    seven domains, a client each with some 560 rows. The unit is a row (DP-
 clients  140 clients of some 27 rows, Dirichlet mixtures of the domains. The unit is a client; the server
          adds the noise, and every client takes part in a round by its own coin. Clipping alone is a control:
          noise too small to matter, in cohorts of a fixed size
+shares   96 clients in every round: noise of a server against shares of noise under masks. On request
 
 Membership attacks are those of `fedllm audit`. In the silos they have its positive control, one client's rows
 learnt by heart: where they find nothing there, their other figures say nothing.
 
     python -m scripts.experiments privacy --quick --json
     python -m scripts.experiments privacy --data FOLDER --output docs/results/privacy.json
+    python -m scripts.experiments privacy --study shares --data FOLDER --output docs/results/shares.json
 
 The learning rate and the clip of a preset, private or not, are chosen on a seed that is not reported; looking
 at those runs is not charged to any epsilon. A is orthonormal everywhere, so runs of a preset differ by
@@ -21,8 +23,9 @@ has 117 trials.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import typer
 from rich.console import Console
 
 from fedllm.config.key import Scalar
@@ -36,6 +39,7 @@ from scripts.experiments.options import (
     text_of,
 )
 from scripts.experiments.privacy.run import by_heart, private
+from scripts.experiments.privacy.shares import shares_goals, shares_parts
 from scripts.experiments.privacy.study import Part, study
 from scripts.experiments.privacy.tables import draw_utility, goals_of, privacy_tables
 from scripts.experiments.small_model import Recipe
@@ -186,17 +190,27 @@ def do_parts(size: Size, do: RunTrials, console: Console) -> dict[str, Figures]:
 
 def draw(parts: Mapping[str, Figures], folder: Path) -> None:
     """Draw the utility curve of every part that has figures."""
-    units = {SILOS: "one row is hidden", CLIENTS: "one client is hidden"}
+    units = {SILOS: "one row is hidden"}
     for name, figures in parts.items():
         if figures["rows"]:
-            draw_utility(figures, f"{name}: {units[name]}", folder / f"privacy_{name}.svg")
+            title = f"{name}: {units.get(name, 'one client is hidden')}"
+            draw_utility(figures, title, folder / f"privacy_{name.replace(' ', '_')}.svg")
 
 
-def main(options: ExperimentOptions) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(ExperimentOptions):
+    """What can be asked for."""
+
+    study: Annotated[Literal["epsilons", "shares"], typer.Option(help="Which study.")] = "epsilons"
+
+
+def main(options: Options) -> None:
     """Do the experiment, print and keep its figures."""
     check_installed()
     console = open_console(options)
     size = size_of(options, full=FULL, quick=QUICK, embedded=SMOLLM2)
+    if options.study == "shares":
+        size = replace(size, parts=shares_parts(quick=options.quick))
     corpus = text_of(options, size, console)
     with open_runner(options, "privacy", size, corpus, KINDS, console) as (runner, shared):
         parts = do_parts(size, runner, console)
@@ -208,4 +222,5 @@ def main(options: ExperimentOptions) -> None:
         "parts": {part.name: {"flat": part.flat, "private": part.private} for part in size.parts},
         "commits": commits_of(runner.journal),
     }
-    publish(options, "privacy", {**shared, "settings": settings, "parts": parts}, goals_of(parts))
+    goals = {**goals_of(parts), **shares_goals(parts)}
+    publish(options, "privacy", {**shared, "settings": settings, "parts": parts}, goals)
