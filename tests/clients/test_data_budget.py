@@ -2,19 +2,23 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clients import site
 from clients.data_holder import DataHolder
 from clients.process import Process
 from clients.site import data_budget
 from clients.train import train_clients
 from fedllm.errors import PolicyError
 from fedllm.messages import ClientFailure, ClientUpdate
+from fedllm.plan.privacy import PrivacyPlan
 from fedllm.privacy.accounting import Charge, epsilon_of
 from fedllm.privacy.data_budget import DataBudget, spent
+from fedllm.site_policy import Allowed, Budget, SitePolicy
 from tests.builders import train_request
 
 WITHHELD = {"privacy.metrics": "withheld"}
@@ -74,6 +78,17 @@ def test_runs_that_hide_enough_are_admitted(open_site: Callable) -> None:
     assert open_site("epsilon = 4", **EXAMPLE).clients
     for unit in ("example", "client"):
         assert open_site(f'epsilon = 4\nunit = "{unit}"', **CLIENT).clients
+
+
+def test_shares_of_noise_count_where_the_site_chooses_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share protects with those of others only, so a site that takes part with anyone refuses it."""
+    plan = PrivacyPlan(epsilon=2.0, delta=1e-6, unit="client", trust="distributed")
+    policy = SitePolicy(budget=Budget(epsilon=4.0), allow=Allowed(secure_aggregation="required"))
+    monkeypatch.setattr(site, "load_policy", lambda: policy)
+    site.check_privacy(plan, {"data-path": "rows.jsonl"})
+    monkeypatch.setattr(site, "load_policy", lambda: replace(policy, allow=Allowed()))
+    with pytest.raises(PolicyError, match="the run has 2 at delta 1e-06 with trust distributed"):
+        site.check_privacy(plan, {"data-path": "rows.jsonl"})
 
 
 def test_a_budget_wants_rows_that_are_the_nodes_own(open_site: Callable) -> None:

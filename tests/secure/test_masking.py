@@ -14,7 +14,7 @@ from scipy import stats
 from fedllm.errors import SecureError, TooFewPartiesError
 from fedllm.secure.agreement import add_mask, derived
 from fedllm.secure.masking import check_masked, check_opening, mask, unmasked
-from fedllm.secure.parties import label_of, threshold_of
+from fedllm.secure.parties import Exchange, label_of, threshold_of
 from fedllm.secure.ring import unpack
 from fedllm.secure.shares import combine
 from tests.secure.secret_sums import SIZE, SecretSum, exchange_of, key_of, secret_sum
@@ -228,12 +228,12 @@ def test_a_box_that_is_not_what_was_committed_stays_shut() -> None:
     assert [opened[80:160] == bytes(80), opened[:80] == bytes(80)] == [True, False]
 
 
-def test_parties_of_another_list_share_no_mask() -> None:
-    five, four = secret_sum(5), secret_sum(4, exchange=replace(exchange_of(4), label=FIVE.exchange.label))
-    mixed = SecretSum(
-        five.exchange, five.vectors, {**five.masked, "site-0": four.masked["site-0"]}, FIVE.code
-    )
-    boxes = {dealer: mixed.masked[dealer].boxes[1] for dealer in NAMES}
+@pytest.mark.parametrize(
+    "told", [exchange_of(4), replace(FIVE.exchange, terms=b"other")], ids=["another list", "other terms"]
+)
+def test_parties_that_were_told_otherwise_share_no_mask(told: Exchange) -> None:
+    apart = secret_sum(len(told.parties), exchange=told).masked["site-0"]
+    boxes = {"site-0": apart.boxes[1], "site-1": FIVE.masked["site-1"].boxes[1]}
     opened = FIVE.opening("site-1", NAMES, **boxes)
     assert [opened[:80] == bytes(80), opened[80:160] == bytes(80)] == [True, False]
 

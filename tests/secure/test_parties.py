@@ -103,15 +103,16 @@ def test_two_thirds_must_answer_to_the_end() -> None:
     ]
 
 
-def test_the_digest_binds_label_names_and_keys() -> None:
+def test_the_digest_binds_label_names_keys_and_terms() -> None:
     exchange = Exchange(bytes(32), PARTIES)
     others = [
         Exchange(bytes(31) + b"1", PARTIES),
+        Exchange(bytes(32), PARTIES, terms=b"1"),
         Exchange(bytes(32), PARTIES[:3]),
         Exchange(bytes(32), (*PARTIES[:3], replace(PARTIES[3], name="x"))),
         Exchange(bytes(32), (*PARTIES[:3], replace(PARTIES[3], run_key=bytes(32)))),
     ]
-    assert len({each.digest for each in [exchange, *others]}) == 5
+    assert len({each.digest for each in [exchange, *others]}) == 6
 
 
 @pytest.mark.parametrize("number", [100, 101, 129, 500])
