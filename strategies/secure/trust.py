@@ -31,7 +31,8 @@ Secret sums by `secure.method = {plan.method}`: {unseen}. It also learnt who too
 what data holders declare when they join or measure on held-out rows. A sum is formed among at least
 {plan.min_parties} parties and over at least two thirds of them ({least} of {plan.min_parties}).
 {_BREAKS[plan.method]}
-A forged update bends the sum and cannot be told from an honest one. {pinned} of {len(clients)} data holders
-say that their site runs only code it has pinned; to the others the server might have shipped code that sends
-updates in the clear. No cryptographer has reviewed the argument (docs/secret-sums.md).
+A forged update bends the sum and cannot be told from an honest one.
+{pinned} of {len(clients)} data holders say that their site runs only code it has pinned; to the others the
+server might have shipped code that sends updates in the clear. No cryptographer has reviewed the argument
+(docs/secret-sums.md).
 """
