@@ -19,10 +19,11 @@ from fedllm.wire import encrypted, joining, masks, overlaps, refusals, replies, 
 _LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 1, 1.0, "0" * 64)
 
 
-def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
+def fields_that_leave(*, in_plain: bool = True) -> Mapping[str, tuple[str, ...]]:
     """Return for every kind of question the fields of its answers, each as "record.field".
 
-    A record of packets has an entry for each client, which is written "record.CLIENT".
+    A record of packets has an entry for each client, which is written "record.CLIENT". `in_plain` says that
+    updates may leave otherwise than in secret sums.
     """
     delta = torch.zeros(_LAYOUT.size)
     measured = ClientEvaluation(client_id="CLIENT", loss=0.0, num_tokens=1, num_rows=1)
@@ -50,11 +51,15 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
     )
     failed = ClientFailure(client_id="CLIENT", code="failed")
     state = AdapterState(_LAYOUT, delta)
+    updates = [
+        replies.write_updates([update, failed], **packets, with_held_out=True),
+        replies.write_sum([update], delta, **packets, with_held_out=True),
+    ]
+    stock_updates = [stock.write_plain_update(state, 1, 0.0)]
     answers = {
         "join": [joining.write_joined([joined], joining.Proof("KEY", b""))],
         "train": [
-            replies.write_updates([update, failed], **packets, with_held_out=True),
-            replies.write_sum([update], delta, **packets, with_held_out=True),
+            *(updates if in_plain else ()),
             masks.write_masked([update], {"CLIENT": Masked(b"", (), ())}),
             encrypted.write_encrypted([update], {"CLIENT": b""}),
             shared.write_shared([update], {"CLIENT": (b"", b"", b"")}),
@@ -63,7 +68,7 @@ def fields_that_leave() -> Mapping[str, tuple[str, ...]]:
         "adapt": [replies.write_at_home([at_home])],
         "overlap": [overlaps.write_overlaps([Overlap(1, 1, True)])],
         "unmask": [masks.write_openings({"CLIENT": b""})],
-        "stock": [stock.write_plain_update(state, 1, 0.0), stock.write_plain_evaluation(1, 0.0)],
+        "stock": [*(stock_updates if in_plain else ()), stock.write_plain_evaluation(1, 0.0)],
         "any": [refusals.write_error("failed")],
     }
     return {

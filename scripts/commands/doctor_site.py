@@ -54,7 +54,8 @@ def _node_lines(policy: SitePolicy) -> Iterator[str]:
 
 def _leaving_lines(policy: SitePolicy) -> Iterator[str]:
     yield "What leaves this machine, in answer to"
-    leaving, asked = fields_that_leave(), policy.allow.messages or MESSAGES
+    leaving = fields_that_leave(in_plain=policy.allow.secure_aggregation == "off")
+    asked = policy.allow.messages or MESSAGES
     for kind in MESSAGES:
         yield f"  {kind}: {', '.join(leaving[kind]) if kind in asked else 'nothing, it is not answered'}"
     yield f"  whatever else, or what is refused: {', '.join(leaving['any'])}"

@@ -189,8 +189,7 @@ def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answ
             member.client_id: largest_weight(session.clients[member.client_id], session.plan)
             for member in members_of(answer)
         },
-        # What the optimizer can have moved a value by, plus the noise a client may have added.
-        largest_move=largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy),
+        largest_move=largest_change(session, plan),
         largest_control=2 * plan.training.clip_norm,  # the most between two means of clipped gradients
     )
     if not reason:
@@ -199,3 +198,11 @@ def _checked(session: Session, plan: RoundPlan, answer: Answer) -> Iterable[Answ
         ClientFailure(client_id=member.client_id, code=UNSOUND, reason=reason)
         for member in members_of(answer)
     ]
+
+
+def largest_change(session: Session, plan: RoundPlan) -> float:
+    """Return the most by which a value of an honest update can differ from 0.
+
+    That is what the optimizer can have moved it by, plus the noise that a client may have added.
+    """
+    return largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy)

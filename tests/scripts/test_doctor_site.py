@@ -54,6 +54,20 @@ def test_every_field_that_leaves_is_shown(told: Callable[[str], str]) -> None:
     assert "updates.CLIENT" not in few
 
 
+def test_where_secret_sums_are_required_no_plain_field_is_shown(
+    told: Callable[[str], str], tmp_path: Path
+) -> None:
+    public = public_text(new_key(tmp_path / "site.key"))
+    text = told(
+        '[site]\nkey = "site.key"\n[allow]\nsecure-aggregation = "required"\nbundles = ["ab"]\n'
+        f'[peers]\nnorth = "{public}"'
+    )
+    for name in ("masked.CLIENT", "openings.CLIENT", "secure.keys", "metrics.num-examples"):
+        assert name in text
+    for name in ("updates.CLIENT", "sum.sum", "metrics.train_loss", "arrays.TENSOR"):
+        assert name not in text
+
+
 def test_a_node_is_shown_with_the_hash_of_its_model(
     told: Callable[[str], str], make_model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from scripts.runtimes.local import local_grid
 from strategies.flower_strategy import FederatedLora
 from strategies.rounds import next_round
 from strategies.run import run_federation
-from strategies.secure import group_sum, open_round
+from strategies.secure import asked_sums, group_sum
 from strategies.session import Watch
 from tests.strategies.conftest import NAMES, Run
 
@@ -97,7 +97,7 @@ def test_a_sum_of_masked_words_is_that_of_plain_ones(
     opened: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(open_round, "token_bytes", lambda number: bytes(number))
+    monkeypatch.setattr(asked_sums, "token_bytes", lambda number: bytes(number))
     config = make_config({**MASKS, "federation.num-rounds": 2})
     run = open_run(config)
     state, first = next_round(run.session, run.state)
@@ -275,13 +275,13 @@ def test_clients_of_one_node_are_parties_each(
 def test_many_parties_are_summed_in_groups(
     make_config: Callable[..., RunConfig], open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = open_round.in_groups
+    whole = asked_sums.in_groups
 
     def in_two(parties: Any, label: bytes) -> list[Exchange]:
         (one,) = whole(parties, label)
         return [Exchange(label, one.parties[:2]), Exchange(bytes(32), one.parties[2:])]
 
-    monkeypatch.setattr(open_round, "in_groups", in_two)
+    monkeypatch.setattr(asked_sums, "in_groups", in_two)
     monkeypatch.setattr("clients.parties.check_parties", lambda *args, **more: None)  # two would be too few
     run = open_run(make_config(MASKS))
     _, record = next_round(run.session, run.state)
@@ -328,7 +328,7 @@ def test_a_run_ends_its_keys_and_says_what_it_hid(
     run_federation(config, local_grid(config, app, num_nodes=2), Watch(notice=notices.append))
     folder = tmp_path / "run"
     assert not list((folder / "private").rglob("key"))
-    card = (folder / "adapter" / "README.md").read_text()
+    card = " ".join((folder / "adapter" / "README.md").read_text().split())
     assert "## What the server saw" in card
     result = json.loads((folder / "result.json").read_text())
     assert result["secure"] == {"method": "masks", "min_parties": 3, "clients": 4, "pinned": 0}

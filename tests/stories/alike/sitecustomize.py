@@ -18,7 +18,7 @@ def secret_of(path: Path) -> bytes:
 
 PLACES = {  # module -> (name in it, what takes its place)
     "clients.run_keys": ("kept_secret", secret_of),
-    "strategies.secure.secret_round": ("token_bytes", bytes),
+    "strategies.secure.asked_sums": ("token_bytes", bytes),
 }
 
 
