@@ -11,11 +11,11 @@ from clients.evaluate import evaluate_clients
 from clients.join import answer_join
 from clients.originality import answer_overlap, check_limit
 from clients.protect import node_mean
-from clients.secret_sums import OPEN_SUM, TRAIN_SECRETLY
+from clients.secret_sums import OPEN_SUM, TRAIN_SECRETLY, with_run_adapter
 from clients.stock import evaluate_for_stock, train_for_stock
 from clients.train import train_clients
 from fedllm.errors import ConfigError
-from fedllm.messages import ClientUpdate
+from fedllm.messages import ClientUpdate, EvaluateRequest
 from fedllm.wire import overlaps, packets, replies, requests
 
 Handler: TypeAlias = Callable[[DataHolder, RecordDict, Context], RecordDict]
@@ -50,12 +50,12 @@ def _unmask(holder: DataHolder, content: RecordDict, context: Context) -> Record
 
 
 def _evaluate(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    request = requests.read_evaluate_request(content, holder.engine.layout, _holding(holder))
+    request = _evaluate_request(holder, content)
     return replies.write_evaluations(evaluate_clients(holder, request))
 
 
 def _adapt(holder: DataHolder, content: RecordDict, context: Context) -> RecordDict:
-    request = requests.read_evaluate_request(content, holder.engine.layout, _holding(holder))
+    request = _evaluate_request(holder, content)
     return replies.write_at_home(adapt_clients(holder, request))
 
 
@@ -67,6 +67,11 @@ def _overlap(holder: DataHolder, content: RecordDict, context: Context) -> Recor
     # Counted before it is answered: a query that fails half-way may have told something.
     context.state["overlap"] = ConfigRecord({"round": request.round_num})
     return overlaps.write_overlaps(answer_overlap(holder, request))
+
+
+def _evaluate_request(holder: DataHolder, content: RecordDict) -> EvaluateRequest:
+    request = requests.read_evaluate_request(content, holder.engine.layout, _holding(holder))
+    return with_run_adapter(holder, request)
 
 
 def _holding(holder: DataHolder) -> requests.Holding:

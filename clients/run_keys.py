@@ -4,6 +4,7 @@
     secret         of its own masks and of its rounding
     encryption     where sums are encrypted: its pair of keys, of use only if it is the key holder
     LABEL.masked   which vector it has masked under a label, and with whom
+    LABEL.asked    where sums are of shares: with whom, and which of them hold the shares
     LABEL.opened   for which sum it has opened shares: that of the parties that answered
 
 Two vectors under the masks of one label differ by what they hide, and shares for two lists of lost parties
@@ -87,20 +88,20 @@ class RunKeys:
                 f"label {label.hex()[:8]} was {what} before, for something else; nothing leaves under it now"
             )
 
-    def noted(self, label: bytes) -> dict[str, Any]:
-        """Return what was masked under a label.
+    def noted(self, label: bytes, what: str = "masked") -> dict[str, Any]:
+        """Return what was masked under a label, or done otherwise.
 
         Raises:
             SecureError: nothing was.
             CheckpointError: what is kept of it cannot be read.
         """
-        file = self.folder / f"{label.hex()}.masked"
+        file = self.folder / f"{label.hex()}.{what}"
         try:
             found: dict[str, Any] = json.loads(file.read_bytes())
         except FileNotFoundError:
-            raise SecureError(f"nothing was masked under label {label.hex()[:8]}") from None
+            raise SecureError(f"nothing was {what} under label {label.hex()[:8]}") from None
         except (OSError, ValueError):
-            raise CheckpointError(f"{file} is damaged; what was masked is not known") from None
+            raise CheckpointError(f"{file} is damaged; what was {what} is not known") from None
         return found
 
     def forget(self) -> None:

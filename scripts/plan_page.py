@@ -119,9 +119,10 @@ def _what_travels(plan: RunPlan, figures: Mapping[str, Any]) -> str:
         for way in ("bytes up", "bytes down")
     )
     if plan.secure is not None:
+        learns = "nothing" if plan.secure.is_blind else "the sum alone"
         return (
             f"What travels: adapter changes in secret sums ({plan.secure.method}), {up}, of which the server"
-            f" learns the sum alone; the adapter, {down}."
+            f" learns {learns}; the adapter, {down}."
         )
     return f"What travels: adapter changes as {codec}, {up}; the adapter, {down}; and a few numbers."
 

@@ -17,7 +17,7 @@ from strategies.exchange.joining import wait_for_nodes
 from strategies.exchange.receiving import Answer, receive, sort_answers
 from strategies.exchange.requesting import begin_round
 from strategies.privacy import check_budget
-from strategies.secure.secret_round import open_secret_round
+from strategies.secure.open_round import open_secret_round
 from strategies.session import Session
 
 

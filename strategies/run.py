@@ -15,7 +15,7 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
 from strategies.distillation.ending import undo_distillation
-from strategies.exchange.after_rounds import end_keys, evaluate_last, train_on_at_home
+from strategies.exchange.after_rounds import end_sums, evaluate_last, train_on_at_home
 from strategies.listeners import heard
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
@@ -58,7 +58,9 @@ def run_federation(
         if (after := train_on_at_home(session, state)) is not state:
             state = after
             _save(session, state, folder)
-        end_keys(session, state.round_num)
+        if (after := end_sums(session, state)) is not state:
+            state = after
+            _save(session, state, folder)
         for line in publish_run(folder, plan, state, stopped, session.clients):
             watch.notice(f"warning: {line}")
         return state

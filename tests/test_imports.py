@@ -26,6 +26,7 @@ RECORDS = (
         "packets",
         "refusals",
         "replies",
+        "shared",
         "requests",
     ),
     "stock",

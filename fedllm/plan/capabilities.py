@@ -21,6 +21,7 @@ SHARED_VALUES = "values of A and B that mean the same for all clients"
 ONE_RANK = "clients of one rank"
 FIXED_BASE = "a base model that stays as it is"
 OUR_MEAN = "fedllm's own mean of the updates"
+SERVER_ADAPTER = "an adapter that the server has"
 PLAIN_MEAN = "a mean that takes every update as it is"
 FIXED_WEIGHTS = "weights that no update can raise"
 CAPPED_WEIGHTS = "weights with an upper limit"
@@ -125,7 +126,11 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
     "lora.client-ranks": {ANY: Setting("clients train different ranks", hides=[ONE_RANK, SHARED_VALUES])},
     "secure.method": {
         "none": Setting("the server sees each client's update", hides=[MASKED_SUM], instead="masks"),
-        "shares": Setting("some clients sum for all", hides=[MASKED_SUM], instead="masks"),
+        "shares": Setting(
+            "clients sum for all, and the server has no adapter",
+            hides=[MASKED_SUM, SERVER_ADAPTER],
+            instead="masks",
+        ),
         "he": Setting("one client decrypts for all", hides=[MASKED_SUM], instead="masks"),
         ANY: Setting(
             "the server learns one sum over all clients",
@@ -166,7 +171,7 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         ANY: Setting(_ROBUST, [OWN_UPDATES, OUR_MEAN, SHARED_B, FIXED_WEIGHTS], [PLAIN_MEAN]),
     },
     "aggregation.optimizer": {
-        ANY: Setting("a server optimizer reaches the adapter alone", [FIXED_BASE, OUR_MEAN])
+        ANY: Setting("a server optimizer reaches the adapter alone", [FIXED_BASE, OUR_MEAN, SERVER_ADAPTER])
     },
     # Local training and what clients keep.
     "train.control-variates": {

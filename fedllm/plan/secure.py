@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from fedllm.config.keys import SecureConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.cohort import CohortPlan
-
-BUILT = frozenset({"masks", "he"})
+from fedllm.secure.parties import MOST_TOGETHER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +22,29 @@ class SecurePlan:
     method: str
     min_parties: int
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether the server passes boxes on and knows no sum, and so no adapter, until the run is over."""
+        return self.method == "shares"
+
 
 def secure_plan(section: SecureConfig, cohort: CohortPlan, *, node_sum: bool) -> SecurePlan | None:
     """Return how a run's updates are summed in secret, None where the server sees each (`none`).
 
     Raises:
-        ConfigError: the method is not built yet, or a round asks too few clients to hide one among them.
+        ConfigError: a round asks too few clients to hide one among them, or by shares not all of them.
     """
     if section.method == "none":
         return None
-    if section.method not in BUILT:
-        raise ConfigError(f"secure.method = {section.method!r} is not built yet; set secure.method = 'none'")
     if not node_sum and cohort.size < section.min_parties:  # how many nodes there are is not known yet
         raise ConfigError(
             f"secure.min-parties = {section.min_parties}: a round asks {cohort.size:g} clients; raise"
             " federation.cohort or federation.num-clients"
+        )
+    if section.method == "shares" and not cohort.num_clients == cohort.size <= MOST_TOGETHER:
+        raise ConfigError(
+            "secure.method = 'shares': who sits a round out would miss its adapter, and all are in one sum;"
+            f" set federation.cohort = 'all' and federation.num-clients to at most {MOST_TOGETHER}, or"
+            " secure.method = 'masks'"
         )
     return SecurePlan(method=section.method, min_parties=section.min_parties)

@@ -6,10 +6,11 @@ Each is sealed for its holder. Holders add up the shares of the same parties and
 parties, each of which adds the three and goes on alone with the total: the relay has seen only ciphertext.
 
 One honest holder is enough. A party that is lost does not matter, since nobody's share depends on another's;
-a lost holder costs the attempt. What is sealed is bound to the exchange, its holders, and the adapter that
-the parties hold (`Relay`): parties that were told different things cannot open each other's boxes. A holder
-that opens different sums to different parties shows when the digests of their adapters are compared
-(`apart`), or at the next exchange. It can bend the sum as any party can with its own vector.
+a lost holder costs the attempt. What is sealed is bound to the exchange with its terms, among them the
+adapter that the parties hold, and to the holders: parties that were told different things cannot open each
+other's boxes. A holder that opens different sums to different parties shows when the digests of their
+adapters are compared (`apart`), or at the next exchange. It can bend the sum as any party can with its own
+vector.
 """
 
 import hashlib
@@ -22,16 +23,25 @@ import numpy as np
 
 from fedllm.errors import BadPartiesError, SecureError, TooFewPartiesError
 from fedllm.identity import statement
-from fedllm.secure.agreement import KEY_BYTES, SEED_BYTES, add_mask, agreed, derived, open_box, seal
+from fedllm.secure.agreement import (
+    BOX_BYTES,
+    KEY_BYTES,
+    SEED_BYTES,
+    add_mask,
+    agreed,
+    derived,
+    open_box,
+    seal,
+)
 from fedllm.secure.parties import Exchange
-from fedllm.secure.ring import BITS, pack, unpack
+from fedllm.secure.ring import BITS, pack, packed_size, unpack
 
 NUM_HOLDERS = 3
 
 
 @dataclass(frozen=True)
 class Relay:
-    """An exchange as its parties see it; `holders` are three of them, `adapter` the digest of what all hold.
+    """An exchange with its `holders`, three of its parties.
 
     Raises:
         BadPartiesError: the holders are not three different parties of the exchange.
@@ -39,7 +49,6 @@ class Relay:
 
     exchange: Exchange
     holders: tuple[str, ...]
-    adapter: str
 
     def __post_init__(self) -> None:
         if not len(self.holders) == len(set(self.holders) & set(self.exchange.names)) == NUM_HOLDERS:
@@ -48,7 +57,7 @@ class Relay:
     @cached_property
     def digest(self) -> bytes:
         """The SHA-256 of all that its parties must have been told alike."""
-        told = [self.exchange.digest.hex(), list(self.holders), self.adapter]
+        told = [self.exchange.digest.hex(), list(self.holders)]
         return hashlib.sha256(statement("fedllm relay 1", {"told": told})).digest()
 
     def takes_vector(self, holder: str, sender: str) -> bool:
@@ -67,6 +76,22 @@ class Opening:
 
     content: bytes
     boxes: Mapping[str, bytes]
+
+    def to_bytes(self) -> bytes:
+        """Return the boxes in the order of the parties, all of one length, and the content."""
+        return b"".join([*self.boxes.values(), self.content])
+
+    @classmethod
+    def from_bytes(cls, data: bytes, relay: Relay) -> "Opening":
+        """Return what `to_bytes` wrote; whether it opens is found when it is opened."""
+        names, width = relay.exchange.names, KEY_BYTES + BOX_BYTES
+        boxes = {name: data[width * place :][:width] for place, name in enumerate(names)}
+        return cls(data[width * len(names) :], boxes)
+
+
+def shared_bytes(size: int) -> int:
+    """Return the bytes of the boxes that a party sends for a vector of `size` values."""
+    return packed_size(size) + (NUM_HOLDERS - 1) * SEED_BYTES + NUM_HOLDERS * BOX_BYTES
 
 
 def share(

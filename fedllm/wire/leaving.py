@@ -14,7 +14,7 @@ from fedllm.adapters.layout import AdapterLayout, AdapterState, LoraMatrix
 from fedllm.messages import ClientAtHome, ClientEvaluation, ClientFailure, ClientUpdate, JoinedClient
 from fedllm.originality.overlap import Overlap
 from fedllm.secure.masking import Masked
-from fedllm.wire import encrypted, joining, masks, overlaps, refusals, replies, stock
+from fedllm.wire import encrypted, joining, masks, overlaps, refusals, replies, shared, stock
 
 _LAYOUT = AdapterLayout((LoraMatrix("a", 1, 1),), 1, 1.0, "0" * 64)
 
@@ -62,6 +62,7 @@ def fields_that_leave(*, in_plain: bool = True) -> Mapping[str, tuple[str, ...]]
             *(updates if in_plain else ()),
             masks.write_masked([update], {"CLIENT": Masked(b"", (), ())}),
             encrypted.write_encrypted([update], {"CLIENT": b""}),
+            shared.write_shared([update], {"CLIENT": (b"", b"", b"")}),
         ],
         "evaluate": [replies.write_evaluations([measured])],
         "adapt": [replies.write_at_home([at_home])],

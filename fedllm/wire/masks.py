@@ -27,6 +27,7 @@ from fedllm.identity import statement
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.distributed import SharedNoise
+from fedllm.secure.additive import shared_bytes
 from fedllm.secure.homomorphic import encrypted_bytes
 from fedllm.secure.masking import Masked, sent_bytes
 from fedllm.secure.parties import LABEL_BYTES, Exchange, Party, group_sizes
@@ -114,6 +115,8 @@ def delta_bytes(plan: RunPlan, size: int) -> int:
         return payload_bytes(size, plan.config.wire.codec)
     if plan.secure.method == "he":
         return encrypted_bytes(size + NUM_NUMBERS)
+    if plan.secure.is_blind:
+        return shared_bytes(size + NUM_NUMBERS)
     return sent_bytes(size + NUM_NUMBERS, group_sizes(plan.cohort.size)[0])
 
 

@@ -27,7 +27,7 @@ def measured_shared(number: int, lost: int, num_values: int) -> dict[str, Any]:
     """Return the figures of one sum by shares: CPU seconds of a party, and of one that also holds shares."""
     keys = {f"{at:03d}": derived(b"benchmark", at) for at in range(number)}
     exchange = Exchange(derived(b"label"), tuple(Party(name, public_of(key)) for name, key in keys.items()))
-    relay = Relay(exchange, exchange.names[:3], adapter="")
+    relay = Relay(exchange, exchange.names[:3])
     answered = exchange.names[: number - lost]
     vectors = dict(zip(answered, _drawn(len(answered), num_values), strict=True))
     parties, holders, largest = [], [], 0

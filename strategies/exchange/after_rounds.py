@@ -11,10 +11,10 @@ from fedllm.plan.training import HomeTraining
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import HomeRecord
 from fedllm.wire import replies
-from fedllm.wire.masks import UNMASK, write_over
 from strategies.divergence import check_finite
 from strategies.exchange.causes import few, grouped
 from strategies.exchange.evaluation import evaluate
+from strategies.exchange.last_sums import end_keys, publish_own
 from strategies.exchange.requesting import requests_about
 from strategies.exchange.validation import check_at_home
 from strategies.grid.transport import Reply
@@ -35,23 +35,15 @@ def evaluate_last(session: Session, state: ServerState) -> ServerState:
     return state
 
 
-def end_keys(session: Session, round_num: int) -> None:
-    """Tell all nodes that no further sum is to be opened, so that they remove the keys of the run.
+def end_sums(session: Session, state: ServerState) -> ServerState:
+    """End the secret sums of a run: return the state, with the adapter where only the parties had it.
 
-    A node that does not hear of it keeps them until its owner clears the run's state.
+    Raises:
+        RunFailedError: no party gives it away.
     """
-    if session.plan.secure is None:
-        return
-    over = write_over(round_num=round_num, plan_digest=session.plan.digest)
-    exchange = session.transport.exchange(
-        dict.fromkeys(session.transport.node_ids(), over),
-        message_type=UNMASK,
-        group=str(round_num),
-        deadline=session.deadline(UNMASK),
-        is_enough=lambda: True,
-    )
-    for _ in exchange:  # what they answer says nothing
-        pass
+    state = publish_own(session, state)
+    end_keys(session, state.round_num)
+    return state
 
 
 def train_on_at_home(session: Session, state: ServerState) -> ServerState:

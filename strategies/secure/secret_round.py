@@ -17,18 +17,17 @@ from dataclasses import dataclass, replace
 import torch
 from flwr.app import RecordDict
 
-from fedllm.adapters.parts import part_size, whole_of
+from fedllm.adapters.parts import whole_of
 from fedllm.errors import SecureError, WireError
 from fedllm.messages import ClientFailure, ClientUpdate
-from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan, RoundRecord, SecureRecord
-from fedllm.secure.vector import NUM_NUMBERS, SecretSum
+from fedllm.secure.vector import SecretSum
 from fedllm.wire.masks import UNMASK, add_sums, read_openings
 from strategies.exchange.causes import few
 from strategies.exchange.receiving import Answer, receive
 from strategies.grid.transport import Reply
-from strategies.secure.asked_sums import asked_sums, parties_of
-from strategies.secure.methods import METHODS, Method, PartySum
+from strategies.secure.answers import in_sum, not_opened
+from strategies.secure.methods import Method, PartySum
 from strategies.session import Session
 
 
@@ -102,10 +101,10 @@ class SecretRound:
             members = [client for client in group.clients[party] if client in found.trained]
             try:
                 group.add(party, hidden, members)
-                answers += [_in_sum(client, self.plan) for client in members]
+                answers += [in_sum(client, self.plan) for client in members]
             except SecureError as error:
                 group.faults[party] = str(error)
-                answers += [_failure(client, error) for client in members]
+                answers += [not_opened(client, error) for client in members]
         return answers
 
     def _open(self) -> None:
@@ -156,14 +155,14 @@ class SecretRound:
         try:
             found = group.opened(self.session.plan.most_tokens(self.plan.round_num))
         except SecureError as error:
-            yield from (_failure(client, error) for client in group.members)
+            yield from (not_opened(client, error) for client in group.members)
         else:
             yield self._update(group, found)
 
     def _update(self, group: PartySum, found: SecretSum) -> ClientUpdate:
         """Return the update of all clients of a group: of each it says what their mean says."""
         number, layout = len(group.members), self.session.layout
-        shared = _in_sum(group.members[0], self.plan)
+        shared = in_sum(group.members[0], self.plan)
         members = tuple(
             replace(
                 shared,
@@ -181,35 +180,3 @@ class SecretRound:
             num_tokens=found.num_tokens,
             members=members,
         )
-
-
-def open_secret_round(session: Session, state: ServerState, plan: RoundPlan) -> SecretRound | None:
-    """Return the secret sums of an attempt at a round, None where the run has none."""
-    if session.plan.secure is None:
-        return None
-    method, parties = METHODS[session.plan.secure.method], parties_of(session, plan)
-    size = part_size(session.layout, plan.returned) + NUM_NUMBERS
-    sums = [
-        method.new_sum(
-            session, plan.attempt, asked, {name: parties[name] for name in asked.exchange.names}, size
-        )
-        for asked in asked_sums(session, state, plan, parties)
-    ]
-    return SecretRound(session, plan, method, sums)
-
-
-def _in_sum(client: str, plan: RoundPlan) -> ClientUpdate:
-    """Return a client whose update is in a sum: what it sent says nothing by itself."""
-    return ClientUpdate(
-        client_id=client,
-        round_num=plan.round_num,
-        rank=plan.ranks[client],
-        delta=torch.zeros(0),
-        weight=0.0,
-        num_tokens=0,
-        train_loss=0.0,
-    )
-
-
-def _failure(client: str, error: SecureError) -> ClientFailure:
-    return ClientFailure(client_id=client, code=error.code, reason=f"its secret sum is not opened: {error}")

@@ -12,7 +12,6 @@ from clients.jobs import make_job
 from clients.process import Process
 from clients.techniques import plan_node_round
 from clients.train import train_clients
-from fedllm.plan import secure
 from scripts.auditing.control import overfit
 from scripts.auditing.inversion import inversion_report
 from scripts.auditing.messages import leaving_message, request_of, smallest_client
@@ -108,9 +107,8 @@ def test_clients_of_smaller_rank_send_less(make_case: Callable) -> None:
     assert message.vectors["update"].shape == (message.layout.size,) == message.start.shape
 
 
-def test_under_masks_one_message_says_nothing(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_masks_one_message_says_nothing(make_case: Callable) -> None:
     """Tokens are read from it as by chance, where the same message in plain gives them away."""
-    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
     keys = {"federation.num-clients": 3, "data.partition": "iid"}
     case = make_case({**keys, "secure.method": "masks"})
     learnt, single = secret_messages(case)

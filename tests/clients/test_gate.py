@@ -22,7 +22,6 @@ from fedllm.identity import new_key, public_text
 from fedllm.messages import ClientEvaluation, ClientFailure
 from fedllm.models.files import content_digest, fingerprint
 from fedllm.originality.overlap import OverlapRequest, probe
-from fedllm.plan import secure
 from fedllm.site_policy import load_policy
 from fedllm.wire import joining, overlaps, refusals, replies, requests
 from fedllm.wire.leaving import fields_that_leave
@@ -169,9 +168,8 @@ def test_a_run_beyond_the_policy_is_refused_at_once(
 
 
 def test_where_secret_sums_are_required_no_plain_update_leaves(
-    site: Callable, hostile: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    site: Callable, hostile: Callable, tmp_path: Path, caplog: Any
 ) -> None:
-    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
     key = public_text(new_key(tmp_path / "site.key"))
     site(
         f'key = "site.key"\n[allow]\nsecure-aggregation = "required"\nbundles = ["ab"]\n[peers]\na = "{key}"'
@@ -192,8 +190,7 @@ def test_where_secret_sums_are_required_no_plain_update_leaves(
     assert server.unmask() == "bad-packet"
 
 
-def test_unmasking_is_a_question_of_its_own(site: Callable, hostile: Callable, monkeypatch: Any) -> None:
-    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
+def test_unmasking_is_a_question_of_its_own(site: Callable, hostile: Callable) -> None:
     site('[allow]\nmessages = ["join", "train"]')
     assert hostile(**MASKS).unmask() == "policy"
     site("")

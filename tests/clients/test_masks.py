@@ -24,7 +24,6 @@ from fedllm.adapters.parts import part_of, part_size
 from fedllm.errors import BadPartiesError, ConfigError, OtherConfigError, SecureError, TooFewPartiesError
 from fedllm.identity import new_key, public_text
 from fedllm.messages import ClientUpdate, TrainRequest
-from fedllm.plan import secure
 from fedllm.secure.agreement import new_key as new_run_key
 from fedllm.secure.agreement import public_of
 from fedllm.secure.masking import check_masked, check_opening, unmasked
@@ -38,11 +37,6 @@ NAMES = ("anna", "ben", "cleo", "dora")
 LABEL = bytes(range(32))
 LARGEST, CAP = 0.1, 20.0
 MASKS = {"secure.method": "masks", "federation.num-clients": 4}
-
-
-@pytest.fixture(autouse=True)
-def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
 
 
 @pytest.fixture

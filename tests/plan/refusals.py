@@ -46,6 +46,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "equal ranks": {"lora.client-ranks": "8,8"},
     "node sums": {"wire.node-sum": True, **MEAN},
     "masks": {"secure.method": "masks"},
+    "shares": {"secure.method": "shares"},
     "poisson": {"federation.selection": "poisson", "federation.cohort": 4},
     "weighted": {"federation.selection": "weighted"},
     "power of choice": {"federation.selection": "power-of-choice"},

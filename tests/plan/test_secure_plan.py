@@ -11,11 +11,6 @@ from fedllm.plan.run_plan import resolve
 MASKS = {"secure.method": "masks"}
 
 
-def test_a_method_that_is_not_built_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"secure\.method = 'shares' is not built yet"):
-        resolve(RunConfig.from_flat({"secure.method": "shares"}))
-
-
 def test_a_run_without_secret_sums_has_no_plan_of_them() -> None:
     assert resolve(RunConfig()).secure is None
 

@@ -16,7 +16,7 @@ NAMES = ("ann", "bob", "cem", "dan", "eve")
 KEYS = {name: new_key() for name in NAMES}
 SECRETS = {name: name.encode() * 10 for name in NAMES}
 EXCHANGE = Exchange(b"l" * 32, tuple(Party(name, public_of(KEYS[name])) for name in NAMES))
-RELAY = Relay(EXCHANGE, ("ann", "bob", "eve"), adapter="a0")
+RELAY = Relay(EXCHANGE, ("ann", "bob", "eve"))
 
 
 def _words(seed: int) -> np.ndarray:
@@ -57,6 +57,11 @@ def test_every_party_reads_the_plain_ring_sum(number: int) -> None:
         for name in NAMES:  # one that was lost reads it too
             total = total_of(name, KEYS[name], RELAY, answered, openings, SIZE)
             assert np.array_equal(total, _ring_sum(answered))
+
+
+def test_an_opening_travels_as_bytes() -> None:
+    for opening in _opened(NAMES).values():
+        assert Opening.from_bytes(opening.to_bytes(), RELAY) == opening
 
 
 def test_any_holders_may_be_chosen() -> None:
@@ -111,8 +116,12 @@ def _relabelled() -> Relay:
 
 @pytest.mark.parametrize(
     "relay",
-    [_relabelled(), replace(RELAY, adapter="a1"), replace(RELAY, holders=("bob", "ann", "eve"))],
-    ids=["label", "adapter", "holders"],
+    [
+        _relabelled(),
+        replace(RELAY, exchange=replace(EXCHANGE, terms=b"another adapter")),
+        replace(RELAY, holders=("bob", "ann", "eve")),
+    ],
+    ids=["label", "terms", "holders"],
 )
 def test_parties_told_different_things_open_no_box(relay: Relay) -> None:
     box = share("dan", KEYS["dan"], relay, WORDS["dan"], SECRETS["dan"])["ann"]

@@ -12,7 +12,6 @@ from clients.encrypted import answer_decrypt
 from clients.run_keys import run_keys
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
-from fedllm.plan import secure
 from fedllm.secure.agreement import Stream
 from fedllm.secure.homomorphic import encrypt, new_keys
 from fedllm.secure.masking import plain_sum
@@ -31,7 +30,7 @@ OPENED: list[np.ndarray] = []  # the words of every sum that was opened
 
 @pytest.fixture(autouse=True)
 def spied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the method run, and keep what is encrypted and what comes out."""
+    """Keep what is encrypted and what comes out."""
     party_words = train_parties.party_words
 
     def words_of(holder: Any, request: Any, party: Any, updates: Any) -> np.ndarray:
@@ -43,7 +42,6 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> None:
         OPENED.append(words.copy())
         return read_honest(words, *rest)
 
-    monkeypatch.setattr(secure, "BUILT", frozenset({"masks", "he"}))
     monkeypatch.setattr(train_parties, "party_words", words_of)
     monkeypatch.setattr(encrypted_sum, "read_honest", read)
     ADDED.clear()

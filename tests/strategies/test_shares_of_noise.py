@@ -14,7 +14,6 @@ from clients import parties as client_parties
 from fedllm.adapters.parts import part_of
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import BudgetSpentError
-from fedllm.plan import secure
 from fedllm.privacy.accounting import Charge
 from fedllm.runs.checkpoint import ServerState
 from strategies.rounds import next_round
@@ -30,11 +29,6 @@ SHARES = {
     "secure.method": "masks",
     "wire.codec": "fp32",
 }
-
-
-@pytest.fixture(autouse=True)
-def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secure, "BUILT", frozenset({"masks"}))
 
 
 @pytest.fixture

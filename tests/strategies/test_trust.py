@@ -3,7 +3,7 @@
 import pytest
 
 from fedllm.messages import JoinedClient
-from fedllm.plan.secure import BUILT, SecurePlan
+from fedllm.plan.secure import SecurePlan
 from strategies.secure.trust import card_text
 
 CLIENTS = [
@@ -12,10 +12,14 @@ CLIENTS = [
     )
     for name in ("anna", "ben")
 ]
-RESTS_ON = {"masks": "Parties that work with the server", "he": "one data holder could decrypt the sum"}
+RESTS_ON = {
+    "masks": "Parties that work with the server",
+    "he": "one data holder could decrypt the sum",
+    "shares": "Three data holders held the shares",
+}
 
 
-@pytest.mark.parametrize("method", sorted(BUILT))
+@pytest.mark.parametrize("method", sorted(RESTS_ON))
 def test_the_card_says_who_could_read_updates(method: str) -> None:
     text = card_text(SecurePlan(method=method, min_parties=4), CLIENTS)
     assert RESTS_ON[method] in text
