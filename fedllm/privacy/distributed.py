@@ -7,7 +7,9 @@ not. Whoever sees the sum alone sees it with the noise of all that answered, and
 **How much noise.** With t answers, the fewest that are ever opened, the shares together protect as much as
 N(0, (z C)^2) on a sum of updates of norm C. So epsilon is that of a server that adds the noise, and an answer
 is charged alike. With all n answers the noise is sqrt(n / t) of that, about 1.22 at two thirds. Parties that
-collude with the server know their own shares: c of them leave sqrt((t - c) / t) of it.
+collude with the server know their own shares: c of them leave sqrt((t - c) / t) of it, or
+sqrt((2 t - n - c + 1) / t) where the server tells parties different lists of who answered
+(`fedllm.secure.masking`).
 
 **Why that is enough.** Three things differ from one continuous Gaussian, and the shares make up for them:
 
