@@ -72,6 +72,10 @@ def not_covered(plan: PrivacyPlan) -> list[str]:
             " whose answers a sum needs leave sqrt((t - c) / t) of the planned noise; holders that a server"
             " invents are among them"
         )
+        found.append(
+            "a server that tells data holders different lists of who answered: a sum opened so has the"
+            " noise of fewer than t of them"
+        )
     if plan.metrics == "all":
         found.append(
             "training losses, numbers of tokens and seconds; losses under personal adapters and at home"
