@@ -10,8 +10,7 @@ import numpy as np
 from flwr.app import RecordDict
 
 from clients.data_holder import DataHolder
-from clients.parties import OwnParty, forget_keys, kept_exchange, own_parties
-from clients.run_keys import run_keys
+from clients.parties import OwnParty, forget_keys, kept_exchange, own_keys, own_parties
 from clients.technique import failure_of
 from clients.train_parties import train_parties
 from fedllm.adapters.parts import part_size
@@ -74,14 +73,13 @@ def answer_decrypt(holder: DataHolder, content: RecordDict) -> RecordDict:
 
 
 def _decrypt(holder: DataHolder, asked: Decrypting, size: int) -> bytes:
-    if asked.key_holder not in holder.clients:
-        raise BadPartiesError(f"this node has no client {asked.key_holder}", asked.key_holder)
-    keys = run_keys(holder.state_path, holder.plan, asked.key_holder)
+    keys = own_keys(holder, asked.key_holder)
     exchange = kept_exchange(keys, asked.label)
-    if not set(asked.answered) <= set(exchange.names) or len(asked.answered) < exchange.threshold:
+    answered = set(asked.answered)
+    if not answered <= set(exchange.names) or len(answered) < exchange.threshold:
         raise TooFewPartiesError(
-            f"the sum of {len(asked.answered)} parties is not decrypted, {exchange.threshold} are needed"
+            f"the sum of {len(answered)} parties is not decrypted, {exchange.threshold} are needed"
         )
     ciphertext = hashlib.sha256(asked.content).hexdigest()
-    keys.note(asked.label, "opened", {"answered": sorted(asked.answered), "ciphertext": ciphertext})
+    keys.note(asked.label, "opened", {"answered": sorted(answered), "ciphertext": ciphertext})
     return pack(decrypt(keys.encryption.secret, asked.content, size, BITS))

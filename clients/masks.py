@@ -8,8 +8,7 @@ import numpy as np
 from flwr.app import RecordDict
 
 from clients.data_holder import DataHolder
-from clients.parties import OwnParty, forget_keys, kept_exchange, own_parties
-from clients.run_keys import run_keys
+from clients.parties import OwnParty, forget_keys, kept_exchange, own_keys, own_parties
 from clients.technique import failure_of
 from clients.train_parties import train_parties
 from fedllm.errors import CheckpointError, SecureError
@@ -52,7 +51,7 @@ def answer_unmask(holder: DataHolder, content: RecordDict) -> RecordDict:
 
 
 def _open(holder: DataHolder, name: str, unmasking: Unmasking) -> bytes:
-    keys = run_keys(holder.state_path, holder.plan, name)
+    keys = own_keys(holder, name)
     shares = opening(
         name,
         keys.private,

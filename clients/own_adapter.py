@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from clients.data_holder import DataHolder
-from clients.run_keys import run_keys
+from clients.parties import own_keys
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import CheckpointError, LayoutError, NotHeldError
 from fedllm.files import make_private_folder, write_bytes
@@ -28,6 +28,7 @@ def from_own_adapter(holder: DataHolder, request: Request, round_num: int) -> Re
 
     Raises:
         NotHeldError: it has none, as where its node was away in that round.
+        BadPartiesError: it is no client of this node.
     """
     return replace(request, adapter=own_adapter(holder, next(iter(request.drawn)), round_num))
 
@@ -50,6 +51,8 @@ def own_adapter(holder: DataHolder, client_id: str, round_num: int) -> AdapterSt
 def keep_own_adapter(holder: DataHolder, client_id: str, round_num: int, state: AdapterState) -> None:
     """Keep the adapter that a client has after a round, and of earlier ones the newest few.
 
+    Later ones are removed: the server has gone back, or has begun the run anew.
+
     Raises:
         CheckpointError: it cannot be written.
     """
@@ -57,7 +60,9 @@ def keep_own_adapter(holder: DataHolder, client_id: str, round_num: int, state: 
     try:
         make_private_folder(file.parent)
         write_bytes(file, save({"adapter": state.vector.contiguous()}))
-        for old in sorted(file.parent.glob("*.safetensors"))[:-NUM_KEPT]:
+        kept = sorted(file.parent.glob("*.safetensors"))
+        place = kept.index(file)
+        for old in (*kept[: max(0, place + 1 - NUM_KEPT)], *kept[place + 1 :]):
             old.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
@@ -71,5 +76,5 @@ def next_adapter(start: AdapterState, change_P: torch.Tensor) -> AdapterState:
 
 
 def _file(holder: DataHolder, client_id: str, round_num: int) -> Path:
-    folder = run_keys(holder.state_path, holder.plan, client_id).folder
+    folder = own_keys(holder, client_id).folder
     return folder / f"round-{round_num:06d}.safetensors"

@@ -64,7 +64,7 @@ def own_parties(holder: DataHolder, request: TrainRequest, sums: Sequence[AskedS
         )
         names = asked.clients
         for group in [names] if plan.aggregation.node_sum else [(name,) for name in names]:
-            found.append(OwnParty(group[0], group, asked, run_keys(holder.state_path, plan, group[0])))
+            found.append(OwnParty(group[0], group, asked, own_keys(holder, group[0])))
     placed = [name for party in found for name in party.clients]
     if sorted(placed) != sorted(request.drawn):  # also where one is in two sums, which would tell it apart
         raise BadPartiesError("the request does not place each of its clients in one secret sum")
@@ -111,7 +111,7 @@ def party_words(
     values = sum(
         client_values(
             part_of(layout, update.delta, part).double().numpy(),
-            weight=min(update.weight, asked.weight_cap),
+            weight=update.weight,
             num_tokens=update.num_tokens,
             loss=update.train_loss,
             scale=scale,
@@ -137,10 +137,21 @@ def party_words(
     return words
 
 
+def own_keys(holder: DataHolder, client_id: str) -> RunKeys:
+    """Return what a client of this node keeps for the secret sums of the run.
+
+    Raises:
+        BadPartiesError: it is none of this node's; a name that a server makes up must not become a path.
+    """
+    if client_id not in holder.clients:
+        raise BadPartiesError(f"this node has no client {client_id!r}", client_id)
+    return run_keys(holder.state_path, holder.plan, client_id)
+
+
 def forget_keys(holder: DataHolder) -> None:
     """Remove all keys of a run that is over, and all that is kept of its sums."""
     for name in holder.clients:
-        run_keys(holder.state_path, holder.plan, name).forget()
+        own_keys(holder, name).forget()
 
 
 def kept_exchange(keys: RunKeys, label: bytes) -> Exchange:
@@ -159,14 +170,10 @@ def public_key(holder: DataHolder, client_id: str) -> bytes:
     secure = holder.plan.secure
     if secure is None or secure.method != "he":
         return b""
-    return run_keys(holder.state_path, holder.plan, client_id).encryption.public
+    return own_keys(holder, client_id).encryption.public
 
 
 def _run_key(holder: DataHolder, client_id: str) -> bytes:
     """Return what a client goes by among the parties: a key to agree with, or the digest of the other."""
     encrypts = public_key(holder, client_id)
-    return (
-        key_digest(encrypts)
-        if encrypts
-        else public_of(run_keys(holder.state_path, holder.plan, client_id).private)
-    )
+    return key_digest(encrypts) if encrypts else public_of(own_keys(holder, client_id).private)

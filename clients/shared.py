@@ -11,8 +11,8 @@ from flwr.app import RecordDict
 
 from clients.data_holder import DataHolder
 from clients.own_adapter import from_own_adapter, keep_own_adapter, next_adapter, own_adapter
-from clients.parties import OwnParty, forget_keys, own_parties
-from clients.run_keys import RunKeys, run_keys
+from clients.parties import OwnParty, forget_keys, own_keys, own_parties
+from clients.run_keys import RunKeys
 from clients.technique import failure_of
 from clients.train_parties import train_parties
 from fedllm.adapters.parts import part_size, whole_of
@@ -64,8 +64,6 @@ def answer_relay(holder: DataHolder, content: RecordDict) -> RecordDict:
     opened: dict[str, bytes | ClientFailure] = {}
     for name in asked.clients:
         try:
-            if name not in holder.clients:
-                raise BadPartiesError(f"this node has no client {name}", name)
             opened[name] = answer(holder, name, asked)
         except (SecureError, CheckpointError, NotHeldError) as error:
             opened[name] = failure_of(name, error)
@@ -74,7 +72,7 @@ def answer_relay(holder: DataHolder, content: RecordDict) -> RecordDict:
 
 def _hold(holder: DataHolder, name: str, asked: RelayQuestion) -> bytes:
     """Return the sum of the shares that a client holds, sealed for each party."""
-    keys = run_keys(holder.state_path, holder.plan, name)
+    keys = own_keys(holder, name)
     relay, round_num, _ = _noted(holder, keys, asked.label)
     total = np.zeros(_size(holder, round_num), np.uint32)
     for sender, box in asked.parts.items():
@@ -86,7 +84,7 @@ def _hold(holder: DataHolder, name: str, asked: RelayQuestion) -> bytes:
 
 def _go_on(holder: DataHolder, name: str, asked: RelayQuestion) -> bytes:
     """Return the digest of the adapter after a round, which a client keeps by then."""
-    keys = run_keys(holder.state_path, holder.plan, name)
+    keys = own_keys(holder, name)
     relay, round_num, scale = _noted(holder, keys, asked.label)
     openings = {sender: Opening.from_bytes(data, relay) for sender, data in asked.parts.items()}
     size = _size(holder, round_num)

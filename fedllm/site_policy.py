@@ -250,8 +250,7 @@ def _read(values: Mapping[str, Any], file: Path) -> SitePolicy:
         if not isinstance(key, str) or not is_public_text(key):
             raise ConfigError(f"{file}: peers.{name} must be a site's public key, 'ed25519:...'")
     policy = replace(SitePolicy(**tables, file=file), nodes=nodes, peers=peers)
-    if policy.allow.secure_aggregation == "required":
-        _check_secure(policy)
+    _check_secure(policy)
     for name, node in nodes.items():
         if policy.allow.servers and node.superlink not in policy.allow.servers:
             raise ConfigError(f"{file}: nodes.{name}.superlink is none of [allow] servers")
@@ -263,16 +262,21 @@ def _read(values: Mapping[str, Any], file: Path) -> SitePolicy:
 
 
 def _check_secure(policy: SitePolicy) -> None:
-    """Refuse a file that requires secret sums and leaves open what would make them worth nothing."""
-    for name, is_there, why in (
-        ("allow.bundles", policy.allow.bundles, "a server's own code could send what it likes"),
-        ("peers", policy.peers, "a server could be all other parties itself"),
-        ("site.key", policy.site.key, "the other sites could not tell this one from a server"),
+    """Refuse a file that leaves open what would make secret sums worth nothing, where it requires them."""
+    is_required = policy.allow.secure_aggregation == "required"
+    said = "allow.secure-aggregation = 'required'" if is_required else "[peers]"
+    for is_needed, name, is_there, why in (
+        (is_required, "allow.bundles", policy.allow.bundles, "a server's own code could send what it likes"),
+        (is_required, "peers", policy.peers, "a server could be all other parties itself"),
+        (
+            is_required or policy.peers,
+            "site.key",
+            policy.site.key,
+            "the other sites could not tell this one from a server",
+        ),
     ):
-        if not is_there:
-            raise ConfigError(
-                f"{policy.file}: allow.secure-aggregation = 'required' needs {name}; without it {why}"
-            )
+        if is_needed and not is_there:
+            raise ConfigError(f"{policy.file}: {said} needs {name}; without it {why}")
 
 
 def _table(kind: Callable[..., _Table], values: Mapping[str, Any], where: str) -> _Table:

@@ -16,7 +16,7 @@ ciphertexts is decrypted rightly up to 2^17, some 90 of its deviations.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -37,7 +37,7 @@ class KeyPair:
     """The keys of one run: `public` for all parties, `secret` for the key holder alone."""
 
     public: bytes
-    secret: bytes
+    secret: bytes = field(repr=False)
 
     def to_bytes(self) -> bytes:
         """Return both keys, as `from_bytes` reads them."""

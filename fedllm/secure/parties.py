@@ -127,8 +127,7 @@ def check_parties(
 
     Raises:
         BadPartiesError: names or keys are doubled or out of order, this party is not among them with its own
-        key, or a
-            key is not signed by a peer.
+            key, or a key is not signed by a peer.
         TooFewPartiesError: there are fewer than `min_parties`, counted by their sites where peers are named.
     """
     keys = [party.run_key for party in exchange.parties]
@@ -141,13 +140,15 @@ def check_parties(
         raise BadPartiesError("two parties of the secret sum have one key")
     if (me, run_key) not in [(party.name, party.run_key) for party in exchange.parties]:
         raise BadPartiesError(f"the parties of the secret sum do not hold {me} with its own key", me)
-    for party in exchange.parties if peers is not None else ():
-        signed = party_statement(run, plan_digest, party.name, party.run_key)
-        if party.identity not in (peers or ()) or not verify(party.identity, signed, party.signature):
-            raise BadPartiesError(
-                f"the key of party {party.name} is not signed by a site of [peers]", party.name
-            )
-    number = len(exchange.parties if peers is None else {party.identity for party in exchange.parties})
+    number = len(exchange.parties)
+    if peers is not None:
+        for party in exchange.parties:
+            signed = party_statement(run, plan_digest, party.name, party.run_key)
+            if party.identity not in peers or not verify(party.identity, signed, party.signature):
+                raise BadPartiesError(
+                    f"the key of party {party.name} is not signed by a site of [peers]", party.name
+                )
+        number = len({party.identity for party in exchange.parties})
     if number < min_parties:
         raise TooFewPartiesError(
             f"{number} parties in the secret sum, and at least {min_parties} hide one another"

@@ -281,6 +281,17 @@ def test_what_was_never_masked_is_not_opened(open_node: Callable) -> None:
     assert set(failed.values()) == {"bad-mask"}
 
 
+def test_a_name_that_a_server_makes_up_is_no_path(open_node: Callable) -> None:
+    server, name = Server(open_node()), "../../outside"
+    question = server.question(server.masked(server.train()), NAMES)
+    boxes, commitments = ({name: parts["anna"]} for parts in (question.boxes, question.commitments))
+    asked = replace(question, boxes=boxes, commitments=commitments)
+    assert server.unmask(asked) == ({}, {name: "bad-parties"})
+    with pytest.raises(BadPartiesError, match=r"no client '\.\./\.\./outside'"):
+        server.train(server.asked(stranger(name), clients=(name,), num_clients=5), names=[name])
+    assert not (server.holder.state_path / "outside").exists()
+
+
 def test_parties_that_hide_nobody_are_refused(open_node: Callable) -> None:
     server = Server(open_node())
     good = server.told()
