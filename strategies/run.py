@@ -15,7 +15,8 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
 from strategies.distillation.ending import undo_distillation
-from strategies.exchange.after_rounds import end_sums, evaluate_last, train_on_at_home
+from strategies.exchange.after_rounds import evaluate_last, train_on_at_home
+from strategies.exchange.last_sums import end_keys, publish_own
 from strategies.listeners import heard
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
@@ -58,9 +59,10 @@ def run_federation(
         if (after := train_on_at_home(session, state)) is not state:
             state = after
             _save(session, state, folder)
-        if (after := end_sums(session, state)) is not state:
+        if (after := publish_own(session, state)) is not state:
             state = after
-            _save(session, state, folder)
+            _save(session, state, folder)  # before parties remove what they keep of the run
+        end_keys(session, state.round_num)
         for line in publish_run(folder, plan, state, stopped, session.clients):
             watch.notice(f"warning: {line}")
         return state

@@ -79,7 +79,9 @@ SETTINGS: dict[str, dict[Scalar, Setting]] = {
         "off": Setting("nothing is clipped or noised", hides=[BUDGET], instead=8.0),
         ANY: Setting("the guarantee covers what is noised in its own round", [NOISE, FRESH_UPDATES]),
     },
-    "privacy.noise-multiplier": {ANY: Setting("the run ends when its budget is spent", [BUDGET])},
+    "privacy.noise-multiplier": {
+        ANY: Setting("the run ends when its budget is spent", [BUDGET, SERVER_ADAPTER])
+    },
     "privacy.clip": {"adaptive": Setting("the clip follows a noised count", [BUDGET, TRUSTED_SERVER])},
     "privacy.unit": {
         "client": Setting("all that a client does is protected, its speed too", [ANY_SPEED], [], "example"),

@@ -108,6 +108,17 @@ class HiddenAnswer(Generic[T]):
     failed: tuple[ClientFailure, ...]
     hidden: Mapping[str, T] = field(default_factory=dict)
 
+    def members(self, clients: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Return by party which of the clients that it speaks for are in its vector.
+
+        Raises:
+            WireError: a party has sent a vector, and none of its clients has trained.
+        """
+        found = {party: [one for one in clients[party] if one in self.trained] for party in self.hidden}
+        if not all(found.values()):
+            raise WireError("an answer has a vector of none of the clients that have trained")
+        return found
+
 
 def delta_bytes(plan: RunPlan, size: int) -> int:
     """Return the bytes in which a delta of `size` values travels, headers left out."""

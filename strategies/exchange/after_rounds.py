@@ -1,4 +1,4 @@
-"""After the last round: held-out losses that are missing yet, training on at home, the end of run keys."""
+"""After the last round: held-out losses that are missing yet, and clients that train on at home."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +14,6 @@ from fedllm.wire import replies
 from strategies.divergence import check_finite
 from strategies.exchange.causes import few, grouped
 from strategies.exchange.evaluation import evaluate
-from strategies.exchange.last_sums import end_keys, publish_own
 from strategies.exchange.requesting import requests_about
 from strategies.exchange.validation import check_at_home
 from strategies.grid.transport import Reply
@@ -32,17 +31,6 @@ def evaluate_last(session: Session, state: ServerState) -> ServerState:
     last = evaluate(session, state).noted_in(last)
     state = replace(state, records=(*earlier, last))
     check_finite(session.config, state, last, is_saved=True)
-    return state
-
-
-def end_sums(session: Session, state: ServerState) -> ServerState:
-    """End the secret sums of a run: return the state, with the adapter where only the parties had it.
-
-    Raises:
-        RunFailedError: no party gives it away.
-    """
-    state = publish_own(session, state)
-    end_keys(session, state.round_num)
     return state
 
 

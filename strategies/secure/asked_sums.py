@@ -33,10 +33,10 @@ def asked_sums(
     """Return the sums of these parties, one for each group, under labels that were never used before."""
     config, digest = session.config, session.plan.digest
     label = label_of(config.run.name, digest, plan.round_num, plan.attempt, token_bytes(16))
-    groups = in_groups([_party(session.clients[name]) for name in parties], label) if parties else []
+    groups = in_groups([_party(session.clients[name]) for name in parties], label)
     members = [tuple(client for name in group.names for client in parties[name]) for group in groups]
     # One for all groups, so that their means can be compared, and for all clients, who see to it themselves.
-    weight_cap = max((_most(session, plan, client) for group in members for client in group), default=1.0)
+    weight_cap = max(_most(session, plan, client) for group in members for client in group)
     largest = largest_change(session, plan)
     return [
         AskedSum(

@@ -14,8 +14,8 @@ from strategies.session import Session
 def open_secret_round(
     session: Session, state: ServerState, plan: RoundPlan
 ) -> SecretRound | RelayRound | None:
-    """Return the secret sums of an attempt at a round, None where the run has none."""
-    if session.plan.secure is None:
+    """Return the secret sums of an attempt at a round, None where the run has none, or nobody is asked."""
+    if session.plan.secure is None or not plan.asked:
         return None
     parties = parties_of(session, plan)
     asked_all = asked_sums(session, state, plan, parties)

@@ -108,11 +108,8 @@ class RelayRound:
         own = {party: clients for party, clients in self.clients.items() if clients[0] in asked}
         found = read_shared(content, own, most=len(asked))
         answers: list[Answer] = [*found.failed]
-        for party, boxes in found.hidden.items():
-            if party in self.boxes:
-                raise WireError(f"{party} answered twice")
-            self.boxes[party] = boxes
-            members = [client for client in own[party] if client in found.trained]
+        for party, members in found.members(own).items():
+            self.boxes[party] = found.hidden[party]
             self.members += members
             answers += [in_sum(client, self.plan) for client in members]
         return answers

@@ -62,7 +62,9 @@ class SecretRound:
         self._open()
         for group in self.groups:
             yield from self._answers_of(group)
-        self.session.barred.update(dict.fromkeys(self._faults(), self.plan.round_num))
+        for group in self.groups:
+            for party in group.faults:  # a node that sums its clients would go by the name of the next
+                self.session.barred.update(dict.fromkeys(group.clients[party], self.plan.round_num))
 
     def noted_in(self, record: RoundRecord) -> RoundRecord:
         """Return the record with what became of the sums, and without numbers of single clients."""
@@ -96,11 +98,11 @@ class SecretRound:
         exchanges = {party: group.exchange for party, group in placed.items()}
         found = self.method.read(content, exchanges, most=len(asked))
         answers: list[Answer] = [*found.failed]
-        for party, hidden in found.hidden.items():
+        in_vector = found.members({party: group.clients[party] for party, group in placed.items()})
+        for party, members in in_vector.items():
             group = placed[party]
-            members = [client for client in group.clients[party] if client in found.trained]
             try:
-                group.add(party, hidden, members)
+                group.add(party, found.hidden[party], members)
                 answers += [in_sum(client, self.plan) for client in members]
             except SecureError as error:
                 group.faults[party] = str(error)

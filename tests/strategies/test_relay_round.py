@@ -20,6 +20,7 @@ from fedllm.plan.run_plan import resolve
 from fedllm.secure.agreement import Stream
 from fedllm.wire import packets
 from fedllm.wire.refusals import write_error
+from strategies.exchange import last_sums
 from strategies.rounds import next_round
 from strategies.run import run_federation
 from tests.strategies.conftest import NAMES, Run
@@ -160,11 +161,24 @@ def test_the_server_sees_no_update_sum_or_adapter(
 
 
 def test_one_party_publishes_and_a_resumed_run_goes_on(
-    make_config: Callable[..., RunConfig], open_run: Callable[..., Run], tmp_path: Path
+    make_config: Callable[..., RunConfig],
+    open_run: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def die(*args: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
     overrides = {**SHARES, "run.name": "published", "run.output": str(tmp_path)}
     config = make_config({**overrides, "federation.num-rounds": 2})
     run = open_run(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(last_sums, "write_over", die)
+        with pytest.raises(KeyboardInterrupt):
+            run_federation(config, run.grid, resident=run.process.resident)
+    # By now no party may have the adapter any more.
+    monkeypatch.setattr(last_sums, "_ask", lambda *args: None)
+    config = config.override({"run.resume": True})
     state = run_federation(config, run.grid, resident=run.process.resident)
     published = load_adapter(tmp_path / "published" / "adapter").state
     assert published.digest == state.adapter.digest == state.records[-1].adapter
@@ -205,6 +219,10 @@ def test_nothing_but_the_last_adapter_is_published(
         ({"federation.cohort": 3}, "federation.cohort"),
         ({"federation.num-clients": 101}, "at most 100"),
         ({"aggregation.optimizer": "fedadam"}, "aggregation.optimizer"),
+        (
+            {"privacy.epsilon": 8.0, "privacy.unit": "example", "privacy.noise-multiplier": 1.0},
+            "privacy.noise-multiplier",
+        ),
         ({"privacy.epsilon": 8.0, "privacy.unit": "client", "privacy.trust": "central"}, "privacy.trust"),
     ],
 )

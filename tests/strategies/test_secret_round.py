@@ -263,6 +263,44 @@ def test_nodes_sum_their_clients_before_they_mask(
     assert plain.aggregation.delta_norm == pytest.approx(record.aggregation.delta_norm, rel=1e-2)
 
 
+def test_all_clients_of_a_node_that_broke_the_protocol_sit_out(
+    make_config: Callable[..., RunConfig], open_run: Callable[..., Run]
+) -> None:
+    def cut(content: RecordDict) -> None:
+        (party,) = content["masked"]
+        content["masked"][party] = packets.to_array(bytes(9))
+
+    run = open_run(make_config({**MASKS, "wire.node-sum": True}), num_nodes=3)
+    node, clients = next(one for one in run.session.by_node(NAMES).items() if len(one[1]) == 2)
+    run.grid.tamper = on({("train", node): cut})
+    _, record = next_round(run.session, run.state)
+    assert len(record.accepted) == 2
+    assert run.session.barred == dict.fromkeys(clients, 1)
+
+
+def test_vectors_of_nobody_who_was_asked_cost_the_attempt(
+    make_config: Callable[..., RunConfig], open_run: Callable[..., Run]
+) -> None:
+    def of_others(content: RecordDict) -> None:
+        content["clients"]["ids"] = [f"other-{name}" for name in NAMES]
+
+    run = open_run(make_config(MASKS), tamper=on({("train", 2): of_others}), num_nodes=1)
+    _, record = next_round(run.session, run.state)
+    assert "a vector of none of the clients that have trained" in run.records[0].lost["anna"]
+    assert (record.attempt, record.accepted) == (2, NAMES)
+
+
+@pytest.mark.parametrize("method", ["masks", "shares"])
+def test_a_round_that_asks_nobody_fails_in_a_line(
+    method: str, make_config: Callable[..., RunConfig], open_run: Callable[..., Run]
+) -> None:
+    flat = {"secure.method": method, "run.name": f"nobody-{method}", "federation.max-retries": 0}
+    run = open_run(make_config(flat))
+    run.session.barred.update(dict.fromkeys(NAMES, 1))
+    with pytest.raises(RunFailedError, match="round 1 failed once"):
+        next_round(run.session, run.state)
+
+
 def test_clients_of_one_node_are_parties_each(
     make_config: Callable[..., RunConfig], open_run: Callable[..., Run]
 ) -> None:

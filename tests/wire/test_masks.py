@@ -103,7 +103,6 @@ CHANGES: dict[str, list[tuple[str, str, Any]]] = {
         ("secure-1", "keys", [bytes(32)]),
         ("secure-1", "names", [1, 2, 3]),
         ("secure-1", "clients", ["anna", "anna"]),
-        ("secure-1", "clients", ["anna", "anna"]),
         ("secure-1", "weight-cap", float("inf")),
         ("secure-1", "num-clients", 2),
         ("secure-1", "weight-cap", 0.0),
