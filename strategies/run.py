@@ -15,8 +15,7 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, write_result, write_rounds
 from strategies.distillation.ending import undo_distillation
-from strategies.exchange.after_rounds import evaluate_last, train_on_at_home
-from strategies.exchange.last_sums import end_keys, publish_own
+from strategies.exchange.after_rounds import LAST_STEPS, evaluate_last
 from strategies.listeners import heard
 from strategies.privacy import with_journal
 from strategies.publish import publish_run
@@ -56,13 +55,10 @@ def run_federation(
         state = begin_or_resume(session, folder, start)
         describe_run(folder, config)  # only now is it certain that the run goes on with this configuration
         state, stopped = _rounds(session, state, folder)
-        if (after := train_on_at_home(session, state)) is not state:
-            state = after
-            _save(session, state, folder)
-        if (after := publish_own(session, state)) is not state:
-            state = after
-            _save(session, state, folder)  # before parties remove what they keep of the run
-        end_keys(session, state.round_num)
+        for step in LAST_STEPS:
+            before, state = state, step(session, state)
+            if state is not before:
+                _save(session, state, folder)  # before parties remove what they keep of the run
         for line in publish_run(folder, plan, state, stopped, session.clients):
             watch.notice(f"warning: {line}")
         return state

@@ -14,6 +14,7 @@ from fedllm.wire import replies
 from strategies.divergence import check_finite
 from strategies.exchange.causes import few, grouped
 from strategies.exchange.evaluation import evaluate
+from strategies.exchange.last_sums import end_keys, publish_own
 from strategies.exchange.requesting import requests_about
 from strategies.exchange.validation import check_at_home
 from strategies.grid.transport import Reply
@@ -107,3 +108,7 @@ def _read(
     for clients, reason in grouped(lost):
         notice(f"client {clients} did not train on at home: {reason}")
     return found if numbers.is_reported else {}
+
+
+# What follows the last round, in this order; a run saves its state after each that changes it.
+LAST_STEPS = (train_on_at_home, publish_own, end_keys)

@@ -56,20 +56,21 @@ def _read(layout: AdapterLayout, data: bytes) -> AdapterState:
     return AdapterState(layout, torch.from_numpy(vector)).checked_finite()
 
 
-def end_keys(session: Session, round_num: int) -> None:
+def end_keys(session: Session, state: ServerState) -> ServerState:
     """Tell all nodes that no further sum is to be opened, so that they remove the keys of the run.
 
     A node that does not hear of it keeps them until its owner clears the run's state.
     """
     if session.plan.secure is None:
-        return
-    over = write_over(round_num=round_num, plan_digest=session.plan.digest)
+        return state
+    over = write_over(round_num=state.round_num, plan_digest=session.plan.digest)
     exchange = session.transport.exchange(
         dict.fromkeys(session.transport.node_ids(), over),
         message_type=UNMASK,
-        group=str(round_num),
+        group=str(state.round_num),
         deadline=session.deadline(UNMASK),
         is_enough=lambda: True,
     )
     for _ in exchange:  # what they answer says nothing
         pass
+    return state
