@@ -14,12 +14,12 @@ from safetensors.torch import load, save
 
 from clients.data_holder import DataHolder
 from clients.parties import own_keys
+from clients.state import write_newest
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import CheckpointError, LayoutError, NotHeldError
-from fedllm.files import make_private_folder, write_bytes
+from fedllm.files import make_private_folder
 from fedllm.messages import EvaluateRequest, TrainRequest
 
-NUM_KEPT = 3
 Request = TypeVar("Request", TrainRequest, EvaluateRequest)
 
 
@@ -59,11 +59,7 @@ def keep_own_adapter(holder: DataHolder, client_id: str, round_num: int, state: 
     file = _file(holder, client_id, round_num)
     try:
         make_private_folder(file.parent)
-        write_bytes(file, save({"adapter": state.vector.contiguous()}))
-        kept = sorted(file.parent.glob("*.safetensors"))
-        place = kept.index(file)
-        for old in (*kept[: max(0, place + 1 - NUM_KEPT)], *kept[place + 1 :]):
-            old.unlink(missing_ok=True)
+        write_newest(file, save({"adapter": state.vector.contiguous()}))
     except OSError as error:
         raise CheckpointError(
             f"{file} cannot be written ({error.strerror}); free space or set state-path"

@@ -4,8 +4,9 @@ Under `wire.node-sum` the clients of a node are one party, under the name and ke
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from fedllm.privacy.distributed import noised_words
 from fedllm.secure.agreement import derived, public_of, secret_stream
 from fedllm.secure.homomorphic import key_digest
 from fedllm.secure.parties import Exchange, Party, check_parties, party_statement
-from fedllm.secure.vector import client_values, words_of
+from fedllm.secure.vector import client_values, number_words, words_of
 from fedllm.site_policy import SitePolicy, load_policy
 from fedllm.wire.masks import AskedSum
 
@@ -123,16 +124,14 @@ def party_words(
     stream = secret_stream(
         party.keys.secret, "rounding", exchange.digest, hashlib.sha256(values.data).digest()
     )
-    words = words_of(values, scale, stream)
-    if noise is not None:
+    if noise is None:
+        words = words_of(values, scale, stream)
+    else:
         # In another sum other noise, or the difference of both would have one share of it alone.
         key = derived(party.keys.secret, "share of noise", exchange.digest)
-        words[:num_values] = noised_words(values[:num_values], noise, key)
-    kept = {
-        "vector": hashlib.sha256(words.data).hexdigest(),
-        "terms": exchange.terms.hex(),
-        "parties": [[each.name, each.run_key.hex()] for each in exchange.parties],
-    }
+        delta = noised_words(values[:num_values], noise, key)
+        words = np.concatenate([delta, number_words(values[num_values:], scale, stream)])
+    kept = {"vector": hashlib.sha256(words.data).hexdigest(), **told_of(exchange)}
     party.keys.note(exchange.label, "masked", kept)
     return words
 
@@ -154,11 +153,21 @@ def forget_keys(holder: DataHolder) -> None:
         own_keys(holder, name).forget()
 
 
-def kept_exchange(keys: RunKeys, label: bytes) -> Exchange:
-    """Return the secret sum that a party has added to under a label; raises as `RunKeys.noted`."""
-    kept = keys.noted(label)
+def told_of(exchange: Exchange) -> dict[str, Any]:
+    """Return what a ledger keeps of a secret sum: who is in it, with which keys, under which terms."""
+    parties = [[each.name, each.run_key.hex()] for each in exchange.parties]
+    return {"terms": exchange.terms.hex(), "parties": parties}
+
+
+def exchange_of(label: bytes, kept: Mapping[str, Any]) -> Exchange:
+    """Return the secret sum of a label that `told_of` has described."""
     parties = tuple(Party(name, bytes.fromhex(run_key)) for name, run_key in kept["parties"])
     return Exchange(label, parties, bytes.fromhex(kept["terms"]))
+
+
+def kept_exchange(keys: RunKeys, label: bytes) -> Exchange:
+    """Return the secret sum that a party has added to under a label; raises as `RunKeys.noted`."""
+    return exchange_of(label, keys.noted(label))
 
 
 def public_key(holder: DataHolder, client_id: str) -> bytes:

@@ -105,10 +105,19 @@ class RunKeys:
         return found
 
     def forget(self) -> None:
-        """Remove the key and all that is kept, once no masked answer of the run is to be opened any more."""
+        """Remove the key and all that is kept, once no masked answer of the run is to be opened any more.
+
+        Raises:
+            CheckpointError: the key cannot be removed.
+        """
         # The key first: without it nothing that is masked under an old label can be masked again.
-        for name in ("key", "encryption"):
-            (self.folder / name).unlink(missing_ok=True)
+        try:
+            for name in ("key", "encryption"):
+                (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be removed ({error.strerror}), and the run it is of is over; remove it"
+            ) from None
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

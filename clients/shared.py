@@ -11,7 +11,7 @@ from flwr.app import RecordDict
 
 from clients.data_holder import DataHolder
 from clients.own_adapter import from_own_adapter, keep_own_adapter, next_adapter, own_adapter
-from clients.parties import OwnParty, forget_keys, own_keys, own_parties
+from clients.parties import OwnParty, exchange_of, forget_keys, own_keys, own_parties, told_of
 from clients.run_keys import RunKeys
 from clients.technique import failure_of
 from clients.train_parties import train_parties
@@ -19,7 +19,6 @@ from fedllm.adapters.parts import part_size, whole_of
 from fedllm.errors import BadPartiesError, CheckpointError, NotHeldError, SecureError
 from fedllm.messages import ClientFailure, TrainRequest
 from fedllm.secure.additive import Opening, Relay, add_share, open_sum, share, total_of
-from fedllm.secure.parties import Exchange, Party
 from fedllm.secure.vector import NUM_NUMBERS, Scale, read_sum
 from fedllm.site_policy import load_policy
 from fedllm.wire.masks import read_sums, write_openings
@@ -126,8 +125,7 @@ def _note(party: OwnParty, relay: Relay, round_num: int) -> None:
         "round": round_num,
         "holders": list(relay.holders),
         "numbers": [asked.num_clients, asked.largest, asked.weight_cap],
-        "terms": exchange.terms.hex(),
-        "parties": [[each.name, each.run_key.hex()] for each in exchange.parties],
+        **told_of(exchange),
     }
     party.keys.note(exchange.label, "asked", values)
 
@@ -135,8 +133,6 @@ def _note(party: OwnParty, relay: Relay, round_num: int) -> None:
 def _noted(holder: DataHolder, keys: RunKeys, label: bytes) -> tuple[Relay, int, Scale]:
     """Return what a party was told of a sum: its parties and holders, its round, what its words mean."""
     kept = keys.noted(label, "asked")
-    parties = tuple(Party(name, bytes.fromhex(run_key)) for name, run_key in kept["parties"])
-    exchange = Exchange(label, parties, bytes.fromhex(kept["terms"]))
     num_clients, largest, weight_cap = kept["numbers"]
     scale = Scale(
         num_clients=num_clients,
@@ -144,4 +140,4 @@ def _noted(holder: DataHolder, keys: RunKeys, label: bytes) -> tuple[Relay, int,
         weight_cap=weight_cap,
         most_tokens=holder.plan.most_tokens(kept["round"]),
     )
-    return Relay(exchange, tuple(kept["holders"])), kept["round"], scale
+    return Relay(exchange_of(label, kept), tuple(kept["holders"])), kept["round"], scale

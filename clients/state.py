@@ -84,16 +84,24 @@ def save_private(
     try:
         make_private_folder(file.parent)
         remove_unfinished(file.parent)  # what a killed process left of this client
-        write_bytes(file, content)
-        states = sorted(file.parent.glob("*.safetensors"))
-        place = states.index(file)
-        for old in (*states[: max(0, place + 1 - NUM_KEPT)], *states[place + 1 :]):
-            old.unlink(missing_ok=True)
+        write_newest(file, content)
     except OSError as error:
         raise CheckpointError(
             f"client {client_id}: private state cannot be written in {file.parent} ({error.strerror});"
             " free space or set state-path"
         ) from None
+
+
+def write_newest(file: Path, content: bytes) -> None:
+    """Write a .safetensors file, and remove the others of its folder but the few before it.
+
+    Those after it belong to a future that did not come about. Raises OSError.
+    """
+    write_bytes(file, content)
+    states = sorted(file.parent.glob("*.safetensors"))
+    place = states.index(file)
+    for old in (*states[: max(0, place + 1 - NUM_KEPT)], *states[place + 1 :]):
+        old.unlink(missing_ok=True)
 
 
 def _read(file: Path, store: PrivateStore, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:

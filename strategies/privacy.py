@@ -76,13 +76,6 @@ def clip_of(privacy: ServerPrivacy | None, state: ServerState) -> float:
     return state.clip or privacy.plan.clip
 
 
-def largest_noise(privacy: ServerPrivacy | None) -> float:
-    """Return the most that a client's own noise may add to a value of its delta: 10 deviations."""
-    if privacy is None or not privacy.plan.is_local_client:
-        return 0.0
-    return 10 * privacy.plan.multiplier() * privacy.plan.clip  # of more the chance is 1.5e-23 a value
-
-
 def clients_that_can_afford(
     privacy: ServerPrivacy | None, state: ServerState, clients: Clients, attempt: int
 ) -> set[str]:

@@ -14,10 +14,10 @@ from strategies.divergence import check_finite
 from strategies.exchange.causes import failure_of, stays
 from strategies.exchange.evaluation import evaluate, measured_in_training
 from strategies.exchange.joining import wait_for_nodes
-from strategies.exchange.receiving import Answer, receive, sort_answers
+from strategies.exchange.receiving import Answer, sort_answers
 from strategies.exchange.requesting import begin_round
 from strategies.privacy import check_budget
-from strategies.secure.open_round import open_secret_round
+from strategies.secure.open_round import open_updates
 from strategies.session import Session
 
 
@@ -65,14 +65,13 @@ def run_round(session: Session, state: ServerState, attempt: int = 1) -> RoundOu
     down, up = transport.bytes_down, transport.bytes_up  # requests to join belong to no round
     # 2 Send and 3 receive: answers are checked as they arrive; a bad one is dropped and named.
     session.watch.phase("training", 0, len(plan.asked))
-    secret = open_secret_round(session, state, plan)  # of updates that the server sees as one sum alone
-    if secret is not None:
-        secret.add_to(requests)
-    answers = receive(session, plan, requests) if secret is None else secret.answers(requests)
+    updates = open_updates(session, state, plan)  # one by one, or as a sum alone
+    updates.add_to(requests)
+    answers = updates.answers(requests)
     # 4 Prepare the data, 5 train, 6 protect: all three next to the data (`clients/train.py`).
     # 7 Aggregate: the updates in the order of the plan, into the next state; distillation is the last part.
     after, record = aggregate(session, state, plan, answers)
-    record = record if secret is None else secret.noted_in(record)
+    record = updates.noted_in(record)
     # 8 Finish: evaluate, unless the distillation step already did, and record. `strategies.run` saves.
     if record.applied and session.plan.is_evaluated(plan.round_num) and not record.held_out:
         record = evaluate(session, after).noted_in(record)

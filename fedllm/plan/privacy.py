@@ -83,6 +83,12 @@ class PrivacyPlan:
         return self.unit == "example"
 
     @property
+    def largest_noise(self) -> float:
+        """The most that a client's own noise adds to a value of its delta: 10 deviations."""
+        # Of more the chance is 1.5e-23 a value.
+        return 10 * self.multiplier() * self.clip if self.is_local_client else 0.0
+
+    @property
     def relation(self) -> str:
         """Which two federations count as neighbours: their results must be hard to tell apart."""
         if self.is_by_example:

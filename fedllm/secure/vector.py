@@ -78,10 +78,13 @@ def client_values(
 
 def words_of(values: np.ndarray, scale: Scale, stream: Stream) -> np.ndarray:
     """Return values [Q + 3] as words (uint32); raises as `ring.quantise`."""
-    delta, numbers = values[:-NUM_NUMBERS], values[-NUM_NUMBERS:]
-    return np.concatenate(
-        [quantise(delta, scale.step, stream), quantise(numbers, scale.number_steps, stream)]
-    )
+    delta = quantise(values[:-NUM_NUMBERS], scale.step, stream)
+    return np.concatenate([delta, number_words(values[-NUM_NUMBERS:], scale, stream)])
+
+
+def number_words(numbers: np.ndarray, scale: Scale, stream: Stream) -> np.ndarray:
+    """Return the three numbers [3] as words (uint32); raises as `ring.quantise`."""
+    return quantise(numbers, scale.number_steps, stream)
 
 
 def read_sum(words: np.ndarray, scale: Scale) -> SecretSum:

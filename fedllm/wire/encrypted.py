@@ -26,9 +26,10 @@ from fedllm.wire.masks import (
     question_about,
     read_label,
     read_question,
+    write_trained,
 )
 from fedllm.wire.packets import list_field, packet_of, scalar_field
-from fedllm.wire.replies import read_codes, write_codes
+from fedllm.wire.replies import read_codes
 
 _KEY_HOLDER, _DECRYPT, _SUMMED = "key-holder-", "decrypt-", "summed-"
 
@@ -73,8 +74,7 @@ def write_encrypted(
     results: Sequence[ClientUpdate | ClientFailure], encrypted: Mapping[str, bytes]
 ) -> RecordDict:
     """Return the answer of a node: a ciphertext for each party, and of its clients only which trained."""
-    failed = {result.client_id: result.code for result in results if isinstance(result, ClientFailure)}
-    content = write_codes(failed, [result.client_id for result in results])
+    content = write_trained(results)
     if encrypted:
         content["encrypted"] = arrays_of(encrypted)
     return content

@@ -174,7 +174,7 @@ def _read_sum(record: ConfigRecord) -> AskedSum:
     weight_cap, largest = (scalar_field(record, name, float) for name in ("weight-cap", "largest"))
     if len(clients) != len(set(clients)) or num_clients < len(parties):
         raise WireError("a secret sum names a client twice, or has fewer clients than parties")
-    if not all(0 < number < float("inf") for number in (weight_cap, largest)):
+    if min(weight_cap, largest) <= 0:
         raise WireError("a secret sum has a range that is no number above 0")
     return AskedSum(
         exchange=Exchange(read_label(record), parties),
@@ -190,8 +190,7 @@ def _read_sum(record: ConfigRecord) -> AskedSum:
 
 def write_masked(results: Sequence[ClientUpdate | ClientFailure], masked: Mapping[str, Masked]) -> RecordDict:
     """Return the answer of a node: a masked vector for each party, and of its clients only which trained."""
-    failed = {result.client_id: result.code for result in results if isinstance(result, ClientFailure)}
-    content = write_codes(failed, [result.client_id for result in results])
+    content = write_trained(results)
     if masked:
         content["masked"] = arrays_of({party: one.packed for party, one in masked.items()})
         content["boxes"] = arrays_of({party: b"".join(one.boxes) for party, one in masked.items()})
@@ -199,6 +198,12 @@ def write_masked(results: Sequence[ClientUpdate | ClientFailure], masked: Mappin
             {party: b"".join(one.commitments) for party, one in masked.items()}
         )
     return content
+
+
+def write_trained(results: Sequence[ClientUpdate | ClientFailure]) -> RecordDict:
+    """Return the part that answers by all methods have in common: which clients have trained."""
+    failed = {result.client_id: result.code for result in results if isinstance(result, ClientFailure)}
+    return write_codes(failed, [result.client_id for result in results])
 
 
 def read_masked(content: RecordDict, exchanges: Mapping[str, Exchange], *, most: int) -> HiddenAnswer[Masked]:

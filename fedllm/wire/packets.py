@@ -10,6 +10,7 @@ only: an update is small next to the weights, so rounding the weights would lose
 
 import hashlib
 import json
+import math
 import struct
 from typing import Any, TypeAlias, TypeVar
 
@@ -209,11 +210,13 @@ def scalar_field(record: ConfigRecord, key: str, kind: type[T]) -> T:
     """Return the field `key`, whose type must be exactly `kind`.
 
     Raises:
-        WireError: it is missing or of another type.
+        WireError: it is missing or of another type, or no finite number.
     """
     value = record.get(key)
     if type(value) is not kind:
         raise WireError(f"field {key!r} is missing or not {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise WireError(f"field {key!r} is no finite number")
     return value
 
 

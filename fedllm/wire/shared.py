@@ -24,9 +24,16 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from fedllm.errors import WireError
 from fedllm.messages import ClientFailure, ClientUpdate
 from fedllm.secure.additive import NUM_HOLDERS
-from fedllm.wire.masks import HiddenAnswer, arrays_of, question_about, read_label, read_question
+from fedllm.wire.masks import (
+    HiddenAnswer,
+    arrays_of,
+    question_about,
+    read_label,
+    read_question,
+    write_trained,
+)
 from fedllm.wire.packets import list_field, packet_of, scalar_field
-from fedllm.wire.replies import read_codes, write_codes
+from fedllm.wire.replies import read_codes
 
 HOLD, TOTAL, PUBLISH = "hold", "total", "publish"
 _SHARES = tuple(f"share-{place}" for place in range(NUM_HOLDERS))
@@ -67,8 +74,7 @@ def write_shared(
     results: Sequence[ClientUpdate | ClientFailure], shared: Mapping[str, Sequence[bytes]]
 ) -> RecordDict:
     """Return the answer of a node: a box of each party for each holder, in their order."""
-    failed = {result.client_id: result.code for result in results if isinstance(result, ClientFailure)}
-    content = write_codes(failed, [result.client_id for result in results])
+    content = write_trained(results)
     for place, name in enumerate(_SHARES if shared else ()):
         content[name] = arrays_of({party: boxes[place] for party, boxes in shared.items()})
     return content

@@ -14,7 +14,7 @@ import torch
 from clients.parties import OwnParty, declare_party, party_words
 from clients.run_keys import run_keys
 from clients.train import train_clients
-from fedllm.adapters.parts import whole_of
+from fedllm.adapters.parts import part_size, whole_of
 from fedllm.engine.optimizer import largest_move
 from fedllm.errors import RunFailedError
 from fedllm.messages import ClientFailure, ClientUpdate, TrainRequest
@@ -36,11 +36,13 @@ def secret_messages(case: Case) -> list[Message]:
     """
     holder, request = case.holder, request_of(case)
     layout, part = holder.engine.layout, holder.plan.aggregation.returned_in(request.round_num)
-    updates = _trained(case, request)
-    parties = _parties(case, request, [*updates.values()])
+    label = secrets.token_bytes(LABEL_BYTES)
+    updates = _trained(case, request, label)
+    parties = _parties(case, request, label, [*updates.values()])
     words = {party.name: party_words(holder, request, party, [updates[party.name]]) for party in parties}
     asked, name = parties[0].asked, smallest_client(holder)
-    scale = asked.scale(holder.plan.most_tokens(request.round_num))
+    noise = holder.plan.shared_noise(num_values=part_size(layout, part), num_parties=len(parties))
+    scale = asked.scale(holder.plan.most_tokens(request.round_num), noise)
     total = plain_sum([*words.values()])
     keys = run_keys(holder.state_path, holder.plan, name)
     masked = mask(name, keys.private, asked.exchange, words[name], keys.secret)
@@ -67,24 +69,27 @@ def under_masks(vector_Q: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(value_of(unpack(masked.packed, len(words)), scale.step)[:-NUM_NUMBERS]).float()
 
 
-def _trained(case: Case, request: TrainRequest) -> dict[str, ClientUpdate]:
+def _trained(case: Case, request: TrainRequest, label: bytes) -> dict[str, ClientUpdate]:
     updates = {}
-    for answer in train_clients(case.holder, request):
+    for answer in train_clients(case.holder, request, labels=dict.fromkeys(request.drawn, label)):
         if isinstance(answer, ClientFailure):
             raise RunFailedError(f"client {answer.client_id} cannot do a round again: {answer.code}")
         updates[answer.client_id] = answer
     return updates
 
 
-def _parties(case: Case, request: TrainRequest, updates: Sequence[ClientUpdate]) -> list[OwnParty]:
+def _parties(
+    case: Case, request: TrainRequest, label: bytes, updates: Sequence[ClientUpdate]
+) -> list[OwnParty]:
     """Return each client as a party of one sum, as the run's server would ask for it."""
-    holder, training = case.holder, case.holder.plan.training(request.round_num)
+    holder, privacy = case.holder, case.holder.plan.privacy
+    training, start = holder.plan.training(request.round_num), float(request.adapter.vector.abs().max())
     declared = sorted((declare_party(holder, one.client_id) for one in updates), key=attrgetter("name"))
     asked = AskedSum(
-        exchange=Exchange(secrets.token_bytes(LABEL_BYTES), tuple(declared)),
+        exchange=Exchange(label, tuple(declared)),
         num_clients=len(updates),
         weight_cap=max(update.weight for update in updates),
-        largest=largest_move(training, float(request.adapter.vector.abs().max())),
+        largest=largest_move(training, start) + (0.0 if privacy is None else privacy.largest_noise),
         clients=tuple(update.client_id for update in updates),
     )
     return [

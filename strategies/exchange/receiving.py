@@ -20,7 +20,6 @@ from strategies.exchange.causes import few
 from strategies.exchange.validation import UNSOUND, find_fault
 from strategies.grid.transport import Reply
 from strategies.memory import Room
-from strategies.privacy import largest_noise
 from strategies.session import Session
 
 Answer: TypeAlias = ClientUpdate | ClientFailure
@@ -205,4 +204,5 @@ def largest_change(session: Session, plan: RoundPlan) -> float:
 
     That is what the optimizer can have moved it by, plus the noise that a client may have added.
     """
-    return largest_move(plan.training, plan.largest_start) + largest_noise(session.privacy)
+    noise = 0.0 if session.privacy is None else session.privacy.plan.largest_noise
+    return largest_move(plan.training, plan.largest_start) + noise

@@ -1,5 +1,6 @@
 """The message that is attacked is the one that leaves: the run's training, its protection and its codec."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,3 +127,17 @@ def test_under_masks_one_message_says_nothing(make_case: Callable) -> None:
     summed = {**keys, "wire.node-sum": True, "aggregation.preset": "rolora"}
     mean = leaving_message(make_case(summed, "other")).vectors["update"]
     torch.testing.assert_close(learnt.vectors["update"], mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("trust", ["local", "distributed"])
+def test_what_a_server_learns_has_the_noise_of_the_run(make_case: Callable, trust: str) -> None:
+    """The audit reads the sum at the scale in which clients have noised it."""
+    private = {"privacy.epsilon": 1e3, "privacy.unit": "client", "privacy.trust": trust, "privacy.delta": 0.1}
+    keys = {"federation.num-clients": 3, "data.partition": "iid", "secure.method": "masks"}
+    case = make_case({**keys, **private, "privacy.noise-multiplier": 1.0, "privacy.clip": 1.0})
+    learnt, _ = secret_messages(case)
+    found = learnt.vectors["update"]
+    moved = found[found != 0]
+    noise = case.holder.plan.shared_noise(num_values=len(moved), num_parties=3)
+    of_one = noise.step * math.sqrt(noise.variance) if noise else 1.0
+    assert float(moved.std()) == pytest.approx(of_one / math.sqrt(3), rel=0.1)

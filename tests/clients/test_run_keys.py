@@ -65,3 +65,9 @@ def test_after_the_run_nothing_is_left(keys: RunKeys) -> None:
     assert not keys.folder.exists()
     assert keys.private != before
     RunKeys(keys.folder.with_name("nobody")).forget()  # nothing was kept
+
+
+def test_a_key_that_cannot_be_removed_is_said_in_a_line(keys: RunKeys) -> None:
+    (keys.folder / "key").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="the run it is of is over; remove it"):
+        keys.forget()
