@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.models.files import EMBEDDED_ALIAS
 from scripts.benchmarks.options import BenchOptions, start_benchmark
-from scripts.benchmarks.site import resident_site, rows_of, run_on
+from scripts.benchmarks.site import deployed_config, resident_site, rows_of, run_on
 from scripts.reports import Goal, figures_table, publish, spread
 
 PLAIN, MASKED = "in the clear", "masked"
@@ -64,23 +65,13 @@ def main(options: SecureRoundOptions) -> dict[str, Any]:
 
 
 def _config(options: SecureRoundOptions, runs: Path, name: str, *, is_masked: bool) -> RunConfig:
-    return RunConfig.from_flat(
-        {
-            "run.output": str(runs),
-            "run.name": name,
-            "model.name": options.model,
-            "model.device": options.device,
-            "model.num-threads": options.threads,
-            "federation.num-clients": len(_NODES),
-            "federation.num-rounds": 4 if options.quick else 6,
-            "federation.round-deadline": 600.0,
-            "federation.join-deadline": 300.0,
-            "aggregation.preset": "rolora",
-            "train.local-steps": 4,
-            "train.batch-size": 4,
-            "train.max-length": 64,
-            "distill.when": "never",
-            "evaluation.prompts": "",
-            "secure.method": "masks" if is_masked else "none",
-        }
-    )
+    work: dict[str, Scalar] = {
+        "model.name": options.model,
+        "federation.num-clients": len(_NODES),
+        "federation.num-rounds": 4 if options.quick else 6,
+        "aggregation.preset": "rolora",
+        "train.local-steps": 4,
+        "train.batch-size": 4,
+        "secure.method": "masks" if is_masked else "none",
+    }
+    return deployed_config(options, runs, name, work)

@@ -18,6 +18,7 @@ from typing import Any
 
 import tomli_w
 
+from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import RunFailedError
 from fedllm.models.files import EMBEDDED_ALIAS
@@ -104,22 +105,30 @@ def _publish(
 
 
 def _config(options: SiteOptions, runs: Path, name: str) -> RunConfig:
+    work: dict[str, Scalar] = {
+        "model.name": options.model,
+        "federation.num-clients": len(_NODES),
+        "federation.num-rounds": 4,
+        "train.local-steps": 1,
+        "train.batch-size": 2,
+    }
+    return deployed_config(options, runs, name, work)
+
+
+def deployed_config(options: BenchOptions, runs: Path, name: str, changes: Mapping[str, Scalar]) -> RunConfig:
+    """Return the configuration of a short run over a real deployment that nothing but its rounds takes time."""
     return RunConfig.from_flat(
         {
             "run.output": str(runs),
             "run.name": name,
-            "model.name": options.model,
             "model.device": options.device,
             "model.num-threads": options.threads,
-            "federation.num-clients": len(_NODES),
-            "federation.num-rounds": 4,
             "federation.round-deadline": 600.0,
             "federation.join-deadline": 300.0,
-            "train.local-steps": 1,
-            "train.batch-size": 2,
             "train.max-length": 64,
             "distill.when": "never",
             "evaluation.prompts": "",
+            **changes,
         }
     )
 

@@ -317,6 +317,12 @@ def test_missing_or_mistyped_field_is_refused(key: str, value: Any) -> None:
         read(content)
 
 
+@pytest.mark.parametrize("clip", [math.nan, math.inf])
+def test_a_clip_that_is_no_number_is_refused(clip: float) -> None:
+    with pytest.raises(WireError, match="'clip' is no finite number"):
+        read(sent(train_request(clip=clip)))
+
+
 def test_a_request_whose_adapter_is_not_this_runs_is_refused() -> None:
     content = sent(train_request())
     other = AdapterLayout(LAYOUT.matrices, 2, 8.0, LAYOUT.fingerprint)
