@@ -116,7 +116,7 @@ def _config(options: SiteOptions, runs: Path, name: str) -> RunConfig:
 
 
 def deployed_config(options: BenchOptions, runs: Path, name: str, changes: Mapping[str, Scalar]) -> RunConfig:
-    """Return the configuration of a short run over a real deployment that nothing but its rounds takes time."""
+    """Return the configuration of a short run over a real deployment, of rounds and nothing else."""
     return RunConfig.from_flat(
         {
             "run.output": str(runs),

@@ -49,7 +49,7 @@ def test_a_shape_has_the_same_tokens_and_bytes_beside_it() -> None:
     assert (far["texts"]["in domain"]["kept"], near["texts"]["in domain"]["kept"]) == (2, 0)
     goals = shapes_goals(figures)
     assert {name: goal.met for name, goal in goals.items()} == {"gap_closed_in_domain": True}
-    assert shapes_table(figures).row_count == 2
+    assert len(shapes_table(figures).columns) == 1 + 2  # a shape each
 
 
 def test_many_rounds_are_no_fewer_than_those_of_any_shape() -> None:

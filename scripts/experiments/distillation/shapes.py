@@ -161,24 +161,25 @@ def shapes_goals(figures: Figures) -> dict[str, Goal]:
 
 
 def shapes_table(figures: Figures) -> Table:
-    """Return a row for each shape: what is ahead, what a student keeps of it, what many rounds reach."""
+    """Return a column for each shape: what is ahead, what a student keeps of it, what many rounds reach."""
     shapes = {name: shape for name, shape in figures["shapes"].items() if shape["seeds"]}
     texts = list(dict.fromkeys(text for shape in shapes.values() for text in shape["texts"]))
-    rows = {}
-    for name, shape in shapes.items():
-        cells = [_text(shape[column]) for column in ("aggregate", "ensemble", "ahead")]
-        for text in texts:
-            found = shape["texts"].get(text)
-            cells += ["", ""] if found is None else [
-                f"{_text(found['student'])} {found['gap_closed']['mean']:.0%}, kept {found['kept']}",
-                _text(found["control"]),
-            ]  # fmt: skip
-        rows[name] = [*cells, *(_text(shape.get(column)) for column in ("same tokens", "same bytes"))]
-    columns = ["aggregate", "ensemble", "ahead"]
-    columns += [column for text in texts for column in (f"{text}: student", "control")]
-    few = figures["few_steps"]
-    columns += [f"{few} steps a round, same tokens", "same bytes"]
-    return figures_table("clients' held-out loss, mean (sd) over seeds", columns, rows)
+    rows = {
+        name: [_text(shape[name]) for shape in shapes.values()] for name in ("aggregate", "ensemble", "ahead")
+    }
+    for text in texts:
+        found = [shape["texts"].get(text) for shape in shapes.values()]
+        rows[f"student, {text}"] = ["" if one is None else _text(one["student"]) for one in found]
+        rows[f"  closes, {text}"] = ["" if one is None else _closed(one) for one in found]
+        rows[f"  control, {text}"] = ["" if one is None else _text(one["control"]) for one in found]
+    for name in ("same tokens", "same bytes"):
+        told = f"{figures['few_steps']} steps a round, {name}"
+        rows[told] = [_text(shape.get(name)) for shape in shapes.values()]
+    return figures_table("clients' held-out loss, mean (sd) over seeds", list(shapes), rows)
+
+
+def _closed(found: Figures) -> str:
+    return f"{found['gap_closed']['mean']:.0%}, kept {found['kept']}"
 
 
 def _text(value: Figures | None) -> str:
