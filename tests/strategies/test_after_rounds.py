@@ -100,7 +100,7 @@ def test_a_killed_run_does_it_when_it_goes_on_and_never_twice(
 ) -> None:
     expected = result_of(run("whole", **AT_HOME)[1])["at_home"]
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "train_on_at_home", _raise)
+        patch.setattr(run_module, "LAST_STEPS", (_raise,))
         with pytest.raises(CheckpointError):
             run("killed", **AT_HOME)
     state, folder, _ = run("killed", **AT_HOME)
