@@ -69,7 +69,9 @@ def history_of(entries: Iterable[Mapping[str, Any]]) -> History:
         try:
             history = _after(history, entry)
         except (KeyError, TypeError, ValueError):
-            raise IntegrityError(f"line {line}: no registry writes this entry after those before it") from None
+            raise IntegrityError(
+                f"line {line}: no registry writes this entry after those before it"
+            ) from None
     return history
 
 

@@ -1,8 +1,8 @@
 """A folder of signed versions of one model, a log of what happened to them, and aliases such as "production".
 
 registry/NAME/0007/               an adapter folder with its signed statement (fedllm/signing/)
-registry/NAME/log.jsonl           every change, chained by hash (history.py); it decides, whatever else is there
-registry/NAME/head                the digest of the last line of the log, so that a changed last line is found too
+registry/NAME/log.jsonl           every change, chained by hash (history.py); it decides
+registry/NAME/head                the digest of the log's last line, so that a change of it is found too
 registry/NAME/aliases/production  the folder in use, such as `0007`, for programs that deploy it
 registry/NAME/lineage/0007.json   what the run knew of its clients; never part of the version
 
@@ -24,7 +24,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedllm import chained_log
-from fedllm.adapters.folder import load_adapter
+from fedllm.adapters.folder import WEIGHTS, load_adapter
 from fedllm.errors import ConfigError, FedLLMError
 from fedllm.files import (
     SIGNATURE,
@@ -48,7 +48,7 @@ from fedllm.registry.verification import (
     read_log,
 )
 from fedllm.runs.lineage import LINEAGE as RUN_LINEAGE
-from fedllm.runs.lineage import statement_of_adapter, statement_of_run
+from fedllm.runs.lineage import statement_of_adapter, statement_of_run, weights_name
 from fedllm.signing.statement import AdapterStatement, payload_of, sign_adapter, signature_digest
 
 PRODUCTION = "production"
@@ -59,8 +59,8 @@ _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,63}")  # never a number, and a file name
 class Version:
     """One version: where it is, what its signer says of it, which aliases point to it.
 
-    `digest` is the SHA-256 of its signature file, by which statements name their parents. `mark` is the reason
-    why it is never promoted, "" where it may be.
+    `digest` is the SHA-256 of its signature file, by which statements name their parents. `mark` is why it
+    is never promoted, "" where it may be.
     """
 
     number: int
@@ -81,9 +81,9 @@ class Version:
 class Registry:
     """The versions of one model; the model's name is that of the folder, which the first change makes.
 
-    Readers need no lock: they see the log before a change or after it. A change raises ConfigError while another
-    process makes one, and where the disk does not take it. Every method raises IntegrityError where what it
-    reads is not as it was written.
+    Readers need no lock: they see the log before a change or after it. A change raises ConfigError while
+    another process makes one, and where the disk does not take it. Every method raises IntegrityError where
+    what it reads is not as it was written.
     """
 
     folder: Path
@@ -94,7 +94,7 @@ class Registry:
         return self.folder.resolve().name
 
     def versions(self) -> tuple[Version, ...]:
-        """Return all versions, the oldest first. Only their statements are read: `verify` checks all files."""
+        """Return all versions, the oldest first; their statements are checked, other files by `verify`."""
         return self._versions(self._history())
 
     def version(self, wanted: int | str) -> Version:
@@ -113,7 +113,7 @@ class Registry:
             yield from chained_log.read_entries(self.folder / LOG)
 
     def lineage(self, number: int) -> dict[str, Any]:
-        """Return what the run of a version kept for its server (lineage.json); {} where it came from no run."""
+        """Return what a version's run kept for its server (lineage.json); {} where it came from no run."""
         file = lineage_file(self.folder, number)
         return dict(json.loads(file.read_text())) if file.exists() else {}
 
@@ -139,8 +139,8 @@ class Registry:
     ) -> Version:
         """Copy the adapter of a finished run, or an adapter folder, sign it as the next version, return that.
 
-        `gates` holds {"value", "limit", "passed"} by name. Where a version has the same statement already it is
-        returned, so adding again after a kill adds nothing.
+        `gates` holds {"value", "limit", "passed"} by name. A version that has the same statement
+        already is returned, so adding again after a kill adds nothing.
 
         Raises:
             IntegrityError: the adapter is not one that fedllm published, or was changed.
@@ -182,7 +182,9 @@ class Registry:
         with self._changing() as history:
             version = self._version(history, self._number(history, number))
             if version.mark:
-                raise ConfigError(f"version {number} of {self.name} is marked, never promoted: {version.mark}")
+                raise ConfigError(
+                    f"version {number} of {self.name} is marked, never promoted: {version.mark}"
+                )
             for name, gate in version.statement.gates.items():
                 if not gate["passed"]:
                     said = f"{gate['value']}, limit {gate['limit']}"
@@ -243,18 +245,18 @@ class Registry:
             raise ConfigError(f"{self.folder}: cannot be changed ({error.strerror})") from None
 
     def _mended(self) -> History:
-        """Remove what never became a version, and bring `head` and aliases up to the log; return its state."""
+        """Remove what never became a version, bring `head` and aliases up to the log; return its state."""
         log = read_log(self.folder)
-        check_aliases(self.folder, log)  # only one that is a line behind is mended
+        behind = check_aliases(self.folder, log)
         for folder in (self.folder, self.folder / ALIASES, self.folder / LINEAGE):
             remove_unfinished(folder)
         number = log.history.next_number
         shutil.rmtree(self.folder / folder_name(number), ignore_errors=True)
         lineage_file(self.folder, number).unlink(missing_ok=True)
-        if log.check.num_lines:
+        if log.check.num_lines and log.noted != log.check.head:
             write_file(self.folder / HEAD, log.check.head + "\n")
-        for alias, current in log.history.current.items():
-            self._write_alias(alias, current)
+        for alias in behind:
+            self._write_alias(alias, log.history.current[alias])
         return log.history
 
     def _point(self, event: str, history: History, number: int, alias: str) -> None:

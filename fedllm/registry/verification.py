@@ -1,7 +1,7 @@
 """Whether a registry is as it was written: its log, every version, every alias, and nothing else.
 
-What a killed process may leave is no fault: the folder of a version whose line was never written, and an alias
-or a `head` that is one line behind the log. The next change mends it.
+What a killed process may leave is no fault: the folder of a version whose line was never written, and an
+alias or a `head` that is one line behind the log. The next change mends it.
 """
 
 import hashlib
@@ -26,7 +26,8 @@ _OURS = {LOG, HEAD, ALIASES, LINEAGE}
 class Check:
     """What an intact registry holds: versions, their signers, lines of its log and the digest of the last.
 
-    `unfinished` are folders that a killed process left; they are no versions, and the next change removes them.
+    `unfinished` names what a killed process left: a folder that is no version, an alias that is one line
+    behind the log. The next change mends it.
     """
 
     num_versions: int
@@ -38,9 +39,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Log:
-    """An intact log: its check, and the state that it leaves, before and after its last line."""
+    """An intact log: its check, the line that `head` notes, and the state before and after the last line."""
 
     check: LogCheck
+    noted: str
     before: History
     history: History
 
@@ -57,7 +59,7 @@ def check_registry(folder: Path, trusted: Collection[str] = (), head: str = "") 
     log = read_log(folder, head)
     for number, added in log.history.added.items():
         check_version(folder, number, added, trusted)
-    check_aliases(folder, log)
+    unfinished = [f"{ALIASES}/{alias}" for alias in check_aliases(folder, log)]
     left = folder_name(log.history.next_number)
     known = _OURS | {folder_name(number) for number in log.history.added}
     for path in _shown(folder):
@@ -68,7 +70,7 @@ def check_registry(folder: Path, trusted: Collection[str] = (), head: str = "") 
         tuple(dict.fromkeys(added.signer for added in log.history.added.values())),
         log.check.num_lines,
         log.check.head,
-        (left,) if (folder / left).exists() else (),
+        (*unfinished, *([left] if (folder / left).exists() else ())),
     )
 
 
@@ -80,17 +82,17 @@ def read_log(folder: Path, head: str = "") -> Log:
     """
     path, noted = folder / LOG, folder / HEAD
     if not path.exists() and not noted.exists():
-        return Log(LogCheck(0, ""), History(), History())
+        return Log(LogCheck(0, ""), "", History(), History())
     # Read before the log: a change in another process writes the log first.
-    kept = noted.read_text().strip() if noted.exists() else ""
-    check = chained_log.verify(path, kept)
-    if not kept and check.num_lines > 1:
+    last = noted.read_text().strip() if noted.exists() else ""
+    check = chained_log.verify(path, last)
+    if not last and check.num_lines > 1:
         raise IntegrityError(f"{noted}: missing, so nothing vouches for the last line of {path}")
     if head:
         chained_log.verify(path, head)
     entries = list(chained_log.read_entries(path))
     try:
-        return Log(check, history_of(entries[:-1]), history_of(entries))
+        return Log(check, last, history_of(entries[:-1]), history_of(entries))
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error}") from None
 
@@ -128,13 +130,13 @@ def logged_statement(folder: Path, number: int, added: Added) -> AdapterStatemen
     return statement_of(open_envelope(content, (added.signer,))[0])
 
 
-def check_aliases(folder: Path, log: Log) -> None:
-    """Compare every alias with the log.
+def check_aliases(folder: Path, log: Log) -> list[str]:
+    """Compare every alias with the log, and return the names of those that are one line behind it.
 
     Raises:
         IntegrityError: one points elsewhere than the log says, or the log does not know it.
     """
-    now, before = log.history.current, log.before.current
+    now, before, behind = log.history.current, log.before.current, []
     files = {path.name: path for path in _shown(folder / ALIASES)}
     for alias in sorted(now.keys() | files.keys()):
         found = files[alias].read_text(errors="replace").strip() if alias in files else None
@@ -143,6 +145,9 @@ def check_aliases(folder: Path, log: Log) -> None:
         if found not in allowed:
             wanted = allowed[0] or "no such alias"
             raise IntegrityError(f"{folder / ALIASES / alias}: says {found!r}, and the log says {wanted}")
+        if found != allowed[0]:
+            behind.append(alias)
+    return behind
 
 
 def _shown(folder: Path) -> Iterator[Path]:

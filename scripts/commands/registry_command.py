@@ -132,11 +132,13 @@ def verify(folder: Path, keys: list[str], head: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"registry": str(folder), "intact": True, **found}))
         return
-    print(f"{registry.name}: {found['num_versions']} versions, {found['num_lines']} lines of log, none changed")
+    print(
+        f"{registry.name}: {found['num_versions']} versions, {found['num_lines']} lines of log, none changed"
+    )
     for signer in found["signers"]:
         print(f"  signed by {signer}" + ("" if keys else ", as the log says; --key names whom you trust"))
     for name in found["unfinished"]:
-        print(f"  {name} was never finished and is no version; the next change removes it")
+        print(f"  {name}: of a change that was interrupted; the next change mends it")
     print(f"  digest of the last line: {found['head']}; note it elsewhere for --head")
 
 

@@ -16,6 +16,7 @@ from fedllm.registry.registry import Registry, Version
 from scripts.commands.registry_command import open_registry
 
 NUMBER, MARK = "fedllm.version", "fedllm.marked"  # MLflow counts versions itself, so ours is a tag
+LONGEST_TAG = 100_000  # letters of a model version's tag, by MLflow's own rule
 
 
 def export(folder: Path, to: str, uri: str, *, as_json: bool) -> None:
@@ -68,11 +69,11 @@ def to_mlflow(registry: Registry, client: Any) -> dict[int, str]:
 
 
 def _create(client: Any, name: str, version: Version) -> str:
-    """Add a version to MLflow, its files in a run of their own; a kill before the end leaves only that run."""
+    """Add a version to MLflow, its files in a run of their own; a kill leaves at most that run."""
     experiment = client.get_experiment_by_name(name)
     place = experiment.experiment_id if experiment else client.create_experiment(name)
     tags = {NUMBER: str(version.number), **_lineage(version)}
-    run = client.create_run(place, run_name=f"{name} {version.number}", tags=tags)
+    run = client.create_run(place, run_name=f"{name} {version.number}")
     client.log_artifacts(run.info.run_id, str(version.folder), "adapter")
     client.set_terminated(run.info.run_id)
     source = f"{run.info.artifact_uri}/adapter"
@@ -81,9 +82,10 @@ def _create(client: Any, name: str, version: Version) -> str:
 
 
 def _lineage(version: Version) -> dict[str, str]:
-    """Return how a version came about, as tags: MLflow takes text of at most 5,000 letters."""
+    """Return how a version came about, as tags; what is too long for one stands in the signature alone."""
     said = version.statement
     parts = ("parents", "run", "base", "app", "clients", "privacy", "consent", "memorisation", "gates")
-    tags = {part: json.dumps(getattr(said, part), sort_keys=True)[:5000] for part in (*parts, "unlearning")}
-    own = {"digest": version.digest, "signer": version.signer}
-    return {f"fedllm.{part}": value for part, value in {**tags, **own}.items() if value not in {"{}", "[]", "null"}}
+    known = {part: getattr(said, part) for part in (*parts, "unlearning") if getattr(said, part)}
+    tags = {part: json.dumps(value, sort_keys=True) for part, value in known.items()}
+    tags |= {"digest": version.digest, "signer": version.signer}
+    return {f"fedllm.{part}": value for part, value in tags.items() if len(value) <= LONGEST_TAG}

@@ -21,14 +21,23 @@ THREE = [added(1), added(2), added(3)]
 
 
 def test_each_alias_points_to_what_it_was_promoted_to_last() -> None:
-    history = history_of([*THREE, pointed("promoted", 1), pointed("promoted", 2), pointed("promoted", 3, "next")])
+    history = history_of(
+        [*THREE, pointed("promoted", 1), pointed("promoted", 2), pointed("promoted", 3, "next")]
+    )
     assert history.current == {"production": 2, "next": 3}
     assert history.next_number == 4
 
 
 @pytest.mark.parametrize(
     ("promoted", "marked", "earlier"),
-    [([1, 2, 3], [], 2), ([1, 2, 3], [2], 1), ([1, 2, 1], [], 2), ([3], [], None), ([1, 2], [1], None), ([], [], None)],
+    [
+        ([1, 2, 3], [], 2),
+        ([1, 2, 3], [2], 1),
+        ([1, 2, 1], [], 2),
+        ([3], [], None),
+        ([1, 2], [1], None),
+        ([], [], None),
+    ],
 )
 def test_a_rollback_leads_to_the_last_other_unmarked_version(
     promoted: list[int], marked: list[int], earlier: int | None
@@ -50,7 +59,13 @@ def test_notes_change_nothing() -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    [added(5), pointed("promoted", 4), pointed("rolled-back", 1), {"event": "marked", "version": 1}, {"version": 1}],
+    [
+        added(5),
+        pointed("promoted", 4),
+        pointed("rolled-back", 1),
+        {"event": "marked", "version": 1},
+        {"version": 1},
+    ],
 )
 def test_an_entry_that_cannot_follow_is_named(entry: Mapping[str, Any]) -> None:
     with pytest.raises(IntegrityError, match="line 4: "):
