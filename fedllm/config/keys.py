@@ -265,8 +265,8 @@ class PersonalConfig:
         "none",
         "finetune = after the last round each client trains the shared adapter on, as long as its held-out"
         " rows say, at a learning rate of NUMBER (else that of the first round); dual = an adapter of rank R"
-        " (else 4) on top of the shared one, trained in each round; ditto = the same, pulled to it by MU (else"
-        " 0.1)",
+        " (else 4) on top of the shared one, trained in each round; ditto = the same, pulled to it by MU"
+        " (else 0.1)",
         words="none finetune[:NUMBER] dual[:rank=R] ditto[:rank=R,pull=MU]",
         above=0,
     )

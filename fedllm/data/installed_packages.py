@@ -88,11 +88,10 @@ def licence_of(package: Package) -> str:
     if not package.distribution:
         return _OF_PYTHON
     about = metadata.metadata(package.distribution)
-    if "License-Expression" in about:
-        return about["License-Expression"]
-    classifiers = [line for line in about.get_all("Classifier") or [] if line.startswith("License ::")]
-    named = about["License"] if "License" in about else ""
-    for text in (named, *(line.rpartition(" :: ")[2] for line in classifiers)):
+    for expression in about.get_all("License-Expression") or ():
+        return str(expression)
+    classifiers = [line for line in about.get_all("Classifier") or () if line.startswith("License ::")]
+    for text in (*(about.get_all("License") or ()), *(line.rpartition(" :: ")[2] for line in classifiers)):
         if found := _LICENCES.get(" ".join(_NOT_IN_A_NAME.sub("", text.lower()).split())):
             return found
     return ""
