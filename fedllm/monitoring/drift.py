@@ -22,7 +22,9 @@ from scipy.special import ndtri, stdtr
 
 _ALLOWANCE = 0.5  # deviations of a rise that are not counted: the best for finding a rise of one deviation
 _OVERSHOOT = 1.166  # Siegmund's correction: S jumps past its bound
-_MOST = 8.0  # a normal value above it has a chance below 1e-15; an earlier history without spread gives infinity
+_MOST = (
+    8.0  # a normal value above it has a chance below 1e-15; an earlier history without spread gives infinity
+)
 
 
 @dataclass(frozen=True)

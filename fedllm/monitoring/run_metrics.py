@@ -11,7 +11,10 @@ from fedllm.runs.records import RoundRecord
 ROUND_GAUGES: tuple[tuple[Metric, Callable[[RoundRecord], float | None]], ...] = (
     (Metric("round", "The last complete round."), lambda one: one.round_num if one.applied else None),
     (Metric("train_loss", "Mean loss of the last round in nats per token."), lambda one: one.training.loss),
-    (Metric("held_out_loss", "Mean held-out loss, where it was last measured."), lambda one: one.mean_held_out),
+    (
+        Metric("held_out_loss", "Mean held-out loss, where it was last measured."),
+        lambda one: one.mean_held_out,
+    ),
     (
         Metric("accepted_clients", "Clients whose update counted in the last round."),
         lambda one: len(one.accepted),
