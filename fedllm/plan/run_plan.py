@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fedllm.config.key import Scalar
 from fedllm.config.keys import PRESETS, AuditConfig, LoraConfig
 from fedllm.config.run_config import RESUMABLE_KEYS, RunConfig
+from fedllm.data.licences import parse_licences
 from fedllm.errors import ConfigError
 from fedllm.messages import LocalTraining
 from fedllm.plan.aggregation import AXES, AggregationRule, aggregation_rule
@@ -150,6 +151,7 @@ def resolve(config: RunConfig) -> RunPlan:
     run, data, federation = config.run, config.data, config.federation
     _check_name(run.name)
     _check_canaries(config.audit, config.train.max_length)
+    parse_licences(data.licences)
     cohort = cohort_plan(federation)
     node_sum = config.wire.node_sum
     secure = secure_plan(config.secure, cohort, node_sum=node_sum)
