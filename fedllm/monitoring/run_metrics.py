@@ -1,4 +1,4 @@
-"""The figures of a run for Prometheus: of its rounds, and of its clients as far as their sites let them out."""
+"""The figures of a run for Prometheus: of its rounds, and of its clients what their sites let out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
