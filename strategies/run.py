@@ -38,8 +38,8 @@ def run_federation(
     """Do every round of `config` over `grid`, publish the adapter and return the final state.
 
     `start`, else the adapter in the run's folder, replaces the seeded initial one, `stock` our own mean of
-    the clients. `resident` holds the base model of this process, where its clients run here too. Whatever happens, complete
-    rounds stay on disk and `result.json` says how the run ended.
+    the clients. `resident` holds the base model of this process, where its clients run here too. Whatever
+    happens, complete rounds stay on disk and `result.json` says how the run ended.
 
     Raises:
         FedLLMError: the run cannot start or go on; the message says why.
