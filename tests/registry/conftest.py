@@ -22,12 +22,13 @@ def finished_run(folder: Path, seed: int, start: Path | None = None) -> Path:
     names = {"base_model": "org/base", "revision": "", "target_modules": ["a", "c"], "card": "# A card\n"}
     save_adapter(folder / "adapter", initial_adapter(small_layout(), seed), **names)  # type: ignore[arg-type]
     (folder / "config.toml").write_text(f"seed = {seed}\n")
+    (folder / "environment.json").write_text(json.dumps({"fedllm": "1"}))
     (folder / "result.json").write_text(json.dumps({"status": "completed"}))
     clients = {"anna": {"site": "", "commitment": f"{seed:064x}", "consent": ""}}
     lineage = {
         "run": {"name": folder.name, "plan": "ab" * 32},
         "base": {"name": "org/base", "revision": "", "digest": "cd" * 32},
-        "app": {"version": "1", "source": "ef" * 32, "bundle": ""},
+        "app": {"source": "ef" * 32, "bundle": ""},
         "num_clients": 1,
         "consent": {"purpose": "letters", "clients": clients},
     }
