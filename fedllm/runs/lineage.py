@@ -13,15 +13,14 @@ from typing import Any
 
 from fedllm.adapters.folder import WEIGHTS, load_adapter
 from fedllm.errors import ConfigError, ModelError
-from fedllm.files import write_file
+from fedllm.files import SIGNATURE, verify_manifest, write_file
 from fedllm.models.files import ModelFiles, content_digest, fingerprint, name_to_resolve, resolve_model
 from fedllm.plan.run_plan import RunPlan
-from fedllm.runs.folder import RESULT
+from fedllm.runs.folder import RESULT, START
 from fedllm.siblings import ROOT
 from fedllm.signing.statement import AdapterStatement, signature_digest
 
 LINEAGE, UNLEARNING = "lineage.json", "unlearning.json"
-START = "start"  # folder of the adapter that a run starts from
 _SHIPPED = ("fedllm", "clients", "strategies")  # packages that compute with a run's text
 
 
@@ -56,10 +55,12 @@ def statement_of_run(folder: Path) -> AdapterStatement:
 
     Raises:
         ConfigError: the run is not finished, or a file of it is missing or damaged.
+        IntegrityError: a file of the adapter was changed since it was published.
     """
     result = _read(folder / RESULT)
     if result.get("status") != "completed":
         raise ConfigError(f"{folder}: not a finished run; go on with --resume, then sign")
+    verify_manifest(folder / "adapter")
     lineage = _read(folder / LINEAGE)
     privacy, unlearning = (
         _read(folder / name) if (folder / name).exists() else None for name in ("privacy.json", UNLEARNING)
@@ -106,10 +107,14 @@ def adapter_digest(folder: Path) -> str:
     Raises:
         OSError: there are no weights.
     """
-    try:
+    if (folder / SIGNATURE).exists():
         return signature_digest(folder)
-    except OSError:
-        return "weights:" + hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    return weights_name(hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
+
+
+def weights_name(digest: str) -> str:
+    """Return by what a statement names an unsigned adapter whose weights file has this SHA-256."""
+    return f"weights:{digest}"
 
 
 def _base(files: ModelFiles) -> dict[str, str]:
