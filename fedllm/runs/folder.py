@@ -10,6 +10,7 @@ runs/NAME/checkpoints/      the newest two
 runs/NAME/tracking.json     what each tracker calls the run, and the last round it was sent (docs/tracking.md)
 runs/NAME/adapter/          the published PEFT folder
 runs/NAME/privacy.json      what may be said of its privacy, under a privacy plan (docs/privacy.md)
+runs/NAME/withdrawals/      what sites have signed that withdrew meanwhile (docs/withdrawal.md)
 runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters; in
                             server/ the noise secret and the ledger of a private run
 runs/NAME/audit.json        what attacks found, written by `fedllm audit` (docs/audit.md); not for publication
@@ -39,7 +40,7 @@ from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
 ROUNDS, CHECKPOINTS, RESULT = "rounds.jsonl", "checkpoints", "result.json"
-DECISIONS, TRACKING = "decisions.jsonl", "tracking.json"
+DECISIONS, TRACKING, WITHDRAWALS = "decisions.jsonl", "tracking.json", "withdrawals"
 WRITER, STARTER = ".writer.lock", ".starter.lock"
 _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")
 
