@@ -1,4 +1,4 @@
-"""A site's withdrawal: the signed record that it takes part no longer, which anyone with its public key can check.
+"""A site's withdrawal: the signed record that it takes part no longer, which anyone can check.
 
 It holds the site's key, the names that its clients have at servers, and the time. Why a site withdraws stays
 at the site.

@@ -1,4 +1,4 @@
-"""What the sites of a run have consented to: its purpose, each client's rows by a commitment, and who signed."""
+"""What the sites of a run have consented to: its purpose, and which rows, by commitments they signed."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from fedllm.wire.joining import consent_statement
 def consent_of(plan: RunPlan, joined: Mapping[str, JoinedClient]) -> dict[str, Any]:
     """Return what a run's folder keeps of the consent to it, for every client that joined.
 
-    `consent` is the SHA-256 of what the site signed, with its signature; "" where the site has no key. The names
+    `consent` is the SHA-256 of what the site signed, with its signature; "" where the site has no key. Names
     of clients and sites are for the server: what it publishes has `commitment` and `consent` alone.
     """
     run = plan.config.run

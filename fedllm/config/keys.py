@@ -337,8 +337,9 @@ class EvaluationConfig:
     every: int | str = key(
         "ends",
         "held-out loss after every so many rounds; ends = before the first and after the last; train = after"
-        " each, of the clients of the next round: they measure it before they train, without a message more",
-        words="ends train",
+        " each, of the clients of the next round: they measure it before they train, without a message more;"
+        " only = of the adapter that the run starts from, and no round is done",
+        words="ends train only",
         at_least=1,
         at_most=MILLION,
         resumable=True,

@@ -83,6 +83,11 @@ class RunPlan:
         withheld = self.privacy is not None and self.privacy.metrics == "withheld"
         return self.config.evaluation.every == "train" and not withheld
 
+    @property
+    def only_measures(self) -> bool:
+        """Whether no round is done: the adapter that the run starts from is measured, and the run ends."""
+        return self.config.evaluation.every == "only"
+
     def is_summed(self, ranks: Iterable[int]) -> bool:
         """Return whether a node answers for clients of these ranks with their sum: all have the run's."""
         return self.aggregation.node_sum and set(ranks) == {self.config.lora.rank}

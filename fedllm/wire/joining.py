@@ -35,7 +35,6 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _NUMBERS = ("num_train", "num_held_out", "max_rank")
 _TEXTS = ("client_id", "fingerprint", "cause")
-_CONSENT: dict[str, type] = {"commitments": str, "signatures": bytes}
 
 
 @dataclass(frozen=True)
@@ -188,8 +187,9 @@ def _read_consents(content: RecordDict, ids: Sequence[str]) -> dict[str, dict[st
     record = content.config_records.get("consent", ConfigRecord())
     if not record:
         return {}
-    commitments, signatures = (list_field(record, name, kind) for name, kind in _CONSENT.items())
-    if set(record) != set(_CONSENT) or not len(ids) == len(commitments) == len(signatures):
+    commitments = list_field(record, "commitments", str)
+    signatures = list_field(record, "signatures", bytes)
+    if set(record) != {"commitments", "signatures"} or not len(ids) == len(commitments) == len(signatures):
         raise WireError("a join reply has not one consent for each client")
     if not all(map(_FINGERPRINT.fullmatch, commitments)) or {*map(len, signatures)} != {SIGNATURE_BYTES}:
         raise WireError("a join reply has a commitment or a consent of another form")

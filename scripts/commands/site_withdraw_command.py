@@ -34,6 +34,4 @@ def withdraw_site(file: Path | None, *, node: str, reason: str, out: Path) -> No
         raise CheckpointError(
             f"{out}: cannot be written ({error.strerror}); the record is in {kept} too"
         ) from None
-    print(
-        f"{out} proves it: give it to every server that has used these rows. A server that asks again is sent it"
-    )
+    print(f"{out} proves it: give it to every server that has used these rows; who asks again is sent it")

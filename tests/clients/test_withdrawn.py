@@ -1,4 +1,4 @@
-"""A site that has withdrawn: every question is refused before anything is opened, by whatever name it comes."""
+"""A site that has withdrawn: every question is refused before anything is opened, whoever asks and how."""
 
 import json
 from collections.abc import Callable
