@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedllm.adapters.folder import replace_card
-from fedllm.errors import CheckpointError
-from fedllm.files import write_file
+from fedllm.errors import CheckpointError, ConfigError
+from fedllm.files import SIGNATURE, write_file
 from fedllm.runs.memorisation import write_memorisation
 from scripts.auditing.canaries import canary_report
 from scripts.auditing.control import overfit
@@ -87,6 +87,8 @@ def audit(
 
 
 def _put_on_card(adapter: Path, figures: Mapping[str, float]) -> None:
+    if (adapter / SIGNATURE).exists():
+        raise ConfigError(f"{adapter}: signed already, and its card with it; audit before it is signed")
     replace_card(adapter, with_memorisation((adapter / "README.md").read_text(), figures))
 
 

@@ -1,20 +1,18 @@
 """Sites that prove who they are: whom a server with a list admits, and whom it refuses by name."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Message, RecordDict
+from flwr.app import RecordDict
 
 from clients import join
 from fedllm.errors import RunFailedError
-from fedllm.identity import new_key, public_text, sign, verify
+from fedllm.identity import new_key, public_text, sign
 from fedllm.plan.run_plan import resolve
-from fedllm.wire.joining import Proof, consent_statement, join_statement, read_question
-from strategies.consent import consent_of
+from fedllm.wire.joining import Proof, join_statement, read_question
 from strategies.exchange.joining import rejoin
 from strategies.grid.transport import Transport
 from strategies.rounds import next_round
@@ -209,66 +207,3 @@ def test_a_list_that_cannot_be_read_stops_the_run_at_once(make_config: Callable,
     assert resolve(make_config({"federation.sites": "absent.toml"})).digest == resolve(make_config()).digest
     with pytest.raises(Exception, match=r"federation\.sites: absent\.toml: cannot be read"):
         open_run(make_config({"federation.sites": "absent.toml"}))
-
-
-@pytest.fixture
-def site_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let all nodes be those of one site with a key of its own; return the public half."""
-    (tmp_path / "site.toml").write_text('[site]\nkey = "site.key"\nstate-path = "state"\n')
-    monkeypatch.setenv("FEDLLM_SITE", str(tmp_path / "site.toml"))
-    return public_text(new_key(tmp_path / "site.key"))
-
-
-def test_a_site_with_a_key_consents_to_a_purpose_and_to_its_rows(
-    site_key: str, make_config: Callable, open_run: Callable
-) -> None:
-    config = make_config({"run.purpose": "letters"})
-    run = open_run(config)
-    told = consent_of(resolve(config), run.session.clients)
-    assert told["purpose"] == "letters"
-    assert list(told["clients"]) == list(NAMES.values())
-    for client in run.session.clients.values():
-        signed = consent_statement("run", resolve(config).digest, "letters", client)
-        assert verify(site_key, signed, client.consent)
-        assert told["clients"][client.client_id] == {
-            "site": site_key,
-            "commitment": client.commitment,
-            "consent": hashlib.sha256(signed + client.consent).hexdigest(),
-        }
-    again = open_run(config).session.clients
-    other = open_run(make_config({"run.purpose": "letters", "run.name": "other"})).session.clients
-    commitments = [{one.commitment for one in some.values()} for some in (run.session.clients, again, other)]
-    assert commitments[0] == commitments[1]
-    assert len(commitments[0] | commitments[2]) == 8, "no two of clients or runs can be linked"
-
-
-@pytest.mark.parametrize("name", ["commitments", "signatures"])
-def test_a_consent_to_something_else_is_refused(
-    name: str, site_key: str, make_config: Callable, open_run: Callable
-) -> None:
-    def tamper(reply: Message) -> list[Message]:
-        if reply.metadata.src_node_id == 3:
-            (value,) = reply.content["consent"][name]
-            other = "0" * 64 if isinstance(value, str) else bytes(64)
-            reply.content["consent"][name] = [other]
-        return [reply]
-
-    run = open_run(make_config(), tamper=tamper)
-    assert list(run.session.clients) == ["anna", "cleo", "dora"]
-    assert any("its site's consent is not to this run" in line for line in run.notices), run.notices
-
-
-def test_without_a_key_nothing_is_signed_and_no_record_sent(
-    make_config: Callable, open_run: Callable
-) -> None:
-    records: list[set[str]] = []
-
-    def tamper(reply: Message) -> list[Message]:
-        records.append({*reply.content})
-        return [reply]
-
-    config = make_config()
-    run = open_run(config, tamper=tamper)
-    assert records[:4] == [{"clients", "metrics"}] * 4
-    told = consent_of(resolve(config), run.session.clients)["clients"]
-    assert all(client == {"site": "", "commitment": "", "consent": ""} for client in told.values())
