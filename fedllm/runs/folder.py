@@ -14,7 +14,7 @@ runs/NAME/private/          what clients of this machine keep for themselves, su
                             server/ the noise secret and the ledger of a private run
 runs/NAME/audit.json        what attacks found, written by `fedllm audit` (docs/audit.md); not for publication
 runs/NAME/evaluation.json   what `fedllm evaluate` found (docs/evaluation.md)
-runs/NAME/unlearning.json   what was unlearnt to give this run's adapter, and with what guarantee (docs/unlearning.md)
+runs/NAME/unlearning.json   what this run's adapter has unlearnt, and with what guarantee (docs/unlearning.md)
 runs/NAME/report.html       all of it on one page, for a browser (docs/report.md)
 runs/NAME/result.json       held-out loss and answers before and after, and how the run ended
 """

@@ -26,8 +26,8 @@ _GUARANTEES = {
     " again: {rounds}",
     "B": "bounded (class B): the run was private for whole clients, so what the adapter owes to any one of"
     " them is limited by epsilon = {epsilon:g}; nothing was done again",
-    "C": "exact by parts (class C): only the adapter of one group of clients had learnt it, and that group was"
-    " trained again without it; rounds done again: {rounds}",
+    "C": "exact by parts (class C): only the adapter of one group of clients had learnt it, and that group"
+    " was trained again without it; rounds done again: {rounds}",
     "D": "approximate (class D, by {method}): no guarantee; {verified}",
 }
 
@@ -37,7 +37,8 @@ class Unlearning:
     """What was unlearnt from a run, and how.
 
     `kind` is the class, A to D; `reason` says why no stronger one was possible. `parent` is the digest of the
-    adapter before. `verification` holds the verdict on every measure, empty where nobody has verified it
+    signature of the adapter before, or "weights:" and that of its weights where nobody has signed it.
+    `verification` holds the verdict on every measure, empty where nobody has verified it
     (`scripts.unlearning.verify`).
     """
 
@@ -70,7 +71,8 @@ def write_unlearning(folder: Path, unlearning: Unlearning) -> None:
     Raises:
         OSError: it could not be written.
     """
-    content = {**asdict(unlearning), "guarantee": unlearning.guarantee}
+    values = asdict(unlearning)
+    content = {"class": values.pop("kind"), "guarantee": unlearning.guarantee, **values}
     write_file(folder / UNLEARNING, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -85,8 +87,8 @@ def read_unlearning(folder: Path) -> Unlearning | None:
         return None
     try:
         values: dict[str, Any] = json.loads(file.read_text())
-        said = values.pop("guarantee")
-        found = Unlearning(**values)
+        said, kind = values.pop("guarantee"), values.pop("class")
+        found = Unlearning(kind=kind, **values)
         if said != found.guarantee:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

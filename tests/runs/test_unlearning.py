@@ -33,7 +33,7 @@ def test_each_class_says_its_own_guarantee() -> None:
     assert ("class C" in parts, "3" in parts) == (True, True)
 
 
-@pytest.mark.parametrize("damage", ["{}", "[1]", '{"kind": "D"', '{"kind": "A", "guarantee": "exact"}'])
+@pytest.mark.parametrize("damage", ["{}", "[1]", '{"class": "D"', '{"class": "A", "guarantee": "exact"}'])
 def test_a_damaged_record_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     (tmp_path / UNLEARNING).write_text(damage)
     with pytest.raises(ConfigError, match=UNLEARNING):
