@@ -10,15 +10,18 @@ all say the sentence `guarantee`, so that nobody reads an approximation as an ex
     D  approximate: the client's share was taken out of the finished adapter; measured, never guaranteed
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedllm.adapters.folder import WEIGHTS
 from fedllm.errors import ConfigError
 from fedllm.files import write_file
 
+SIGNATURE = "adapter.sig.json"
 UNLEARNING = "unlearning.json"  # in a run's folder
 LIKE, UNLIKE, UNKNOWN = "like retraining", "unlike retraining", "not measurable"  # verdicts of a verification
 _GUARANTEES = {
@@ -63,6 +66,17 @@ class Unlearning:
             return "nobody has compared it with a run that never had what was unlearnt"
         found = "; ".join(f"{name}: {verdict}" for name, verdict in self.verification.items())
         return f"against runs that never had what was unlearnt it is, by {found}"
+
+
+def parent_of(adapter: Path) -> str:
+    """Return how a record names the adapter in a folder, for its `parent`.
+
+    Raises:
+        OSError: there is no adapter in it.
+    """
+    signed = adapter / SIGNATURE
+    prefix, file = ("", signed) if signed.exists() else ("weights:", adapter / WEIGHTS)
+    return prefix + hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_unlearning(folder: Path, unlearning: Unlearning) -> None:

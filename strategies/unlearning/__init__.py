@@ -1,0 +1,1 @@
+"""Taking what a client or a row has taught out of what a run has learnt."""
