@@ -1,1 +1,1 @@
-"""Taking what a client or a row has taught out of what a run has learnt."""
+"""Forgetting a client, or rows of one, after a run: how surely, and by which work."""
