@@ -7,6 +7,7 @@ runs/NAME/partition.json    which rows each client had, with a hash (written by 
 runs/NAME/rounds.jsonl      one record a round
 runs/NAME/decisions.jsonl   what answered and what was decided (strategies/decisions.py)
 runs/NAME/checkpoints/      the newest two, and a few from which the run can forget a client
+runs/NAME/groups.json       the clients of each group, where they train in groups; the runs are in groups/
 runs/NAME/left-out.json     clients that the run goes on without (docs/unlearning.md)
 runs/NAME/tracking.json     what each tracker calls the run, and the last round it was sent (docs/tracking.md)
 runs/NAME/adapter/          the published PEFT folder
@@ -41,7 +42,7 @@ from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
 ROUNDS, CHECKPOINTS, RESULT = "rounds.jsonl", "checkpoints", "result.json"
-LEFT_OUT = "left-out.json"
+LEFT_OUT, GROUPS = "left-out.json", "groups.json"
 DECISIONS, TRACKING = "decisions.jsonl", "tracking.json"
 WRITER, STARTER = ".writer.lock", ".starter.lock"
 _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")

@@ -12,13 +12,21 @@ from fedllm.errors import ConfigError
 from fedllm.files import make_private_folder
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import save_checkpoint
-from fedllm.runs.folder import CHECKPOINTS, describe_run, open_run_folder, read_keys, write_rounds
+from fedllm.runs.folder import (
+    CHECKPOINTS,
+    describe_run,
+    open_run_folder,
+    read_keys,
+    read_left_out,
+    write_left_out,
+    write_rounds,
+)
 from fedllm.runs.unlearning import Unlearning, parent_of, write_unlearning
 from scripts.runtimes.local import local_grid, node_config_of
 from scripts.unlearning.approximate import Case, forget, kept_states
 from strategies.publish import publish_run
 from strategies.start import open_session
-from strategies.unlearning.remaining import without_client
+from strategies.unlearning.measured import with_adapter
 
 
 def unlearn_approximately(run: Path, client: str, method: str, name: str, reason: str = "") -> Path:
@@ -42,6 +50,7 @@ def unlearn_approximately(run: Path, client: str, method: str, name: str, reason
     seconds = time.perf_counter() - began
     new = config.override({"run.name": name, "run.resume": False})
     with open_run_folder(new) as folder:
+        write_left_out(folder, {*read_left_out(run), client})  # nobody asks it again, nor after a resume
         _take_canaries_along(config, new, run, folder)
         unlearning = Unlearning(
             kind="D", method=method, parent=parent_of(run / "adapter"), reason=reason, seconds=seconds
@@ -50,7 +59,7 @@ def unlearn_approximately(run: Path, client: str, method: str, name: str, reason
         describe_run(folder, new)
         plan = resolve(new)
         session = open_session(plan, local_grid(new, app), folder=folder, resident=PROCESS.resident)
-        state = without_client(session, case.final, adapter, client)
+        state = with_adapter(session, case.final, adapter)
         save_checkpoint(folder / CHECKPOINTS, state, new.to_flat())
         write_rounds(folder, state.records)
         publish_run(folder, plan, state, "", session.clients)

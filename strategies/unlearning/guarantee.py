@@ -16,12 +16,10 @@ from fedllm.errors import ConfigError
 from fedllm.messages import JoinedClient
 from fedllm.plan.dealt_numbers import are_mixed
 from fedllm.plan.run_plan import RunPlan, resolve
-from fedllm.runs.folder import DECISIONS, read_keys, read_rounds
+from fedllm.runs.folder import DECISIONS, GROUPS, read_keys, read_rounds
 from fedllm.runs.records import RoundRecord
 from strategies.cohort.voices import weight_limits
 from strategies.sites import read_sites
-
-GROUPS = "groups.json"  # in the folder of clients that trained in groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +49,10 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
         ConfigError: the folder holds no run that can be read, or the client took no part in it.
     """
     plan, records = resolve(RunConfig.from_flat(read_keys(run))), read_rounds(run)
+    if (run / GROUPS).exists():
+        refused = {"A": "its clients trained in groups", "B": _refusal_of_b(plan, rows=rows)}
+        why = "the client's group has an adapter of its own, which is trained again without it"
+        return Guarantee(kind="C", why=why, refused=refused, num_rounds=records[-1].round_num)
     starts, has_changed = _clients_of(run / DECISIONS)
     if client not in starts:
         raise ConfigError(f"{run}: client {client!r} took no part; {_names(starts)} did")
@@ -65,11 +67,9 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
         why = f"the run hides every {'row' if rows else 'client'} within epsilon {epsilon:.3g}"
         del refused["B"]
         return Guarantee(kind="B", why=why, refused=refused, num_rounds=num_rounds, epsilon=epsilon)
-    kind, why = "C", "the client's group has an adapter of its own, which is trained again without it"
-    if not (run / GROUPS).exists():
-        refused["C"] = "all clients trained one adapter"
-        kind, why = "D", "no state of the run is free of the client"
-    return Guarantee(kind=kind, why=why, refused=refused, num_rounds=num_rounds)
+    refused["C"] = "all clients trained one adapter"
+    why = "no state of the run is free of the client"
+    return Guarantee(kind="D", why=why, refused=refused, num_rounds=num_rounds)
 
 
 def _refusal_of_a(plan: RunPlan, records: Sequence[RoundRecord], *, has_changed: bool) -> str:
