@@ -30,7 +30,7 @@ METHODS = ("ascent", "subtraction")
 class Case:
     """A client to forget: the holder of its rows, and the states that its run has kept, oldest first.
 
-    They begin before round 1 and end with the finished adapter.
+    They end with the finished adapter, and for subtraction begin before round 1.
     """
 
     holder: DataHolder

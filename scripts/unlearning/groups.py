@@ -8,7 +8,7 @@ RUN/adapter/      the mean of the groups' adapters
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +39,10 @@ from strategies.unlearning.measured import with_adapter
 Groups = Mapping[int, Sequence[str]]  # the clients of each
 
 
-def run_groups(config: RunConfig, number: int) -> Path:
+def run_groups(config: RunConfig, number: int, notice: Callable[[str], None] = lambda line: None) -> Path:
     """Do a run of `number` groups on this machine and return its folder; empty groups are left out.
+
+    A run that was stopped goes on: a group that is done is not done again.
 
     Raises:
         ConfigError: the recipe has no single adapter for a group, or its folder is taken.
@@ -50,7 +52,8 @@ def run_groups(config: RunConfig, number: int) -> Path:
     shards = PROCESS.read_source(config)
     groups = in_groups((client.client_id for client in shards.clients), number, config.seed)
     with open_run_folder(config) as folder:
-        for group in groups:
+        for group, clients in groups.items():
+            notice(f"group {group}: {', '.join(clients)}")
             _run_group(config, folder, groups, group)
         _publish(config, folder, groups)
     return folder
@@ -118,10 +121,11 @@ def _check(config: RunConfig) -> None:
 
 def _run_group(config: RunConfig, folder: Path, groups: Groups, group: int) -> None:
     """Do the run of one group, which starts where all do."""
-    own = config.override({"run.output": str(folder / "groups"), "run.name": str(group)})
+    keys = {"run.output": str(folder / "groups"), "run.name": str(group), "run.resume": True}
+    own = config.override(keys)
     inside = set(groups[group])
     everybody = {client.client_id for client in PROCESS.read_source(config).clients}
-    (folder / "groups" / str(group)).mkdir(parents=True)
+    (folder / "groups" / str(group)).mkdir(parents=True, exist_ok=True)
     write_left_out(folder / "groups" / str(group), everybody - inside)
     run_federation(own, local_grid(own, app), resident=PROCESS.resident)
 

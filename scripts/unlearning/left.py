@@ -11,6 +11,7 @@ from fedllm.attacks.canaries import Canary, canary_rows, secret_canaries
 from fedllm.attacks.extraction import exposures
 from fedllm.attacks.membership import likelihood, min_k_plus_plus, separation
 from fedllm.attacks.token_scores import score, whole
+from fedllm.engine.jobs import EvaluationJob
 from fedllm.errors import NoDataError
 from fedllm.privacy.keys import kept_secret
 from fedllm.runs.records import RoundRecord
@@ -58,3 +59,15 @@ def planted(holder: DataHolder, client: str) -> tuple[Canary, ...]:
     secret = kept_secret(canary_file(holder.state_path, config.run.name))
     tokenizer = holder.resident.tokenizer(holder.files)
     return secret_canaries(config.audit, tokenizer, client_id=client, secret=secret)
+
+
+def losses_of(holder: DataHolder, adapters: Sequence[AdapterState]) -> list[dict[str, float]]:
+    """Return each client's held-out loss under each adapter, in nats per token."""
+    held_out = {name: client.held_out for name, client in holder.clients.items() if client.held_out}
+    jobs = [EvaluationJob(name, one.vector, rows) for one in adapters for name, rows in held_out.items()]
+    found = [evaluation.loss for evaluation in holder.engine.evaluate(jobs)]
+    number = len(held_out)
+    return [
+        dict(zip(held_out, found[begin : begin + number], strict=True))
+        for begin in range(0, len(found), number)
+    ]

@@ -11,7 +11,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.files import make_private_folder
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.checkpoint import save_checkpoint
+from fedllm.runs.checkpoint import newest_checkpoint, save_checkpoint
 from fedllm.runs.folder import (
     CHECKPOINTS,
     describe_run,
@@ -45,7 +45,11 @@ def unlearn_approximately(run: Path, client: str, method: str, name: str, reason
             f"{run}: no rows of a client {client!r} are on this machine; forget it where they are"
         )
     began = time.perf_counter()
-    case = Case(holder, client, kept_states(run / CHECKPOINTS, holder.initial))
+    checkpoints = run / CHECKPOINTS
+    states = (newest_checkpoint(checkpoints)[0],)  # all that ascent needs
+    if method == "subtraction":
+        states = kept_states(checkpoints, holder.initial)
+    case = Case(holder, client, states)
     adapter = forget(case, method)
     seconds = time.perf_counter() - began
     new = config.override({"run.name": name, "run.resume": False})

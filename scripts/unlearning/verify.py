@@ -7,12 +7,13 @@ cannot tell the run with the client from retraining has no power, and says nothi
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from scipy.stats import ttest_ind
 
+from clients.data_holder import DataHolder
 from clients.process import PROCESS
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
@@ -89,7 +90,7 @@ def _of_seed(config: RunConfig, client: str, method: str, seed: int) -> dict[str
     """Return what is left of the client in the three adapters of one seed."""
     config = with_canaries(config).override({"seed": seed, "run.name": f"seed-{seed}"})
     states, retrained = states_of(config), states_of(config, without={client})
-    holder = PROCESS.open(config.to_flat(), node_config_of(config))
+    holder = holder_of(config)
     adapters = {
         "with_client": states[-1].adapter,
         "retrained": retrained[-1].adapter,
@@ -99,19 +100,27 @@ def _of_seed(config: RunConfig, client: str, method: str, seed: int) -> dict[str
     return dict(zip(adapters, measured, strict=True))
 
 
+def holder_of(config: RunConfig) -> DataHolder:
+    """Return the data holder of all clients of a run in this process."""
+    return PROCESS.open(config.to_flat(), node_config_of(config))
+
+
 def with_canaries(config: RunConfig) -> RunConfig:
     """Return the recipe with canaries, whose exposure is measured."""
     has_some = parse_canaries(config.audit.canaries)[0] > 0
     return config if has_some else config.override({"audit.canaries": CANARIES})
 
 
-def states_of(config: RunConfig, without: Collection[str] = ()) -> tuple[ServerState, ...]:
-    """Return the state before round 1 and after each round of a run that lacks some clients."""
+def states_of(
+    config: RunConfig, without: Collection[str] = (), start: ServerState | None = None
+) -> tuple[ServerState, ...]:
+    """Return the states before and after each round of a run that lacks some clients, from `start` on."""
     state = init(config)
+    state = replace(state, server=start or state.server)
     for client in without:
         state.session.clients.pop(client, None)
     states = [state.server]
-    for _ in range(config.federation.num_rounds):
+    for _ in range(config.federation.num_rounds - state.server.round_num):
         state, _ = step(state)
         states.append(state.server)
     return tuple(states)

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
+from clients.canaries import canary_file
 from fedllm.errors import ConfigError
+from fedllm.runs.folder import run_folder
 from fedllm.runs.unlearning import LIKE, UNKNOWN, UNLIKE
 from scripts.unlearning.approximate import Case
 from scripts.unlearning.left import EXPOSURE
@@ -41,6 +43,10 @@ def test_a_method_that_forgets_nothing_is_unlike_retraining(
     monkeypatch.setattr("scripts.unlearning.verify.forget", does_nothing)
     by_heart = {"train.local-steps": 12, "train.batch-size": 8, "audit.canaries": "16:16"}
     config = make_config(("anna", "ben"), {**by_heart, "train.learning-rate": 0.05})
+    for seed in range(3):  # known secrets: a test that tosses coins fails now and then
+        secret = canary_file(run_folder(config).parent / f"seed-{seed}" / "private", f"seed-{seed}")
+        secret.parent.mkdir(parents=True)
+        secret.write_bytes(bytes(range(seed, seed + 32)))
     found = verify(config, "ben", "ascent", [0, 1, 2])[EXPOSURE]
     assert found.in_words == UNLIKE
     assert found.to_dict()["unlearnt"] > found.to_dict()["retrained"]
