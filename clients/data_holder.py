@@ -7,7 +7,6 @@ from pathlib import Path
 
 from clients.base_deltas import BaseDeltaStore
 from clients.canaries import draw_canaries
-from clients.forgotten import without_forgotten
 from clients.lost_rows import RowCounts
 from clients.site import (
     NodeConfig,
@@ -104,7 +103,7 @@ def open_data_holder(
     resident.check_tokenizer(plan.config.model, config.train.max_length)
     clients, limit, known = {}, config.train.max_length, num_embeddings(files)
     for rows in hosted_rows(config, node, read):
-        client = encode_client(without_forgotten(rows, state_path), tokenizer, limit, known)
+        client = encode_client(rows, tokenizer, limit, known)
         if client.is_left_out:
             client = replace(client, train=(), held_out=())
         client = without_few_rows(client)

@@ -220,12 +220,15 @@ def chat(
 @app.command()
 def watch(
     folder: Annotated[Path, typer.Argument(help="A run folder, on the machine of its server.")],
+    metrics: Annotated[
+        Path | None, typer.Option(help="Keep its figures in this file too, as OpenMetrics.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Follow a run of another terminal until it ends; exit 0 if it completed, else 1. It is not disturbed."""
     from scripts.commands import watch_command
 
-    watch_command.watch(folder, as_json=json)
+    watch_command.watch(folder, metrics=metrics, as_json=json)
 
 
 @app.command()

@@ -37,9 +37,9 @@ def run_federation(
 ) -> ServerState:
     """Do every round of `config` over `grid`, publish the adapter and return the final state.
 
-    `start` replaces the seeded initial adapter, `stock` our own mean of the clients. `resident` holds the
-    base model of this process, where its clients run here too. Whatever happens, complete rounds stay on disk
-    and `result.json` says how the run ended.
+    `start`, else the adapter in the run's folder, replaces the seeded initial one, `stock` our own mean of
+    the clients. `resident` holds the base model of this process, where its clients run here too. Whatever
+    happens, complete rounds stay on disk and `result.json` says how the run ended.
 
     Raises:
         FedLLMError: the run cannot start or go on; the message says why.
@@ -54,11 +54,13 @@ def run_federation(
         session = open_session(plan, grid, watch, stock, folder=folder, resident=resident)
         state = begin_or_resume(session, folder, start)
         describe_run(folder, config)  # only now is it certain that the run goes on with this configuration
-        state, stopped = _rounds(session, state, folder)
-        for step in LAST_STEPS:
-            before, state = state, step(session, state)
-            if state is not before:
-                _save(session, state, folder)  # before parties remove what they keep of the run
+        stopped = ""
+        if not plan.only_measures:
+            state, stopped = _rounds(session, state, folder)
+            for step in LAST_STEPS:
+                before, state = state, step(session, state)
+                if state is not before:
+                    _save(session, state, folder)  # before parties remove what they keep of the run
         for line in publish_run(folder, plan, state, stopped, session.clients):
             watch.notice(f"warning: {line}")
         return state

@@ -5,12 +5,14 @@ from pathlib import Path
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import AdapterState
 from fedllm.engine.resident import Resident
+from fedllm.errors import ConfigError
 from fedllm.models.base import describe_layout
 from fedllm.plan.run_plan import RunPlan, fixed_keys
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, newest_round
-from fedllm.runs.folder import CHECKPOINTS, read_left_out
+from fedllm.runs.folder import CHECKPOINTS, START, read_left_out
 from fedllm.runs.privacy_statement import summary_line
 from strategies.aggregation.stock import check_stock
 from strategies.distillation.public_text import open_public_text
@@ -95,14 +97,29 @@ def begin_or_resume(session: Session, folder: Path, start: AdapterState | None) 
 
     Raises:
         CheckpointError, ConfigError: no checkpoint is intact, or it is of another run.
+        IntegrityError, ConfigError: the adapter to start from is damaged, or not one that this run can train.
     """
     if not newest_round(folder / CHECKPOINTS):
         if session.config.run.resume:
             session.watch.notice("no complete round to resume after: starting")
-        return with_journal(session.privacy, first_state(session, start))
+        return with_journal(session.privacy, first_state(session, start or _start_in(session, folder)))
     # A run killed after a release and before its checkpoint finds the charge in the ledger's own file.
     state, passed_over = load_checkpoint(folder / CHECKPOINTS, fixed_keys(session.config), session.layout)
     for line in passed_over:
         session.watch.notice(line)
     session.watch.notice(f"resuming after round {state.round_num}")
     return with_journal(session.privacy, state)
+
+
+def _start_in(session: Session, folder: Path) -> AdapterState | None:
+    """Return the adapter that lies in the run's folder to start from, None where none does."""
+    place = folder / START
+    if not place.exists():
+        return None
+    found = load_adapter(place).state
+    if found.layout.digest != session.layout.digest:
+        raise ConfigError(
+            f"{place}: an adapter of another base model, rank or target modules; the run must have its keys"
+        )
+    session.watch.notice(f"starting from the adapter in {place.name}/")
+    return found

@@ -91,6 +91,9 @@ class DataConfig:
     held_out_fraction: float = key(0.1, "share of a client's rows for evaluation", at_least=0, at_most=0.9)
     max_held_out: int = key(64, "most rows that a client keeps for evaluation", at_least=0)
     max_rows: int | str = key("all", "most rows of a client, held-out ones included", words="all", at_least=1)
+    licences: str = key(
+        "", 'SPDX licences of a column `licence` that rows may have, such as "MIT,Apache-2.0"; empty = any'
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,13 +264,12 @@ class PersonalConfig:
     mode: str = key(
         "none",
         "finetune = after the last round each client trains the shared adapter on, as long as its held-out"
-        " rows say, at a learning rate of NUMBER (else that of the first round); dual = an adapter on top of"
-        " the shared one, trained in each round; ditto = the same, pulled to the shared one by NUMBER (else"
-        " 0.1)",
-        words="none finetune[:NUMBER] dual ditto[:NUMBER]",
+        " rows say, at a learning rate of NUMBER (else that of the first round); dual = an adapter of rank R"
+        " (else 4) on top of the shared one, trained in each round; ditto = the same, pulled to it by MU"
+        " (else 0.1)",
+        words="none finetune[:NUMBER] dual[:rank=R] ditto[:rank=R,pull=MU]",
         above=0,
     )
-    rank: int = key(4, "rank of the adapter on top (dual, ditto)", at_least=1, at_most=4096)
     steps: int = key(
         4, "optimizer steps: in each round (dual, ditto), or at most (finetune)", at_least=1, at_most=MILLION
     )
@@ -335,8 +337,9 @@ class EvaluationConfig:
     every: int | str = key(
         "ends",
         "held-out loss after every so many rounds; ends = before the first and after the last; train = after"
-        " each, of the clients of the next round: they measure it before they train, without a message more",
-        words="ends train",
+        " each, of the clients of the next round: they measure it before they train, without a message more;"
+        " only = of the adapter that the run starts from, and no round is done",
+        words="ends train only",
         at_least=1,
         at_most=MILLION,
         resumable=True,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedllm.data.installed_packages import Package, installed_packages, source_files
+from fedllm.data.installed_packages import Package, installed_packages, licence_of, source_files
 from fedllm.errors import DataError
 from fedllm.files import cache_folder, write_file
 
@@ -48,7 +48,7 @@ _Reader: TypeAlias = Callable[[Path], tuple[_Pair, ...]]  # of one source file
 
 
 def docstring_rows(num_clients: int, *, min_rows: int = 60) -> tuple[dict[str, str], ...]:
-    """Return the corpus of `num_clients` packages as rows of `prompt`, `response` and `client`.
+    """Return the corpus of `num_clients` packages as rows of `prompt`, `response`, `client` and `licence`.
 
     Preferred packages come first, then those with most rows, so fewer clients are a prefix of more. No answer
     appears twice, in one package or in two. A package gives at most 400 rows, spread over its files.
@@ -67,8 +67,9 @@ def docstring_rows(num_clients: int, *, min_rows: int = 60) -> tuple[dict[str, s
             f"set federation.num-clients to at most {len(chosen)} or name your own data.source"
         )
     return tuple(
-        {"prompt": pair.prompt, "response": pair.response, "client": name}
-        for name, pairs in chosen.items()
+        {"prompt": pair.prompt, "response": pair.response, "client": package.name, "licence": licence}
+        for package, pairs in chosen.items()
+        for licence in [licence_of(package)]
         for pair in pairs
     )
 
@@ -89,16 +90,16 @@ def first_sentence(docstring: str) -> str:
     return sentence if usable and not _NOT_A_SENTENCE.match(sentence) else ""
 
 
-def _chosen_pairs(num_clients: int, min_rows: int) -> dict[str, tuple[_Pair, ...]]:
+def _chosen_pairs(num_clients: int, min_rows: int) -> dict[Package, tuple[_Pair, ...]]:
     """Return the pairs of at most `num_clients` packages that have `min_rows` answers not given before."""
     packages = {package.name: package for package in installed_packages()}
     files = _KnownFiles()
-    chosen: dict[str, tuple[_Pair, ...]] = {}
+    chosen: dict[Package, tuple[_Pair, ...]] = {}
     seen: set[str] = set()
     for package in _ranked(packages, files.pairs):
         pairs = _package_pairs(package, files.pairs, seen)
         if len(pairs) >= max(1, min_rows):
-            chosen[package.name] = pairs
+            chosen[package] = pairs
             seen |= {pair.response for pair in pairs}
         if len(chosen) == num_clients:  # before the next is asked for: it may need the ranking
             break

@@ -58,13 +58,43 @@ _SKIPPED_STANDARD = frozenset(  # tests, copies of distributions, tables
 _MODULES = "python"  # the client that holds the standard library's single-file modules
 
 
+_NOT_IN_A_NAME = re.compile(r"\b(the|licen[cs]e|version)\b|[,(].*|\s+$")
+_LICENCES = {  # what people write where SPDX is meant; a bare "BSD" may be either
+    "apache": "Apache-2.0",
+    "apache 2.0": "Apache-2.0",
+    "apache software": "Apache-2.0",
+    "3-clause bsd": "BSD-3-Clause",
+    "mit": "MIT",
+    "isc": "ISC",
+}
+_OF_PYTHON = "Python-2.0"  # the standard library's
+
+
 @dataclass(frozen=True)
 class Package:
-    """One top-level package; `nested` is false where only the folder's own files belong to it."""
+    """One top-level package; `nested` is false where only the folder's own files belong to it.
+
+    `distribution` is what it was installed as, "" for a part of the standard library.
+    """
 
     name: str
     folder: Path
     nested: bool = True
+    distribution: str = ""
+
+
+def licence_of(package: Package) -> str:
+    """Return a package's licence as an SPDX expression, "" where its metadata does not say one."""
+    if not package.distribution:
+        return _OF_PYTHON
+    about = metadata.metadata(package.distribution)
+    for expression in about.get_all("License-Expression") or ():
+        return str(expression)
+    classifiers = [line for line in about.get_all("Classifier") or () if line.startswith("License ::")]
+    for text in (*(about.get_all("License") or ()), *(line.rpartition(" :: ")[2] for line in classifiers)):
+        if found := _LICENCES.get(" ".join(_NOT_IN_A_NAME.sub("", text.lower()).split())):
+            return found
+    return ""
 
 
 def installed_packages() -> tuple[Package, ...]:
@@ -109,7 +139,7 @@ def _dependency_packages() -> Iterator[Package]:
         for folder in dict.fromkeys([_FOLDERS.get(name, name.replace("-", "_")), *listed]):
             path = Path(str(distribution.locate_file(folder)))
             if not folder.startswith("_") and (path / "__init__.py").is_file():
-                yield Package(folder.replace("/", "."), path)
+                yield Package(folder.replace("/", "."), path, distribution=name)
 
 
 def _dependencies() -> dict[str, metadata.Distribution]:

@@ -22,6 +22,7 @@ from fedllm.data.fields import (
     mapped_columns,
     to_example,
 )
+from fedllm.data.licences import is_licensed, parse_licences
 from fedllm.data.partition import Partition, make_partition, parse_partition, partition_rows, row_label
 from fedllm.data.rows import Rows, bad_row_error, read_local_rows, read_rows
 from fedllm.errors import DataError, NoDataError, RowsLostError
@@ -205,7 +206,11 @@ def _usable(
     labelled = partition_column and any(row_label(row, partition_column) for row in rows.rows)
     kept: list[tuple[dict[str, Any], Example, Place]] = []
     bad: list[BadRow] = []
+    licences, num_refused = parse_licences(data.licences), 0
     for row, (file, line) in zip(rows.rows, rows.origins, strict=True):
+        if not is_licensed(row, licences):
+            num_refused += 1
+            continue
         try:
             example = to_example(row, fields)
             if labelled and row_label(row, partition_column) is None:
@@ -217,8 +222,13 @@ def _usable(
             continue
         kept.append((row, example, (file, line)))
     bad = [*rows.bad, *bad]
+    if num_refused:  # it is no fault of theirs, so they count as no bad rows
+        _logger.warning(
+            "%s: %d of %d rows are not used, as data.licences does not allow their licence",
+            *(source, num_refused, len(rows.rows)),
+        )
     if not kept:
-        raise _nothing_usable(source, bad)
+        raise _nothing_usable(source, bad, num_refused)
     if len(bad) > most_lost * (len(kept) + len(bad)):
         raise RowsLostError(
             f"{source}: {len(bad)} of {len(kept) + len(bad)} rows cannot be used, more than {MOST_LOST:.0%}:"
@@ -244,7 +254,12 @@ def _tell_clients(partition: Partition, rows: Sequence[dict[str, Any]], column: 
         )
 
 
-def _nothing_usable(source: str, bad: Sequence[BadRow]) -> NoDataError:
+def _nothing_usable(source: str, bad: Sequence[BadRow], num_refused: int = 0) -> NoDataError:
+    if num_refused:
+        return NoDataError(
+            f"{source}: data.licences allows none of its rows that can be used; name their licences in a"
+            " column `licence`, or allow others"
+        )
     if not bad:
         return NoDataError(f"{source}: holds no rows; name a source that does")
     return NoDataError(

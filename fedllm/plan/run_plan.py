@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fedllm.config.key import Scalar
 from fedllm.config.keys import PRESETS, AuditConfig, LoraConfig
 from fedllm.config.run_config import RESUMABLE_KEYS, RunConfig
+from fedllm.data.licences import parse_licences
 from fedllm.errors import ConfigError
 from fedllm.messages import LocalTraining
 from fedllm.plan.aggregation import AXES, AggregationRule, aggregation_rule
@@ -82,6 +83,11 @@ class RunPlan:
         withheld = self.privacy is not None and self.privacy.metrics == "withheld"
         return self.config.evaluation.every == "train" and not withheld
 
+    @property
+    def only_measures(self) -> bool:
+        """Whether no round is done: the adapter that the run starts from is measured, and the run ends."""
+        return self.config.evaluation.every == "only"
+
     def is_summed(self, ranks: Iterable[int]) -> bool:
         """Return whether a node answers for clients of these ranks with their sum: all have the run's."""
         return self.aggregation.node_sum and set(ranks) == {self.config.lora.rank}
@@ -145,6 +151,7 @@ def resolve(config: RunConfig) -> RunPlan:
     run, data, federation = config.run, config.data, config.federation
     _check_name(run.name)
     _check_canaries(config.audit, config.train.max_length)
+    parse_licences(data.licences)
     cohort = cohort_plan(federation)
     node_sum = config.wire.node_sum
     secure = secure_plan(config.secure, cohort, node_sum=node_sum)

@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass, replace
 
-from fedllm.config.key import number_or, split_number
+from fedllm.config.key import named_values, number_or, split_number
 from fedllm.config.keys import PersonalConfig, TrainConfig
+from fedllm.errors import ConfigError
 from fedllm.messages import LocalTraining
 
 FINETUNE = "finetune"  # of `personal.mode`
-DITTO_PULL = 0.1  # where `personal.mode` gives none
+PERSONAL_RANK, MOST_RANK, DITTO_PULL = 4, 4096, 0.1  # rank and pull where `personal.mode` gives none
+_NAMED = {"dual": ("rank",), "ditto": ("rank", "pull")}  # what the modes on top take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,25 @@ class HomeTraining:
 
 
 def personal_training(section: PersonalConfig) -> PersonalTraining | None:
-    """Return the numbers of personal adapters that train beside the shared one, None where there are none."""
-    mode, pull = split_number(section.mode, DITTO_PULL)
-    if mode in ("none", FINETUNE):
+    """Return the numbers of personal adapters that train beside the shared one, None where there are none.
+
+    Raises:
+        ConfigError: `personal.mode` names a number that its mode does not take, or one out of range.
+    """
+    mode, _, text = section.mode.partition(":")
+    if mode not in _NAMED:
         return None
-    return PersonalTraining(rank=section.rank, steps=section.steps, pull=pull if mode == "ditto" else 0.0)
+    try:
+        named = named_values("personal.mode", text, _NAMED[mode])
+        rank, pull = int(named.get("rank", PERSONAL_RANK)), float(named.get("pull", DITTO_PULL))
+        if not (1 <= rank <= MOST_RANK and 0 < pull < math.inf):
+            raise ValueError("out of range")
+    except (ConfigError, ValueError):
+        raise ConfigError(
+            f"personal.mode = {section.mode!r}: {mode} takes numbers for {' and '.join(_NAMED[mode])}, as in"
+            f" {mode}:rank=4; rank goes from 1 to {MOST_RANK:,}, pull is above 0"
+        ) from None
+    return PersonalTraining(rank=rank, steps=section.steps, pull=pull if mode == "ditto" else 0.0)
 
 
 def home_training(
@@ -67,9 +83,9 @@ def home_training(
     It is as in the first round, but for a learning rate of its own where the mode has one, and that nothing
     pulls it back to the shared adapter.
     """
-    mode, rate = split_number(section.mode, first_round.learning_rate)
-    if mode != FINETUNE:
+    if section.mode.partition(":")[0] != FINETUNE:
         return None
+    _, rate = split_number(section.mode, first_round.learning_rate)
     training = replace(first_round, steps=section.steps, learning_rate=rate, proximal=0.0)
     return HomeTraining(
         training=training, rounds_steps=first_round.steps * num_rounds, is_reported=is_reported

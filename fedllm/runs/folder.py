@@ -1,6 +1,7 @@
 """The run folder: everything a run leaves behind, and nothing a client would not want there.
 
 runs/NAME/.*.lock           held by the processes that do the run; free whenever none lives
+runs/NAME/start/            the PEFT folder that it starts from, where one was put there before it began
 runs/NAME/config.toml       the resolved configuration; a recipe that repeats the run
 runs/NAME/environment.json  what it ran on: versions, type of the weights, device
 runs/NAME/partition.json    which rows each client had, with a hash (written by `fedllm run`)
@@ -41,7 +42,7 @@ from fedllm.plan.run_plan import fixed_keys
 from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
-ROUNDS, CHECKPOINTS, RESULT = "rounds.jsonl", "checkpoints", "result.json"
+START, ROUNDS, CHECKPOINTS, RESULT = "start", "rounds.jsonl", "checkpoints", "result.json"
 LEFT_OUT, GROUPS = "left-out.json", "groups.json"
 DECISIONS, TRACKING = "decisions.jsonl", "tracking.json"
 WRITER, STARTER = ".writer.lock", ".starter.lock"

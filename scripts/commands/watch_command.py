@@ -10,20 +10,24 @@ import typer
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.files import is_locked
+from fedllm.monitoring.run_metrics import write_run_metrics
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.folder import DECISIONS, RESULT, STARTER, WRITER, read_keys
+from fedllm.runs.folder import DECISIONS, RESULT, ROUNDS, STARTER, WRITER, read_keys, read_rounds
 from scripts.command_line import StoppedError
 from scripts.console import Console
 from scripts.finished_run import resume_command
 from scripts.followed_run import FollowedRun
 from scripts.run_view import RunView
+from scripts.runtimes.shown_rounds import version_of
 
 _PAUSE_SECONDS = 0.2  # between two looks at the folder
 _MOST_LOOKS = 6  # at which nobody does the run before it counts as ended: a server may be starting again
 
 
-def watch(folder: Path, *, as_json: bool) -> None:
+def watch(folder: Path, *, metrics: Path | None = None, as_json: bool) -> None:
     """Show a run as `fedllm run` does, and exit as it ends: with 0 where it completed, else with 1.
+
+    `metrics` is a file that has its figures after every round, in the OpenMetrics format.
 
     Raises:
         ConfigError: there is no run in `folder`, or one of another version.
@@ -33,7 +37,7 @@ def watch(folder: Path, *, as_json: bool) -> None:
         raise ConfigError(f"{folder}: not a run folder; name one, such as runs/run")
     console = Console(quiet=as_json)
     try:
-        follow(folder, console)
+        follow(folder, console, metrics)
     except KeyboardInterrupt:
         raise StoppedError("no longer watched; the run goes on") from None
     result = _result_of(folder)
@@ -47,8 +51,12 @@ def watch(folder: Path, *, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def follow(folder: Path, console: Console) -> None:
-    """Show what the run in `folder` writes until nobody does it any more."""
+def follow(folder: Path, console: Console, metrics: Path | None = None) -> None:
+    """Show what the run in `folder` writes until nobody does it any more, and keep `metrics` up to date.
+
+    Raises:
+        ConfigError: the file of the metrics cannot be written.
+    """
     file = folder / "config.toml"
     if not file.exists():
         console.line("not begun yet: waiting until its clients have joined")
@@ -57,12 +65,26 @@ def follow(folder: Path, console: Console) -> None:
     if not file.exists():
         return
     view = RunView(console, resolve(RunConfig.from_flat(read_keys(folder))))
+    seen = (0, 0)  # the version of the rounds that the metrics are of
     with view.showing():
-        followed = FollowedRun(folder, view)
-        while is_done_by_somebody(folder):
+        followed, is_done = FollowedRun(folder, view), False
+        while not is_done:
+            is_done = not is_done_by_somebody(folder)  # before the last look, which then misses nothing
             followed.look()
-            time.sleep(_PAUSE_SECONDS)
-        followed.look()
+            seen = _measure(folder, metrics, seen)
+            time.sleep(_PAUSE_SECONDS * (not is_done))
+
+
+def _measure(folder: Path, metrics: Path | None, seen: tuple[int, int]) -> tuple[int, int]:
+    """Write the metrics of the rounds where there are other ones than were seen; return what is seen now."""
+    rounds = folder / ROUNDS
+    if metrics is None or not rounds.exists() or (found := version_of(rounds)) == seen:
+        return seen
+    try:
+        write_run_metrics(metrics, folder.resolve().name, read_rounds(folder))
+    except OSError as error:
+        raise ConfigError(f"--metrics {metrics}: cannot be written ({error.strerror})") from None
+    return found
 
 
 def is_done_by_somebody(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 from fedllm.errors import ConfigError, MissingExtraError
+from fedllm.monitoring.run_metrics import RECEIVED, ROUND_GAUGES, SENT
 from fedllm.runs.records import RoundRecord
 
 
@@ -40,36 +41,18 @@ class Monitor:
         gauge("restarts", "Restarts of the server's processes since it was started.").set_function(
             lambda: float(health()["restarts"])
         )
-        self._gauges = {
-            "round": gauge("round", "The last complete round."),
-            "loss": gauge("train_loss", "Mean loss of the last round in nats per token."),
-            "held_out": gauge("held_out_loss", "Mean held-out loss, where it was last measured."),
-            "accepted": gauge("accepted_clients", "Clients whose update counted in the last round."),
-            "lost": gauge("lost_clients", "Clients whose update was lost in the last round."),
-            "seconds": gauge("round_seconds", "Duration of the last round."),
-            "deadline": gauge("round_deadline_seconds", "How long the last round would have waited."),
-            "epsilon": gauge("epsilon", "Privacy budget that the run has spent."),
-            "time": gauge("round_completed_time", "When the last round was seen, in seconds since 1970."),
-        }
-        self._up = counter("received_bytes", "Bytes of updates from clients.")
-        self._down = counter("sent_bytes", "Bytes of requests to clients.")
+        self._gauges = [
+            (gauge(metric.name, metric.meaning), read) for metric, read in ROUND_GAUGES
+        ]  # a round that does not say a figure leaves it as it was
+        self._time = gauge("round_completed_time", "When the last round was seen, in seconds since 1970.")
+        self._up, self._down = (counter(one.name, one.meaning) for one in (RECEIVED, SENT))
 
     def record(self, record: RoundRecord) -> None:
         """Take over the figures of a round."""
-        values = {
-            "round": record.round_num if record.applied else None,
-            "loss": record.training.loss,
-            "held_out": record.mean_held_out,
-            "accepted": len(record.accepted),
-            "lost": len(record.lost),
-            "seconds": record.seconds,
-            "deadline": record.deadline or None,
-            "epsilon": record.privacy.epsilon if record.privacy else None,
-        }
-        for name, value in values.items():
-            if value is not None:
-                self._gauges[name].set(value)
-        self._gauges["time"].set_to_current_time()
+        for shown, read in self._gauges:
+            if (value := read(record)) is not None:
+                shown.set(value)
+        self._time.set_to_current_time()
         self._up.inc(record.bytes_up)
         self._down.inc(record.bytes_down)
 

@@ -146,7 +146,7 @@ def test_an_empty_file_limits_nothing_and_logs_all(hostile: Callable) -> None:
     [
         ("[limits]\nsteps = 8", {"train.local-steps": 1_000_000}, "steps = 8, and the run asks for 1000000"),
         ("[limits]\nsteps = 8", {"personal.mode": "dual", "personal.steps": 9}, "steps = 8"),
-        ("[limits]\nrank = 4", {"personal.mode": "dual", "personal.rank": 5}, "rank = 4"),
+        ("[limits]\nrank = 4", {"personal.mode": "dual:rank=5"}, "rank = 4"),
         ("[limits]\nrun-steps = 8", {"federation.num-rounds": 1_000_000}, "run-steps = 8"),
         ("[limits]\nrounds = 5", {"federation.num-rounds": 6}, "rounds = 5"),
         ("[limits]\nrank = 4", {"lora.rank": 8}, "rank = 4"),

@@ -22,7 +22,7 @@ run.name run.output run.resume run.purpose
 model.name model.dtype model.device model.quantization model.gradient-checkpointing model.num-threads
 lora.rank lora.alpha lora.target-modules lora.init-a lora.client-ranks lora.dropout
 data.source data.split data.partition data.columns data.on-bad-row data.held-out-fraction data.max-held-out
-data.max-rows
+data.max-rows data.licences
 federation.num-clients federation.num-rounds federation.cohort federation.selection federation.over-selection
 federation.max-staleness federation.min-clients federation.round-deadline federation.join-deadline
 federation.sites federation.max-retries federation.max-failure-rate
@@ -33,7 +33,7 @@ aggregation.optimizer
 privacy.epsilon privacy.delta privacy.unit privacy.trust privacy.clip privacy.noise-multiplier
 privacy.max-participations privacy.weight-cap privacy.metrics
 audit.canaries
-personal.mode personal.rank personal.steps
+personal.mode personal.steps
 distill.when distill.teacher distill.text distill.num-texts distill.max-tokens distill.steps
 distill.batch-size distill.learning-rate distill.top-k distill.max-teachers
 distill.originality distill.licence distill.control distill.gate
@@ -124,7 +124,11 @@ def test_an_unknown_key_names_the_nearest(key: str, expected: str) -> None:
         ("federation.cohort", 0, "a number above 0 up to 1,000,000, or all"),
         ("train.proximal", "product", "a number from 0, or product:MU"),
         ("train.schedule", "SVD", "one of constant, cosine"),
-        ("personal.mode", "ditto:-1", "one of none, finetune[:NUMBER], dual, ditto[:NUMBER]; NUMBER above 0"),
+        (
+            "personal.mode",
+            "dual:4",
+            "one of none, finetune[:NUMBER], dual[:rank=R], ditto[:rank=R,pull=MU]; NUMBER above 0",
+        ),
         ("track.to", "tb", "any of tensorboard, mlflow, wandb, trackio, parted by commas"),
     ],
 )
@@ -168,8 +172,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(key: str, value: Any
         ("privacy.noise-multiplier", [0.0]),
         ("privacy.max-participations", [0]),
         ("privacy.weight-cap", [0.0]),
-        ("personal.mode", ["ditto:-0.1", "dual:0.1", "finetune:0", "finetune:fast"]),
-        ("personal.rank", [0]),
+        ("personal.mode", ["ditto:0.1", "dual:0.1", "finetune:0", "finetune:fast"]),
         ("personal.steps", [0]),
         ("distill.teacher", ["posterior:101", "uniform:1"]),
         ("evaluation.every", [0, -1]),

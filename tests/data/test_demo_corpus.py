@@ -53,7 +53,7 @@ def test_eight_packages_are_disjoint_clients_of_sixty_rows() -> None:
     rows = docstring_rows(8)
     by_client: dict[str, set[str]] = {}
     for row in rows:
-        assert set(row) == {"prompt", "response", "client"}
+        assert set(row) == {"prompt", "response", "client", "licence"}
         assert row["prompt"].startswith(("def ", "async def "))
         assert len(row["prompt"]) <= 200
         assert 20 <= len(row["response"]) <= 200
@@ -88,6 +88,7 @@ def test_a_row_asks_with_the_bare_signature(packages: Path) -> None:
             "prompt": "async def f(self, a: int=1, *b, **c) -> 'list[int]'",
             "response": "Return the number of rows.",
             "client": "p",
+            "licence": "Python-2.0",
         },
     )
 

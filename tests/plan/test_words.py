@@ -40,11 +40,11 @@ def test_a_pull_is_of_the_factors_or_of_their_product() -> None:
 
 def test_a_personal_mode_brings_its_pull() -> None:
     pulls = {}
-    for mode in ("dual", "ditto", "ditto:2"):
+    for mode in ("dual", "ditto", "ditto:pull=2"):
         personal = planned(personal__mode=mode).personal
         assert personal is not None
         pulls[mode] = personal.pull
-    assert pulls == {"dual": 0.0, "ditto": 0.1, "ditto:2": 2.0}
+    assert pulls == {"dual": 0.0, "ditto": 0.1, "ditto:pull=2": 2.0}
 
 
 def test_training_at_home_is_as_in_the_first_round_but_for_a_pull() -> None:

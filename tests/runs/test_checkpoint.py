@@ -254,6 +254,7 @@ def another(config: RunConfig, key: str) -> Any:
         "train.token-budget": 1,
         "model.num-threads": 2,
         "data.max-rows": 9,
+        "data.licences": "MIT",
         "data.columns": "text=body",
         "aggregation.preset": "fedit",
         "aggregation.read-out": "svd",

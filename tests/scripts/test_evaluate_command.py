@@ -57,7 +57,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(model: str, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two clients with personal adapters."""
-    return _run(model, rows, tmp_path_factory.mktemp("runs"), **{"personal.mode": "dual", "personal.rank": 2})
+    return _run(model, rows, tmp_path_factory.mktemp("runs"), **{"personal.mode": "dual:rank=2"})
 
 
 def _run(model: str, rows: Path, out: Path, **more: object) -> Path:

@@ -19,8 +19,8 @@ from strategies.rounds import next_round
 from strategies.run import run_federation
 from strategies.session import Watch
 
-DUAL = {"personal.mode": "dual", "personal.rank": 3, "personal.steps": 6}
-DITTO = {**DUAL, "personal.mode": "ditto:50"}
+DUAL = {"personal.mode": "dual:rank=3", "personal.steps": 6}
+DITTO = {**DUAL, "personal.mode": "ditto:rank=3,pull=50"}
 EVERYBODY = {"anna", "ben", "cleo", "dora"}
 
 

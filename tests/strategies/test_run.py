@@ -303,3 +303,34 @@ def test_the_config_in_the_folder_is_the_runs(run: Callable, make_config: Callab
     expected = make_config({**plan(tmp_path, "mine"), "federation.num-rounds": 1})
     assert isinstance(expected, RunConfig)
     assert build_config(tmp_path / "mine" / "config.toml", []) == expected
+
+
+def test_a_run_starts_from_the_adapter_in_its_folder(run: Callable, tmp_path: Path) -> None:
+    first, _ = run("first")
+    (tmp_path / "second").mkdir()
+    shutil.copytree(tmp_path / "first" / "adapter", tmp_path / "second" / "start")
+    second, notices = run("second", **{"federation.num-rounds": 1})
+    assert "starting from the adapter in start/" in notices
+    assert second.records[0].held_out == first.records[-1].held_out, "what it is compared with"
+    assert second.adapter.digest != first.adapter.digest
+
+
+def test_an_adapter_of_another_rank_is_no_start(run: Callable, tmp_path: Path) -> None:
+    run("first", **{"federation.num-rounds": 1})
+    (tmp_path / "second").mkdir()
+    shutil.copytree(tmp_path / "first" / "adapter", tmp_path / "second" / "start")
+    with pytest.raises(ConfigError, match="start: an adapter of another base model, rank"):
+        run("second", **{"lora.rank": 3})
+
+
+def test_a_run_that_only_measures_does_no_round(run: Callable, tmp_path: Path) -> None:
+    first, _ = run("first", **{"personal.mode": "finetune"})
+    (tmp_path / "look").mkdir()
+    shutil.copytree(tmp_path / "first" / "adapter", tmp_path / "look" / "start")
+    flat = {"evaluation.every": "only", "personal.mode": "finetune"}
+    records: list[RoundRecord] = []
+    state, _ = run("look", records.append, **flat)
+    assert [record.round_num for record in records] == [0]
+    assert state.adapter.digest == first.adapter.digest
+    assert result_of(tmp_path / "look")["held_out"]["after"]["clients"] == first.records[-1].held_out
+    assert not (tmp_path / "look" / "checkpoints").exists()

@@ -1,0 +1,1 @@
+"""Watching an adapter in use: whether clients' losses drift, and figures for Prometheus."""
