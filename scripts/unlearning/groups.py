@@ -121,8 +121,8 @@ def _check(config: RunConfig) -> None:
 
 def _run_group(config: RunConfig, folder: Path, groups: Groups, group: int) -> None:
     """Do the run of one group, which starts where all do."""
-    keys = {"run.output": str(folder / "groups"), "run.name": str(group), "run.resume": True}
-    own = config.override(keys)
+    place = {"run.output": str(folder / "groups"), "run.name": str(group)}
+    own = config.override({**place, "run.resume": True})
     inside = set(groups[group])
     everybody = {client.client_id for client in PROCESS.read_source(config).clients}
     (folder / "groups" / str(group)).mkdir(parents=True, exist_ok=True)

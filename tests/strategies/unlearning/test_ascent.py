@@ -47,14 +47,14 @@ def loss_of(engine: Engine, adapter: AdapterState, rows: list) -> float:
 
 def test_ascent_forgets_a_row_and_stops_at_the_base(engine: Engine) -> None:
     rows = [whole(text) for text in random_texts([12, 12, 12, 12])]
-    numbers = {"batch_size": 4, "learning_rate": 0.05, "seed": 0}
+    numbers = {"batch_size": 4, "learning_rate": 0.02, "seed": 0}
     start = initial_adapter(engine.layout, 0)
     learnt = supervised(engine, start, rows, StudentTraining(steps=40, **numbers)).adapter
     objective = away_from(engine, rows)
     forgot = ascend(engine, learnt, objective, [], StudentTraining(steps=60, **numbers))
     base = loss_of(engine, AdapterState(engine.layout, no_adapter(engine)), rows)
-    assert loss_of(engine, learnt, rows) < base - 0.4  # it knew them
-    assert base <= loss_of(engine, forgot, rows) < base + 0.4  # ascent alone would go on
+    assert loss_of(engine, learnt, rows) < base - 0.3  # it knew them
+    assert base <= loss_of(engine, forgot, rows) < base + 0.3  # ascent alone would go on
 
 
 def test_ascent_stops_where_held_out_rows_are_as_well_known(engine: Engine) -> None:
