@@ -30,9 +30,10 @@ from fedllm.runs.folder import (
 )
 from fedllm.runs.unlearning import Unlearning, parent_of, write_unlearning
 from scripts.runtimes.local import local_grid
+from strategies.first_state import first_state
 from strategies.publish import publish_run
 from strategies.run import run_federation
-from strategies.start import first_state, open_session
+from strategies.start import open_session
 from strategies.unlearning.groups import in_groups, mean_of_groups
 from strategies.unlearning.measured import with_adapter
 
