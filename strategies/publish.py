@@ -19,6 +19,7 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import write_result
 from fedllm.runs.lineage import write_lineage
 from fedllm.runs.spread import measured_ends, spread_and_losses
+from fedllm.runs.unlearning import read_unlearning
 from strategies.card import model_card, statement_on_privacy, with_answers
 from strategies.consent import consent_of
 from strategies.divergence import warnings_of
@@ -110,7 +111,7 @@ def publish_adapter(
         base_model=files.public_name,
         revision=files.revision,
         target_modules=names_for_peft(skeleton, modules) or modules,
-        card=model_card(plan, files, state, joined),
+        card=model_card(plan, files, state, joined, read_unlearning(folder)),
         finish=finish,
     )
     return target

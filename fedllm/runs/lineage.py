@@ -18,10 +18,11 @@ from fedllm.models.files import ModelFiles, content_digest, fingerprint, name_to
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.folder import RESULT, START
 from fedllm.runs.memorisation import read_memorisation
+from fedllm.runs.unlearning import UNLEARNING
 from fedllm.siblings import ROOT
 from fedllm.signing.statement import AdapterStatement, signature_digest
 
-LINEAGE, UNLEARNING = "lineage.json", "unlearning.json"
+LINEAGE = "lineage.json"
 _SHIPPED = ("fedllm", "clients", "strategies")  # packages that compute with a run's text
 
 

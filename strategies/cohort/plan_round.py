@@ -6,7 +6,7 @@ from fedllm.errors import WithdrawnError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan
 from strategies.cohort.selection import choose_clients
-from strategies.cohort.voices import OVER_MEDIAN, OVER_MEDIAN_ROBUST, largest_weight, shared_out, voice_of
+from strategies.cohort.voices import OVER_MEDIAN, OVER_MEDIAN_ROBUST, shared_out, voice_of, weight_limits
 from strategies.privacy import clients_that_can_afford, cohort_seed
 from strategies.session import Session
 
@@ -62,8 +62,6 @@ def _shares(session: Session) -> tuple[dict[str, str], dict[str, float], dict[st
         return {}, {}, {}
     clients, plan = session.clients.values(), session.plan
     voices = {client.client_id: voice_of(client) for client in clients}
-    weights = {client.client_id: largest_weight(client, plan) for client in clients}
     declared = {client.client_id: float(client.num_train) for client in clients}
-    limits = {site.name: site.max_weight for site in (session.sites or {}).values() if site.max_weight}
     over = OVER_MEDIAN if plan.aggregation.robust == "none" else OVER_MEDIAN_ROBUST
-    return voices, shared_out(declared, voices, {}, over), shared_out(weights, voices, limits, over)
+    return voices, shared_out(declared, voices, {}, over), weight_limits(clients, plan, session.sites)

@@ -20,11 +20,17 @@ _KEY_SHOWN = 24  # letters of a public key that are enough to find it
 
 @dataclass(frozen=True, eq=False)
 class Admission:
-    """What decides who may join a run; no `sites` admit any."""
+    """What decides who may join a run; no `sites` admit any, but for the clients that are `left_out`."""
 
     plan: RunPlan
     layout: AdapterLayout
     sites: Sites | None = None
+    left_out: Collection[str] = ()
+
+    @property
+    def num_expected(self) -> int:
+        """How many clients the run waits for before its first round."""
+        return self.plan.config.federation.num_clients - len(self.left_out)
 
     def read(self, content: RecordDict, node_id: int, nonce: str) -> list[JoinedClient]:
         """Return the clients that a node declares in answer to the question with `nonce`, with their site.
@@ -59,6 +65,8 @@ class Admission:
 
         A connected node keeps its clients; one that is gone was restarted, perhaps under another id.
         """
+        if client.client_id in self.left_out:
+            return "the run goes on without it"
         known = taken.get(client.client_id)
         if known is not None and known.site != client.site:
             return "another site declared it before, whose it stays"
