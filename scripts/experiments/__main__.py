@@ -11,6 +11,7 @@ from scripts.command_line import run_module
 EXPERIMENTS = {
     "aggregation": "Aggregation methods, the error of averaging factors, malicious clients.",
     "distillation": "What distilling the clients' ensemble gains, by teacher and text.",
+    "forgetting": "What each class of unlearning leaves of a client, and what it costs.",
     "joining": "Whom a federation helps more than training alone, and steps at home after it.",
     "privacy": "Utility and membership attacks over epsilon, by preset.",
     "small_model": "Make the small language model of the experiments.",
