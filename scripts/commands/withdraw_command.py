@@ -1,4 +1,4 @@
-"""`fedllm withdraw`: the server marks what was made with the rows of sites that have withdrawn."""
+"""`fedllm registry withdraw`: the server marks what was made with the rows of sites that have withdrawn."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ REASON = "made with the rows of a site that has withdrawn"  # no name: a registr
 EXACT = frozenset("AC")  # classes of unlearning after which nothing of the client is left (unlearning.md)
 
 
-def withdraw(source: Path, *, registry: Path) -> None:
+def withdraw(registry: Path, source: Path) -> None:
     """Mark the versions of a registry, and print them; `source` is a record, or a run that was sent some.
 
     Raises:
@@ -55,8 +55,8 @@ def read_withdrawals(source: Path) -> list[Withdrawal]:
 def mark_withdrawn(registry: Registry, withdrawals: Iterable[Withdrawal]) -> list[Version]:
     """Mark every version that a withdrawn client took part in, and what was made from one; return them.
 
-    A version that has unlearnt the client exactly keeps its place: it has the bits of a run without it. Marking
-    again adds nothing.
+    A version that has unlearnt the client exactly keeps its place: it has the bits of a run without it.
+    Marking again adds nothing.
     """
     records, family, marked = list(withdrawals), frozenset[str](), []
     for version in registry.versions():  # the oldest first: a parent comes before what was made from it
@@ -65,7 +65,7 @@ def mark_withdrawn(registry: Registry, withdrawals: Iterable[Withdrawal]) -> lis
             record.covers(client["site"], name) for record in records for name, client in clients.items()
         )
         unlearning = version.statement.unlearning
-        is_free = unlearning is not None and unlearning["kind"] in EXACT
+        is_free = unlearning is not None and unlearning["class"] in EXACT
         inherits = not is_free and family & {parent["digest"] for parent in version.statement.parents}
         if took_part or inherits:
             family |= version.names
