@@ -108,10 +108,7 @@ def _replay(
     """Do the rounds again that may have seen a client, in a new run; with `examples` it leaves out these."""
     if examples and runtime == "simulation":
         raise ConfigError("--runtime simulation: its workers cannot leave out single rows; use local")
-    folder, config = (
-        begin_replay(run, client, guarantee, name, rows=bool(examples)),
-        replayed_config(run, name),
-    )
+    folder = begin_replay(run, client, guarantee, name, rows=bool(examples))
     try:
         carry_private(run, RunConfig.from_flat(read_keys(run)).run.name, folder, name)
     except OSError as error:
