@@ -5,19 +5,17 @@ from pathlib import Path
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedllm.adapters.folder import load_adapter
 from fedllm.adapters.layout import AdapterState
 from fedllm.engine.resident import Resident
-from fedllm.errors import ConfigError
 from fedllm.models.base import describe_layout
 from fedllm.plan.run_plan import RunPlan, fixed_keys
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, newest_round
-from fedllm.runs.folder import CHECKPOINTS, START, read_left_out
+from fedllm.runs.folder import CHECKPOINTS, read_left_out
 from fedllm.runs.privacy_statement import summary_line
 from strategies.aggregation.stock import check_stock
 from strategies.distillation.public_text import open_public_text
-from strategies.exchange.evaluation import evaluate_base
 from strategies.exchange.joining import join_clients
+from strategies.first_state import first_state, start_adapter
 from strategies.grid.transport import Transport
 from strategies.memory import Room
 from strategies.privacy import open_privacy, with_journal
@@ -80,16 +78,6 @@ def open_session(
     )
 
 
-def first_state(session: Session, start: AdapterState | None = None) -> ServerState:
-    """Return the state before round 1, with the held-out loss of the base model as record 0.
-
-    Raises:
-        DivergedError: that loss is not finite, or the adapter to start from is too large to compute with.
-    """
-    state = ServerState(0, start or session.initial)
-    return ServerState(0, state.adapter, records=(evaluate_base(session, state),))
-
-
 def begin_or_resume(session: Session, folder: Path, start: AdapterState | None) -> ServerState:
     """Return the state to go on from: that of the newest checkpoint, or before round 1 where there is none.
 
@@ -102,24 +90,10 @@ def begin_or_resume(session: Session, folder: Path, start: AdapterState | None) 
     if not newest_round(folder / CHECKPOINTS):
         if session.config.run.resume:
             session.watch.notice("no complete round to resume after: starting")
-        return with_journal(session.privacy, first_state(session, start or _start_in(session, folder)))
+        return with_journal(session.privacy, first_state(session, start or start_adapter(session, folder)))
     # A run killed after a release and before its checkpoint finds the charge in the ledger's own file.
     state, passed_over = load_checkpoint(folder / CHECKPOINTS, fixed_keys(session.config), session.layout)
     for line in passed_over:
         session.watch.notice(line)
     session.watch.notice(f"resuming after round {state.round_num}")
     return with_journal(session.privacy, state)
-
-
-def _start_in(session: Session, folder: Path) -> AdapterState | None:
-    """Return the adapter that lies in the run's folder to start from, None where none does."""
-    place = folder / START
-    if not place.exists():
-        return None
-    found = load_adapter(place).state
-    if found.layout.digest != session.layout.digest:
-        raise ConfigError(
-            f"{place}: an adapter of another base model, rank or target modules; the run must have its keys"
-        )
-    session.watch.notice(f"starting from the adapter in {place.name}/")
-    return found

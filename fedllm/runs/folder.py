@@ -12,6 +12,7 @@ runs/NAME/groups.json       the clients of each group, where they train in group
 runs/NAME/left-out.json     clients that the run goes on without (docs/unlearning.md)
 runs/NAME/tracking.json     what each tracker calls the run, and the last round it was sent (docs/tracking.md)
 runs/NAME/adapter/          the published PEFT folder
+runs/NAME/lineage.json      how it came about, for its statement (docs/signing.md); has clients' names
 runs/NAME/privacy.json      what may be said of its privacy, under a privacy plan (docs/privacy.md)
 runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters; in
                             server/ the noise secret and the ledger of a private run

@@ -27,9 +27,10 @@ from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import run_folder
 from fedllm.runs.records import RoundRecord
+from strategies.first_state import first_state
 from strategies.rounds import next_round
 from strategies.session import Session
-from strategies.start import first_state, open_session
+from strategies.start import open_session
 
 SERVER_NODE = 1  # the node id that Flower gives its SuperLink
 

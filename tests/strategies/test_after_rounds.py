@@ -21,10 +21,10 @@ from scripts.runtimes.local import local_grid
 from strategies import run as run_module
 from strategies.exchange.after_rounds import train_on_at_home
 from strategies.exchange.validation import check_at_home
+from strategies.first_state import first_state
 from strategies.rounds import next_round
 from strategies.run import run_federation
 from strategies.session import Watch
-from strategies.start import first_state
 
 AT_HOME = {"personal.mode": "finetune", "personal.steps": 4}
 # Two rows of anna's five, so that one chooses and one measures.

@@ -17,10 +17,10 @@ from fedllm.runs.records import RoundRecord
 from fedllm.wire import replies
 from scripts.runtimes import local
 from strategies.divergence import is_finite
+from strategies.first_state import first_state
 from strategies.rounds import next_round
 from strategies.run import run_federation
 from strategies.session import Watch
-from strategies.start import first_state
 
 Loss = Callable[[int, int, float], float]  # (node, evaluation of that node from 0, its loss) -> what it says
 

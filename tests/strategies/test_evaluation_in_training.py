@@ -11,8 +11,8 @@ from clients.train import train_clients
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import DivergedError, WithheldError
 from fedllm.runs.checkpoint import ServerState
+from strategies.first_state import first_state
 from strategies.rounds import next_round
-from strategies.start import first_state
 from tests.builders import train_request
 
 IN_TRAINING = {"evaluation.every": "train", "federation.num-rounds": 2}

@@ -18,10 +18,11 @@ from scripts.runtimes.local import init, local_grid
 from strategies.exchange import joining
 from strategies.exchange.evaluation import evaluate
 from strategies.exchange.joining import join_clients, rejoin, wait_for_nodes
+from strategies.first_state import first_state
 from strategies.grid.transport import Transport
 from strategies.rounds import next_round
 from strategies.session import Watch
-from strategies.start import first_state, open_session
+from strategies.start import open_session
 from tests.builders import Clock
 
 OFFENDER, NODE = "ben", 3
