@@ -95,13 +95,21 @@ def audit(
     suffix: Annotated[int, typer.Option(min=1, help="Tokens to be given back.")] = 50,
     epochs: Annotated[int, typer.Option(min=1, help="Passes of the positive control over its rows.")] = 12,
     plot: Annotated[Path | None, typer.Option(help="Draw the result: a .png, .svg or .pdf file.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Put what it repeats on the adapter's card.")] = False,
     json: Json = False,
 ) -> None:
     """Attack a finished run where its rows are, with controls: membership, extraction, canaries."""
     from scripts.commands import audit_command
 
     audit_command.audit(
-        target, rows=rows, prefix=prefix, suffix=suffix, epochs=epochs, plot=plot, as_json=json
+        target,
+        rows=rows,
+        prefix=prefix,
+        suffix=suffix,
+        epochs=epochs,
+        plot=plot,
+        on_card=card,
+        as_json=json,
     )
 
 

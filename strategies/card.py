@@ -162,7 +162,12 @@ LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 
 def _data_text(plan: RunPlan, joined: Mapping[str, JoinedClient]) -> str:
     """Return how many rows the data holders declared; under a privacy plan these numbers are not public."""
+    data, purpose = plan.config.data, plan.config.run.purpose
     unknown = "They declare neither a licence nor a language for them."
+    if data.licences:
+        unknown = f"Only rows under {data.licences.replace(',', ', ')} were used; no language is declared."
+    if purpose:
+        unknown += f" Their purpose, as the data holders were told: {purpose}."
     if plan.privacy is not None or not joined:
         return f"The rows stay with their data holders. {unknown}"
     train = sorted(client.num_train for client in joined.values())

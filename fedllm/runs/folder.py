@@ -14,6 +14,7 @@ runs/NAME/tracking.json     what each tracker calls the run, and the last round 
 runs/NAME/adapter/          the published PEFT folder
 runs/NAME/lineage.json      how it came about, for its statement (docs/signing.md); has clients' names
 runs/NAME/privacy.json      what may be said of its privacy, under a privacy plan (docs/privacy.md)
+runs/NAME/withdrawals/      what sites have signed that withdrew meanwhile (docs/withdrawal.md)
 runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters; in
                             server/ the noise secret and the ledger of a private run
 runs/NAME/audit.json        what attacks found, written by `fedllm audit` (docs/audit.md); not for publication
@@ -43,6 +44,8 @@ from fedllm.plan.run_plan import fixed_keys
 from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
+ROUNDS, CHECKPOINTS, RESULT = "rounds.jsonl", "checkpoints", "result.json"
+DECISIONS, TRACKING, WITHDRAWALS = "decisions.jsonl", "tracking.json", "withdrawals"
 START, ROUNDS, CHECKPOINTS, RESULT = "start", "rounds.jsonl", "checkpoints", "result.json"
 LEFT_OUT, GROUPS = "left-out.json", "groups.json"
 DECISIONS, TRACKING = "decisions.jsonl", "tracking.json"

@@ -19,9 +19,8 @@ from typing import Any
 
 from fedllm.adapters.folder import WEIGHTS
 from fedllm.errors import ConfigError
-from fedllm.files import write_file
+from fedllm.files import SIGNATURE, write_file
 
-SIGNATURE = "adapter.sig.json"
 UNLEARNING = "unlearning.json"  # in a run's folder
 LIKE, UNLIKE, UNKNOWN = "like retraining", "unlike retraining", "not measurable"  # verdicts of a verification
 _GUARANTEES = {

@@ -72,11 +72,11 @@ _FLAT: dict[str, Scalar] = {
     **{"lora.rank": 8, "lora.alpha": 16.0, "wire.codec": "fp32"},
     **{"federation.num-rounds": 8, "federation.cohort": 3, "audit.canaries": "24:8"},
     **{"train.local-steps": 10, "train.batch-size": 4, "train.learning-rate": 1e-2},
-    **{"train.max-length": 64, "data.held-out-fraction": 0.5, "data.max-held-out": 100},
+    **{"train.max-length": 128, "data.held-out-fraction": 0.5, "data.max-held-out": 100},
 }
 FULL = Size(flat=_FLAT, rows_of_domain=200, recipe=Recipe())
 QUICK = Size(
-    flat={**_FLAT, "federation.num-rounds": 3, "train.local-steps": 2, "train.max-length": 32},
+    flat={**_FLAT, "federation.num-rounds": 3, "train.local-steps": 2},
     rows_of_domain=24,
     recipe=Recipe(steps=60),
 )

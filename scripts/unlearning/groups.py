@@ -30,9 +30,10 @@ from fedllm.runs.folder import (
 )
 from fedllm.runs.unlearning import Unlearning, parent_of, write_unlearning
 from scripts.runtimes.local import local_grid
+from strategies.first_state import first_state
 from strategies.publish import publish_run
 from strategies.run import run_federation
-from strategies.start import first_state, open_session
+from strategies.start import open_session
 from strategies.unlearning.groups import in_groups, mean_of_groups
 from strategies.unlearning.measured import with_adapter
 
@@ -121,8 +122,8 @@ def _check(config: RunConfig) -> None:
 
 def _run_group(config: RunConfig, folder: Path, groups: Groups, group: int) -> None:
     """Do the run of one group, which starts where all do."""
-    keys = {"run.output": str(folder / "groups"), "run.name": str(group), "run.resume": True}
-    own = config.override(keys)
+    place = {"run.output": str(folder / "groups"), "run.name": str(group)}
+    own = config.override({**place, "run.resume": True})
     inside = set(groups[group])
     everybody = {client.client_id for client in PROCESS.read_source(config).clients}
     (folder / "groups" / str(group)).mkdir(parents=True, exist_ok=True)

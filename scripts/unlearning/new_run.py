@@ -44,10 +44,10 @@ def unlearn_approximately(run: Path, client: str, method: str, name: str, reason
         )
     began = time.perf_counter()
     checkpoints = run / CHECKPOINTS
-    states = (newest_checkpoint(checkpoints)[0],)  # all that ascent needs
     if method == "subtraction":
-        states = kept_states(checkpoints, holder.initial)
-    case = Case(holder, client, states)
+        case = Case(holder, client, kept_states(checkpoints, holder.initial))
+    else:  # which needs the finished adapter alone
+        case = Case(holder, client, (newest_checkpoint(checkpoints)[0],))
     adapter = forget(case, method)
     seconds = time.perf_counter() - began
     new = config.override({"run.name": name, "run.resume": False})

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from fedllm.errors import WithdrawnError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan
 from strategies.cohort.selection import choose_clients
@@ -14,11 +15,14 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     """Choose the clients of the next round and its numbers.
 
     Clients of busy nodes are not asked, nor those whose late reply this round will take: one update a round.
+    A client whose site has withdrawn is not asked again.
     """
     config, round_num = session.config, state.round_num + 1
     free = set(session.transport.node_ids()) - {reply.node_id for reply in session.transport.overdue}
     able = clients_that_can_afford(session.privacy, state, session.clients, attempt)
     able -= {client for client, barred in session.barred.items() if barred == round_num}
+    codes = [answer for record in state.records for answer in record.codes.items()]
+    able -= {client for client, code in codes if code == WithdrawnError.code}
     available = [c for c in session.clients.values() if c.node_id in free and c.client_id in able]
     voices, rows, most_weights = _shares(session)
     if voices:  # a site draws no more attention than it has a say

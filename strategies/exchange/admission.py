@@ -12,7 +12,7 @@ from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import RunPlan
 from fedllm.secure.homomorphic import key_digest
 from fedllm.secure.parties import party_statement
-from fedllm.wire.joining import join_statement, read_joined, read_signer
+from fedllm.wire.joining import consent_statement, join_statement, read_joined, read_signer
 from strategies.sites import Site, Sites
 
 _KEY_SHOWN = 24  # letters of a public key that are enough to find it
@@ -41,6 +41,10 @@ class Admission:
         config = self.plan.config
         clients = read_joined(content, node_id, most=config.federation.num_clients)
         signer = read_signer(content, join_statement(nonce, config.run.name, self.plan.digest, clients))
+        for client in clients:
+            consent = consent_statement(config.run.name, self.plan.digest, config.run.purpose, client)
+            if client.consent and not verify(signer, consent, client.consent):
+                raise WireError("its site's consent is not to this run, its purpose and these rows")
         clients = [replace(client, identity=signer) for client in clients]
         if self.sites is None or not clients:
             return [replace(client, site=signer) for client in clients]

@@ -23,8 +23,10 @@ def replayed_config(run: Path, name: str) -> RunConfig:
     Raises:
         ConfigError: the keys of `run` cannot be read, or the name is none of a run.
     """
-    keys = {"run.name": name, "run.output": str(run.resolve().parent), "run.resume": True}
-    return RunConfig.from_flat(read_keys(run)).override(keys)
+    output = str(run.resolve().parent)
+    return RunConfig.from_flat(read_keys(run)).override(
+        {"run.name": name, "run.output": output, "run.resume": True}
+    )
 
 
 def begin_replay(run: Path, client: str, guarantee: Guarantee, name: str, *, rows: bool = False) -> Path:
