@@ -1,15 +1,12 @@
 """From a finished run to a new one whose adapter has unlearnt a client approximately (class D)."""
 
-import shutil
 import time
 from pathlib import Path
 
-from clients.canaries import canary_file
 from clients.client_app import app
 from clients.process import PROCESS
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
-from fedllm.files import make_private_folder
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.checkpoint import newest_checkpoint, save_checkpoint
 from fedllm.runs.folder import (
@@ -24,6 +21,7 @@ from fedllm.runs.folder import (
 from fedllm.runs.unlearning import Unlearning, parent_of, write_unlearning
 from scripts.runtimes.local import local_grid, node_config_of
 from scripts.unlearning.approximate import Case, forget, kept_states
+from scripts.unlearning.carried import carry_private
 from strategies.publish import publish_run
 from strategies.start import open_session
 from strategies.unlearning.measured import with_adapter
@@ -55,7 +53,7 @@ def unlearn_approximately(run: Path, client: str, method: str, name: str, reason
     new = config.override({"run.name": name, "run.resume": False})
     with open_run_folder(new) as folder:
         write_left_out(folder, {*read_left_out(run), client})  # nobody asks it again, nor after a resume
-        _take_canaries_along(config, new, run, folder)
+        carry_private(run, config.run.name, folder, name)
         unlearning = Unlearning(
             kind="D", method=method, parent=parent_of(run / "adapter"), reason=reason, seconds=seconds
         )
@@ -68,11 +66,3 @@ def unlearn_approximately(run: Path, client: str, method: str, name: str, reason
         write_rounds(folder, state.records)
         publish_run(folder, plan, state, "", session.clients)
     return folder
-
-
-def _take_canaries_along(config: RunConfig, new: RunConfig, run: Path, folder: Path) -> None:
-    """Keep the secret of the run's canaries under the new name, so that an audit finds the same ones."""
-    secret = canary_file(run / "private", config.run.name)
-    if secret.exists():
-        make_private_folder(folder / "private")
-        shutil.copy2(secret, canary_file(folder / "private", new.run.name))
