@@ -24,8 +24,8 @@ def replayed_config(run: Path, name: str) -> RunConfig:
     Raises:
         ConfigError: the keys of `run` cannot be read, or the name is none of a run.
     """
-    keys = {"run.name": name, "run.output": str(run.resolve().parent), "run.resume": True}
-    return RunConfig.from_flat(read_keys(run)).override(keys)
+    place = {"run.name": name, "run.output": str(run.resolve().parent)}
+    return RunConfig.from_flat(read_keys(run)).override({**place, "run.resume": True})
 
 
 def begin_replay(run: Path, client: str, guarantee: Guarantee, name: str, *, rows: bool = False) -> Path:
