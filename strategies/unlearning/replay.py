@@ -24,8 +24,10 @@ def replayed_config(run: Path, name: str) -> RunConfig:
     Raises:
         ConfigError: the keys of `run` cannot be read, or the name is none of a run.
     """
-    place = {"run.name": name, "run.output": str(run.resolve().parent)}
-    return RunConfig.from_flat(read_keys(run)).override({**place, "run.resume": True})
+    output = str(run.resolve().parent)
+    return RunConfig.from_flat(read_keys(run)).override(
+        {"run.name": name, "run.output": output, "run.resume": True}
+    )
 
 
 def begin_replay(run: Path, client: str, guarantee: Guarantee, name: str, *, rows: bool = False) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,26 +145,27 @@ def test_a_folder_that_holds_something_else_is_left_alone(config_of: Callable, t
 
 
 @pytest.fixture
-def two_texts(rows_file: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """Write the rows twice: one of ben's rows says one thing or another."""
-    lines = rows_file.read_text().splitlines(keepends=True)
-    number = next(n for n, line in enumerate(lines) if json.loads(line)["client"] == "ben")
+def two_texts(rows_file: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Write the rows twice: most of ben's say one thing or another."""
+    lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    changed = [number for number, row in enumerate(lines) if row["client"] == "ben"][:-2]
     files = []
-    for text in ("Return the key.", "Return the wide open line of a file."):
-        row = {**json.loads(lines[number]), "output": text}
-        file = tmp_path / f"rows-{len(files)}.jsonl"
-        file.write_text("".join([*lines[:number], json.dumps(row) + "\n", *lines[number + 1 :]]))
-        (tmp_path / f"forget-{len(files)}.jsonl").write_text(json.dumps(row) + "\n")
-        files.append(file)
+    for version, text in enumerate(("Return the key.", "Return the wide open line of a file.")):
+        for number in changed:
+            lines[number] = {**lines[number], "output": text}
+        for name, rows in (("rows", lines), ("forget", [lines[number] for number in changed])):
+            file = tmp_path / f"{name}-{version}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(tmp_path / f"rows-{version}.jsonl")
     return files[0], files[1]
 
 
-def test_nothing_is_left_of_what_a_forgotten_row_said(
+def test_nothing_is_left_of_what_forgotten_rows_said(
     two_texts: tuple[Path, Path], config_of: Callable, tmp_path: Path
 ) -> None:
     whole, again = [], []
     for number, file in enumerate(two_texts):
-        config = config_of(f"whole-{number}", **{"data.source": str(file)})
+        config = config_of(f"whole-{number}", **{"data.source": str(file), "federation.cohort": 2})
         whole.append(done(config).adapter.digest)
         folder = tmp_path / f"whole-{number}"
         guarantee = guarantee_of(folder, "ben", rows=True)
