@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fedllm
-from scripts import results_cli, site_cli, start_cli
+from scripts import registry_cli, results_cli, site_cli, start_cli
 from scripts.cli_options import SITE_KEY, Json, OnBadRow, Words
 from scripts.command_line import run_app
 from scripts.runtimes.restarts import MOST_RESTARTS
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.add_typer(start_cli.app)
 app.add_typer(results_cli.app)
 app.add_typer(site_cli.app, name="site")
+app.add_typer(registry_cli.app, name="registry")
 
 keys = typer.Typer(help="Keys of sites, nodes and the server.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(keys, name="keys")
@@ -55,11 +56,17 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue after the last complete round.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder that holds run folders.")] = None,
     on_bad_row: OnBadRow = "",
+    groups: Annotated[
+        int, typer.Option(min=0, help="Groups of clients with an adapter each; 0 = one for all.")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Fine-tune: the quickstart, a recipe, or any recipe with other values."""
     from scripts.commands import run_command
 
+    if groups:
+        run_command.run_in_groups(words or [], groups, runtime=runtime, out=out, as_json=json)
+        return
     run_command.run(words or [], runtime=runtime, resume=resume, out=out, on_bad_row=on_bad_row, as_json=json)
 
 
