@@ -161,6 +161,9 @@ def unlearn(
     name: Annotated[str, typer.Option(help="Of the new run; RUN-unlearned.")] = "",
     runtime: Annotated[str, typer.Option(help="local | simulation | deployment")] = "local",
     method: Annotated[str, typer.Option(help="Where no class is exact: ascent | subtraction")] = "ascent",
+    verify: Annotated[
+        int, typer.Option(min=0, help="Seeds with which an approximation is compared with retraining.")
+    ] = 0,
     is_only_told: Annotated[bool, typer.Option("--dry-run", help="Only say what could be promised.")] = False,
     is_prepared: Annotated[
         bool, typer.Option("--prepare", help="Leave the rounds to fedllm serve, with sites elsewhere.")
@@ -175,6 +178,7 @@ def unlearn(
         name or f"{run.resolve().name}-unlearned",
         runtime=runtime,
         method=method,
+        num_seeds=verify,
         is_prepared=is_prepared,
     )
     unlearn_command.unlearn(

@@ -25,7 +25,5 @@ def forget(rows: Path, *, columns: str, file: Path | None) -> None:
     examples = load_one_client(rows, data, client_id="rows", seed=0).client.train
     number = forget_rows(policy.state_folder, examples)
     account_of(policy.site.user).owns(policy.state_folder, policy.state_folder / FORGOTTEN)
-    print(
-        f"{number} rows are forgotten here ({policy.state_folder / FORGOTTEN}); a run begun before still knows"
-    )
-    print("them until its server calls: fedllm unlearn RUN --client NAME --rows-gone")
+    print(f"{number} rows are forgotten here ({policy.state_folder / FORGOTTEN})")
+    print("a run done before forgets them once its server calls fedllm unlearn ... --rows-gone")

@@ -13,6 +13,7 @@ from fedllm.data.fields import Example
 from fedllm.data.shards import load_one_client
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.runs.folder import read_keys
+from fedllm.runs.unlearning import read_unlearning
 from scripts.commands.run_command import do_run
 from scripts.console import Console, shown_path
 from scripts.unlearning.carried import carry_private
@@ -30,6 +31,7 @@ class Wanted:
     name: str
     runtime: str = "local"
     method: str = "ascent"  # of class D
+    num_seeds: int = 0  # with which class D is compared with retraining
     is_prepared: bool = False  # the rounds of class A are left to `fedllm serve`
 
 
@@ -66,7 +68,10 @@ def unlearn(
     elif guarantee.kind == "C":
         folder = redo_group(wanted.run, client, wanted.name, reason)
     else:
-        folder = unlearn_approximately(wanted.run, client, wanted.method, wanted.name, reason)
+        seeds = range(config.seed, config.seed + wanted.num_seeds)
+        folder = unlearn_approximately(wanted.run, client, wanted.method, wanted.name, reason, seeds=seeds)
+    if folder and (unlearning := read_unlearning(folder)) is not None:
+        console.line(unlearning.guarantee)
     if folder and not wanted.is_prepared:
         was, now = shown_path(wanted.run), shown_path(folder)
         console.line(f"{now} has unlearnt it; {was} has not: remove that in time")
