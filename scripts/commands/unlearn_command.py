@@ -70,9 +70,9 @@ def unlearn(
     else:
         seeds = range(config.seed, config.seed + wanted.num_seeds)
         folder = unlearn_approximately(wanted.run, client, wanted.method, wanted.name, reason, seeds=seeds)
-    if folder and (unlearning := read_unlearning(folder)) is not None:
-        console.line(unlearning.guarantee)
     if folder and not wanted.is_prepared:
+        if (unlearning := read_unlearning(folder)) is not None:
+            console.line(unlearning.guarantee)
         was, now = shown_path(wanted.run), shown_path(folder)
         console.line(f"{now} has unlearnt it; {was} has not: remove that in time")
     if as_json:

@@ -144,7 +144,7 @@ def test_each_class_does_its_own_work(run: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(unlearn_command, "guarantee_of", lambda *unused, found=found, **more: found)
         monkeypatch.setattr(unlearn_command, "redo_group", lambda *args: done.append(("group", *args[1:])))
         monkeypatch.setattr(
-            unlearn_command, "unlearn_approximately", lambda *args: done.append(("about", *args[1:]))
+            unlearn_command, "unlearn_approximately", lambda *args, seeds: done.append(("about", *args[1:]))
         )
         call(str(run), "--client", "anna", "--method", "subtraction")
     assert done == [
