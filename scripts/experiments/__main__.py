@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "privacy": "Utility and membership attacks over epsilon, by preset.",
     "small_model": "Make the small language model of the experiments.",
     "same_bits": "Whether two versions of this project train the same adapters, bit for bit.",
+    "unlearning": "What it costs to forget a client with the same bits, against training again without it.",
 }
 
 if __name__ == "__main__":

@@ -37,6 +37,11 @@ class Guarantee:
     epsilon: float | None = None
 
     @property
+    def needs_work(self) -> bool:
+        """Whether the adapter must be made anew."""
+        return self.kind in "CD" or self.first_round > 0
+
+    @property
     def num_again(self) -> int:
         """How many rounds are done again under class A."""
         return self.num_rounds - self.first_round + 1 if self.first_round else 0
@@ -49,6 +54,7 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
         ConfigError: the folder holds no run that can be read, or the client took no part in it.
     """
     plan, records = resolve(RunConfig.from_flat(read_keys(run))), read_rounds(run)
+    num_rounds = records[-1].round_num
     if (run / GROUPS).exists():
         refused = {"A": "its clients trained in groups", "B": _refusal_of_b(plan, rows=rows)}
         why = "the client's group has an adapter of its own, which is trained again without it"
@@ -57,7 +63,6 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
     if client not in starts:
         raise ConfigError(f"{run}: client {client!r} took no part; {_names(starts)} did")
     refused = {"A": _refusal_of_a(plan, records, has_changed=has_changed)}
-    num_rounds = records[-1].round_num
     if not refused["A"]:
         first, why = _first_round(plan, records, starts, client)
         return Guarantee(kind="A", why=why, first_round=first, num_rounds=num_rounds)
