@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from platformdirs import user_cache_path
 from fedllm.errors import ConfigError, IntegrityError
 
 MANIFEST = "manifest.json"
+SIGNATURE = "adapter.sig.json"  # of a signed adapter (fedllm.signing); it signs the manifest too
 _LOOK_SECONDS = 0.05  # more than a look at a lock takes
 _UNFINISHED = re.compile(r"\.(?P<old>old-)?(?P<name>.+)-[a-z0-9_]{8}")  # as `tempfile` names them below
 
@@ -91,12 +92,17 @@ def write_file(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file in one step; readers see the old bytes or the new ones."""
+def write_bytes(path: Path, content: bytes, *, aside: Path | None = None, mode: int = 0o600) -> None:
+    """Replace a file in one step; readers see the old bytes or the new ones.
+
+    It is built in the folder `aside` (the file's own): what a kill leaves there must not stand in a folder of
+    which every file is counted.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=aside or path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, mode)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a crash could leave the new name empty
@@ -192,8 +198,9 @@ def make_private_folder(folder: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `manifest.json`: the SHA-256 of every other file below `folder`."""
-    (folder / MANIFEST).write_text(json.dumps({"sha256": _digests(folder)}, indent=1, sort_keys=True) + "\n")
+    """Write `manifest.json`: the SHA-256 of every other file below `folder`, but for a signature."""
+    digests = file_digests(folder, but=(MANIFEST, SIGNATURE))
+    (folder / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=1, sort_keys=True) + "\n")
 
 
 def verify_manifest(folder: Path) -> None:
@@ -209,21 +216,35 @@ def verify_manifest(folder: Path) -> None:
         raise IntegrityError(f"{path}: absent or unreadable, so nothing vouches for this folder") from None
     if not isinstance(expected, Mapping):
         raise IntegrityError(f"{path}: not a manifest")
-    found = _digests(folder)
+    refuse_difference(folder, expected, file_digests(folder, but=(MANIFEST, SIGNATURE)))
+
+
+def refuse_difference(folder: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Compare the digests that a folder's files should have with those they have (`file_digests`).
+
+    Raises:
+        IntegrityError: a file is missing, extra or changed; the first such file is named.
+    """
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             state = "missing" if name not in found else "not listed" if name not in expected else "changed"
             raise IntegrityError(f"{folder / name}: {state}; restore the folder from a copy")
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def file_digests(folder: Path, *, but: Collection[str] = ()) -> dict[str, str]:
+    """Return the SHA-256 (hex) of every file below a folder by its place in it, without those named in `but`.
+
+    What is neither a file nor a folder, such as a link to a folder, has "" for a digest.
+    """
     digests = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and file != folder / MANIFEST:
-            with file.open("rb") as stream:
-                digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(
-                    stream, "sha256"
-                ).hexdigest()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name in but or (path.is_dir() and not path.is_symlink()):
+            continue
+        digests[name] = ""
+        if path.is_file():
+            with path.open("rb") as stream:
+                digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
 
 

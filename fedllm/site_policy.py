@@ -108,6 +108,14 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """[adapters]: which adapters may be loaded from a folder (docs/signing.md)."""
+
+    signers: tuple[str, ...] = ()  # public keys: only what one of them has signed; none = any, unsigned too
+    min_versions: Mapping[str, int] = field(default_factory=dict)  # by an adapter's name; older are refused
+
+
+@dataclass(frozen=True, kw_only=True)
 class SitePolicy:
     """A machine's own limits; `file` is the site.toml they were read from, None without one.
 
@@ -119,6 +127,7 @@ class SitePolicy:
     allow: Allowed = Allowed()
     limits: Limits = Limits()
     budget: Budget = Budget()
+    adapters: Adapters = Adapters()
     peers: Mapping[str, str] = field(default_factory=dict)
     file: Path | None = None
 
@@ -202,8 +211,14 @@ _TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
         "a list of texts",
     ),
+    Mapping[str, int]: (
+        lambda value: (
+            isinstance(value, dict) and all(type(item) is int and item > 0 for item in value.values())
+        ),
+        "a table of whole numbers from 1, by name",
+    ),
 }
-_TABLES = {"site": Machine, "allow": Allowed, "limits": Limits, "budget": Budget}
+_TABLES = {"site": Machine, "allow": Allowed, "limits": Limits, "budget": Budget, "adapters": Adapters}
 
 
 def load_policy(file: Path | None = None) -> SitePolicy:
@@ -251,6 +266,7 @@ def _read(values: Mapping[str, Any], file: Path) -> SitePolicy:
             raise ConfigError(f"{file}: peers.{name} must be a site's public key, 'ed25519:...'")
     policy = replace(SitePolicy(**tables, file=file), nodes=nodes, peers=peers)
     _check_secure(policy)
+    _check_signers(policy)
     for name, node in nodes.items():
         if policy.allow.servers and node.superlink not in policy.allow.servers:
             raise ConfigError(f"{file}: nodes.{name}.superlink is none of [allow] servers")
@@ -277,6 +293,19 @@ def _check_secure(policy: SitePolicy) -> None:
     ):
         if is_needed and not is_there:
             raise ConfigError(f"{policy.file}: {said} needs {name}; without it {why}")
+
+
+def _check_signers(policy: SitePolicy) -> None:
+    """Refuse signers that are no keys, and versions that nobody vouches for."""
+    if wrong := next((key for key in policy.adapters.signers if not is_public_text(key)), None):
+        raise ConfigError(
+            f"{policy.file}: adapters.signers: {wrong!r} is no public key, 'ed25519:...'; `fedllm keys show`"
+            " prints that of a key file"
+        )
+    if policy.adapters.min_versions and not policy.adapters.signers:
+        raise ConfigError(
+            f"{policy.file}: adapters.min-versions needs adapters.signers; anybody could write a version"
+        )
 
 
 def _table(kind: Callable[..., _Table], values: Mapping[str, Any], where: str) -> _Table:

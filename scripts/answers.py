@@ -29,7 +29,7 @@ def compare_answers(config: RunConfig, adapter: Path) -> Answers:
     prompts, length = list(resolve(config).prompts), config.evaluation.max_new_tokens
     if not prompts or not length:
         return Answers([], [], [])
-    state = load_adapter(adapter).state
+    state = load_adapter(adapter, made_here=True).state
     engine = PROCESS.resident.engine(config.model, state.layout, config.train.token_budget)
     base, number = initial_adapter(state.layout, config.seed), len(prompts)
     answers = engine.generate(

@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.folder import PublishedAdapter, save_adapter
 from fedllm.config.run_config import RunConfig
-from fedllm.errors import ConfigError
-from fedllm.models.files import EMBEDDED_ALIAS, EMBEDDED_HUB_ID, resolve_model
+from fedllm.errors import ConfigError, PolicyError
+from fedllm.models.files import name_to_resolve, resolve_model
 from fedllm.runs.checkpoint import newest_checkpoint, newest_round
 from fedllm.runs.folder import CHECKPOINTS, RESULT, read_keys
+from fedllm.site_policy import load_policy
 from scripts.console import shown_path
 
 PARTITION = "partition.json"  # how the rows of a run were dealt, in its folder
@@ -40,12 +41,17 @@ def adapter_of(target: Path) -> Iterator[Found]:
     Raises:
         ConfigError: there is neither an adapter nor a round of a run, or the run's configuration is damaged.
         CheckpointError: no checkpoint is intact.
+        PolicyError: the run is not finished, and this machine takes signed adapters alone.
     """
     if not newest_round(target / CHECKPOINTS) or _status(target) == "completed":
         folder, config = find_adapter(target)
         yield Found(folder, config, trained_clients(folder.parent))
         return
-    config = _config_of(target)
+    config, policy = _config_of(target), load_policy()
+    if policy.adapters.signers:
+        raise PolicyError(
+            f"{target}: not finished, so not signed, as [adapters] signers of {policy.file} asks"
+        )
     state, notes = newest_checkpoint(target / CHECKPOINTS)
     files = resolve_model(config.model.name)
     notes.append(f"not finished: the adapter of round {state.round_num}; to go on: {resume_command(target)}")
@@ -101,8 +107,7 @@ def _status(run: Path) -> str:
 
 def bare_config(published: PublishedAdapter) -> RunConfig:
     """Return a configuration that loads the base model an adapter names."""
-    name = EMBEDDED_ALIAS if published.base_model == EMBEDDED_HUB_ID else published.base_model
-    return RunConfig.from_flat({"model.name": f"{name}@{published.revision}" if published.revision else name})
+    return RunConfig.from_flat({"model.name": name_to_resolve(published.base_model, published.revision)})
 
 
 def check_new(path: Path, option: str) -> None:

@@ -17,6 +17,7 @@ from fedllm.models.files import ModelFiles, copy_tokenizer, resolve_model
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import write_result
+from fedllm.runs.lineage import write_lineage
 from fedllm.runs.spread import measured_ends, spread_and_losses
 from strategies.card import model_card, statement_on_privacy, with_answers
 from strategies.divergence import warnings_of
@@ -25,15 +26,21 @@ MOST_LETTERS = 4000  # of a text in result.json, so that it stays readable whate
 
 
 def publish_run(
-    folder: Path, plan: RunPlan, state: ServerState, stopped: str, joined: Mapping[str, JoinedClient]
+    folder: Path,
+    plan: RunPlan,
+    state: ServerState,
+    stopped: str,
+    joined: Mapping[str, JoinedClient],
+    bundle: str = "",
 ) -> list[str]:
-    """Write what a finished run leaves: the adapter, under a privacy plan its statement, and `result.json`.
+    """Write what a finished run leaves: adapter, lineage, a privacy plan's statement, and `result.json`.
 
     Returns the warnings in it. `stopped` says why the run ended before its last round, "" where it did not;
-    `joined` are the clients that took part.
+    `joined` are the clients that took part, `bundle` the digest of the code that was shipped to them.
     """
     files = resolve_model(plan.config.model.name)
     result = summary(state, publish_adapter(folder, plan, files, state, joined))
+    write_lineage(folder, plan, files, bundle=bundle, num_clients=len(state.num_drawn))
     if stopped:
         result["stopped"] = stopped
     statement = statement_on_privacy(plan, state)

@@ -61,7 +61,7 @@ def run_federation(
                 before, state = state, step(session, state)
                 if state is not before:
                     _save(session, state, folder)  # before parties remove what they keep of the run
-        for line in publish_run(folder, plan, state, stopped, session.clients):
+        for line in publish_run(folder, plan, state, stopped, session.clients, session.transport.bundle):
             watch.notice(f"warning: {line}")
         return state
 

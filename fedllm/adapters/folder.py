@@ -17,7 +17,8 @@ import torch
 from fedllm.adapters.layout import AdapterLayout, AdapterState, layout_from_dict
 from fedllm.adapters.peft_reading import peft_config
 from fedllm.errors import FedLLMError, IntegrityError
-from fedllm.files import complete_folder, verify_manifest
+from fedllm.files import SIGNATURE, complete_folder, verify_manifest
+from fedllm.signing.trust import check_trusted
 
 WEIGHTS = "adapter_model.safetensors"
 DESCRIPTION = "fedllm.json"
@@ -67,16 +68,19 @@ def save_adapter(
 
 
 def replace_card(folder: Path, card: str) -> None:
-    """Replace the README.md of a published adapter; the rest of the folder stays as it is."""
+    """Replace the README.md of a published adapter; a signature, which was of another card, goes."""
     with complete_folder(folder, is_public=True) as building:
-        shutil.copytree(folder, building, dirs_exist_ok=True)
+        shutil.copytree(folder, building, ignore=shutil.ignore_patterns(SIGNATURE), dirs_exist_ok=True)
         (building / "README.md").write_text(card)
 
 
-def load_adapter(folder: Path) -> PublishedAdapter:
+def load_adapter(folder: Path, *, made_here: bool = False) -> PublishedAdapter:
     """Return the adapter in a folder written by `save_adapter`, or refuse it.
 
+    One that this machine has just made itself (`made_here`) needs no signature, whatever its policy.
+
     Raises:
+        PolicyError: this machine's policy asks for a signature, or for a later version.
         IntegrityError: a file is missing, extra, pickled or changed; a tensor is missing, renamed, of another
             shape or dtype, or not finite.
     """
@@ -87,6 +91,8 @@ def load_adapter(folder: Path) -> PublishedAdapter:
     if not (folder / WEIGHTS).is_file():
         raise IntegrityError(f"{folder}: no {WEIGHTS}, so not an adapter folder")
     verify_manifest(folder)
+    if not made_here:
+        check_trusted(folder)
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         state = load_tensors(folder / WEIGHTS, layout_from_dict(description["layout"])).checked_finite()

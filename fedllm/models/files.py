@@ -82,6 +82,12 @@ def resolve_model(name: str) -> ModelFiles:
     return ModelFiles(path, name, "", may_run_code(path), f"{name}@sha256:{digest}" if digest else "")
 
 
+def name_to_resolve(public_name: str, revision: str) -> str:
+    """Return the `resolve_model` name of a base model that an adapter names as others know it."""
+    name = EMBEDDED_ALIAS if public_name == EMBEDDED_HUB_ID else public_name
+    return f"{name}@{revision}" if revision else name
+
+
 def is_local_model(name: str) -> bool:
     """Return whether a model's name is a path on this machine rather than the alias or a hub id."""
     path, hub_id = _local_path(name), name.partition("@")[0]  # a revision too may have slashes

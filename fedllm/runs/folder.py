@@ -10,6 +10,7 @@ runs/NAME/decisions.jsonl   what answered and what was decided (strategies/decis
 runs/NAME/checkpoints/      the newest two
 runs/NAME/tracking.json     what each tracker calls the run, and the last round it was sent (docs/tracking.md)
 runs/NAME/adapter/          the published PEFT folder
+runs/NAME/lineage.json      how it came about, for its statement (docs/signing.md); has clients' names
 runs/NAME/privacy.json      what may be said of its privacy, under a privacy plan (docs/privacy.md)
 runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters; in
                             server/ the noise secret and the ledger of a private run

@@ -60,7 +60,7 @@ def open_case(target: Path, *, max_rows: int, scratch: Path) -> Case:
             " itself, so there is nothing to audit in it"
         )
     folder = adapter_folder.parent
-    published = load_adapter(adapter_folder)
+    published = load_adapter(adapter_folder, made_here=True)  # what is found here is signed with it later
     process = Process()
     engine = process.resident.engine(config.model, published.state.layout, config.train.token_budget)
     own = own_rows(config).override({"personal.mode": "none"})

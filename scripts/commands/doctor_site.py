@@ -1,7 +1,7 @@
 """`fedllm doctor --site`: what this machine's owner permits, and every field that will leave it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,7 @@ from fedllm.site_policy import MESSAGES, SitePolicy, load_policy
 from fedllm.wire.leaving import fields_that_leave
 from scripts.console import Console
 
-_TABLES = ("site", "allow", "limits", "budget")
+_TABLES = ("site", "allow", "limits", "budget", "adapters")
 
 
 def doctor_site() -> None:
@@ -30,9 +30,12 @@ def doctor_site() -> None:
 def _policy_lines(policy: SitePolicy) -> Iterator[str]:
     for name in _TABLES:
         table = getattr(policy, name)
+        default = type(table)()
         yield f"[{name}]"
         for item in fields(table):
-            yield f"  {_key(item.name)} = {_shown(getattr(table, item.name))}{_of_default(table, item)}"
+            value = getattr(table, item.name)
+            is_default = value == getattr(default, item.name)
+            yield f"  {_key(item.name)} = {_shown(value)}{'  (default)' * is_default}"
     if policy.peers:
         yield "[peers]"
         yield from (f"  {name} = {_shown(key)}" for name, key in policy.peers.items())
@@ -70,10 +73,8 @@ def _key(name: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name} = {_shown(each)}" for name, each in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-def _of_default(table: Any, item: Any) -> str:
-    return "  (default)" if getattr(table, item.name) == item.default else ""

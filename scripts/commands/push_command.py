@@ -11,14 +11,15 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from fedllm.adapters.folder import DESCRIPTION, WEIGHTS
 from fedllm.errors import ConfigError, FedLLMError
-from fedllm.files import MANIFEST, verify_manifest
+from fedllm.files import MANIFEST, SIGNATURE, verify_manifest
 from fedllm.models.files import TOKENIZER_FILES, first_line
+from fedllm.signing.trust import check_trusted
 from scripts.console import Console, shown_path
 from scripts.finished_run import find_adapter
 
 # All that may leave by this command; what else lies in the folder stops it.
 PUBLIC = (
-    *("README.md", "adapter_config.json", WEIGHTS, DESCRIPTION, MANIFEST, *TOKENIZER_FILES),
+    *("README.md", "adapter_config.json", WEIGHTS, DESCRIPTION, MANIFEST, SIGNATURE, *TOKENIZER_FILES),
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
@@ -74,6 +75,8 @@ def publishable(target: Path) -> tuple[Path, list[Path]]:
     is_merged = (target / "config.json").is_file() and not (target / "adapter").is_dir()
     folder = target if is_merged else find_adapter(target)[0]
     verify_manifest(folder)
+    if not is_merged:
+        check_trusted(folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in files:
         name = file.relative_to(folder).as_posix()

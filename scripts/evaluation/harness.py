@@ -52,7 +52,8 @@ def _model_arguments(target: str) -> Iterator[dict[str, Any]]:
         yield {"pretrained": str(resolve_model(target).folder), "device": str(choose_device("auto"))}
         return
     with adapter_of(Path(target)) as found:
-        model = (found.config or bare_config(load_adapter(found.folder))).model
+        published = load_adapter(found.folder)  # PEFT itself asks for neither digests nor signature
+        model = (found.config or bare_config(published)).model
         base, device = resolve_model(model.name).folder, choose_device(model.device)
         yield {"pretrained": str(base), "peft": str(found.folder.resolve()), "device": str(device)}
 

@@ -48,7 +48,8 @@ def own_adapters(run: Column) -> dict[str, AdapterState]:
     holder = PROCESS.open(config.to_flat(), node_config_of(config))
     if plan.personal is None:
         folders = {name: home_folder(holder.store, name) for name in holder.clients}
-        return {name: load_adapter(folder).state for name, folder in folders.items() if folder.is_dir()}
+        made = {name: folder for name, folder in folders.items() if folder.is_dir()}
+        return {name: load_adapter(folder, made_here=True).state for name, folder in made.items()}
     rank = plan.personal.rank
     kept = {name: load_newest(holder.store, name) for name in holder.clients}
     wide = at_rank(run.layout, run.layout.rank + rank)

@@ -98,6 +98,11 @@ class Transport:
         """Return whether all nodes are there from the start, and work in turns."""
         return self.grid.run.primary_task_type == TaskType.SIMULATION
 
+    @property
+    def bundle(self) -> str:
+        """The SHA-256 of the code that Flower ships to the nodes, "" where it ships none."""
+        return self.grid.run.fab_hash
+
     def usual_deadline(self, message_type: str) -> float:
         """Return how long to wait for the answers to messages of a type, by the times of earlier ones.
 

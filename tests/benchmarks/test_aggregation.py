@@ -52,6 +52,7 @@ def test_a_total_counts_every_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert total["svd"] == pytest.approx(5 * figures["svd"]["cpu_s"].median)
 
 
+@pytest.mark.soak
 def test_the_benchmark_prints_one_object(capsys, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregation, "MODELS", {"tiny": Model(2, (SHAPE, Shape(8, 6, 2)))})
     monkeypatch.setattr(aggregation, "MOST_HELD", 20)

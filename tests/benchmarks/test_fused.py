@@ -81,6 +81,7 @@ def test_fusing_is_judged_on_a_gpu_only_and_not_for_tiny() -> None:
     assert not goals_of(REAL, GPU, _figures(0.8, 4.9))["fused_8_over_alone_at_200_tokens"].met
 
 
+@pytest.mark.soak
 def test_a_run_on_the_tiny_model_ends_in_one_json_object(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

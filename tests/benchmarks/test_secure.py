@@ -1,9 +1,12 @@
 """The benchmark of masked sums sends and sums what the protocol does."""
 
+import pytest
+
 from scripts.benchmarks.secure import goals_of, measured_sum
 from scripts.benchmarks.shared_sums import measured_shared
 
 
+@pytest.mark.soak
 def test_a_measured_sum_is_exact_and_counts_its_bytes() -> None:
     found = measured_sum(10, 2, 1, 2000)
     assert found["is_exact"]
@@ -12,6 +15,7 @@ def test_a_measured_sum_is_exact_and_counts_its_bytes() -> None:
     assert goals_of({"one": found}, {})["exact_sums"].met
 
 
+@pytest.mark.soak
 def test_a_sum_by_shares_is_exact_and_counts_its_bytes() -> None:
     found = measured_shared(5, 1, 2000)
     assert found["is_exact"]

@@ -60,7 +60,7 @@ def test_ctrl_c_leaves_complete_rounds_and_one_line(tiny_run, fedllm, tmp_path):
     assert f"the adapter of round {number}; to go on: fedllm run" in evaluated.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize(
     ("sign", "runtime"), [(signal.SIGKILL, "simulation"), (signal.SIGTERM, "deployment")]

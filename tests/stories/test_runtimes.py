@@ -62,7 +62,7 @@ def test_a_simulation_equals_the_local_runtime(tiny_run, fedllm, tmp_path):
     fedllm("compare", str(tmp_path / "local"), str(tmp_path / "simulation"), "--assert-equal")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_gpus_are_two_workers_and_the_same_bits(tiny_run, monkeypatch, tmp_path):
     changes = ["model.device=auto", "federation.num-clients=2", f"run.output={tmp_path}", "run.name=two"]
     config = config_of(tiny_run, changes)
@@ -90,7 +90,7 @@ def _kept(folder: Path) -> dict[str, bytes]:
     return {"/".join(file.parts[1:]): content for file, content in kept.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_failed_simulation_is_one_line(tiny_run, fedllm, tmp_path):
     words = [*tiny_run, "train.learning-rate=1e30", "federation.max-retries=0", "run.name=wild"]
     words.append("federation.num-clients=2")

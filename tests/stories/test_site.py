@@ -122,7 +122,7 @@ def test_a_run_completes_and_its_code_is_never_unpacked(site: Started) -> None:
     assert unpacked == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_bundle_that_is_not_pinned_gets_nothing(site: Started) -> None:
     file = site.folder / "site.toml"
     before = file.read_text()

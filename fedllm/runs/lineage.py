@@ -1,0 +1,154 @@
+"""How an adapter came about: what a run notes of it, and the statement that can then be signed.
+
+`lineage.json` in the run folder has what only the run itself knows when it ends: the digests of its base
+model and code, and who took part. All else is read from the folder's other files when the adapter is signed.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fedllm.adapters.folder import WEIGHTS, load_adapter
+from fedllm.errors import ConfigError, ModelError
+from fedllm.files import SIGNATURE, verify_manifest, write_file
+from fedllm.models.files import ModelFiles, content_digest, fingerprint, name_to_resolve, resolve_model
+from fedllm.plan.run_plan import RunPlan
+from fedllm.runs.folder import RESULT, START
+from fedllm.siblings import ROOT
+from fedllm.signing.statement import AdapterStatement, signature_digest
+
+LINEAGE, UNLEARNING = "lineage.json", "unlearning.json"
+_SHIPPED = ("fedllm", "clients", "strategies")  # packages that compute with a run's text
+
+
+def write_lineage(
+    folder: Path,
+    plan: RunPlan,
+    files: ModelFiles,
+    *,
+    num_clients: int,
+    bundle: str = "",
+    consent: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write `lineage.json` of a run that has ended.
+
+    `bundle` is the digest of the code that Flower shipped. `consent` has the "purpose" of the run, and in
+    "clients" each one's salted "commitment" to its rows and the digest of its site's "consent".
+    """
+    lineage = {
+        "run": {"name": plan.config.run.name, "plan": plan.digest},
+        "base": _base(files),
+        "app": {"source": source_digest(), "bundle": bundle},
+        "num_clients": num_clients,
+        "consent": {"purpose": plan.config.run.purpose, **consent},
+    }
+    write_file(folder / LINEAGE, json.dumps(lineage, indent=1) + "\n")
+
+
+def statement_of_run(folder: Path) -> AdapterStatement:
+    """Return what can be said of the adapter of a finished run, unsigned and without a version.
+
+    Names of clients are not in it.
+
+    Raises:
+        ConfigError: the run is not finished, or a file of it is missing or damaged.
+        IntegrityError: a file of the adapter was changed since it was published.
+    """
+    result = _read(folder / RESULT)
+    if result.get("status") != "completed":
+        raise ConfigError(f"{folder}: not a finished run; go on with --resume, then sign")
+    verify_manifest(folder / "adapter")
+    lineage = _read(folder / LINEAGE)
+    privacy, unlearning = (
+        _read(folder / name) if (folder / name).exists() else None for name in ("privacy.json", UNLEARNING)
+    )
+    config = hashlib.sha256((folder / "config.toml").read_bytes()).hexdigest()
+    try:
+        consent = lineage["consent"]
+        clients = consent.get("clients", {}).values()
+        return AdapterStatement(
+            name=lineage["run"]["name"],
+            run={**lineage["run"], "config": config},
+            parents=_parents(folder, unlearning),
+            base=lineage["base"],
+            app={"version": _read(folder / "environment.json")["fedllm"], **lineage["app"]},
+            clients={"number": lineage["num_clients"], "commitments": _told(clients, "commitment")},
+            privacy=privacy,
+            consent={"purpose": consent["purpose"], "consents": _told(clients, "consent")},
+            unlearning=unlearning,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder / LINEAGE}: damaged ({type(error).__name__}); restore it") from None
+
+
+def statement_of_adapter(folder: Path, base: str = "") -> AdapterStatement:
+    """Return what can be said of an adapter folder without its run: its name and base model.
+
+    `base` names the base model on this machine, where the adapter's own name for it does not.
+
+    Raises:
+        ModelError: that model is not on this machine, or is another one.
+        IntegrityError: the folder was changed since it was written.
+    """
+    published = load_adapter(folder, made_here=True)
+    files = resolve_model(base or name_to_resolve(published.base_model, published.revision))
+    if fingerprint(files.folder) != published.state.layout.fingerprint:
+        raise ModelError(f"{folder}: trained on another base model than {files.public_name} on this machine")
+    named = {"name": published.base_model, "revision": published.revision}
+    return AdapterStatement(name=folder.resolve().name, base={**_base(files), **named})
+
+
+def adapter_digest(folder: Path) -> str:
+    """Return by what a statement names an earlier adapter: its signature, where unsigned its weights.
+
+    Raises:
+        OSError: there are no weights.
+    """
+    if (folder / SIGNATURE).exists():
+        return signature_digest(folder)
+    return weights_name(hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
+
+
+def weights_name(digest: str) -> str:
+    """Return by what a statement names an unsigned adapter whose weights file has this SHA-256."""
+    return f"weights:{digest}"
+
+
+def _base(files: ModelFiles) -> dict[str, str]:
+    return {"name": files.public_name, "revision": files.revision, "digest": content_digest(files.folder)}
+
+
+def source_digest() -> str:
+    """Return the SHA-256 (hex) of this code: the same wherever it runs, shipped by Flower or installed."""
+    files = [file for package in _SHIPPED for file in (ROOT / package).rglob("*.py")]
+    sources = {
+        file.relative_to(ROOT).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
+    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
+
+
+def _parents(folder: Path, unlearning: Mapping[str, Any] | None) -> tuple[dict[str, str], ...]:
+    parents = []
+    if (folder / START).is_dir():
+        parents.append({"relation": "retrained-from", "digest": adapter_digest(folder / START)})
+    if unlearning is not None:
+        parents.append({"relation": "unlearned-from", "digest": str(unlearning["parent"])})
+    return tuple(parents)
+
+
+def _told(clients: Any, name: str) -> list[str]:
+    """Return what clients told, sorted: the order is not to say whose it is."""
+    return sorted(client[name] for client in clients if client.get(name))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({type(error).__name__})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: damaged; restore it")
+    return found

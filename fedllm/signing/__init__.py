@@ -1,0 +1,1 @@
+"""Signed adapters: who vouches for which files, and how they came about."""
