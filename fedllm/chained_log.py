@@ -31,8 +31,10 @@ class LogCheck:
     num_torn: int = 0
 
 
-def append(path: Path, *entries: Mapping[str, Any], is_flushed: bool = True) -> None:
-    """Add entries in one step; when this returns they are on disk. An absent log is made, for this user only.
+def append(path: Path, *entries: Mapping[str, Any], is_flushed: bool = True) -> str:
+    """Add entries in one step, and return the digest of the last line; by then they are on disk.
+
+    An absent log is made, for this user only.
 
     Several threads and processes may add to one log. What a crash left of an unfinished line is removed
     first: its `append` never returned, so nothing that hangs on it has happened. Without `is_flushed` they
@@ -65,6 +67,7 @@ def append(path: Path, *entries: Mapping[str, Any], is_flushed: bool = True) -> 
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+    return previous
 
 
 def verify(path: Path, head: str = "") -> LogCheck:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fedllm
-from scripts import results_cli, site_cli, start_cli
+from scripts import registry_cli, results_cli, site_cli, start_cli
 from scripts.cli_options import Json, OnBadRow, Words
 from scripts.command_line import run_app
 from scripts.runtimes.restarts import MOST_RESTARTS
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.add_typer(start_cli.app)
 app.add_typer(results_cli.app)
 app.add_typer(site_cli.app, name="site")
+app.add_typer(registry_cli.app, name="registry")
 
 keys = typer.Typer(help="Keys of sites, nodes and the server.", no_args_is_help=True, suggest_commands=False)
 app.add_typer(keys, name="keys")
