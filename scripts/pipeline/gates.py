@@ -125,7 +125,9 @@ def _at_most(value: float | None, limit: float) -> Gate:
 
 def _above_controls(memorisation: Mapping[str, float], name: str) -> float | None:
     """Return by how much a share is above that of held-out texts and of the base model; None = unmeasured."""
-    controls = [memorisation[f"{name}_{kind}"] for kind in ("held_out", "base") if f"{name}_{kind}" in memorisation]
+    controls = [
+        memorisation[f"{name}_{kind}"] for kind in ("held_out", "base") if f"{name}_{kind}" in memorisation
+    ]
     return memorisation[name] - max(controls) if name in memorisation and controls else None
 
 

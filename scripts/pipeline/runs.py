@@ -35,7 +35,9 @@ def look_at(federate: Federate, settings: Settings, adapter: Path | None) -> Loo
     shutil.rmtree(folder, ignore_errors=True)
     put_start(folder, adapter)
     federate([*_words(settings, LOOK), "evaluation.every=only", "evaluation.prompts=", "track.to="])
-    joined = {entry["client"]: entry for entry in read_entries(folder / DECISIONS) if entry["event"] == "joined"}
+    joined = {
+        entry["client"]: entry for entry in read_entries(folder / DECISIONS) if entry["event"] == "joined"
+    }
     num_rows = sum(entry["num_train"] + entry["num_held_out"] for entry in joined.values())
     return Look(gate_figures(folder).after, num_rows)
 
@@ -58,7 +60,7 @@ def run_folder(settings: Settings, name: str) -> Path:
 
 
 def put_start(folder: Path, adapter: Path | None) -> None:
-    """Copy an adapter, with its signature, to where the run in `folder` starts from; a copy stays as it is."""
+    """Copy an adapter, with its signature, to where the run in `folder` starts from, unless it is there."""
     if adapter is None or (folder / START).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@
     add       the new adapter becomes a signed version of the registry
     promote   and comes into use
 
-A step that a kill interrupts is done again from the state before it. So whatever a step changes outside of the
-state it finds done already: a complete run, a version, an alias, a line of the registry's log.
+A step that a kill interrupts is done again from the state before it. So it leaves as it is what it finds done
+already: a complete run, a version, an alias, a line of the registry's log.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -195,9 +195,7 @@ def _is_signed(pipeline: Pipeline, state: PipelineState) -> bool | None:
     if not state.parent:
         return None
     try:
-        read_statement(
-            run_folder(pipeline.settings, run_name(state)) / START, [public_text(pipeline.key)]
-        )
+        read_statement(run_folder(pipeline.settings, run_name(state)) / START, [public_text(pipeline.key)])
     except IntegrityError:
         return False
     return True
