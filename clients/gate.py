@@ -251,9 +251,12 @@ def _check_sender(question: Question) -> None:
 def _check_run(question: Question) -> None:
     """Refuse a run that as a whole asks for more than is permitted, at its first question already."""
     allow, limits, config = question.policy.allow, question.policy.limits, question.config
-    if allow.secure_aggregation == "required" and question.plan.secure is None:
+    secure = question.plan.secure
+    if allow.secure_aggregation == "required" and (secure is None or not secure.withstands_lies):
         raise _refusal(
-            question, "[allow] secure-aggregation = 'required', and the run's secure.method is 'none'"
+            question,
+            "[allow] secure-aggregation = 'required', and the run's secure.method is"
+            f" {config.secure.method!r}; masks and shares hide an update from a server that lies",
         )
     purpose = str(question.run_config.get("run.purpose", ""))
     if allow.purposes and purpose not in allow.purposes:

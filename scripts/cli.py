@@ -8,7 +8,7 @@ import typer
 
 import fedllm
 from scripts import registry_cli, results_cli, site_cli, start_cli
-from scripts.cli_options import Json, OnBadRow, Words
+from scripts.cli_options import SITE_KEY, Json, OnBadRow, Words
 from scripts.command_line import run_app
 from scripts.runtimes.restarts import MOST_RESTARTS
 from scripts.terminal import make_output_plain
@@ -133,12 +133,22 @@ def doctor(
 
 @keys.command("new")
 def new_key(
-    path: Annotated[Path, typer.Argument(help="The file to make.")] = Path("~/.config/fedllm/site.key"),
+    path: Annotated[Path, typer.Argument(help="The file to make.")] = SITE_KEY,
 ) -> None:
     """Make the key by which this site proves who it is, and print the line for the server's list of sites."""
     from scripts.commands import keys_command
 
     keys_command.new(path)
+
+
+@keys.command("show")
+def show_key(
+    path: Annotated[Path, typer.Argument(help="A file that `fedllm keys new` made.")] = SITE_KEY,
+) -> None:
+    """Print the public half of a key, as other machines write it down."""
+    from scripts.commands import keys_command
+
+    keys_command.show(path)
 
 
 @keys.command("server")

@@ -1,8 +1,11 @@
 """Arguments and options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+SITE_KEY = Path("~/.config/fedllm/site.key")  # where `fedllm keys new` puts a key
 
 
 def complete_word(incomplete: str) -> list[str]:

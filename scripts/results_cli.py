@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from scripts.cli_options import Base, Json, Words
+from scripts.cli_options import SITE_KEY, Base, Json, Words
 
 app = typer.Typer(suggest_commands=False)
 
@@ -173,6 +173,38 @@ def export(
     from scripts.commands import export_command
 
     export_command.export(target, merge=merge, gguf=gguf, dtype=dtype, base=base, shard=shard, as_json=json)
+
+
+@app.command()
+def sign(
+    target: Annotated[Path, typer.Argument(help="A finished run, or an adapter folder.")],
+    key: Annotated[Path, typer.Option(help="A file that `fedllm keys new` made.")] = SITE_KEY,
+    name: Annotated[str, typer.Option(help="Of the adapter; else the run's or the folder's.")] = "",
+    version: Annotated[int, typer.Option(min=0, help="Of the adapter of that name; 0 = none.")] = 0,
+    base: Base = "",
+    json: Json = False,
+) -> None:
+    """Sign an adapter with how it came about: base model, code, clients, privacy, parents."""
+    from scripts.commands import sign_command
+
+    sign_command.sign(target, key=key, name=name, version=version, base=base, as_json=json)
+
+
+@app.command()
+def verify(
+    target: Annotated[Path, typer.Argument(help="A run or an adapter folder.")],
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A public key that may have signed it.", show_default="[adapters] signers of site.toml"
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check the signature and every file of an adapter, and print what the signer says of it."""
+    from scripts.commands import sign_command
+
+    sign_command.verify(target, keys=key or [], as_json=json)
 
 
 @app.command()

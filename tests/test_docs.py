@@ -27,7 +27,7 @@ from scripts.cli import app
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 ROOMS = ("fedllm", "clients", "strategies", "scripts")
-SITE_TABLES = {"site", "nodes", "allow", "limits", "budget", "peers"}  # of a site.toml
+SITE_TABLES = {"site", "nodes", "allow", "limits", "budget", "adapters", "peers"}  # of a site.toml
 COMMAND = typer.main.get_command(app)
 KEYS = RunConfig().to_flat()
 

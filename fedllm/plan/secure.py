@@ -27,6 +27,11 @@ class SecurePlan:
         """Whether the server passes boxes on and knows no sum, and so no adapter, until the run is over."""
         return self.method == "shares"
 
+    @property
+    def withstands_lies(self) -> bool:
+        """Whether a server that breaks the protocol learns no single update either: not under he."""
+        return self.method != "he"
+
 
 def secure_plan(section: SecureConfig, cohort: CohortPlan, *, node_sum: bool) -> SecurePlan | None:
     """Return how a run's updates are summed in secret, None where the server sees each (`none`).

@@ -1,8 +1,8 @@
-"""`fedllm keys`: the key of a site."""
+"""`fedllm keys`: the key of a site, and of whoever signs adapters."""
 
 from pathlib import Path
 
-from fedllm.identity import new_key, public_text
+from fedllm.identity import load_key, new_key, public_text
 
 
 def new(path: Path) -> None:
@@ -14,3 +14,8 @@ def new(path: Path) -> None:
     print(
         f'\nIn the server\'s list of sites (federation.sites):\n    [sites.NAME]\n    public-key = "{public}"'
     )
+
+
+def show(path: Path) -> None:
+    """Print the public half of a key."""
+    print(public_text(load_key(path.expanduser())))

@@ -108,9 +108,11 @@ def run_in(runtime: str, config: RunConfig, view: RunView) -> None:
     """
     if runtime == "local":
         from scripts.runtimes.local import local_grid
+        from scripts.runtimes.machine import least_nodes
         from strategies.run import run_federation
 
-        run_federation(config, local_grid(config, app), view.watch(), resident=PROCESS.resident)
+        grid = local_grid(config, app, least_nodes(config))
+        run_federation(config, grid, view.watch(), resident=PROCESS.resident)
     else:
         from scripts.runtimes.flower import run_with_flower
 

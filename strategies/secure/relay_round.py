@@ -63,7 +63,17 @@ class RelayRound:
         return tuple(name for name in self.asked.exchange.names if name in self.boxes)
 
     def add_to(self, requests: Mapping[int, RecordDict]) -> None:
-        """Name in the request to each node the parties of the sum, and who holds their shares."""
+        """Name in the request to each node the parties of the sum, and who holds their shares.
+
+        Raises:
+            RunFailedError: the clients of the run are at fewer nodes than hold shares.
+        """
+        num_nodes = len({client.node_id for client in self.session.clients.values()})
+        if num_nodes < NUM_HOLDERS:  # before anything is trained, since no attempt can do better
+            raise RunFailedError(
+                f"secure.method = 'shares' needs clients at {NUM_HOLDERS} different nodes, and they are at"
+                f" {num_nodes}; start more nodes, or use secure.method = 'masks'"
+            )
         hosted = self.session.by_node(self.plan.asked)
         for node, content in requests.items():
             add_sums(content, [replace(self.asked, clients=tuple(hosted[node]))])
@@ -118,13 +128,11 @@ class RelayRound:
         """Ask each holder for the sum of its shares.
 
         Raises:
-            SecureError: too few parties answered, there are too few nodes, or a holder does not open its sum.
+            SecureError: too few parties answered, or a holder does not open its sum.
         """
         answered, least = self.answered, self.asked.exchange.threshold
         if len(answered) < least:
             raise SecureError(f"{len(answered)} parties answered, and {least} are needed")
-        if len(self.holders) < NUM_HOLDERS:
-            raise SecureError(f"secure.method = 'shares' needs parties at {NUM_HOLDERS} different nodes")
         questions = {}
         for place, holder in enumerate(self.holders):
             parts = {party: self.boxes[party][place] for party in answered}

@@ -179,6 +179,7 @@ def test_where_secret_sums_are_required_no_plain_update_leaves(
     asked = [plain.join(), plain.train(), plain.evaluate(), plain.stock("train"), plain.unmask()]
     assert asked == ["policy"] * 5
     assert "[allow] secure-aggregation = 'required', and the run's secure.method is 'none'" in caplog.text
+    assert hostile(sender, **{**MASKS, "secure.method": "he"}).join() == "policy", "a server may lie"
     server = hostile(sender, **MASKS)
     joined = server.reply("query.join", joining.write_question("0" * 32))
     assert (len(joined["secure"]["signatures"][0]), joined["secure"]["pinned"]) == (64, True)

@@ -5,7 +5,7 @@ import torch
 
 from fedllm.config.run_config import RunConfig
 from scripts.runtimes import machine
-from scripts.runtimes.machine import gpus_of, simulation_size
+from scripts.runtimes.machine import gpus_of, least_nodes, simulation_size
 
 
 def run_on(device: str) -> RunConfig:
@@ -38,6 +38,14 @@ def test_several_gpus_are_as_many_nodes_and_workers(machine_of) -> None:
         "num-supernodes": 4, "client-resources-num-cpus": 4, "init-args-num-cpus": 16,
         "client-resources-num-gpus": 1.0, "init-args-num-gpus": 4,
     }  # fmt: skip
+
+
+def test_sums_of_shares_have_three_nodes_in_one_worker(machine_of) -> None:
+    machine_of(0)
+    config = RunConfig.from_flat({"model.device": "cpu", "secure.method": "shares"})
+    size = simulation_size(config)
+    assert (size["num-supernodes"], least_nodes(config)) == (3, 3)
+    assert size["client-resources-num-cpus"] == size["init-args-num-cpus"] == 16
 
 
 def test_workers_fit_where_gpus_outnumber_cores(machine_of) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedllm.errors import IntegrityError
 from fedllm.files import SIGNATURE, write_manifest
@@ -36,12 +37,7 @@ STATEMENT = AdapterStatement(
 
 
 @pytest.fixture
-def key(tmp_path: Path):  # type: ignore[no-untyped-def]
-    return new_key(tmp_path / "key")
-
-
-@pytest.fixture
-def folder(tmp_path: Path, key) -> Path:  # type: ignore[no-untyped-def]
+def folder(tmp_path: Path, key: Ed25519PrivateKey) -> Path:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "weights").write_bytes(bytes(range(24)))
@@ -51,7 +47,7 @@ def folder(tmp_path: Path, key) -> Path:  # type: ignore[no-untyped-def]
     return folder
 
 
-def test_a_statement_comes_back_whole(folder: Path, key) -> None:  # type: ignore[no-untyped-def]
+def test_a_statement_comes_back_whole(folder: Path, key: Ed25519PrivateKey) -> None:
     found, signer = signed_by(folder, [public_text(key)])
     assert set(found.files) == {"weights", "README.md", "manifest.json"}
     assert statement_of(payload_of(found)) == found
@@ -59,14 +55,14 @@ def test_a_statement_comes_back_whole(folder: Path, key) -> None:  # type: ignor
     assert (found.parents, found.epsilon, signer) == (STATEMENT.parents, 2.0, public_text(key))
 
 
-def test_signing_twice_gives_the_same_bytes(folder: Path, key) -> None:  # type: ignore[no-untyped-def]
+def test_signing_twice_gives_the_same_bytes(folder: Path, key: Ed25519PrivateKey) -> None:
     before = signature_digest(folder)
     sign_adapter(folder, STATEMENT, key)
     assert signature_digest(folder) == before
     assert sorted(os.listdir(folder.parent)) == ["adapter", "key"]
 
 
-def test_every_flipped_bit_is_found(folder: Path, key) -> None:  # type: ignore[no-untyped-def]
+def test_every_flipped_bit_is_found(folder: Path, key: Ed25519PrivateKey) -> None:
     for file in sorted(folder.iterdir()):
         content = file.read_bytes()
         for place in range(len(content)):
@@ -108,14 +104,14 @@ def test_what_was_exchanged_is_named(
     change: Callable[[Path], object],
     named: str,
     folder: Path,
-    key,  # type: ignore[no-untyped-def]
+    key: Ed25519PrivateKey,
 ) -> None:
     change(folder)
     with pytest.raises(IntegrityError, match=named):
         read_statement(folder, [public_text(key)])
 
 
-def test_another_key_vouches_for_nothing(folder: Path, key, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_another_key_vouches_for_nothing(folder: Path, key: Ed25519PrivateKey, tmp_path: Path) -> None:
     other = new_key(tmp_path / "other")
     with pytest.raises(IntegrityError, match="none of the trusted keys"):
         read_statement(folder, [public_text(other)])
@@ -142,14 +138,14 @@ def test_what_is_signed_must_be_a_statement(
     payload: bytes,
     named: str,
     folder: Path,
-    key,  # type: ignore[no-untyped-def]
+    key: Ed25519PrivateKey,
 ) -> None:
     (folder / SIGNATURE).write_bytes(sign_envelope(key, kind, payload))
     with pytest.raises(IntegrityError, match=named):
         read_statement(folder, [public_text(key)])
 
 
-def test_securesystemslib_reads_and_verifies_it(folder: Path, key) -> None:  # type: ignore[no-untyped-def]
+def test_securesystemslib_reads_and_verifies_it(folder: Path, key: Ed25519PrivateKey) -> None:
     dsse = pytest.importorskip("securesystemslib.dsse")
     from cryptography.hazmat.primitives import serialization
     from securesystemslib.signer import SSlibKey

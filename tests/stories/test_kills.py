@@ -263,9 +263,14 @@ def watched_ledgers(folder: Path) -> Iterator[dict[str, set[bytes]]]:
 
 
 @pytest.mark.soak
-def test_twenty_kills_of_a_masked_run_reuse_no_label(tiny_run: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["masks", "he"])
+def test_twenty_kills_of_a_masked_run_reuse_no_label(
+    method: str, tiny_run: list[str], tmp_path: Path
+) -> None:
+    if method == "he":
+        pytest.importorskip("tenseal")
     rounds, programs = len(AT_BOTH) + 8, drawn(AT_BOTH, seed=5)
-    words = [*words_of(tiny_run, rounds), "secure.method=masks"]
+    words = [*words_of(tiny_run, rounds), f"secure.method={method}"]
     with (
         federation(tmp_path, words, num_sites=3) as sites,
         watched_ledgers(tmp_path) as ledgers,

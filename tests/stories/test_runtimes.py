@@ -118,15 +118,18 @@ def test_kept_vectors_are_the_same_at_a_site_service(tiny_run, fedllm, tmp_path)
 
 
 @pytest.mark.soak
-def test_masked_sums_are_the_same_in_three_runtimes(tiny_run, fedllm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["masks", "shares", "he"])
+def test_secret_sums_are_the_same_in_three_runtimes(method, tiny_run, fedllm, tmp_path, monkeypatch):
+    if method == "he":
+        pytest.importorskip("tenseal")
     monkeypatch.setenv("PYTHONPATH", f"{ALIKE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    words = [*tiny_run, "secure.method=masks", "federation.num-clients=3", "run.name=masked"]
+    words = [*tiny_run, f"secure.method={method}", "federation.num-clients=3", "run.name=secret"]
     runtimes = ("local", "simulation", "deployment")
     for runtime in runtimes:
         fedllm("run", *words, "--out", str(tmp_path / runtime), "--runtime", runtime)
-    digests = {_digest(tmp_path / runtime / "masked") for runtime in runtimes}
+    digests = {_digest(tmp_path / runtime / "secret") for runtime in runtimes}
     assert len(digests) == 1
     for runtime in runtimes:
-        lines = (tmp_path / runtime / "masked" / "rounds.jsonl").read_text().splitlines()
+        lines = (tmp_path / runtime / "secret" / "rounds.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["secure"]["answered"] == 3
         assert not list((tmp_path / runtime).rglob("*.masked")), "keys and ledgers end with the run"

@@ -75,7 +75,7 @@ def test_updates_are_seen_plain_and_not_under_masks(
 ) -> None:
     changes = ["federation.num-clients=3", "federation.min-clients=3", "federation.num-rounds=2"]
     changes += ["wire.codec=fp32", f"secure.method={method}", "distill.when=never", "data.source=docstrings"]
-    changes += ["evaluation.every=never", f"run.output={tmp_path / 'runs'}", "run.name=seen"]
+    changes += [f"run.output={tmp_path / 'runs'}", "run.name=seen"]
     with federation(tmp_path, make_model_folder(), is_debugged=True) as running, ExitStack() as sites:
         for name in NAMES:
             sites.enter_context(start_site(running, name, tmp_path / "overheard"))

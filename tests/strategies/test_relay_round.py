@@ -66,6 +66,14 @@ def test_parties_have_the_adapter_that_masks_would_give(
     assert (second.weights, second.training.losses, second.training.num_tokens) == ({}, {}, 0)
 
 
+def test_clients_at_two_nodes_are_refused_before_they_train(
+    make_config: Callable[..., RunConfig], open_run: Callable[..., Run]
+) -> None:
+    run = open_run(make_config({**SHARES, "run.name": "two-nodes"}), num_nodes=2)
+    with pytest.raises(RunFailedError, match="needs clients at 3 different nodes, and they are at 2"):
+        next_round(run.session, run.state)
+
+
 def test_a_lost_party_does_not_matter_and_goes_on_with_the_others(
     make_config: Callable[..., RunConfig], open_run: Callable[..., Run]
 ) -> None:
