@@ -140,8 +140,8 @@ def _begin(pipeline: Pipeline, state: PipelineState) -> PipelineState:
     if not isinstance(most, str) and state.spent + pipeline.epsilon_of_run > most:
         pipeline.tell(f"no run ({state.reason}): epsilon {state.spent:.4g} of {most:g} is spent")
         return replace(state, step=WATCH)
-    numbers = {"rows": state.num_rows, "begun": pipeline.now(), "has_failed": False}
-    return replace(state, step="run", cycle=state.cycle + 1, **numbers)
+    state = replace(state, rows=state.num_rows, begun=pipeline.now(), has_failed=False)
+    return replace(state, step="run", cycle=state.cycle + 1)
 
 
 def compare_versions(pipeline: Pipeline, state: PipelineState) -> PipelineState:
