@@ -31,6 +31,7 @@ from clients.process import PROCESS
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
 from fedllm.identity import new_key
+from fedllm.models.files import resolve_model
 from fedllm.monitoring.open_metrics import write_metrics
 from fedllm.registry.registry import Registry
 from fedllm.runs.folder import to_toml
@@ -142,7 +143,7 @@ def sites(work: Path) -> Iterator[None]:
             os.environ["FEDLLM_SITE"] = before
 
 
-def federate_sites(words: Sequence[str], rows: Path, domains: Sequence[str]) -> None:
+def federate_sites(words: Sequence[str], rows: Path, domains: Sequence[str], model: str) -> None:
     """Do a run whose nodes are the sites, each with the file of its own rows, in this process."""
     PROCESS.forget_rows()
     config = config_of(words)
@@ -150,7 +151,11 @@ def federate_sites(words: Sequence[str], rows: Path, domains: Sequence[str]) -> 
         node: Context(
             run_id=1,
             node_id=node,
-            node_config={"client-id": domain, "data-path": str(rows / f"{domain}.jsonl")},
+            node_config={
+                "client-id": domain,
+                "data-path": str(rows / f"{domain}.jsonl"),
+                "model-path": str(resolve_model(model).folder),
+            },
             state=RecordDict(),
             run_config=config.to_flat(),
         )
@@ -159,7 +164,7 @@ def federate_sites(words: Sequence[str], rows: Path, domains: Sequence[str]) -> 
     run_federation(config, LocalGrid(app, contexts), resident=PROCESS.resident)
 
 
-def open_pipeline(work: Path, corpus: Corpus, size: Size, console: Console) -> Pipeline:
+def open_pipeline(work: Path, corpus: Corpus, size: Size, model: str, console: Console) -> Pipeline:
     """Write the file of the pipeline and its key, and return it."""
     key = new_key(work / "signing.key")
     tables = {
@@ -175,7 +180,7 @@ def open_pipeline(work: Path, corpus: Corpus, size: Size, console: Console) -> P
         settings,
         Registry(settings.path(settings.registry.folder)),
         key,
-        lambda words: federate_sites(words, work / "rows", corpus.domains),
+        lambda words: federate_sites(words, work / "rows", corpus.domains, model),
         lambda run: None,
         time.time,
         lambda line: console.print(line, soft_wrap=True),
@@ -184,7 +189,7 @@ def open_pipeline(work: Path, corpus: Corpus, size: Size, console: Console) -> P
 
 def tell_story(work: Path, corpus: Corpus, size: Size, model: str, console: Console) -> list[dict[str, Any]]:
     """Let the pipeline look at the sites through the whole calendar; return what each look found and did."""
-    pipeline, story = open_pipeline(work, corpus, size, console), list[dict[str, Any]]()
+    pipeline, story = open_pipeline(work, corpus, size, model, console), list[dict[str, Any]]()
     for moment in moments_of(size):
         for domain, rows in rows_at(corpus, moment, size.rows).items():
             write_rows(work / "rows" / f"{domain}.jsonl", rows)

@@ -50,5 +50,5 @@ def test_a_state_is_read_back_as_it_was(tmp_path: Path) -> None:
     write_state(tmp_path, state)
     assert read_state(tmp_path) == state
     (tmp_path / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="state.json: damaged"):
+    with pytest.raises(CheckpointError, match=r"state.json: damaged"):
         read_state(tmp_path)
