@@ -13,8 +13,8 @@ from clients.gate import Question, Sender, admit, admit_work, in_time, note
 from clients.handlers import FOR_FEDLLM, FOR_STOCK, Handler
 from clients.kinds import kind_of, make_app
 from clients.process import Process
-from fedllm.errors import FedLLMError
-from fedllm.wire.refusals import is_stock, refusal
+from fedllm.errors import FedLLMError, WithdrawnError
+from fedllm.wire.refusals import is_stock, refusal, write_withdrawn
 
 _logger = logging.getLogger("fedllm.clients")
 
@@ -58,6 +58,8 @@ def _answer(
 ) -> tuple[str, RecordDict | None]:
     """Return "ok" and the handler's reply to an admitted question, or an error code and None.
 
+    A site that has withdrawn sends its signed record with the code: the server can then prove it to others.
+
     Flower would send the text of an exception to the server, and that text may quote a row. So the one broad
     `except` of this project stands here: the cause is logged on this machine, where the row already is, and
     even there without the exception's own words. A panic of Rust code, as of a tokenizer, is no `Exception`:
@@ -72,6 +74,9 @@ def _answer(
         if holder.plan.distillation is not None:  # the server will compute too, in a simulation on this GPU
             torch.cuda.empty_cache()
         return "ok", content
+    except WithdrawnError as error:
+        _logger.error("%s: %s", error.code, error)
+        return error.code, None if question.is_stock else write_withdrawn(error.record)
     except FedLLMError as error:
         _logger.error("%s: %s", error.code, error)  # the code is what the server is told
         return error.code, None

@@ -2,7 +2,8 @@
 
 A question is admitted twice: by what it is and what its run says, before a file is opened, and by the work
 it asks for, once rows and base model are known and before anything is computed. Then one entry of the
-site's log says what was asked and what became of it. Without a site.toml neither limits nor log exist.
+site's log says what was asked and what became of it. Without a site.toml neither limits nor log exist. A site
+that has withdrawn (`clients.withdrawn`) refuses all of them first, and what is being computed then ends.
 """
 
 import time
@@ -18,6 +19,7 @@ from clients.asked import Asked, Asking, count, count_on_disk, count_run, count_
 from clients.data_holder import DataHolder
 from clients.site import data_path_of
 from clients.tokens import ClientTokens
+from clients.withdrawn import check_not_withdrawn
 from fedllm.chained_log import append
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
@@ -111,9 +113,11 @@ def admit(question: Question) -> None:
 
     Raises:
         ConfigError: site.toml or the run's configuration cannot be read.
+        WithdrawnError: the machine's owner has withdrawn.
         PolicyError: the machine's owner does not permit it.
         CheckpointError: its run cannot be counted.
     """
+    _check_not_withdrawn(question)
     if question.policy.file is not None:
         _check_sender(question)
         _check_run(question)
@@ -154,15 +158,18 @@ def in_time(question: Question) -> Iterator[None]:
 
     Raises:
         PolicyError: it took longer.
+        WithdrawnError: the machine's owner has withdrawn meanwhile.
     """
     most, began = question.policy.limits.seconds, time.monotonic()
 
     def check(*_: int) -> None:
+        _check_not_withdrawn(question)
         if 0 < most < time.monotonic() - began:
             raise _refusal(question, f"[limits] seconds = {most:g}: the answer took longer")
 
     with watched_steps(check):
         yield
+    _check_not_withdrawn(question)
     if question.action != "train":  # what has trained in time may already be charged
         check()
 
@@ -233,6 +240,10 @@ def _num_bytes(reply: RecordDict) -> int:
 
 def _refusal(question: Question, why: str) -> PolicyError:
     return PolicyError(f"{question.policy.file}: {why}")
+
+
+def _check_not_withdrawn(question: Question) -> None:
+    check_not_withdrawn(question.policy, question.sender.node, question.node_config)
 
 
 def _check_sender(question: Question) -> None:

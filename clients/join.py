@@ -13,10 +13,12 @@ from clients.parties import declare_party, public_key
 from fedllm.errors import RowsLostError
 from fedllm.identity import load_key, public_text, sign
 from fedllm.messages import JoinedClient
+from fedllm.privacy.keys import derived_key, kept_secret
 from fedllm.site_policy import load_policy
-from fedllm.wire.joining import Proof, join_statement, read_question, write_joined
+from fedllm.wire.joining import Proof, consent_statement, join_statement, read_question, write_joined
 from fedllm.wire.libraries import check_libraries
 
+_SALT = "commitment-secret"  # in the state folder
 _logger = logging.getLogger("fedllm.clients")
 
 
@@ -27,7 +29,7 @@ def answer_join(holder: DataHolder, question: RecordDict, node_id: int) -> Recor
         OtherVersionError: the server has another major version of a library.
     """
     check_libraries(question.config_records.get("libraries", {}))
-    declared = declare_clients(holder, node_id)
+    declared = with_consent(holder, declare_clients(holder, node_id))
     return write_joined(declared, prove(holder, question, declared))
 
 
@@ -70,6 +72,30 @@ def _with_key(holder: DataHolder, client: JoinedClient, *, is_pinned: bool) -> J
         is_pinned=is_pinned,
         public_key=public_key(holder, client.client_id),
     )
+
+
+def with_consent(holder: DataHolder, clients: Sequence[JoinedClient]) -> list[JoinedClient]:
+    """Return clients with a commitment to their rows, and the site's signed consent that these serve the run.
+
+    The commitment is salted by a secret of the site's and by the run, so it says nothing of the rows, nor
+    whether two runs had the same; the site can show later which rows it stands for. Without a key of the site
+    there is neither.
+
+    Raises:
+        ConfigError: this machine's site.toml names a key that cannot be used.
+        CheckpointError: the secret cannot be kept.
+    """
+    policy, plan = load_policy(), holder.plan
+    if not policy.site.key:
+        return list(clients)
+    key, secret = load_key(policy.path(policy.site.key)), kept_secret(policy.state_folder / _SALT)
+    run, digest, purpose = plan.config.run.name, plan.digest, plan.config.run.purpose
+    committed = []
+    for client in clients:
+        salted = derived_key(secret, run, digest, holder.clients[client.client_id].digest).hex()
+        named = replace(client, commitment=salted)
+        committed.append(replace(named, consent=sign(key, consent_statement(run, digest, purpose, named))))
+    return committed
 
 
 def prove(holder: DataHolder, question: RecordDict, clients: Sequence[JoinedClient]) -> Proof | None:

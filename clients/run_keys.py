@@ -27,6 +27,9 @@ from fedllm.plan.run_plan import RunPlan
 from fedllm.privacy.keys import kept_secret
 from fedllm.secure.homomorphic import KeyPair, new_keys
 
+SECURE = "secure"  # in the state folder
+KEYS = ("key", "encryption", "secret")
+
 
 @dataclass(frozen=True)
 class RunKeys:
@@ -112,7 +115,7 @@ class RunKeys:
         """
         # The key first: without it nothing that is masked under an old label can be masked again.
         try:
-            for name in ("key", "encryption"):
+            for name in KEYS:
                 (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(
@@ -123,4 +126,4 @@ class RunKeys:
 
 def run_keys(state_path: Path, plan: RunPlan, client_id: str) -> RunKeys:
     """Return where a client keeps what is of this run, in this configuration of it."""
-    return RunKeys(state_path / "secure" / f"{plan.config.run.name}-{plan.digest[:16]}" / client_id)
+    return RunKeys(state_path / SECURE / f"{plan.config.run.name}-{plan.digest[:16]}" / client_id)

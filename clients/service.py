@@ -31,6 +31,7 @@ import fedllm
 from clients.answering import answer
 from clients.gate import Sender, note_refused
 from clients.process import Process
+from clients.retention import remove_ended
 from clients.site_protocol import HEADERS, KEYS, PROTOCOL, Carried, check_version, read_question, write_reply
 from clients.tickets import Tickets
 from fedllm.engine.interruption import watched_steps
@@ -38,6 +39,7 @@ from fedllm.errors import CancelledError, FedLLMError, OtherVersionError, Policy
 from fedllm.site_policy import load_policy
 
 _TELL_SECONDS = 1.0  # between two lines of progress
+_REMOVE_SECONDS = 3600.0  # between two looks at what ended runs have left
 _CLOSING_SECONDS = 5
 _LARGEST_QUESTION = 2**33
 _DIGEST_LENGTH = 64  # SHA-256, in hexadecimal
@@ -137,6 +139,19 @@ class Service:
                 self._is_unloaded = not self._works
                 _logger.info("nothing was asked for %.0f s: the base model is unloaded", idle)
             await asyncio.sleep(min(_TELL_SECONDS, max(0.05, idle_seconds() / 10)))
+
+    async def remove_ended(self) -> None:
+        """Remove now and then what ended runs have left, as long as the owner wants."""
+        while True:
+            with suppress(FedLLMError):  # a site.toml that is being edited is read again later
+                policy = load_policy()
+                if days := policy.site.keep_days:
+                    work = self._worker.submit(remove_ended, policy.state_folder, days, time.time())
+                    for name in await asyncio.wrap_future(work):
+                        _logger.info(
+                            "%s: nothing changed for %g days, so its private vectors are removed", name, days
+                        )
+            await asyncio.sleep(_REMOVE_SECONDS)
 
     def cancel(self) -> None:
         """Give up all questions."""
@@ -276,6 +291,7 @@ def make_server(service: Service) -> uvicorn.Server:
 async def serve(server: uvicorn.Server, service: Service, listening: socket.socket) -> None:
     """Serve until the server is told to exit; what is being answered then is given up."""
     idle = asyncio.create_task(service.unload_when_idle(lambda: load_policy().site.idle_minutes * 60))
+    removing = asyncio.create_task(service.remove_ended())
     _logger.info("answers for %s", ", ".join(sorted(load_policy().nodes)) or "no node")
     with suppress(asyncio.CancelledError):
         serving = asyncio.create_task(server.serve(sockets=[listening]))
@@ -284,6 +300,7 @@ async def serve(server: uvicorn.Server, service: Service, listening: socket.sock
             if server.should_exit:
                 service.cancel()
     idle.cancel()
+    removing.cancel()
 
 
 if __name__ == "__main__":

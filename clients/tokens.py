@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from clients.forgotten import without_forgotten
 from clients.lost_rows import RowCounts, count_rows, describe
 from clients.own_rows import own_split
-from clients.site import NodeConfig
+from clients.site import NodeConfig, state_path_of
 from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import BadRow, ClientRows, Example, count_reasons
 from fedllm.data.partition import CLIENT_ID_FORM, is_client_id
@@ -66,11 +67,18 @@ def read_source(config: RunConfig) -> Shards:
 def hosted_rows(
     config: RunConfig, node: NodeConfig, read: Callable[[RunConfig], Shards] = read_source
 ) -> list[ClientRows]:
-    """Return the rows of the clients this node hosts.
+    """Return the rows of the clients this node hosts, but those that its owner has taken back.
 
     A node started with `data-path` is one data holder with its own file, whatever the server's `data.source`
     says. Otherwise the source is dealt to all clients, and node p of n hosts every n-th of them.
     """
+    state_path = state_path_of(node)
+    return [without_forgotten(rows, state_path) for rows in _rows_of_clients(config, node, read)]
+
+
+def _rows_of_clients(
+    config: RunConfig, node: NodeConfig, read: Callable[[RunConfig], Shards]
+) -> Sequence[ClientRows]:
     partition, num_partitions = int(node.get("partition-id", 0)), int(node.get("num-partitions", 1))
     if "data-path" in node:
         client_id = str(node.get("client-id", f"client-{partition:04d}"))
@@ -87,7 +95,7 @@ def hosted_rows(
             return [ClientRows(client_id, (), ())]  # it joins and declares no rows; the server leaves it out
         _report(shard.bad)
         return [shard.client]
-    return list(read(config).clients[partition::num_partitions])  # so that all nodes host about as many
+    return read(config).clients[partition::num_partitions]  # so that all nodes host about as many
 
 
 def _report(bad: tuple[BadRow, ...]) -> None:

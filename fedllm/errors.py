@@ -29,6 +29,17 @@ class PolicyError(FedLLMError, PermissionError):
     cause = "its owner's policy does not permit what was asked; its log says which line"
 
 
+class WithdrawnError(FedLLMError):
+    """A site has withdrawn from all runs; `record` is what it has signed of that (`fedllm.withdrawal`)."""
+
+    code = "withdrawn"
+    cause = "its site has withdrawn and answers nobody any more"
+
+    def __init__(self, message: str, record: bytes = b""):
+        super().__init__(message)
+        self.record = record
+
+
 class OtherConfigError(ConfigError):
     """A server runs another configuration than this node was given."""
 
@@ -189,7 +200,16 @@ class MissingExtraError(FedLLMError, ImportError):
 
 
 _REPORTED = (
-    *(FedLLMError, ConfigError, PolicyError, OtherConfigError, DataError, NoDataError, RowsLostError),
+    *(
+        FedLLMError,
+        ConfigError,
+        PolicyError,
+        WithdrawnError,
+        OtherConfigError,
+        DataError,
+        NoDataError,
+        RowsLostError,
+    ),
     *(ModelError, LayoutError),
     *(WireError, NotHeldError, QueryLimitError, NonFiniteError, CheckpointError, BudgetSpentError),
     *(WithheldError, SiteAwayError, OtherVersionError, CancelledError, MissingExtraError),

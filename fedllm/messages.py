@@ -163,6 +163,8 @@ class JoinedClient:
     In a run of secret sums `run_key` is its public key of the run, signed in `key_signature` where its site
     has a key; `is_pinned` says that the site runs no code but what it allows by digest. Under secure.method =
     he `run_key` is the digest of its key for encryption, `public_key`.
+    `commitment` stands for its training rows (a salted SHA-256, hex), and `consent` is its site's signature
+    that they serve the run's purpose; both are empty where the site has no key.
     The server sets `site`: the name of the site in its list, else the key that signed, "" where none did; and
     `identity`, that key.
     """
@@ -178,5 +180,7 @@ class JoinedClient:
     key_signature: bytes = b""
     is_pinned: bool = False
     public_key: bytes = b""
+    commitment: str = ""
+    consent: bytes = b""
     site: str = ""
     identity: str = ""

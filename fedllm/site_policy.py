@@ -40,6 +40,7 @@ class Machine:
     user: str = ""  # whom the service runs as; else who started it
     node_user: str = ""  # whom the nodes run as
     idle_minutes: float = 30.0  # after which the base model is unloaded
+    keep_days: float = 0.0  # for which an ended run's private vectors stay; 0 = for good
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,11 +56,17 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue after the last complete round.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder that holds run folders.")] = None,
     on_bad_row: OnBadRow = "",
+    groups: Annotated[
+        int, typer.Option(min=0, help="Groups of clients with an adapter each; 0 = one for all.")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Fine-tune: the quickstart, a recipe, or any recipe with other values."""
     from scripts.commands import run_command
 
+    if groups:
+        run_command.run_in_groups(words or [], groups, runtime=runtime, out=out, as_json=json)
+        return
     run_command.run(words or [], runtime=runtime, resume=resume, out=out, on_bad_row=on_bad_row, as_json=json)
 
 

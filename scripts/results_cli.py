@@ -95,13 +95,21 @@ def audit(
     suffix: Annotated[int, typer.Option(min=1, help="Tokens to be given back.")] = 50,
     epochs: Annotated[int, typer.Option(min=1, help="Passes of the positive control over its rows.")] = 12,
     plot: Annotated[Path | None, typer.Option(help="Draw the result: a .png, .svg or .pdf file.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Put what it repeats on the adapter's card.")] = False,
     json: Json = False,
 ) -> None:
     """Attack a finished run where its rows are, with controls: membership, extraction, canaries."""
     from scripts.commands import audit_command
 
     audit_command.audit(
-        target, rows=rows, prefix=prefix, suffix=suffix, epochs=epochs, plot=plot, as_json=json
+        target,
+        rows=rows,
+        prefix=prefix,
+        suffix=suffix,
+        epochs=epochs,
+        plot=plot,
+        on_card=card,
+        as_json=json,
     )
 
 
@@ -140,6 +148,32 @@ def distil(
         device=device,
     )
     distil_command.distil(teacher, student=student, text=text, out=out, numbers=numbers, as_json=json)
+
+
+@app.command()
+def unlearn(
+    run: Annotated[Path, typer.Argument(help="A run folder, on the machine of its server.")],
+    client: Annotated[str, typer.Option(help="Who is to be forgotten.")] = "",
+    rows: Annotated[Path | None, typer.Option(help="A file of rows to forget, whoever has them.")] = None,
+    name: Annotated[str, typer.Option(help="Of the new run; RUN-unlearned.")] = "",
+    runtime: Annotated[str, typer.Option(help="local | simulation | deployment")] = "local",
+    method: Annotated[str, typer.Option(help="Where no class is exact: ascent | subtraction")] = "ascent",
+    is_only_told: Annotated[bool, typer.Option("--dry-run", help="Only say what could be promised.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a run forget a client or rows, as surely as it allows, and say how sure that is."""
+    from scripts.commands import unlearn_command
+
+    unlearn_command.unlearn(
+        run,
+        client=client,
+        rows=rows,
+        name=name,
+        runtime=runtime,
+        method=method,
+        is_only_told=is_only_told,
+        as_json=json,
+    )
 
 
 @app.command()

@@ -41,6 +41,19 @@ def start(config: SiteFile = None) -> None:
 
 
 @app.command()
+def withdraw(
+    node: Annotated[str, typer.Argument(help="One of [nodes.NAME].", show_default="the whole site")] = "",
+    reason: Annotated[str, typer.Option(help="For the site's own log; it leaves to nobody.")] = "",
+    out: Annotated[Path, typer.Option(help="The signed record, for servers.")] = Path("withdrawal.json"),
+    config: SiteFile = None,
+) -> None:
+    """Withdraw: answer no server any more, and prove it to those that used these rows."""
+    from scripts.commands import site_withdraw_command
+
+    site_withdraw_command.withdraw_site(config, node=node, reason=reason, out=out)
+
+
+@app.command()
 def bundle() -> None:
     """Print the SHA-256 of the code that a server of this release ships, for [allow] bundles."""
     from scripts.commands import site_bundle_command

@@ -16,6 +16,7 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import environment
 from fedllm.runs.privacy_statement import in_words, statement_of
 from fedllm.runs.spread import measured_ends, spread_of
+from fedllm.runs.unlearning import Unlearning
 from strategies.distillation.report import describe_gap, name_kind
 from strategies.divergence import warnings_of
 from strategies.secure.trust import card_text
@@ -66,11 +67,16 @@ class Holders:
 
 
 def model_card(
-    plan: RunPlan, files: ModelFiles, state: ServerState, joined: Mapping[str, JoinedClient]
+    plan: RunPlan,
+    files: ModelFiles,
+    state: ServerState,
+    joined: Mapping[str, JoinedClient],
+    unlearning: Unlearning | None = None,
 ) -> str:
     """Return the README.md of a published adapter: base, data, training, results, limits.
 
-    `joined` are the clients that joined, of which some may never have been asked to train.
+    `joined` are the clients that joined, of which some may never have been asked to train. `unlearning` says
+    how the adapter came to be without some of what an earlier one had learnt.
     """
     from huggingface_hub import ModelCard
 
@@ -88,7 +94,7 @@ def model_card(
 {_training_text(plan, state, holders)}
 
 {_data_text(plan, joined)}
-
+{f"{chr(10)}Unlearning: {unlearning.guarantee}.{chr(10)}" if unlearning else ""}
 ## Held-out loss (nats per token, on rows each data holder kept back)
 
 {_loss_table(plan, state, holders)}
@@ -156,7 +162,12 @@ LoRA rank {layout.rank}, alpha {layout.alpha:g} on {config.lora.target_modules};
 
 def _data_text(plan: RunPlan, joined: Mapping[str, JoinedClient]) -> str:
     """Return how many rows the data holders declared; under a privacy plan these numbers are not public."""
+    data, purpose = plan.config.data, plan.config.run.purpose
     unknown = "They declare neither a licence nor a language for them."
+    if data.licences:
+        unknown = f"Only rows under {data.licences.replace(',', ', ')} were used; no language is declared."
+    if purpose:
+        unknown += f" Their purpose, as the data holders were told: {purpose}."
     if plan.privacy is not None or not joined:
         return f"The rows stay with their data holders. {unknown}"
     train = sorted(client.num_train for client in joined.values())

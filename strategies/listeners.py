@@ -1,4 +1,4 @@
-"""Who hears of a run besides the person who watches it: the server's log, then the trackers."""
+"""Who hears of a run besides the person who watches it: the server's log, the trackers, kept withdrawals."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,11 @@ from fedllm.plan.run_plan import RunPlan
 from strategies.decisions import decided
 from strategies.session import Watch
 from strategies.tracking import tracked
+from strategies.withdrawals import keeping_withdrawals
 
 
 @contextmanager
 def heard(folder: Path, plan: RunPlan, watch: Watch) -> Iterator[Watch]:
     """Yield `watch` with the ears of all of them; raises as `decided` and `tracked`."""
     with decided(folder, plan, watch) as watch, tracked(folder, plan.config, watch) as watch:
-        yield watch
+        yield keeping_withdrawals(folder, watch)

@@ -19,7 +19,9 @@ from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import write_result
 from fedllm.runs.lineage import write_lineage
 from fedllm.runs.spread import measured_ends, spread_and_losses
+from fedllm.runs.unlearning import read_unlearning
 from strategies.card import model_card, statement_on_privacy, with_answers
+from strategies.consent import consent_of
 from strategies.divergence import warnings_of
 
 MOST_LETTERS = 4000  # of a text in result.json, so that it stays readable whatever the run generates
@@ -40,7 +42,8 @@ def publish_run(
     """
     files = resolve_model(plan.config.model.name)
     result = summary(state, publish_adapter(folder, plan, files, state, joined))
-    write_lineage(folder, plan, files, bundle=bundle, num_clients=len(state.num_drawn))
+    consent = consent_of(plan, joined)
+    write_lineage(folder, plan, files, bundle=bundle, num_clients=len(state.num_drawn), consent=consent)
     if stopped:
         result["stopped"] = stopped
     statement = statement_on_privacy(plan, state)
@@ -108,7 +111,7 @@ def publish_adapter(
         base_model=files.public_name,
         revision=files.revision,
         target_modules=names_for_peft(skeleton, modules) or modules,
-        card=model_card(plan, files, state, joined),
+        card=model_card(plan, files, state, joined, read_unlearning(folder)),
         finish=finish,
     )
     return target

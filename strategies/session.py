@@ -15,6 +15,7 @@ from fedllm.engine.resident import Resident
 from fedllm.messages import ClientFailure, ClientUpdate, JoinedClient
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.folder import read_left_out
 from fedllm.runs.records import RoundRecord
 from strategies.grid.transport import Reply, Sent, Transport
 from strategies.grid.what_nodes_hold import HeldByNodes
@@ -84,6 +85,11 @@ class Session:
     def sites(self) -> Sites | None:
         """The sites that are admitted, None where any are."""
         return read_sites(self.config.federation.sites)
+
+    @cached_property
+    def left_out(self) -> frozenset[str]:
+        """The clients that the run goes on without, whether or not they want to join."""
+        return read_left_out(self.folder) if self.folder else frozenset()
 
     def deadline(self, message_type: str) -> float:
         """Return how many seconds a phase waits for the replies to its messages."""

@@ -10,7 +10,7 @@ from fedllm.engine.resident import Resident
 from fedllm.models.base import describe_layout
 from fedllm.plan.run_plan import RunPlan, fixed_keys
 from fedllm.runs.checkpoint import ServerState, load_checkpoint, newest_round
-from fedllm.runs.folder import CHECKPOINTS
+from fedllm.runs.folder import CHECKPOINTS, read_left_out
 from fedllm.runs.privacy_statement import summary_line
 from strategies.aggregation.stock import check_stock
 from strategies.distillation.public_text import open_public_text
@@ -58,7 +58,8 @@ def open_session(
         watch.notice(warning)
     # Late replies are kept only where a round may use them, else they are counted and dropped.
     transport = Transport(grid, heard=watch.reply, keeps_late=config.federation.max_staleness > 0)
-    clients = join_clients(transport, plan, layout, watch.notice, watch.phase)
+    left_out = read_left_out(folder) if folder else frozenset()
+    clients = join_clients(transport, plan, layout, watch.notice, watch.phase, left_out)
     watch.joined(clients)
     for name in plan.clients_with_own_rank() - clients.keys():
         watch.notice(f"lora.client-ranks names client {name}, which has not joined")

@@ -2,14 +2,16 @@
 
 `checkpoints/round-00003/` holds the adapter, counts and records, what was added to the base model, what the
 server optimizer remembers, and a manifest of them all. It is built in a hidden folder and renamed, so that it
-is whole or absent; the one before is kept, so that a damaged newest one costs a single round.
+is whole or absent; the one before is kept, so that a damaged newest one costs a single round. A few earlier
+ones are kept for a run that has to forget a client: it goes back to before that client's first turn.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +26,7 @@ from fedllm.runs.records import OptimizerState, RoundRecord, record_from_dict, r
 
 _ROUND = re.compile(r"round-\d{5,}")
 NUM_KEPT = 2  # should the newest be damaged, a run goes on from the one before
+MOST_BYTES = 1 << 30  # of all checkpoints before the newest two
 # Written only where they hold something.
 BASE_DELTA, OPTIMIZER, CONTROL = "base-delta.safetensors", "optimizer.safetensors", "control.safetensors"
 UNDISTILLED = "undistilled.safetensors"
@@ -58,7 +61,7 @@ class ServerState:
 
 
 def save_checkpoint(folder: Path, state: ServerState, keys: Mapping[str, Scalar]) -> None:
-    """Write the checkpoint of `state` below `folder` and remove all but the newest two.
+    """Write the checkpoint of `state` below `folder` and remove those of no more use (`rounds_to_keep`).
 
     `keys` is the whole configuration, flat; `load_checkpoint` compares it with that of the resumed run.
 
@@ -90,14 +93,42 @@ def save_checkpoint(folder: Path, state: ServerState, keys: Mapping[str, Scalar]
             if state.undistilled is not None:
                 save_tensors(building / UNDISTILLED, state.undistilled)
     except (OSError, FedLLMError) as error:
+        _remove(_rounds(folder)[NUM_KEPT:])  # a full disk then has room for the next try
         raise CheckpointError(f"round {state.round_num} could not be saved in {folder}: {error}") from None
-    for old in _rounds(folder)[NUM_KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    saved = {_number(path): path for path in _rounds(folder)}
+    size = sum(file.stat().st_size for file in _path(folder, state.round_num).iterdir())
+    kept = rounds_to_keep(saved, state.records, MOST_BYTES // size)
+    _remove(path for number, path in saved.items() if number not in kept)
+
+
+def rounds_to_keep(saved: Iterable[int], records: Iterable[RoundRecord], most: int) -> set[int]:
+    """Return which checkpoints stay: the newest two, and at most `most` for a run that has to forget.
+
+    Those are of the round before each client's first turn, and of the powers of two, from which a run goes on
+    where the former is damaged or missing. Of too many the one goes whose loss costs the fewest rounds.
+    """
+    ordered = sorted(saved)
+    earlier, newest = ordered[:-NUM_KEPT], ordered[-NUM_KEPT:]
+    first_turns: dict[str, int] = {}
+    for record in records:
+        for client in record.asked:
+            first_turns.setdefault(client, record.round_num)
+    before = {round_num - 1 for round_num in first_turns.values()}
+    kept = {number for number in earlier if number in before or not number & (number - 1)}
+    while len(kept) > most:
+        _, cheapest = min((later - earlier, later) for earlier, later in pairwise([0, *sorted(kept)]))
+        kept.remove(cheapest)
+    return kept.union(newest)
 
 
 def newest_round(folder: Path) -> int:
     """Return the last round with a checkpoint below `folder`; 0 = none, so there is no run to resume."""
-    return max((int(path.name.removeprefix("round-")) for path in _rounds(folder)), default=0)
+    return max(saved_rounds(folder), default=0)
+
+
+def saved_rounds(folder: Path) -> list[int]:
+    """Return the rounds that have a checkpoint below `folder`, the oldest first."""
+    return sorted(map(_number, _rounds(folder)))
 
 
 def check_resumable(folder: Path, fixed: Mapping[str, Scalar]) -> None:
@@ -115,13 +146,15 @@ def check_resumable(folder: Path, fixed: Mapping[str, Scalar]) -> None:
         return
 
 
-def newest_checkpoint(folder: Path) -> tuple[ServerState, list[str]]:
+def newest_checkpoint(folder: Path, last: int | None = None) -> tuple[ServerState, list[str]]:
     """Return the newest intact state below `folder`, and a line about every other passed over.
+
+    With `last` it is that of the round `last` or an earlier one.
 
     Raises:
         CheckpointError: there is none.
     """
-    state, _, passed_over = _newest(folder)
+    state, _, passed_over = _newest(folder, last)
     return state, passed_over
 
 
@@ -146,10 +179,12 @@ def load_checkpoint(
     return state, passed_over
 
 
-def _newest(folder: Path) -> tuple[ServerState, dict[str, Scalar], list[str]]:
+def _newest(folder: Path, last: int | None = None) -> tuple[ServerState, dict[str, Scalar], list[str]]:
     """Return the newest intact state, the keys of the run that wrote it, and a line about every other."""
     passed_over: list[str] = []
     for path in _rounds(folder):
+        if last is not None and _number(path) > last:
+            continue
         try:
             verify_manifest(path)  # first: what follows trusts that every file is there as it was written
             return *_read_checkpoint(path), [f"{line}; using the one before it" for line in passed_over]
@@ -225,3 +260,12 @@ def _path(folder: Path, round_num: int) -> Path:
 def _rounds(folder: Path) -> list[Path]:
     """Return the complete checkpoint folders, newest first."""
     return sorted((path for path in folder.glob("round-*") if _ROUND.fullmatch(path.name)), reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("round-"))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)

@@ -7,15 +7,19 @@ runs/NAME/environment.json  what it ran on: versions, type of the weights, devic
 runs/NAME/partition.json    which rows each client had, with a hash (written by `fedllm run`)
 runs/NAME/rounds.jsonl      one record a round
 runs/NAME/decisions.jsonl   what answered and what was decided (strategies/decisions.py)
-runs/NAME/checkpoints/      the newest two
+runs/NAME/checkpoints/      the newest two, and a few from which the run can forget a client
+runs/NAME/groups.json       the clients of each group, where they train in groups; the runs are in groups/
+runs/NAME/left-out.json     clients that the run goes on without (docs/unlearning.md)
 runs/NAME/tracking.json     what each tracker calls the run, and the last round it was sent (docs/tracking.md)
 runs/NAME/adapter/          the published PEFT folder
 runs/NAME/lineage.json      how it came about, for its statement (docs/signing.md); has clients' names
 runs/NAME/privacy.json      what may be said of its privacy, under a privacy plan (docs/privacy.md)
+runs/NAME/withdrawals/      what sites have signed that withdrew meanwhile (docs/withdrawal.md)
 runs/NAME/private/          what clients of this machine keep for themselves, such as personal adapters; in
                             server/ the noise secret and the ledger of a private run
 runs/NAME/audit.json        what attacks found, written by `fedllm audit` (docs/audit.md); not for publication
 runs/NAME/evaluation.json   what `fedllm evaluate` found (docs/evaluation.md)
+runs/NAME/unlearning.json   what this run's adapter has unlearnt, and with what guarantee (docs/unlearning.md)
 runs/NAME/report.html       all of it on one page, for a browser (docs/report.md)
 runs/NAME/result.json       held-out loss and answers before and after, and how the run ended
 """
@@ -23,7 +27,7 @@ runs/NAME/result.json       held-out loss and answers before and after, and how 
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,7 +44,10 @@ from fedllm.plan.run_plan import fixed_keys
 from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
+ROUNDS, CHECKPOINTS, RESULT = "rounds.jsonl", "checkpoints", "result.json"
+DECISIONS, TRACKING, WITHDRAWALS = "decisions.jsonl", "tracking.json", "withdrawals"
 START, ROUNDS, CHECKPOINTS, RESULT = "start", "rounds.jsonl", "checkpoints", "result.json"
+LEFT_OUT, GROUPS = "left-out.json", "groups.json"
 DECISIONS, TRACKING = "decisions.jsonl", "tracking.json"
 WRITER, STARTER = ".writer.lock", ".starter.lock"
 _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")
@@ -134,6 +141,27 @@ def read_rounds(folder: Path) -> list[RoundRecord]:
         raise ConfigError(f"{folder / ROUNDS}: {error}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: not a run folder ({ROUNDS}: {type(error).__name__})") from None
+
+
+def write_left_out(folder: Path, clients: Iterable[str]) -> None:
+    """Name the clients that the run of a folder goes on without, before it begins."""
+    write_file(folder / LEFT_OUT, json.dumps(sorted(clients)) + "\n")
+
+
+def read_left_out(folder: Path) -> frozenset[str]:
+    """Return the clients that `write_left_out` named, none where there is no such file.
+
+    Raises:
+        ConfigError: the file is damaged: to go on might train a client that is to be forgotten.
+    """
+    try:
+        return frozenset(map(str, json.loads((folder / LEFT_OUT).read_text())))
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / LEFT_OUT}: no list of clients ({type(error).__name__}); restore it"
+        ) from None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

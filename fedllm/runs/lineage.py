@@ -17,10 +17,12 @@ from fedllm.files import SIGNATURE, verify_manifest, write_file
 from fedllm.models.files import ModelFiles, content_digest, fingerprint, name_to_resolve, resolve_model
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.folder import RESULT, START
+from fedllm.runs.memorisation import read_memorisation
+from fedllm.runs.unlearning import UNLEARNING
 from fedllm.siblings import ROOT
 from fedllm.signing.statement import AdapterStatement, signature_digest
 
-LINEAGE, UNLEARNING = "lineage.json", "unlearning.json"
+LINEAGE = "lineage.json"
 _SHIPPED = ("fedllm", "clients", "strategies")  # packages that compute with a run's text
 
 
@@ -78,6 +80,7 @@ def statement_of_run(folder: Path) -> AdapterStatement:
             clients={"number": lineage["num_clients"], "commitments": _told(clients, "commitment")},
             privacy=privacy,
             consent={"purpose": consent["purpose"], "consents": _told(clients, "consent")},
+            memorisation=read_memorisation(folder),
             unlearning=unlearning,
         )
     except (KeyError, TypeError, AttributeError) as error:

@@ -7,6 +7,7 @@ The question carries a nonce, fresh for every question. The answer's records:
     site      the site's public key and its signature of the nonce, the run, the node and all of the above
     secure    in a run of secret sums: keys of the run, the site's signatures of them, whether it pins code
     publics   client -> its key for encryption, where sums are encrypted; its key of the run is the digest
+    consent   commitments to the rows, and the site's signatures that these serve the run's purpose
 
 A signature binds the declaration to one question of one run by one node: nobody can use it a second time.
 """
@@ -75,6 +76,12 @@ def join_statement(nonce: str, run: str, plan_digest: str, clients: Sequence[Joi
     )
 
 
+def consent_statement(run: str, plan_digest: str, purpose: str, client: JoinedClient) -> bytes:
+    """Return what a site signs to consent that a client's rows serve a run: its purpose, and which rows."""
+    values = {"run": run, "plan": plan_digest, "purpose": purpose}
+    return statement("fedllm consent 1", {**values, "client": client.client_id, "rows": client.commitment})
+
+
 def write_joined(clients: Sequence[JoinedClient], proof: Proof | None = None) -> RecordDict:
     """Return the answer: the clients of this node and the sizes they declare, with the site's proof."""
     if not clients:
@@ -96,6 +103,9 @@ def write_joined(clients: Sequence[JoinedClient], proof: Proof | None = None) ->
         )
     if publics := {client.client_id: client.public_key for client in clients if client.public_key}:
         content["publics"] = ArrayRecord({name: to_array(key) for name, key in publics.items()})
+    if all(client.consent for client in clients):
+        commitments, signatures = zip(*((one.commitment, one.consent) for one in clients), strict=True)
+        content["consent"] = ConfigRecord({"commitments": list(commitments), "signatures": list(signatures)})
     if proof is not None:
         content["site"] = ConfigRecord({"key": proof.public, "signature": proof.signature})
     return content
@@ -117,6 +127,7 @@ def read_joined(content: RecordDict, node_id: int, *, most: int) -> list[JoinedC
         site=ConfigRecord,
         secure=ConfigRecord,
         publics=ArrayRecord,
+        consent=ConfigRecord,
     )
     if len(texts["ids"]) > most:
         raise WireError(f"it declares {len(texts['ids']):,} clients, federation.num-clients is {most:,}")
@@ -129,6 +140,7 @@ def read_joined(content: RecordDict, node_id: int, *, most: int) -> list[JoinedC
     if not set(texts["causes"]) <= CLIENT_ERROR_CODES | {""}:
         raise WireError("a join reply carries a code that is not on the list")
     rows, keys = number_rows(texts["ids"], columns), _read_keys(content, texts["ids"])
+    consents = _read_consents(content, texts["ids"])
     return [
         JoinedClient(
             node_id=node_id,
@@ -137,6 +149,7 @@ def read_joined(content: RecordDict, node_id: int, *, most: int) -> list[JoinedC
             cause=cause,
             **rows[name],
             **keys.get(name, {}),
+            **consents.get(name, {}),
         )
         for name, fingerprint, cause in zip(*texts.values(), strict=True)
     ]
@@ -166,6 +179,23 @@ def _read_keys(content: RecordDict, ids: Sequence[str]) -> dict[str, dict[str, A
             "public_key": found.get(name, b""),
         }
         for name, key, signature in zip(ids, keys, signatures, strict=True)
+    }
+
+
+def _read_consents(content: RecordDict, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return for each client its commitment and its site's consent, {} where the node sends none."""
+    record = content.config_records.get("consent", ConfigRecord())
+    if not record:
+        return {}
+    commitments = list_field(record, "commitments", str)
+    signatures = list_field(record, "signatures", bytes)
+    if set(record) != {"commitments", "signatures"} or not len(ids) == len(commitments) == len(signatures):
+        raise WireError("a join reply has not one consent for each client")
+    if not all(map(_FINGERPRINT.fullmatch, commitments)) or {*map(len, signatures)} != {SIGNATURE_BYTES}:
+        raise WireError("a join reply has a commitment or a consent of another form")
+    return {
+        name: {"commitment": commitment, "consent": signature}
+        for name, commitment, signature in zip(ids, commitments, signatures, strict=True)
     }
 
 

@@ -48,6 +48,8 @@ def fields_that_leave(*, in_plain: bool = True) -> Mapping[str, tuple[str, ...]]
         fingerprint="",
         run_key=b"KEY",
         public_key=b"KEY",
+        commitment="SALTED",
+        consent=b"SIGNATURE",
     )
     failed = ClientFailure(client_id="CLIENT", code="failed")
     state = AdapterState(_LAYOUT, delta)
@@ -69,7 +71,7 @@ def fields_that_leave(*, in_plain: bool = True) -> Mapping[str, tuple[str, ...]]
         "overlap": [overlaps.write_overlaps([Overlap(1, 1, True)])],
         "unmask": [masks.write_openings({"CLIENT": b""})],
         "stock": [*(stock_updates if in_plain else ()), stock.write_plain_evaluation(1, 0.0)],
-        "any": [refusals.write_error("failed")],
+        "any": [refusals.write_error("failed"), refusals.write_withdrawn(b"RECORD")],
     }
     return {
         kind: tuple(dict.fromkeys(field for content in contents for field in _fields(content)))

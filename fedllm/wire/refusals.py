@@ -5,7 +5,7 @@ It needs no torch, so that a process which only carries messages can refuse one 
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from fedllm.errors import CLIENT_ERROR_CODES
+from fedllm.errors import CLIENT_ERROR_CODES, WithdrawnError
 
 
 def is_fedllm_request(content: RecordDict) -> bool:
@@ -25,6 +25,17 @@ def is_stock(message: Message) -> bool:
 def write_error(code: str) -> RecordDict:
     """Return a reply that says only why there is no answer: a code of `CLIENT_ERROR_CODES`."""
     return RecordDict({"error": ConfigRecord({"code": code if code in CLIENT_ERROR_CODES else "internal"})})
+
+
+def write_withdrawn(record: bytes) -> RecordDict:
+    """Return the reply of a site that has withdrawn: the code and its signed record (`fedllm.withdrawal`)."""
+    return RecordDict({**write_error(WithdrawnError.code), "withdrawal": ConfigRecord({"record": record})})
+
+
+def read_withdrawn(content: RecordDict) -> bytes:
+    """Return the signed record in a reply, not yet checked; b"" where there is none."""
+    record = content.config_records.get("withdrawal", ConfigRecord()).get("record")
+    return record if isinstance(record, bytes) else b""
 
 
 def read_error(content: RecordDict) -> str | None:

@@ -27,6 +27,7 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield "  found at 1 % FPR", *(_share(found[kind], "caught") for kind in kinds)
     taken = report["extraction"]
     yield "texts given back", *(_counted(taken[kind]) for kind in kinds)
+    yield "texts nearly repeated", *(_counted(report["near_duplicates"][kind]) for kind in kinds)
     yield from _inversion_rows(report["inversion"])
     yield from _canary_rows(report["canaries"])
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedllm.errors import CheckpointError
-from fedllm.files import write_file
+from fedllm.adapters.folder import replace_card
+from fedllm.errors import CheckpointError, ConfigError
+from fedllm.files import SIGNATURE, write_file
+from fedllm.runs.memorisation import write_memorisation
 from scripts.auditing.canaries import canary_report
 from scripts.auditing.control import overfit
 from scripts.auditing.inversion import inversion_report
@@ -18,6 +20,7 @@ from scripts.auditing.membership import (
     null_deviation,
     scored,
 )
+from scripts.auditing.memorisation import figures_of, near_duplicates_report, with_memorisation
 from scripts.auditing.opening import Case, open_case
 from scripts.auditing.table import REPORT, table_of
 from scripts.charts import check_plot, roc_and_bars
@@ -41,9 +44,19 @@ NOTES = (
 
 
 def audit(
-    target: Path, *, rows: int, prefix: int, suffix: int, epochs: int, plot: Path | None, as_json: bool
+    target: Path,
+    *,
+    rows: int,
+    prefix: int,
+    suffix: int,
+    epochs: int,
+    plot: Path | None,
+    on_card: bool,
+    as_json: bool,
 ) -> None:
-    """Audit a run folder: print one table, write audit.json into it and draw a plot where one is wanted.
+    """Audit a run folder: print one table, write audit.json and memorisation.json into it, draw a plot.
+
+    `on_card` puts the figures of memorisation on the adapter's card too.
 
     Raises:
         FedLLMError: the run, its rows or its base model are not here; a plot is wanted that cannot be drawn.
@@ -55,6 +68,9 @@ def audit(
         report, lines = report_of(case, prefix=prefix, suffix=suffix, epochs=epochs)
     try:
         write_file(case.folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        write_memorisation(case.folder, case.adapter.digest, figures_of(report))
+        if on_card:
+            _put_on_card(case.folder / "adapter", figures_of(report))
         if plot is not None:
             lowest = 0.5 / max(1, report["num_others"], report["num_members"])
             curves = {NAMES[kind]: points for kind, points in lines.items()}
@@ -68,6 +84,12 @@ def audit(
     console.rich.print(table_of(report))
     for line in _words(case, report):
         console.line(line)
+
+
+def _put_on_card(adapter: Path, figures: Mapping[str, float]) -> None:
+    if (adapter / SIGNATURE).exists():
+        raise ConfigError(f"{adapter}: signed already, and its card with it; audit before it is signed")
+    replace_card(adapter, with_memorisation((adapter / "README.md").read_text(), figures))
 
 
 def report_of(
@@ -84,6 +106,7 @@ def report_of(
         "null_deviation": null_deviation(len(case.members), len(case.others)),
         "membership": membership_report(scores),
         "extraction": extraction_report(case, control, prefix=prefix, suffix=suffix),
+        "near_duplicates": near_duplicates_report(case, control, prefix=prefix, suffix=suffix),
         "inversion": inversion_report(case, control),
         "canaries": canary_report(case, control),
         "claim": {key: case.statement[key] for key in ("unit", "trust", "epsilon", "delta")}

@@ -46,6 +46,29 @@ def run(
         console.summary(folder, result)
 
 
+def run_in_groups(
+    words: Sequence[str], number: int, *, runtime: str, out: Path | None, as_json: bool
+) -> None:
+    """Train the clients in groups, so that one can be forgotten by training its group again.
+
+    The same command goes on with a run that was stopped.
+
+    Raises:
+        ConfigError: the clients are elsewhere, so that nobody can deal them to groups before they join.
+    """
+    from scripts.unlearning.groups import run_groups
+
+    if runtime != "local":
+        raise ConfigError(f"--groups goes with --runtime local, not {runtime}: groups are dealt here")
+    console = Console(quiet=as_json)
+    folder = run_groups(config_of(words, [f"run.output={out}"] if out else []), number, console.line)
+    result = json.loads((folder / RESULT).read_text())
+    if as_json:
+        print(json.dumps(result))
+    else:
+        console.summary(folder, result)
+
+
 def do_run(config: RunConfig, runtime: str, console: Console) -> tuple[Path, dict[str, Any]]:
     """Do a run, shown on `console`, and return its folder and what came of it; a complete one is as it was.
 

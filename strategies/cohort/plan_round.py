@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+from fedllm.errors import WithdrawnError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.records import RoundPlan
 from strategies.cohort.selection import choose_clients
-from strategies.cohort.voices import OVER_MEDIAN, OVER_MEDIAN_ROBUST, largest_weight, shared_out, voice_of
+from strategies.cohort.voices import OVER_MEDIAN, OVER_MEDIAN_ROBUST, shared_out, voice_of, weight_limits
 from strategies.privacy import clients_that_can_afford, cohort_seed
 from strategies.session import Session
 
@@ -14,11 +15,14 @@ def plan_round(session: Session, state: ServerState, attempt: int) -> RoundPlan:
     """Choose the clients of the next round and its numbers.
 
     Clients of busy nodes are not asked, nor those whose late reply this round will take: one update a round.
+    A client whose site has withdrawn is not asked again.
     """
     config, round_num = session.config, state.round_num + 1
     free = set(session.transport.node_ids()) - {reply.node_id for reply in session.transport.overdue}
     able = clients_that_can_afford(session.privacy, state, session.clients, attempt)
     able -= {client for client, barred in session.barred.items() if barred == round_num}
+    codes = [answer for record in state.records for answer in record.codes.items()]
+    able -= {client for client, code in codes if code == WithdrawnError.code}
     available = [c for c in session.clients.values() if c.node_id in free and c.client_id in able]
     voices, rows, most_weights = _shares(session)
     if voices:  # a site draws no more attention than it has a say
@@ -58,8 +62,6 @@ def _shares(session: Session) -> tuple[dict[str, str], dict[str, float], dict[st
         return {}, {}, {}
     clients, plan = session.clients.values(), session.plan
     voices = {client.client_id: voice_of(client) for client in clients}
-    weights = {client.client_id: largest_weight(client, plan) for client in clients}
     declared = {client.client_id: float(client.num_train) for client in clients}
-    limits = {site.name: site.max_weight for site in (session.sites or {}).values() if site.max_weight}
     over = OVER_MEDIAN if plan.aggregation.robust == "none" else OVER_MEDIAN_ROBUST
-    return voices, shared_out(declared, voices, {}, over), shared_out(weights, voices, limits, over)
+    return voices, shared_out(declared, voices, {}, over), weight_limits(clients, plan, session.sites)

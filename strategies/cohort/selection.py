@@ -5,7 +5,9 @@ nothing else: every runtime and a resumed run choose the same. Where the numbers
 claimed under differential privacy: only uniform and poisson draw without looking at any data, and
 `fedllm.plan.refusals` refuses the others where a guarantee would be false.
 
-uniform          without replacement, every client alike
+uniform          without replacement, every client alike: those with the smallest keyed hash of round, attempt
+                 and name. Without one of the clients only the rounds that asked it ask somebody else, so a
+                 run can forget a client by doing these rounds again (`strategies/unlearning/`)
 weighted         without replacement, each draw proportional to the declared rows. Weighting the updates by
                  their rows as well counts a row twice; `aggregation.weighting = "uniform"` does not
 poisson          each client by its own coin, q = cohort / federation.num-clients; the round may be empty.
@@ -20,10 +22,12 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 from fedllm.messages import JoinedClient
 from fedllm.plan.cohort import CohortPlan
+from fedllm.privacy.keys import derived_key
 from fedllm.runs.records import RoundRecord
 from fedllm.seeds import derive_seed
 
@@ -43,6 +47,7 @@ class _Draw:
     past: Sequence[RoundRecord]
     round_num: int
     generator: random.Random
+    turn: Callable[[str], bytes]  # a client's hash in this round and attempt, 32 bytes
 
 
 _Rule: TypeAlias = Callable[[_Draw], Iterable[str]]
@@ -69,6 +74,7 @@ def choose_clients(
         past,
         round_num,
         random.Random(derive_seed(seed, "cohort", round_num, attempt)),
+        partial(derived_key, str(seed).encode(), "cohort", round_num, attempt),
     )
     return tuple(sorted(RULES[cohort.rule](draw)))
 
@@ -79,7 +85,7 @@ def last_losses(past: Sequence[RoundRecord]) -> dict[str, float]:
 
 
 def _uniform(draw: _Draw) -> list[str]:
-    return draw.generator.sample(list(draw.clients), draw.number)
+    return sorted(draw.clients, key=draw.turn)[: draw.number]
 
 
 def _poisson(draw: _Draw) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from fedllm.messages import ClientUpdate, JoinedClient
 from fedllm.plan.run_plan import RunPlan
+from strategies.sites import Sites
 
 # Times the median site. Under a robust rule liars must be a minority by weight too: where nobody weighs more
 # than the median, fewer than a quarter of the sites weigh less than half.
@@ -76,6 +77,15 @@ def shared_out(
     usual = over_median * statistics.median_low(totals.values()) if totals else 0.0
     factors = {voice: min(1.0, limits.get(voice, usual) / total) for voice, total in totals.items() if total}
     return {client: weight * factors.get(voices[client], 1.0) for client, weight in weights.items()}
+
+
+def weight_limits(clients: Collection[JoinedClient], plan: RunPlan, sites: Sites | None) -> dict[str, float]:
+    """Return the most that every client may weigh in a round, in the unit of `aggregation.weighting`."""
+    weights = {client.client_id: largest_weight(client, plan) for client in clients}
+    voices = {client.client_id: voice_of(client) for client in clients}
+    limits = {site.name: site.max_weight for site in (sites or {}).values() if site.max_weight}
+    over = OVER_MEDIAN if plan.aggregation.robust == "none" else OVER_MEDIAN_ROBUST
+    return shared_out(weights, voices, limits, over)
 
 
 def limited(update: ClientUpdate, most: Mapping[str, float]) -> ClientUpdate:

@@ -12,7 +12,7 @@ from fedllm.messages import JoinedClient
 from fedllm.plan.run_plan import RunPlan
 from fedllm.secure.homomorphic import key_digest
 from fedllm.secure.parties import party_statement
-from fedllm.wire.joining import join_statement, read_joined, read_signer
+from fedllm.wire.joining import consent_statement, join_statement, read_joined, read_signer
 from strategies.sites import Site, Sites
 
 _KEY_SHOWN = 24  # letters of a public key that are enough to find it
@@ -20,11 +20,17 @@ _KEY_SHOWN = 24  # letters of a public key that are enough to find it
 
 @dataclass(frozen=True, eq=False)
 class Admission:
-    """What decides who may join a run; no `sites` admit any."""
+    """What decides who may join a run; no `sites` admit any, but for the clients that are `left_out`."""
 
     plan: RunPlan
     layout: AdapterLayout
     sites: Sites | None = None
+    left_out: Collection[str] = ()
+
+    @property
+    def num_expected(self) -> int:
+        """How many clients the run waits for before its first round."""
+        return self.plan.config.federation.num_clients - len(self.left_out)
 
     def read(self, content: RecordDict, node_id: int, nonce: str) -> list[JoinedClient]:
         """Return the clients that a node declares in answer to the question with `nonce`, with their site.
@@ -35,6 +41,10 @@ class Admission:
         config = self.plan.config
         clients = read_joined(content, node_id, most=config.federation.num_clients)
         signer = read_signer(content, join_statement(nonce, config.run.name, self.plan.digest, clients))
+        for client in clients:
+            consent = consent_statement(config.run.name, self.plan.digest, config.run.purpose, client)
+            if client.consent and not verify(signer, consent, client.consent):
+                raise WireError("its site's consent is not to this run, its purpose and these rows")
         clients = [replace(client, identity=signer) for client in clients]
         if self.sites is None or not clients:
             return [replace(client, site=signer) for client in clients]
@@ -55,6 +65,8 @@ class Admission:
 
         A connected node keeps its clients; one that is gone was restarted, perhaps under another id.
         """
+        if client.client_id in self.left_out:
+            return "the run goes on without it"
         known = taken.get(client.client_id)
         if known is not None and known.site != client.site:
             return "another site declared it before, whose it stays"

@@ -2,7 +2,7 @@
 
 import time
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from fedllm.adapters.layout import AdapterLayout
 from fedllm.errors import NoDataError, RunFailedError, WireError
@@ -28,12 +28,13 @@ def join_clients(
     layout: AdapterLayout,
     notice: Callable[[str], None],
     phase: Callable[[str, int, int], None] = SILENT.phase,
+    left_out: Collection[str] = (),
 ) -> dict[str, JoinedClient]:
     """Wait until the expected clients have declared themselves; return those that take part by id.
 
     Nodes are asked as they appear, so that one which hangs holds up no other. An answer that comes after the
     wait is taken before the next round (`rejoin`). The wait ends at once where every node has answered for
-    good and none is missing.
+    good and none is missing. Clients that are `left_out` are neither waited for nor taken.
 
     Raises:
         ConfigError: `federation.sites` names no list of sites.
@@ -43,7 +44,7 @@ def join_clients(
     federation = plan.config.federation
     if plan.config.secure.method == "he":
         check_installed()
-    admission = Admission(plan, layout, read_sites(federation.sites))
+    admission = Admission(plan, layout, read_sites(federation.sites), left_out)
     with few(notice) as notice:
         declared = _wait_for_declared(transport, admission, notice, phase)
         for node in transport.silent:
@@ -57,9 +58,9 @@ def join_clients(
                 refused[f"client {client_id}"] = reason if client.num_train else NO_ROWS
             else:
                 usable[client_id] = client
-        if len(usable) >= federation.min_clients and len(declared) < federation.num_clients:
+        if len(usable) >= federation.min_clients and len(declared) < admission.num_expected:
             notice(
-                f"{len(declared)} of {federation.num_clients} expected clients joined;"
+                f"{len(declared)} of {admission.num_expected} expected clients joined;"
                 " going on without the rest"
             )
         placed = _placed(transport, admission, usable, notice)
@@ -86,7 +87,7 @@ def _wait_for_declared(
 ) -> dict[str, JoinedClient]:
     """Return the clients declared until all are there, no more can be, or the join deadline has passed."""
     federation = admission.plan.config.federation
-    number, ends = federation.num_clients, time.monotonic() + federation.join_deadline
+    number, ends = admission.num_expected, time.monotonic() + federation.join_deadline
     declared: dict[str, JoinedClient] = {}
     phase("joining", 0, number)
     while not _is_full(transport, declared, number) and time.monotonic() < ends:
@@ -161,7 +162,7 @@ def rejoin(session: Session) -> None:
 
 def _add_declared(session: Session) -> None:
     clients, transport = session.clients, session.transport
-    admission = Admission(session.plan, session.layout, session.sites)
+    admission = Admission(session.plan, session.layout, session.sites, session.left_out)
     with few(session.watch.notice) as notice:
         usable = {}
         for name, client in _take_declared(transport, admission, clients, notice).items():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from fedllm.data.partition import Partition, save_partition
+from fedllm.files import verify_manifest
+from fedllm.runs.memorisation import MEMORISATION, read_memorisation
 from scripts import cli
 from scripts.auditing import membership
 from scripts.auditing.table import REPORT
@@ -84,6 +86,13 @@ def test_controls_without_a_signal_find_nothing(finished: Callable, command: Cal
     assert report["membership"]["loss-ratio"]["base"] is None  # the ratio of the base to itself
     assert report["extraction"]["base"]["extracted"] == report["extraction"]["held_out"]["extracted"] == 0
     assert report["extraction"]["run"]["number"] > 0
+    figures = read_memorisation(finished("overfitted", OVERFITTED))
+    assert figures["extraction"] == report["extraction"]["run"]["rate"]
+    for name in ("extraction", "near_duplicates"):  # nearly given back is what is given back, at least
+        assert figures[name] > 0.5
+        assert figures[name + "_held_out"] == figures[name + "_base"] == 0
+        assert figures["near_duplicates"] >= figures["extraction"]
+    assert report["near_duplicates"]["positive_control"]["rate"] > 0.9
 
 
 def test_private_run_keeps_its_claim_and_its_control_leaks(finished: Callable, command: Callable) -> None:
@@ -150,8 +159,21 @@ def test_an_audit_leaves_the_run_as_it_was(copied: Callable, command: Callable) 
     before = files_of(folder)
     command(str(folder), "--json")
     after = files_of(folder)
-    assert set(after) - set(before) == {folder / REPORT}
+    assert set(after) - set(before) == {folder / REPORT, folder / MEMORISATION}
     assert all(after[path] == content for path, content in before.items())
+
+
+def test_the_card_says_what_is_repeated_where_that_is_wanted(copied: Callable, command: Callable) -> None:
+    folder = copied("overfitted", OVERFITTED)
+    card = folder / "adapter" / "README.md"
+    before = card.read_text()
+    for _ in range(2):  # a second audit replaces the first
+        command(str(folder), *SHORT, "--card", "--json")
+    figures = read_memorisation(folder)
+    row = f"| texts given back token for token | {figures['extraction']:.3g} | 0 | 0 |"
+    assert card.read_text().startswith(before)
+    assert card.read_text().count("## Memorisation") == card.read_text().count(row) == 1
+    verify_manifest(folder / "adapter")
 
 
 def test_two_audits_of_a_run_without_secrets_agree(finished: Callable, command: Callable) -> None:

@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 
+from clients.answering import UNKNOWN
+from clients.gate import Sender
+from clients.process import Process
 from fedllm.config.run_config import RunConfig
+from tests.clients.hostile import NUM_ROWS, Hostile
 
 
 @pytest.fixture
@@ -46,5 +50,33 @@ def make_config(make_model_folder: Callable[..., Path]) -> Callable[..., RunConf
             "train.max-length": 64,
         }
         return RunConfig.from_flat({**values, **flat})
+
+    return make
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that writes this machine's site.toml, whose state is its own."""
+    file = tmp_path / "site.toml"
+    monkeypatch.setenv("FEDLLM_SITE", str(file))
+
+    def write(text: str) -> None:
+        file.write_text(f'[site]\nstate-path = "state"\n{text}')
+
+    write("")
+    return write
+
+
+@pytest.fixture
+def hostile(
+    site: Callable, write_rows: Callable, make_config: Callable, make_model_folder: Callable
+) -> Callable[..., Hostile]:
+    """Return a function (**keys of its run) -> a server that may ask a node of 40 rows."""
+    file = write_rows("ward.jsonl", {"x": NUM_ROWS})
+    node = {"data-path": str(file), "client-id": "ward", "model-path": str(make_model_folder())}
+    process = Process()
+
+    def make(sender: Sender = UNKNOWN, **keys: Any) -> Hostile:
+        return Hostile(make_config(**keys), process, node, sender)
 
     return make

@@ -3,117 +3,31 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import RecordDict
 
-from clients.answering import UNKNOWN, answer
-from clients.data_holder import DataHolder
 from clients.gate import Sender
-from clients.kinds import make_app
 from clients.process import Process
 from fedllm import chained_log
-from fedllm.config.run_config import RunConfig
 from fedllm.identity import new_key, public_text
 from fedllm.messages import ClientEvaluation, ClientFailure
 from fedllm.models.files import content_digest, fingerprint
-from fedllm.originality.overlap import OverlapRequest, probe
 from fedllm.site_policy import load_policy
-from fedllm.wire import joining, overlaps, refusals, replies, requests
+from fedllm.wire import joining, replies, requests
 from fedllm.wire.leaving import fields_that_leave
 from fedllm.wire.masks import write_over
-from fedllm.wire.stock import write_plain
-from scripts.runtimes.local import init, local_grid, step
-from tests.builders import evaluate_request, train_request
+from scripts.runtimes.local import init, step
+from tests.builders import train_request
 
 SALT = bytes(16)
 AT_HOME = {"personal.mode": "finetune", "personal.steps": 2}
 MASKS = {"secure.method": "masks", "federation.num-clients": 3}
 DISTILS = {"distill.when": "every", "distill.text": "synthetic"}
 NUM_ROWS = 40
-
-
-@dataclass(frozen=True, eq=False)
-class Hostile:
-    """A server that asks one node whatever it likes; each of its runs has a configuration of its own."""
-
-    config: RunConfig
-    process: Process
-    node: dict[str, Any]
-    sender: Sender
-
-    def holder(self) -> DataHolder:
-        return self.process.open(self.config.to_flat(), self.node)
-
-    def reply(self, kind: str, content: RecordDict) -> RecordDict | str:
-        """Return what the node sends, or the code of an error."""
-        grid = local_grid(self.config, make_app(partial(answer, self.process, sender=self.sender)))
-        (node_id,) = grid.get_node_ids()
-        grid.contexts[node_id].node_config = self.node
-        (reply,) = grid.send_and_receive([grid.create_message(content, kind, node_id, group_id="1")])
-        if reply.has_error():
-            return reply.error.reason
-        return refusals.read_error(reply.content) or reply.content
-
-    def join(self) -> Any:
-        return self.reply("query.join", RecordDict())
-
-    def train(self, **changes: Any) -> Any:
-        request = train_request(self.holder(), "ward", **changes)
-        return self.reply("train", requests.write_train_request(request, requests.Sending()))
-
-    def evaluate(self) -> Any:
-        request = evaluate_request(self.holder(), "ward")
-        return self.reply("evaluate", requests.write_evaluate_request(request, requests.Sending()))
-
-    def adapt(self, **changes: Any) -> Any:
-        request = evaluate_request(self.holder(), "ward", **changes)
-        return self.reply("query.adapt", requests.write_evaluate_request(request, requests.Sending()))
-
-    def unmask(self) -> Any:
-        return self.reply("query.unmask", RecordDict())
-
-    def stock(self, kind: str) -> Any:
-        adapter = train_request(self.holder(), "ward").adapter
-        return self.reply(kind, RecordDict({"arrays": write_plain(adapter)}))
-
-    def overlap(self, *texts: tuple[int, ...], round_num: int = 1) -> Any:
-        probes = tuple(probe(text, SALT) for text in texts or (tuple(range(5, 60)),))
-        return self.reply(
-            "query.overlap", overlaps.write_overlap_request(OverlapRequest(round_num, SALT, probes))
-        )
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Return a function that writes this machine's site.toml, whose state is its own."""
-    file = tmp_path / "site.toml"
-    monkeypatch.setenv("FEDLLM_SITE", str(file))
-
-    def write(text: str) -> None:
-        file.write_text(f'[site]\nstate-path = "state"\n{text}')
-
-    write("")
-    return write
-
-
-@pytest.fixture
-def hostile(
-    site: Callable, write_rows: Callable, make_config: Callable, make_model_folder: Callable
-) -> Callable[..., Hostile]:
-    """Return a function (**keys of its run) -> a server that may ask a node of 40 rows."""
-    file = write_rows("ward.jsonl", {"x": NUM_ROWS})
-    node = {"data-path": str(file), "client-id": "ward", "model-path": str(make_model_folder())}
-    process = Process()
-
-    def make(sender: Sender = UNKNOWN, **keys: Any) -> Hostile:
-        return Hostile(make_config(**keys), process, node, sender)
-
-    return make
 
 
 def answered(reply: Any) -> bool:

@@ -21,7 +21,9 @@ from fedllm.runs.checkpoint import (
     ServerState,
     check_resumable,
     load_checkpoint,
+    newest_checkpoint,
     newest_round,
+    rounds_to_keep,
     save_checkpoint,
 )
 from fedllm.runs.records import AggregationRecord, OptimizerState, RoundRecord
@@ -61,8 +63,7 @@ def load(folder: Path, config: RunConfig = CONFIG, layout: AdapterLayout = LAYOU
     return load_checkpoint(folder, fixed_keys(config), layout)
 
 
-def test_a_state_comes_back_bit_for_bit_and_two_are_kept(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["round-00002", "round-00003"]
+def test_a_state_comes_back_bit_for_bit(folder: Path) -> None:
     state, passed_over = load(folder)
     assert passed_over == []
     assert state.adapter.digest == state_of(3).adapter.digest
@@ -136,7 +137,7 @@ def test_a_damaged_newest_checkpoint_costs_one_round(damage: Callable[[Path], No
 
 
 def test_damaged_checkpoints_alone_name_a_way_out_that_works(folder: Path) -> None:
-    for name in ("round-00002", "round-00003"):
+    for name in ("round-00001", "round-00002", "round-00003"):
         _flip("adapter.safetensors")(folder / name)
     with pytest.raises(CheckpointError, match=r"round-00003 is damaged .* another run\.name"):
         load(folder)
@@ -159,7 +160,7 @@ def _rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ],
 )
 def test_a_checkpoint_of_another_version_is_not_damaged(change: Callable, folder: Path) -> None:
-    for name in ("round-00002", "round-00003"):
+    for name in ("round-00001", "round-00002", "round-00003"):
         _rewrite(folder / name, change)
     with pytest.raises(CheckpointError, match="written by another version") as caught:
         load(folder)
@@ -167,7 +168,7 @@ def test_a_checkpoint_of_another_version_is_not_damaged(change: Callable, folder
 
 
 def test_keys_that_a_checkpoint_lacks_are_of_another_version(folder: Path) -> None:
-    for name in ("round-00002", "round-00003"):
+    for name in ("round-00001", "round-00002", "round-00003"):
         _rewrite(folder / name, lambda content: content["config"].pop("train.local-steps"))
     for read in (load, lambda folder: check_resumable(folder, fixed_keys(CONFIG))):
         with pytest.raises(ConfigError, match=r"another version .* train\.local-steps"):
@@ -181,6 +182,63 @@ def test_a_checkpoint_that_was_not_finished_is_no_round(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, state_of(2), CONFIG.to_flat())
     assert newest_round(tmp_path) == 2
     assert sorted(path.name for path in tmp_path.glob("round*")) == ["round-00002", "round-00007.bak"]
+
+
+def turns(*asked: str) -> list[RoundRecord]:
+    return [RoundRecord(round_num=number, asked=tuple(names)) for number, names in enumerate(asked)]
+
+
+def test_the_newest_two_first_turns_and_powers_of_two_are_kept() -> None:
+    records = turns("", "a", "a", "ab", "b", "a", "b", "ca", "a", "b", "d", "a", "c", "d")
+    assert rounds_to_keep(range(1, 14), records, 99) == {1, 2, 4, 6, 8, 9, 12, 13}
+    assert rounds_to_keep([1], records[:2], 99) == {1}
+    assert rounds_to_keep([], [], 99) == set()
+
+
+def test_of_too_many_checkpoints_those_near_another_go() -> None:
+    records = turns("", *"abcdefghijklmnopqrst")  # a newcomer a round
+    for most in range(12):
+        kept = rounds_to_keep(range(1, 21), records, most)
+        assert len(kept) == most + 2
+        assert kept >= {19, 20}
+    assert rounds_to_keep(range(1, 21), records, 4) == {4, 8, 12, 16, 19, 20}
+
+
+def test_what_is_kept_does_not_depend_on_a_kill(tmp_path: Path) -> None:
+    records = turns("", "a", "a", "ab", "a", "c", "a", "b", "d", "a")
+    for name, killed in (("whole", 0), ("killed", 6)):
+        for number in range(1, 10):
+            state = replace(state_of(number), records=tuple(records[: number + 1]))
+            save_checkpoint(tmp_path / name, state, CONFIG.to_flat())
+            if number == killed:  # the round was done and its checkpoint lost: it is done again
+                shutil.rmtree(tmp_path / name / f"round-{number:05d}")
+                save_checkpoint(tmp_path / name, state, CONFIG.to_flat())
+    found = [{path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "killed")]
+    assert found[0] == found[1] == {f"round-{number:05d}" for number in (1, 2, 4, 7, 8, 9)}
+
+
+def test_earlier_checkpoints_take_no_more_than_their_share_of_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedllm.runs.checkpoint.MOST_BYTES", 30_000)
+    for number in range(1, 30):
+        records = tuple(turns("", *(chr(65 + one) for one in range(number))))
+        save_checkpoint(tmp_path, replace(state_of(number), records=records), CONFIG.to_flat())
+        sizes = [
+            sum(file.stat().st_size for file in path.iterdir()) for path in sorted(tmp_path.glob("round*"))
+        ]
+        assert sum(sizes[:-2]) <= 30_000
+    assert len(sizes) > 2
+
+
+def test_a_run_goes_back_to_the_newest_intact_round_before_one(folder: Path) -> None:
+    assert newest_checkpoint(folder, 2)[0].round_num == 2
+    _flip("adapter.safetensors")(folder / "round-00002")
+    state, (line,) = newest_checkpoint(folder, 2)
+    assert state.round_num == 1
+    assert line.startswith("round-00002 is damaged")
+    with pytest.raises(CheckpointError):
+        newest_checkpoint(folder, 0)
 
 
 def another(config: RunConfig, key: str) -> Any:

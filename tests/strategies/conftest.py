@@ -112,7 +112,7 @@ def make_config(
 
 @pytest.fixture
 def open_run() -> Callable[..., Run]:
-    """Return a function (config, absent nodes, tamper, nodes, node configs) -> a run whose clients joined."""
+    """Return a function (config, absent, tamper, nodes, node configs, folder) -> a run that has begun."""
 
     def start(
         config: RunConfig,
@@ -120,6 +120,7 @@ def open_run() -> Callable[..., Run]:
         tamper: Tamper | None = None,
         num_nodes: int = 4,
         node_configs: Mapping[int, Mapping[str, Any]] | None = None,
+        folder: Path | None = None,
     ) -> Run:
         process = Process(RESIDENT)
         app = make_client_app(process)
@@ -135,7 +136,7 @@ def open_run() -> Callable[..., Run]:
         notices: list[str] = []
         records: list[RoundRecord] = []
         watch = Watch(notice=notices.append, record=records.append)
-        session = open_session(resolve(config), grid, watch, resident=RESIDENT)
+        session = open_session(resolve(config), grid, watch, folder=folder, resident=RESIDENT)
         session.transport.poll_seconds = 0.01
         state = ServerState(0, session.initial)
         return Run(session, state, grid, notices, records, process)

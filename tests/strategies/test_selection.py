@@ -1,5 +1,7 @@
 """Who is asked: laws of the five rules, and that a run asks the same clients however it is run."""
 
+import hmac
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 from fedllm.config.run_config import KEYS
 from fedllm.messages import JoinedClient
@@ -90,9 +93,36 @@ def test_every_client_has_its_turn_and_each_attempt_draws_anew(rule: str) -> Non
     assert len(set(draws)) > 5
 
 
-def test_the_uniform_draw_is_the_one_it_has_always_been() -> None:
+def test_the_uniform_draw_takes_the_smallest_keyed_hashes() -> None:
     names = [f"c{number}" for number in range(8)]
-    assert choose(clients(names), "uniform", 3, seed=0, round_num=2) == ("c1", "c2", "c5")
+
+    def turn(name: str) -> bytes:
+        message = f"str:cohort\x1fint:2\x1fint:3\x1fstr:{name}"
+        return hmac.digest(b"5", message.encode(), "sha256")
+
+    chosen = choose(clients(names), "uniform", 3, seed=5, round_num=2, attempt=3)
+    assert chosen == tuple(sorted(sorted(names, key=turn)[:3]))
+
+
+@pytest.mark.parametrize(("num_clients", "size"), [(6, 1), (7, 3), (20, 4), (5, 5)])
+def test_without_a_client_only_the_rounds_that_asked_it_change(num_clients: int, size: int) -> None:
+    names = [f"c{number}" for number in range(num_clients)]
+    for round_num in range(1, 60):
+        asked = choose(clients(names), "uniform", size, round_num=round_num)
+        for gone in names:
+            rest = [name for name in names if name != gone]
+            now = choose(clients(rest), "uniform", size, round_num=round_num)
+            assert set(now) >= set(asked) - {gone}
+            if gone not in asked:
+                assert now == asked
+
+
+def test_uniform_cohorts_are_all_alike() -> None:
+    pairs = list(itertools.combinations("abcde", 2))
+    draws = Counter(choose(clients("abcde"), "uniform", 2, round_num=number) for number in range(NUM_DRAWS))
+    expected = NUM_DRAWS / len(pairs)
+    # 9 degrees of freedom; the statistic of a fixed seed, below the value that one seed in a thousand exceeds
+    assert sum((draws[pair] - expected) ** 2 / expected for pair in pairs) < chi2.isf(0.001, 9)
 
 
 def test_a_weighted_draw_of_one_is_proportional_to_the_rows() -> None:

@@ -1,0 +1,52 @@
+"""What a site removes of ended runs, and what it must keep whatever its owner says."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from clients.asked import SECONDS_A_DAY
+from clients.retention import remove_ended
+
+NOW = 1_800_000_000.0
+VECTORS = ("old-1/anna/drawn-000000000008.safetensors", "old-1/anna/home/adapter_model.safetensors")
+KEYS = ("secure/old-2/anna/key", "secure/old-2/anna/secret", "secure/old-2/anna/encryption")
+KEPT = (
+    "old-1/noise-secret",
+    "old-1/anna/privacy-ledger.json",
+    "old-1/anna/rows-0123",
+    "secure/old-2/anna/ab.masked",
+    "new-1/anna/drawn-000000000008.safetensors",
+    "split-secret",
+    "withdrawn.json",
+    "log.jsonl",
+    "logs/service.log",
+    "asked/ward.json",
+    "budget/ward/ledger.json",
+)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A state folder of ended runs, 31 days old, and of one whose last change was a day ago."""
+    for name in (*VECTORS, *KEYS, *KEPT):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        days = 1 if "new-1" in path.parts else 31
+        os.utime(path, (NOW - days * SECONDS_A_DAY,) * 2)
+    return tmp_path
+
+
+def test_vectors_and_keys_of_ended_runs_go_and_all_else_stays(state: Path) -> None:
+    assert remove_ended(state, 30, NOW) == ["old-1", "secure/old-2"]
+    assert not any((state / name).exists() for name in (*VECTORS, *KEYS, "old-1/anna/home"))
+    assert [(state / name).read_text() for name in KEPT] == list(KEPT)
+    assert remove_ended(state, 30, NOW + SECONDS_A_DAY) == []
+
+
+def test_a_run_that_was_asked_lately_keeps_all(state: Path) -> None:
+    os.utime(state / "old-1/anna/privacy-ledger.json", (NOW,) * 2)
+    assert remove_ended(state, 30, NOW) == ["secure/old-2"]
+    assert all((state / name).exists() for name in VECTORS)
+    assert remove_ended(state / "absent", 30, NOW) == []
