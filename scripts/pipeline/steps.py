@@ -159,6 +159,8 @@ def roll_back(pipeline: Pipeline, state: PipelineState) -> PipelineState:
     """Bring the version before back into use; the charts begin anew, since its losses are other ones."""
     if pipeline.history().current[PRODUCTION] != state.target:
         pipeline.registry.rollback(PRODUCTION)
+    else:  # a kill may have come between the log and the alias, which this mends
+        pipeline.registry.promote(state.target, PRODUCTION)
     pipeline.note("rollback-reason", state.looks, version=state.target, gain=state.gates["held-out"]["value"])
     return replace(state, step=WATCH, charts={})
 
