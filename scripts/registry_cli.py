@@ -77,6 +77,17 @@ def mark(
 
 
 @app.command()
+def withdraw(
+    folder: Folder,
+    source: Annotated[Path, typer.Argument(help="A site's signed withdrawal, or a run that was sent some.")],
+) -> None:
+    """Mark all that was made with the rows of a site that has withdrawn."""
+    from scripts.commands import withdraw_command
+
+    withdraw_command.withdraw(folder, source)
+
+
+@app.command()
 def verify(
     folder: Folder,
     key: Annotated[

@@ -158,6 +158,9 @@ def unlearn(
     name: Annotated[str, typer.Option(help="Of the new run; RUN-unlearned.")] = "",
     runtime: Annotated[str, typer.Option(help="local | simulation | deployment")] = "local",
     method: Annotated[str, typer.Option(help="Where no class is exact: ascent | subtraction")] = "ascent",
+    verify: Annotated[
+        int, typer.Option(min=0, help="Seeds with which an approximation is compared with retraining.")
+    ] = 0,
     is_only_told: Annotated[bool, typer.Option("--dry-run", help="Only say what could be promised.")] = False,
     json: Json = False,
 ) -> None:
@@ -171,6 +174,7 @@ def unlearn(
         name=name,
         runtime=runtime,
         method=method,
+        num_seeds=verify,
         is_only_told=is_only_told,
         as_json=json,
     )

@@ -17,12 +17,11 @@ from fedllm.models.files import ModelFiles, copy_tokenizer, resolve_model
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import write_result
-from fedllm.runs.lineage import write_lineage
 from fedllm.runs.spread import measured_ends, spread_and_losses
 from fedllm.runs.unlearning import read_unlearning
 from strategies.card import model_card, statement_on_privacy, with_answers
-from strategies.consent import consent_of
 from strategies.divergence import warnings_of
+from strategies.lineage import keep_lineage
 
 MOST_LETTERS = 4000  # of a text in result.json, so that it stays readable whatever the run generates
 
@@ -42,8 +41,7 @@ def publish_run(
     """
     files = resolve_model(plan.config.model.name)
     result = summary(state, publish_adapter(folder, plan, files, state, joined))
-    consent = consent_of(plan, joined)
-    write_lineage(folder, plan, files, bundle=bundle, num_clients=len(state.num_drawn), consent=consent)
+    keep_lineage(folder, plan, files, state, joined, bundle)
     if stopped:
         result["stopped"] = stopped
     statement = statement_on_privacy(plan, state)

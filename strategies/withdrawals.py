@@ -39,6 +39,6 @@ def _keep(folder: Path, record: bytes, node: int, watch: Watch) -> None:
     else:
         whom = ", ".join(found.clients) or "all of its clients"
         watch.notice(
-            f"a site has withdrawn {whom}: `fedllm withdraw {folder.parent} --registry FOLDER` marks what was"
+            f"a site has withdrawn {whom}: `fedllm registry withdraw REGISTRY {folder.parent}` marks what was"
             " made with their rows"
         )

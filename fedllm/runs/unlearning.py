@@ -10,16 +10,14 @@ all say the sentence `guarantee`, so that nobody reads an approximation as an ex
     D  approximate: the client's share was taken out of the finished adapter; measured, never guaranteed
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedllm.adapters.folder import WEIGHTS
 from fedllm.errors import ConfigError
-from fedllm.files import SIGNATURE, write_file
+from fedllm.files import write_file
 
 UNLEARNING = "unlearning.json"  # in a run's folder
 LIKE, UNLIKE, UNKNOWN = "like retraining", "unlike retraining", "not measurable"  # verdicts of a verification
@@ -38,8 +36,8 @@ _GUARANTEES = {
 class Unlearning:
     """What was unlearnt from a run, and how.
 
-    `kind` is the class, A to D; `reason` says why no stronger one was possible. `parent` is the digest of the
-    signature of the adapter before, or "weights:" and that of its weights where nobody has signed it.
+    `kind` is the class, A to D; `reason` says why no stronger one was possible. `parent` names the
+    adapter before (`fedllm.runs.lineage.adapter_digest`).
     `verification` holds the verdict on every measure, empty where nobody has verified it
     (`scripts.unlearning.verify`).
     """
@@ -65,17 +63,6 @@ class Unlearning:
             return "nobody has compared it with a run that never had what was unlearnt"
         found = "; ".join(f"{name}: {verdict}" for name, verdict in self.verification.items())
         return f"against runs that never had what was unlearnt it is, by {found}"
-
-
-def parent_of(adapter: Path) -> str:
-    """Return how a record names the adapter in a folder, for its `parent`.
-
-    Raises:
-        OSError: there is no adapter in it.
-    """
-    signed = adapter / SIGNATURE
-    prefix, file = ("", signed) if signed.exists() else ("weights:", adapter / WEIGHTS)
-    return prefix + hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_unlearning(folder: Path, unlearning: Unlearning) -> None:

@@ -12,6 +12,7 @@ from fedllm.data.fields import Example
 from fedllm.data.shards import load_one_client
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.runs.folder import read_keys
+from fedllm.runs.unlearning import read_unlearning
 from scripts.commands.run_command import do_run
 from scripts.console import Console, shown_path
 from scripts.unlearning.carried import carry_private
@@ -29,6 +30,7 @@ def unlearn(
     name: str,
     runtime: str,
     method: str,
+    num_seeds: int,
     is_only_told: bool,
     as_json: bool,
 ) -> None:
@@ -58,8 +60,11 @@ def unlearn(
     elif guarantee.kind == "C":
         folder = redo_group(run, client, name, reason)
     else:
-        folder = unlearn_approximately(run, client, method, name, reason)
+        seeds = range(config.seed, config.seed + num_seeds)
+        folder = unlearn_approximately(run, client, method, name, reason, seeds=seeds)
     if folder:
+        if (unlearning := read_unlearning(folder)) is not None:
+            console.line(unlearning.guarantee)
         console.line(f"{shown_path(folder)} has unlearnt it; {shown_path(run)} has not: remove that in time")
     if as_json:
         print(json.dumps({**asdict(guarantee), "folder": str(folder) if folder else None}))

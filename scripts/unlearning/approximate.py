@@ -62,6 +62,8 @@ def kept_states(checkpoints: Path, initial: AdapterState) -> tuple[ServerState, 
 def refusal_of(plan: RunPlan, method: str) -> str:
     """Return why a run cannot be unlearnt by a method, "" where it can."""
     rule = plan.aggregation
+    if method not in METHODS:
+        return f"expected one of {', '.join(METHODS)}"
     if plan.privacy is not None:
         return "it would read rows outside their privacy budget"
     if plan.secure is not None:

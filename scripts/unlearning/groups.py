@@ -28,7 +28,8 @@ from fedllm.runs.folder import (
     write_left_out,
     write_rounds,
 )
-from fedllm.runs.unlearning import Unlearning, parent_of, write_unlearning
+from fedllm.runs.lineage import adapter_digest
+from fedllm.runs.unlearning import Unlearning, write_unlearning
 from scripts.runtimes.local import local_grid
 from strategies.first_state import first_state
 from strategies.publish import publish_run
@@ -84,7 +85,7 @@ def redo_group(run: Path, client: str, name: str, reason: str = "") -> Path:
         unlearning = Unlearning(
             kind="C",
             method="group",
-            parent=parent_of(run / "adapter"),
+            parent=adapter_digest(run / "adapter"),
             reason=reason,
             rounds=config.federation.num_rounds if group in groups else 0,
             seconds=time.perf_counter() - began,

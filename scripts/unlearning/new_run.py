@@ -1,7 +1,9 @@
 """From a finished run to a new one whose adapter has unlearnt a client approximately (class D)."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from clients.client_app import app
 from clients.process import PROCESS
@@ -18,22 +20,28 @@ from fedllm.runs.folder import (
     write_left_out,
     write_rounds,
 )
-from fedllm.runs.unlearning import Unlearning, parent_of, write_unlearning
+from fedllm.runs.lineage import adapter_digest
+from fedllm.runs.unlearning import Unlearning, write_unlearning
 from scripts.runtimes.local import local_grid, node_config_of
 from scripts.unlearning.approximate import Case, forget, kept_states
 from scripts.unlearning.carried import carry_private
+from scripts.unlearning.verify import verify
 from strategies.publish import publish_run
 from strategies.start import open_session
 from strategies.unlearning.measured import with_adapter
 
 
-def unlearn_approximately(run: Path, client: str, method: str, name: str, reason: str = "") -> Path:
+def unlearn_approximately(
+    run: Path, client: str, method: str, name: str, reason: str = "", *, seeds: Sequence[int] = ()
+) -> Path:
     """Forget a client of the finished run in the folder `run`; return that of the new run `name` next to it.
 
-    `reason` says why no stronger class of unlearning was possible.
+    `reason` says why no stronger class of unlearning was possible. With `seeds` the method is verified first,
+    on runs of the same recipe.
 
     Raises:
-        ConfigError: the run has no such client, cannot be unlearnt so, or `name` is taken.
+        ConfigError: the run has no such client, cannot be unlearnt so, there are too few seeds, or `name` is
+            taken.
         FedLLMError: the rows or the base model are not on this machine.
     """
     config = RunConfig.from_flat(read_keys(run)).override({"run.output": str(run.resolve().parent)})
@@ -50,12 +58,22 @@ def unlearn_approximately(run: Path, client: str, method: str, name: str, reason
         case = Case(holder, client, (newest_checkpoint(checkpoints)[0],))
     adapter = forget(case, method)
     seconds = time.perf_counter() - began
+    verification: dict[str, str] = {}
+    if seeds:
+        with TemporaryDirectory() as scratch:  # where those runs keep the secrets of their canaries
+            verdicts = verify(config.override({"run.output": scratch}), client, method, seeds)
+        verification = {measure: verdict.in_words for measure, verdict in verdicts.items()}
     new = config.override({"run.name": name, "run.resume": False})
     with open_run_folder(new) as folder:
         write_left_out(folder, {*read_left_out(run), client})  # nobody asks it again, nor after a resume
         carry_private(run, config.run.name, folder, name)
         unlearning = Unlearning(
-            kind="D", method=method, parent=parent_of(run / "adapter"), reason=reason, seconds=seconds
+            kind="D",
+            method=method,
+            parent=adapter_digest(run / "adapter"),
+            reason=reason,
+            seconds=seconds,
+            verification=verification,
         )
         write_unlearning(folder, unlearning)  # before the adapter is published: its card says it
         describe_run(folder, new)

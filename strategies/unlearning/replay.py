@@ -12,8 +12,9 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.runs.checkpoint import ServerState, newest_checkpoint, newest_round, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, START, read_keys, read_left_out, run_folder, write_left_out
+from fedllm.runs.lineage import adapter_digest
 from fedllm.runs.records import RoundRecord
-from fedllm.runs.unlearning import Unlearning, parent_of, read_unlearning, write_unlearning
+from fedllm.runs.unlearning import Unlearning, read_unlearning, write_unlearning
 from strategies.unlearning.guarantee import Guarantee
 
 
@@ -44,7 +45,7 @@ def begin_replay(run: Path, client: str, guarantee: Guarantee, name: str, *, row
     begun = Unlearning(
         kind="A",
         method="replay",
-        parent=parent_of(run / "adapter"),
+        parent=adapter_digest(run / "adapter"),
         reason=guarantee.why,
         rounds=guarantee.num_rounds - (state.round_num if state else 0),
     )

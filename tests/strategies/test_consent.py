@@ -15,7 +15,7 @@ from fedllm.runs.lineage import LINEAGE, statement_of_run
 from fedllm.runs.memorisation import write_memorisation
 from fedllm.wire.joining import consent_statement
 from scripts.runtimes.local import local_grid
-from strategies.consent import consent_of
+from strategies.lineage import consent_of
 from strategies.run import run_federation
 from tests.strategies.conftest import NAMES
 

@@ -1,12 +1,29 @@
-"""What the sites of a run have consented to: its purpose, and which rows, by commitments they signed."""
+"""The lineage of a run that has ended, with what its sites consented to: its purpose, and which rows."""
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedllm.messages import JoinedClient
+from fedllm.models.files import ModelFiles
 from fedllm.plan.run_plan import RunPlan
+from fedllm.runs.checkpoint import ServerState
+from fedllm.runs.lineage import write_lineage
 from fedllm.wire.joining import consent_statement
+
+
+def keep_lineage(
+    folder: Path,
+    plan: RunPlan,
+    files: ModelFiles,
+    state: ServerState,
+    joined: Mapping[str, JoinedClient],
+    bundle: str,
+) -> None:
+    """Write `lineage.json` of a run; `bundle` is the digest of the code that was shipped to its clients."""
+    consent, number = consent_of(plan, joined), len(state.num_drawn)
+    write_lineage(folder, plan, files, bundle=bundle, num_clients=number, consent=consent)
 
 
 def consent_of(plan: RunPlan, joined: Mapping[str, JoinedClient]) -> dict[str, Any]:
