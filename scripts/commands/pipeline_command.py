@@ -60,7 +60,8 @@ def open_pipeline(settings: Settings, console: Console) -> Pipeline:
         do_run(config_of(words), settings.run.runtime, console)
 
     def memorised(folder: Path) -> None:
-        audit(folder, rows=_ROWS, prefix=_PREFIX, suffix=_SUFFIX, epochs=_EPOCHS, plot=None, as_json=False)
+        numbers = {"rows": _ROWS, "prefix": _PREFIX, "suffix": _SUFFIX, "epochs": _EPOCHS}
+        audit(folder, **numbers, plot=None, on_card=False, as_json=False)
 
     return Pipeline(
         settings,
