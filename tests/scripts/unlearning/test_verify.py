@@ -43,7 +43,7 @@ def test_fewer_than_three_seeds_verify_nothing(make_config: Callable) -> None:
 def test_what_forgets_nothing_is_told_from_what_never_knew(
     make_config: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(("anna", "ben"), {"audit.canaries": 48})
+    config = make_config(("anna", "ben"), {"audit.canaries": 32})
     for seed in range(3):  # known secrets: a test that tosses coins fails now and then
         secret = canary_file(run_folder(config).parent / f"seed-{seed}" / "private", f"seed-{seed}")
         secret.parent.mkdir(parents=True)
@@ -57,7 +57,7 @@ def test_what_forgets_nothing_is_told_from_what_never_knew(
         adapter = initial_adapter(holder.engine.layout, config.seed)
         if not without and config.seed not in learnt:
             rows = canary_rows(planted(holder, "ben"))
-            by_heart = StudentTraining(steps=50, batch_size=8, learning_rate=0.02, seed=0)
+            by_heart = StudentTraining(steps=50, batch_size=4, learning_rate=0.02, seed=0)
             learnt[config.seed] = supervised(holder.engine, adapter, rows, by_heart).adapter
         adapter = adapter if without else learnt[config.seed]
         return (ServerState(1, adapter, records=(RoundRecord(round_num=1, accepted=("ben",)),)),)
