@@ -2,7 +2,8 @@
 
 `adapter_config.json` and `adapter_model.safetensors` are what PEFT, vLLM and lm-eval read. `fedllm.json`
 holds the layout with the base model's fingerprint, and `manifest.json` the SHA-256 of every file: PEFT alone
-accepts renamed keys, missing keys, NaN and flipped bits without a word.
+accepts renamed keys, missing keys, NaN and flipped bits without a word. `adapter.sig.json` says who
+vouches for all of it, where it was signed (`fedllm.signing`).
 """
 
 import errno

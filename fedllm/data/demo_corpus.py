@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedllm.data.installed_packages import Package, installed_packages, licence_of, source_files
+from fedllm.data.licences import permits
 from fedllm.errors import DataError
 from fedllm.files import cache_folder, write_file
 
@@ -47,7 +48,9 @@ class _Pair:
 _Reader: TypeAlias = Callable[[Path], tuple[_Pair, ...]]  # of one source file
 
 
-def docstring_rows(num_clients: int, *, min_rows: int = 60) -> tuple[dict[str, str], ...]:
+def docstring_rows(
+    num_clients: int, *, min_rows: int = 60, licences: frozenset[str] = frozenset()
+) -> tuple[dict[str, str], ...]:
     """Return the corpus of `num_clients` packages as rows of `prompt`, `response`, `client` and `licence`.
 
     Preferred packages come first, then those with most rows, so fewer clients are a prefix of more. No answer
@@ -56,14 +59,16 @@ def docstring_rows(num_clients: int, *, min_rows: int = 60) -> tuple[dict[str, s
     Args:
         num_clients: packages to read.
         min_rows: a package with fewer rows is passed over.
+        licences: so is one whose licence these do not allow (`parse_licences`); none of them allow any.
 
     Raises:
         DataError: fewer packages have `min_rows` rows.
     """
-    chosen = _chosen_pairs(num_clients, min_rows)
+    chosen = _chosen_pairs(num_clients, min_rows, licences)
     if len(chosen) < num_clients:
         raise DataError(
-            f"docstrings: only {len(chosen)} installed packages have {min_rows} rows, {num_clients} wanted; "
+            f"docstrings: only {len(chosen)} installed packages have {min_rows} rows"
+            f"{' and a licence of data.licences' if licences else ''}, {num_clients} wanted; "
             f"set federation.num-clients to at most {len(chosen)} or name your own data.source"
         )
     return tuple(
@@ -90,9 +95,15 @@ def first_sentence(docstring: str) -> str:
     return sentence if usable and not _NOT_A_SENTENCE.match(sentence) else ""
 
 
-def _chosen_pairs(num_clients: int, min_rows: int) -> dict[Package, tuple[_Pair, ...]]:
+def _chosen_pairs(
+    num_clients: int, min_rows: int, licences: frozenset[str]
+) -> dict[Package, tuple[_Pair, ...]]:
     """Return the pairs of at most `num_clients` packages that have `min_rows` answers not given before."""
-    packages = {package.name: package for package in installed_packages()}
+    packages = {
+        package.name: package
+        for package in installed_packages()
+        if not licences or permits(licence_of(package), licences)
+    }
     files = _KnownFiles()
     chosen: dict[Package, tuple[_Pair, ...]] = {}
     seen: set[str] = set()

@@ -30,7 +30,14 @@ class Rows:
     bad: tuple[BadRow, ...]
 
 
-def read_rows(source: str, *, split: str = "train", on_bad_row: str = "skip", num_packages: int = 8) -> Rows:
+def read_rows(
+    source: str,
+    *,
+    split: str = "train",
+    on_bad_row: str = "skip",
+    num_packages: int = 8,
+    licences: frozenset[str] = frozenset(),
+) -> Rows:
     """Read every row of `source`.
 
     Args:
@@ -42,13 +49,14 @@ def read_rows(source: str, *, split: str = "train", on_bad_row: str = "skip", nu
         split: the split of a hub data set, or of a folder whose files are named as splits.
         on_bad_row: `skip` collects bad rows in `Rows.bad`; `stop` raises at the first.
         num_packages: how many installed packages `docstrings` is read from.
+        licences: those that they may have; none allow any. Rows of other sources are not looked at.
 
     Raises:
         ConfigError: `on_bad_row` is neither of the two.
         DataError: nothing is there, a file cannot be read, or a row is bad under `stop`.
     """
     if source == DOCSTRINGS:
-        corpus = docstring_rows(num_packages)
+        corpus = docstring_rows(num_packages, licences=licences)
         located: Iterable[_Located] = ((DOCSTRINGS, number, row) for number, row in enumerate(corpus, 1))
         return _collect(located, (DOCSTRINGS,), on_bad_row)
     if is_local(source):

@@ -83,7 +83,13 @@ def load_shards(data: DataConfig, *, num_clients: int, seed: int) -> Shards:
     """
     spec = parse_partition(data.partition)
     num_packages = num_clients if spec.form == "column" else min(num_clients, _DEFAULT_PACKAGES)
-    rows = read_rows(data.source, split=data.split, on_bad_row=data.on_bad_row, num_packages=num_packages)
+    rows = read_rows(
+        data.source,
+        split=data.split,
+        on_bad_row=data.on_bad_row,
+        num_packages=num_packages,
+        licences=parse_licences(data.licences),
+    )
     usable = _usable(data.source, rows, data, spec.column)
     dealt = partition_rows(usable.rows, data.partition, num_clients=num_clients, seed=seed)
     if spec.form == "column":

@@ -67,8 +67,8 @@ def statement_of_run(folder: Path) -> AdapterStatement:
     privacy, unlearning = (
         _read(folder / name) if (folder / name).exists() else None for name in ("privacy.json", UNLEARNING)
     )
-    config = hashlib.sha256((folder / "config.toml").read_bytes()).hexdigest()
     try:
+        config = hashlib.sha256((folder / "config.toml").read_bytes()).hexdigest()
         consent = lineage["consent"]
         clients = consent.get("clients", {}).values()
         return AdapterStatement(
@@ -83,8 +83,8 @@ def statement_of_run(folder: Path) -> AdapterStatement:
             memorisation=read_memorisation(folder),
             unlearning=unlearning,
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder / LINEAGE}: damaged ({type(error).__name__}); restore it") from None
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder}: its lineage is damaged ({type(error).__name__}); restore it") from None
 
 
 def statement_of_adapter(folder: Path, base: str = "") -> AdapterStatement:

@@ -48,7 +48,9 @@ def list_versions(folder: Path, *, as_json: bool) -> None:
             said.run.get("name", ""),
             str(said.clients.get("number", "")),
             "none" if said.epsilon is None else f"{said.epsilon:g}",
-            f"{sum(bool(gate['passed']) for gate in said.gates.values())} of {len(said.gates)}",
+            f"{sum(bool(gate['passed']) for gate in said.gates.values())} of {len(said.gates)}"
+            if said.gates
+            else "none",
             ", ".join(parents),
             version.mark,
         )

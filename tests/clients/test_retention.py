@@ -1,14 +1,18 @@
 """What a site removes of ended runs, and what it must keep whatever its owner says."""
 
+import asyncio
 import os
 from pathlib import Path
 
 import pytest
 
 from clients.asked import SECONDS_A_DAY
+from clients.process import Process
 from clients.retention import remove_ended
+from clients.service import Service
+from clients.tickets import Tickets
 
-NOW = 1_800_000_000.0
+NOW = 1_700_000_000.0  # long ago, by any clock
 VECTORS = ("old-1/anna/drawn-000000000008.safetensors", "old-1/anna/home/adapter_model.safetensors")
 KEYS = ("secure/old-2/anna/key", "secure/old-2/anna/secret", "secure/old-2/anna/encryption")
 KEPT = (
@@ -50,3 +54,20 @@ def test_a_run_that_was_asked_lately_keeps_all(state: Path) -> None:
     assert remove_ended(state, 30, NOW) == ["secure/old-2"]
     assert all((state / name).exists() for name in VECTORS)
     assert remove_ended(state / "absent", 30, NOW) == []
+
+
+def test_the_service_removes_what_its_owner_keeps_no_longer(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (state / "site.toml").write_text('[site]\nstate-path = "."\nkeep-days = 30\n')
+    monkeypatch.setenv("FEDLLM_SITE", str(state / "site.toml"))
+    os.utime(state / "new-1/anna/drawn-000000000008.safetensors")  # now, by this machine's clock
+
+    async def look() -> None:
+        removing = asyncio.create_task(Service(Process(), Tickets({})).remove_ended())
+        while any((state / name).exists() for name in (*VECTORS, *KEYS)):
+            await asyncio.sleep(0.01)
+        removing.cancel()
+
+    asyncio.run(asyncio.wait_for(look(), 300))
+    assert [(state / name).exists() for name in KEPT] == [True] * len(KEPT)

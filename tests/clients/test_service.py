@@ -28,11 +28,14 @@ from clients.process import Process
 from clients.service import Service, make_server, serve
 from clients.site_protocol import HEADERS, SOCKET, TICKET, digest_of
 from clients.tickets import Tickets
+from clients.withdrawn import withdraw
 from fedllm.chained_log import read_entries
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import FedLLMError
+from fedllm.identity import new_key
 from fedllm.site_policy import load_policy
 from fedllm.wire import refusals, requests
+from fedllm.wire.joining import write_question
 from fedllm.wire.stock import write_plain
 from scripts.runtimes.local import local_grid
 from tests.builders import train_request
@@ -280,3 +283,17 @@ def test_an_absent_service_is_waited_for_a_little(
     (node,) = grid.get_node_ids()
     (reply,) = grid.send_and_receive([grid.create_message(RecordDict(), "query.join", node, group_id="1")])
     assert code_of(reply) == "site-away"
+
+
+def test_a_withdrawn_site_sends_its_record_through_the_service(
+    open_door: Callable[..., Door], tmp_path: Path
+) -> None:
+    new_key(tmp_path / "site.key")
+    door = open_door(site={"key": str(tmp_path / "site.key")})
+    asked = {"query.join": write_question("0" * 32), "train": door.train()}
+    assert [code_of(door.send(kind, content, door.ticket())) for kind, content in asked.items()] == [None] * 2
+    record = withdraw(load_policy(), "anna", "", tmp_path / "log")
+    for kind, content in asked.items():
+        reply = door.send(kind, content, door.ticket())
+        assert (code_of(reply), refusals.read_withdrawn(reply.content)) == ("withdrawn", record)
+    assert code_of(door.send("query.join", asked["query.join"], door.ticket("ben"))) is None

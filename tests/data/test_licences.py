@@ -1,6 +1,7 @@
 """Which rows a run may learn from: SPDX expressions against a list, and rows that are only counted."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.data.installed_packages import installed_packages, licence_of
 from fedllm.data.licences import is_licensed, parse_licences, permits
 from fedllm.data.shards import OwnSplit, load_shards, load_split_rows
-from fedllm.errors import ConfigError, NoDataError
+from fedllm.errors import ConfigError, DataError, NoDataError
 from fedllm.plan.run_plan import resolve
 from tests.data.builders import SECRET, line, write
 
@@ -96,3 +97,15 @@ def test_installed_packages_say_their_licence() -> None:
     expected = {"transformers": "Apache-2.0", "flwr": "Apache-2.0", "typer": "MIT", "python": "Python-2.0"}
     assert {name: found[name] for name in expected} == expected
     assert permits(found["torch"], parse_licences("MIT")) is False, "torch has parts under others"
+
+
+def test_the_corpus_is_read_from_allowed_packages_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
+    data = DataConfig(licences="Apache-2.0")
+    shards = load_shards(data, num_clients=2, seed=0)
+    packages = {package.name: package for package in installed_packages()}
+    assert {licence_of(packages[client.client_id]) for client in shards.clients} == {"Apache-2.0"}
+    with pytest.raises(DataError, match=r"and a licence of data\.licences, 2 wanted"):
+        load_shards(replace(data, licences="0BSD"), num_clients=2, seed=0)

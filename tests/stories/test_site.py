@@ -21,6 +21,7 @@ from flwr.cli.build import build_fab_from_disk
 
 from fedllm.config.run_config import RunConfig
 from fedllm.files import read_toml
+from fedllm.runs.lineage import source_digest
 from scripts.recipe_arguments import config_of
 from scripts.runtimes.processes import Link, superlink, temporary_link
 from scripts.runtimes.submitting import app_folder, submit
@@ -112,6 +113,8 @@ def hand_over(folder: Path, owner: str) -> None:
 @pytest.mark.slow
 def test_a_run_completes_and_its_code_is_never_unpacked(site: Started) -> None:
     assert site.run("one")["status"] == "completed"
+    app = json.loads((site.folder / "runs" / "one" / "lineage.json").read_text())["app"]
+    assert app == {"source": source_digest(), "bundle": bundle_of(site.link)}, "what is signed of its code"
     health = health_of(site.folder / "door" / "site.sock")
     assert not health["is-unloaded"], "the base model stays loaded"
     unpacked = [
