@@ -155,6 +155,9 @@ def unlearn(
     run: Annotated[Path, typer.Argument(help="A run folder, on the machine of its server.")],
     client: Annotated[str, typer.Option(help="Who is to be forgotten.")] = "",
     rows: Annotated[Path | None, typer.Option(help="A file of rows to forget, whoever has them.")] = None,
+    rows_gone: Annotated[
+        bool, typer.Option("--rows-gone", help="The client stays; its site has forgotten rows of it.")
+    ] = False,
     name: Annotated[str, typer.Option(help="Of the new run; RUN-unlearned.")] = "",
     runtime: Annotated[str, typer.Option(help="local | simulation | deployment")] = "local",
     method: Annotated[str, typer.Option(help="Where no class is exact: ascent | subtraction")] = "ascent",
@@ -162,21 +165,24 @@ def unlearn(
         int, typer.Option(min=0, help="Seeds with which an approximation is compared with retraining.")
     ] = 0,
     is_only_told: Annotated[bool, typer.Option("--dry-run", help="Only say what could be promised.")] = False,
+    is_prepared: Annotated[
+        bool, typer.Option("--prepare", help="Leave the rounds to fedllm serve, with sites elsewhere.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Make a run forget a client or rows, as surely as it allows, and say how sure that is."""
     from scripts.commands import unlearn_command
 
-    unlearn_command.unlearn(
+    wanted = unlearn_command.Wanted(
         run,
-        client=client,
-        rows=rows,
-        name=name,
+        name or f"{run.resolve().name}-unlearned",
         runtime=runtime,
         method=method,
         num_seeds=verify,
-        is_only_told=is_only_told,
-        as_json=json,
+        is_prepared=is_prepared,
+    )
+    unlearn_command.unlearn(
+        wanted, client=client, rows=rows, rows_gone=rows_gone, is_only_told=is_only_told, as_json=json
     )
 
 

@@ -54,6 +54,18 @@ def withdraw(
 
 
 @app.command()
+def forget(
+    rows: Annotated[Path, typer.Argument(help="A file of rows that were taken back.")],
+    columns: Annotated[str, typer.Option(help="data.columns of the runs that read them.")] = "",
+    config: SiteFile = None,
+) -> None:
+    """Let no run read some rows on this machine any more; only salted hashes of them are kept."""
+    from scripts.commands import site_forget_command
+
+    site_forget_command.forget(rows, columns=columns, file=config)
+
+
+@app.command()
 def bundle() -> None:
     """Print the SHA-256 of the code that a server of this release ships, for [allow] bundles."""
     from scripts.commands import site_bundle_command

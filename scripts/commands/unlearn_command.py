@@ -1,8 +1,9 @@
 """`fedllm unlearn`: a run forgets a client, or some rows, by the strongest class that it allows."""
 
 import json
+import shlex
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from clients.forgotten import forget_rows
@@ -22,50 +23,58 @@ from strategies.unlearning.guarantee import Guarantee, guarantee_of
 from strategies.unlearning.replay import begin_replay, replayed_config
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The run that is to forget, the name of the new one and how that is done."""
+
+    run: Path
+    name: str
+    runtime: str = "local"
+    method: str = "ascent"  # of class D
+    num_seeds: int = 0  # with which class D is compared with retraining
+    is_prepared: bool = False  # the rounds of class A are left to `fedllm serve`
+
+
 def unlearn(
-    run: Path,
-    *,
-    client: str,
-    rows: Path | None,
-    name: str,
-    runtime: str,
-    method: str,
-    num_seeds: int,
-    is_only_told: bool,
-    as_json: bool,
+    wanted: Wanted, *, client: str, rows: Path | None, rows_gone: bool, is_only_told: bool, as_json: bool
 ) -> None:
     """Say which class a run allows and why, and unless `is_only_told` do what it takes.
+
+    With `rows_gone` the client stays, and its machine has forgotten rows of it (`fedllm site forget`).
 
     Raises:
         FedLLMError: the run cannot be read, knows neither client nor rows, or cannot be done again.
     """
-    if bool(client) == bool(rows):
+    if bool(client) == bool(rows) or (rows_gone and rows):
         raise ConfigError("name either the --client to forget, or a file with the --rows")
-    config, console = RunConfig.from_flat(read_keys(run)), Console(quiet=as_json)
-    examples = rows_in(rows, config) if rows else ()
+    config, console = RunConfig.from_flat(read_keys(wanted.run)), Console(quiet=as_json)
+    examples, are_rows = rows_in(rows, config) if rows else (), bool(rows) or rows_gone
     # Rows may have several owners: what holds of all of them is the weakest guarantee.
     owners = owners_of(examples, config) if rows else [client]
-    found = {owner: guarantee_of(run, owner, rows=bool(rows)) for owner in owners}
+    found = {owner: guarantee_of(wanted.run, owner, rows=are_rows) for owner in owners}
     client, guarantee = max(found.items(), key=lambda item: (item[1].kind, item[1].num_again))
     for line in lines_of(guarantee):
         console.line(line)
-    if rows and guarantee.kind in "CD":
-        raise ConfigError(f"{run}: single rows cannot be forgotten; forget the --client {client} instead")
-    folder, name = None, name or f"{run.resolve().name}-unlearned"
-    reason = "; ".join(f"not {kind}: {why}" for kind, why in guarantee.refused.items())
+    if are_rows and guarantee.kind in "CD":
+        raise ConfigError(
+            f"{wanted.run}: single rows cannot be forgotten; forget the --client {client} instead"
+        )
+    folder, reason = None, "; ".join(f"not {kind}: {why}" for kind, why in guarantee.refused.items())
     if is_only_told or not guarantee.needs_work:
         pass
     elif guarantee.kind == "A":
-        folder = _replay(run, client, guarantee, name, examples, runtime, console)
+        folder = _prepared(wanted, client, guarantee, examples, are_rows=are_rows)
+        _go_on(wanted, folder, console)
     elif guarantee.kind == "C":
-        folder = redo_group(run, client, name, reason)
+        folder = redo_group(wanted.run, client, wanted.name, reason)
     else:
-        seeds = range(config.seed, config.seed + num_seeds)
-        folder = unlearn_approximately(run, client, method, name, reason, seeds=seeds)
-    if folder:
+        seeds = range(config.seed, config.seed + wanted.num_seeds)
+        folder = unlearn_approximately(wanted.run, client, wanted.method, wanted.name, reason, seeds=seeds)
+    if folder and not wanted.is_prepared:
         if (unlearning := read_unlearning(folder)) is not None:
             console.line(unlearning.guarantee)
-        console.line(f"{shown_path(folder)} has unlearnt it; {shown_path(run)} has not: remove that in time")
+        was, now = shown_path(wanted.run), shown_path(folder)
+        console.line(f"{now} has unlearnt it; {was} has not: remove that in time")
     if as_json:
         print(json.dumps({**asdict(guarantee), "folder": str(folder) if folder else None}))
 
@@ -101,25 +110,28 @@ def lines_of(guarantee: Guarantee) -> list[str]:
     return [first, *(f"  not class {kind}: {why}" for kind, why in guarantee.refused.items())]
 
 
-def _replay(
-    run: Path,
-    client: str,
-    guarantee: Guarantee,
-    name: str,
-    examples: tuple[Example, ...],
-    runtime: str,
-    console: Console,
+def _prepared(
+    wanted: Wanted, client: str, guarantee: Guarantee, examples: tuple[Example, ...], *, are_rows: bool
 ) -> Path:
-    """Do the rounds again that may have seen a client, in a new run; with `examples` it leaves out these."""
-    if examples and runtime == "simulation":
-        raise ConfigError("--runtime simulation: its workers cannot leave out single rows; use local")
-    folder = begin_replay(run, client, guarantee, name, rows=bool(examples))
+    """Write the folder of a run that does rounds again without a client, or without these rows of it."""
+    if examples and (wanted.runtime == "simulation" or wanted.is_prepared):
+        raise ConfigError("--rows: only clients of this machine can leave them out; use --runtime local")
+    folder = begin_replay(wanted.run, client, guarantee, wanted.name, rows=are_rows)
     try:
-        carry_private(run, RunConfig.from_flat(read_keys(run)).run.name, folder, name)
+        carry_private(wanted.run, RunConfig.from_flat(read_keys(wanted.run)).run.name, folder, wanted.name)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); free space") from None
     if examples:
         forget_rows(folder / "private", examples)
-    folder, result = do_run(replayed_config(run, name), runtime, console)
-    console.summary(folder, result)
     return folder
+
+
+def _go_on(wanted: Wanted, folder: Path, console: Console) -> None:
+    """Do the rounds of a prepared run, or say how its server does them."""
+    if wanted.is_prepared:
+        recipe, output = shown_path(wanted.run / "config.toml"), shown_path(folder.parent)
+        words = ["fedllm", "serve", recipe, f"run.name={wanted.name}", "--out", output]
+        console.line(f"to do its rounds: {shlex.join(words)}")
+        return
+    folder, result = do_run(replayed_config(wanted.run, wanted.name), wanted.runtime, console)
+    console.summary(folder, result)

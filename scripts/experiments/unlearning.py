@@ -83,7 +83,7 @@ class Size:
 _FLAT: dict[str, Scalar] = {
     **ONE_THREAD,
     **{"lora.rank": 8, "lora.alpha": 16.0, "train.local-steps": 2, "train.batch-size": 2},
-    **{"train.max-length": 32, "train.learning-rate": 1e-2, "data.max-held-out": 1},
+    **{"train.max-length": 128, "train.learning-rate": 1e-2, "data.max-held-out": 1},
 }
 FULL = Size((Federation(20, 4, 50), Federation(100, 10, 50)), _FLAT, 100, draws=200, recipe=Recipe())
 QUICK = Size(

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fedllm.adapters.folder import load_adapter
 from fedllm.errors import ConfigError
+from fedllm.runs.folder import read_left_out
 from scripts import cli
 from scripts.commands import unlearn_command
 from strategies.unlearning.guarantee import Guarantee
@@ -101,6 +102,29 @@ def test_rows_are_forgotten_and_their_client_stays(run: Path, rows: Path, tmp_pa
     assert not (folder / "left-out.json").exists()
 
 
+def test_a_server_does_the_rounds_of_a_prepared_run(run: Path) -> None:
+    client = last_client(run)
+    words = [str(run), "--client", client, "--prepare"]
+    told = CliRunner().invoke(cli.app, ["unlearn", *words], catch_exceptions=False).stdout
+    folder = run.parent / "run-unlearned"
+    assert "fedllm serve" in told
+    assert "run.name=run-unlearned" in told
+    assert not (folder / "adapter").exists()
+    assert read_left_out(folder) == {client}
+    keys = ["run.name=run-unlearned", "--out", str(run.parent), "--resume", "--json"]
+    CliRunner().invoke(cli.app, ["run", str(run / "config.toml"), *keys], catch_exceptions=False)
+    prepared = load_adapter(folder / "adapter").state.digest
+    call(str(run), "--client", client, "--name", "at-once")
+    assert load_adapter(run.parent / "at-once" / "adapter").state.digest == prepared
+
+
+def test_rows_gone_at_the_site_leave_the_client_in_the_run(run: Path) -> None:
+    client = last_client(run)
+    _, report = call(str(run), "--client", client, "--rows-gone", "--prepare")
+    assert report["kind"] == "A"
+    assert not (run.parent / "run-unlearned" / "left-out.json").exists()
+
+
 def test_rows_that_nobody_has_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "forget.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     with pytest.raises(ConfigError, match=r"no client of .* has any of these rows"):
@@ -120,7 +144,7 @@ def test_each_class_does_its_own_work(run: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(unlearn_command, "guarantee_of", lambda *unused, found=found, **more: found)
         monkeypatch.setattr(unlearn_command, "redo_group", lambda *args: done.append(("group", *args[1:])))
         monkeypatch.setattr(
-            unlearn_command, "unlearn_approximately", lambda *args: done.append(("about", *args[1:]))
+            unlearn_command, "unlearn_approximately", lambda *args, seeds: done.append(("about", *args[1:]))
         )
         call(str(run), "--client", "anna", "--method", "subtraction")
     assert done == [
