@@ -63,9 +63,13 @@ class Process:
             self.holders[run, node] = holder
         return self.holders[run, node]
 
+    def forget_rows(self) -> None:
+        """Read the rows again when they are next asked for; the base model stays."""
+        self.holders, self.sources = {}, {}
+
     def release(self) -> None:
         """Let go of everything that can be opened again, and give its memory back to the system."""
-        self.holders, self.sources = {}, {}
+        self.forget_rows()
         self.resident.release()
 
     def read_source(self, config: RunConfig) -> Shards:

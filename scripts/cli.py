@@ -96,6 +96,17 @@ def serve(
 
 
 @app.command()
+def pipeline(
+    file: Annotated[Path, typer.Argument(help="A pipeline.toml (docs/pipeline.md).")],
+    once: Annotated[bool, typer.Option("--once", help="Look once and do what follows, then end.")] = False,
+) -> None:
+    """Watch the adapter in use and train it on by itself: triggers, gates, promotion, rollback."""
+    from scripts.commands import pipeline_command
+
+    pipeline_command.pipeline(file, once=once)
+
+
+@app.command()
 def check(
     words: Words = None,
     on_bad_row: OnBadRow = "",

@@ -9,7 +9,7 @@ assumed level is needed. The chart sums up what exceeds half a deviation,
     S = max(0, S + u - 1/2),
 
 and gives an alarm where S passes a bound. The bound follows from the wanted mean number of losses between
-two false alarms (Siegmund 1985, Sequential Analysis, eq. 2.57).
+two false alarms (Siegmund 1985, Sequential Analysis).
 """
 
 import math

@@ -13,6 +13,7 @@ EXPERIMENTS = {
     "distillation": "What distilling the clients' ensemble gains, by teacher and text.",
     "forgetting": "What each class of unlearning leaves of a client, and what it costs.",
     "joining": "Whom a federation helps more than training alone, and steps at home after it.",
+    "pipeline": "An adapter in use over three arrivals of rows: trigger, gates, drift, rollback.",
     "privacy": "Utility and membership attacks over epsilon, by preset.",
     "small_model": "Make the small language model of the experiments.",
     "same_bits": "Whether two versions of this project train the same adapters, bit for bit.",

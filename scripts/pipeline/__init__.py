@@ -1,0 +1,1 @@
+"""Retraining that starts, judges, promotes and rolls back by itself."""
