@@ -90,14 +90,14 @@ def health_of(socket: Path) -> dict[str, Any]:
     return told
 
 
-def wait_for(state: Callable[[], Any], what: str) -> Any:
-    """Return the first value of `state` that is true."""
-    ends = time.monotonic() + _PATIENCE
+def wait_for(state: Callable[[], Any], what: str, patience: float = _PATIENCE) -> Any:
+    """Return the first value of `state` that is true, within so many seconds."""
+    ends = time.monotonic() + patience
     while time.monotonic() < ends:
         if value := state():
             return value
         time.sleep(0.1)
-    raise AssertionError(f"waited {_PATIENCE:g} s in vain: {what}")
+    raise AssertionError(f"waited {patience:g} s in vain: {what}")
 
 
 def children_of(process: int) -> dict[int, str]:

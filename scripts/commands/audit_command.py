@@ -59,10 +59,13 @@ def audit(
     `on_card` puts the figures of memorisation on the adapter's card too.
 
     Raises:
-        FedLLMError: the run, its rows or its base model are not here; a plot is wanted that cannot be drawn.
+        FedLLMError: the run, its rows or its base model are not here; a plot is wanted that cannot be drawn;
+            a card is to say more that was signed already.
         CheckpointError: a file cannot be written.
     """
     check_plot(plot)
+    if on_card and (target / "adapter" / SIGNATURE).exists():
+        raise ConfigError(f"{target}: its adapter is signed, and the card with it; audit before you sign")
     with TemporaryDirectory() as scratch:
         case = open_case(target, max_rows=rows, scratch=Path(scratch))
         report, lines = report_of(case, prefix=prefix, suffix=suffix, epochs=epochs)
@@ -70,7 +73,8 @@ def audit(
         write_file(case.folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
         write_memorisation(case.folder, case.adapter.digest, figures_of(report))
         if on_card:
-            _put_on_card(case.folder / "adapter", figures_of(report))
+            card = (case.folder / "adapter" / "README.md").read_text()
+            replace_card(case.folder / "adapter", with_memorisation(card, figures_of(report)))
         if plot is not None:
             lowest = 0.5 / max(1, report["num_others"], report["num_members"])
             curves = {NAMES[kind]: points for kind, points in lines.items()}
@@ -84,12 +88,6 @@ def audit(
     console.rich.print(table_of(report))
     for line in _words(case, report):
         console.line(line)
-
-
-def _put_on_card(adapter: Path, figures: Mapping[str, float]) -> None:
-    if (adapter / SIGNATURE).exists():
-        raise ConfigError(f"{adapter}: signed already, and its card with it; audit before it is signed")
-    replace_card(adapter, with_memorisation((adapter / "README.md").read_text(), figures))
 
 
 def report_of(

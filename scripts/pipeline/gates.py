@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from fedllm.config.key import key
 from fedllm.errors import ConfigError
-from fedllm.runs.folder import RESULT
+from fedllm.runs.folder import RESULT, WITHDRAWALS
 from fedllm.runs.memorisation import read_memorisation
 
 Gate: TypeAlias = dict[str, Any]  # "value", "limit" and "passed"; the value is None where it was not measured
@@ -38,13 +38,15 @@ class GateFigures:
 
     `before` and `after` are held-out losses (nats per token) of the same clients, under the adapter that the
     run started from and under the one it gave. `epsilon` is None without a privacy plan; `memorisation` is
-    that of the run's audit, empty where there was none.
+    that of the run's audit, empty where there was none; `withdrawn` counts the withdrawals that reached the
+    run, whose rows are in its adapter.
     """
 
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)
     epsilon: float | None = None
     memorisation: Mapping[str, float] = field(default_factory=dict)
+    withdrawn: int = 0
 
 
 def gate_figures(run_folder: Path) -> GateFigures:
@@ -63,7 +65,9 @@ def gate_figures(run_folder: Path) -> GateFigures:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{run_folder}: no run that has finished ({RESULT})") from None
-    return GateFigures(**ends, epsilon=spent, memorisation=read_memorisation(run_folder))
+    withdrawn = len(list((run_folder / WITHDRAWALS).glob("*.json")))
+    found = read_memorisation(run_folder)
+    return GateFigures(**ends, epsilon=spent, memorisation=found, withdrawn=withdrawn)
 
 
 def judge(
@@ -75,6 +79,7 @@ def judge(
     whether the adapter that the run started from is as it was signed; None = it started from the base model.
     """
     gates = compare(figures.before, figures.after, limits.worst_rise)
+    gates["withdrawn"] = _at_most(figures.withdrawn, 0)
     if not isinstance(limits.epsilon, str):
         total = None if figures.epsilon is None else spent + figures.epsilon
         gates["epsilon"] = _at_most(total, limits.epsilon)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.data.partition import Partition, save_partition
-from fedllm.files import verify_manifest
+from fedllm.files import SIGNATURE, verify_manifest
 from fedllm.runs.memorisation import MEMORISATION, read_memorisation
 from scripts import cli
 from scripts.auditing import membership
@@ -174,6 +174,14 @@ def test_the_card_says_what_is_repeated_where_that_is_wanted(copied: Callable, c
     assert card.read_text().startswith(before)
     assert card.read_text().count("## Memorisation") == card.read_text().count(row) == 1
     verify_manifest(folder / "adapter")
+
+
+def test_a_signed_card_is_left_alone(copied: Callable, refused: Callable) -> None:
+    folder = copied("plain", PLAIN)
+    (folder / "adapter" / SIGNATURE).write_text("{}")
+    before = files_of(folder)
+    assert "audit before you sign" in refused(str(folder), "--card")
+    assert files_of(folder) == before
 
 
 def test_two_audits_of_a_run_without_secrets_agree(finished: Callable, command: Callable) -> None:

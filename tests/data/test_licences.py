@@ -100,9 +100,10 @@ def test_installed_packages_say_their_licence() -> None:
 
 
 def test_the_corpus_is_read_from_allowed_packages_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path))
+    # The folder of test_demo_corpus.py: to parse the packages anew takes seconds.
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path_factory.getbasetemp() / "docstrings"))
     data = DataConfig(licences="Apache-2.0")
     shards = load_shards(data, num_clients=2, seed=0)
     packages = {package.name: package for package in installed_packages()}

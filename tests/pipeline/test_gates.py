@@ -22,7 +22,7 @@ FIGURES = GateFigures(
     },
 )
 LIMITS = Limits(epsilon=8.0, extraction=0.02, near_duplicates=0.0)
-ALL = ["epsilon", "extraction", "held-out", "near_duplicates", "signature", "worst-client"]
+ALL = ["epsilon", "extraction", "held-out", "near_duplicates", "signature", "withdrawn", "worst-client"]
 
 
 def failed(
@@ -47,6 +47,7 @@ def failed(
         ({"memorisation": {}}, ["extraction", "near_duplicates"]),
         ({"memorisation": {**FIGURES.memorisation, "extraction": 0.05}}, ["extraction"]),
         ({"memorisation": {**FIGURES.memorisation, "near_duplicates": 0.21}}, ["near_duplicates"]),
+        ({"withdrawn": 1}, ["withdrawn"]),
         ({"before": {}}, ["held-out", "worst-client"]),
         ({"before": {"anna": 4.0}}, ["held-out", "worst-client"]),
         ({"after": {**BETTER, "ben": float("nan")}}, ["held-out", "worst-client"]),
@@ -85,7 +86,7 @@ def test_an_altered_start_passes_nothing() -> None:
 
 
 def test_gates_without_a_limit_are_not_there() -> None:
-    assert sorted(judge(FIGURES, Limits())) == ["held-out", "worst-client"]
+    assert sorted(judge(FIGURES, Limits())) == ["held-out", "withdrawn", "worst-client"]
 
 
 def test_a_run_that_has_not_finished_has_no_figures(tmp_path: Path) -> None:
@@ -96,3 +97,6 @@ def test_a_run_that_has_not_finished_has_no_figures(tmp_path: Path) -> None:
         gate_figures(tmp_path)
     (tmp_path / "result.json").write_text(json.dumps({"status": "completed", "held_out": {}}))
     assert gate_figures(tmp_path) == GateFigures()
+    (tmp_path / "withdrawals").mkdir()
+    (tmp_path / "withdrawals" / "0123.json").write_text("a site's record")
+    assert gate_figures(tmp_path) == GateFigures(withdrawn=1)

@@ -50,7 +50,7 @@ def do(folder: Path, link: Link, make_model_folder: Callable[..., Path]) -> Call
     def run(name: str) -> dict[str, Any]:
         submit(link, config.override({"run.name": name}), {})
         result = folder / "runs" / name / "result.json"
-        wait_for(result.exists, "the run's end")
+        wait_for(result.exists, "the run's end", patience=1200)  # four runs, also on a busy machine
         found: dict[str, Any] = json.loads(result.read_text())
         return found
 

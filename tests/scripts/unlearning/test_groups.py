@@ -1,21 +1,32 @@
 """Class C: forgetting a client of a group gives the bits of a run of groups that never had it."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from fedllm.adapters.folder import load_adapter
 from fedllm.errors import ConfigError
+from fedllm.runs.folder import run_folder, to_toml
 from fedllm.runs.unlearning import read_unlearning
+from scripts.commands.run_command import run_in_groups
 from scripts.unlearning.groups import read_groups, redo_group, run_groups
 from strategies.unlearning.guarantee import guarantee_of
 
 
-def test_a_group_done_again_is_a_run_that_never_had_the_client(make_config: Callable) -> None:
-    before = run_groups(make_config(), 2)
+def test_a_group_done_again_is_a_run_that_never_had_the_client(
+    make_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    once = {"federation.num-rounds": 1}
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(make_config(overrides=once)))
+    run_in_groups([str(recipe)], 2, runtime="local", out=None, as_json=True)
+    before = run_folder(make_config())
+    assert json.loads(capsys.readouterr().out)["digest"] == load_adapter(before / "adapter").state.digest
     assert guarantee_of(before, "ben").kind == "C"
     after = redo_group(before, "ben", "after")
-    never = run_groups(make_config(("anna", "cleo", "dora"), {"run.name": "never"}), 2)
+    never = run_groups(make_config(("anna", "cleo", "dora"), {**once, "run.name": "never"}), 2)
     digests = [load_adapter(one / "adapter").state.digest for one in (before, after, never)]
     assert digests[0] != digests[1] == digests[2]
     told = read_unlearning(after)
@@ -24,6 +35,11 @@ def test_a_group_done_again_is_a_run_that_never_had_the_client(make_config: Call
     assert "ben" not in str(read_groups(after))
     with pytest.raises(ConfigError, match="in no group"):
         redo_group(after, "ben", "again")
+
+
+def test_groups_are_dealt_where_the_rows_are() -> None:
+    with pytest.raises(ConfigError, match="--runtime local"):
+        run_in_groups([], 2, runtime="deployment", out=None, as_json=True)
 
 
 @pytest.mark.parametrize("keys", [{"aggregation.preset": "flora"}, {"privacy.epsilon": 8.0}])

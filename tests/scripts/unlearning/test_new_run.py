@@ -15,6 +15,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import read_left_out, run_folder, write_left_out
+from fedllm.runs.lineage import adapter_digest, statement_of_run
 from fedllm.runs.unlearning import read_unlearning
 from scripts.runtimes.local import local_grid
 from scripts.unlearning.approximate import refusal_of
@@ -44,6 +45,11 @@ def test_an_unlearnt_run_has_lost_the_client_and_says_how(make_config: Callable)
         assert told is not None
         assert (told.kind, told.method, told.reason) == ("D", method, "updates came late")
         assert told.guarantee in (after / "adapter" / "README.md").read_text()
+        statement = statement_of_run(after)  # what a signature covers
+        assert statement.unlearning is not None
+        assert statement.unlearning["guarantee"] == told.guarantee
+        parent = {"relation": "unlearned-from", "digest": adapter_digest(before / "adapter")}
+        assert parent in statement.parents
         assert read_left_out(after) == {"ben"}
         losses = json.loads((after / "result.json").read_text())["held_out"]["after"]["clients"]
         assert set(losses) == {"anna", "cleo", "dora"}

@@ -1,6 +1,7 @@
 """Verification: what forgets nothing is told from retraining, and a measure without power says nothing."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import pytest
 
@@ -43,33 +44,27 @@ def test_fewer_than_three_seeds_verify_nothing(make_config: Callable) -> None:
 def test_what_forgets_nothing_is_told_from_what_never_knew(
     make_config: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(("anna", "ben"), {"audit.canaries": 48})
+    config = make_config(("anna", "ben"), {"audit.canaries": 32})
     for seed in range(3):  # known secrets: a test that tosses coins fails now and then
         secret = canary_file(run_folder(config).parent / f"seed-{seed}" / "private", f"seed-{seed}")
         secret.parent.mkdir(parents=True)
         secret.write_bytes(bytes(range(seed, seed + 32)))
 
-    learnt: dict[int, AdapterState] = {}  # by seed: both ways of forgetting begin with the same runs
-
     def trained(config: RunConfig, without: Collection[str] = ()) -> tuple[ServerState, ...]:
         """Return the state after a run in which ben alone has trained, on its canaries by heart."""
         holder = holder_of(config)
         adapter = initial_adapter(holder.engine.layout, config.seed)
-        if not without and config.seed not in learnt:
+        if not without:
             rows = canary_rows(planted(holder, "ben"))
-            by_heart = StudentTraining(steps=50, batch_size=8, learning_rate=0.02, seed=0)
-            learnt[config.seed] = supervised(holder.engine, adapter, rows, by_heart).adapter
-        adapter = adapter if without else learnt[config.seed]
+            by_heart = StudentTraining(steps=50, batch_size=4, learning_rate=0.02, seed=0)
+            adapter = supervised(holder.engine, adapter, rows, by_heart).adapter
         return (ServerState(1, adapter, records=(RoundRecord(round_num=1, accepted=("ben",)),)),)
 
-    def keeps_all(case: Case, method: str) -> AdapterState:
+    def forgets_nothing(case: Case, method: str) -> AdapterState:
         return case.final.adapter
 
-    def keeps_nothing(case: Case, method: str) -> AdapterState:
-        return initial_adapter(case.holder.engine.layout, 9)
-
     monkeypatch.setattr("scripts.unlearning.verify.states_of", trained)
-    for forgets, said in ((keeps_all, UNLIKE), (keeps_nothing, LIKE)):
-        monkeypatch.setattr("scripts.unlearning.verify.forget", forgets)
-        found = verify(config, "ben", "ascent", [0, 1, 2])[EXPOSURE]
-        assert found.in_words == said, found.to_dict()
+    monkeypatch.setattr("scripts.unlearning.verify.forget", forgets_nothing)
+    found = verify(config, "ben", "ascent", [0, 1, 2])[EXPOSURE]
+    assert found.in_words == UNLIKE, found.to_dict()
+    assert replace(found, unlearnt=found.retrained).in_words == LIKE
