@@ -25,7 +25,7 @@ from strategies.unlearning.guarantee import Guarantee, guarantee_of
 from strategies.unlearning.replay import begin_replay, replayed_config
 from tests.strategies.conftest import NAMES
 
-ONE_A_ROUND = {"federation.cohort": 1, "federation.num-rounds": 6, "evaluation.every": 2}
+ONE_A_ROUND = {"federation.cohort": 1, "federation.num-rounds": 6, "train.local-steps": 1}
 
 
 def done(config: RunConfig, watch: Watch = SILENT) -> ServerState:
@@ -121,6 +121,7 @@ def test_a_run_killed_while_it_forgets_gives_the_same_bits(
     assert state.adapter.digest == retrained("ben").adapter.digest
 
 
+@pytest.mark.soak
 def test_a_run_can_forget_one_client_after_another(config_of: Callable, tmp_path: Path) -> None:
     done(config_of("whole"))
     digests = []
