@@ -69,7 +69,7 @@ def client_samples(
     for client, loss in sorted(losses.items()):
         labels = {**about, "client": client}
         found.append(Sample(CLIENT_LOSS, float(loss), labels))
-        found.append(Sample(CLIENT_DRIFT, charts[client].sum, labels))
+        found.append(Sample(CLIENT_DRIFT, charts.get(client, Chart()).sum, labels))  # none since a rollback
         found.append(Sample(DRIFT_ALARMS, float(alarms.get(client, 0)), labels))
     return found
 

@@ -89,7 +89,12 @@ FULL = Size((Federation(20, 4, 50), Federation(100, 10, 50)), _FLAT, 100, draws=
 QUICK = Size(
     (Federation(6, 2, 6), Federation(12, 2, 6)), _FLAT, 10, draws=50, seeds=(0,), recipe=Recipe(steps=60)
 )
-SMOLLM2 = Size((Federation(8, 2, 5),), {**_FLAT, "train.learning-rate": 1e-3}, 20, draws=200)
+SMOLLM2 = Size(
+    (Federation(7, 2, 4),),
+    {**_FLAT, "train.max-length": 160, "train.learning-rate": 1e-3},
+    rows_of_domain=20,
+    draws=200,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from fedllm.chained_log import read_entries
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.messages import JoinedClient
-from fedllm.plan.dealt_numbers import are_mixed
 from fedllm.plan.run_plan import RunPlan, resolve
 from fedllm.runs.folder import DECISIONS, GROUPS, read_keys, read_rounds
 from fedllm.runs.records import RoundRecord
@@ -64,7 +63,7 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
         raise ConfigError(f"{run}: client {client!r} took no part; {_names(starts)} did")
     refused = {"A": _refusal_of_a(plan, records, has_changed=has_changed)}
     if not refused["A"]:
-        first, why = _first_round(plan, records, starts, client)
+        first, why = _first_round(plan, records, starts, client, rows=rows)
         return Guarantee(kind="A", why=why, first_round=first, num_rounds=num_rounds)
     refused["B"] = _refusal_of_b(plan, rows=rows)
     if not refused["B"]:
@@ -102,10 +101,18 @@ def _refusal_of_b(plan: RunPlan, *, rows: bool) -> str:
 
 
 def _first_round(
-    plan: RunPlan, records: Sequence[RoundRecord], clients: Mapping[str, JoinedClient], client: str
+    plan: RunPlan,
+    records: Sequence[RoundRecord],
+    clients: Mapping[str, JoinedClient],
+    client: str,
+    *,
+    rows: bool,
 ) -> tuple[int, str]:
-    """Return the first round that the client may have touched (0 = none), and why that one."""
-    if why := _touches_all(plan, clients, client):
+    """Return the first round that the client, or its rows, may have touched (0 = none), and why that one."""
+    rest = {name: each for name, each in clients.items() if name != client}
+    if rows:  # nobody says how many it will have: what others weigh moves one way, so the fewest tell
+        rest[client] = replace(clients[client], num_train=1)
+    if why := _touches_all(plan, clients, rest):
         return 1, why
     for record in records:
         # A failed attempt leaves no record, so that it may have asked anybody
@@ -116,18 +123,21 @@ def _first_round(
     return 0, "no round asked it, so that the adapter is that of a run without it"
 
 
-def _touches_all(plan: RunPlan, clients: Mapping[str, JoinedClient], client: str) -> str:
-    """Return what makes every round depend on who takes part, "" where nothing does."""
-    config, rest = plan.config, [each for name, each in clients.items() if name != client]
+def _touches_all(plan: RunPlan, clients: Mapping[str, JoinedClient], rest: Mapping[str, JoinedClient]) -> str:
+    """Return what differs in every round where only the `rest` takes part, "" where nothing does."""
+    config = plan.config
     if plan.cohort.rule != "uniform":
         return f"federation.selection = {plan.cohort.rule!r} draws every cohort anew without it"
     if config.train.control_variates or plan.aggregation.local_b or plan.personal is not None:
         return "clients keep what they learn from round to round, and keep no earlier state of it"
-    if are_mixed(config.lora.client_ranks, config.lora.rank):
+    ranks = plan.ranks(clients)
+    if any(ranks[name] != rank for name, rank in plan.ranks(rest).items()):
         return "lora.client-ranks deals its rank to another client without it"
     sites = read_sites(config.federation.sites)
-    before, after = weight_limits(clients.values(), plan, sites), weight_limits(rest, plan, sites)
-    if any(before[name] != limit for name, limit in after.items()):
+    before, after = (weight_limits(some.values(), plan, sites) for some in (clients, rest))
+    if any(
+        before[name] != after[name] for name in rest.keys() & before.keys() if rest[name] == clients[name]
+    ):
         return "what other clients may weigh at most depends on it"
     return ""
 

@@ -9,6 +9,7 @@ import pytest
 
 from fedllm.errors import FedLLMError
 from fedllm.files import SIGNATURE
+from scripts.pipeline.metrics import pipeline_samples
 from tests.pipeline.conftest import Town, World
 from tests.registry.test_kills import killed_at, state_of
 
@@ -41,6 +42,8 @@ def test_the_story_of_three_runs_and_a_rollback(make_town: Callable[..., Town]) 
     assert kept["gates"].startswith("held-out -0.2, limit ")
     assert town.pipeline.registry.version(2).statement.gates["held-out"]["passed"] is True
     town.pipeline.registry.verify()
+    samples = pipeline_samples(town.pipeline, town.state())
+    assert {one.metric.name: one.value for one in samples}["version_in_use"] == 1
 
 
 def test_a_run_starts_from_the_signed_version_in_use(make_town: Callable[..., Town]) -> None:

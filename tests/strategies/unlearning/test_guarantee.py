@@ -145,6 +145,21 @@ def test_clients_that_come_back_as_they_were_change_nothing(log: list, guarantee
     assert guarantee("cleo", log=log).first_round == 3
 
 
+@pytest.mark.parametrize(("rows", "first"), [(False, 3), (True, 1)])
+def test_fewer_rows_of_a_client_can_move_what_others_weigh(
+    rows: bool, first: int, guarantee: Callable
+) -> None:
+    # The lower median of all is 5, and of all but cleo too; where cleo keeps one row it is 3.
+    sizes = {"anna": 5, "ben": 6, "cleo": 8, "dora": 3}
+    nodes = [joined(name, node=number, num_train=size) for number, (name, size) in enumerate(sizes.items())]
+    flat = {"aggregation.robust": "norm-clip"}
+    assert guarantee("cleo", flat, start=[{"event": "begun"}, *nodes], rows=rows).first_round == first
+
+
+def test_ranks_given_by_name_stay_without_a_client(guarantee: Callable) -> None:
+    assert guarantee("cleo", {"lora.client-ranks": "anna:4,ben:8"}).first_round == 3
+
+
 def test_a_run_private_for_clients_has_forgotten_each_of_them(guarantee: Callable, tmp_path: Path) -> None:
     flat = {"privacy.epsilon": 8.0, "privacy.unit": "client", "federation.cohort": "all"}
     (tmp_path / "privacy.json").write_text(json.dumps({"epsilon": 3.25}))
