@@ -58,6 +58,7 @@ from strategies.run import run_federation
 FAULTY = ("code", "finance", "general", "medical")  # by place, where the domains have other names
 SENTENCE = "ERR 0x7F: field RSP_TXT is null (export v2.1, code page 437)"
 TOO_LARGE = 100.0  # times the learning rate
+HELD_OUT = 6  # of the first rows of a site, and in the same share of those that come
 LEAST = 0.1  # nats: rows that come change who is measured on what
 
 
@@ -83,8 +84,8 @@ _FLAT: dict[str, Scalar] = {
     **{"federation.num-rounds": 8, "train.local-steps": 8, "evaluation.prompts": ""},
 }
 FULL = Size(_FLAT, rows=60, looks=2, rate=1e-2, recipe=Recipe())
-_QUICK: dict[str, Scalar] = {"federation.num-rounds": 2, "train.local-steps": 4, "train.max-length": 64}
-QUICK = Size({**_FLAT, **_QUICK}, rows=16, looks=2, rate=1e-2, recipe=Recipe(steps=100))
+_QUICK: dict[str, Scalar] = {"federation.num-rounds": 4, "train.local-steps": 8, "train.max-length": 96}
+QUICK = Size({**_FLAT, **_QUICK}, rows=24, looks=2, rate=1e-2, recipe=Recipe(steps=100))
 SMOLLM2 = replace(FULL, flat={**_FLAT, **_QUICK, "train.max-length": 96}, rows=30, rate=1e-3, recipe=None)
 
 
@@ -154,6 +155,7 @@ def federate_sites(words: Sequence[str], rows: Path, domains: Sequence[str], mod
             node_config={
                 "client-id": domain,
                 "data-path": str(rows / f"{domain}.jsonl"),
+                "held-out-rows": HELD_OUT,
                 "model-path": str(resolve_model(model).folder),
             },
             state=RecordDict(),

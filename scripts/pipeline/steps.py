@@ -110,6 +110,8 @@ def watch(pipeline: Pipeline, state: PipelineState) -> PipelineState:
     state = replace(state, num_rows=look.num_rows, parent=current)
     if drifted:
         pipeline.note("drift", state.looks, version=current, clients=", ".join(drifted))
+        # What comes next is learnt from other text, or an earlier version: no client's history is of that.
+        state = replace(state, charts={})
     state = replace(state, reason=trigger(pipeline, state, drifted))
     if drifted and (earlier := history.earlier(PRODUCTION)):
         return replace(state, step="compare", target=earlier)
@@ -156,13 +158,13 @@ def compare_versions(pipeline: Pipeline, state: PipelineState) -> PipelineState:
 
 
 def roll_back(pipeline: Pipeline, state: PipelineState) -> PipelineState:
-    """Bring the version before back into use; the charts begin anew, since its losses are other ones."""
+    """Bring the version before back into use."""
     if pipeline.history().current[PRODUCTION] != state.target:
         pipeline.registry.rollback(PRODUCTION)
     else:  # a kill may have come between the log and the alias, which this mends
         pipeline.registry.promote(state.target, PRODUCTION)
     pipeline.note("rollback-reason", state.looks, version=state.target, gain=state.gates["held-out"]["value"])
-    return replace(state, step=WATCH, charts={})
+    return replace(state, step=WATCH)
 
 
 def run(pipeline: Pipeline, state: PipelineState) -> PipelineState:
