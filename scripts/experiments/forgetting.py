@@ -53,6 +53,7 @@ from strategies.unlearning.groups import in_groups, mean_of_groups
 GROUPS = 3
 TURNS, SECONDS, OWN, OTHERS = "turns", "seconds", "own held-out loss", "others' held-out loss"
 FIGURES = (*MEASURES, OWN, OTHERS, TURNS, SECONDS)
+SHORT = ("exposure", "found", "own", "others", "turns", "s", "exp.", "found")  # as columns
 JUDGED = ("replay", "group", *METHODS, "nothing")
 Figures = dict[str, dict[str, float]]  # adapter -> figure -> value
 
@@ -187,9 +188,9 @@ def table_of(seeds: Sequence[Figures], verdicts: Mapping[str, Mapping[str, Verdi
     """Return a row for each adapter: means over the seeds, and how it compares with retraining."""
     rows = {}
     for name in seeds[0]:
-        words = [verdicts[name][measure].in_words if name in verdicts else "" for measure in MEASURES]
+        words = [verdicts[name][one].in_words.split()[0] if name in verdicts else "" for one in MEASURES]
         rows[name] = [f"{fmean(one[name][figure] for one in seeds):.3g}" for figure in FIGURES] + words
-    return figures_table("means over the seeds", (*FIGURES, *(f"by {one}" for one in MEASURES)), rows)
+    return figures_table("means over the seeds; like or unlike retraining by exposure and found", SHORT, rows)
 
 
 def goals_of(seeds: Sequence[Figures], verdicts: Mapping[str, Mapping[str, Verdict]]) -> dict[str, Goal]:

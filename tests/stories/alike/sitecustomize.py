@@ -1,32 +1,29 @@
-"""Loaded by every Python process of a story: secrets and labels of secret sums are the same in each run.
+"""Loaded by every Python process of a story: the values of secret sums are rounded alike in each run.
 
-They decide how a value is rounded, so that without this no two runs have the same bits.
+How a value is rounded follows from secrets and keys, so that without this no two runs have the same bits.
 """
 
-import hashlib
 import importlib.abc
 import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 
-def secret_of(path: Path) -> bytes:
-    """Return a secret that follows from the client and from what it is for."""
-    return hashlib.sha256(f"{path.parent.name} {path.name}".encode()).digest()
+def same_stream(*_: Any) -> Any:
+    """Return the same numbers for every secret."""
+    from fedllm.secure.agreement import Stream
+
+    return Stream(bytes(16))
 
 
-PLACES = {  # module -> (name in it, what takes its place)
-    "clients.run_keys": ("kept_secret", secret_of),
-    "strategies.secure.asked_sums": ("token_bytes", bytes),
-}
+PLACES = {"clients.parties": ("secret_stream", same_stream)}  # module -> (name in it, what takes its place)
 
 
 class Fixer(importlib.abc.MetaPathFinder):
-    """Lets these modules be loaded, then replaces a name in each."""
+    """Lets such a module be loaded, then replaces a name in it."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        """Return the spec of one of the modules, with a loader that does so; None for others."""
+        """Return the spec of such a module, with a loader that does so; None for others."""
         if name not in PLACES:
             return None
         sys.meta_path.remove(self)
