@@ -1,4 +1,4 @@
-"""Who hears of a run besides the person who watches it: the server's log, the trackers, kept withdrawals."""
+"""Who hears of a run besides the person who watches it: log, trackers, its lineage, kept withdrawals."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedllm.plan.run_plan import RunPlan
 from strategies.decisions import decided
+from strategies.lineage import noting_clients
 from strategies.session import Watch
 from strategies.tracking import tracked
 from strategies.withdrawals import keeping_withdrawals
@@ -15,4 +16,4 @@ from strategies.withdrawals import keeping_withdrawals
 def heard(folder: Path, plan: RunPlan, watch: Watch) -> Iterator[Watch]:
     """Yield `watch` with the ears of all of them; raises as `decided` and `tracked`."""
     with decided(folder, plan, watch) as watch, tracked(folder, plan.config, watch) as watch:
-        yield keeping_withdrawals(folder, watch)
+        yield noting_clients(folder, plan, keeping_withdrawals(folder, watch))

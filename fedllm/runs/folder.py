@@ -44,11 +44,9 @@ from fedllm.plan.run_plan import fixed_keys
 from fedllm.runs.checkpoint import check_resumable, newest_round
 from fedllm.runs.records import RoundRecord, record_from_dict, record_to_line
 
-ROUNDS, CHECKPOINTS, RESULT = "rounds.jsonl", "checkpoints", "result.json"
 DECISIONS, TRACKING, WITHDRAWALS = "decisions.jsonl", "tracking.json", "withdrawals"
 START, ROUNDS, CHECKPOINTS, RESULT = "start", "rounds.jsonl", "checkpoints", "result.json"
 LEFT_OUT, GROUPS = "left-out.json", "groups.json"
-DECISIONS, TRACKING = "decisions.jsonl", "tracking.json"
 WRITER, STARTER = ".writer.lock", ".starter.lock"
 _REPORTED = ("fedllm", "flwr", "ray", "torch", "transformers", "peft", "datasets", "tokenizers")
 

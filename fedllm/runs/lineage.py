@@ -1,14 +1,14 @@
 """How an adapter came about: what a run notes of it, and the statement that can then be signed.
 
-`lineage.json` in the run folder has what only the run itself knows when it ends: the digests of its base
-model and code, and who took part. All else is read from the folder's other files when the adapter is signed.
+`lineage.json` in the run folder has what only the run itself knows: who took part, noted as they join, and
+when it ends the digests of its base model and code. All else is read from the folder's other files when the
+adapter is signed.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from fedllm.adapters.folder import WEIGHTS, load_adapter
@@ -23,31 +23,45 @@ from fedllm.siblings import ROOT
 from fedllm.signing.statement import AdapterStatement, signature_digest
 
 LINEAGE = "lineage.json"
+RETRAINED, UNLEARNED = "retrained-from", "unlearned-from"  # how an adapter came from a parent
 _SHIPPED = ("fedllm", "clients", "strategies")  # packages that compute with a run's text
 
 
-def write_lineage(
-    folder: Path,
-    plan: RunPlan,
-    files: ModelFiles,
-    *,
-    num_clients: int,
-    bundle: str = "",
-    consent: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Write `lineage.json` of a run that has ended.
+def noted_clients(folder: Path) -> dict[str, dict[str, str]]:
+    """Return what `note_clients` has noted in a run's folder.
 
-    `bundle` is the digest of the code that Flower shipped. `consent` has the "purpose" of the run, and in
-    "clients" each one's salted "commitment" to its rows and the digest of its site's "consent".
+    Raises:
+        ConfigError: the file is damaged.
     """
+    return dict(_lineage(folder).get("consent", {}).get("clients", {}))
+
+
+def note_clients(folder: Path, clients: Mapping[str, Mapping[str, str]]) -> None:
+    """Add clients to `lineage.json`: who has left by the end, or before a resume, took part all the same.
+
+    Each has its "site", a salted "commitment" to its rows and the digest of the site's "consent".
+
+    Raises:
+        ConfigError: the file is damaged.
+        OSError: it cannot be written.
+    """
+    lineage, noted = _lineage(folder), {**noted_clients(folder), **clients}
+    consent = {**lineage.get("consent", {}), "clients": dict(sorted(noted.items()))}
+    _write(folder, {**lineage, "consent": consent})
+
+
+def write_lineage(
+    folder: Path, plan: RunPlan, files: ModelFiles, *, num_clients: int, bundle: str = ""
+) -> None:
+    """Complete `lineage.json` of a run that has ended; `bundle` is the digest of the code Flower shipped."""
     lineage = {
         "run": {"name": plan.config.run.name, "plan": plan.digest},
         "base": _base(files),
         "app": {"source": source_digest(), "bundle": bundle},
         "num_clients": num_clients,
-        "consent": {"purpose": plan.config.run.purpose, **consent},
+        "consent": {"purpose": plan.config.run.purpose, "clients": noted_clients(folder)},
     }
-    write_file(folder / LINEAGE, json.dumps(lineage, indent=1) + "\n")
+    _write(folder, lineage)
 
 
 def statement_of_run(folder: Path) -> AdapterStatement:
@@ -70,7 +84,7 @@ def statement_of_run(folder: Path) -> AdapterStatement:
     try:
         config = hashlib.sha256((folder / "config.toml").read_bytes()).hexdigest()
         consent = lineage["consent"]
-        clients = consent.get("clients", {}).values()
+        clients = consent["clients"].values()
         return AdapterStatement(
             name=lineage["run"]["name"],
             run={**lineage["run"], "config": config},
@@ -136,10 +150,18 @@ def source_digest() -> str:
 def _parents(folder: Path, unlearning: Mapping[str, Any] | None) -> tuple[dict[str, str], ...]:
     parents = []
     if (folder / START).is_dir():
-        parents.append({"relation": "retrained-from", "digest": adapter_digest(folder / START)})
+        parents.append({"relation": RETRAINED, "digest": adapter_digest(folder / START)})
     if unlearning is not None:
-        parents.append({"relation": "unlearned-from", "digest": str(unlearning["parent"])})
+        parents.append({"relation": UNLEARNED, "digest": str(unlearning["parent"])})
     return tuple(parents)
+
+
+def _lineage(folder: Path) -> dict[str, Any]:
+    return _read(folder / LINEAGE) if (folder / LINEAGE).exists() else {}
+
+
+def _write(folder: Path, lineage: Mapping[str, Any]) -> None:
+    write_file(folder / LINEAGE, json.dumps(lineage, indent=1) + "\n")
 
 
 def _told(clients: Any, name: str) -> list[str]:

@@ -4,7 +4,7 @@ Every site holds one of seven domains in a file of its own and decides itself wh
 pipeline is the product's own, its runs are whole federations; only the calendar is a list:
 
     arrival 1   the first rows; the first run becomes version 1
-    arrival 2   as many again; somebody has set a learning rate a hundred times too large meanwhile
+    arrival 2   as many again; somebody has set a learning rate twenty times too large meanwhile
     arrival 3   as many again; an export writes one sentence in place of every answer at four sites
     repair      the four sites have their true answers again
 
@@ -57,7 +57,7 @@ from strategies.run import run_federation
 
 FAULTY = ("code", "finance", "general", "medical")  # by place, where the domains have other names
 SENTENCE = "ERR 0x7F: field RSP_TXT is null (export v2.1, code page 437)"
-TOO_LARGE = 100.0  # times the learning rate
+TOO_LARGE = 20.0  # times the learning rate
 HELD_OUT = 6  # of the first rows of a site, and in the same share of those that come
 LEAST = 0.1  # nats: rows that come change who is measured on what
 

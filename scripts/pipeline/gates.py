@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 
 from fedllm.config.key import key
 from fedllm.errors import ConfigError
-from fedllm.runs.folder import RESULT, WITHDRAWALS
+from fedllm.runs.folder import RESULT
+from fedllm.runs.lineage import noted_clients
 from fedllm.runs.memorisation import read_memorisation
+from fedllm.runs.withdrawals import read_withdrawals, withdrawn_of
 
 Gate: TypeAlias = dict[str, Any]  # "value", "limit" and "passed"; the value is None where it was not measured
 
@@ -38,8 +40,8 @@ class GateFigures:
 
     `before` and `after` are held-out losses (nats per token) of the same clients, under the adapter that the
     run started from and under the one it gave. `epsilon` is None without a privacy plan; `memorisation` is
-    that of the run's audit, empty where there was none; `withdrawn` counts the withdrawals that reached the
-    run, whose rows are in its adapter.
+    that of the run's audit, empty where there was none; `withdrawn` counts the clients that took
+    part and were withdrawn while the run went on.
     """
 
     before: Mapping[str, float] = field(default_factory=dict)
@@ -53,7 +55,8 @@ def gate_figures(run_folder: Path) -> GateFigures:
     """Return what a finished run says of its adapter.
 
     Raises:
-        ConfigError: the run has not finished.
+        ConfigError: the run has not finished, or a file of it is damaged.
+        IntegrityError: a withdrawal in its folder is not as its site signed it.
     """
     try:
         result = json.loads((run_folder / RESULT).read_text())
@@ -65,7 +68,7 @@ def gate_figures(run_folder: Path) -> GateFigures:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{run_folder}: no run that has finished ({RESULT})") from None
-    withdrawn = len(list((run_folder / WITHDRAWALS).glob("*.json")))
+    withdrawn = len(withdrawn_of(noted_clients(run_folder), read_withdrawals(run_folder)))
     found = read_memorisation(run_folder)
     return GateFigures(**ends, epsilon=spent, memorisation=found, withdrawn=withdrawn)
 

@@ -20,7 +20,7 @@ from fedllm.runs.folder import (
     write_left_out,
     write_rounds,
 )
-from fedllm.runs.lineage import adapter_digest
+from fedllm.runs.lineage import adapter_digest, note_clients, noted_clients
 from fedllm.runs.unlearning import Unlearning, write_unlearning
 from scripts.runtimes.local import local_grid, node_config_of
 from scripts.unlearning.approximate import Case, forget, kept_states
@@ -76,6 +76,7 @@ def unlearn_approximately(
             verification=verification,
         )
         write_unlearning(folder, unlearning)  # before the adapter is published: its card says it
+        note_clients(folder, noted_clients(run))  # all of them, as nothing is guaranteed
         describe_run(folder, new)
         plan = resolve(new)
         session = open_session(plan, local_grid(new, app), folder=folder, resident=PROCESS.resident)

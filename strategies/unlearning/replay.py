@@ -12,7 +12,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.runs.checkpoint import ServerState, newest_checkpoint, newest_round, save_checkpoint
 from fedllm.runs.folder import CHECKPOINTS, START, read_keys, read_left_out, run_folder, write_left_out
-from fedllm.runs.lineage import adapter_digest
+from fedllm.runs.lineage import adapter_digest, note_clients, noted_clients
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.unlearning import Unlearning, read_unlearning, write_unlearning
 from strategies.unlearning.guarantee import Guarantee
@@ -57,7 +57,10 @@ def begin_replay(run: Path, client: str, guarantee: Guarantee, name: str, *, row
         write_left_out(folder, left_out)
     if (run / START).exists():
         shutil.copytree(run / START, folder / START, dirs_exist_ok=True)
-    if state is not None and not newest_round(folder / CHECKPOINTS):  # last: from now on the run can go on
+    if state is not None and not newest_round(folder / CHECKPOINTS):
+        known = noted_clients(run)  # of the rounds that are kept, some may not join again
+        note_clients(folder, {one: known[one] for one in state.num_drawn if one in known})
+        # Last: from now on the run can go on.
         save_checkpoint(folder / CHECKPOINTS, state if rows else _without(state, client), config.to_flat())
     return folder
 

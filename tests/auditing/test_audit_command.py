@@ -5,15 +5,21 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fedllm.attacks.token_scores import whole
 from fedllm.data.partition import Partition, save_partition
 from fedllm.files import SIGNATURE, verify_manifest
 from fedllm.runs.memorisation import MEMORISATION, read_memorisation
 from scripts import cli
 from scripts.auditing import membership
+from scripts.auditing.control import overfit
+from scripts.auditing.membership import extraction_report
+from scripts.auditing.memorisation import near_duplicates_report
+from scripts.auditing.opening import open_case
 from scripts.auditing.table import REPORT
 
 PLAIN: dict[str, object] = {}
@@ -57,7 +63,8 @@ def copied(finished: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]
 
     def copy(name: str, overrides: dict | None = None) -> Path:
         folder = Path(shutil.copytree(finished(name, overrides), tmp_path / name))
-        (folder / REPORT).unlink(missing_ok=True)  # of another test
+        for name in (REPORT, MEMORISATION):  # of another test
+            (folder / name).unlink(missing_ok=True)
         return folder
 
     return copy
@@ -87,12 +94,27 @@ def test_controls_without_a_signal_find_nothing(finished: Callable, command: Cal
     assert report["extraction"]["base"]["extracted"] == report["extraction"]["held_out"]["extracted"] == 0
     assert report["extraction"]["run"]["number"] > 0
     figures = read_memorisation(finished("overfitted", OVERFITTED))
-    assert figures["extraction"] == report["extraction"]["run"]["rate"]
     for name in ("extraction", "near_duplicates"):  # nearly given back is what is given back, at least
-        assert figures[name] > 0.5
+        assert figures[name] == report[name]["run"]["rate"]
         assert figures[name + "_held_out"] == figures[name + "_base"] == 0
         assert figures["near_duplicates"] >= figures["extraction"]
-    assert report["near_duplicates"]["positive_control"]["rate"] > 0.9
+
+
+def test_what_an_adapter_writes_itself_is_given_back_and_nothing_else(
+    finished: Callable, tmp_path: Path
+) -> None:
+    case = open_case(finished("plain", PLAIN), max_rows=8, scratch=tmp_path)
+    beginnings = [row.tokens[:8] for row in case.members]
+    written = [list(beginning) for beginning in beginnings]
+    states = [case.adapter] * len(beginnings)
+    for step in case.engine.stream(states, beginnings, 16, lambda logits_BV: logits_BV.argmax(dim=-1)):
+        for place, token in step.items():
+            written[place].append(token)
+    own = replace(case, members=tuple(map(whole, map(tuple, written))))
+    for measure in (extraction_report, near_duplicates_report):
+        found = measure(own, overfit(case, 1), prefix=8, suffix=16)
+        assert [found[kind]["rate"] for kind in ("run", "held_out")] == [1.0, 0.0]
+        assert found["run"]["number"] == 8
 
 
 def test_private_run_keeps_its_claim_and_its_control_leaks(finished: Callable, command: Callable) -> None:

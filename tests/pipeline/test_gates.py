@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedllm.errors import ConfigError
+from fedllm.identity import public_text
+from fedllm.runs.lineage import note_clients
+from fedllm.withdrawal import sign_withdrawal
 from scripts.pipeline.gates import GateFigures, Limits, gate_figures, judge, passed, told
 
 BEFORE = {"anna": 4.0, "ben": 3.0, "cem": 3.5}
@@ -98,5 +102,10 @@ def test_a_run_that_has_not_finished_has_no_figures(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(json.dumps({"status": "completed", "held_out": {}}))
     assert gate_figures(tmp_path) == GateFigures()
     (tmp_path / "withdrawals").mkdir()
-    (tmp_path / "withdrawals" / "0123.json").write_text("a site's record")
+    key = Ed25519PrivateKey.generate()
+    for number, signer in enumerate((key, Ed25519PrivateKey.generate())):  # the other speaks for nobody here
+        record = sign_withdrawal(signer, ["anna", "ben"], "2026-11-27T18:00:00+00:00")
+        (tmp_path / "withdrawals" / f"{number}.json").write_bytes(record)
+    assert gate_figures(tmp_path) == GateFigures()
+    note_clients(tmp_path, {name: {"site": public_text(key)} for name in ("anna", "cleo")})
     assert gate_figures(tmp_path) == GateFigures(withdrawn=1)

@@ -14,8 +14,9 @@ from fedllm.registry.registry import Registry
 from fedllm.runs.folder import START, WITHDRAWALS
 from fedllm.runs.lineage import LINEAGE
 from fedllm.runs.unlearning import Unlearning, write_unlearning
+from fedllm.runs.withdrawals import read_withdrawals
 from fedllm.withdrawal import read_withdrawal, sign_withdrawal
-from scripts.commands.withdraw_command import mark_withdrawn, read_withdrawals, withdraw
+from scripts.commands.withdraw_command import mark_withdrawn, withdraw
 from tests.registry.conftest import KEY, finished_run
 
 SITE = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -28,11 +29,11 @@ def add(tmp_path: Path) -> Callable[..., int]:
     """Return a function (clients, start, kind) that adds a run to the registry -> the version's number."""
     registry, number = Registry(tmp_path / "clinic"), 0
 
-    def do(*clients: str, start: int = 0, kind: str = "") -> int:
+    def do(*clients: str, start: int = 0, kind: str = "", begins: Path | None = None) -> int:
         nonlocal number
         number += 1
         earlier = registry.version(start) if start else None
-        begun = earlier.folder if earlier is not None and not kind else None
+        begun = earlier.folder if earlier is not None and not kind else begins
         run = finished_run(tmp_path / f"run{number}", number, begun)
         lineage: dict[str, Any] = json.loads((run / LINEAGE).read_text())
         of_site = {"site": public_text(SITE), "commitment": "", "consent": ""}
@@ -76,6 +77,14 @@ def test_all_that_was_made_with_the_rows_is_marked(
     registry.verify()
 
 
+def test_unlearning_another_client_frees_no_version(add: Callable, tmp_path: Path) -> None:
+    registry, with_ben = Registry(tmp_path / "clinic"), add("ben")
+    child = add("anna", "cleo", start=with_ben)
+    exact = add("cleo", start=child, kind="A", begins=registry.version(with_ben).folder)
+    mark_withdrawn(registry, [read_withdrawal(BEN)])
+    assert marks(tmp_path) == {with_ben: True, child: True, exact: True}
+
+
 def test_a_whole_site_takes_all_its_clients_along(add: Callable, tmp_path: Path) -> None:
     add("anna")
     stranger = Ed25519PrivateKey.generate()
@@ -88,7 +97,7 @@ def test_a_whole_site_takes_all_its_clients_along(add: Callable, tmp_path: Path)
 
 def test_records_come_from_a_file_or_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no withdrawal has reached"):
-        read_withdrawals(tmp_path)
+        withdraw(tmp_path, tmp_path)
     (tmp_path / WITHDRAWALS).mkdir()
     for name, record in (("a", BEN), ("b", sign_withdrawal(SITE, [], TIME))):
         (tmp_path / WITHDRAWALS / f"{name}.json").write_bytes(record)

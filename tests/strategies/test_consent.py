@@ -9,14 +9,17 @@ import pytest
 from flwr.app import Message
 
 from clients.client_app import app
+from fedllm.errors import RunFailedError
 from fedllm.identity import new_key, public_text, verify
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.lineage import LINEAGE, statement_of_run
+from fedllm.runs.lineage import LINEAGE, noted_clients, statement_of_run
 from fedllm.runs.memorisation import write_memorisation
+from fedllm.runs.records import RoundRecord
 from fedllm.wire.joining import consent_statement
 from scripts.runtimes.local import local_grid
-from strategies.lineage import consent_of
+from strategies.lineage import consents_of
 from strategies.run import run_federation
+from strategies.session import Watch
 from tests.strategies.conftest import NAMES
 
 
@@ -33,13 +36,12 @@ def test_a_site_with_a_key_consents_to_a_purpose_and_to_its_rows(
 ) -> None:
     config = make_config({"run.purpose": "letters"})
     run = open_run(config)
-    told = consent_of(resolve(config), run.session.clients)
-    assert told["purpose"] == "letters"
-    assert list(told["clients"]) == list(NAMES)
+    told = consents_of(resolve(config), run.session.clients)
+    assert list(told) == list(NAMES)
     for client in run.session.clients.values():
         signed = consent_statement("run", resolve(config).digest, "letters", client)
         assert verify(site_key, signed, client.consent)
-        assert told["clients"][client.client_id] == {
+        assert told[client.client_id] == {
             "site": site_key,
             "commitment": client.commitment,
             "consent": hashlib.sha256(signed + client.consent).hexdigest(),
@@ -79,8 +81,30 @@ def test_without_a_key_nothing_is_signed_and_no_record_sent(
     config = make_config()
     run = open_run(config, tamper=tamper)
     assert records[:4] == [{"clients", "metrics"}] * 4
-    told = consent_of(resolve(config), run.session.clients)["clients"]
+    told = consents_of(resolve(config), run.session.clients)
     assert all(client == {"site": "", "commitment": "", "consent": ""} for client in told.values())
+
+
+def test_who_left_before_a_resume_took_part_all_the_same(
+    site_key: str, make_config: Callable, tmp_path: Path
+) -> None:
+    config = make_config({"run.output": str(tmp_path), "federation.num-rounds": 2})
+
+    def stop(record: RoundRecord) -> None:
+        if record.round_num == 1:
+            raise RunFailedError("as at a kill")
+
+    with pytest.raises(RunFailedError):
+        run_federation(config, local_grid(config, app, num_nodes=4), Watch(record=stop))
+    first = noted_clients(tmp_path / "run")
+    assert list(first) == list(NAMES)
+    assert {client["site"] for client in first.values()} == {site_key}
+    again = config.override({"run.resume": True, "federation.min-clients": 3})
+    grid = local_grid(again, app, num_nodes=4)
+    grid.contexts.pop(3)  # ben's node
+    run_federation(again, grid)
+    assert noted_clients(tmp_path / "run")["ben"] == first["ben"]
+    assert first["ben"]["commitment"] in statement_of_run(tmp_path / "run").clients["commitments"]
 
 
 def test_lineage_names_clients_and_the_statement_does_not(

@@ -16,6 +16,7 @@ from fedllm.data.shards import load_one_client
 from fedllm.errors import ConfigError
 from fedllm.runs.checkpoint import ServerState, newest_round
 from fedllm.runs.folder import read_left_out
+from fedllm.runs.lineage import noted_clients
 from fedllm.runs.records import RoundRecord, record_to_dict
 from fedllm.runs.unlearning import read_unlearning
 from scripts.runtimes.local import local_grid
@@ -25,7 +26,7 @@ from strategies.unlearning.guarantee import Guarantee, guarantee_of
 from strategies.unlearning.replay import begin_replay, replayed_config
 from tests.strategies.conftest import NAMES
 
-ONE_A_ROUND = {"federation.cohort": 1, "federation.num-rounds": 6, "evaluation.every": 2}
+ONE_A_ROUND = {"federation.cohort": 1, "federation.num-rounds": 6, "train.local-steps": 1}
 
 
 def done(config: RunConfig, watch: Watch = SILENT) -> ServerState:
@@ -64,6 +65,15 @@ def forgotten(folder: Path, gone: str, watch: Watch = SILENT) -> tuple[Guarantee
     guarantee = guarantee_of(folder, gone)
     begin_replay(folder, gone, guarantee, f"without-{gone}")
     return guarantee, done(replayed_config(folder, f"without-{gone}"), watch)
+
+
+def test_who_trained_in_the_kept_rounds_stays_in_the_lineage(config_of: Callable, tmp_path: Path) -> None:
+    state = done(config_of("whole"))
+    folder, turns = tmp_path / "whole", [record.asked[0] for record in state.records if record.round_num]
+    last = max(set(turns), key=turns.index)  # whose first turn comes after all others'
+    begun = begin_replay(folder, last, guarantee_of(folder, last), "without")
+    assert set(noted_clients(begun)) == set(turns[: turns.index(last)])
+    assert noted_clients(begun).items() <= noted_clients(folder).items()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +131,7 @@ def test_a_run_killed_while_it_forgets_gives_the_same_bits(
     assert state.adapter.digest == retrained("ben").adapter.digest
 
 
+@pytest.mark.soak
 def test_a_run_can_forget_one_client_after_another(config_of: Callable, tmp_path: Path) -> None:
     done(config_of("whole"))
     digests = []
