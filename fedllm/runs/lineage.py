@@ -45,8 +45,10 @@ def note_clients(folder: Path, clients: Mapping[str, Mapping[str, str]]) -> None
         ConfigError: the file is damaged.
         OSError: it cannot be written.
     """
-    lineage, noted = _lineage(folder), {**noted_clients(folder), **clients}
-    consent = {**lineage.get("consent", {}), "clients": dict(sorted(noted.items()))}
+    lineage, noted = _lineage(folder), noted_clients(folder)
+    if clients.items() <= noted.items():  # as in most rounds, in which nobody is new
+        return
+    consent = {**lineage.get("consent", {}), "clients": dict(sorted({**noted, **clients}.items()))}
     _write(folder, {**lineage, "consent": consent})
 
 
