@@ -168,8 +168,15 @@ def roll_back(pipeline: Pipeline, state: PipelineState) -> PipelineState:
 
 
 def run(pipeline: Pipeline, state: PipelineState) -> PipelineState:
-    """Train on from the version in use; a run that fails changes nothing but what it may have spent."""
+    """Train on from the version in use; a run that fails changes nothing but what it may have spent.
+
+    None is begun from a marked version: what it gives would owe as much to the rows that were withdrawn.
+    """
     name = run_name(state)
+    if state.parent and pipeline.registry.version(state.parent).mark:
+        why = f"version {state.parent} is in use and marked; fedllm registry rollback"
+        pipeline.note("failed", state.looks, run=name, reason=why)
+        return replace(state, step=WATCH, has_failed=True)
     pipeline.tell(f"{name} begins: {state.reason}")
     try:
         folder = retrain(pipeline.federate, pipeline.settings, name, pipeline.adapter(state.parent))

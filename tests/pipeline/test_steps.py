@@ -56,6 +56,17 @@ def test_a_run_starts_from_the_signed_version_in_use(make_town: Callable[..., To
     assert {file.name for file in start.iterdir()} == {file.name for file in version.folder.iterdir()}
 
 
+def test_nothing_is_trained_from_a_marked_version(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    town.look(STORY[0])
+    town.pipeline.registry.mark(1, "made with rows that were withdrawn")
+    town.look(World(GOOD | {2: 3.0}, num_rows=160))
+    (failed,) = town.events("failed")
+    assert "version 1 is in use and marked" in failed["reason"]
+    assert not (town.pipeline.folder / "run-0002").exists()
+    assert (town.in_use, len(town.pipeline.registry.versions())) == (1, 1)
+
+
 def test_new_rows_count_from_the_last_run_even_a_refused_one(make_town: Callable[..., Town]) -> None:
     town = make_town()
     cycles = [town.look(World(GOOD, num_rows=number)).cycle for number in (99, 147, 150, 198, 201)]
