@@ -226,14 +226,16 @@ def add(pipeline: Pipeline, state: PipelineState) -> PipelineState:
 
 
 def promote(pipeline: Pipeline, state: PipelineState) -> PipelineState:
-    """Bring the new version into use, unless somebody has put another one there since its run began.
+    """Bring the new version into use, unless it is marked or another one was put there since its run began.
 
     A client's history goes on, moved by what the new version gained for this client.
     """
     current = pipeline.history().current.get(PRODUCTION, 0)
+    why = pipeline.registry.version(state.target).mark
     if current not in (state.parent, state.target):
-        other = f"version {current} was put into use meanwhile"
-        pipeline.note("kept", state.looks, run=run_name(state), gates=other)
+        why = f"version {current} was put into use meanwhile"
+    if why:
+        pipeline.note("kept", state.looks, run=run_name(state), gates=why)
         return replace(state, step=WATCH)
     pipeline.registry.promote(state.target, PRODUCTION)
     pipeline.tell(f"version {state.target} is in use: {state.reason}")

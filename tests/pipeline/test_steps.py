@@ -195,6 +195,16 @@ def test_a_version_that_a_person_put_into_use_stays(make_town: Callable[..., Tow
     assert town.events("kept")[-1]["gates"] == "version 1 was put into use meanwhile"
 
 
+def test_what_is_made_from_a_marked_version_is_kept(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    town.look(STORY[0])
+    town.pipeline.registry.mark(town.in_use, "withdrawn")
+    for world in STORY[1:5]:
+        town.look(world)
+    assert town.in_use == 1
+    assert town.events("kept")[-1]["gates"] == "withdrawn"
+
+
 @pytest.mark.parametrize(
     ("every", "story"),
     [(61, STORY[:3]), pytest.param(1, STORY, marks=pytest.mark.soak)],
