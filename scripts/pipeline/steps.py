@@ -195,8 +195,6 @@ def run(pipeline: Pipeline, state: PipelineState) -> PipelineState:
 def judge_run(pipeline: Pipeline, state: PipelineState) -> PipelineState:
     """Hold the new adapter against every gate."""
     figures = gate_figures(run_folder(pipeline.settings, run_name(state)))
-    if state.parent and pipeline.registry.version(state.parent).mark:  # since the run began
-        figures = replace(figures, withdrawn=figures.withdrawn + 1)
     gates = judge(figures, pipeline.settings.gates, spent=state.spent, is_signed=_is_signed(pipeline, state))
     spent = state.spent + (figures.epsilon or 0.0)
     return replace(state, step="add" if passed(gates) else "keep", gates=gates, spent=spent)
@@ -227,15 +225,16 @@ def add(pipeline: Pipeline, state: PipelineState) -> PipelineState:
 
 
 def promote(pipeline: Pipeline, state: PipelineState) -> PipelineState:
-    """Bring the new version into use, unless it was marked, or another put there since its run began.
+    """Bring the new version into use, unless it is marked or another one was put there since its run began.
 
     A client's history goes on, moved by what the new version gained for this client.
     """
     current = pipeline.history().current.get(PRODUCTION, 0)
-    is_marked = pipeline.registry.version(state.target).mark
-    if is_marked or current not in (state.parent, state.target):
-        other = f"version {state.target} was marked" if is_marked else f"version {current} was put into use"
-        pipeline.note("kept", state.looks, run=run_name(state), gates=f"{other} meanwhile")
+    why = pipeline.registry.version(state.target).mark
+    if current not in (state.parent, state.target):
+        why = f"version {current} was put into use meanwhile"
+    if why:
+        pipeline.note("kept", state.looks, run=run_name(state), gates=why)
         return replace(state, step=WATCH)
     pipeline.registry.promote(state.target, PRODUCTION)
     pipeline.tell(f"version {state.target} is in use: {state.reason}")

@@ -77,7 +77,7 @@ def test_versions_follow_from_rows(folder: Path, capsys: pytest.CaptureFixture) 
     registry.verify([public_text(key)])
     if len(registry.versions()) == 2:  # else a gate kept it out, and the log says so
         first, second = registry.versions()
-        assert second.statement.parents == ({"relation": "retrained-from", "digest": first.digest},)
+        assert second.statement.parents == ({"relation": "retrained-from", "digest": first.weights},)
     families = text_string_to_metric_families((folder / "tiny.prom").read_text())
     values = {one.name: one.value for family in families for one in family.samples}
     assert (values["fedllm_runs_total"], values["fedllm_looks_total"]) == (2, 3)
