@@ -20,7 +20,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedllm.errors import FedLLMError, IntegrityError
+from fedllm.errors import CheckpointError, FedLLMError, IntegrityError
 from fedllm.identity import public_text
 from fedllm.monitoring.drift import DriftRule, add_losses
 from fedllm.registry.history import History, history_of
@@ -30,7 +30,7 @@ from fedllm.signing.statement import read_statement
 from scripts.pipeline.gates import GateFigures, compare, gate_figures, judge, passed, told
 from scripts.pipeline.runs import Federate, look_at, retrain, run_folder
 from scripts.pipeline.settings import Settings
-from scripts.pipeline.state import PipelineState, read_state, write_state
+from scripts.pipeline.state import STATE, PipelineState, read_state, write_state
 
 _DAY = 86_400.0  # seconds
 WATCH = "watch"
@@ -92,6 +92,10 @@ def tick(pipeline: Pipeline) -> PipelineState:
     """
     pipeline.folder.mkdir(parents=True, exist_ok=True)
     state = read_state(pipeline.folder)
+    if state.step not in STEPS:
+        raise CheckpointError(
+            f"{pipeline.folder / STATE}: step {state.step!r} is of another version of fedllm"
+        )
     while True:
         state = STEPS[state.step](pipeline, state)
         write_state(pipeline.folder, state)

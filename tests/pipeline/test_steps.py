@@ -10,6 +10,7 @@ import pytest
 from fedllm.errors import FedLLMError
 from fedllm.files import SIGNATURE
 from scripts.pipeline.metrics import pipeline_samples
+from scripts.pipeline.state import PipelineState, write_state
 from scripts.pipeline.steps import promote
 from tests.pipeline.conftest import Town, World
 from tests.registry.test_kills import killed_at, state_of
@@ -178,6 +179,14 @@ def test_no_run_begins_beyond_the_epsilon_of_all_runs(make_town: Callable[..., T
     states = [town.look(World(GOOD, num_rows=number)) for number in (100, 200, 300)]
     assert [state.cycle for state in states] == [1, 1, 1], "a run that failed may have spent its epsilon"
     assert town.told[-1] == "no run (the run before has failed): epsilon 3 of 5 is spent"
+
+
+def test_a_step_of_another_version_is_refused(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    town.pipeline.folder.mkdir()
+    write_state(town.pipeline.folder, PipelineState(step="publish"))
+    with pytest.raises(FedLLMError, match=r"state.json: step 'publish' is of another version"):
+        town.look(World(GOOD))
 
 
 def test_a_version_that_a_person_put_into_use_stays(make_town: Callable[..., Town]) -> None:
