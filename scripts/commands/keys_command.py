@@ -14,9 +14,7 @@ def new(path: Path) -> None:
     print(
         f'\nIn the server\'s list of sites (federation.sites):\n    [sites.NAME]\n    public-key = "{public}"'
     )
-    print(
-        f'\nIn site.toml, where adapters that it signs are loaded:\n    [adapters]\n    signers = ["{public}"]'
-    )
+    print(f'\nIn site.toml, where what it signs is loaded:\n    [adapters]\n    signers = ["{public}"]')
 
 
 def show(path: Path) -> None:
