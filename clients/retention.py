@@ -23,7 +23,10 @@ _RUN = f"*-{'[0-9a-f]' * 16}"  # nothing else that an owner may keep below the s
 def remove_ended(state: Path, days: float, now: float) -> list[str]:
     """Remove what runs have left below a state folder, where nothing of a run changed for so many days.
 
-    `now` is in seconds since 1970. Returns the folders that something was removed from, below `state`.
+    `now` is in seconds since 1970. Returns the folders, below `state`, that all of it is removed from.
+
+    Raises:
+        OSError: a folder cannot be read.
     """
     removed = []
     for folder, private in _runs(state):
@@ -31,7 +34,8 @@ def remove_ended(state: Path, days: float, now: float) -> list[str]:
         if private and changed < now - days * SECONDS_A_DAY:
             for path in private:
                 _remove(path)
-            removed.append(str(folder.relative_to(state)))
+            if not any(path.exists() for path in private):
+                removed.append(str(folder.relative_to(state)))
     return removed
 
 

@@ -40,6 +40,6 @@ def _keep(folder: Path, record: bytes, node: int, watch: Watch) -> None:
     else:
         whom = names(found.clients) or "all of its clients"
         watch.notice(
-            f"a site has withdrawn {whom}: `fedllm registry withdraw REGISTRY {folder.parent}` marks what was"
-            " made with their rows"
+            f"a site has withdrawn {whom} (signed {found.site}): `fedllm registry withdraw REGISTRY"
+            f" {folder.parent}` marks what was made with their rows"
         )
