@@ -169,7 +169,8 @@ def roll_back(pipeline: Pipeline, state: PipelineState) -> PipelineState:
             pipeline.tell(f"no rollback to version {state.target}: the registry was changed meanwhile")
             return replace(state, step=WATCH)
         pipeline.registry.rollback(PRODUCTION)
-    # Where a kill came between the log and the alias, this change of the registry mends the alias.
+    elif state.target not in history.marks:  # a kill may have left the alias behind the log, which this mends
+        pipeline.registry.promote(state.target, PRODUCTION)
     pipeline.note("rollback-reason", state.looks, version=state.target, gain=state.gates["held-out"]["value"])
     return replace(state, step=WATCH)
 
