@@ -50,10 +50,12 @@ from fedllm.registry.verification import (
     read_log,
 )
 from fedllm.runs.lineage import LINEAGE as RUN_LINEAGE
-from fedllm.runs.lineage import UNLEARNED, statement_of_adapter, statement_of_run
+from fedllm.runs.lineage import UNLEARNED, noted_clients, statement_of_adapter, statement_of_run
+from fedllm.runs.withdrawals import read_withdrawals, withdrawn_of
 from fedllm.signing.statement import AdapterStatement, payload_of, sign_adapter, signature_digest
 
 PRODUCTION = "production"
+WITHDRAWN = "made with the rows of a site that has withdrawn"  # no name: a registry is shown to others
 EXACT = frozenset("AC")  # classes of unlearning after which nothing of the client is left (unlearning.md)
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,63}")  # never a number, and a file name everywhere
 
@@ -153,7 +155,7 @@ class Registry:
 
         `gates` holds {"value", "limit", "passed"} by name. A version that has the same statement
         already is returned, so adding again after a kill adds nothing. What was made from a marked version,
-        or has its weights, is marked from the start.
+        or has its weights, is marked from the start, as is a run that a withdrawal has reached.
 
         Raises:
             IntegrityError: the adapter is not one that fedllm published, or was changed.
@@ -183,7 +185,9 @@ class Registry:
                 sign_adapter(building, replace(said, version=number), key)
             lineage = hashlib.sha256(kept).hexdigest() if kept else ""
             added = {"digest": signature_digest(folder), "signer": public_text(key), "lineage": lineage}
-            reasons = [each.mark for each in versions if each.mark and inherits(said, {each.weights})]
+            withdrawn = is_run and withdrawn_of(noted_clients(source), read_withdrawals(source))
+            reasons = [WITHDRAWN] if withdrawn else []
+            reasons += [each.mark for each in versions if each.mark and inherits(said, {each.weights})]
             added |= {"mark": reasons[0]} if reasons else {}
             self._write(ADDED, version=number, **added)
         return self.version(number)

@@ -73,7 +73,8 @@ def _facts(statement: AdapterStatement) -> Iterator[tuple[str, str]]:
     yield "adapter", f"{statement.name}{version}"
     for parent in statement.parents:
         yield parent["relation"].replace("-", " "), parent["digest"]
-    yield "base model", f"{statement.base['name']}, sha256:{statement.base['digest']}"
+    if statement.base:
+        yield "base model", f"{statement.base['name']}, sha256:{statement.base['digest']}"
     if statement.app:
         yield "code", f"fedllm {statement.app['version']}, source {statement.app['source']}"
     if statement.clients:

@@ -4,12 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedllm.errors import ConfigError
-from fedllm.registry.registry import Registry, Version, inherits
+from fedllm.registry.registry import WITHDRAWN, Registry, Version, inherits
 from fedllm.runs.withdrawals import read_withdrawals, withdrawn_of
 from fedllm.withdrawal import Withdrawal
 from scripts.console import Console
-
-REASON = "made with the rows of a site that has withdrawn"  # no name: a registry is shown to others
 
 
 def withdraw(registry: Path, source: Path) -> None:
@@ -43,5 +41,5 @@ def mark_withdrawn(registry: Registry, withdrawals: Iterable[Withdrawal]) -> lis
         clients = registry.lineage(version.number).get("consent", {}).get("clients", {})
         if withdrawn_of(clients, records) or inherits(version.statement, family):
             family.add(version.weights)
-            marked.append(version if version.mark else registry.mark(version.number, REASON))
+            marked.append(version if version.mark else registry.mark(version.number, WITHDRAWN))
     return marked

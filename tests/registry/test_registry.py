@@ -13,8 +13,10 @@ from fedllm.errors import ConfigError, IntegrityError
 from fedllm.files import SIGNATURE, locked
 from fedllm.identity import public_text
 from fedllm.registry.registry import Registry
+from fedllm.runs.folder import WITHDRAWALS
 from fedllm.runs.lineage import LINEAGE, statement_of_run
 from fedllm.signing.statement import read_statement, sign_adapter
+from fedllm.withdrawal import sign_withdrawal
 from tests.builders import small_layout
 from tests.registry.conftest import KEY, PASSED, finished_run
 
@@ -130,6 +132,19 @@ def test_what_is_made_from_a_marked_version_is_marked(
     for kind, mark in (("D", "withdrawn"), ("A", "")):
         (unlearnt / "unlearning.json").write_text(json.dumps({"class": kind, **parent}))
         assert registry.add(unlearnt, KEY).mark == mark
+
+
+def test_a_run_that_a_withdrawal_has_reached_is_marked(registry: Registry, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", 5)
+    lineage = json.loads((run / LINEAGE).read_text())
+    lineage["consent"]["clients"]["anna"]["site"] = public_text(KEY)
+    (run / LINEAGE).write_text(json.dumps(lineage))
+    (run / WITHDRAWALS).mkdir()
+    record = sign_withdrawal(KEY, ["anna"], "2026-11-27T18:00:00+00:00")
+    (run / WITHDRAWALS / "1.json").write_bytes(record)
+    version = registry.add(run, KEY)
+    assert "withdrawn" in version.mark
+    assert "anna" not in version.mark
 
 
 def test_what_changes_while_it_is_copied_is_not_signed(
