@@ -55,9 +55,7 @@ from scripts.reports import Goal, environment, figures_table, publish
 from scripts.runtimes.local import SERVER_NODE, LocalGrid
 from strategies.run import run_federation
 
-SENTENCE = (
-    "\u00c3\u00bf\u00a4\u00a7 \u0167\u0111\u00ac\u014a \u0141\u00b6\u0142\u00e6 \u00df\u0138\u00f0\u00fe"
-)
+SENTENCE = "Ã¿¤§ ŧđ¬Ŋ Ł¶łæ ßĸðþ"
 TOO_LARGE = 20.0  # times the learning rate
 HELD_OUT = 6  # of the first rows of a site, and in the same share of those that come
 LEAST = 0.3  # nats: rows that come change who is measured on what
