@@ -1,7 +1,7 @@
 """How long a site keeps what its clients have learnt: `[site] keep-days` after a run last changed it.
 
     NAME-DIGEST/CLIENT/*.safetensors, home/   personal adapters and other vectors, adapters trained at home
-    secure/NAME-DIGEST/CLIENT/                the keys of secret sums
+    secure/NAME-DIGEST/CLIENT/                the keys of secret sums, and each client's copy of the adapter
 
 These are removed. Ledgers, secrets of noise and what was masked under which label stay, as do the site's log
 and counts: a server that asks again under the same name must find neither a fresh budget nor a fresh mask.
@@ -17,11 +17,16 @@ from clients.asked import SECONDS_A_DAY
 from clients.home_folder import HOME
 from clients.run_keys import KEYS, SECURE
 
+_RUN = f"*-{'[0-9a-f]' * 16}"  # nothing else that an owner may keep below the state folder, such as a model
+
 
 def remove_ended(state: Path, days: float, now: float) -> list[str]:
     """Remove what runs have left below a state folder, where nothing of a run changed for so many days.
 
-    `now` is in seconds since 1970. Returns the folders that something was removed from, below `state`.
+    `now` is in seconds since 1970. Returns the folders, below `state`, that all of it is removed from.
+
+    Raises:
+        OSError: a folder cannot be read.
     """
     removed = []
     for folder, private in _runs(state):
@@ -29,16 +34,19 @@ def remove_ended(state: Path, days: float, now: float) -> list[str]:
         if private and changed < now - days * SECONDS_A_DAY:
             for path in private:
                 _remove(path)
-            removed.append(str(folder.relative_to(state)))
+            if not any(path.exists() for path in private):
+                removed.append(str(folder.relative_to(state)))
     return removed
 
 
 def _runs(state: Path) -> Iterator[tuple[Path, list[Path]]]:
     """Yield each run's folder with what is to be removed of it once the run has ended."""
-    for folder in sorted(path for path in state.glob("*") if path.is_dir()):
-        yield folder, [*folder.glob("*/*.safetensors"), *folder.glob(f"*/{HOME}")]
-    for folder in sorted((state / SECURE).glob("*")):
-        yield folder, [file for file in folder.glob("*/*") if file.name in KEYS]
+    for folder in sorted((*state.glob(_RUN), *(state / SECURE).glob(_RUN))):
+        own = HOME, *(KEYS if folder.parent.name == SECURE else ())
+        yield (
+            folder,
+            [*folder.glob("*/*.safetensors"), *(path for path in folder.glob("*/*") if path.name in own)],
+        )
 
 
 def _changed(path: Path) -> float:

@@ -143,7 +143,7 @@ class Service:
     async def remove_ended(self) -> None:
         """Remove now and then what ended runs have left, as long as the owner wants."""
         while True:
-            with suppress(FedLLMError):  # a site.toml that is being edited is read again later
+            with suppress(FedLLMError, OSError):  # what cannot be read now is looked at again later
                 policy = load_policy()
                 if days := policy.site.keep_days:
                     work = self._worker.submit(remove_ended, policy.state_folder, days, time.time())

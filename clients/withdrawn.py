@@ -30,6 +30,11 @@ class Withdrawn:
     data: str
     record: str
 
+    @property
+    def who(self) -> str:
+        """What has withdrawn, in words."""
+        return f"node {self.node}" if self.node else "this site"
+
     def covers(self, node: str, config: NodeConfig) -> bool:
         """Return whether a question to a node is about what was withdrawn, whatever it is called now."""
         if not self.node or self.node == node or self.client == config.get("client-id"):
@@ -47,8 +52,7 @@ def check_not_withdrawn(policy: SitePolicy, node: str, config: NodeConfig) -> No
     for one in read_withdrawn(policy.state_folder):
         if one.covers(node, config):
             raise WithdrawnError(
-                f"{policy.state_folder / FILE}: this {'node' if one.node else 'site'} has withdrawn",
-                one.record.encode(),
+                f"{policy.state_folder / FILE}: {one.who} has withdrawn", one.record.encode()
             )
 
 

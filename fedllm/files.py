@@ -95,8 +95,8 @@ def write_file(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes, *, aside: Path | None = None, mode: int = 0o600) -> None:
     """Replace a file in one step; readers see the old bytes or the new ones.
 
-    It is built in the folder `aside` (the file's own): what a kill leaves there must not stand in a folder of
-    which every file is counted.
+    It is built in the folder `aside`, by default the file's own: a kill may leave a half-written file there,
+    and in some folders an extra file is an error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=aside or path.parent)
@@ -223,10 +223,10 @@ def refuse_difference(folder: Path, expected: Mapping[str, str], found: Mapping[
     """Compare the digests that a folder's files should have with those they have (`file_digests`).
 
     Raises:
-        IntegrityError: a file is missing, extra or changed; the first such file is named.
+        IntegrityError: a file is missing, extra, changed or no file; the first such file is named.
     """
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+        if expected.get(name) != found.get(name) or not found[name]:
             state = "missing" if name not in found else "not listed" if name not in expected else "changed"
             raise IntegrityError(f"{folder / name}: {state}; restore the folder from a copy")
 
@@ -234,7 +234,7 @@ def refuse_difference(folder: Path, expected: Mapping[str, str], found: Mapping[
 def file_digests(folder: Path, *, but: Collection[str] = ()) -> dict[str, str]:
     """Return the SHA-256 (hex) of every file below a folder by its place in it, without those named in `but`.
 
-    What is neither a file nor a folder, such as a link to a folder, has "" for a digest.
+    What is neither a file nor a folder, such as a link to a folder, has "" for a digest, which never passes.
     """
     digests = {}
     for path in sorted(folder.rglob("*")):

@@ -60,9 +60,9 @@ def load_key(path: Path) -> Ed25519PrivateKey:
             content = file.read()
     except OSError as error:
         hint = "; `fedllm keys new` makes one" if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{path}: the site's key cannot be read ({error.strerror}){hint}") from None
+        raise ConfigError(f"{path}: the key cannot be read ({error.strerror}){hint}") from None
     if mode & _OTHERS:
-        raise ConfigError(f"{path}: others may read the site's key; run `chmod 600 {path}`")
+        raise ConfigError(f"{path}: others may read the key; run `chmod 600 {path}`")
     try:
         key = serialization.load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

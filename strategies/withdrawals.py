@@ -9,6 +9,7 @@ from fedllm.files import write_bytes
 from fedllm.runs.folder import WITHDRAWALS
 from fedllm.wire.refusals import read_withdrawn
 from fedllm.withdrawal import read_withdrawal
+from strategies.exchange.causes import names
 from strategies.grid.transport import Reply, Sent
 from strategies.session import Watch
 
@@ -37,8 +38,8 @@ def _keep(folder: Path, record: bytes, node: int, watch: Watch) -> None:
     except OSError as error:  # the run goes on without the site all the same
         watch.notice(f"{file}: cannot be written ({error.strerror}); ask the site for its withdrawal")
     else:
-        whom = ", ".join(found.clients) or "all of its clients"
+        whom = names(found.clients) or "all of its clients"
         watch.notice(
-            f"a site has withdrawn {whom}: `fedllm registry withdraw REGISTRY {folder.parent}` marks what was"
-            " made with their rows"
+            f"a site has withdrawn {whom} (signed {found.site}): `fedllm registry withdraw REGISTRY"
+            f" {folder.parent}` marks what was made with their rows"
         )

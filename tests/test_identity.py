@@ -46,7 +46,7 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "site.key"
     new_key(path)
     path.chmod(0o640)
-    with pytest.raises(ConfigError, match=r"others may read the site's key; run `chmod 600"):
+    with pytest.raises(ConfigError, match=r"others may read the key; run `chmod 600"):
         load_key(path)
 
 

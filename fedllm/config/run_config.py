@@ -85,7 +85,7 @@ def nearest(name: str) -> str:
     # A slip of the pen, or only the last part: "rank" for "lora.rank".
     close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.85)
     close = close or [each for each in KEYS if not section and each.rpartition(".")[2] == leaf][:1]
-    # Else the key that speaks of it: "personal.pull" is the number in `personal.mode = "ditto:0.2"`.
+    # Else the key that speaks of it: "personal.pull" is a number in `personal.mode = "ditto:pull=0.2"`.
     words = [word for word in re.split("[-_]", leaf.lower()) if len(word) > 2]
     told = {each: f"{each} {KEYS[each].meaning} {KEYS[each].words}".lower() for each in KEYS}
     hits = {each: sum(word in text for word in words) for each, text in told.items()}

@@ -9,9 +9,12 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 # What pyproject.toml requires. Flower runs fedllm from a bundle, where no metadata says so.
 REQUIREMENTS = (
@@ -58,14 +61,13 @@ _SKIPPED_STANDARD = frozenset(  # tests, copies of distributions, tables
 _MODULES = "python"  # the client that holds the standard library's single-file modules
 
 
-_NOT_IN_A_NAME = re.compile(r"\b(the|licen[cs]e|version)\b|[,(].*|\s+$")
+_NOT_IN_A_NAME = re.compile(r"\b(the|licen[cs]e|version)\b|[,()]")
 _LICENCES = {  # what people write where SPDX is meant; a bare "BSD" may be either
     "apache": "Apache-2.0",
     "apache 2.0": "Apache-2.0",
     "apache software": "Apache-2.0",
     "3-clause bsd": "BSD-3-Clause",
-    "mit": "MIT",
-    "isc": "ISC",
+    "isc iscl": "ISC",
 }
 _OF_PYTHON = "Python-2.0"  # the standard library's
 
@@ -84,16 +86,23 @@ class Package:
 
 
 def licence_of(package: Package) -> str:
-    """Return a package's licence as an SPDX expression, "" where its metadata does not say one."""
+    """Return a package's licence as an SPDX expression, "" where its metadata says none, or several."""
     if not package.distribution:
         return _OF_PYTHON
     about = metadata.metadata(package.distribution)
-    for expression in about.get_all("License-Expression") or ():
-        return str(expression)
+    said = [text for text in about.get_all("License") or () if text != "UNKNOWN"]
     classifiers = [line for line in about.get_all("Classifier") or () if line.startswith("License ::")]
-    for text in (*(about.get_all("License") or ()), *(line.rpartition(" :: ")[2] for line in classifiers)):
-        if found := _LICENCES.get(" ".join(_NOT_IN_A_NAME.sub("", text.lower()).split())):
-            return found
+    named = about.get_all("License-Expression") or said or [line.split(" :: ")[-1] for line in classifiers]
+    found = set(map(_spdx, named))
+    return found.pop() if len(found) == 1 else ""
+
+
+def _spdx(text: str) -> str:
+    """Return the SPDX expression that is meant by a text, "" where it is not plain which."""
+    name = " ".join(_NOT_IN_A_NAME.sub(" ", text.lower()).split())
+    for spelling in (text, _LICENCES.get(name, name)):
+        with suppress(InvalidLicenseExpression):
+            return str(canonicalize_license_expression(spelling))
     return ""
 
 

@@ -36,13 +36,13 @@ def parse_licences(text: str) -> frozenset[str]:
 def is_licensed(row: Mapping[str, Any], allowed: frozenset[str]) -> bool:
     """Return whether a row may be used: its licence is allowed, or nothing limits licences.
 
-    A row that names none, or one that is not SPDX's, may not: nobody knows its terms.
+    A row that names none, or one that is not SPDX's, may not: nobody knows its terms. Where both columns name
+    one, both must be allowed.
     """
     if not allowed:
         return True
-    named = {name.lower(): value for name, value in row.items()}
-    value = next((named[column] for column in COLUMNS if named.get(column)), None)
-    return isinstance(value, str) and permits(value, allowed)
+    named = [value for name, value in row.items() if name.lower() in COLUMNS and value]
+    return bool(named) and all(isinstance(value, str) and permits(value, allowed) for value in named)
 
 
 @lru_cache(maxsize=1024)  # a data set has few licences and many rows

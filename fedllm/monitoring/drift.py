@@ -22,9 +22,8 @@ from scipy.special import ndtri, stdtr
 
 _ALLOWANCE = 0.5  # deviations of a rise that are not counted: the best for finding a rise of one deviation
 _OVERSHOOT = 1.166  # Siegmund's correction: S jumps past its bound
-_MOST = (
-    8.0  # a normal value above it has a chance below 1e-15; an earlier history without spread gives infinity
-)
+# A normal value above it has a chance below 1e-15; an earlier history without spread would give infinity.
+_MOST = 8.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def _bound_for(length: float) -> float:
         exponent = 2 * _ALLOWANCE * (bound + _OVERSHOOT)
         return (math.exp(exponent) - exponent - 1) / (2 * _ALLOWANCE**2) - length
 
-    return float(brentq(excess, 0.0, 100.0))
+    return float(brentq(excess, 0.0, 100.0)) if excess(0.0) < 0 else 0.0
 
 
 def add_losses(

@@ -1,6 +1,6 @@
 """What the log of a registry says: which versions there are, where each alias points, which are marked.
 
-    added        a version: the SHA-256 of its signature file, and the key that signed it
+    added        a version: the SHA-256 of its signature file, the key that signed it, a mark it inherits
     promoted     an alias points to a version from here on
     rolled-back  an alias points again to a version that it pointed to before
     marked       a version is kept but never promoted again, and why
@@ -84,7 +84,8 @@ def _after(history: History, entry: Mapping[str, Any]) -> History:
         if number != history.next_number:
             raise ValueError
         added = Added(*(str(entry[name]) for name in ("digest", "signer", "lineage")))
-        return replace(history, added={**history.added, number: added})
+        marks = {**history.marks, number: str(entry["mark"])} if "mark" in entry else history.marks
+        return replace(history, added={**history.added, number: added}, marks=marks)
     history.added[number]  # only a version that is there can be promoted or marked
     if event == MARKED:
         return replace(history, marks={**history.marks, number: str(entry["reason"])})

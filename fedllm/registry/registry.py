@@ -31,6 +31,7 @@ from fedllm.files import (
     complete_folder,
     file_digests,
     locked,
+    refuse_difference,
     remove_unfinished,
     write_bytes,
     write_file,
@@ -44,14 +45,18 @@ from fedllm.registry.verification import (
     check_aliases,
     check_registry,
     check_version,
+    logged_lineage,
     logged_statement,
     read_log,
 )
 from fedllm.runs.lineage import LINEAGE as RUN_LINEAGE
-from fedllm.runs.lineage import statement_of_adapter, statement_of_run, weights_name
+from fedllm.runs.lineage import UNLEARNED, noted_clients, statement_of_adapter, statement_of_run
+from fedllm.runs.withdrawals import read_withdrawals, withdrawn_of
 from fedllm.signing.statement import AdapterStatement, payload_of, sign_adapter, signature_digest
 
 PRODUCTION = "production"
+WITHDRAWN = "made with the rows of a site that has withdrawn"  # no name: a registry is shown to others
+EXACT = frozenset("AC")  # classes of unlearning after which nothing of the client is left (unlearning.md)
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,63}")  # never a number, and a file name everywhere
 
 
@@ -59,8 +64,7 @@ _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,63}")  # never a number, and a file name
 class Version:
     """One version: where it is, what its signer says of it, which aliases point to it.
 
-    `digest` is the SHA-256 of its signature file, by which statements name their parents. `mark` is why it
-    is never promoted, "" where it may be.
+    `digest` is the SHA-256 of its signature file. `mark` is why it is never promoted, "" where it may be.
     """
 
     number: int
@@ -72,9 +76,19 @@ class Version:
     mark: str = ""
 
     @property
-    def names(self) -> frozenset[str]:
-        """Return by what a later statement may name this version as a parent (`fedllm.runs.lineage`)."""
-        return frozenset({self.digest, weights_name(self.statement.files[WEIGHTS])})
+    def weights(self) -> str:
+        """The SHA-256 of its weights, by which the statement of a later adapter names it as a parent."""
+        return self.statement.files[WEIGHTS]
+
+
+def inherits(said: AdapterStatement, weights: Collection[str]) -> bool:
+    """Return whether an adapter has one of these weights, or was made from one.
+
+    One that has unlearnt exactly owes nothing to the adapter that it was unlearnt from.
+    """
+    is_exact = said.unlearning is not None and said.unlearning.get("class") in EXACT
+    owed = {each["digest"] for each in said.parents if not (is_exact and each["relation"] == UNLEARNED)}
+    return not owed.union(() if is_exact else (said.files[WEIGHTS],)).isdisjoint(weights)
 
 
 @dataclass(frozen=True)
@@ -114,19 +128,19 @@ class Registry:
 
     def lineage(self, number: int) -> dict[str, Any]:
         """Return what a version's run kept for its server (lineage.json); {} where it came from no run."""
-        file = lineage_file(self.folder, number)
-        return dict(json.loads(file.read_text())) if file.exists() else {}
+        content = logged_lineage(self.folder, number, self._history().added[number])
+        return dict(json.loads(content)) if content else {}
 
     def descendants(self, number: int) -> tuple[Version, ...]:
         """Return the versions that were made from a version, directly or by way of others.
 
         An unlearned version is one of them; the relation stands in its statement.
         """
-        versions = self.versions()
-        family, found = self.version(number).names, []
-        for version in versions:  # the oldest first: a parent comes before what was made from it
-            if family & {parent["digest"] for parent in version.statement.parents}:
-                family |= version.names
+        family, found = {self.version(number).weights}, []
+        for version in self.versions():  # the oldest first: a parent comes before what was made from it
+            parents = {parent["digest"] for parent in version.statement.parents}
+            if version.number != number and family & parents:
+                family.add(version.weights)
                 found.append(version)
         return tuple(found)
 
@@ -140,7 +154,8 @@ class Registry:
         """Copy the adapter of a finished run, or an adapter folder, sign it as the next version, return that.
 
         `gates` holds {"value", "limit", "passed"} by name. A version that has the same statement
-        already is returned, so adding again after a kill adds nothing.
+        already is returned, so adding again after a kill adds nothing. What was made from a marked version,
+        or has its weights, is marked from the start, as is a run that a withdrawal has reached.
 
         Raises:
             IntegrityError: the adapter is not one that fedllm published, or was changed.
@@ -153,7 +168,8 @@ class Registry:
         said = statement_of_run(source) if is_run else statement_of_adapter(source)
         said = replace(said, name=self.name, gates=gates or {}, files=file_digests(adapter, but=(SIGNATURE,)))
         with self._changing() as history:
-            for version in self._versions(history):
+            versions = self._versions(history)
+            for version in versions:
                 if payload_of(version.statement) == payload_of(replace(said, version=version.number)):
                     return version
             number = history.next_number
@@ -165,9 +181,14 @@ class Registry:
                 unsigned = shutil.ignore_patterns(SIGNATURE)  # what is there has another number, or none
                 shutil.copytree(adapter, building, ignore=unsigned, dirs_exist_ok=True)
                 write_manifest(building)  # one of the files that are signed
+                refuse_difference(adapter, said.files, file_digests(building))  # it may change meanwhile
                 sign_adapter(building, replace(said, version=number), key)
             lineage = hashlib.sha256(kept).hexdigest() if kept else ""
             added = {"digest": signature_digest(folder), "signer": public_text(key), "lineage": lineage}
+            withdrawn = is_run and withdrawn_of(noted_clients(source), read_withdrawals(source))
+            reasons = [WITHDRAWN] if withdrawn else []
+            reasons += [each.mark for each in versions if each.mark and inherits(said, {each.weights})]
+            added |= {"mark": reasons[0]} if reasons else {}
             self._write(ADDED, version=number, **added)
         return self.version(number)
 
@@ -248,10 +269,14 @@ class Registry:
         """Remove what never became a version, bring `head` and aliases up to the log; return its state."""
         log = read_log(self.folder)
         behind = check_aliases(self.folder, log)
+        number = log.history.next_number
+        left = self.folder / folder_name(number)
+        if left.exists():
+            if not (left / SIGNATURE).exists():  # a version has its name when it is whole
+                raise ConfigError(f"{left}: not made by this registry; move it, or name another folder")
+            left.rename(left.with_name(f".{left.name}-unlogged"))  # in one step, so that it stays whole
         for folder in (self.folder, self.folder / ALIASES, self.folder / LINEAGE):
             remove_unfinished(folder)
-        number = log.history.next_number
-        shutil.rmtree(self.folder / folder_name(number), ignore_errors=True)
         lineage_file(self.folder, number).unlink(missing_ok=True)
         if log.check.num_lines and log.noted != log.check.head:
             write_file(self.folder / HEAD, log.check.head + "\n")

@@ -56,7 +56,16 @@ def check_registry(folder: Path, trusted: Collection[str] = (), head: str = "") 
     Raises:
         IntegrityError: the log, a version, an alias or another file is not as it was written; it is named.
     """
-    log = read_log(folder, head)
+    while True:
+        log = read_log(folder, head)
+        try:
+            return _check_all(folder, log, trusted)
+        except IntegrityError:
+            if read_log(folder).check == log.check:
+                raise  # else another process has changed the registry meanwhile: look again
+
+
+def _check_all(folder: Path, log: Log, trusted: Collection[str]) -> Check:
     for number, added in log.history.added.items():
         check_version(folder, number, added, trusted)
     unfinished = [f"{ALIASES}/{alias}" for alias in check_aliases(folder, log)]
@@ -108,10 +117,7 @@ def check_version(folder: Path, number: int, added: Added, trusted: Collection[s
     found = read_statement(own, trusted or (added.signer,))
     if (found.version, found.name) != (number, folder.resolve().name):
         raise IntegrityError(f"{own / SIGNATURE}: signed as version {found.version} of {found.name}")
-    lineage = lineage_file(folder, number)
-    content = lineage.read_bytes() if lineage.exists() else b""
-    if (hashlib.sha256(content).hexdigest() if content else "") != added.lineage:
-        raise IntegrityError(f"{lineage}: not the lineage that {folder / LOG} has for this version")
+    logged_lineage(folder, number, added)
 
 
 def logged_statement(folder: Path, number: int, added: Added) -> AdapterStatement:
@@ -128,6 +134,19 @@ def logged_statement(folder: Path, number: int, added: Added) -> AdapterStatemen
     if hashlib.sha256(content).hexdigest() != added.digest:
         raise IntegrityError(f"{file}: not the signature that {folder / LOG} has for this version")
     return statement_of(open_envelope(content, (added.signer,))[0])
+
+
+def logged_lineage(folder: Path, number: int, added: Added) -> bytes:
+    """Return what the server keeps of a version's run, which must be what the log has; b"" without a run.
+
+    Raises:
+        IntegrityError: it is missing or another.
+    """
+    file = lineage_file(folder, number)
+    content = file.read_bytes() if file.exists() else b""
+    if (hashlib.sha256(content).hexdigest() if content else "") != added.lineage:
+        raise IntegrityError(f"{file}: not the lineage that {folder / LOG} has for this version")
+    return content
 
 
 def check_aliases(folder: Path, log: Log) -> list[str]:

@@ -134,15 +134,24 @@ def read_rounds(folder: Path) -> list[RoundRecord]:
         ConfigError: there are none, or they are damaged.
     """
     try:
-        return [record_from_dict(json.loads(line)) for line in (folder / ROUNDS).read_text().splitlines()]
+        found = [record_from_dict(json.loads(line)) for line in (folder / ROUNDS).read_text().splitlines()]
     except CheckpointError as error:
         raise ConfigError(f"{folder / ROUNDS}: {error}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: not a run folder ({ROUNDS}: {type(error).__name__})") from None
+    if not found:
+        raise ConfigError(f"{folder}: not a run folder ({ROUNDS} is empty)")
+    return found
 
 
 def write_left_out(folder: Path, clients: Iterable[str]) -> None:
-    """Name the clients that the run of a folder goes on without, before it begins."""
+    """Name the clients that the run of a folder goes on without, before it begins.
+
+    Raises:
+        ConfigError: it was begun without others: some of `clients` may have trained in it.
+    """
+    if (folder / LEFT_OUT).exists() and read_left_out(folder) != {*(clients := [*clients])}:
+        raise ConfigError(f"{folder}: was begun without other clients; choose another name")
     write_file(folder / LEFT_OUT, json.dumps(sorted(clients)) + "\n")
 
 

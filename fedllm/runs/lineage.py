@@ -13,14 +13,14 @@ from typing import Any
 
 from fedllm.adapters.folder import WEIGHTS, load_adapter
 from fedllm.errors import ConfigError, ModelError
-from fedllm.files import SIGNATURE, verify_manifest, write_file
+from fedllm.files import verify_manifest, write_file
 from fedllm.models.files import ModelFiles, content_digest, fingerprint, name_to_resolve, resolve_model
 from fedllm.plan.run_plan import RunPlan
 from fedllm.runs.folder import RESULT, START
 from fedllm.runs.memorisation import read_memorisation
 from fedllm.runs.unlearning import UNLEARNING
 from fedllm.siblings import ROOT
-from fedllm.signing.statement import AdapterStatement, signature_digest
+from fedllm.signing.statement import AdapterStatement
 
 LINEAGE = "lineage.json"
 RETRAINED, UNLEARNED = "retrained-from", "unlearned-from"  # how an adapter came from a parent
@@ -45,8 +45,10 @@ def note_clients(folder: Path, clients: Mapping[str, Mapping[str, str]]) -> None
         ConfigError: the file is damaged.
         OSError: it cannot be written.
     """
-    lineage, noted = _lineage(folder), {**noted_clients(folder), **clients}
-    consent = {**lineage.get("consent", {}), "clients": dict(sorted(noted.items()))}
+    lineage, noted = _lineage(folder), noted_clients(folder)
+    if clients.items() <= noted.items():  # as in most rounds, in which nobody is new
+        return
+    consent = {**lineage.get("consent", {}), "clients": dict(sorted({**noted, **clients}.items()))}
     _write(folder, {**lineage, "consent": consent})
 
 
@@ -119,19 +121,14 @@ def statement_of_adapter(folder: Path, base: str = "") -> AdapterStatement:
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return by what a statement names an earlier adapter: its signature, where unsigned its weights.
+    """Return the SHA-256 (hex) of an adapter's weights, by which a statement names a parent.
+
+    Copies of one adapter may be signed apart, in its run and in a registry; their weights are the same.
 
     Raises:
         OSError: there are no weights.
     """
-    if (folder / SIGNATURE).exists():
-        return signature_digest(folder)
-    return weights_name(hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
-
-
-def weights_name(digest: str) -> str:
-    """Return by what a statement names an unsigned adapter whose weights file has this SHA-256."""
-    return f"weights:{digest}"
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 def _base(files: ModelFiles) -> dict[str, str]:

@@ -28,8 +28,8 @@ class AdapterStatement:
     """What a signer says of an adapter. What is not known is empty, and `None` where it does not apply.
 
     Digests are SHA-256 in hexadecimal. A parent is {"relation", "digest"}: "retrained-from" or
-    "unlearned-from", and `signature_digest` of the earlier adapter. The commitments of clients bind each to
-    the rows it trained on, and tell nobody else anything (docs/signing.md).
+    "unlearned-from", and the digest of the earlier adapter's weights file. The commitments of clients bind
+    each to the rows it trained on, and tell nobody else anything (docs/signing.md).
     """
 
     name: str
@@ -130,7 +130,7 @@ def signed_by(folder: Path, trusted: Collection[str]) -> tuple[AdapterStatement,
 
 
 def signature_digest(folder: Path) -> str:
-    """Return the SHA-256 (hex) of a folder's signature, by which a statement names a parent.
+    """Return the SHA-256 (hex) of a folder's signature file.
 
     Raises:
         OSError: there is none.

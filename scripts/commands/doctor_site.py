@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from clients.withdrawn import read_withdrawn
 from fedllm.errors import PolicyError
 from fedllm.models.files import content_digest, resolve_model
 from fedllm.site_policy import MESSAGES, SitePolicy, load_policy
@@ -19,10 +20,13 @@ def doctor_site() -> None:
 
     Raises:
         ConfigError: site.toml cannot be read.
-        PolicyError: rows of a node are outside the data root, or are not there.
+        PolicyError: rows of a node are outside the data root, or are not there; or nobody knows what was
+            withdrawn.
     """
     policy, console = load_policy(), Console()
     console.line(f"site.toml: {policy.file or 'none; every key has its default and nothing is logged'}")
+    for one in read_withdrawn(policy.state_folder):
+        console.line(f"{one.who} has withdrawn: nothing leaves but its signed record")
     for line in (*_policy_lines(policy), *_node_lines(policy), *_leaving_lines(policy)):
         console.line(line)
 

@@ -6,14 +6,15 @@ from fedllm.identity import load_key, new_key, public_text
 
 
 def new(path: Path) -> None:
-    """Make a site's key, and print what names it at the site and at the server."""
+    """Make a key, and print what names it: at the site, at the server, and where adapters are loaded."""
     path = path.expanduser().absolute()
     public = public_text(new_key(path))
-    print(f"{path} is this site's key: it never leaves this machine.")
+    print(f"{path} is the new key: it never leaves this machine.")
     print(f'\nIn site.toml, under [site]:\n    key = "{path}"')
     print(
         f'\nIn the server\'s list of sites (federation.sites):\n    [sites.NAME]\n    public-key = "{public}"'
     )
+    print(f'\nIn site.toml, where what it signs is loaded:\n    [adapters]\n    signers = ["{public}"]')
 
 
 def show(path: Path) -> None:

@@ -48,12 +48,22 @@ def open_pipeline(settings: Settings, console: Console) -> Pipeline:
     """Return a pipeline whose runs are those of `fedllm run`, shown on `console`.
 
     Raises:
-        ConfigError: the key cannot be read, or the recipe is wrong or of a run whose server has no adapter.
+        ConfigError: the key cannot be read, the recipe is wrong or of a run whose server has no adapter, or
+            a gate wants an audit and the rows are elsewhere.
     """
     recipe = settings.path(settings.run.recipe)
     plan = resolve(config_of([str(recipe)]))
     if plan.secure is not None and plan.secure.is_blind:
         raise ConfigError(f"{recipe}: with secure.method = shares the server has no adapter to judge")
+    if settings.gates.is_audited and settings.run.runtime == "deployment":
+        raise ConfigError(
+            f"{settings.file}: the gates extraction and near-duplicates need the rows on this machine, which"
+            " run.runtime = deployment has not"
+        )
+
+    def epsilon_of_run() -> float:
+        privacy = resolve(config_of([str(recipe)])).privacy
+        return privacy.epsilon if privacy else 0.0
 
     def federate(words: Sequence[str]) -> None:
         PROCESS.forget_rows()  # they may have changed since the run before
@@ -71,7 +81,7 @@ def open_pipeline(settings: Settings, console: Console) -> Pipeline:
         memorised,
         time.time,
         console.line,
-        plan.privacy.epsilon if plan.privacy else 0.0,
+        epsilon_of_run,
     )
 
 
@@ -86,5 +96,6 @@ def _is_done(wanted: Pipeline, console: Console, *, once: bool) -> bool:
             raise
         console.line(f"{error}; trying again in {wanted.settings.trigger.look_minutes:g} minutes")
     except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be written ({error.strerror})") from None
+        where, why = error.filename or wanted.folder, error.strerror or "a copy failed"
+        raise ConfigError(f"{where}: cannot be read or written ({why})") from None
     return once

@@ -38,7 +38,7 @@ def list_versions(folder: Path, *, as_json: bool) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("version", "alias", "run", "clients", "epsilon", "gates", "from", "marked"):
         table.add_column(heading)
-    number_of = {version.digest: str(version.number) for version in versions}
+    number_of = {version.weights: str(version.number) for version in versions}
     for version in versions:
         said = version.statement
         parents = [number_of.get(each["digest"], each["digest"][:SHORT]) for each in said.parents]

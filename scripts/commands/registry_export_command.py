@@ -15,7 +15,9 @@ from fedllm.models.files import first_line
 from fedllm.registry.registry import Registry, Version
 from scripts.commands.registry_command import open_registry
 
-NUMBER, MARK = "fedllm.version", "fedllm.marked"  # MLflow counts versions itself, so ours is a tag
+# MLflow counts versions itself, so our number is a tag. The digest says which they are: another registry of
+# this name may have been exported there too.
+NUMBER, DIGEST, MARK = "fedllm.version", "fedllm.digest", "fedllm.marked"
 LONGEST_TAG = 100_000  # letters of a model version's tag, by MLflow's own rule
 
 
@@ -57,10 +59,9 @@ def to_mlflow(registry: Registry, client: Any) -> dict[int, str]:
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, tags={"fedllm": "registry"})
     found = client.search_model_versions(f"name = '{name}'")
-    numbers = {int(each.tags[NUMBER]): str(each.version) for each in found if NUMBER in each.tags}
+    known, numbers = {each.tags.get(DIGEST): str(each.version) for each in found}, {}
     for version in registry.versions():
-        if version.number not in numbers:
-            numbers[version.number] = _create(client, name, version)
+        numbers[version.number] = known.get(version.digest) or _create(client, name, version)
         if version.mark:
             client.set_model_version_tag(name, numbers[version.number], MARK, version.mark)
         for alias in version.aliases:

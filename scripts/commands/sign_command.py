@@ -73,15 +73,13 @@ def _facts(statement: AdapterStatement) -> Iterator[tuple[str, str]]:
     yield "adapter", f"{statement.name}{version}"
     for parent in statement.parents:
         yield parent["relation"].replace("-", " "), parent["digest"]
-    yield "base model", f"{statement.base['name']}, sha256:{statement.base['digest']}"
+    if statement.base:
+        yield "base model", f"{statement.base['name']}, sha256:{statement.base['digest']}"
     if statement.app:
         yield "code", f"fedllm {statement.app['version']}, source {statement.app['source']}"
     if statement.clients:
         commitments = len(statement.clients["commitments"])
-        yield (
-            "clients",
-            f"{statement.clients['number']}, {commitments} of them with a commitment to their rows",
-        )
+        yield "clients", f"{statement.clients['number']} trained, {commitments} commitments to rows"
     epsilon = "none is claimed" if statement.epsilon is None else f"epsilon {statement.epsilon:g}"
     yield "differential privacy", epsilon
     if purpose := statement.consent.get("purpose"):

@@ -12,6 +12,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import Example
 from fedllm.data.shards import load_one_client
 from fedllm.errors import CheckpointError, ConfigError
+from fedllm.plan.dealt_numbers import parse_canaries
 from fedllm.runs.folder import read_keys
 from fedllm.runs.unlearning import read_unlearning
 from scripts.commands.run_command import do_run
@@ -53,6 +54,9 @@ def unlearn(
     owners = owners_of(examples, config) if rows else [client]
     found = {owner: guarantee_of(wanted.run, owner, rows=are_rows) for owner in owners}
     client, guarantee = max(found.items(), key=lambda item: (item[1].kind, item[1].num_again))
+    if wanted.is_prepared and guarantee.first_round > 1 and parse_canaries(config.audit.canaries)[0]:
+        why = "sites plant other canaries in a run of another name"
+        guarantee = replace(guarantee, first_round=1, why=why)
     for line in lines_of(guarantee):
         console.line(line)
     if are_rows and guarantee.kind in "CD":
@@ -116,7 +120,7 @@ def _prepared(
     """Write the folder of a run that does rounds again without a client, or without these rows of it."""
     if examples and (wanted.runtime == "simulation" or wanted.is_prepared):
         raise ConfigError("--rows: only clients of this machine can leave them out; use --runtime local")
-    folder = begin_replay(wanted.run, client, guarantee, wanted.name, rows=are_rows)
+    folder = begin_replay(wanted.run, client, guarantee, wanted.name, rows=are_rows, examples=examples)
     try:
         carry_private(wanted.run, RunConfig.from_flat(read_keys(wanted.run)).run.name, folder, wanted.name)
     except OSError as error:

@@ -4,14 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedllm.errors import ConfigError
-from fedllm.registry.registry import Registry, Version
-from fedllm.runs.lineage import UNLEARNED
+from fedllm.registry.registry import WITHDRAWN, Registry, Version, inherits
 from fedllm.runs.withdrawals import read_withdrawals, withdrawn_of
 from fedllm.withdrawal import Withdrawal
 from scripts.console import Console
-
-REASON = "made with the rows of a site that has withdrawn"  # no name: a registry is shown to others
-EXACT = frozenset("AC")  # classes of unlearning after which nothing of the client is left (unlearning.md)
 
 
 def withdraw(registry: Path, source: Path) -> None:
@@ -40,17 +36,10 @@ def mark_withdrawn(registry: Registry, withdrawals: Iterable[Withdrawal]) -> lis
     A version that has unlearnt a client exactly owes nothing of it to the version that it was unlearnt from,
     but may to one that it was retrained from. Marking again adds nothing.
     """
-    records, family, marked = list(withdrawals), frozenset[str](), []
+    records, family, marked = list(withdrawals), set[str](), []
     for version in registry.versions():  # the oldest first: a parent comes before what was made from it
         clients = registry.lineage(version.number).get("consent", {}).get("clients", {})
-        unlearning = version.statement.unlearning
-        is_exact = unlearning is not None and unlearning["class"] in EXACT
-        inherited = {
-            parent["digest"]
-            for parent in version.statement.parents
-            if not (is_exact and parent["relation"] == UNLEARNED)
-        }
-        if withdrawn_of(clients, records) or family & inherited:
-            family |= version.names
-            marked.append(version if version.mark else registry.mark(version.number, REASON))
+        if withdrawn_of(clients, records) or inherits(version.statement, family):
+            family.add(version.weights)
+            marked.append(version if version.mark else registry.mark(version.number, WITHDRAWN))
     return marked

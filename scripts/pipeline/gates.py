@@ -33,6 +33,11 @@ class Limits:
         "off", "share of training texts nearly repeated, above that of the controls", words="off", at_least=0
     )
 
+    @property
+    def is_audited(self) -> bool:
+        """Whether a gate asks for what an audit measures."""
+        return not (isinstance(self.extraction, str) and isinstance(self.near_duplicates, str))
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateFigures:

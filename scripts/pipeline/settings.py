@@ -44,7 +44,9 @@ class TriggerTable:
 class DriftTable:
     """[drift]: when a rise of a client's loss is an alarm."""
 
-    looks_between_alarms: float = key(1000.0, "looks at all clients for one false alarm", above=1)
+    looks_between_alarms: float = key(
+        1000.0, "looks at all clients for one false alarm", above=1, at_most=1e9
+    )
     least: float = key(0.02, "nats per token that count as one deviation at least", above=0)
 
 

@@ -56,7 +56,8 @@ def read_state(folder: Path) -> PipelineState:
         return PipelineState(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
-            f"{file}: damaged, or of another version of fedllm; restore it, or remove it to begin anew"
+            f"{file}: damaged, or of another version of fedllm; restore it, or begin anew with another"
+            " run.folder and registry.folder"
         ) from None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedllm.errors import FedLLMError, IntegrityError
+from fedllm.errors import CheckpointError, FedLLMError, IntegrityError
 from fedllm.identity import public_text
 from fedllm.monitoring.drift import DriftRule, add_losses
 from fedllm.registry.history import History, history_of
@@ -30,7 +30,7 @@ from fedllm.signing.statement import read_statement
 from scripts.pipeline.gates import GateFigures, compare, gate_figures, judge, passed, told
 from scripts.pipeline.runs import Federate, look_at, retrain, run_folder
 from scripts.pipeline.settings import Settings
-from scripts.pipeline.state import PipelineState, read_state, write_state
+from scripts.pipeline.state import STATE, PipelineState, read_state, write_state
 
 _DAY = 86_400.0  # seconds
 WATCH = "watch"
@@ -50,7 +50,7 @@ class Pipeline:
     audit: Callable[[Path], None]
     now: Callable[[], float]  # seconds since 1970
     tell: Callable[[str], None]
-    epsilon_of_run: float = 0.0  # that a run of the recipe may spend
+    epsilon_of_run: Callable[[], float] = lambda: 0.0  # that a run of the recipe, as it is now, may spend
 
     @property
     def folder(self) -> Path:
@@ -74,7 +74,7 @@ class Pipeline:
     def note(self, event: str, look: int, **values: Any) -> None:
         """Tell, and add to the registry's log, unless a step that was killed has done so."""
         self.tell(f"{event}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
-        known = [entry["look"] for entry in self.registry.entries() if entry["event"] == event]
+        known = [entry.get("look") for entry in self.registry.entries() if entry["event"] == event]
         if look not in known:
             self.registry.note(event, look=look, **values)
 
@@ -92,6 +92,10 @@ def tick(pipeline: Pipeline) -> PipelineState:
     """
     pipeline.folder.mkdir(parents=True, exist_ok=True)
     state = read_state(pipeline.folder)
+    if state.step not in STEPS:
+        raise CheckpointError(
+            f"{pipeline.folder / STATE}: step {state.step!r} is of another version of fedllm"
+        )
     while True:
         state = STEPS[state.step](pipeline, state)
         write_state(pipeline.folder, state)
@@ -139,7 +143,7 @@ def _begin(pipeline: Pipeline, state: PipelineState) -> PipelineState:
     most = pipeline.settings.gates.epsilon
     if not state.reason:
         return replace(state, step=WATCH)
-    if not isinstance(most, str) and state.spent + pipeline.epsilon_of_run > most:
+    if not isinstance(most, str) and state.spent + pipeline.epsilon_of_run() > most:
         pipeline.tell(f"no run ({state.reason}): epsilon {state.spent:.4g} of {most:g} is spent")
         return replace(state, step=WATCH)
     state = replace(state, rows=state.num_rows, begun=pipeline.now(), has_failed=False)
@@ -158,32 +162,39 @@ def compare_versions(pipeline: Pipeline, state: PipelineState) -> PipelineState:
 
 
 def roll_back(pipeline: Pipeline, state: PipelineState) -> PipelineState:
-    """Bring the version before back into use."""
-    if pipeline.history().current[PRODUCTION] != state.target:
+    """Bring the version before back into use, unless somebody has changed the registry meanwhile."""
+    history = pipeline.history()
+    if history.current.get(PRODUCTION) != state.target:
+        if (history.current.get(PRODUCTION), history.earlier(PRODUCTION)) != (state.parent, state.target):
+            pipeline.tell(f"no rollback to version {state.target}: the registry was changed meanwhile")
+            return replace(state, step=WATCH)
         pipeline.registry.rollback(PRODUCTION)
-    else:  # a kill may have come between the log and the alias, which this mends
+    elif state.target not in history.marks:  # a kill may have left the alias behind the log, which this mends
         pipeline.registry.promote(state.target, PRODUCTION)
     pipeline.note("rollback-reason", state.looks, version=state.target, gain=state.gates["held-out"]["value"])
     return replace(state, step=WATCH)
 
 
 def run(pipeline: Pipeline, state: PipelineState) -> PipelineState:
-    """Train on from the version in use; a run that fails changes nothing but what it may have spent."""
+    """Train on from the version in use; a run that fails changes nothing but what it may have spent.
+
+    None is begun from a marked version: what it gives would owe as much to the rows that were withdrawn.
+    """
     name = run_name(state)
+    if state.parent and pipeline.registry.version(state.parent).mark:
+        why = f"version {state.parent} is in use and marked; fedllm registry rollback"
+        pipeline.note("failed", state.looks, run=name, reason=why)
+        return replace(state, step=WATCH, has_failed=True)
     pipeline.tell(f"{name} begins: {state.reason}")
     try:
         folder = retrain(pipeline.federate, pipeline.settings, name, pipeline.adapter(state.parent))
-        if not all(isinstance(limit, str) for limit in _memorisation(pipeline.settings)):
+        if pipeline.settings.gates.is_audited:
             pipeline.audit(folder)
     except FedLLMError as error:
+        spent = state.spent + pipeline.epsilon_of_run()  # at most
         pipeline.note("failed", state.looks, run=name, reason=str(error))
-        spent = state.spent + pipeline.epsilon_of_run  # at most
         return replace(state, step=WATCH, has_failed=True, spent=spent)
     return replace(state, step="judge")
-
-
-def _memorisation(settings: Settings) -> tuple[float | str, float | str]:
-    return settings.gates.extraction, settings.gates.near_duplicates
 
 
 def judge_run(pipeline: Pipeline, state: PipelineState) -> PipelineState:
@@ -195,14 +206,14 @@ def judge_run(pipeline: Pipeline, state: PipelineState) -> PipelineState:
 
 
 def _is_signed(pipeline: Pipeline, state: PipelineState) -> bool | None:
-    """Return whether the adapter that the run started from is as this pipeline's key signed it."""
+    """Return whether the adapter that the run started from is the version that this pipeline's key signed."""
     if not state.parent:
         return None
     try:
-        read_statement(run_folder(pipeline.settings, run_name(state)) / START, [public_text(pipeline.key)])
+        start = run_folder(pipeline.settings, run_name(state)) / START
+        return read_statement(start, [public_text(pipeline.key)]).version == state.parent
     except IntegrityError:
         return False
-    return True
 
 
 def keep(pipeline: Pipeline, state: PipelineState) -> PipelineState:
@@ -219,14 +230,16 @@ def add(pipeline: Pipeline, state: PipelineState) -> PipelineState:
 
 
 def promote(pipeline: Pipeline, state: PipelineState) -> PipelineState:
-    """Bring the new version into use, unless somebody has put another one there since its run began.
+    """Bring the new version into use, unless it is marked or another one was put there since its run began.
 
     A client's history goes on, moved by what the new version gained for this client.
     """
     current = pipeline.history().current.get(PRODUCTION, 0)
+    why = pipeline.registry.version(state.target).mark
     if current not in (state.parent, state.target):
-        other = f"version {current} was put into use meanwhile"
-        pipeline.note("kept", state.looks, run=run_name(state), gates=other)
+        why = f"version {current} was put into use meanwhile"
+    if why:
+        pipeline.note("kept", state.looks, run=run_name(state), gates=why)
         return replace(state, step=WATCH)
     pipeline.registry.promote(state.target, PRODUCTION)
     pipeline.tell(f"version {state.target} is in use: {state.reason}")

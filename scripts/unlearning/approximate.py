@@ -92,10 +92,12 @@ def forget(case: Case, method: str) -> AdapterState:
     plan, client = case.holder.plan, case.holder.clients[case.client]
     if reason := refusal_of(plan, method):
         raise ConfigError(f"{plan.config.run.name}: no unlearning by {method}: {reason}")
+    num_turns = sum(case.client in record.accepted for record in case.final.records)
+    if not num_turns:  # it has taught nothing
+        return case.final.adapter
     if method == "subtraction":
         return subtract(case.final, turns_of(case))
     train = plan.config.train
-    num_turns = sum(case.client in record.accepted for record in case.final.records)
     training = StudentTraining(  # as many steps as the client has taken to teach
         steps=num_turns * train.local_steps,
         batch_size=train.batch_size,

@@ -31,11 +31,12 @@ from fedllm.runs.folder import (
 from fedllm.runs.lineage import adapter_digest
 from fedllm.runs.unlearning import Unlearning, write_unlearning
 from scripts.runtimes.local import local_grid
+from scripts.unlearning.carried import carry_private
 from strategies.first_state import first_state
 from strategies.publish import publish_run
 from strategies.run import run_federation
 from strategies.start import open_session
-from strategies.unlearning.groups import in_groups, mean_of_groups
+from strategies.unlearning.groups import group_in_folder, in_groups, mean_of_groups, read_groups
 from strategies.unlearning.measured import with_adapter
 
 Groups = Mapping[int, Sequence[str]]  # the clients of each
@@ -70,17 +71,18 @@ def redo_group(run: Path, client: str, name: str, reason: str = "") -> Path:
     """
     config = RunConfig.from_flat(read_keys(run)).override({"run.output": str(run.resolve().parent)})
     before = read_groups(run)
-    group = next((group for group, clients in before.items() if client in clients), None)
-    if group is None:
-        raise ConfigError(f"{run}: client {client!r} is in no group")
+    group = group_in_folder(run, client)
     groups = {one: [name for name in clients if name != client] for one, clients in before.items()}
     groups = {one: clients for one, clients in groups.items() if clients}
     began, new = time.perf_counter(), config.override({"run.name": name, "run.resume": False})
     with open_run_folder(new) as folder:
         for one in groups:
             if one != group:
-                shutil.copytree(run / "groups" / str(one), folder / "groups" / str(one))
+                # A call that was killed may have copied a part of it.
+                shutil.copytree(run / "groups" / str(one), folder / "groups" / str(one), dirs_exist_ok=True)
         if group in groups:  # else the client was alone in it
+            place = Path("groups", str(group))
+            carry_private(run / place, str(group), folder / place, str(group))
             _run_group(new, folder, groups, group)
         unlearning = Unlearning(
             kind="C",
@@ -93,20 +95,6 @@ def redo_group(run: Path, client: str, name: str, reason: str = "") -> Path:
         write_unlearning(folder, unlearning)  # before the adapter is published: its card says it
         _publish(new, folder, groups)
     return folder
-
-
-def read_groups(run: Path) -> dict[int, list[str]]:
-    """Return the clients of every group of a run.
-
-    Raises:
-        ConfigError: it has no groups, or the file is damaged.
-    """
-    try:
-        return {
-            int(group): list(clients) for group, clients in json.loads((run / GROUPS).read_text()).items()
-        }
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{run / GROUPS}: no groups of clients ({type(error).__name__})") from None
 
 
 def _check(config: RunConfig) -> None:

@@ -5,13 +5,17 @@ What a client has taught is in the adapter of its group alone, so to forget it o
 which is what this costs in quality: between groups it is one-shot averaging.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
 from fedllm.adapters.algebra import Product, truncate
 from fedllm.adapters.layout import AdapterState
+from fedllm.errors import ConfigError
 from fedllm.privacy.keys import derived_key
+from fedllm.runs.folder import GROUPS
 
 
 def group_of(client: str, number: int, seed: int) -> int:
@@ -25,6 +29,32 @@ def in_groups(clients: Iterable[str], number: int, seed: int) -> dict[int, list[
     for client in sorted(clients):
         found.setdefault(group_of(client, number, seed), []).append(client)
     return {group: found[group] for group in sorted(found)}
+
+
+def read_groups(run: Path) -> dict[int, list[str]]:
+    """Return the clients of every group of a run.
+
+    Raises:
+        ConfigError: it has no groups, or the file is damaged.
+    """
+    try:
+        return {
+            int(group): list(clients) for group, clients in json.loads((run / GROUPS).read_text()).items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{run / GROUPS}: no groups of clients ({type(error).__name__})") from None
+
+
+def group_in_folder(run: Path, client: str) -> int:
+    """Return the group of a client in a run.
+
+    Raises:
+        ConfigError: the folder holds no run of groups with this client.
+    """
+    for group, clients in read_groups(run).items():
+        if client in clients:
+            return group
+    raise ConfigError(f"{run}: client {client!r} is in no group")
 
 
 def mean_of_groups(adapters: Sequence[AdapterState], sizes: Sequence[int]) -> AdapterState:

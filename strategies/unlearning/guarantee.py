@@ -19,6 +19,7 @@ from fedllm.runs.folder import DECISIONS, GROUPS, read_keys, read_rounds
 from fedllm.runs.records import RoundRecord
 from strategies.cohort.voices import weight_limits
 from strategies.sites import read_sites
+from strategies.unlearning.groups import group_in_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,10 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
     plan, records = resolve(RunConfig.from_flat(read_keys(run))), read_rounds(run)
     num_rounds = records[-1].round_num
     if (run / GROUPS).exists():
+        group_in_folder(run, client)
         refused = {"A": "its clients trained in groups", "B": _refusal_of_b(plan, rows=rows)}
         why = "the client's group has an adapter of its own, which is trained again without it"
-        return Guarantee(kind="C", why=why, refused=refused, num_rounds=records[-1].round_num)
+        return Guarantee(kind="C", why=why, refused=refused, num_rounds=num_rounds)
     starts, has_changed = _clients_of(run / DECISIONS)
     if client not in starts:
         raise ConfigError(f"{run}: client {client!r} took no part; {_names(starts)} did")

@@ -12,15 +12,23 @@ from clients.retention import remove_ended
 from clients.service import Service
 from clients.tickets import Tickets
 
+OLD, NEW = f"old-1-{'0a' * 8}", f"new-1-{'0b' * 8}"
+SECURE = f"secure/old-2-{'0c' * 8}"
 NOW = 1_700_000_000.0  # long ago, by any clock
-VECTORS = ("old-1/anna/drawn-000000000008.safetensors", "old-1/anna/home/adapter_model.safetensors")
-KEYS = ("secure/old-2/anna/key", "secure/old-2/anna/secret", "secure/old-2/anna/encryption")
+VECTORS = (f"{OLD}/anna/drawn-000000000008.safetensors", f"{OLD}/anna/home/adapter_model.safetensors")
+KEYS = (
+    f"{SECURE}/anna/key",
+    f"{SECURE}/anna/secret",
+    f"{SECURE}/anna/encryption",
+    f"{SECURE}/anna/round-000002.safetensors",
+)
 KEPT = (
-    "old-1/noise-secret",
-    "old-1/anna/privacy-ledger.json",
-    "old-1/anna/rows-0123",
-    "secure/old-2/anna/ab.masked",
-    "new-1/anna/drawn-000000000008.safetensors",
+    f"{OLD}/noise-secret",
+    f"{OLD}/anna/privacy-ledger.json",
+    f"{OLD}/anna/rows-0123",
+    f"{SECURE}/anna/ab.masked",
+    f"{NEW}/anna/drawn-000000000008.safetensors",
+    "models/small/model.safetensors",
     "split-secret",
     "withdrawn.json",
     "log.jsonl",
@@ -37,21 +45,21 @@ def state(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     for path in (tmp_path, *tmp_path.rglob("*")):
-        days = 1 if "new-1" in path.parts else 31
+        days = 1 if NEW in path.parts else 31
         os.utime(path, (NOW - days * SECONDS_A_DAY,) * 2)
     return tmp_path
 
 
 def test_vectors_and_keys_of_ended_runs_go_and_all_else_stays(state: Path) -> None:
-    assert remove_ended(state, 30, NOW) == ["old-1", "secure/old-2"]
-    assert not any((state / name).exists() for name in (*VECTORS, *KEYS, "old-1/anna/home"))
+    assert remove_ended(state, 30, NOW) == [OLD, SECURE]
+    assert not any((state / name).exists() for name in (*VECTORS, *KEYS, f"{OLD}/anna/home"))
     assert [(state / name).read_text() for name in KEPT] == list(KEPT)
     assert remove_ended(state, 30, NOW + SECONDS_A_DAY) == []
 
 
 def test_a_run_that_was_asked_lately_keeps_all(state: Path) -> None:
-    os.utime(state / "old-1/anna/privacy-ledger.json", (NOW,) * 2)
-    assert remove_ended(state, 30, NOW) == ["secure/old-2"]
+    os.utime(state / f"{OLD}/anna/privacy-ledger.json", (NOW,) * 2)
+    assert remove_ended(state, 30, NOW) == [SECURE]
     assert all((state / name).exists() for name in VECTORS)
     assert remove_ended(state / "absent", 30, NOW) == []
 
@@ -61,7 +69,7 @@ def test_the_service_removes_what_its_owner_keeps_no_longer(
 ) -> None:
     (state / "site.toml").write_text('[site]\nstate-path = "."\nkeep-days = 30\n')
     monkeypatch.setenv("FEDLLM_SITE", str(state / "site.toml"))
-    os.utime(state / "new-1/anna/drawn-000000000008.safetensors")  # now, by this machine's clock
+    os.utime(state / f"{NEW}/anna/drawn-000000000008.safetensors")  # now, by this machine's clock
 
     async def look() -> None:
         removing = asyncio.create_task(Service(Process(), Tickets({})).remove_ended())

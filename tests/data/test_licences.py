@@ -9,7 +9,7 @@ import pytest
 
 from fedllm.config.keys import DataConfig
 from fedllm.config.run_config import RunConfig
-from fedllm.data.installed_packages import installed_packages, licence_of
+from fedllm.data.installed_packages import Package, installed_packages, licence_of
 from fedllm.data.licences import is_licensed, parse_licences, permits
 from fedllm.data.shards import OwnSplit, load_shards, load_split_rows
 from fedllm.errors import ConfigError, DataError, NoDataError
@@ -43,6 +43,7 @@ def test_an_expression_is_met_by_what_is_allowed(expression: str, is_met: bool) 
 def test_a_row_names_its_licence_in_either_spelling(row: dict[str, Any]) -> None:
     assert is_licensed(row, ALLOWED)
     assert not is_licensed({"text": "MIT"}, ALLOWED)
+    assert not is_licensed({**row, "LICENCE": "GPL-3.0-only"}, ALLOWED)
     assert is_licensed({"text": "MIT"}, parse_licences(""))
 
 
@@ -90,6 +91,30 @@ def test_under_a_budget_the_number_declared_does_not_tell_licences(tmp_path: Pat
     ]
     assert [client.num_public for client in declared] == [16, 16, 16]
     assert [len(client.train) for client in declared] == [16, 8, 0]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ("License-Expression: MIT AND ISC\nLicense: BSD", "MIT AND ISC"),
+        ("License: BSD-3-Clause\nClassifier: License :: OSI Approved :: BSD License", "BSD-3-Clause"),
+        ("License: Apache License, Version 2.0", "Apache-2.0"),
+        ("License: Apache License, Version 1.1", ""),
+        ("License: MIT, GPL-3.0-only\nClassifier: License :: OSI Approved :: MIT License", ""),
+        ("License: UNKNOWN\nClassifier: License :: OSI Approved :: ISC License (ISCL)", "ISC"),
+        ("Classifier: License :: A :: MIT License\nClassifier: License :: A :: Apache Software License", ""),
+        ("License: BSD", ""),
+        ("Name: none", ""),
+    ],
+)
+def test_a_package_has_the_licence_that_its_metadata_says_plainly(
+    metadata: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "example_of_licences-1.dist-info").mkdir()
+    (tmp_path / "example_of_licences-1.dist-info" / "METADATA").write_text(metadata + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = Package("example", tmp_path, distribution="example-of-licences")
+    assert licence_of(package) == expected
 
 
 def test_installed_packages_say_their_licence() -> None:

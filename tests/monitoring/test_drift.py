@@ -43,6 +43,11 @@ def test_a_rise_of_two_deviations_is_found_within_ten_rounds() -> None:
     assert sum(number < 110 for number in first.values()) >= 36, "of 40 clients"
 
 
+def test_a_rate_that_no_bound_is_low_enough_for_has_the_lowest() -> None:
+    assert DriftRule(rounds=2).bound(0) == DriftRule(rounds=1.5).bound(1) == 0.0
+    assert 0.0 < DriftRule(rounds=3).bound(1) < DriftRule(rounds=1e9).bound(1000)
+
+
 def test_a_fall_gives_no_alarm() -> None:
     losses = np.random.default_rng(6).normal(3.0, 0.05, (200, 3)) - np.linspace(0, 2, 200)[:, None]
     assert alarms_of(losses, DriftRule(rounds=50)) == []

@@ -10,6 +10,8 @@ import pytest
 from fedllm.errors import FedLLMError
 from fedllm.files import SIGNATURE
 from scripts.pipeline.metrics import pipeline_samples
+from scripts.pipeline.state import PipelineState, write_state
+from scripts.pipeline.steps import promote
 from tests.pipeline.conftest import Town, World
 from tests.registry.test_kills import killed_at, state_of
 
@@ -54,6 +56,17 @@ def test_a_run_starts_from_the_signed_version_in_use(make_town: Callable[..., To
     version = town.pipeline.registry.version(1)
     assert (start / SIGNATURE).read_bytes() == (version.folder / SIGNATURE).read_bytes()
     assert {file.name for file in start.iterdir()} == {file.name for file in version.folder.iterdir()}
+
+
+def test_nothing_is_trained_from_a_marked_version(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    town.look(STORY[0])
+    town.pipeline.registry.mark(1, "made with rows that were withdrawn")
+    town.look(World(GOOD | {2: 3.0}, num_rows=160))
+    (failed,) = town.events("failed")
+    assert "version 1 is in use and marked" in failed["reason"]
+    assert not (town.pipeline.folder / "run-0002").exists()
+    assert (town.in_use, len(town.pipeline.registry.versions())) == (1, 1)
 
 
 def test_new_rows_count_from_the_last_run_even_a_refused_one(make_town: Callable[..., Town]) -> None:
@@ -162,10 +175,18 @@ def test_a_start_that_was_altered_passes_no_gate(make_town: Callable[..., Town])
 
 def test_no_run_begins_beyond_the_epsilon_of_all_runs(make_town: Callable[..., Town]) -> None:
     town = make_town("[trigger]\nnew-rows = 10\n[gates]\nepsilon = 5.0\n")
-    town.pipeline = replace(town.pipeline, epsilon_of_run=3.0, federate=failing(town))
+    town.pipeline = replace(town.pipeline, epsilon_of_run=lambda: 3.0, federate=failing(town))
     states = [town.look(World(GOOD, num_rows=number)) for number in (100, 200, 300)]
     assert [state.cycle for state in states] == [1, 1, 1], "a run that failed may have spent its epsilon"
     assert town.told[-1] == "no run (the run before has failed): epsilon 3 of 5 is spent"
+
+
+def test_a_step_of_another_version_is_refused(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    town.pipeline.folder.mkdir()
+    write_state(town.pipeline.folder, PipelineState(step="publish"))
+    with pytest.raises(FedLLMError, match=r"state.json: step 'publish' is of another version"):
+        town.look(World(GOOD))
 
 
 def test_a_version_that_a_person_put_into_use_stays(make_town: Callable[..., Town]) -> None:
@@ -184,9 +205,52 @@ def test_a_version_that_a_person_put_into_use_stays(make_town: Callable[..., Tow
     assert town.events("kept")[-1]["gates"] == "version 1 was put into use meanwhile"
 
 
+@pytest.mark.parametrize("change", ["mark", "promote"])
+def test_a_rollback_waits_for_nothing_a_person_changed(make_town: Callable[..., Town], change: str) -> None:
+    town = make_town()
+    for world in STORY[:-1]:
+        town.look(world)
+    registry = town.pipeline.registry
+    third = registry.add(town.pipeline.folder / "run-0002", town.pipeline.key).number
+
+    def federate(words: list[str]) -> None:
+        town.federate(words)
+        start = town.pipeline.folder / "look" / "start"
+        if (start / SIGNATURE).read_bytes() == (registry.version(1).folder / SIGNATURE).read_bytes():
+            registry.mark(1, "withdrawn") if change == "mark" else registry.promote(third)
+
+    town.pipeline = replace(town.pipeline, federate=federate)
+    assert town.look(STORY[-1]).step == "watch"
+    assert town.in_use == (2 if change == "mark" else third)
+    assert town.told[-1] == "no rollback to version 1: the registry was changed meanwhile"
+
+
+def test_a_version_marked_before_its_promotion_is_kept(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    town.look(World(GOOD))
+    state = replace(town.state(), step="promote", target=1, parent=0)
+    town.pipeline.registry.mark(1, "withdrawn")
+    assert promote(town.pipeline, state).step == "watch"
+    assert town.events("kept")[0]["gates"] == "withdrawn"
+
+
+def test_a_parent_marked_during_the_run_keeps_it_out(make_town: Callable[..., Town]) -> None:
+    town = make_town()
+    town.look(World(GOOD))
+
+    def federate(words: list[str]) -> None:
+        town.federate(words)
+        if "run.name=run-0002" in words:
+            town.pipeline.registry.mark(1, "withdrawn")
+
+    town.pipeline = replace(town.pipeline, federate=federate)
+    town.look(World({**GOOD, 2: 3.0}, num_rows=160))
+    assert (town.in_use, town.events("kept")[0]["gates"]) == (1, "withdrawn")
+
+
 @pytest.mark.parametrize(
     ("every", "story"),
-    [(61, STORY[:3]), pytest.param(1, STORY, marks=pytest.mark.soak)],
+    [(31, STORY[:1]), pytest.param(1, STORY, marks=pytest.mark.soak)],
     ids=["some-writes", "all-writes"],
 )
 def test_a_kill_at_any_write_changes_no_outcome(

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from fedllm.files import SIGNATURE
 from fedllm.registry.registry import Registry
 from tests.registry.conftest import KEY, PASSED
 
@@ -142,7 +141,6 @@ def test_two_kills_in_a_row_cost_nothing_either(registry: Registry, runs: list[P
 def test_an_unfinished_version_is_no_version(registry: Registry, runs: list[Path]) -> None:
     left = registry.folder / "0003"
     shutil.copytree(registry.version(2).folder, left)
-    (left / SIGNATURE).unlink()
     assert registry.verify().unfinished == ("0003",)
     assert [version.number for version in registry.versions()] == [1, 2]
     assert registry.add(runs[2], KEY, PASSED).statement.run["name"] == "run2"

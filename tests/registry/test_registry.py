@@ -1,6 +1,7 @@
 """A registry: versions are signed copies, aliases move and come back, and every change is in the log."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from fedllm.errors import ConfigError, IntegrityError
 from fedllm.files import SIGNATURE, locked
 from fedllm.identity import public_text
 from fedllm.registry.registry import Registry
-from fedllm.runs.lineage import LINEAGE
-from fedllm.signing.statement import read_statement
+from fedllm.runs.folder import WITHDRAWALS
+from fedllm.runs.lineage import LINEAGE, statement_of_run
+from fedllm.signing.statement import read_statement, sign_adapter
+from fedllm.withdrawal import sign_withdrawal
 from tests.builders import small_layout
 from tests.registry.conftest import KEY, PASSED, finished_run
 
@@ -102,6 +105,80 @@ def test_descendants_are_found_over_generations(registry: Registry, tmp_path: Pa
         3: [grandchild.number],
         4: [],
     }
+
+
+def test_a_copy_signed_in_its_run_is_the_same_parent(
+    registry: Registry, tmp_path: Path, runs: list[Path]
+) -> None:
+    signed = shutil.copytree(runs[0], tmp_path / "signed")
+    sign_adapter(signed / "adapter", statement_of_run(signed), KEY)
+    child = registry.add(finished_run(tmp_path / "child", 5, start=signed / "adapter"), KEY)
+    assert [each.number for each in registry.descendants(1)] == [child.number]
+
+
+def test_what_is_made_from_a_marked_version_is_marked(
+    registry: Registry, tmp_path: Path, runs: list[Path]
+) -> None:
+    registry.mark(1, "withdrawn")
+    start = registry.version(1).folder
+    child = registry.add(finished_run(tmp_path / "child", 5, start=start), KEY)
+    grandchild = registry.add(finished_run(tmp_path / "grandchild", 6, start=child.folder), KEY)
+    copy = registry.add(runs[0], KEY, FAILED)
+    assert [each.mark for each in (child, grandchild, copy)] == ["withdrawn"] * 3
+    with pytest.raises(ConfigError, match="marked, never promoted: withdrawn"):
+        registry.promote(child.number)
+    unlearnt = finished_run(tmp_path / "unlearnt", 7)
+    parent = {"parent": registry.version(1).weights}
+    for kind, mark in (("D", "withdrawn"), ("A", "")):
+        (unlearnt / "unlearning.json").write_text(json.dumps({"class": kind, **parent}))
+        assert registry.add(unlearnt, KEY).mark == mark
+
+
+def test_a_run_that_a_withdrawal_has_reached_is_marked(registry: Registry, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", 5)
+    lineage = json.loads((run / LINEAGE).read_text())
+    lineage["consent"]["clients"]["anna"]["site"] = public_text(KEY)
+    (run / LINEAGE).write_text(json.dumps(lineage))
+    (run / WITHDRAWALS).mkdir()
+    record = sign_withdrawal(KEY, ["anna"], "2026-11-27T18:00:00+00:00")
+    (run / WITHDRAWALS / "1.json").write_bytes(record)
+    version = registry.add(run, KEY)
+    assert "withdrawn" in version.mark
+    assert "anna" not in version.mark
+
+
+def test_what_changes_while_it_is_copied_is_not_signed(
+    registry: Registry, runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copytree = shutil.copytree
+
+    def changing(source: Path, target: Path, **options: object) -> Path:
+        copytree(source, target, **options)  # type: ignore[arg-type]
+        (target / "README.md").write_text("# Another card\n")
+        return target
+
+    monkeypatch.setattr(shutil, "copytree", changing)
+    with pytest.raises(IntegrityError, match=r"adapter/README\.md: changed"):
+        registry.add(runs[2], KEY)
+    assert len(registry.versions()) == 2
+    registry.verify()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, runs: list[Path]) -> None:
+    photo = tmp_path / "photos" / "0001" / "photo.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.touch()
+    with pytest.raises(ConfigError, match="0001: not made by this registry"):
+        Registry(photo.parent.parent).add(runs[0], KEY)
+    assert photo.exists()
+
+
+def test_lineage_that_was_changed_is_not_read(registry: Registry) -> None:
+    file = registry.folder / "lineage" / "0001.json"
+    for change in (lambda: file.write_text("{}"), file.unlink):
+        change()
+        with pytest.raises(IntegrityError, match=r"0001\.json: not the lineage"):
+            registry.lineage(1)
 
 
 def test_notes_of_others_are_lines_of_the_log(registry: Registry) -> None:

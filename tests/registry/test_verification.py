@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -12,7 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedllm.errors import IntegrityError
 from fedllm.files import SIGNATURE
 from fedllm.identity import public_text
+from fedllm.registry import verification
 from fedllm.registry.registry import Registry
+from fedllm.registry.verification import check_version
 from tests.registry.conftest import KEY
 
 
@@ -21,6 +24,21 @@ def flip(file: Path, place: int) -> None:
     content = bytearray(file.read_bytes())
     content[place] ^= 1
     file.write_bytes(bytes(content))
+
+
+def test_a_change_meanwhile_is_no_fault(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.note("drift")  # so that no alias may be one line behind
+    checked: list[int] = []
+
+    def check(folder: Path, number: int, *known: Any) -> None:
+        check_version(folder, number, *known)
+        checked.append(number)
+        if checked == [1, 2]:
+            registry.rollback()
+
+    monkeypatch.setattr(verification, "check_version", check)
+    assert registry.verify().num_lines == 6
+    assert checked == [1, 2, 1, 2]
 
 
 def test_an_intact_registry_says_what_it_holds(registry: Registry) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from clients.withdrawn import withdraw
 from fedllm.errors import PolicyError
 from fedllm.identity import new_key, public_text
 from fedllm.messages import EVALUATION_METRICS, UPDATE_METRICS
@@ -40,6 +41,17 @@ def test_every_key_is_shown_with_its_value(told: Callable[[str], str], tmp_path:
     public = public_text(new_key(tmp_path / "key"))
     peers = f'[peers]\nnorth = "{public}"'
     assert peers.replace("north", "  north") in told(f'[site]\nkey = "key"\n{peers}')
+
+
+def test_what_has_withdrawn_is_shown_first(told: Callable[[str], str], tmp_path: Path) -> None:
+    new_key(tmp_path / "key")
+    text = '[site]\nkey = "key"\nstate-path = "state"\n[nodes.ward]\n'
+    assert "has withdrawn:" not in told(text).partition("[site]")[0]
+    for node in ("ward", ""):
+        withdraw(load_policy(), node, "", tmp_path / "log")
+    said = told(text).partition("[site]")[0]
+    assert "node ward has withdrawn: nothing leaves" in said
+    assert "this site has withdrawn: nothing leaves" in said
 
 
 def test_every_field_that_leaves_is_shown(told: Callable[[str], str]) -> None:

@@ -13,6 +13,7 @@ def test_the_lines_of_a_new_key_can_be_pasted(tmp_path: Path, capsys: pytest.Cap
     keys_command.new(path)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     said = tomllib.loads("\n".join(line for line in lines if " = " in line))
-    assert said == {"key": str(path), "public-key": public_text(load_key(path))}
+    public = public_text(load_key(path))
+    assert said == {"key": str(path), "public-key": public, "signers": [public]}
     with pytest.raises(ConfigError, match="exists already"):
         keys_command.new(path)

@@ -11,7 +11,9 @@ from fedllm.errors import ConfigError
 from fedllm.files import locked
 from fedllm.identity import new_key, public_text
 from fedllm.registry.registry import Registry
-from scripts.commands.pipeline_command import pipeline
+from scripts.commands.pipeline_command import open_pipeline, pipeline
+from scripts.console import Console
+from scripts.pipeline.settings import read_settings
 
 RECIPE = """
 [model]
@@ -77,7 +79,7 @@ def test_versions_follow_from_rows(folder: Path, capsys: pytest.CaptureFixture) 
     registry.verify([public_text(key)])
     if len(registry.versions()) == 2:  # else a gate kept it out, and the log says so
         first, second = registry.versions()
-        assert second.statement.parents == ({"relation": "retrained-from", "digest": first.digest},)
+        assert second.statement.parents == ({"relation": "retrained-from", "digest": first.weights},)
     families = text_string_to_metric_families((folder / "tiny.prom").read_text())
     values = {one.name: one.value for family in families for one in family.samples}
     assert (values["fedllm_runs_total"], values["fedllm_looks_total"]) == (2, 3)
@@ -99,6 +101,23 @@ def test_a_server_that_has_no_adapter_is_refused(folder: Path) -> None:
         recipe.write('[secure]\nmethod = "shares"\n[wire]\ncodec = "fp32"\n')
     with pytest.raises(ConfigError, match=r"recipe.toml: .*shares"):
         pipeline(folder / "pipeline.toml", once=True)
+
+
+def test_an_audit_of_rows_that_are_elsewhere_is_refused(folder: Path) -> None:
+    new_key(folder / "site.key")
+    text = PIPELINE.replace("[registry]", 'runtime = "deployment"\n[registry]')
+    (folder / "pipeline.toml").write_text(text + "[gates]\nextraction = 0.0\n")
+    with pytest.raises(ConfigError, match=r"pipeline.toml: .*need the rows on this machine"):
+        pipeline(folder / "pipeline.toml", once=True)
+
+
+def test_the_epsilon_of_a_run_is_that_of_its_recipe_now(folder: Path) -> None:
+    new_key(folder / "site.key")
+    opened = open_pipeline(read_settings(folder / "pipeline.toml"), Console(quiet=True))
+    assert opened.epsilon_of_run() == 0.0
+    with (folder / "recipe.toml").open("a") as recipe:
+        recipe.write("[privacy]\nepsilon = 4.0\n")
+    assert opened.epsilon_of_run() == 4.0
 
 
 def test_a_missing_key_says_how_to_make_one(folder: Path) -> None:

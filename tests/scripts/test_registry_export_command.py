@@ -44,7 +44,7 @@ def test_mlflows_own_client_reads_what_was_exported(
     assert len(client.search_model_versions("name = 'clinic'")) == 2
     current = client.get_model_version_by_alias("clinic", "production")
     assert current.tags["fedllm.version"] == "2"
-    assert json.loads(current.tags["fedllm.parents"])[0]["digest"] == registry.version(1).digest
+    assert json.loads(current.tags["fedllm.parents"])[0]["digest"] == registry.version(1).weights
     assert "anna" not in json.dumps(current.tags)
     first = client.get_model_version("clinic", "1")
     assert first.tags["fedllm.marked"] == "withdrawn"
@@ -53,6 +53,10 @@ def test_mlflows_own_client_reads_what_was_exported(
         artifact_uri=current.source, dst_path=str(tmp_path / "got"), tracking_uri=uri
     )
     assert read_statement(Path(got), [public_text(KEY)]) == registry.version(2).statement
+    other = Registry(tmp_path / "other" / "clinic")  # of the same name, so that MLflow counts on
+    other.add(finished_run(tmp_path / "third", 3), KEY)
+    assert exported(other, uri) == 0
+    assert json.loads(capsys.readouterr().out)["versions"] == {"1": "3"}
 
 
 def test_an_absent_package_and_another_target_are_one_line(

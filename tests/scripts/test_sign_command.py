@@ -9,8 +9,10 @@ import pytest
 from fedllm.adapters.folder import WEIGHTS, save_adapter
 from fedllm.adapters.layout import initial_adapter
 from fedllm.config.keys import LoraConfig
+from fedllm.identity import new_key, public_text
 from fedllm.models.base import BaseModel, layout_of
 from fedllm.models.files import content_digest
+from fedllm.signing.statement import AdapterStatement, sign_adapter
 from scripts.cli import app
 from scripts.command_line import run_app
 
@@ -57,6 +59,15 @@ def test_what_is_signed_is_verified_until_it_changes(
     assert typed("verify", adapter, "--key", public) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{WEIGHTS}: changed" in line
+
+
+def test_a_statement_that_leaves_all_open_is_shown(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = new_key(tmp_path / "key")
+    sign_adapter(adapter, AdapterStatement(name="letters"), key)
+    assert typed("verify", adapter, "--key", public_text(key)) == 0
+    assert "adapter: letters" in capsys.readouterr().out
 
 
 def test_nobody_signs_what_was_not_trained_on_the_base(

@@ -40,7 +40,7 @@ def add(tmp_path: Path) -> Callable[..., int]:
         lineage["consent"]["clients"] = dict.fromkeys(clients, of_site)
         (run / LINEAGE).write_text(json.dumps(lineage))
         if kind and earlier is not None:
-            write_unlearning(run, Unlearning(kind=kind, method="replay", parent=earlier.digest))
+            write_unlearning(run, Unlearning(kind=kind, method="replay", parent=earlier.weights))
         assert (run / START).exists() == bool(begun)
         return registry.add(run, KEY).number
 

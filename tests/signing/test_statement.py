@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedllm.errors import IntegrityError
 from fedllm.files import SIGNATURE, write_manifest
-from fedllm.identity import new_key, public_text
+from fedllm.identity import load_key, new_key, public_text
 from fedllm.signing.envelope import IN_TOTO, sign_envelope
 from fedllm.signing.statement import (
     AdapterStatement,
@@ -84,6 +84,11 @@ def _with_link(folder: Path) -> None:
     (folder / "more").symlink_to(folder.parent)
 
 
+def _with_listed_link(folder: Path) -> None:
+    (folder / "more").symlink_to(folder.parent)
+    sign_adapter(folder, STATEMENT, load_key(folder.parent / "key"))
+
+
 def _as_other_kind(folder: Path) -> None:
     (folder / SIGNATURE).write_text("{")
 
@@ -95,6 +100,7 @@ def _as_other_kind(folder: Path) -> None:
         (lambda folder: (folder / "weights").unlink(), "weights: missing"),
         (lambda folder: (folder / "run.py").write_text(""), "run.py: not listed"),
         (_with_link, "more: not listed"),
+        (_with_listed_link, "more: changed"),  # what lies behind a link is not signed
         (lambda folder: (folder / SIGNATURE).unlink(), "no signature"),
         (_as_other_kind, "not an envelope"),
         (lambda folder: (folder / SIGNATURE).write_text("[" * 100_000), "not an envelope"),

@@ -31,7 +31,7 @@ def test_a_retrained_version_is_promoted_and_rolled_back(tiny_run: list[str], tm
     assert all(len(digest) == 64 for digest in digests)
     shutil.copytree(first.folder, tmp_path / "second" / START)
     second = registry.add(done(tiny_run, tmp_path / "second"), key)
-    assert second.statement.parents == ({"relation": "retrained-from", "digest": first.digest},)
+    assert second.statement.parents == ({"relation": "retrained-from", "digest": first.weights},)
     assert [version.number for version in registry.descendants(first.number)] == [second.number]
     for version in (first, second):
         registry.promote(version.number)

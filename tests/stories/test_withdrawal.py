@@ -43,7 +43,7 @@ def link() -> Iterator[Link]:
 def do(folder: Path, link: Link, make_model_folder: Callable[..., Path]) -> Callable[[str], dict[str, Any]]:
     """Return a function (name of a run) that does it -> what it says of its end."""
     words = ["quickstart.toml", f"model.name={make_model_folder()}", "federation.num-clients=2"]
-    words += ["federation.num-rounds=1", "federation.join-deadline=120", "model.device=cpu", "lora.rank=2"]
+    words += ["federation.num-rounds=1", "federation.join-deadline=600", "model.device=cpu", "lora.rank=2"]
     words += ["train.local-steps=2", "evaluation.prompts=", "distill.when=never"]
     config = config_of([*words, f"run.output={folder / 'runs'}"])
 
@@ -52,6 +52,7 @@ def do(folder: Path, link: Link, make_model_folder: Callable[..., Path]) -> Call
         result = folder / "runs" / name / "result.json"
         wait_for(result.exists, "the run's end", patience=1200)  # four runs, also on a busy machine
         found: dict[str, Any] = json.loads(result.read_text())
+        print(name, found["status"], found.get("reason", ""))  # shown where the story ends badly
         return found
 
     return run

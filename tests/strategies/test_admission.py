@@ -199,7 +199,7 @@ def test_the_key_of_site_toml_signs(
     run = open_run(make_config())
     assert {client.site for client in run.session.clients.values()} == {public_text(key)}
     (tmp_path / "site.key").chmod(0o644)
-    with pytest.raises(RunFailedError, match=r"others may read the site's key; run `chmod 600"):
+    with pytest.raises(RunFailedError, match=r"others may read the key; run `chmod 600"):
         open_run(make_config())
 
 

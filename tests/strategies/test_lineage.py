@@ -49,7 +49,7 @@ def test_a_run_says_how_its_adapter_came_about(make_config: Callable, tmp_path: 
         statement_of_run(folder)
 
 
-def test_parents_are_named_by_their_signature(make_config: Callable, tmp_path: Path) -> None:
+def test_parents_are_named_by_their_weights(make_config: Callable, tmp_path: Path) -> None:
     first = run(config_in(make_config, tmp_path, **{"run.name": "first"}))
     unsigned = adapter_digest(first / "adapter")
     sign_adapter(first / "adapter", statement_of_run(first), new_key(tmp_path / "key"))
@@ -62,8 +62,9 @@ def test_parents_are_named_by_their_signature(make_config: Callable, tmp_path: P
         "retrained-from",
         "unlearned-from",
     ]
-    signed, unlearned = (parent["digest"] for parent in statement_of_run(folder).parents)
-    assert (signed, unlearned) == (adapter_digest(first / "adapter"), unsigned)
+    # However often the earlier adapter was signed, before or after.
+    assert {parent["digest"] for parent in statement_of_run(folder).parents} == {unsigned}
+    assert adapter_digest(first / "adapter") == unsigned
 
 
 def test_a_run_starts_from_no_adapter_that_is_not_trusted(

@@ -15,7 +15,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.plan.run_plan import resolve
 from fedllm.runs.folder import read_left_out, run_folder, write_left_out
-from fedllm.runs.lineage import adapter_digest, statement_of_run
+from fedllm.runs.lineage import adapter_digest, noted_clients, statement_of_run
 from fedllm.runs.unlearning import read_unlearning
 from scripts.runtimes.local import local_grid
 from scripts.unlearning.approximate import refusal_of
@@ -51,6 +51,7 @@ def test_an_unlearnt_run_has_lost_the_client_and_says_how(make_config: Callable)
         parent = {"relation": "unlearned-from", "digest": adapter_digest(before / "adapter")}
         assert parent in statement.parents
         assert read_left_out(after) == {"ben"}
+        assert "ben" in noted_clients(after)  # a withdrawal still marks what is made of it
         losses = json.loads((after / "result.json").read_text())["held_out"]["after"]["clients"]
         assert set(losses) == {"anna", "cleo", "dora"}
         assert load_adapter(after / "adapter").state.digest != load_adapter(before / "adapter").state.digest

@@ -179,7 +179,7 @@ def test_a_run_private_for_rows_has_forgotten_rows_and_no_client(guarantee: Call
 
 
 def test_clients_that_trained_in_groups_are_forgotten_by_group(guarantee: Callable, tmp_path: Path) -> None:
-    (tmp_path / "groups.json").write_text("{}")
+    (tmp_path / "groups.json").write_text('{"0": ["anna", "ben", "cleo", "dora"]}')
     found = guarantee("cleo")
     assert (found.kind, list(found.refused)) == ("C", ["A", "B"])
 

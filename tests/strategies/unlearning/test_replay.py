@@ -12,6 +12,7 @@ import pytest
 from clients.client_app import app
 from clients.forgotten import forget_rows
 from fedllm.config.run_config import RunConfig
+from fedllm.data.fields import Example
 from fedllm.data.shards import load_one_client
 from fedllm.errors import ConfigError
 from fedllm.runs.checkpoint import ServerState, newest_round
@@ -153,6 +154,22 @@ def test_a_folder_that_holds_something_else_is_left_alone(config_of: Callable, t
     with pytest.raises(ConfigError, match="taken: holds something already"):
         begin_replay(tmp_path / "whole", "ben", guarantee_of(tmp_path / "whole", "ben"), "taken")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_forgets_another_client_is_not_taken_for_it(config_of: Callable, tmp_path: Path) -> None:
+    everybody = {"federation.cohort": 4, "federation.num-rounds": 1}  # so that all have one first turn
+    done(config_of("whole", **everybody))
+    folder = tmp_path / "whole"
+    guarantees = {name: guarantee_of(folder, name) for name in ("anna", "ben")}
+    assert guarantees["anna"] == guarantees["ben"]
+    begin_replay(folder, "anna", guarantees["anna"], "again")
+    with pytest.raises(ConfigError, match="again: holds something already"):
+        begin_replay(folder, "ben", guarantees["ben"], "again")
+    assert read_left_out(tmp_path / "again") == {"anna"}
+    begin_replay(folder, "ben", guarantees["ben"], "rows", rows=True, examples=[Example(text="one")])
+    for examples in ([Example(text="two")], []):
+        with pytest.raises(ConfigError, match="rows: holds something already"):
+            begin_replay(folder, "ben", guarantees["ben"], "rows", rows=True, examples=examples)
 
 
 @pytest.fixture
