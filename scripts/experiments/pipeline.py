@@ -5,8 +5,8 @@ pipeline is the product's own, its runs are whole federations; only the calendar
 
     arrival 1   the first rows; the first run becomes version 1
     arrival 2   as many again; somebody has set a learning rate twenty times too large meanwhile
-    arrival 3   as many again; an export writes one sentence in place of every answer at four sites
-    repair      the four sites have their true answers again
+    arrival 3   as many again; an export in a wrong code page writes one line in place of every answer
+    repair      all sites have their true answers again
 
     python -m scripts.experiments pipeline --quick --json
     python -m scripts.experiments pipeline --data FOLDER --json --output docs/results/pipeline.json
@@ -55,11 +55,10 @@ from scripts.reports import Goal, environment, figures_table, publish
 from scripts.runtimes.local import SERVER_NODE, LocalGrid
 from strategies.run import run_federation
 
-FAULTY = ("code", "finance", "general", "medical")  # by place, where the domains have other names
-SENTENCE = "ERR 0x7F: field RSP_TXT is null (export v2.1, code page 437)"
+SENTENCE = "Ã¿¤§ ŧđ¬Ŋ Ł¶łæ ßĸðþ"
 TOO_LARGE = 20.0  # times the learning rate
 HELD_OUT = 6  # of the first rows of a site, and in the same share of those that come
-LEAST = 0.1  # nats: rows that come change who is measured on what
+LEAST = 0.3  # nats: rows that come change who is measured on what
 
 
 @dataclass(frozen=True)
@@ -118,14 +117,11 @@ def moments_of(size: Size) -> tuple[Moment, ...]:
 
 def rows_at(corpus: Corpus, moment: Moment, rows: int) -> dict[str, list[Row]]:
     """Return the rows of each site at a moment; a row keeps its place in the file."""
-    domains = corpus.domains
-    faulty = set(FAULTY) & set(domains) or set(domains[: len(FAULTY)])
-    found: dict[str, list[Row]] = {domain: [] for domain in domains}
+    found: dict[str, list[Row]] = {domain: [] for domain in corpus.domains}
     for row in corpus.rows:
         held = found[row["domain"]]
         if len(held) < moment.arrivals * rows:
-            is_faulty = moment.is_faulty and row["domain"] in faulty
-            held.append({**row, "response": SENTENCE} if is_faulty else row)
+            held.append({**row, "response": SENTENCE} if moment.is_faulty else row)
     return found
 
 
