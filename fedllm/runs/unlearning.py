@@ -4,7 +4,8 @@
 all say the sentence `guarantee`, so that nobody reads an approximation as an exact result.
 
     A  exact: the bits of a run that never had the client, by doing later rounds again without it
-    B  bounded: the run was private for whole clients, so no adapter of it owes much to any one
+    B  bounded: the run was private for whole clients, so no adapter of it owes much to any one, and nothing
+       is made anew: what its card says of its privacy is all there is to say
     C  exact by parts: every group of clients had an adapter, and one group was trained again (SISA,
        arXiv 1912.03817)
     D  approximate: the client's share was taken out of the finished adapter; measured, never guaranteed
@@ -24,8 +25,6 @@ LIKE, UNLIKE, UNKNOWN = "like retraining", "unlike retraining", "not measurable"
 _GUARANTEES = {
     "A": "exact (class A): the adapter has the bits of a run that never had what was unlearnt; rounds done"
     " again: {rounds}",
-    "B": "bounded (class B): the run was private for whole clients, so what the adapter owes to any one of"
-    " them is limited by epsilon = {epsilon:g}; nothing was done again",
     "C": "exact by parts (class C): only the adapter of one group of clients had learnt it, and that group"
     " was trained again without it; rounds done again: {rounds}",
     "D": "approximate (class D, by {method}): no guarantee; {verified}",
@@ -36,17 +35,16 @@ _GUARANTEES = {
 class Unlearning:
     """What was unlearnt from a run, and how.
 
-    `kind` is the class, A to D; `reason` says why no stronger one was possible. `parent` names the
+    `kind` is the class; `reason` says why no stronger one was possible. `parent` names the
     adapter before (`fedllm.runs.lineage.adapter_digest`).
     `verification` holds the verdict on every measure, empty where nobody has verified it
     (`scripts.unlearning.verify`).
     """
 
-    kind: str
-    method: str  # replay | none | group | subtraction | ascent
+    kind: str  # A | C | D
+    method: str  # replay | group | subtraction | ascent
     parent: str
     reason: str = ""
-    epsilon: float | None = None
     rounds: int = 0  # done again
     seconds: float = 0.0
     verification: Mapping[str, str] = field(default_factory=dict)
@@ -54,8 +52,8 @@ class Unlearning:
     @property
     def guarantee(self) -> str:
         """What may be said of the adapter, in one sentence without a name."""
-        values = {"rounds": self.rounds, "epsilon": self.epsilon, "method": self.method}
-        return _GUARANTEES[self.kind].format(verified=self._verified, **values)
+        values = {"rounds": self.rounds, "method": self.method, "verified": self._verified}
+        return _GUARANTEES[self.kind].format(**values)
 
     @property
     def _verified(self) -> str:

@@ -106,7 +106,7 @@ def lines_of(guarantee: Guarantee) -> list[str]:
     """Return what a person reads of a guarantee: the class, what it costs, and why none is stronger."""
     costs = {
         "A": f"the bits of a run without it; {guarantee.num_again} of {guarantee.num_rounds} rounds again",
-        "B": f"forgotten up to epsilon {guarantee.epsilon or 0:.3g}; nothing to do",
+        "B": "forgotten as far as the run was private; nothing to do",
         "C": "the bits of groups without it; one group again",
         "D": "approximate, without any guarantee",
     }

@@ -69,8 +69,9 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
         return Guarantee(kind="A", why=why, first_round=first, num_rounds=num_rounds)
     refused["B"] = _refusal_of_b(plan, rows=rows)
     if not refused["B"]:
-        epsilon = _spent(run, plan)
-        why = f"the run hides every {'row' if rows else 'client'} within epsilon {epsilon:.3g}"
+        epsilon, delta = _spent(run, plan), plan.config.privacy.delta
+        unit = "row" if rows else "client"
+        why = f"the run hides every {unit} within epsilon {epsilon:.3g} at delta {delta:g}"
         del refused["B"]
         return Guarantee(kind="B", why=why, refused=refused, num_rounds=num_rounds, epsilon=epsilon)
     refused["C"] = "all clients trained one adapter"

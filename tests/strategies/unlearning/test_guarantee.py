@@ -165,6 +165,7 @@ def test_a_run_private_for_clients_has_forgotten_each_of_them(guarantee: Callabl
     (tmp_path / "privacy.json").write_text(json.dumps({"epsilon": 3.25}))
     found = guarantee("cleo", flat)
     assert (found.kind, found.epsilon, list(found.refused)) == ("B", 3.25, ["A"])
+    assert "within epsilon 3.25 at delta 1e-05" in found.why
     assert "budget a second time" in found.refused["A"]
     (tmp_path / "privacy.json").unlink()
     assert guarantee("cleo", flat).epsilon == 8.0  # an unfinished run may still spend all of it
