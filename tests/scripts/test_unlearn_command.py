@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from fedllm.adapters.folder import load_adapter
 from fedllm.errors import ConfigError
 from fedllm.runs.folder import read_left_out
+from fedllm.runs.unlearning import read_unlearning
 from scripts import cli
 from scripts.commands import unlearn_command
 from strategies.unlearning.guarantee import Guarantee
@@ -137,20 +138,16 @@ def test_either_a_client_or_rows_are_named(words: tuple[str, ...], run: Path) ->
         call(str(run), *words)
 
 
-def test_each_class_does_its_own_work(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = []
-    for kind in "BCD":
-        found = Guarantee(kind=kind, why="because", refused={"A": "losses"}, epsilon=2.0)
-        monkeypatch.setattr(unlearn_command, "guarantee_of", lambda *unused, found=found, **more: found)
-        monkeypatch.setattr(unlearn_command, "redo_group", lambda *args: done.append(("group", *args[1:])))
-        monkeypatch.setattr(
-            unlearn_command, "unlearn_approximately", lambda *args, seeds: done.append(("about", *args[1:]))
-        )
-        call(str(run), "--client", "anna", "--method", "subtraction")
-    assert done == [
-        ("group", "anna", "run-unlearned", "not A: losses"),
-        ("about", "anna", "subtraction", "run-unlearned", "not A: losses"),
-    ]
+def test_a_run_that_chose_by_losses_forgets_approximately(run: Path) -> None:
+    recipe = run / "config.toml"
+    recipe.write_text(recipe.read_text().replace('"uniform"', '"power-of-choice"', 1))
+    said, found = call(str(run), "--client", "anna")
+    assert found["kind"] == "D"
+    told = read_unlearning(Path(found["folder"]))
+    assert told is not None
+    assert told.method == "ascent"
+    assert told.reason.startswith("not A: federation.selection")
+    assert told.guarantee in said
 
 
 def test_a_person_reads_the_class_and_why_none_is_stronger() -> None:
