@@ -10,6 +10,8 @@ READERS = {
     "fedllm/chained_log.py",  # when something happened
     "scripts/event_log.py",  # the same
     "clients/gate.py",  # how many questions a site has answered in so many days
+    "clients/service.py",  # how long nothing of an ended run has changed, which keep-days counts
+    "clients/withdrawn.py",  # when a site withdrew, in its record
     "strategies/trackers.py",  # when a figure was sent, for the axis of a tracker
     "scripts/deploying/certificates.py",  # until when a certificate is valid
 }

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_all_extras_together_resolve_within_the_constraints() -> None:
     """The versions that serve all of them serve each combination, so one resolution stands for all."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -18,6 +18,7 @@ def test_arithmetic_of_the_step_grows_by_one_reading_a_teacher() -> None:
     assert round_flop(bench, 4) == pytest.approx(4 * round_flop(bench, 1))
 
 
+@pytest.mark.soak
 def test_the_benchmark_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     main(ModelOptions(quick=True, json=True, model=TINY))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -225,8 +225,8 @@ def test_memory_grows_by_adapters_per_client():
     assert memory_per_client({"only": cohort(10, 500.0)}) is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["cohorts", pytest.param("both", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("part", ["cohorts", "both"])
 def test_the_benchmark_prints_one_object(part, capsys, tmp_path):
     kept = tmp_path / "figures.json"
     round.main(round.Options(quick=True, json=True, part=part, clients=2, rounds=3, sizes="2", output=kept))

@@ -123,6 +123,7 @@ def test_sizes_are_exact(case):
     assert min(sizes["safetensors"], sizes["Flower ArrayRecord"]) > 4 * number
 
 
+@pytest.mark.soak
 def test_the_benchmark_prints_one_object(capsys, folder, tmp_path):
     kept = tmp_path / "figures.json"
     model, source = str(folder / "model"), str(folder / "rows.jsonl")

@@ -96,7 +96,7 @@ def test_every_study_is_drawn(done: tuple[dict, str, TrialRunner], tmp_path: Pat
     }
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_give_what_one_gives(done: tuple[dict, str, TrialRunner], tmp_path: Path) -> None:
     _, _, alone = done
     size = replace(TINY, rho_map=replace(TINY.rho_map, local_steps=(1,), skews=("iid",)))

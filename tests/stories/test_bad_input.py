@@ -136,6 +136,7 @@ def test_all_labels_cut_off_leaves_no_data(fail, tmp_path, tiny_run):
     assert "0 usable clients joined" in line
 
 
+@pytest.mark.soak
 def test_client_without_data_is_left_out(tiny_run, tmp_path, fedllm):
     """Two of three owners have rows that fit; the third is named, left out, and the run goes on."""
     rows = [{**GOOD, "owner": owner, "prompt": f"q{i}"} for owner in "ab" for i in range(6)]

@@ -117,7 +117,7 @@ def test_every_command_of_the_walk_is_run_or_left_out_for_a_reason():
     assert first == {"fedllm", "install", "runuser", *LEFT_OUT}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_three_machines_from_nothing(make_model_folder, text_file, tmp_path):
     superlink_port = free_port()
     proxied = free_port() if "nginx" in installed() else superlink_port

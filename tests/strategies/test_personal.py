@@ -118,7 +118,7 @@ def test_no_value_of_it_leaves_the_client(make_config: Callable, open_run: Calla
     assert all(len(content["updates"]) == 1 for content in trained)
 
 
-@pytest.mark.parametrize("stopped_in", [2, 3])
+@pytest.mark.parametrize("stopped_in", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_a_stopped_run_goes_on_with_its_personal_adapters(
     stopped_in: int, run: Callable, tmp_path: Path
 ) -> None:
@@ -134,7 +134,7 @@ def test_a_stopped_run_goes_on_with_its_personal_adapters(
     assert private_files(tmp_path / "stopped") == private_files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_it_does_not_matter_which_node_hosts_a_client(nodes: int, run: Callable, tmp_path: Path) -> None:
     apart, _ = run("apart", **DITTO)
     together, _ = run("together", nodes=nodes, **DITTO)

@@ -75,7 +75,7 @@ def test_the_cards_code_loads_a_run_on_a_local_model(publish: Callable, make_mod
     assert run_card(adapter, base).splitlines()[-1].startswith("3 ")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @NEEDS_EMBEDDED
 def test_the_cards_code_loads_a_run_on_the_embedded_model(publish: Callable) -> None:
     adapter = publish({"model.name": EMBEDDED_ALIAS, "lora.target-modules": "q_proj"})
