@@ -169,8 +169,9 @@ def in_time(question: Question) -> Iterator[None]:
 
     with watched_steps(check):
         yield
-    _check_not_withdrawn(question)
-    if question.action != "train":  # what has trained in time may already be charged
+    if question.action == "train":  # what has trained in time may already be charged
+        _check_not_withdrawn(question)
+    else:
         check()
 
 

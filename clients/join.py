@@ -78,8 +78,8 @@ def with_consent(holder: DataHolder, clients: Sequence[JoinedClient]) -> list[Jo
     """Return clients with a commitment to their rows, and the site's signed consent that these serve the run.
 
     The commitment is salted by a secret of the site's and by the run, so it says nothing of the rows, nor
-    whether two runs had the same; the site can show later which rows it stands for. Without a key of the site
-    there is neither.
+    whether runs of other names had the same; the site can show later which rows it stands for. Without a key
+    of the site there is neither.
 
     Raises:
         ConfigError: this machine's site.toml names a key that cannot be used.

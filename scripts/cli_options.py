@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 SITE_KEY = Path("~/.config/fedllm/site.key")  # where `fedllm keys new` puts a key
+# Of an audit: most rows, tokens given and tokens to be given back, passes of the positive control.
+AUDIT_ROWS, AUDIT_PREFIX, AUDIT_SUFFIX, AUDIT_EPOCHS = 500, 50, 50, 12
 
 
 def complete_word(incomplete: str) -> list[str]:

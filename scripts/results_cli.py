@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from scripts.cli_options import SITE_KEY, Base, Json, Words
+from scripts.cli_options import (
+    AUDIT_EPOCHS,
+    AUDIT_PREFIX,
+    AUDIT_ROWS,
+    AUDIT_SUFFIX,
+    SITE_KEY,
+    Base,
+    Json,
+    Words,
+)
 
 app = typer.Typer(suggest_commands=False)
 
@@ -90,10 +99,14 @@ def adapt(
 @app.command()
 def audit(
     target: Annotated[Path, typer.Argument(help="A run folder, on the machine that has its clients' rows.")],
-    rows: Annotated[int, typer.Option(min=1, help="Rows of training and of held-out text at most.")] = 500,
-    prefix: Annotated[int, typer.Option(min=1, help="Tokens given, in the extraction test.")] = 50,
-    suffix: Annotated[int, typer.Option(min=1, help="Tokens to be given back.")] = 50,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of the positive control over its rows.")] = 12,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows of training and of held-out text at most.")
+    ] = AUDIT_ROWS,
+    prefix: Annotated[int, typer.Option(min=1, help="Tokens given, in the extraction test.")] = AUDIT_PREFIX,
+    suffix: Annotated[int, typer.Option(min=1, help="Tokens to be given back.")] = AUDIT_SUFFIX,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Passes of the positive control over its rows.")
+    ] = AUDIT_EPOCHS,
     plot: Annotated[Path | None, typer.Option(help="Draw the result: a .png, .svg or .pdf file.")] = None,
     card: Annotated[bool, typer.Option("--card", help="Put what it repeats on the adapter's card.")] = False,
     json: Json = False,

@@ -12,6 +12,7 @@ all say the sentence `guarantee`, so that nobody reads an approximation as an ex
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from fedllm.errors import ConfigError
 from fedllm.files import write_file
+from fedllm.runs.folder import CHECKPOINTS, RESULT
 
 UNLEARNING = "unlearning.json"  # in a run's folder
 LIKE, UNLIKE, UNKNOWN = "like retraining", "unlike retraining", "not measurable"  # verdicts of a verification
@@ -72,6 +74,17 @@ def write_unlearning(folder: Path, unlearning: Unlearning) -> None:
     values = asdict(unlearning)
     content = {"class": values.pop("kind"), "guarantee": unlearning.guarantee, **values}
     write_file(folder / UNLEARNING, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def clear_unfinished(folder: Path, parent: str) -> None:
+    """Remove the checkpoint and adapter of a run that unlearns `parent` and was killed before its result.
+
+    The same call can then be made again; a run that has finished stays as it is.
+    """
+    begun = read_unlearning(folder)
+    if begun is not None and begun.parent == parent and not (folder / RESULT).exists():
+        for name in (CHECKPOINTS, "adapter"):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def read_unlearning(folder: Path) -> Unlearning | None:

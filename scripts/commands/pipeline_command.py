@@ -11,6 +11,7 @@ from fedllm.identity import load_key
 from fedllm.monitoring.open_metrics import write_metrics
 from fedllm.plan.run_plan import resolve
 from fedllm.registry.registry import Registry
+from scripts.cli_options import AUDIT_EPOCHS, AUDIT_PREFIX, AUDIT_ROWS, AUDIT_SUFFIX
 from scripts.command_line import StoppedError, again
 from scripts.commands.audit_command import audit
 from scripts.commands.run_command import do_run
@@ -19,8 +20,6 @@ from scripts.pipeline.metrics import pipeline_samples
 from scripts.pipeline.settings import Settings, read_settings
 from scripts.pipeline.steps import Pipeline, tick
 from scripts.recipe_arguments import config_of
-
-_PREFIX, _SUFFIX, _ROWS, _EPOCHS = 50, 50, 500, 12  # of an audit, as `fedllm audit` has them
 
 
 def pipeline(file: Path, *, once: bool) -> None:
@@ -70,8 +69,16 @@ def open_pipeline(settings: Settings, console: Console) -> Pipeline:
         do_run(config_of(words), settings.run.runtime, console)
 
     def memorised(folder: Path) -> None:
-        numbers = {"rows": _ROWS, "prefix": _PREFIX, "suffix": _SUFFIX, "epochs": _EPOCHS}
-        audit(folder, **numbers, plot=None, on_card=False, as_json=False)
+        audit(
+            folder,
+            rows=AUDIT_ROWS,
+            prefix=AUDIT_PREFIX,
+            suffix=AUDIT_SUFFIX,
+            epochs=AUDIT_EPOCHS,
+            plot=None,
+            on_card=False,
+            as_json=False,
+        )
 
     return Pipeline(
         settings,

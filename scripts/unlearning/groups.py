@@ -25,11 +25,12 @@ from fedllm.runs.folder import (
     describe_run,
     open_run_folder,
     read_keys,
+    run_folder,
     write_left_out,
     write_rounds,
 )
 from fedllm.runs.lineage import adapter_digest
-from fedllm.runs.unlearning import Unlearning, write_unlearning
+from fedllm.runs.unlearning import Unlearning, clear_unfinished, write_unlearning
 from scripts.runtimes.local import local_grid
 from scripts.unlearning.carried import carry_private
 from strategies.first_state import first_state
@@ -75,6 +76,8 @@ def redo_group(run: Path, client: str, name: str, reason: str = "") -> Path:
     groups = {one: [name for name in clients if name != client] for one, clients in before.items()}
     groups = {one: clients for one, clients in groups.items() if clients}
     began, new = time.perf_counter(), config.override({"run.name": name, "run.resume": False})
+    parent = adapter_digest(run / "adapter")
+    clear_unfinished(run_folder(new), parent)
     with open_run_folder(new) as folder:
         for one in groups:
             if one != group:
@@ -87,7 +90,7 @@ def redo_group(run: Path, client: str, name: str, reason: str = "") -> Path:
         unlearning = Unlearning(
             kind="C",
             method="group",
-            parent=adapter_digest(run / "adapter"),
+            parent=parent,
             reason=reason,
             rounds=config.federation.num_rounds if group in groups else 0,
             seconds=time.perf_counter() - began,

@@ -17,11 +17,12 @@ from fedllm.runs.folder import (
     open_run_folder,
     read_keys,
     read_left_out,
+    run_folder,
     write_left_out,
     write_rounds,
 )
 from fedllm.runs.lineage import adapter_digest, note_clients, noted_clients
-from fedllm.runs.unlearning import Unlearning, write_unlearning
+from fedllm.runs.unlearning import Unlearning, clear_unfinished, write_unlearning
 from scripts.runtimes.local import local_grid, node_config_of
 from scripts.unlearning.approximate import Case, forget, kept_states
 from scripts.unlearning.carried import carry_private
@@ -63,14 +64,15 @@ def unlearn_approximately(
         with TemporaryDirectory() as scratch:  # where those runs keep the secrets of their canaries
             verdicts = verify(config.override({"run.output": scratch}), client, method, seeds)
         verification = {measure: verdict.in_words for measure, verdict in verdicts.items()}
-    new = config.override({"run.name": name, "run.resume": False})
+    new, parent = config.override({"run.name": name, "run.resume": False}), adapter_digest(run / "adapter")
+    clear_unfinished(run_folder(new), parent)
     with open_run_folder(new) as folder:
         write_left_out(folder, {*read_left_out(run), client})  # nobody asks it again, nor after a resume
         carry_private(run, config.run.name, folder, name)
         unlearning = Unlearning(
             kind="D",
             method=method,
-            parent=adapter_digest(run / "adapter"),
+            parent=parent,
             reason=reason,
             seconds=seconds,
             verification=verification,

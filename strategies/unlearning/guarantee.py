@@ -155,6 +155,11 @@ def _clients_of(log: Path) -> tuple[dict[str, JoinedClient], bool]:
     has_begun = has_changed = False
     try:
         entries = list(read_entries(log))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{log}: missing, so nothing says who took part when; where the run has unlearnt by class D,"
+            " unlearn from the run before it"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{log}: cannot be read ({type(error).__name__}); restore it") from None
     for entry in entries:

@@ -16,7 +16,7 @@ from scripts.runtimes.flower import run_with_flower
 from scripts.runtimes.local import init, step
 from tests.stories.conftest import DISTILLED
 
-ALIKE = Path(__file__).with_name("alike")  # fixes what is random in secret sums
+INJECTED = Path(__file__).with_name("injected")
 
 
 def _digest(folder: Path) -> str:
@@ -122,7 +122,8 @@ def test_kept_vectors_are_the_same_at_a_site_service(tiny_run, fedllm, tmp_path)
 def test_secret_sums_are_the_same_in_three_runtimes(method, tiny_run, fedllm, tmp_path, monkeypatch):
     if method == "he":
         pytest.importorskip("tenseal")
-    monkeypatch.setenv("PYTHONPATH", f"{ALIKE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTHONPATH", f"{INJECTED}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("FEDLLM_TEST_ALIKE", "1")
     words = [*tiny_run, f"secure.method={method}", "federation.num-clients=3", "run.name=secret"]
     runtimes = ("local", "simulation", "deployment")
     for runtime in runtimes:

@@ -22,9 +22,8 @@ from scripts.runtimes.site import running_site
 from scripts.runtimes.submitting import submit
 from tests.leak_search import contents_of, unpacked
 from tests.site_builder import write_site
-from tests.stories.test_canaries import Federation, federation
+from tests.stories.test_canaries import INJECTED, Federation, federation
 
-OVERHEARD = Path(__file__).with_name("overheard")
 NAMES = ("anna", "ben", "cleo")
 WINDOW, MOST = 48, 60  # bytes of a piece of an update, and how many are sought; by chance none occurs
 
@@ -38,7 +37,7 @@ def start_site(running: Federation, name: str, overheard: Path) -> ExitStack:
     node = {"model-path": str(running.model), "client-id": name, "private-key": str(key)}
     node |= {"root-certificates": str(credentials.authority)}
     policy = load_policy(write_site(folder, running.link.address, {name: node}))
-    path = f"{OVERHEARD}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    path = f"{INJECTED}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     site = ExitStack()
     with patch.dict(os.environ, {"PYTHONPATH": path, "FEDLLM_TEST_OVERHEARD": str(overheard)}):
         site.enter_context(running_site(policy))

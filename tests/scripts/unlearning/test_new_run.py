@@ -21,6 +21,7 @@ from scripts.runtimes.local import local_grid
 from scripts.unlearning.approximate import refusal_of
 from scripts.unlearning.new_run import unlearn_approximately
 from strategies.run import run_federation
+from strategies.unlearning.guarantee import guarantee_of
 
 
 def run(config: RunConfig, without: tuple[str, ...] = ()) -> Path:
@@ -57,6 +58,26 @@ def test_an_unlearnt_run_has_lost_the_client_and_says_how(make_config: Callable)
         assert load_adapter(after / "adapter").state.digest != load_adapter(before / "adapter").state.digest
     with pytest.raises(ConfigError, match="'zoe'"):
         unlearn_approximately(before, "zoe", "ascent", "third")
+
+
+def test_a_call_that_was_killed_can_be_made_again(
+    make_config: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = run(make_config())
+    with monkeypatch.context() as killed:
+        killed.setattr("scripts.unlearning.new_run.publish_run", _raise)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn_approximately(before, "ben", "ascent", "after")
+    after = unlearn_approximately(before, "ben", "ascent", "after")
+    assert json.loads((after / "result.json").read_text())["status"] == "completed"
+    with pytest.raises(ConfigError, match="choose another run"):
+        unlearn_approximately(before, "ben", "ascent", "after")
+    with pytest.raises(ConfigError, match="unlearn from the run before it"):
+        guarantee_of(after, "anna")
+
+
+def _raise(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_one_round_is_subtracted_exactly(make_config: Callable) -> None:
