@@ -188,5 +188,5 @@ def test_clients_that_trained_in_groups_are_forgotten_by_group(guarantee: Callab
 def test_a_run_without_its_log_says_so(guarantee: Callable, tmp_path: Path) -> None:
     guarantee()
     (tmp_path / DECISIONS).unlink()
-    with pytest.raises(ConfigError, match=r"decisions\.jsonl: cannot be read"):
+    with pytest.raises(ConfigError, match=r"decisions\.jsonl: missing"):
         guarantee_of(tmp_path, "cleo")
