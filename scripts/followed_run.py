@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedllm.errors import ConfigError
 from fedllm.messages import ClientFailure
 from fedllm.runs.folder import DECISIONS
 from scripts.run_view import RunView
@@ -23,11 +24,15 @@ class FollowedRun:
         self._log, self._place = folder / DECISIONS, 0  # bytes of the log that were read
         self._rounds.show()
         entries = self._read()
-        ends = [place for place, entry in enumerate(entries) if entry["event"] in ("round", "begun")]
+        ends = [place for place, entry in enumerate(entries) if entry.get("event") in ("round", "begun")]
         self._hear(entries[ends[-1] :] if ends else entries)
 
     def look(self) -> None:
-        """Show what is new."""
+        """Show what is new.
+
+        Raises:
+            ConfigError: what the server wrote is damaged.
+        """
         self._rounds.show()  # first: answers in the log may be of the round after
         self._hear(self._read())
 
@@ -40,11 +45,20 @@ class FollowedRun:
             content = file.read()
         finished = content[: content.rfind(b"\n") + 1]
         self._place += len(finished)
-        return [json.loads(line) for line in finished.splitlines()]
+        try:
+            return [dict(json.loads(line)) for line in finished.splitlines()]
+        except (TypeError, ValueError):
+            raise self._is_damaged() from None
 
     def _hear(self, entries: list[dict[str, Any]]) -> None:
-        for entry in entries:
-            self._tell(entry)
+        try:
+            for entry in entries:
+                self._tell(entry)
+        except KeyError:
+            raise self._is_damaged() from None
+
+    def _is_damaged(self) -> ConfigError:
+        return ConfigError(f"{self._log}: damaged; `fedllm log verify {self._log}` says where")
 
     def _tell(self, entry: Mapping[str, Any]) -> None:
         view = self._view

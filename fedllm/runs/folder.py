@@ -134,14 +134,26 @@ def read_rounds(folder: Path) -> list[RoundRecord]:
         ConfigError: there are none, or they are damaged.
     """
     try:
-        found = [record_from_dict(json.loads(line)) for line in (folder / ROUNDS).read_text().splitlines()]
-    except CheckpointError as error:
-        raise ConfigError(f"{folder / ROUNDS}: {error}") from None
+        lines = (folder / ROUNDS).read_text().splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: not a run folder ({ROUNDS}: {type(error).__name__})") from None
-    if not found:
+    if not lines:
         raise ConfigError(f"{folder}: not a run folder ({ROUNDS} is empty)")
-    return found
+    return [read_round(folder, line) for line in lines]
+
+
+def read_round(folder: Path, line: str) -> RoundRecord:
+    """Return the record in one line of `rounds.jsonl`.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return record_from_dict(json.loads(line))
+    except CheckpointError as error:
+        raise ConfigError(f"{folder / ROUNDS}: {error}") from None
+    except ValueError:
+        raise ConfigError(f"{folder / ROUNDS}: damaged; a run that goes on writes it again") from None
 
 
 def write_left_out(folder: Path, clients: Iterable[str]) -> None:

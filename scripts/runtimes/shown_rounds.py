@@ -1,11 +1,10 @@
 """The rounds that a run of another process writes to its folder, shown as they come."""
 
-import json
 from pathlib import Path
 from typing import Protocol
 
-from fedllm.runs.folder import ROUNDS
-from fedllm.runs.records import RoundRecord, record_from_dict
+from fedllm.runs.folder import ROUNDS, read_round
+from fedllm.runs.records import RoundRecord
 
 
 class View(Protocol):
@@ -29,14 +28,18 @@ class ShownRounds:
         self._num_old, self._shown, self._seen = len(self._lines()), 0, (0, 0)
 
     def show(self) -> bool:
-        """Show what is new, and return whether there was any."""
+        """Show what is new, and return whether there was any.
+
+        Raises:
+            ConfigError: a line is damaged.
+        """
         if not self._file.exists() or version_of(self._file) == self._seen:
             return False
         self._seen = version_of(self._file)
         lines, before = self._lines(), self._shown
         for place, line in enumerate(lines[before:], before):
             show = self._view.replay if place < self._num_old else self._view.record
-            show(record_from_dict(json.loads(line)))
+            show(read_round(self._file.parent, line))
         self._shown = max(before, len(lines))
         return self._shown > before
 

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.files import is_locked, locked
 from fedllm.plan.run_plan import resolve
-from fedllm.runs.folder import DECISIONS, WRITER, describe_run, write_result, write_rounds
+from fedllm.runs.folder import DECISIONS, ROUNDS, WRITER, describe_run, write_result, write_rounds
 from fedllm.runs.records import RoundRecord
 from scripts.command_line import StoppedError
 from scripts.commands import watch_command
@@ -105,6 +106,15 @@ def test_a_run_that_nobody_does_says_how_it_goes_on(
 def test_no_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a run folder; name one, such as runs/run"):
         watch_command.watch(tmp_path, as_json=False)
+
+
+@pytest.mark.parametrize("name", [ROUNDS, DECISIONS])
+@pytest.mark.parametrize("line", ["{torn", "[1]", '{"event": "refused"}'])
+def test_a_damaged_file_is_named(folder: Path, name: str, line: str) -> None:
+    (folder / WRITER).touch()
+    (folder / name).write_text(line + "\n")
+    with pytest.raises(ConfigError, match=re.escape(str(folder / name))):
+        watch_command.watch(folder, as_json=False)
 
 
 def test_ctrl_c_ends_the_watching_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
