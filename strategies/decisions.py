@@ -1,6 +1,6 @@
 """The log of a run at the server, `decisions.jsonl`: every answer that came, and what was decided on it.
 
-    begun      the run, the digest of its plan; once more for each time that it goes on
+    begun      the run, the digest of its plan, what a program gave it; once more each time that it goes on
     joined     a client, its node and the sizes and base model it declared, at the start or later
     reply      an answer of a node: what was asked, the digest of what it holds, or the code or reason of none
     accepted   a sound update, with its weight and the digest of its delta; the attempt's `round` line says
@@ -18,7 +18,7 @@ that both can be compared. Of clients there are ids, numbers and codes, never te
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,16 +40,17 @@ from strategies.session import Watch
 
 
 @contextmanager
-def decided(folder: Path, plan: RunPlan, watch: Watch) -> Iterator[Watch]:
+def decided(folder: Path, plan: RunPlan, watch: Watch, given: Sequence[str] = ()) -> Iterator[Watch]:
     """Yield `watch` with ears that write the log of the run in `folder`; what it ends with is written too.
 
+    `given` names what the caller put in place of what the run's folder and configuration say.
     A disk that is full for a while loses no line: all that could not be written comes with the next.
 
     Raises:
         CheckpointError: lines could still not be written when the run is over.
     """
     log = Decisions(folder / DECISIONS, watch.notice)
-    log.note("begun", run=plan.config.run.name, plan=plan.digest)
+    log.note("begun", run=plan.config.run.name, plan=plan.digest, given=list(given))
     try:
         yield log.listening(watch)
     except (FedLLMError, OSError) as error:

@@ -1,6 +1,6 @@
 """Who hears of a run besides the person who watches it: log, trackers, its lineage, kept withdrawals."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from strategies.withdrawals import keeping_withdrawals
 
 
 @contextmanager
-def heard(folder: Path, plan: RunPlan, watch: Watch) -> Iterator[Watch]:
+def heard(folder: Path, plan: RunPlan, watch: Watch, given: Sequence[str] = ()) -> Iterator[Watch]:
     """Yield `watch` with the ears of all of them; raises as `decided` and `tracked`."""
-    with decided(folder, plan, watch) as watch, tracked(folder, plan.config, watch) as watch:
+    with decided(folder, plan, watch, given) as watch, tracked(folder, plan.config, watch) as watch:
         yield noting_clients(folder, plan, keeping_withdrawals(folder, watch))

@@ -48,7 +48,7 @@ def run_federation(
     with (
         open_run_folder(config) as folder,
         _failure_noted(folder),
-        heard(folder, plan, watch) as watch,
+        heard(folder, plan, watch, _given(start, stock)) as watch,
     ):
         (folder / "result.json").unlink(missing_ok=True)  # it says how the latest attempt ended
         session = open_session(plan, grid, watch, stock, folder=folder, resident=resident)
@@ -64,6 +64,12 @@ def run_federation(
         for line in publish_run(folder, plan, state, stopped, session.clients, session.transport.bundle):
             watch.notice(f"warning: {line}")
         return state
+
+
+def _given(start: AdapterState | None, stock: Strategy | None) -> list[str]:
+    """Return what a caller gave to a run, in words."""
+    adapter = [] if start is None else ["an adapter to start from"]
+    return adapter + ([] if stock is None else [f"the strategy {type(stock).__name__}"])
 
 
 @contextmanager

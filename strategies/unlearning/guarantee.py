@@ -8,9 +8,9 @@ unless something else in them depends on who takes part. Every such thing is loo
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from fedllm.chained_log import read_entries
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError
 from fedllm.messages import JoinedClient
@@ -19,14 +19,17 @@ from fedllm.runs.folder import DECISIONS, GROUPS, read_keys, read_rounds
 from fedllm.runs.records import RoundRecord
 from strategies.cohort.voices import weight_limits
 from strategies.sites import read_sites
+from strategies.unlearning.beginning import beginning_of, runs_beside
 from strategies.unlearning.groups import group_in_folder
+from strategies.unlearning.took_part import TookPart, read_took_part
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guarantee:
     """The class that a run can give, and for each stronger one why not.
 
-    Under class A the rounds from `first_round` on are done again, 0 = none: the client had no turn.
+    Under class A the rounds from `first_round` on are done again, 0 = none: the client had no turn. Where the
+    adapter that the run began from knows the client, they begin from the one in the folder `instead`.
     """
 
     kind: str  # A | B | C | D
@@ -35,6 +38,7 @@ class Guarantee:
     first_round: int = 0
     num_rounds: int = 0  # that the run has done
     epsilon: float | None = None
+    instead: str = ""
 
     @property
     def needs_work(self) -> bool:
@@ -52,7 +56,13 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
 
     Raises:
         ConfigError: the folder holds no run that can be read, or the client took no part in it.
+        OSError: the adapter that it began from cannot be read.
     """
+    return _guarantee(run, client, runs_beside(run), rows=rows)
+
+
+def _guarantee(run: Path, client: str, others: Sequence[Path], *, rows: bool) -> Guarantee:
+    """Return a guarantee; `others` are the runs among which the one it began from is looked for."""
     plan, records = resolve(RunConfig.from_flat(read_keys(run))), read_rounds(run)
     num_rounds = records[-1].round_num
     if (run / GROUPS).exists():
@@ -60,14 +70,18 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
         refused = {"A": "its clients trained in groups", "B": _refusal_of_b(plan, rows=rows)}
         why = "the client's group has an adapter of its own, which is trained again without it"
         return Guarantee(kind="C", why=why, refused=refused, num_rounds=num_rounds)
-    starts, has_changed = _clients_of(run / DECISIONS)
-    if client not in starts:
-        raise ConfigError(f"{run}: client {client!r} took no part; {_names(starts)} did")
-    refused = {"A": _refusal_of_a(plan, records, has_changed=has_changed)}
+    there = read_took_part(run / DECISIONS)
+    if client not in there.clients:
+        raise ConfigError(f"{run}: client {client!r} took no part; {_names(there.clients)} did")
+    began = beginning_of(run, others, partial(_never_had, client=client, others=others, rows=rows))
+    refused = {"A": began.refusal or _refusal_of_a(plan, records, there)}
     if not refused["A"]:
-        first, why = _first_round(plan, records, starts, client, rows=rows)
-        return Guarantee(kind="A", why=why, first_round=first, num_rounds=num_rounds)
-    refused["B"] = _refusal_of_b(plan, rows=rows)
+        first, why = _first_round(plan, records, there.clients, client, rows=rows)
+        if began.instead:
+            forgotten = Path(began.instead).parent.name
+            first, why = 1, f"its first adapter knows it, and that of {forgotten} takes its place"
+        return Guarantee(kind="A", why=why, first_round=first, num_rounds=num_rounds, instead=began.instead)
+    refused["B"] = "the adapter it began from may know it" if began.knows else _refusal_of_b(plan, rows=rows)
     if not refused["B"]:
         epsilon, delta = _spent(run, plan), plan.config.privacy.delta
         unit = "row" if rows else "client"
@@ -79,8 +93,24 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
     return Guarantee(kind="D", why=why, refused=refused, num_rounds=num_rounds)
 
 
-def _refusal_of_a(plan: RunPlan, records: Sequence[RoundRecord], *, has_changed: bool) -> str:
+def _never_had(run: Path, client: str, others: Sequence[Path], *, rows: bool) -> bool:
+    """Return whether a run's adapter is for certain that of a run without a client, or without its rows."""
+    left = [other for other in others if other != run]
+    try:
+        there = read_took_part(run / DECISIONS)
+        if client in there.clients:
+            found = _guarantee(run, client, left, rows=rows)
+            return found.kind == "A" and not found.needs_work
+    except ConfigError:
+        return False
+    earlier = beginning_of(run, left, partial(_never_had, client=client, others=left, rows=rows))
+    return not (there.has_changed or there.given or earlier.knows)
+
+
+def _refusal_of_a(plan: RunPlan, records: Sequence[RoundRecord], there: TookPart) -> str:
     """Return why rounds done again would not be those of a run without the client, "" where they are."""
+    if there.given:
+        return f"it was given {' and '.join(there.given)} by a program, which no folder keeps"
     federation = plan.config.federation
     if plan.cohort.rule in ("power-of-choice", "oort"):
         return (
@@ -88,7 +118,7 @@ def _refusal_of_a(plan: RunPlan, records: Sequence[RoundRecord], *, has_changed:
         )
     if federation.over_selection > 1 or any(record.staleness for record in records):
         return "updates counted by when they came, which no other run repeats"
-    if has_changed:
+    if there.has_changed:
         return "the set of clients changed while it ran"
     if plan.privacy is not None:
         return "rounds done again would spend the other clients' privacy budget a second time"
@@ -143,46 +173,6 @@ def _touches_all(plan: RunPlan, clients: Mapping[str, JoinedClient], rest: Mappi
     ):
         return "what other clients may weigh at most depends on it"
     return ""
-
-
-def _clients_of(log: Path) -> tuple[dict[str, JoinedClient], bool]:
-    """Return the clients that a run began with, and whether others took part at any later time.
-
-    Raises:
-        ConfigError: there is no such log, or it is damaged.
-    """
-    starts: list[dict[str, JoinedClient]] = []
-    has_begun = has_changed = False
-    try:
-        entries = list(read_entries(log))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{log}: missing, so nothing says who took part when; where the run has unlearnt by class D,"
-            " unlearn from the run before it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{log}: cannot be read ({type(error).__name__}); restore it") from None
-    for entry in entries:
-        if entry["event"] == "begun":
-            starts.append({})
-            has_begun = False
-        elif entry["event"] == "round":
-            has_begun = True
-        elif entry["event"] == "joined":
-            fields = {name: entry[name] for name in ("num_train", "num_held_out", "fingerprint", "site")}
-            client = JoinedClient(client_id=entry["client"], node_id=entry["node"], **fields)
-            has_changed |= has_begun and not _is_same(starts[-1].get(client.client_id), client)
-            starts[-1][client.client_id] = client
-    first, *later = [start for start in starts if start] or [{}]  # without those that nobody joined
-    for start in later:
-        has_changed |= start.keys() != first.keys()
-        has_changed |= any(not _is_same(first.get(name), client) for name, client in start.items())
-    return first, has_changed
-
-
-def _is_same(before: JoinedClient | None, now: JoinedClient) -> bool:
-    """Return whether a client is back as it was; a node that was started again may have another id."""
-    return before is not None and replace(before, node_id=now.node_id) == now
 
 
 def _spent(run: Path, plan: RunPlan) -> float:

@@ -78,7 +78,7 @@ def begin_replay(
     if left_out := read_left_out(run) | ({client} if not rows else set()):
         write_left_out(folder, left_out)
     if (run / START).exists():
-        shutil.copytree(run / START, folder / START, dirs_exist_ok=True)
+        shutil.copytree(guarantee.instead or run / START, folder / START, dirs_exist_ok=True)
     if state is not None and not newest_round(folder / CHECKPOINTS):
         known = noted_clients(run)  # of the rounds that are kept, some may not join again
         note_clients(folder, {one: known[one] for one in state.num_drawn if one in known})

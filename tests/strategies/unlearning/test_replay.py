@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from clients.client_app import app
 from clients.forgotten import forget_rows
-from fedllm.config.run_config import RunConfig
 from fedllm.data.fields import Example
 from fedllm.data.shards import load_one_client
 from fedllm.errors import ConfigError
@@ -20,26 +18,11 @@ from fedllm.runs.folder import read_left_out
 from fedllm.runs.lineage import noted_clients
 from fedllm.runs.records import RoundRecord, record_to_dict
 from fedllm.runs.unlearning import read_unlearning
-from scripts.runtimes.local import local_grid
-from strategies.run import run_federation
 from strategies.session import SILENT, Watch
 from strategies.unlearning.guarantee import Guarantee, guarantee_of
 from strategies.unlearning.replay import begin_replay, replayed_config
 from tests.strategies.conftest import NAMES
-
-ONE_A_ROUND = {"federation.cohort": 1, "federation.num-rounds": 6, "train.local-steps": 1}
-
-
-def done(config: RunConfig, watch: Watch = SILENT) -> ServerState:
-    return run_federation(config, local_grid(config, app), watch)
-
-
-@pytest.fixture
-def config_of(make_config: Callable, tmp_path: Path) -> Callable[..., RunConfig]:
-    """Return a function (name of a run, **flat overrides) -> its configuration."""
-    return lambda name, **flat: make_config(
-        {**ONE_A_ROUND, "run.output": str(tmp_path), "run.name": name, **flat}
-    )
+from tests.strategies.unlearning.conftest import done
 
 
 @pytest.fixture
