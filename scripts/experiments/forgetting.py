@@ -75,7 +75,10 @@ _FLAT: dict[str, Scalar] = {
     **{"train.local-steps": 10, "train.batch-size": 4, "train.learning-rate": 1e-2},
     **{"train.max-length": 128, "data.held-out-fraction": 0.5, "data.max-held-out": 100},
 }
-FULL = Size(flat=_FLAT, rows_of_domain=200, recipe=Recipe())
+# So many canaries that a run with the client can be told from one without it.
+FULL = Size(
+    flat={**_FLAT, "audit.canaries": "24:32", "train.local-steps": 20}, rows_of_domain=200, recipe=Recipe()
+)
 QUICK = Size(
     flat={**_FLAT, "federation.num-rounds": 3, "train.local-steps": 2},
     rows_of_domain=24,
