@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedllm.adapters.base_delta import adapter_with_base_delta
+from fedllm.adapters.layout import initial_adapter
 from fedllm.messages import JoinedClient
 from fedllm.models.declared import Declared, declared_by
 from fedllm.models.files import EMBEDDED_ALIAS, ModelFiles, is_local_model
@@ -280,8 +281,15 @@ def statement_on_privacy(plan: RunPlan, state: ServerState) -> dict[str, Any] | 
     """Return the content of `privacy.json`, None for a run without a privacy plan."""
     if plan.privacy is None:
         return None
-    num_clients = plan.config.federation.num_clients
-    return statement_of(plan.privacy, state.ledger, num_clients=num_clients, num_rounds=state.round_num)
+    numbers = {"num_clients": plan.config.federation.num_clients, "num_rounds": state.round_num}
+    return statement_of(plan.privacy, state.ledger, **numbers, began_from=_began_from(plan, state))
+
+
+def _began_from(plan: RunPlan, state: ServerState) -> str:
+    """Return the digest of the adapter that a run began from, "" where it drew one by its seed."""
+    drawn = initial_adapter(state.adapter.layout, plan.config.seed, plan.init_a).digest
+    began = state.records[0].adapter if state.records else ""
+    return began if began != drawn else ""
 
 
 def _privacy_text(plan: RunPlan, state: ServerState) -> str:

@@ -16,6 +16,12 @@ AUDIT = (
     "an audit (fedllm audit) gives a lower bound: what it finds refutes a claim, what it does not find proves"
     " nothing; the lower bound is not a guarantee, epsilon above is"
 )
+_WHOLE = "the published adapter, and every adapter the run passed through"
+_ADDED = "what the run added to the adapter that it began from"
+_BEFORE = (
+    "the adapter that the run began from: of rows that trained it too, its own epsilon and this one add up,"
+    " and without one of its own there is none"
+)
 _NOISED_BY = {
     "central": "the server adds the noise and sees every clipped update: it is trusted",
     "local": "every data holder adds the noise to what it sends: the server is not trusted",
@@ -23,8 +29,14 @@ _NOISED_BY = {
 }
 
 
-def statement_of(plan: PrivacyPlan, ledger: Ledger, *, num_clients: int, num_rounds: int) -> dict[str, Any]:
-    """Return the content of `privacy.json`."""
+def statement_of(
+    plan: PrivacyPlan, ledger: Ledger, *, num_clients: int, num_rounds: int, began_from: str = ""
+) -> dict[str, Any]:
+    """Return the content of `privacy.json`.
+
+    `began_from` is the digest of an adapter of other training that the run began from: what that one knows of
+    the same rows has no noise of this run.
+    """
     charges = [charge for sums in ledger.accounts.values() for charge in sums]
     counts = [sum(charge.count for charge in sums) for sums in ledger.accounts.values()]
     return {
@@ -49,8 +61,11 @@ def statement_of(plan: PrivacyPlan, ledger: Ledger, *, num_clients: int, num_rou
         "num_clients": num_clients,
         "num_rounds": num_rounds,
         "noise_source": "ChaCha20 under a secret of the operating system's, which is not published",
-        "covers": "the published adapter, and every adapter the run passed through",
-        "does_not_cover": not_covered(plan),
+        "covers": _WHAT_CAME
+        if began_from
+        else "the published adapter, and every adapter the run passed through",
+        "does_not_cover": ([_BEFORE] if began_from else []) + not_covered(plan),
+        "began_from": began_from,
         "audit": AUDIT,
         "num_accounts": len(ledger.accounts),
     }
@@ -97,8 +112,9 @@ def in_words(plan: PrivacyPlan, statement: dict[str, Any]) -> str:
     """Return the paragraph and the list of a model card."""
     noise = statement["noise_multiplier"]
     deviations = f"{noise[0]:.3g}" if noise[0] == noise[1] else f"{noise[0]:.3g} to {noise[1]:.3g}"
+    what = "What this run added to the adapter it began from" if statement["began_from"] else "This adapter"
     lines = [
-        f"This adapter is ({statement['epsilon']:g}, {plan.delta:g})-differentially private for"
+        f"{what} is ({statement['epsilon']:g}, {plan.delta:g})-differentially private for"
         f" {statement['unit_in_words']}; neighbours: {plan.relation}.",
         f"Mechanism: {statement['mechanism']}, clip {plan.clip:g}{' at first, adaptive' * plan.adaptive},"
         f" noise multiplier {deviations}, {statement['releases_of_a_unit']} releases of a unit at most;"

@@ -81,7 +81,8 @@ def _guarantee(run: Path, client: str, others: Sequence[Path], *, rows: bool) ->
             forgotten = Path(began.instead).parent.name
             first, why = 1, f"its first adapter knows it, and that of {forgotten} takes its place"
         return Guarantee(kind="A", why=why, first_round=first, num_rounds=num_rounds, instead=began.instead)
-    refused["B"] = "the adapter it began from may know it" if began.knows else _refusal_of_b(plan, rows=rows)
+    may_know = began.knows or bool(there.given)
+    refused["B"] = "the adapter it began from may know it" if may_know else _refusal_of_b(plan, rows=rows)
     if not refused["B"]:
         epsilon, delta = _spent(run, plan), plan.config.privacy.delta
         unit = "row" if rows else "client"

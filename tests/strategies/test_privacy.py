@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from fedllm.privacy.accounting import gaussian_epsilon
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import clipped
 from fedllm.runs.checkpoint import ServerState, load_checkpoint
+from fedllm.runs.folder import START
 from fedllm.runs.records import RoundRecord, TrainingRecord
 from fedllm.wire.refusals import write_error
 from scripts.runtimes.local import local_grid
@@ -447,6 +449,20 @@ def four_rounds(flat: dict[str, Any], make_config: Callable, output: Path) -> Ru
     )
 
 
+def test_a_run_from_another_adapter_speaks_for_what_it_added(make_config: Callable, tmp_path: Path) -> None:
+    plain = make_config({"run.output": str(tmp_path), "run.name": "first", "federation.num-rounds": 1})
+    run_federation(plain, local_grid(plain, app))
+    flat = {**CLIENT, "privacy.epsilon": 8.0, "run.name": "second"}
+    config = four_rounds(flat, make_config, tmp_path).override({"federation.num-rounds": 1})
+    shutil.copytree(tmp_path / "first" / "adapter", tmp_path / "second" / START)
+    run_federation(config, local_grid(config, app))
+    statement = json.loads((tmp_path / "second" / "privacy.json").read_text())
+    assert statement["began_from"] == json.loads((tmp_path / "first" / "result.json").read_text())["digest"]
+    assert "own epsilon and this one add up" in statement["does_not_cover"][0]
+    card = (tmp_path / "second" / "adapter" / "README.md").read_text()
+    assert "What this run added to the adapter it began from is (" in card
+
+
 def test_a_run_ends_before_its_budget_and_keeps_its_result(make_config: Callable, tmp_path: Path) -> None:
     two = gaussian_epsilon(math.sqrt(2) / 2.0, 1e-5)
     flat = {**CLIENT, "privacy.epsilon": two * 1.01, "privacy.metrics": "held-out"}
@@ -463,7 +479,8 @@ def test_a_run_ends_before_its_budget_and_keeps_its_result(make_config: Callable
     statement = json.loads((folder / "privacy.json").read_text())
     assert two <= statement["epsilon"] <= two + 1e-4
     card = (folder / "adapter" / "README.md").read_text()
-    assert f"({statement['epsilon']:g}, 1e-05)-differentially private" in card
+    assert f"This adapter is ({statement['epsilon']:g}, 1e-05)-differentially private" in card
+    assert statement["began_from"] == ""
     assert "No differential privacy" not in card
     published = [path for path in (folder / "adapter").rglob("*") if path.is_file()]
     secret = (folder / "private" / "server" / "noise-secret").read_bytes()
