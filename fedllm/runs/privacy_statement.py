@@ -61,9 +61,7 @@ def statement_of(
         "num_clients": num_clients,
         "num_rounds": num_rounds,
         "noise_source": "ChaCha20 under a secret of the operating system's, which is not published",
-        "covers": _WHAT_CAME
-        if began_from
-        else "the published adapter, and every adapter the run passed through",
+        "covers": _ADDED if began_from else _WHOLE,
         "does_not_cover": ([_BEFORE] if began_from else []) + not_covered(plan),
         "began_from": began_from,
         "audit": AUDIT,
