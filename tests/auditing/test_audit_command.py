@@ -117,6 +117,7 @@ def test_what_an_adapter_writes_itself_is_given_back_and_nothing_else(
         assert found["run"]["number"] == 8
 
 
+@pytest.mark.soak
 def test_private_run_keeps_its_claim_and_its_control_leaks(finished: Callable, command: Callable) -> None:
     folder = finished("private", PRIVATE)
     report = json.loads(command(str(folder), *SHORT, "--json"))
@@ -185,6 +186,7 @@ def test_an_audit_leaves_the_run_as_it_was(copied: Callable, command: Callable) 
     assert all(after[path] == content for path, content in before.items())
 
 
+@pytest.mark.soak
 def test_the_card_says_what_is_repeated_where_that_is_wanted(copied: Callable, command: Callable) -> None:
     folder = copied("overfitted", OVERFITTED)
     card = folder / "adapter" / "README.md"

@@ -65,6 +65,7 @@ def test_variants_are_compared_again_in_every_repetition() -> None:
     assert list(values) == []
 
 
+@pytest.mark.soak
 def test_what_stands_apart_is_timed_and_not_compared() -> None:
     steady = torch.tensor([[1.0, 1.0]])
     compared = compare(

@@ -48,6 +48,7 @@ def test_all_parts_together_take_less_than_eight_minutes() -> None:
     assert sum(part.limit_s for part in parts_of("cpu", quick=False).values()) <= 480
 
 
+@pytest.mark.soak
 def test_figures_of_a_part_are_shown_by_name() -> None:
     figures = measure_steps(TINY, {(400, 2): "400 tokens"}, "cpu", quick=True)
     assert figures["400 tokens"]["tokens_per_s"] > 0

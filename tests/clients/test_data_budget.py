@@ -141,7 +141,7 @@ def other_weights(model: Path, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("flat", [EXAMPLE, CLIENT])
+@pytest.mark.parametrize("flat", [EXAMPLE, pytest.param(CLIENT, marks=pytest.mark.soak)])
 def test_every_other_computation_of_an_answer_is_charged(
     flat: dict[str, Any], open_site: Callable, make_model_folder: Callable, tmp_path: Path
 ) -> None:

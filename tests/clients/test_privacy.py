@@ -250,7 +250,7 @@ def test_a_damaged_ledger_is_no_empty_ledger(open_one: Callable, caplog: pytest.
     assert isinstance(answers[1], ClientUpdate)
 
 
-@pytest.mark.parametrize("flat", [LOCAL, EXAMPLE])
+@pytest.mark.parametrize("flat", [pytest.param(LOCAL, marks=pytest.mark.soak), EXAMPLE])
 def test_other_noise_in_a_run_of_same_name_is_unrelated(flat: dict[str, Any], open_one: Callable) -> None:
     """The same noise in two amounts could be subtracted: 2 r1 - r2 would be the update itself."""
     answers = []
@@ -321,7 +321,9 @@ def test_rows_are_drawn_by_coins_at_the_rate_that_is_counted(open_one: Callable)
     assert plan.charge(number).rate >= rate
 
 
-@pytest.mark.parametrize("flat", [EXAMPLE, LOCAL, {**CLIENT, "privacy.clip": 0.05}])
+@pytest.mark.parametrize(
+    "flat", [EXAMPLE, pytest.param(LOCAL, marks=pytest.mark.soak), {**CLIENT, "privacy.clip": 0.05}]
+)
 def test_what_leaves_is_clipped_and_says_nothing_else(flat: dict[str, Any], open_one: Callable) -> None:
     holder = open_one(**flat)
     asked = request(holder, clip=0.05 if flat.get("privacy.clip") == 0.05 else 0.0)

@@ -106,7 +106,7 @@ def test_losses_tell_every_secret_and_a_budget_withholds_them(
         ask(0, LIMIT, **{**PRIVATE, "privacy.metrics": "held-out"})
 
 
-@pytest.mark.parametrize(("limit", "flat"), [(0.0, {}), (LIMIT, PRIVATE)])
+@pytest.mark.parametrize(("limit", "flat"), [pytest.param(0.0, {}, marks=pytest.mark.soak), (LIMIT, PRIVATE)])
 def test_updates_of_one_row_tell_its_secret_or_nothing(
     limit: float, flat: dict[str, Any], ask: Callable, imagined: tuple[Encoded, ...]
 ) -> None:

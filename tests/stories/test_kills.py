@@ -34,6 +34,7 @@ AT_BOTH = ["flwr-serverapp"] * 9 + ["flower-superlink"] * 2 + AT_SITES[:9]
 LONGEST_RUN = 3600.0  # seconds
 
 
+@pytest.mark.soak
 def test_a_killed_serverapp_costs_no_bit(tiny_run: list[str], tmp_path: Path) -> None:
     words = [*tiny_run, *DISTILLED, "federation.num-clients=2", f"run.output={tmp_path}"]
     words += ["personal.mode=finetune", "data.held-out-fraction=0.3"]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_budget_alone_makes_a_private_run_with_a_statement(tiny_run, fedllm, tmp_path):
     words = [*tiny_run, "--out", str(tmp_path), "privacy.epsilon=8", "run.name=private"]

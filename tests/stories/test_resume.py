@@ -44,6 +44,7 @@ def test_sigkill_in_a_round_then_resume_gives_the_same_bytes(tiny_run, fedllm, t
     fedllm("compare", str(tmp_path / "whole"), str(killed), "--assert-equal")
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_ctrl_c_leaves_complete_rounds_and_one_line(tiny_run, fedllm, tmp_path):
     words = [*tiny_run, "federation.num-rounds=500", "--out", str(tmp_path), "run.name=stopped"]

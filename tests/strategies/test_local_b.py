@@ -107,7 +107,7 @@ def test_a_client_that_never_trained_has_the_first_b(make_config: Callable, open
     assert evaluate(run.session, other) == fresh
 
 
-@pytest.mark.parametrize("stopped_in", [2, 3])
+@pytest.mark.parametrize("stopped_in", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_a_run_that_was_stopped_goes_on_with_every_clients_b(
     stopped_in: int, make_config: Callable, tmp_path: Path
 ) -> None:

@@ -491,7 +491,7 @@ class Killed(BaseException):
     """A process that is gone."""
 
 
-@pytest.mark.parametrize("flat", [CLIENT, LOCAL, EXAMPLE])
+@pytest.mark.parametrize("flat", [CLIENT, LOCAL, pytest.param(EXAMPLE, marks=pytest.mark.soak)])
 def test_a_killed_private_run_goes_on_with_the_same_ledger(
     flat: dict[str, Any], make_config: Callable, tmp_path: Path
 ) -> None:

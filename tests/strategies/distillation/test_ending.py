@@ -60,7 +60,7 @@ def test_a_kept_step_changes_the_adapter_and_is_reported(run: Callable, tmp_path
     assert not any(name in card for name in NAMES), "a card names no data holder"
 
 
-@pytest.mark.parametrize("rate", [1.0, 1e30])
+@pytest.mark.parametrize("rate", [pytest.param(1.0, marks=pytest.mark.soak), 1e30])
 def test_a_harmful_step_is_refused_and_the_aggregate_stays(
     rate: float, run: Callable, public_file: str
 ) -> None:
@@ -75,6 +75,7 @@ def test_a_harmful_step_is_refused_and_the_aggregate_stays(
     assert any("not distilled" in line for line in notices)
 
 
+@pytest.mark.soak
 def test_public_text_and_the_control_are_measured(run: Callable, public_file: str) -> None:
     for text, kind in ((public_file, "public"), (f"synthetic+{public_file}", "both")):
         flat = {**CHEAP, "distill.text": text, "distill.control": True, "federation.num-rounds": 1}
@@ -87,7 +88,7 @@ def test_public_text_and_the_control_are_measured(run: Callable, public_file: st
         assert any("fine-tuning on the same texts" in line for line in notices)
 
 
-@pytest.mark.parametrize("read_out", ["residual", "stack"])
+@pytest.mark.parametrize("read_out", ["residual", pytest.param("stack", marks=pytest.mark.soak)])
 def test_the_student_learns_on_the_base_the_round_leaves(
     read_out: str, run: Callable, public_file: str
 ) -> None:

@@ -126,6 +126,7 @@ def test_clients_judge_where_nothing_else_can(flat: dict[str, Any], asked: bool)
     assert distillation_of(plan).asks_clients is asked
 
 
+@pytest.mark.soak
 def test_synthetic_text_alone_is_judged_by_the_clients_too(run: Callable) -> None:
     state, _ = run("asked", **{**CHEAP, "distill.gate": "auto", "distill.when": "last"})
     (step,) = steps_of(state)

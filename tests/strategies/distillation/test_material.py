@@ -19,7 +19,11 @@ from tests.strategies.distillation.builders import FEW, NAMES, WORDS, material_o
 
 @pytest.mark.parametrize(
     "flat",
-    [{}, {"evaluation.prompts": "sum of? || list it?"}, {"data.columns": "text=text"}],
+    [
+        {},
+        pytest.param({"evaluation.prompts": "sum of? || list it?"}, marks=pytest.mark.soak),
+        {"data.columns": "text=text"},
+    ],
     ids=["questions first", "public prompts", "plain text"],
 )
 def test_synthetic_text_begins_with_what_there_is(flat: dict[str, str], trained: Callable) -> None:
@@ -57,6 +61,7 @@ def test_no_row_to_distil_on_is_the_head_of_a_held_out_text(trained: Callable, t
     assert material.texts.num_removed >= 40
 
 
+@pytest.mark.soak
 def test_of_few_texts_that_pass_most_are_learnt_from(trained: Callable) -> None:
     session, _, _, adapters = trained()
     session = with_keys(session, **{"distill.num-texts": 40})
@@ -84,6 +89,7 @@ def test_where_no_synthetic_text_passes_public_ones_are_left(trained: Callable, 
     assert material.texts.num_refused == material.texts.num_written == 12
 
 
+@pytest.mark.soak
 def test_next_to_plain_public_text_the_runs_prompts_begin(trained: Callable, tmp_path: Path) -> None:
     path = tmp_path / "plain.jsonl"
     path.write_text("".join(json.dumps({"text": f"{one} of {one}"}) + "\n" for one in WORDS))

@@ -19,7 +19,7 @@ def timeless(record: RoundRecord) -> dict[str, Any]:
     return {**values, "seconds": 0, "training": training, "distillation": step and {**step, "seconds": 0}}
 
 
-@pytest.mark.parametrize("stopped_in", [1, 2])
+@pytest.mark.parametrize("stopped_in", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     stopped_in: int, run: Callable, public_file: str
 ) -> None:
@@ -37,6 +37,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert [timeless(record) for record in resumed.records] == [timeless(record) for record in whole.records]
 
 
+@pytest.mark.soak
 def test_a_longer_run_goes_on_from_what_was_aggregated(run: Callable) -> None:
     flat = {**CHEAP, **FEW, "distill.when": "last", "distill.learning-rate": 1e-3}
     whole, _ = run("whole", **flat, **{"federation.num-rounds": 3})
@@ -86,6 +87,7 @@ def test_a_run_that_ends_before_its_step_says_so(
     assert json.loads((tmp_path / "short" / "result.json").read_text())["stopped"] == line
 
 
+@pytest.mark.soak
 def test_a_finished_run_that_is_resumed_stays_try_step(run: Callable) -> None:
     flat = {**CHEAP, **FEW, "distill.when": "last"}
     done, _ = run("done", **flat)

@@ -16,6 +16,7 @@ from strategies.rounds import next_round
 from tests.strategies.distillation.builders import CHEAP, NAMES, with_keys, with_public
 
 
+@pytest.mark.soak
 def test_a_local_server_has_the_engine_of_its_clients(make_config: Callable, open_run: Callable) -> None:
     opened = open_run(make_config(CHEAP))
     next_round(opened.session, opened.state)
@@ -45,7 +46,7 @@ def test_without_a_teacher_the_aggregate_stays(trained: Callable) -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (MemoryError(), "out of memory"),
+        pytest.param(MemoryError(), "out of memory", marks=pytest.mark.soak),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "out of memory"),
         (RuntimeError("first line\nsecond"), "it failed: first line"),
     ],
@@ -120,7 +121,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused(trained: Callable)
     assert "distill.max-tokens: the shortest prompt" in step.reason
 
 
-@pytest.mark.parametrize("teacher", ["uniform", "logit-mean"])
+@pytest.mark.parametrize("teacher", ["uniform", pytest.param("logit-mean", marks=pytest.mark.soak)])
 def test_other_teachers_teach_as_they_are_named(teacher: str, trained: Callable, public_file: str) -> None:
     session, before, after, adapters = trained()
     changed = with_public(session, public_file, **{"distill.teacher": teacher})
