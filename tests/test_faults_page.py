@@ -24,7 +24,7 @@ def test_every_fault_names_tests_that_exist(number: str, cell: str) -> None:
     named = re.findall(r"(soak )?`(tests/[\w/]+\.py)::(test_\w+)`", cell)
     assert len(named) == cell.count("`") / 2 > 0
     for soak, file, name in named:
-        before = re.search(rf"((?:^@.+\n)*)^def {name}\(", source(file), flags=re.M)
+        before = re.search(rf"((?:^@.+\n(?:^[ )].*\n)*)*)^def {name}\(", source(file), flags=re.M)
         assert before, f"{file}::{name}"
         is_long = "soak" in before[1] or re.search(
             r"^pytestmark = (?:\[\s*)?pytest\.mark\.soak", source(file), re.M
