@@ -51,9 +51,9 @@ from scripts.unlearning.verify import ALPHA, Verdict, holder_of, states_of
 from strategies.unlearning.groups import in_groups, mean_of_groups
 
 GROUPS = 3
-TURNS, SECONDS, OWN, OTHERS = "turns", "seconds", "own held-out loss", "others' held-out loss"
-FIGURES = (*MEASURES, OWN, OTHERS, TURNS, SECONDS)
-SHORT = ("exposure", "found", "own", "others", "turns", "s", "exp.", "found")  # as columns
+TURNS, SECONDS, OTHERS = "turns", "seconds", "others' held-out loss"
+FIGURES = (*MEASURES, OTHERS, TURNS, SECONDS)
+SHORT = ("exposure", "found", "own", "others", "turns", "s", "exp.", "found", "own")  # as columns
 JUDGED = ("replay", "group", *METHODS, "nothing")
 Figures = dict[str, dict[str, float]]  # adapter -> figure -> value
 
@@ -159,9 +159,9 @@ def _figures(case: Case, tried: Tried) -> Figures:
     measured = left_of(case.holder, case.client, case.final.records, adapters)
     found: Figures = {}
     for name, left, losses in zip(tried.adapters, measured, losses_of(case.holder, adapters), strict=True):
-        own = losses.pop(case.client)
+        del losses[case.client]
         turns, seconds = tried.costs[name]
-        found[name] = {**left, OWN: own, OTHERS: fmean(losses.values()), TURNS: turns, SECONDS: seconds}
+        found[name] = {**left, OTHERS: fmean(losses.values()), TURNS: turns, SECONDS: seconds}
         found[name]["same bits as retrained"] = float(
             tried.adapters[name].digest == tried.adapters["retrained"].digest
         )
@@ -193,7 +193,7 @@ def table_of(seeds: Sequence[Figures], verdicts: Mapping[str, Mapping[str, Verdi
     for name in seeds[0]:
         words = [verdicts[name][one].in_words.split()[0] if name in verdicts else "" for one in MEASURES]
         rows[name] = [f"{fmean(one[name][figure] for one in seeds):.3g}" for figure in FIGURES] + words
-    return figures_table("means over the seeds; like or unlike retraining by exposure and found", SHORT, rows)
+    return figures_table("means over the seeds; like or unlike retraining by three measures", SHORT, rows)
 
 
 def goals_of(seeds: Sequence[Figures], verdicts: Mapping[str, Mapping[str, Verdict]]) -> dict[str, Goal]:

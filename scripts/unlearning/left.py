@@ -1,8 +1,10 @@
-"""What an adapter still tells of a client's training rows: how likely canaries are, how many members show."""
+"""What an adapter still tells of a client: how likely its canaries are, how many members show, its loss."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
+
+import torch
 
 from clients.canaries import canary_file
 from clients.data_holder import DataHolder
@@ -17,17 +19,18 @@ from fedllm.privacy.keys import kept_secret
 from fedllm.runs.records import RoundRecord
 from scripts.auditing.rows import trained_rows
 
-EXPOSURE, FOUND = "canary exposure", "Min-K%++ found at 1 % FPR"
-MEASURES = (EXPOSURE, FOUND)
+EXPOSURE, FOUND, LOSS = "canary exposure", "Min-K%++ found at 1 % FPR", "own held-out loss"
+MEASURES = (EXPOSURE, FOUND, LOSS)
 
 
 def left_of(
     holder: DataHolder, client: str, records: Sequence[RoundRecord], adapters: Sequence[AdapterState]
 ) -> list[dict[str, float]]:
-    """Return both measures of each adapter; `records` are of the run that had the client.
+    """Return all measures of each adapter; `records` are of the run that had the client.
 
     Exposure is the mean over its included canaries, in bits. Members are its own rows that were trained on,
-    against those it held out, which are of the same kind.
+    against those it held out, which are of the same kind; the loss is that of the latter, in nats per token:
+    it says whether the adapter knows that kind of text too well, or by unlearning too badly.
 
     Raises:
         NoDataError: the client has no canaries, no row that was trained on, or none held out.
@@ -45,11 +48,13 @@ def left_of(
     rows = [*members, *others, *(whole(one.tokens) for one in canaries)]
     found = []
     for scores in score(holder.engine, [adapter.vector for adapter in adapters], rows):
-        signals = [min_k_plus_plus(one) for one in scores[: len(members) + len(others)]]
-        losses = [-likelihood(one) for one in scores[len(signals) :]]
+        number = len(members) + len(others)
+        signals = [min_k_plus_plus(one) for one in scores[:number]]
+        losses = [-likelihood(one) for one in scores[number:]]
         exposed = [value for values in exposures(canaries, losses).values() for value in values]
         caught = separation(signals[: len(members)], signals[len(members) :]).caught
-        found.append({EXPOSURE: fmean(exposed), FOUND: caught})
+        loss = -float(torch.cat([one.log_probs for one in scores[len(members) : number]]).mean())
+        found.append({EXPOSURE: fmean(exposed), FOUND: caught, LOSS: loss})
     return found
 
 
