@@ -111,7 +111,8 @@ def lines_of(guarantee: Guarantee) -> list[str]:
         "D": "approximate, without any guarantee",
     }
     first = f"class {guarantee.kind}: {costs[guarantee.kind]} ({guarantee.why})"
-    return [first, *(f"  not class {kind}: {why}" for kind, why in guarantee.refused.items())]
+    reasons = [f"  not class {kind}: {why}" for kind, why in guarantee.refused.items()]
+    return [first, *reasons, *([f"  the earlier run: {guarantee.earlier}"] if guarantee.earlier else [])]
 
 
 def _prepared(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.adapters.folder import WEIGHTS
+from fedllm.errors import ConfigError
 from fedllm.runs.folder import START
 from fedllm.runs.lineage import adapter_digest
 from fedllm.runs.unlearning import read_unlearning
@@ -21,10 +22,13 @@ class Beginning:
     """What a run's first adapter knows of a client: nothing where both are empty.
 
     `refusal` says why no adapter without it can take its place, `instead` is the folder of one that can.
+    `earlier` is the name of the run that it is from. The refusal is published and names no run: the name of a
+    run may tell a client's.
     """
 
     refusal: str = ""
     instead: str = ""
+    earlier: str = ""
 
     @property
     def knows(self) -> bool:
@@ -46,13 +50,12 @@ def beginning_of(run: Path, others: Sequence[Path], never_had: Callable[[Path], 
     of a run without the client.
 
     Raises:
-        ConfigError: what a run has unlearnt is damaged.
-        OSError: the weights of an adapter cannot be read.
+        ConfigError: what a run has unlearnt is damaged, or the weights of an adapter cannot be read.
     """
     if not (run / START).is_dir():
         return Beginning()
-    began = adapter_digest(run / START)
-    earlier = next((other for other in others if adapter_digest(other / "adapter") == began), None)
+    began = _digest(run / START)
+    earlier = next((other for other in others if _digest(other / "adapter") == began), None)
     if earlier is None:
         return Beginning(
             refusal="the run whose adapter it began from is not beside it, so nothing says whose it was"
@@ -63,7 +66,12 @@ def beginning_of(run: Path, others: Sequence[Path], never_had: Callable[[Path], 
         forgotten = read_unlearning(other)
         if forgotten and (forgotten.kind, forgotten.parent) == ("A", began) and never_had(other):
             return Beginning(instead=str(other / "adapter"))
-    return Beginning(
-        refusal=f"it began from the adapter of {earlier.name}, which had it: unlearn it from {earlier.name}"
-        " first, then from this run again"
-    )
+    refusal = "it began from the adapter of an earlier run, which had it: unlearn it from that one first"
+    return Beginning(refusal, earlier=earlier.name)
+
+
+def _digest(adapter: Path) -> str:
+    try:
+        return adapter_digest(adapter)
+    except OSError as error:
+        raise ConfigError(f"{adapter / WEIGHTS}: cannot be read ({error.strerror}); restore it") from None

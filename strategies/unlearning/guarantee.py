@@ -29,7 +29,8 @@ class Guarantee:
     """The class that a run can give, and for each stronger one why not.
 
     Under class A the rounds from `first_round` on are done again, 0 = none: the client had no turn. Where the
-    adapter that the run began from knows the client, they begin from the one in the folder `instead`.
+    adapter that the run began from knows the client, they begin from the one in the folder `instead`; where
+    there is none, `earlier` names the run to unlearn first.
     """
 
     kind: str  # A | B | C | D
@@ -39,6 +40,7 @@ class Guarantee:
     num_rounds: int = 0  # that the run has done
     epsilon: float | None = None
     instead: str = ""
+    earlier: str = ""
 
     @property
     def needs_work(self) -> bool:
@@ -56,7 +58,6 @@ def guarantee_of(run: Path, client: str, *, rows: bool = False) -> Guarantee:
 
     Raises:
         ConfigError: the folder holds no run that can be read, or the client took no part in it.
-        OSError: the adapter that it began from cannot be read.
     """
     return _guarantee(run, client, runs_beside(run), rows=rows)
 
@@ -78,8 +79,7 @@ def _guarantee(run: Path, client: str, others: Sequence[Path], *, rows: bool) ->
     if not refused["A"]:
         first, why = _first_round(plan, records, there.clients, client, rows=rows)
         if began.instead:
-            forgotten = Path(began.instead).parent.name
-            first, why = 1, f"its first adapter knows it, and that of {forgotten} takes its place"
+            first, why = 1, "its first adapter knows it, and one that has forgotten it takes its place"
         return Guarantee(kind="A", why=why, first_round=first, num_rounds=num_rounds, instead=began.instead)
     may_know = began.knows or bool(there.given)
     refused["B"] = "the adapter it began from may know it" if may_know else _refusal_of_b(plan, rows=rows)
@@ -91,7 +91,7 @@ def _guarantee(run: Path, client: str, others: Sequence[Path], *, rows: bool) ->
         return Guarantee(kind="B", why=why, refused=refused, num_rounds=num_rounds, epsilon=epsilon)
     refused["C"] = "all clients trained one adapter"
     why = "no state of the run is free of the client"
-    return Guarantee(kind="D", why=why, refused=refused, num_rounds=num_rounds)
+    return Guarantee(kind="D", why=why, refused=refused, num_rounds=num_rounds, earlier=began.earlier)
 
 
 def _never_had(run: Path, client: str, others: Sequence[Path], *, rows: bool) -> bool:

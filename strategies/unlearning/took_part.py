@@ -1,8 +1,9 @@
 """Who took part in a run, and whether it can be done again, as its log tells (`strategies.decisions`)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedllm.chained_log import read_entries
 from fedllm.errors import ConfigError
@@ -27,18 +28,22 @@ def read_took_part(log: Path) -> TookPart:
     Raises:
         ConfigError: there is no such log, or it is damaged.
     """
-    starts: list[dict[str, JoinedClient]] = []
-    has_begun = has_changed = False
-    given: tuple[str, ...] = ()
     try:
-        entries = list(read_entries(log))
+        return _took_part(read_entries(log))
     except FileNotFoundError:
         raise ConfigError(
             f"{log}: missing, so nothing says who took part when; where the run has unlearnt by class D,"
             " unlearn from the run before it"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{log}: cannot be read ({type(error).__name__}); restore it") from None
+
+
+def _took_part(entries: Iterable[Mapping[str, Any]]) -> TookPart:
+    """Return what the lines of a log tell."""
+    starts: list[dict[str, JoinedClient]] = []
+    has_begun = has_changed = False
+    given: tuple[str, ...] = ()
     for entry in entries:
         if entry["event"] == "begun":
             starts.append({})

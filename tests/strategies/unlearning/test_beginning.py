@@ -9,8 +9,9 @@ import pytest
 from flwr.serverapp.strategy import FedAvg
 
 from clients.client_app import app
-from fedllm.adapters.folder import load_adapter
+from fedllm.adapters.folder import WEIGHTS, load_adapter
 from fedllm.config.run_config import RunConfig
+from fedllm.errors import ConfigError
 from fedllm.runs.checkpoint import ServerState
 from fedllm.runs.folder import START, write_left_out
 from fedllm.runs.lineage import statement_of_run
@@ -50,12 +51,14 @@ def test_a_later_run_is_done_again_from_an_adapter_that_has_forgotten(run: Calla
     run("first")
     run("second", "first")
     found = guarantee_of(tmp_path / "second", GONE)
-    assert (found.kind, "it from first first" in found.refused["A"]) == ("D", True)
+    assert (found.kind, found.earlier) == ("D", "first")
+    assert "unlearn it from that one first" in found.refused["A"]
 
     forgotten(tmp_path / "first", "first-without")
     guarantee, state = forgotten(tmp_path / "second", "second-without")
     assert (guarantee.kind, guarantee.first_round, guarantee.num_again) == ("A", 1, 3)
-    assert "that of first-without takes its place" in guarantee.why
+    assert "one that has forgotten it takes its place" in guarantee.why
+    assert "first-without" not in (tmp_path / "second-without" / "unlearning.json").read_text()
 
     run("never", left_out=(GONE,))
     assert run("never-second", "never", left_out=(GONE,)).adapter.digest == state.adapter.digest
@@ -76,6 +79,9 @@ def test_an_adapter_of_no_known_run_may_know_the_client(run: Callable, tmp_path:
     run("second", "first")
     shutil.rmtree(tmp_path / "first")
     assert "not beside it" in guarantee_of(tmp_path / "second", GONE).refused["A"]
+    (tmp_path / "second" / START / WEIGHTS).unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        guarantee_of(tmp_path / "second", GONE)
 
 
 def test_two_runs_that_changed_nothing_end_the_search(run: Callable, tmp_path: Path) -> None:

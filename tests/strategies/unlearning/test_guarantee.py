@@ -190,3 +190,11 @@ def test_a_run_without_its_log_says_so(guarantee: Callable, tmp_path: Path) -> N
     (tmp_path / DECISIONS).unlink()
     with pytest.raises(ConfigError, match=r"decisions\.jsonl: missing"):
         guarantee_of(tmp_path, "cleo")
+
+
+@pytest.mark.parametrize("line", ["{torn", "[1]", '{"event": "joined"}'])
+def test_a_damaged_log_is_named(line: str, guarantee: Callable, tmp_path: Path) -> None:
+    guarantee()
+    (tmp_path / DECISIONS).write_text(line + "\n")
+    with pytest.raises(ConfigError, match=r"decisions\.jsonl: cannot be read"):
+        guarantee_of(tmp_path, "cleo")
