@@ -1,5 +1,7 @@
 # Sourced by demo.sh and test.sh: make .venv once and install what pyproject.toml asks for.
 # Nothing is fetched while pyproject.toml and constraints.txt stay as they were when it was installed.
+# pip would compile every module, which takes as long as all the rest; Python compiles what is imported, once.
+unset PYTHONDONTWRITEBYTECODE
 
 find_python() {
     local candidate
@@ -21,7 +23,8 @@ install_project() { # $1: "" or an extra, such as [test]
     wanted=$(cat pyproject.toml constraints.txt | cksum)
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
     echo "installing into .venv (once; about two minutes) ..."
-    local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt)
+    local pip=(.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check)
+    pip+=(--constraint constraints.txt)
     if ! command -v nvidia-smi >/dev/null; then
         # Without a GPU the CPU build of torch saves gigabytes. Where its index is out of reach, any build does.
         "${pip[@]}" --retries 0 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null ||

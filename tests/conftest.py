@@ -26,6 +26,8 @@ if not torch.cuda.is_available():
     # Kernels then run in Triton's interpreter, value by value; it reads this once, when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+_PATIENCE = 600  # seconds; the longest test takes a third of that where it shares its cores with others
+
 SENTENCES = (
     "Return the sum of two numbers.",
     "Open a file and read its lines.",
@@ -54,10 +56,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deal the stories, which mostly wait for processes of their own, out among the modules that compute.
+    """Bound each test's time, so that one that hangs is named, and put the tests in order.
 
-    Each of several test processes begins with a stretch of this order.
+    The stories, which mostly wait for processes of their own, are dealt out among the modules that compute:
+    each of several test processes begins with a stretch of this order.
     """
+    for item in items:
+        if not item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.timeout(_PATIENCE))
     if not hasattr(config, "workerinput"):
         return
     number = config.workerinput["workercount"]

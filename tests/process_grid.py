@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import numpy as np
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
@@ -136,6 +137,8 @@ class ProcessGrid(Grid):
 
 
 def _serve(pipe: Connection, context: Context, memory: int) -> None:
+    # A fork has none of its parent's threads for matrix products and would wait for them for ever.
+    torch.set_num_threads(1)
     app: ClientApp = make_client_app(Process())
     with suppress(EOFError):
         while True:

@@ -17,6 +17,9 @@ from fedllm.adapters.layout import AdapterState
 from fedllm.errors import IntegrityError
 
 
+_NAMES: dict[tuple[object, ...], list[str] | None] = {}
+
+
 def peft_config(
     rank: int, alpha: float, target_modules: Collection[str], *, base_model: str = "", revision: str = ""
 ) -> Any:
@@ -60,8 +63,18 @@ def modules_peft_adapts(model: Any, config: Any) -> frozenset[str]:
 def names_for_peft(model: Any, modules: Collection[str]) -> list[str] | None:
     """Return the `target_modules` under which PEFT adapts exactly `modules`, None where there are none.
 
-    They are the last parts of the names where these do, else the whole names.
+    They are the last parts of the names where these do, else the whole names. Every client and every run asks
+    it of the same few kinds of model, and PEFT takes its time: an answer is kept as long as the process lives.
     """
+    inside = tuple((name, type(module)) for name, module in model.named_modules())
+    asked = (type(model), model.config.to_json_string(use_diff=False), inside, frozenset(modules))
+    if asked not in _NAMES:
+        _NAMES[asked] = _ask_peft(model, modules)
+    names = _NAMES[asked]
+    return None if names is None else list(names)
+
+
+def _ask_peft(model: Any, modules: Collection[str]) -> list[str] | None:
     for names in ({name.rpartition(".")[2] for name in modules}, set(modules)):
         if modules_peft_adapts(model, peft_config(1, 1.0, names)) == set(modules):
             return sorted(names)

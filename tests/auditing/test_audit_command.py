@@ -328,7 +328,7 @@ def test_a_damaged_claim_is_not_taken_for_none(copied: Callable, refused: Callab
 def test_damaged_rounds(copied: Callable, refused: Callable) -> None:
     folder = copied("plain", PLAIN)
     (folder / "rounds.jsonl").write_text("{")
-    assert "not a run folder (rounds.jsonl" in refused(str(folder))
+    assert "rounds.jsonl: damaged; a run that goes on writes it again" in refused(str(folder))
 
 
 @pytest.fixture(autouse=True)

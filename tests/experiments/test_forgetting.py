@@ -8,7 +8,6 @@ from scripts.experiments.corpus import Corpus, write_rows
 from scripts.experiments.forgetting import (
     JUDGED,
     OTHERS,
-    OWN,
     SECONDS,
     TURNS,
     Figures,
@@ -17,7 +16,7 @@ from scripts.experiments.forgetting import (
     table_of,
     verdicts_of,
 )
-from scripts.unlearning.left import EXPOSURE, FOUND
+from scripts.unlearning.left import EXPOSURE, FOUND, LOSS, MEASURES
 
 # Tiny: what is learnt is next to nothing, and each way is gone all the same.
 TINY_FLAT = {
@@ -39,7 +38,7 @@ def figures(shift: float) -> Figures:
         name: {
             EXPOSURE: exposed.get(name, 1.0) + shift,
             FOUND: 0.1,
-            OWN: 3.0,
+            LOSS: 3.0,
             OTHERS: 2.0 + 0.25 * (name == "ascent"),
             TURNS: 4,
             SECONDS: 1.0,
@@ -72,7 +71,7 @@ def test_every_way_of_a_seed_has_its_figures(
     found = do_seed(RunConfig.from_flat(flat), "code")
     assert set(found) == {"with", "retrained", "groups", *JUDGED}
     assert found["replay"]["same bits as retrained"] == 1.0
-    measured = (EXPOSURE, FOUND, OWN, OTHERS)
+    measured = (*MEASURES, OTHERS)
     assert [found["nothing"][name] for name in measured] == [found["with"][name] for name in measured]
     turns = {name: figures[TURNS] for name, figures in found.items()}
     assert turns["with"] == turns["retrained"] == 6

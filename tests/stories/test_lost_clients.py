@@ -2,7 +2,7 @@
 
 import random
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Leave threads of matrix products behind, as another test may: no fork may wait for them."""
+    torch.set_num_threads(2)
+    torch.ones(800, 800) @ torch.ones(800, 800)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def make_config(make_model_folder: Callable, text_file: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Return a function (**flat) -> the configuration of a federation of ten tiny clients."""
@@ -35,6 +44,7 @@ def make_config(make_model_folder: Callable, text_file: Path, tmp_path: Path) ->
             "run.output": str(tmp_path),
             "model.name": str(make_model_folder()),
             "model.device": "cpu",
+            "model.num-threads": 1,  # as in process_grid.py
             "data.source": str(text_file),
             "data.partition": "iid",
             "federation.num-clients": 10,

@@ -110,21 +110,6 @@ def hand_over(folder: Path, owner: str) -> None:
             shutil.chown(path, owner)
 
 
-@pytest.mark.slow
-def test_a_run_completes_and_its_code_is_never_unpacked(site: Started) -> None:
-    assert site.run("one")["status"] == "completed"
-    app = json.loads((site.folder / "runs" / "one" / "lineage.json").read_text())["app"]
-    assert app == {"source": source_digest(), "bundle": bundle_of(site.link)}, "what is signed of its code"
-    health = health_of(site.folder / "door" / "site.sock")
-    assert not health["is-unloaded"], "the base model stays loaded"
-    unpacked = [
-        path
-        for home in Path(tempfile.gettempdir()).glob("fedllm-site-*/*/home")
-        for path in home.rglob("*.py")
-    ]
-    assert unpacked == []
-
-
 @pytest.mark.soak
 def test_a_bundle_that_is_not_pinned_gets_nothing(site: Started) -> None:
     file = site.folder / "site.toml"
@@ -143,11 +128,29 @@ def test_a_bundle_that_is_not_pinned_gets_nothing(site: Started) -> None:
 
 
 @pytest.mark.slow
-def test_the_messengers_user_reads_neither_data_nor_keys_nor_state(site: Started) -> None:
-    if not site.has_two_users:
-        pytest.skip("needs root, and a Python that other users may run")
-    if not (site.folder / "state" / "log.jsonl").exists():  # in a process of its own of a parallel run
-        site.run("first")
+def test_a_site_does_a_run_keeps_what_is_private_and_leaves_nothing(site: Started) -> None:
+    """One test: each of several test processes would start a site of its own."""
+    check_a_run_completes_and_its_code_is_never_unpacked(site)
+    if site.has_two_users:
+        check_the_messengers_user_reads_neither_data_nor_keys_nor_state(site)
+    check_nothing_of_a_killed_site_is_left(site)
+
+
+def check_a_run_completes_and_its_code_is_never_unpacked(site: Started) -> None:
+    assert site.run("one")["status"] == "completed"
+    app = json.loads((site.folder / "runs" / "one" / "lineage.json").read_text())["app"]
+    assert app == {"source": source_digest(), "bundle": bundle_of(site.link)}, "what is signed of its code"
+    health = health_of(site.folder / "door" / "site.sock")
+    assert not health["is-unloaded"], "the base model stays loaded"
+    unpacked = [
+        path
+        for home in Path(tempfile.gettempdir()).glob("fedllm-site-*/*/home")
+        for path in home.rglob("*.py")
+    ]
+    assert unpacked == []
+
+
+def check_the_messengers_user_reads_neither_data_nor_keys_nor_state(site: Started) -> None:
     owners = {command: user_of(pid) for pid, command in children_of(site.process.pid).items()}
     assert {user for command, user in owners.items() if "clients.service" in command} == {OWNER}
     flower = {user for command, user in owners.items() if "clients.flower_programs" in command}
@@ -184,9 +187,8 @@ def may_read(user: str, path: Path) -> bool:
     return done.returncode == 0
 
 
-@pytest.mark.slow
-def test_nothing_of_a_killed_site_is_left(site: Started) -> None:
-    """The last test of this module: it ends the site as the system's own killer would."""
+def check_nothing_of_a_killed_site_is_left(site: Started) -> None:
+    """End the site as the system's own killer would."""
     wait_for(lambda: len(children_of(site.process.pid)) >= 10, "five programs, each under its guard")
     left = children_of(site.process.pid)
     site.process.kill()
