@@ -16,7 +16,6 @@ import torch
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import IntegrityError
 
-
 _NAMES: dict[tuple[object, ...], list[str] | None] = {}
 
 
@@ -64,7 +63,7 @@ def names_for_peft(model: Any, modules: Collection[str]) -> list[str] | None:
     """Return the `target_modules` under which PEFT adapts exactly `modules`, None where there are none.
 
     They are the last parts of the names where these do, else the whole names. Every client and every run asks
-    it of the same few kinds of model, and PEFT takes its time: an answer is kept as long as the process lives.
+    it of the same few kinds of model, and PEFT takes its time: answers are kept as long as the process lives.
     """
     inside = tuple((name, type(module)) for name, module in model.named_modules())
     asked = (type(model), model.config.to_json_string(use_diff=False), inside, frozenset(modules))
