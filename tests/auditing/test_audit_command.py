@@ -83,6 +83,7 @@ def test_overfitted_run_and_positive_control_are_found_out(finished: Callable, c
     assert report["membership"]["loss-ratio"]["run"]["caught"] > 0.5
 
 
+@pytest.mark.soak
 def test_controls_without_a_signal_find_nothing(finished: Callable, command: Callable) -> None:
     report = json.loads(command(str(finished("overfitted", OVERFITTED)), *SHORT, "--json"))
     for found in report["membership"].values():
@@ -143,6 +144,7 @@ def test_a_claim_that_is_false_is_refuted(copied: Callable, command: Callable) -
     assert group["base"]["epsilon_lower_bound"] < 0.1  # a base model that has seen no canary refutes nothing
 
 
+@pytest.mark.soak
 def test_protected_message_tells_less_than_its_control(finished: Callable, command: Callable) -> None:
     for name, overrides in (("private", PRIVATE), ("plain", PLAIN)):
         inversion = json.loads(command(str(finished(name, overrides)), "--json"))["inversion"]

@@ -20,6 +20,7 @@ def test_the_clock_counts_where_a_gpu_computes() -> None:
     assert timing.busy(torch.device("cuda")) == 5.0
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its peak memory")
 def test_peak_memory_is_what_work_needed_at_once() -> None:
     def in_turn() -> int:

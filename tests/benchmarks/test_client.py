@@ -191,6 +191,7 @@ def test_smaller_vocabulary_keeps_lengths_and_what_is_learnt() -> None:
     assert row == Encoded((1, 6, 26), (IGNORED, IGNORED, 26))
 
 
+@pytest.mark.soak
 def test_cohort_is_eight_clients_of_one_and_two_steps(bench: Bench) -> None:
     jobs = make_cohort(bench.engine.base, 300, 0).jobs
     assert [len(job.batches) for job in jobs] == [1, 2] * 4

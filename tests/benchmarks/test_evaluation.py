@@ -11,6 +11,7 @@ from fedllm.errors import MissingExtraError
 from scripts.benchmarks.evaluation import NUM_CHOICES, Options, docstring_task, main
 
 
+@pytest.mark.soak
 def test_items_are_docstrings_with_the_right_one_among_others() -> None:
     task = docstring_task(6)
     assert (task.kind, len(task.items), task.chance) == ("choice", 6, 1 / NUM_CHOICES)

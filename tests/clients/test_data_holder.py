@@ -223,6 +223,7 @@ def test_a_client_draws_on_from_the_rows_it_has_drawn(holder: DataHolder) -> Non
     assert longer.batches == rounds[0].batches + rounds[1].batches
 
 
+@pytest.mark.soak
 def test_a_client_draws_the_same_rows_in_whatever_company(
     holder: DataHolder, write_rows: Callable, make_config: Callable
 ) -> None:

@@ -126,7 +126,7 @@ BUDGET = "budget.epsilon = 4\n"
     [
         (EXAMPLE, {"train.max-length": 14}),  # most answers are cut
         (CLIENT, {"train.max-length": 8}),  # all are
-        (EXAMPLE, {"data.columns": "prompt=instruction,response=rare"}),
+        pytest.param(EXAMPLE, {"data.columns": "prompt=instruction,response=rare"}, marks=pytest.mark.soak),
         (CLIENT, {"data.columns": "prompt=instruction,response=absent"}),
         (EXAMPLE, {"data.on-bad-row": "stop"}),
     ],

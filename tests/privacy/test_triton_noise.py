@@ -17,7 +17,7 @@ def words(values: tuple[bytes, ...], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(b"".join(values), "<i4").copy()).view(len(values), -1).to(device)
 
 
-@pytest.mark.parametrize("size", [3, 1025])
+@pytest.mark.parametrize("size", [3, pytest.param(1025, marks=pytest.mark.soak)])
 def test_the_kernels_stream_is_the_ciphers(size: int, kernel_device: torch.device) -> None:
     from fedllm.privacy.triton_noise import integers
 
@@ -27,7 +27,13 @@ def test_the_kernels_stream_is_the_ciphers(size: int, kernel_device: torch.devic
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"), [(1, torch.float32), (1023, torch.float32), (1024, torch.float32), (9, torch.float64)]
+    ("size", "dtype"),
+    [
+        (1, torch.float32),
+        pytest.param(1023, torch.float32, marks=pytest.mark.soak),
+        pytest.param(1024, torch.float32, marks=pytest.mark.soak),
+        (9, torch.float64),
+    ],
 )
 def test_the_kernels_hash_is_the_cpus(size: int, dtype: torch.dtype, kernel_device: torch.device) -> None:
     from fedllm.privacy.triton_noise import keyed_hashes
@@ -38,7 +44,7 @@ def test_the_kernels_hash_is_the_cpus(size: int, dtype: torch.dtype, kernel_devi
     assert torch.equal(found, words(tuple(map(keyed_hash, KEYS, wide[:, :size])), torch.device("cpu")))
 
 
-@pytest.mark.parametrize("size", [1, 1031])
+@pytest.mark.parametrize("size", [1, pytest.param(1031, marks=pytest.mark.soak)])
 def test_the_kernels_noise_is_the_cpus(size: int, kernel_device: torch.device) -> None:
     from fedllm.privacy.triton_noise import add_gaussian
 

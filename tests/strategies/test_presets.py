@@ -31,7 +31,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Made of parts that others of these have too.
+MADE_OF_OTHERS = ("svd by nesterov", "rolora", "rolora by adam", "ffa by median")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.soak] * (name in MADE_OF_OTHERS)) for name in METHODS],
+)
 def test_a_run_that_is_continued_gives_the_bits_of_a_whole_one(
     method: str, make_config: Callable, open_run: Callable, tmp_path: Path
 ) -> None:

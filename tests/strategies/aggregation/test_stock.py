@@ -75,7 +75,13 @@ MEANS = {"aggregation.read-out": "factor-mean", "wire.codec": "int8"}
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, MEANS, {**MEANS, "aggregation.train": "b"}, {**MEANS, "wire.node-sum": True}]
+    "overrides",
+    [
+        {},
+        pytest.param(MEANS, marks=pytest.mark.soak),
+        pytest.param({**MEANS, "aggregation.train": "b"}, marks=pytest.mark.soak),
+        {**MEANS, "wire.node-sum": True},
+    ],
 )
 def test_flowers_loop_and_our_own_give_the_same_bits(
     overrides: dict[str, Any], make_config: Callable, tmp_path: Any

@@ -91,6 +91,7 @@ def test_clients_who_measure_nothing_accept_nothing(make_config: Callable, open_
     assert not record.kept
 
 
+@pytest.mark.soak
 def test_the_gate_of_clients_measures_in_the_round_itself(run: Callable, public_file: str) -> None:
     plain, _ = run("plain", **{"evaluation.every": 1, "federation.num-rounds": 1})
     flat = {**CHEAP, "distill.text": public_file, "distill.gate": "clients", "evaluation.every": 1}

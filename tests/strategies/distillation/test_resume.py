@@ -19,7 +19,8 @@ def timeless(record: RoundRecord) -> dict[str, Any]:
     return {**values, "seconds": 0, "training": training, "distillation": step and {**step, "seconds": 0}}
 
 
-@pytest.mark.parametrize("stopped_in", [1, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("stopped_in", [1, 2])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     stopped_in: int, run: Callable, public_file: str
 ) -> None:
