@@ -118,7 +118,7 @@ SMOLLM2 = Size(
     rates=(3e-4, 1e-3, 3e-3),
     seeds=(0, 1, 2),
 )
-# What two cores do in about two hours; a tenth of the tokens, one seed and one rate.
+# What two cores do in about four hours; a tenth of the tokens and one seed.
 SMOLLM2_ON_CPU = replace(
     SMOLLM2,
     flat={**_FLAT, "data.max-held-out": 12},
@@ -128,7 +128,7 @@ SMOLLM2_ON_CPU = replace(
         "institutes": Part(3, 6, 18, 4, 96),
         "speakers": Part(2, 5, 10, 2, 64, clients=24),
     },
-    rates=(1e-3,),
+    rates=(1e-3, 3e-3),
     seeds=(0,),
 )
 
