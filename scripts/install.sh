@@ -1,6 +1,6 @@
 # Sourced by demo.sh and test.sh: make .venv once and install what pyproject.toml asks for.
 # Nothing is fetched while pyproject.toml and constraints.txt stay as they were when it was installed.
-# pip would compile every module, which takes as long as all the rest; Python compiles what is imported, once.
+# pip would compile every module, for more than a minute; Python compiles what is imported, once, if it may.
 unset PYTHONDONTWRITEBYTECODE
 
 find_python() {

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
     # Kernels then run in Triton's interpreter, value by value; it reads this once, when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-_PATIENCE = 600  # seconds; the longest test takes a third of that where it shares its cores with others
+_PATIENCE = 600  # seconds; the longest test takes a quarter of that on two busy cores
 
 SENTENCES = (
     "Return the sum of two numbers.",

@@ -16,6 +16,7 @@ import torch
 from fedllm.adapters.layout import AdapterState
 from fedllm.errors import IntegrityError
 
+# What `names_for_peft` has found, by the kind of model and the modules that were asked about.
 _NAMES: dict[tuple[object, ...], list[str] | None] = {}
 
 
