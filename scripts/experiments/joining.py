@@ -111,11 +111,11 @@ SMOLLM2 = Size(
     flat={**_FLAT, **{"model.device": "cuda", "model.dtype": "bfloat16", "model.num-threads": "auto"}},
     rows_of_domain=800,
     parts={
-        "domains": Part(8, 10, 160, 8, 256, rows=60),
-        "institutes": Part(8, 10, 160, 8, 256),
+        "domains": Part(6, 10, 60, 8, 256, rows=60),
+        "institutes": Part(6, 10, 60, 8, 256),
         "speakers": Part(4, 10, 40, 4, 128),
     },
-    rates=(3e-4, 1e-3, 3e-3),
+    rates=(1e-3, 3e-3, 1e-2),
     seeds=(0, 1, 2),
 )
 # What two cores do in about four hours; a tenth of the tokens and one seed.

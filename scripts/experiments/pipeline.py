@@ -82,9 +82,9 @@ _FLAT: dict[str, Scalar] = {
     **{"lora.rank": 8, "lora.alpha": 16.0, "train.batch-size": 4, "train.max-length": 128},
     **{"federation.num-rounds": 8, "train.local-steps": 8, "evaluation.prompts": ""},
 }
-FULL = Size(_FLAT, rows=60, looks=2, rate=1e-2, recipe=Recipe())
+FULL = Size(_FLAT, rows=60, looks=6, rate=1e-2, recipe=Recipe())
 _QUICK: dict[str, Scalar] = {"federation.num-rounds": 4, "train.local-steps": 8, "train.max-length": 96}
-QUICK = Size({**_FLAT, **_QUICK}, rows=24, looks=2, rate=1e-2, recipe=Recipe(steps=100))
+QUICK = Size({**_FLAT, **_QUICK}, rows=24, looks=6, rate=1e-2, recipe=Recipe(steps=100))
 SMOLLM2 = replace(FULL, flat={**_FLAT, **_QUICK, "train.max-length": 96}, rows=30, rate=1e-3, recipe=None)
 
 

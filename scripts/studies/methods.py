@@ -21,7 +21,6 @@ from typing import TypeAlias
 import torch
 
 from clients.at_home import AtHome, step_counts, train_at_home
-from clients.process import NUM_HOLDERS
 from fedllm.adapters.base_delta import BaseDelta, no_base_delta
 from fedllm.config.run_config import RunConfig
 from fedllm.data.shards import draw_rows
@@ -31,6 +30,7 @@ from fedllm.messages import LocalTraining
 from fedllm.models.with_base_delta import with_base_delta
 from fedllm.plan.run_plan import resolve
 from scripts.runtimes.local import LocalState, init, step
+from scripts.runtimes.machine import least_nodes
 from scripts.studies.held_out import Clients, Rows, finite_mean, losses, losses_on_others, open_clients
 from scripts.studies.trials import Figures, Kinds, Setting, Trial
 
@@ -70,12 +70,12 @@ def centralised(trial: Trial, setting: Setting) -> Figures:
 def federated(trial: Trial, setting: Setting) -> Figures:
     """Do a run round by round; under the option `home` each client then trains so many steps by itself.
 
-    Every client has a node of its own where there is room, so that bytes are those of its own messages.
+    It has as few nodes as `fedllm run` has: clients of one node share passes, which a GPU needs to be fast.
     """
     with TemporaryDirectory() as scratch:  # for what clients keep: each trial begins with nothing
         config = setting.config(trial, {"run.output": scratch})
         clients = open_clients(config)
-        state = init(config, num_nodes=min(config.federation.num_clients, NUM_HOLDERS - 1))
+        state = init(config, num_nodes=least_nodes(config))
         kept = {0: _shared(state)}
         for number in range(1, config.federation.num_rounds + 1):
             state, _ = step(state)

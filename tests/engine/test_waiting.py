@@ -31,6 +31,7 @@ from fedllm.engine.steps import step_gradients
 from fedllm.engine.token_budget import Limits
 from fedllm.models import attention
 from fedllm.models.base import layout_of
+from tests.engine.no_waiting import no_waiting
 
 META = torch.device("meta")
 LORA = LoraConfig(rank=2, alpha=6.0, target_modules="all-linear")
@@ -166,11 +167,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(
     list(engine.train(jobs))  # compiles, tries and records
     list(engine.train(jobs))
     passes, bank = engine.passes, engine.bank
-    with passes.attached():
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for step in range(4):
-                step_gradients(passes, engine.limits, jobs, step)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    with passes.attached(), no_waiting():
+        for step in range(4):
+            step_gradients(passes, engine.limits, jobs, step)
     assert bool(bank.grad_SP.any())
