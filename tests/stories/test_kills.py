@@ -250,8 +250,8 @@ def watched_ledgers(folder: Path) -> Iterator[dict[str, set[bytes]]]:
 
     def look() -> None:
         while not ended.wait(0.2):
-            for file in [file for kind in ("masked", "opened") for file in folder.rglob(f"*.{kind}")]:
-                with suppress(FileNotFoundError):  # the run has just ended
+            with suppress(FileNotFoundError):  # the run has just ended, and its folders go while we look
+                for file in [file for kind in ("masked", "opened") for file in folder.rglob(f"*.{kind}")]:
                     found.setdefault(str(file), set()).add(file.read_bytes())
 
     thread = threading.Thread(target=look)
