@@ -57,8 +57,8 @@ def rounded_up(needs: Sizes) -> Sizes:
     """Return the sizes of a recording for a pass and others like it.
 
     About 1/8 more tokens at most and 1/4 more logits, half of that in the mean; what costs next to nothing is
-    doubled at most. With half as much room passes of clients' own rows were of so many sizes that a third of
-    them came too seldom to be replayed.
+    doubled at most. Finer steps would waste less, but then the passes of a training have so many sizes that a
+    third of them come too seldom to be replayed.
     """
     longest_keys, shared_keys = rounded(needs.longest_keys, 1), needs.keys - needs.tokens
     more_keys = rounded(shared_keys, 4)

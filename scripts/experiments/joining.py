@@ -197,7 +197,7 @@ def main(options: Options) -> None:
     console = open_console(options)
     embedded = SMOLLM2 if torch.cuda.is_available() else SMOLLM2_ON_CPU
     size = size_of(options, full=FULL, quick=QUICK, embedded=embedded)
-    processes = 1 if size is SMOLLM2 else options.processes  # several on a GPU only keep each other waiting
+    jobs = 0 if size is SMOLLM2 else options.processes  # 0 = as many as there is room for: on a GPU one
     work, parts = work_folder(options, "joining"), dict[str, Summary]()
     corpus = text_of(options, size, console)
     model, described = model_of(options.model, size.recipe, corpus, console)
@@ -206,7 +206,7 @@ def main(options: Options) -> None:
         numbers["domains"] = replace(numbers["domains"], rows=options.rows)
     for name, rows in rows_by_part(options, corpus):
         study = study_of(name, numbers[name], rows, model, size, work)
-        parts[name] = do_in(work / name, study, processes, partial(console.print, soft_wrap=True))
+        parts[name] = do_in(work / name, study, jobs, partial(console.print, soft_wrap=True))
         for table in study_tables(parts[name]):
             console.print(table)
         for line in findings(parts[name]):

@@ -47,6 +47,6 @@ def cost_of(wanted: Study, clients: Clients) -> Cost:
 def jobs_for(cost: Cost, config: RunConfig) -> int:
     """Return how many cells are done at once: one a core, as far as three quarters of the memory reach."""
     if choose_model(config.model).device.type != "cpu":
-        return 1  # a GPU does one after the other as fast
+        return 1  # several on a GPU only keep each other waiting
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(os.cpu_count() or 1, cost.cells, int(0.75 * memory / cost.bytes)))
