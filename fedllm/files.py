@@ -87,6 +87,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     raise ConfigError(f"{path}: not a TOML file in UTF-8; save it as UTF-8")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of which little hangs; {} where it is absent or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_file(path: Path, text: str) -> None:
     """Replace a text file in one step; readers see the old text or the new one."""
     write_bytes(path, text.encode())

@@ -12,6 +12,7 @@ from fedllm.adapters.base_delta import adapter_with_base_delta
 from fedllm.adapters.folder import PublishedAdapter, save_adapter
 from fedllm.config.run_config import RunConfig
 from fedllm.errors import ConfigError, PolicyError
+from fedllm.files import read_object
 from fedllm.models.files import name_to_resolve, resolve_model
 from fedllm.runs.checkpoint import newest_checkpoint, newest_round
 from fedllm.runs.folder import CHECKPOINTS, RESULT, read_keys
@@ -99,10 +100,7 @@ def _config_of(run: Path) -> RunConfig:
 
 def _status(run: Path) -> str:
     """Return how the latest attempt at a run ended, "" where it left no word."""
-    try:
-        return str(json.loads((run / RESULT).read_text()).get("status", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+    return str(read_object(run / RESULT).get("status", ""))
 
 
 def bare_config(published: PublishedAdapter) -> RunConfig:

@@ -1,6 +1,5 @@
 """What the public files of a run folder say: `private/` and the checkpoints are never opened."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +8,12 @@ from typing import Any
 
 from fedllm.config.key import Scalar
 from fedllm.config.run_config import RunConfig
+from fedllm.files import read_object
 from fedllm.runs.folder import RESULT, read_keys, read_rounds
 from fedllm.runs.records import RoundRecord
 from fedllm.runs.spread import keep_common_clients
 from scripts.auditing.table import REPORT
-from scripts.evaluation.kept import EVALUATION
+from scripts.evaluation.kept import read as read_evaluation
 
 UNSHOWN = {"run.name", "run.output", "run.resume", "run.purpose"}  # keys that change no result
 Losses = Mapping[str, Mapping[str, float]]  # column -> client -> loss
@@ -84,20 +84,18 @@ def read_run(folder: Path) -> RunFiles:
         ConfigError: it is no run folder, or no round has been written yet.
     """
     keys = read_keys(folder)
-    names = (RESULT, "privacy.json", REPORT, EVALUATION, "environment.json")
     return RunFiles(
-        str(keys.get("run.name", folder.name)), keys, read_rounds(folder), *(_read(folder / n) for n in names)
+        name=str(keys.get("run.name", folder.name)),
+        keys=keys,
+        records=read_rounds(folder),
+        result=read_object(folder / RESULT),
+        privacy=read_object(folder / "privacy.json"),
+        audit=read_object(folder / REPORT),
+        evaluation=read_evaluation(folder),
+        environment=read_object(folder / "environment.json"),
     )
 
 
 def shown_value(value: Scalar) -> str:
     """Return a value of a key without the folders of this machine; it may name several paths."""
     return re.sub(r"(?<![^,+\s])[/~.][^,]*/", "…/", str(value))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -149,6 +149,16 @@ def do_study(study: Study, do: RunTrials) -> Done:
     return Done((*best.values(), *do(wanted)), tuple(tried), rates)
 
 
+def possible_trials(study: Study) -> list[Trial]:
+    """Return every trial that a study may come to ask for: all rates with all seeds."""
+    return [
+        trial
+        for seed in study.seeds
+        for method in study.methods
+        for trial in _trials(study, method, study.rates, seed)
+    ]
+
+
 def _choosing(outcome: Outcome) -> float:
     return float(outcome.figures["choosing"]) if outcome.is_done else math.inf
 

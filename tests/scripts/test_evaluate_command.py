@@ -13,6 +13,7 @@ from fedllm.adapters.folder import save_adapter
 from fedllm.adapters.layout import AdapterState, initial_adapter
 from fedllm.config.keys import LoraConfig
 from fedllm.models.base import BaseModel, layout_of
+from fedllm.runs.folder import RESULT, write_result
 from scripts import cli
 from scripts.evaluation.kept import EVALUATION, keep, read
 from scripts.finished_run import trained_clients
@@ -214,11 +215,24 @@ def test_what_cannot_be_measured_is_said_in_one_line(
 
 
 def test_what_was_found_before_stays(tmp_path: Path) -> None:
+    write_result(tmp_path, {"digest": "d"})
     keep(tmp_path, {"tasks": {"one": 1}, "clients": {"a": 2}})
     keep(tmp_path, {"tasks": {"two": 2}})
-    assert read(tmp_path) == {"tasks": {"one": 1, "two": 2}, "clients": {"a": 2}}
+    assert read(tmp_path) == {"tasks": {"one": 1, "two": 2}, "clients": {"a": 2}, "adapter": "d"}
     (tmp_path / EVALUATION).write_text("{")
     assert read(tmp_path) == {}
+
+
+def test_what_was_found_of_another_adapter_is_not_shown_as_this_ones(tmp_path: Path) -> None:
+    write_result(tmp_path, {"digest": "d"})
+    keep(tmp_path, {"tasks": {"one": 1}, "clients": {"a": 2}})
+    (tmp_path / RESULT).unlink()  # the run goes on
+    keep(tmp_path, {"tasks": {"two": 2}})
+    assert read(tmp_path) == {}
+    write_result(tmp_path, {"digest": "e"})
+    assert read(tmp_path) == {}
+    keep(tmp_path, {"tasks": {"two": 2}})
+    assert read(tmp_path) == {"tasks": {"two": 2}, "adapter": "e"}
 
 
 def test_the_harness_is_named_where_it_is_absent(

@@ -52,6 +52,11 @@ def test_a_stopped_study_goes_on_where_it_was(tiny_recipe: Path, tmp_path: Path)
     told: list[str] = []
     do_in(tmp_path, study, 1, told.append)
     assert [line[:3] for line in told[1:]] == ["1 o", "1/1"]
+    assert "2 cells" in told[0]
+    assert "1 of them done already, 1 at once, about" in told[0]
+    told.clear()
+    do_in(tmp_path, study, 1, told.append)
+    assert told[0].endswith("2 of them done already")  # no time is promised where nothing is left
 
 
 def test_two_studies_never_share_a_folder(tiny_recipe: Path, tmp_path: Path) -> None:
