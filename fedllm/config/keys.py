@@ -282,8 +282,8 @@ class DistillConfig:
     when: str = key("never", "after which rounds", words="never last every")
     teacher: str = key(
         "posterior",
-        "posterior = clients weighted by how well they predicted the text so far, tempered by TEMPER"
-        " (else 1); uniform = all alike; logit-mean = FedDF",
+        "posterior = clients weighted by how well they predict a text, tempered by TEMPER (else 1);"
+        " uniform = all alike; logit-mean = FedDF",
         words="posterior[:TEMPER] uniform logit-mean",
         at_least=0,
         at_most=100,

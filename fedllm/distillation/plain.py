@@ -19,7 +19,7 @@ from fedllm.models.chat import IGNORED, Encoded
 
 
 def teach_plainly(
-    base: BaseModel, teacher: Teacher, rows: Sequence[Encoded]
+    base: BaseModel, teacher: Teacher, rows: Sequence[Encoded], *, hindsight: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return for each row the log-probabilities [T, V] at its learnt tokens, and the weights [T, K]."""
     said: list[list[torch.Tensor]] = [[] for _ in rows]
@@ -27,10 +27,14 @@ def teach_plainly(
         with plain_model(base, teacher.layout, vector) as (model, _), torch.no_grad():
             for place, row in enumerate(rows):
                 said[place].append(row_logits(model, row))
-    return [_mixed(teacher, row, torch.stack(logits)) for row, logits in zip(rows, said, strict=True)]
+    return [
+        _mixed(teacher, row, torch.stack(logits), hindsight) for row, logits in zip(rows, said, strict=True)
+    ]
 
 
-def _mixed(teacher: Teacher, row: Encoded, logits_KTV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _mixed(
+    teacher: Teacher, row: Encoded, logits_KTV: torch.Tensor, hindsight: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities [T, V] and the weights [T, K] of one row, token by token."""
     number = len(teacher.adapters)
     if teacher.kind == "logit-mean":
@@ -38,17 +42,17 @@ def _mixed(teacher: Teacher, row: Encoded, logits_KTV: torch.Tensor) -> tuple[to
         return log_probs_TV, torch.full((len(log_probs_TV), number), 1 / number, dtype=torch.float64)
     log_probs_KTV = logits_KTV.log_softmax(dim=2).double()
     priors_K = teacher.priors.double().to(logits_KTV.device)
-    evidence_K = torch.zeros_like(priors_K)
+    said_TK = torch.stack([log_probs_KTV[:, t, token] for t, token in enumerate(row.learnt_tokens)])
     mixtures, weights = [], []
-    for t, token in enumerate(row.learnt_tokens):
+    for t in range(len(said_TK)):
+        seen_TK = said_TK if hindsight else said_TK[:t]  # without it a token tells nothing about itself
         if teacher.kind == "posterior":
-            posterior_K = (priors_K.log() + teacher.temper * evidence_K).softmax(dim=0)
+            posterior_K = (priors_K.log() + teacher.temper * seen_TK.sum(dim=0)).softmax(dim=0)
             weight_K = (1 - teacher.floor) * posterior_K + teacher.floor / number
         else:
-            weight_K = torch.full_like(evidence_K, 1 / number)
+            weight_K = torch.full_like(priors_K, 1 / number)
         mixtures.append((weight_K[:, None] * log_probs_KTV[:, t].exp()).sum(dim=0).log())
         weights.append(weight_K)
-        evidence_K = evidence_K + log_probs_KTV[:, t, token]  # only now: a token tells nothing about itself
     return torch.stack(mixtures), torch.stack(weights)
 
 

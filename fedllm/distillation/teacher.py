@@ -11,12 +11,18 @@ w_k the weight of teacher k and p_k its distribution:
     uniform     sum_k p_k / K
     logit-mean  the softmax of the mean of the logits
 
+A posterior that is measured must not see the token it foretells. One that teaches has the whole row before
+it, and may ask whose the row is: with hindsight, w_k is in proportion to prior_k p_k(the whole row)^temper.
+On rows drawn from the mixture both teach the same on average, for the posterior after a row is on average
+the one before its next token. On an answer of one word, where nothing is foretold before, only hindsight
+tells the client that knows it from those that do not.
+
 Tensor suffixes: K teacher, P flat adapter, N predicted token, T predicted token of one row, D feature,
 V vocabulary, k kept token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -42,30 +48,37 @@ class Mixing:
     """How teachers are mixed; see the module for the kinds.
 
     A `floor` above 0 deals that share of all weight evenly, so that no teacher is ever out: w becomes
-    (1 - floor) w + floor / K.
+    (1 - floor) w + floor / K. With `hindsight` the weights of a posterior look at whole rows.
     """
 
     kind: str
     log_priors_K: torch.Tensor  # float64; -inf leaves a teacher out
     temper: float = 1.0
     floor: float = 0.0
+    hindsight: bool = False
 
     def without(self, dead_K: torch.Tensor) -> "Mixing":
         """Return the same with teachers left out."""
         priors_K = self.log_priors_K.masked_fill(dead_K, -torch.inf)
-        return Mixing(self.kind, priors_K, self.temper, self.floor)
+        return replace(self, log_priors_K=priors_K)
+
+    @property
+    def wants_whole_row(self) -> bool:
+        """Whether weights depend on tokens that come later."""
+        return self.hindsight and self.kind == "posterior"
 
     def weights(self, log_probs_TK: torch.Tensor, evidence_K: torch.Tensor) -> torch.Tensor:
         """Return the weights [T, K] in float64 for the next T tokens of a row.
 
-        `log_probs_TK` is what each teacher gave these tokens, `evidence_K` the sum over those before them.
+        `log_probs_TK` is what each teacher gave these tokens, `evidence_K` the sum over those before them, or
+        over the whole row with hindsight.
         """
         present_K = self.log_priors_K.isfinite().double()
         if self.kind != "posterior":
             return (present_K / present_K.sum()).expand(len(log_probs_TK), -1)
         log_priors_K, log_probs_TK = self.log_priors_K.double(), log_probs_TK.double()
         before_TK = log_probs_TK.cumsum(dim=0).roll(1, dims=0)  # no weight sees the token it helps to predict
-        before_TK[:1] = 0.0
+        before_TK[: None if self.hindsight else 1] = 0.0
         scores_TK = log_priors_K.expand_as(before_TK)
         if self.temper:  # 0 * -inf is no number
             scores_TK = scores_TK + self.temper * (before_TK + evidence_K)
@@ -84,7 +97,14 @@ class Prediction:
     probs_TV: torch.Tensor
     log_probs_T: torch.Tensor  # of the tokens that follow
     weights_TK: torch.Tensor  # float64
-    evidence_K: torch.Tensor  # float64, of the row up to and with these tokens
+    evidence_K: torch.Tensor  # float64, what the weights of the next tokens look at
+
+
+def said(logits_KTV: torch.Tensor, tokens_T: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities [T, K] of the tokens; the logits become log-probabilities."""
+    index_KT1 = tokens_T.expand(len(logits_KTV), -1)[:, :, None]
+    logits_KTV.sub_(logits_KTV.logsumexp(dim=2, keepdim=True))  # without a second copy
+    return logits_KTV.gather(2, index_KT1)[:, :, 0].T.double()
 
 
 def mix(
@@ -94,9 +114,7 @@ def mix(
 
     Logits must be finite, also those of teachers that are left out.
     """
-    index_KT1 = tokens_T.expand(len(logits_KTV), -1)[:, :, None]
-    logits_KTV.sub_(logits_KTV.logsumexp(dim=2, keepdim=True))  # log-probabilities, without a second copy
-    said_TK = logits_KTV.gather(2, index_KT1)[:, :, 0].T.double()
+    said_TK = said(logits_KTV, tokens_T)
     weights_TK = mixing.weights(said_TK, evidence_K)
     shares_TK = weights_TK.to(logits_KTV.dtype)
     if mixing.kind == "logit-mean":
@@ -106,7 +124,9 @@ def mix(
     else:
         probs_TV = torch.einsum("tk,ktv->tv", shares_TK, logits_KTV.exp_())
         log_probs_T = (said_TK + weights_TK.log()).logsumexp(dim=1)  # float64, whatever the model's dtype
-    return Prediction(probs_TV, log_probs_T, weights_TK, evidence_K + said_TK.sum(dim=0))
+    if not mixing.hindsight:
+        evidence_K = evidence_K + said_TK.sum(dim=0)
+    return Prediction(probs_TV, log_probs_T, weights_TK, evidence_K)
 
 
 # --- teaching ----------------------------------------------------------------------------------------------
@@ -150,12 +170,14 @@ def teach(
     rows: Sequence[Encoded],
     *,
     top_k: int,
+    hindsight: bool = False,
     teachers_at_once: int = 0,
     dtype: torch.dtype = torch.float16,
 ) -> Targets:
     """Return what the teacher predicts for every learnt token of `rows`, its `top_k` likeliest tokens each.
 
-    A token with label -100 is context: it is not predicted, nor does it tell whose text this is. At most
+    A token with label -100 is context: it is not predicted, nor does it tell whose text this is. `hindsight`
+    is for targets to learn, never for a loss to compare with a model's: see the module. At most
     `teachers_at_once` adapters are on the model at a time (0 = as many as fit in 512 MiB), fewer where the
     GPU runs out of memory; that changes rounding and speed, nothing else. An adapter that is not finite, or
     that gives numbers that are not, has no weight there and is named in `Targets.silenced`. `dtype` is what
@@ -176,7 +198,7 @@ def teach(
     if not sound:
         raise NonFiniteError("distillation: no client's adapter is finite, so there is nobody to learn from")
     at_once = teachers_at_once or max(1, min(MAX_ADAPTERS, ADAPTER_BYTES // (4 * teacher.layout.size)))
-    ensemble = _Ensemble(engine, teacher, sound, at_once)
+    ensemble = _Ensemble(engine, teacher, sound, at_once, hindsight)
     kept: list[tuple[torch.Tensor, ...]] = []
     silenced = set(range(len(teacher.adapters))) - set(sound)
     for block in packed(taught, [ensemble.state_bytes(row) for row in taught], STATE_BYTES):
@@ -222,12 +244,14 @@ class _Ensemble:
     teacher: Teacher
     sound: Sequence[int]
     at_once: int
+    hindsight: bool
 
     @cached_property
     def mixing(self) -> Mixing:
         """How they are mixed, on the device of the model."""
         log_priors_K = self.teacher.priors.double()[list(self.sound)].log().to(self.engine.base.device)
-        return Mixing(self.teacher.kind, log_priors_K, self.teacher.temper, self.teacher.floor)
+        teacher = self.teacher
+        return Mixing(teacher.kind, log_priors_K, teacher.temper, teacher.floor, self.hindsight)
 
     def state_bytes(self, row: Encoded) -> int:
         """Return the bytes of all adapters' states for a row."""
@@ -263,14 +287,23 @@ class _Ensemble:
         states_KTD = row.states_KTD.masked_fill(row.dead_K[:, None, None], 0.0)
         mixing = self.mixing.without(row.dead_K)
         evidence_K = torch.zeros(len(self.sound), dtype=torch.float64, device=states_KTD.device)
-        chunk = GPU_CHUNK if states_KTD.device.type == "cuda" else CHUNK
-        step = max(1, chunk // len(self.sound))
-        for begin in range(0, len(row.tokens_T), step):
-            part = slice(begin, begin + step)
-            logits_KTV = self.engine.passes.head.logits(states_KTD[:, part])
-            prediction = mix(logits_KTV, row.tokens_T[part], mixing, evidence_K)
+        if mixing.wants_whole_row:  # the head twice: all laws of a row at a time would be too many
+            for logits_KTV, tokens_T in self._laws(states_KTD, row.tokens_T):
+                evidence_K = evidence_K + said(logits_KTV, tokens_T).sum(dim=0)
+        for logits_KTV, tokens_T in self._laws(states_KTD, row.tokens_T):
+            prediction = mix(logits_KTV, tokens_T, mixing, evidence_K)
             evidence_K = prediction.evidence_K
             yield prediction
+
+    def _laws(
+        self, states_KTD: torch.Tensor, tokens_T: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield all teachers' logits for a row's tokens, and the tokens, a few at a time."""
+        chunk = GPU_CHUNK if states_KTD.device.type == "cuda" else CHUNK
+        step = max(1, chunk // len(self.sound))
+        for begin in range(0, len(tokens_T), step):
+            part = slice(begin, begin + step)
+            yield self.engine.passes.head.logits(states_KTD[:, part]), tokens_T[part]
 
 
 def _in_groups(

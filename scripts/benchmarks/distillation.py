@@ -74,7 +74,7 @@ class Bench:
     def step(self, number: int) -> Targets:
         """Teach the start what the first clients' adapters say together."""
         teacher = Teacher(self.adapters[:number], self.engine.layout, torch.ones(number))
-        targets = teach(self.engine, teacher, self.texts, top_k=TOP_K)
+        targets = teach(self.engine, teacher, self.texts, top_k=TOP_K, hindsight=True)
         size = self.size
         training = StudentTraining(size.steps, size.batch_size, 1e-4, 0)
         distil(self.engine, self.start, targets, training)

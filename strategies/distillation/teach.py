@@ -74,7 +74,7 @@ def ask_teacher(
     engine: Engine, chosen: Chosen, top_k: int, adapters: Sequence[ClientAdapter], material: Material
 ) -> Lesson:
     """Return what the chosen teacher says of the rows to distil on."""
-    targets = teach(engine, chosen.teacher, material.rows, top_k=top_k)
+    targets = teach(engine, chosen.teacher, material.rows, top_k=top_k, hindsight=True)
     names = [adapter.client_id for adapter in adapters]
     weights = _mean_weights(targets.weights_NK, names, material)
     teachers = DistillationTeachers(

@@ -86,6 +86,46 @@ def test_the_posterior_mixture_is_the_model_of_the_pooled_text(seed: int, split:
         assert float(said.sum().exp()) == pytest.approx(pooled, rel=1e-12)
 
 
+def whole_row_log_probs(
+    clients: list[dict[tuple[int, ...], torch.Tensor]], text: tuple[int, ...]
+) -> torch.Tensor:
+    """Return what every client gives a whole text [K]."""
+    return torch.tensor([joint(table, text) for table in clients], dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize("hole", [False, True])
+def test_on_text_of_the_mixture_hindsight_teaches_the_same_on_average(hole: bool) -> None:
+    """Mean over all texts, by their pooled chance, of what is taught after a history: the pooled model."""
+    clients, priors = tables(3, 4, hole), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    mixing = Mixing("posterior", priors.log(), hindsight=True)
+    taught: dict[tuple[int, ...], torch.Tensor] = {}
+    chances: dict[tuple[int, ...], float] = {}
+    for text in product(range(VOCABULARY), repeat=LENGTH):
+        chance = sum(float(p) * joint(table, text) for p, table in zip(priors, clients, strict=True))
+        evidence = whole_row_log_probs(clients, text)
+        if not chance:
+            continue
+        logits = all_logits(clients, text).clamp(min=-1e30)  # the engine's are finite
+        mixed = mix(logits, torch.tensor(text), mixing, evidence)
+        for place in range(LENGTH):
+            history = text[:place]
+            taught[history] = taught.get(history, 0) + chance * mixed.probs_TV[place]
+            chances[history] = chances.get(history, 0.0) + chance
+    for history, summed in taught.items():
+        expected = pooled_probs(clients, priors, history)
+        torch.testing.assert_close(summed / chances[history], expected, rtol=0, atol=1e-9)
+
+
+def test_with_hindsight_an_answer_of_one_token_has_its_teacher() -> None:
+    log_probs = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()  # T = 1, K = 2
+    priors = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    back, whole = Mixing("posterior", priors.log()), Mixing("posterior", priors.log(), hindsight=True)
+    nothing, evidence = torch.zeros(2, dtype=torch.float64), log_probs.sum(dim=0)
+    torch.testing.assert_close(back.weights(log_probs, nothing)[0], priors, **EXACT)
+    expected = torch.tensor([0.225, 0.075], dtype=torch.float64) / 0.3
+    torch.testing.assert_close(whole.weights(log_probs, evidence)[0], expected, **EXACT)
+
+
 def test_the_uniform_mixture_is_not_the_pooled_model() -> None:
     clients, priors = tables(2, 0), torch.full((2,), 0.5, dtype=torch.float64)
     text = (0, 1, 2, 0)

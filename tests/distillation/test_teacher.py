@@ -38,15 +38,21 @@ def assert_same(first: Targets, second: Targets) -> None:
 @pytest.mark.parametrize(
     "choices", [{}, {"kind": "uniform"}, {"kind": "logit-mean"}, {"temper": 0.4, "floor": 0.2}]
 )
+@pytest.mark.parametrize("hindsight", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "gemma2"])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_the_teacher_and_its_plain_twin_say_the_same(
-    kind: str, choices: dict[str, Any], make_engine: Callable, make_teacher: Callable, make_rows: Callable
+    kind: str,
+    hindsight: bool,
+    choices: dict[str, Any],
+    make_engine: Callable,
+    make_teacher: Callable,
+    make_rows: Callable,
 ) -> None:
     engine = make_engine(kind)
     teacher, rows = make_teacher(engine, **choices), make_rows(LENGTHS, context=0.3)
-    targets = teach(engine, teacher, rows, top_k=WHOLE, dtype=torch.float64)
-    plain = teach_plainly(engine.base, teacher, rows)
+    targets = teach(engine, teacher, rows, top_k=WHOLE, hindsight=hindsight, dtype=torch.float64)
+    plain = teach_plainly(engine.base, teacher, rows, hindsight=hindsight)
     log_probs, weights = (torch.cat(parts) for parts in zip(*plain, strict=True))
     torch.testing.assert_close(log_probs_of(targets), log_probs, **EXACT)
     torch.testing.assert_close(targets.weights_NK, weights, **EXACT)
@@ -107,9 +113,11 @@ def test_where_memory_runs_out_the_groups_get_smaller(
 @pytest.mark.parametrize(
     ("names", "value"), [(["STATE_BYTES"], 1), (["CHUNK"], 4), (["STATE_BYTES", "CHUNK"], 1)]
 )
+@pytest.mark.parametrize("hindsight", [False, True])
 def test_how_many_rows_and_tokens_are_held_changes_nothing(
     names: list[str],
     value: int,
+    hindsight: bool,
     make_engine: Callable,
     make_teacher: Callable,
     make_rows: Callable,
@@ -117,10 +125,14 @@ def test_how_many_rows_and_tokens_are_held_changes_nothing(
 ) -> None:
     engine = make_engine()
     teacher, rows = make_teacher(engine), make_rows(LENGTHS)
-    whole = teach(engine, teacher, rows, top_k=WHOLE, dtype=torch.float64)
+
+    def taught() -> Targets:
+        return teach(engine, teacher, rows, top_k=WHOLE, hindsight=hindsight, dtype=torch.float64)
+
+    whole = taught()
     for name in names:
         monkeypatch.setattr(module, name, value)
-    assert_same(whole, teach(engine, teacher, rows, top_k=WHOLE, dtype=torch.float64))
+    assert_same(whole, taught())
 
 
 def test_never_more_laws_than_a_chunk_exist(

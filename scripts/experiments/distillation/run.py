@@ -123,7 +123,7 @@ def variants_of(
         if name != TUNED:
             teacher, top_k = last.teacher(name), config.distill.top_k
             gate_ensemble = teach(last.engine, teacher, material.held_out, top_k=1).loss
-            targets = teach(last.engine, teacher, material.rows, top_k=top_k)
+            targets = teach(last.engine, teacher, material.rows, top_k=top_k, hindsight=True)
         tried = [(rate, _student(last, config, material, targets, rate)) for rate in rates]
         losses = [at_gate(adapter) for _, adapter in tried]
         place = min(range(len(rates)), key=lambda place: losses[place].mean)
