@@ -117,7 +117,7 @@ SMOLLM2_SHAPES = Size(
     flat=_flat(1, 50, 1e-3, 160, 16, 96, 48, 4, distill__max_tokens=96),
     rows_of_domain=280,
     seeds=(1,),
-    rates=(3e-4,),
+    rates=(3e-4, 1e-3),
 )
 
 
