@@ -78,10 +78,11 @@ class Mixing:
             return (present_K / present_K.sum()).expand(len(log_probs_TK), -1)
         log_priors_K, log_probs_TK = self.log_priors_K.double(), log_probs_TK.double()
         before_TK = log_probs_TK.cumsum(dim=0).roll(1, dims=0)  # no weight sees the token it helps to predict
-        before_TK[: None if self.hindsight else 1] = 0.0
-        scores_TK = log_priors_K.expand_as(before_TK)
+        before_TK[:1] = 0.0
+        seen_TK = evidence_K.expand_as(before_TK) if self.hindsight else before_TK + evidence_K
+        scores_TK = log_priors_K.expand_as(seen_TK)
         if self.temper:  # 0 * -inf is no number
-            scores_TK = scores_TK + self.temper * (before_TK + evidence_K)
+            scores_TK = scores_TK + self.temper * seen_TK
         # A text that is impossible to every teacher tells them apart no longer: the priors decide.
         impossible_T1 = scores_TK.isneginf().all(dim=1, keepdim=True)
         weights_TK = torch.where(impossible_T1, log_priors_K, scores_TK).softmax(dim=1)
@@ -287,15 +288,15 @@ class _Ensemble:
         states_KTD = row.states_KTD.masked_fill(row.dead_K[:, None, None], 0.0)
         mixing = self.mixing.without(row.dead_K)
         evidence_K = torch.zeros(len(self.sound), dtype=torch.float64, device=states_KTD.device)
-        if mixing.wants_whole_row:  # the head twice: all laws of a row at a time would be too many
-            for logits_KTV, tokens_T in self._laws(states_KTD, row.tokens_T):
+        if mixing.wants_whole_row:  # the head is computed twice: logits of a whole row take too much memory
+            for logits_KTV, tokens_T in self._logits(states_KTD, row.tokens_T):
                 evidence_K = evidence_K + said(logits_KTV, tokens_T).sum(dim=0)
-        for logits_KTV, tokens_T in self._laws(states_KTD, row.tokens_T):
+        for logits_KTV, tokens_T in self._logits(states_KTD, row.tokens_T):
             prediction = mix(logits_KTV, tokens_T, mixing, evidence_K)
             evidence_K = prediction.evidence_K
             yield prediction
 
-    def _laws(
+    def _logits(
         self, states_KTD: torch.Tensor, tokens_T: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield all teachers' logits for a row's tokens, and the tokens, a few at a time."""
