@@ -70,7 +70,7 @@ def test_every_client_is_heard_where_its_own_text_is(trained: Callable, public_f
     adapter, step = try_step(with_public(session, public_file), before, after, adapters)
     assert set(step.teachers.weights) == set(NAMES)
     for domain, weights in step.teachers.weights.items():
-        assert weights[domain] > 0.7
+        assert weights[domain] > 0.99, "from the first token on, for a whole text tells whose it is"
     assert step.kept
     losses = step.losses
     assert losses.ensemble < losses.held_out.after < losses.held_out.before < losses.base
@@ -85,7 +85,7 @@ def test_a_garbage_client_loses_its_weight(trained: Callable, public_file: str) 
     _, step = try_step(with_public(session, public_file), before, after, (*adapters, garbage))
     assert step.teachers.kind == "posterior"
     for weights in step.teachers.weights.values():
-        assert weights["mallory"] < 0.2, "before the first token it has half of all weight"
+        assert weights["mallory"] < 0.01, "though before a text is read it has half of all weight"
     assert step.kept
 
 
