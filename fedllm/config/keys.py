@@ -304,7 +304,7 @@ class DistillConfig:
     gate: str = key(
         "auto",
         "losses that must not worsen: of held-out texts (public), of clients' held-out rows too (clients);"
-        " auto = clients where there is no public text and such losses may leave",
+        " auto = clients where such losses may leave",
         words="auto public clients",
     )
 

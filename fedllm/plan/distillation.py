@@ -75,8 +75,8 @@ def distillation_plan(
             " data.source takes, or to synthetic+SOURCE"
         )
     public = "" if text == SYNTHETIC else text.removeprefix(f"{SYNTHETIC}+").strip()
-    # That a student follows what the clients' adapters wrote does not show that it is right: where all text
-    # is synthetic the clients judge it, unless the run says otherwise or losses may not leave them.
+    # Neither public text nor what the clients' adapters wrote shows that a student is right for the clients:
+    # they judge it, unless the run says otherwise or losses may not leave them.
     may_ask = holds_out and (privacy is None or privacy.metrics != "withheld")
     plan = DistillationPlan(
         numbers=section,
@@ -85,7 +85,7 @@ def distillation_plan(
         has_synthetic=text == SYNTHETIC or text.startswith(f"{SYNTHETIC}+"),
         # What private adapters write is private already, so it needs no screening.
         is_screened=section.originality == "on" or (section.originality == "auto" and privacy is None),
-        asks_clients=section.gate == "clients" or (section.gate == "auto" and may_ask and not public),
+        asks_clients=section.gate == "clients" or (section.gate == "auto" and may_ask),
     )
     # One overlap query is all that a round has to ask the data holders with.
     most = {"num-texts": (plan.num_screened, MAX_TEXTS), "max-tokens": (section.max_tokens, MAX_SHINGLES)}

@@ -28,12 +28,12 @@ def judge_teacher(before: float, ensemble: float, kind: str) -> str:
     )
 
 
-def judge_losses(losses: DistillationLosses, kind: str) -> tuple[bool, str]:
+def judge_losses(losses: DistillationLosses, kind: str, *, asks_clients: bool) -> tuple[bool, str]:
     """Return whether the losses on held-out text of a kind speak for the distilled adapter, and why.
 
     The gain must exceed its standard error: a smaller one may be the choice of texts. The teacher must have
-    something to teach (`judge_teacher`). On texts that the clients' adapters write the loss must not rise:
-    public text may lie where no client is.
+    something to teach (`judge_teacher`). Public text may lie where no client is; where no client is asked,
+    texts that the clients' adapters write stand in for their rows, and the loss on them must not rise.
     """
     before, after, own = losses.held_out.before, losses.held_out.after, losses.own
     if not math.isfinite(after):
@@ -45,7 +45,7 @@ def judge_losses(losses: DistillationLosses, kind: str) -> tuple[bool, str]:
     error = losses.error or 0.0
     if not before - after > error:
         return False, f"the held-out {kind} loss improved by no more than its standard error, {error:.4f}"
-    if own is not None and not own.after <= own.before:
+    if not asks_clients and own is not None and not own.after <= own.before:
         rise = f"from {own.before:.4f} to {own.after:.4f}"
         return False, f"the loss on texts that the clients' adapters write would rise {rise}"
     return True, f"the held-out {kind} loss improved"

@@ -81,7 +81,8 @@ def distil_aggregate(
             base=base,
             with_control=plan.numbers.control,
         )
-    kept, reason = judge_losses(student.losses, material.texts.held_out_kind)
+    kind = material.texts.held_out_kind
+    kept, reason = judge_losses(student.losses, kind, asks_clients=plan.asks_clients)
     record = DistillationRecord(
         kept=kept,
         reason=f"{reason}{chosen.note}",

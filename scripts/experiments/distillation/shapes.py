@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedllm.config.key import Scalar
 from fedllm.errors import DataError
+from fedllm.runs.records import LossChange
 from scripts.experiments.distillation.run import TUNED
 from scripts.experiments.distillation.tables import ENSEMBLE, judge
 from scripts.experiments.runs import figures_of, run
@@ -142,7 +143,10 @@ def _text_figures(name: str, cells: Sequence[Figures]) -> Figures:
                 for cell in cells
             ]
         ),
-        "kept": sum(judge(cell["texts"][name], one) for cell, one in zip(cells, students, strict=True)),
+        "kept": sum(
+            judge(cell["texts"][name], one, LossChange(cell["aggregate"]["mean"], one["mean"]))
+            for cell, one in zip(cells, students, strict=True)
+        ),
     }
 
 

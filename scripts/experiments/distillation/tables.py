@@ -94,8 +94,11 @@ def is_kept(seed: Figures, text: str, name: str) -> bool:
     return judge(seed["texts"][text], student_of(seed, text, name))
 
 
-def judge(found: Figures, cell: Figures) -> bool:
-    """Return the verdict of the product's gate on a student, `cell`, of the text `found`."""
+def judge(found: Figures, cell: Figures, clients: LossChange | None = None) -> bool:
+    """Return the verdict of the product's gate on a student, `cell`, of the text `found`.
+
+    With `clients`, the change of their losses, they are asked too, as by default where losses may leave.
+    """
     after = math.nan if cell["gate_after"] is None else cell["gate_after"]
     losses = DistillationLosses(
         base=found["gate_base"],
@@ -105,7 +108,8 @@ def judge(found: Figures, cell: Figures) -> bool:
         error=cell.get("gate_error"),
         own=LossChange(*cell["own"]) if cell["own"] else None,
     )
-    return judge_losses(losses, found["held_out_text"])[0]
+    kept, _ = judge_losses(losses, found["held_out_text"], asks_clients=clients is not None)
+    return kept and (clients is None or clients.after <= clients.before)
 
 
 def _losses(found: Sequence[Figures]) -> Figures:

@@ -16,10 +16,12 @@ from strategies.distillation.losses import Loss, error_of_gain
 from tests.strategies.distillation.builders import CHEAP, PRIVATE, STEP, steps_of
 
 
-def judge(*, after: float = 2.0, ensemble: float = 1.0, **others: Any) -> tuple[bool, str]:
+def judge(
+    *, after: float = 2.0, ensemble: float = 1.0, asks_clients: bool = False, **others: Any
+) -> tuple[bool, str]:
     """Return the verdict on losses on public text; the aggregate's is 3."""
     losses = DistillationLosses(base=4.0, ensemble=ensemble, held_out=LossChange(3.0, after), **others)
-    return judge_losses(losses, "public")
+    return judge_losses(losses, "public", asks_clients=asks_clients)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,7 @@ def test_the_gate_refuses_what_forgets_the_clients_own_texts() -> None:
     kept, reason = judge(own=LossChange(2.5, 2.6))
     assert not kept
     assert reason == "the loss on texts that the clients' adapters write would rise from 2.5000 to 2.6000"
+    assert judge(own=LossChange(2.5, 2.6), asks_clients=True)[0], "clients are asked about their own rows"
 
 
 def test_clients_roll_back_what_would_worsen_their_own_loss(trained: Callable) -> None:
@@ -114,9 +117,9 @@ def test_the_gate_of_clients_measures_in_the_round_itself(run: Callable, public_
     [
         ({}, True),
         ({"distill.gate": "public"}, False),
-        ({"distill.text": "rows.jsonl"}, False),
-        ({"distill.text": "synthetic+rows.jsonl"}, False),
-        ({"distill.text": "rows.jsonl", "distill.gate": "clients"}, True),
+        ({"distill.text": "rows.jsonl"}, True),
+        ({"distill.text": "synthetic+rows.jsonl"}, True),
+        ({"distill.text": "rows.jsonl", "distill.gate": "public"}, False),
         ({"data.held-out-fraction": 0.0}, False),
         ({"privacy.epsilon": 8.0}, True),  # of rows; those held out are nobody's training
         (PRIVATE, False),

@@ -65,9 +65,7 @@ def test_a_run_out_of_budget_keeps_what_it_has_try_step(
     run: Callable, two_rounds: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Under so much noise a student need not be better.
-    monkeypatch.setattr(
-        "strategies.distillation.step.judge_losses", lambda losses, kind: (True, "it is kept")
-    )
+    monkeypatch.setattr("strategies.distillation.step.judge_losses", lambda *_, **__: (True, "it is kept"))
     done, notices = run("spent", **two_rounds)
     assert not any("is not done" in line for line in notices)
     again, notices = run("spent", **two_rounds, **{"run.resume": True, "federation.num-rounds": 3})
