@@ -114,7 +114,7 @@ class Targets:
     tail_N: torch.Tensor  # probability of all other tokens together
     entropy_N: torch.Tensor  # of the whole distribution, in nats
     weights_NK: torch.Tensor  # of every teacher at every token
-    loss: float  # the teacher's own mean loss on the rows' tokens, in nats: what a perfect student reaches
+    loss: float  # the teacher's own mean loss on the rows' tokens, in nats
     silenced: tuple[int, ...] = ()  # teachers whose numbers were not finite, by their place
     divergence: Divergence = forward_kl
 

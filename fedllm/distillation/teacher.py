@@ -11,11 +11,12 @@ w_k the weight of teacher k and p_k its distribution:
     uniform     sum_k p_k / K
     logit-mean  the softmax of the mean of the logits
 
-A posterior that is measured must not see the token it foretells. One that teaches has the whole row before
-it, and may ask whose the row is: with hindsight, w_k is in proportion to prior_k p_k(the whole row)^temper.
-On rows drawn from the mixture both teach the same on average, for the posterior after a row is on average
-the one before its next token. On an answer of one word, where nothing is foretold before, only hindsight
-tells the client that knows it from those that do not.
+A posterior whose loss is measured must not see the token it predicts. One that makes targets for a student
+may look at the whole row: with `hindsight`, w_k is in proportion to prior_k p_k(the whole row)^temper. On
+rows drawn from the mixture both teach the same on average, because the posterior given a beginning is the
+mean, over all ways to go on, of the posterior given the whole. They differ where rows are not drawn from it:
+on an answer of one token, say, the posterior of its beginning is the prior, and only hindsight gives weight
+to the client that knows the answer.
 
 Tensor suffixes: K teacher, P flat adapter, N predicted token, T predicted token of one row, D feature,
 V vocabulary, k kept token.
@@ -62,11 +63,6 @@ class Mixing:
         priors_K = self.log_priors_K.masked_fill(dead_K, -torch.inf)
         return replace(self, log_priors_K=priors_K)
 
-    @property
-    def wants_whole_row(self) -> bool:
-        """Whether weights depend on tokens that come later."""
-        return self.hindsight and self.kind == "posterior"
-
     def weights(self, log_probs_TK: torch.Tensor, evidence_K: torch.Tensor) -> torch.Tensor:
         """Return the weights [T, K] in float64 for the next T tokens of a row.
 
@@ -98,7 +94,7 @@ class Prediction:
     probs_TV: torch.Tensor
     log_probs_T: torch.Tensor  # of the tokens that follow
     weights_TK: torch.Tensor  # float64
-    evidence_K: torch.Tensor  # float64, what the weights of the next tokens look at
+    evidence_K: torch.Tensor  # float64, for the next tokens of the row: see `Mixing.weights`
 
 
 def said(logits_KTV: torch.Tensor, tokens_T: torch.Tensor) -> torch.Tensor:
@@ -252,7 +248,8 @@ class _Ensemble:
         """How they are mixed, on the device of the model."""
         log_priors_K = self.teacher.priors.double()[list(self.sound)].log().to(self.engine.base.device)
         teacher = self.teacher
-        return Mixing(teacher.kind, log_priors_K, teacher.temper, teacher.floor, self.hindsight)
+        hindsight = self.hindsight and teacher.kind == "posterior"  # other weights look at no token
+        return Mixing(teacher.kind, log_priors_K, teacher.temper, teacher.floor, hindsight)
 
     def state_bytes(self, row: Encoded) -> int:
         """Return the bytes of all adapters' states for a row."""
@@ -288,7 +285,7 @@ class _Ensemble:
         states_KTD = row.states_KTD.masked_fill(row.dead_K[:, None, None], 0.0)
         mixing = self.mixing.without(row.dead_K)
         evidence_K = torch.zeros(len(self.sound), dtype=torch.float64, device=states_KTD.device)
-        if mixing.wants_whole_row:  # the head is computed twice: logits of a whole row take too much memory
+        if mixing.hindsight:  # the head is computed twice: logits of a whole row take too much memory
             for logits_KTV, tokens_T in self._logits(states_KTD, row.tokens_T):
                 evidence_K = evidence_K + said(logits_KTV, tokens_T).sum(dim=0)
         for logits_KTV, tokens_T in self._logits(states_KTD, row.tokens_T):

@@ -83,7 +83,7 @@ class DistillationLosses:
     """Losses in nats per token; None where something was not measured."""
 
     base: float  # of the base model on the held-out texts
-    ensemble: float  # of the teacher there: the best a student can reach
+    ensemble: float  # of the teacher there, which sees no token before it predicts it
     held_out: LossChange
     error: float | None = None  # standard error of that change, over the held-out texts
     control: float | None = None  # of the aggregate fine-tuned on the same texts for as many tokens

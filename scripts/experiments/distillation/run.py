@@ -74,7 +74,7 @@ def _on_clients(holder: DataHolder, adapter: AdapterState) -> Losses:
 
 
 def _ensemble(last: Round, holder: DataHolder, kind: str) -> Losses:
-    """Return the losses of the ensemble itself: what a perfect student would reach."""
+    """Return the losses of the ensemble itself."""
     held_out = {name: client.held_out for name, client in holder.clients.items() if client.held_out}
     teacher = last.teacher(kind)
     return _losses({name: teach(last.engine, teacher, rows, top_k=1).loss for name, rows in held_out.items()})
